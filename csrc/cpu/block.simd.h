@@ -1,0 +1,74 @@
+// Blocks between memory and the compute type. Plain loops: the compiler vectorises them for each instruction set.
+#pragma once
+
+namespace resm::cpu::RESM_ISA {
+
+template <class C>
+void load(const Array& from, int64_t begin, int n, C* __restrict block) {
+  switch (from.dtype) {
+    case DType::f32: {
+      const float* p = static_cast<const float*>(from.data) + begin;
+      for (int i = 0; i < n; ++i) block[i] = C(p[i]);
+      break;
+    }
+    case DType::f64: {
+      const double* p = static_cast<const double*>(from.data) + begin;
+      for (int i = 0; i < n; ++i) block[i] = C(p[i]);
+      break;
+    }
+    case DType::f16: {
+      const uint16_t* p = static_cast<const uint16_t*>(from.data) + begin;
+      for (int i = 0; i < n; ++i) block[i] = C(float_from_f16(p[i]));
+      break;
+    }
+    case DType::bf16: {
+      const uint16_t* p = static_cast<const uint16_t*>(from.data) + begin;
+      for (int i = 0; i < n; ++i) block[i] = C(float_from_bf16(p[i]));
+      break;
+    }
+  }
+  for (int i = n; i % kLanes != 0; ++i) block[i] = C(0);
+}
+
+template <class C>
+void store(const C* __restrict block, int64_t begin, int n, const Array& to) {
+  switch (to.dtype) {
+    case DType::f32: {
+      float* p = static_cast<float*>(to.data) + begin;
+      for (int i = 0; i < n; ++i) p[i] = static_cast<float>(block[i]);
+      break;
+    }
+    case DType::f64: {
+      double* p = static_cast<double*>(to.data) + begin;
+      for (int i = 0; i < n; ++i) p[i] = static_cast<double>(block[i]);
+      break;
+    }
+    case DType::f16: {
+      uint16_t* p = static_cast<uint16_t*>(to.data) + begin;
+      for (int i = 0; i < n; ++i) p[i] = f16_from_float(before_half(block[i]));
+      break;
+    }
+    case DType::bf16: {
+      uint16_t* p = static_cast<uint16_t*>(to.data) + begin;
+      for (int i = 0; i < n; ++i) p[i] = bf16_from_float(before_half(block[i]));
+      break;
+    }
+  }
+}
+
+template <class C>
+RESM_HD Key<C> key_of(C value) {
+  return bits_as<Key<C>>(value) & (~Key<C>(0) >> 1);
+}
+
+template <class C>
+constexpr Key<C> kInfinityKey = sizeof(C) == 4 ? Key<C>(0x7f800000u) : Key<C>(0x7ff0000000000000u);
+
+template <class C>
+int64_t count_nonfinite(const C* block, int n) {
+  Key<C> found = 0;
+  for (int i = 0; i < n; ++i) found += key_of(block[i]) >= kInfinityKey<C> ? 1 : 0;
+  return static_cast<int64_t>(found);
+}
+
+}  // namespace resm::cpu::RESM_ISA

@@ -1,0 +1,116 @@
+// The inner loops of the CPU ops: compiled once for each instruction set (*.simd.cpp), chosen at run time.
+//
+// They work on blocks of at most kBlock elements that are first converted to the compute type C (float, or double if
+// any input is double) in scratch that stays in the first-level cache. Results do not depend on the instruction set:
+// sums run over fixed lanes, and nothing is contracted into fused multiply-adds.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "common/elect.h"
+
+namespace resm::cpu {
+
+constexpr int kBlock = 512;         // small enough that the blocks of several experts stay in the first-level cache
+constexpr int kLanes = 16;        // independent partial sums of a block
+constexpr int kHistogramBins = 256;
+constexpr int kHistogramCopies = 8;
+constexpr int64_t kChunk = 65536;  // elements a task works on
+
+// The bit pattern of |d|: an integer in the same order.
+template <class C>
+using Key = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+
+struct Array {
+  void* data;
+  DType dtype;
+};
+
+// Partial sums of a chunk, one per lane, so that the final reduction has a fixed order.
+struct Moments {
+  double sum[kLanes], sum_sq[kLanes], sum_abs[kLanes], max_abs[kLanes];
+  int64_t n_zero, n_small, n_nonfinite;
+};
+
+struct Outliers {
+  double sum_abs[kLanes];
+  int64_t n_outlier, n_small;
+};
+
+// One counter of the histogram: how many values above 48 bits of their summed keys. All keys of a bin have the same
+// exponent field, so that the sum of the keys gives the sum of the significands, and with it exactly that of |d|.
+struct PackedBin {
+  static constexpr int kSumBits = 48;
+  static RESM_HD uint64_t one(uint32_t key) { return (uint64_t(1) << kSumBits) + key; }
+  static int64_t count(uint64_t packed) { return static_cast<int64_t>(packed >> kSumBits); }
+  // In units of the last place of the bin's floats.
+  static uint64_t significands(uint64_t packed, int bin) {
+    const uint64_t n = packed >> kSumBits, keys = packed & ((uint64_t(1) << kSumBits) - 1);
+    const uint64_t hidden = bin == 0 ? 0 : 1;  // subnormals have no hidden bit
+    return keys - n * (static_cast<uint64_t>(bin) << 23) + n * (hidden << 23);
+  }
+};
+static_assert(kChunk / kHistogramCopies + kBlock < (1 << 16), "a chunk's counts must fit above the sums");
+
+// How the keys of |d| lie to a bracket low <= high.
+struct BracketCounts {
+  int64_t above_high = 0, from_high = 0, above_low = 0, from_low = 0, nonfinite = 0;
+};
+
+template <class C>
+struct Bounds {
+  C low, high, small;  // outliers are < low or > high; small are |d| <= small
+};
+
+template <class C>
+struct Election {
+  int n_experts;
+  const C* weights;
+  const C* thresholds;  // null: trim nothing
+  C weight_sum;
+  C scale;
+  Rule rule;
+  bool normalize;
+};
+
+template <class C>
+struct BlockKernels {
+  // block[i] = element begin + i of the array; elements from n to the next multiple of kLanes are zero.
+  void (*load)(const Array& from, int64_t begin, int n, C* block);
+  void (*store)(const C* block, int64_t begin, int n, const Array& to);
+  int64_t (*count_nonfinite)(const C* block, int n);
+  void (*moments)(const C* base, const C* expert, int n, C small, Moments& into);
+  void (*outliers)(const C* base, const C* expert, int n, const Bounds<C>& bounds, Outliers& into);
+  // Adds each |d| to its PackedBin, in interleaved copies.
+  void (*histogram)(const C* base, const C* expert, int n, uint64_t* bins);
+  // Counts keys; those strictly between low and high go to `between` (room for kBlock + kLanes): returns how many.
+  int (*bracket)(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<C>* between,
+                 BracketCounts& counts);
+  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten.
+  void (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
+};
+
+struct Kernels {
+  const char* isa;
+  BlockKernels<float> f32;
+  BlockKernels<double> f64;
+
+  template <class C>
+  const BlockKernels<C>& of() const;
+};
+template <>
+inline const BlockKernels<float>& Kernels::of<float>() const { return f32; }
+template <>
+inline const BlockKernels<double>& Kernels::of<double>() const { return f64; }
+
+// The kernels in use: the best this processor runs, unless `use_isa` chose another.
+const Kernels& kernels();
+// Names of the instruction sets built in that this processor runs, best first.
+int available_isas(const char* names[3]);
+// For tests: results must not depend on it. False if the name is not available.
+bool use_isa(const char* name);
+
+}  // namespace resm::cpu

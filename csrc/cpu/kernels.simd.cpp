@@ -1,0 +1,25 @@
+// The inner loops of every op for one instruction set: compiled once with each of CMakeLists.txt's flags.
+//
+// Everything here lies in the namespace RESM_ISA or is inlined. A function that the linker could share with another
+// instruction set's copy (a std:: template, say) must not be used: the linker keeps any one of the copies.
+#include "cpu/kernels.h"
+
+// clang-format off: the order matters
+#include "cpu/block.simd.h"
+#include "cpu/lanes.simd.h"
+#include "cpu/delta_stats.simd.h"
+#include "cpu/magnitude_threshold.simd.h"
+#include "cpu/aggregate.simd.h"
+// clang-format on
+
+namespace resm::cpu::RESM_ISA {
+
+template <class C>
+constexpr BlockKernels<C> block_kernels() {
+  return {load<C>, store<C>, count_nonfinite<C>, moments<C>, outliers<C>, histogram<C>, bracket<C>, aggregate<C>};
+}
+
+extern const Kernels table;
+const Kernels table = {RESM_ISA_NAME, block_kernels<float>(), block_kernels<double>()};
+
+}  // namespace resm::cpu::RESM_ISA

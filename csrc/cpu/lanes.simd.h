@@ -1,0 +1,209 @@
+// Sixteen lanes of float or double: the vectors that sums run over, with the same lanes on every instruction set.
+//
+// The generic form is what the others must equal bit for bit; tests hold them to it.
+#pragma once
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace resm::cpu::RESM_ISA {
+
+template <class C>
+struct Lanes {
+  C v[kLanes];
+
+  struct Counts {
+    int64_t v[kLanes] = {};
+    RESM_HD int64_t total() const {
+      int64_t sum = 0;
+      for (int i = 0; i < kLanes; ++i) sum += v[i];
+      return sum;
+    }
+  };
+  struct Doubles {
+    double v[kLanes];
+    static RESM_HD Doubles load(const double* p) {
+      Doubles r;
+      memcpy(r.v, p, sizeof r.v);
+      return r;
+    }
+    RESM_HD void store(double* p) const { memcpy(p, v, sizeof v); }
+    RESM_HD void add(const Lanes& x) {
+      for (int i = 0; i < kLanes; ++i) v[i] += double(x.v[i]);
+    }
+    RESM_HD void add_square(const Lanes& x) {
+      for (int i = 0; i < kLanes; ++i) v[i] += double(x.v[i]) * double(x.v[i]);
+    }
+  };
+
+  static RESM_HD Lanes all(C x) {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = x;
+    return r;
+  }
+  static RESM_HD Lanes load(const C* p) {
+    Lanes r;
+    memcpy(r.v, p, sizeof r.v);
+    return r;
+  }
+  RESM_HD void store(C* p) const { memcpy(p, v, sizeof v); }
+  RESM_HD Lanes minus(const Lanes& o) const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] - o.v[i];
+    return r;
+  }
+  RESM_HD Lanes plus(const Lanes& o) const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] + o.v[i];
+    return r;
+  }
+  RESM_HD Lanes magnitude() const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] < C(0) ? -v[i] : v[i] + C(0);
+    return r;
+  }
+  // The larger of the two; o where this is NaN.
+  RESM_HD Lanes larger(const Lanes& o) const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] > o.v[i] ? v[i] : o.v[i];
+    return r;
+  }
+  RESM_HD void count_zero(Counts& n) const {
+    for (int i = 0; i < kLanes; ++i) n.v[i] += v[i] == C(0);
+  }
+  RESM_HD void count_at_most(const Lanes& o, Counts& n) const {
+    for (int i = 0; i < kLanes; ++i) n.v[i] += v[i] <= o.v[i];
+  }
+  // Where this is below low or above high: counts, and adds its magnitude to sum.
+  RESM_HD void add_outside(const Lanes& low, const Lanes& high, Counts& n, Lanes& sum) const {
+    const Lanes a = magnitude();
+    for (int i = 0; i < kLanes; ++i) {
+      const bool outside = (v[i] < low.v[i]) | (v[i] > high.v[i]);
+      n.v[i] += outside;
+      sum.v[i] = sum.v[i] + (outside ? a.v[i] : C(0));
+    }
+  }
+};
+
+#if defined(__AVX512F__)
+
+template <>
+struct Lanes<float> {
+  __m512 v;
+
+  struct Counts {
+    __m512i v = _mm512_setzero_si512();
+    RESM_HD int64_t total() const { return _mm512_reduce_add_epi32(v); }
+    RESM_HD void add(__mmask16 where) { v = _mm512_mask_sub_epi32(v, where, v, _mm512_set1_epi32(-1)); }
+  };
+  struct Doubles {
+    __m512d low, high;
+    static RESM_HD Doubles load(const double* p) { return {_mm512_loadu_pd(p), _mm512_loadu_pd(p + 8)}; }
+    RESM_HD void store(double* p) const {
+      _mm512_storeu_pd(p, low);
+      _mm512_storeu_pd(p + 8, high);
+    }
+    RESM_HD void add(const Lanes& x) {
+      low = _mm512_add_pd(low, x.low());
+      high = _mm512_add_pd(high, x.high());
+    }
+    RESM_HD void add_square(const Lanes& x) {
+      low = _mm512_add_pd(low, _mm512_mul_pd(x.low(), x.low()));
+      high = _mm512_add_pd(high, _mm512_mul_pd(x.high(), x.high()));
+    }
+  };
+
+  RESM_HD __m512d low() const { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+  RESM_HD __m512d high() const { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
+
+  static RESM_HD Lanes all(float x) { return {_mm512_set1_ps(x)}; }
+  static RESM_HD Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  RESM_HD void store(float* p) const { _mm512_storeu_ps(p, v); }
+  RESM_HD Lanes minus(const Lanes& o) const { return {_mm512_sub_ps(v, o.v)}; }
+  RESM_HD Lanes plus(const Lanes& o) const { return {_mm512_add_ps(v, o.v)}; }
+  RESM_HD Lanes magnitude() const { return {_mm512_abs_ps(v)}; }
+  RESM_HD Lanes larger(const Lanes& o) const { return {_mm512_max_ps(v, o.v)}; }
+  RESM_HD void count_zero(Counts& n) const { n.add(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)); }
+  RESM_HD void count_at_most(const Lanes& o, Counts& n) const { n.add(_mm512_cmp_ps_mask(v, o.v, _CMP_LE_OQ)); }
+  RESM_HD void add_outside(const Lanes& low, const Lanes& high, Counts& n, Lanes& sum) const {
+    const __mmask16 outside =
+        _mm512_cmp_ps_mask(v, low.v, _CMP_LT_OQ) | _mm512_cmp_ps_mask(v, high.v, _CMP_GT_OQ);
+    n.add(outside);
+    sum.v = _mm512_mask_add_ps(sum.v, outside, sum.v, magnitude().v);
+  }
+};
+
+#elif defined(__AVX2__)
+
+template <>
+struct Lanes<float> {
+  __m256 a, b;
+
+  struct Counts {
+    __m256i v = _mm256_setzero_si256();
+    RESM_HD int64_t total() const {
+      int32_t lanes[8];
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), v);
+      int64_t sum = 0;
+      for (int i = 0; i < 8; ++i) sum += lanes[i];
+      return sum;
+    }
+    RESM_HD void add(__m256 where) { v = _mm256_sub_epi32(v, _mm256_castps_si256(where)); }
+  };
+  struct Doubles {
+    __m256d v[4];
+    static RESM_HD Doubles load(const double* p) {
+      return {{_mm256_loadu_pd(p), _mm256_loadu_pd(p + 4), _mm256_loadu_pd(p + 8), _mm256_loadu_pd(p + 12)}};
+    }
+    RESM_HD void store(double* p) const {
+      for (int i = 0; i < 4; ++i) _mm256_storeu_pd(p + 4 * i, v[i]);
+    }
+    RESM_HD void add(const Lanes& x) {
+      for (int i = 0; i < 4; ++i) v[i] = _mm256_add_pd(v[i], x.wide(i));
+    }
+    RESM_HD void add_square(const Lanes& x) {
+      for (int i = 0; i < 4; ++i) v[i] = _mm256_add_pd(v[i], _mm256_mul_pd(x.wide(i), x.wide(i)));
+    }
+  };
+
+  RESM_HD __m256d wide(int quarter) const {
+    const __m256 half = quarter < 2 ? a : b;
+    return _mm256_cvtps_pd(quarter % 2 == 0 ? _mm256_castps256_ps128(half) : _mm256_extractf128_ps(half, 1));
+  }
+
+  static RESM_HD Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static RESM_HD Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  RESM_HD void store(float* p) const {
+    _mm256_storeu_ps(p, a);
+    _mm256_storeu_ps(p + 8, b);
+  }
+  RESM_HD Lanes minus(const Lanes& o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
+  RESM_HD Lanes plus(const Lanes& o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
+  RESM_HD Lanes magnitude() const {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b)};
+  }
+  RESM_HD Lanes larger(const Lanes& o) const { return {_mm256_max_ps(a, o.a), _mm256_max_ps(b, o.b)}; }
+  RESM_HD void count_zero(Counts& n) const {
+    n.add(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ));
+    n.add(_mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_EQ_OQ));
+  }
+  RESM_HD void count_at_most(const Lanes& o, Counts& n) const {
+    n.add(_mm256_cmp_ps(a, o.a, _CMP_LE_OQ));
+    n.add(_mm256_cmp_ps(b, o.b, _CMP_LE_OQ));
+  }
+  RESM_HD void add_outside(const Lanes& low, const Lanes& high, Counts& n, Lanes& sum) const {
+    const __m256 first = _mm256_or_ps(_mm256_cmp_ps(a, low.a, _CMP_LT_OQ), _mm256_cmp_ps(a, high.a, _CMP_GT_OQ));
+    const __m256 second = _mm256_or_ps(_mm256_cmp_ps(b, low.b, _CMP_LT_OQ), _mm256_cmp_ps(b, high.b, _CMP_GT_OQ));
+    n.add(first);
+    n.add(second);
+    const Lanes size = magnitude();
+    sum.a = _mm256_add_ps(sum.a, _mm256_and_ps(first, size.a));
+    sum.b = _mm256_add_ps(sum.b, _mm256_and_ps(second, size.b));
+  }
+};
+
+#endif
+
+}  // namespace resm::cpu::RESM_ISA

@@ -1,0 +1,54 @@
+// The CPU ops as python/module.cpp calls them. Tensors come as L groups of one base and T experts.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace resm::cpu {
+
+struct Groups {
+  std::vector<Array> bases;    // L, or empty where there is no base
+  std::vector<Array> experts;  // L*T, those of group 0 first
+  std::vector<int64_t> lengths;
+  int n_experts = 0;
+
+  int64_t size() const { return static_cast<int64_t>(lengths.size()); }
+  const Array* base(int64_t group) const { return bases.empty() ? nullptr : &bases[group]; }
+  const Array* experts_of(int64_t group) const { return experts.data() + group * n_experts; }
+  // float64 inputs are computed in float64, all others in fp32.
+  bool is_double(int64_t group) const {
+    bool any = !bases.empty() && bases[group].dtype == DType::f64;
+    for (int t = 0; t < n_experts; ++t) any = any || experts_of(group)[t].dtype == DType::f64;
+    return any;
+  }
+};
+
+constexpr int kMoments = 5;  // sum, sum_sq, sum_abs, max_abs, outlier_sum_abs
+constexpr int kCounts = 5;   // zero, small, outlier, nonfinite, numel
+
+struct StatsOptions {
+  double eps, eps_rel, kappa;  // kappa < 0: no outliers
+};
+
+// moments and counts: (L, T, 5); bin_counts and bin_sums: (L, T, kHistogramBins), or null for no histogram.
+void delta_stats(const Groups& groups, const StatsOptions& options, double* moments, int64_t* counts,
+                 int64_t* bin_counts, double* bin_sums, int threads);
+
+// k, thresholds, nonfinite: (L, T).
+void magnitude_threshold(const Groups& groups, const int64_t* k, double* thresholds, int64_t* nonfinite, int threads);
+
+struct AggregateOptions {
+  const double* weights;     // (L, T)
+  const double* thresholds;  // (L, T), or null
+  double scale;
+  Rule rule;
+  bool normalize;
+};
+
+// outs: L arrays of the groups' lengths; nonfinite: (L, 1 + T).
+void aggregate(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
+               int64_t* nonfinite, int threads);
+
+}  // namespace resm::cpu

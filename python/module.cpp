@@ -1,0 +1,178 @@
+// The Python face of csrc: tables of raw pointers in, raw pointers out. No torch headers, so that one build serves
+// every torch version; what a tensor is, and every check of meaning, lies in resm_kernels/ops.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/ops.h"
+#if defined(RESM_WITH_CUDA)
+#include "cuda/ops.h"
+#endif
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace py = pybind11;
+using resm::DType;
+using namespace resm::cpu;
+
+namespace {
+
+using Pointers = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
+using Codes = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
+using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Numbers = py::array_t<double, py::array::c_style | py::array::forcecast>;
+
+// These checks guard memory only: a caller of resm_kernels.ops never meets them.
+void require(bool holds, const std::string& need) {
+  if (!holds) throw std::invalid_argument("resm_kernels._native: " + need);
+}
+
+std::vector<Array> arrays(const Pointers& pointers, const Codes& dtypes, const Lengths& lengths, int64_t per_length,
+                          const char* name) {
+  require(pointers.size() == dtypes.size(), std::string(name) + " need one dtype code for each pointer");
+  std::vector<Array> found;
+  for (py::ssize_t i = 0; i < pointers.size(); ++i) {
+    const int32_t code = dtypes.at(i);
+    require(code >= 0 && code < resm::kDTypes, std::string(name) + " have an unknown dtype code");
+    void* data = reinterpret_cast<void*>(pointers.at(i));
+    require(data != nullptr || lengths.at(i / per_length) == 0, std::string(name) + " have a null pointer");
+    found.push_back({data, static_cast<DType>(code)});
+  }
+  return found;
+}
+
+Groups groups_of(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
+                 const Lengths& lengths) {
+  const py::ssize_t n = lengths.size();
+  require(bases.size() == n || bases.size() == 0, "need one base for each length, or none");
+  require(n == 0 ? experts.size() == 0 : experts.size() % n == 0, "need as many experts for each length");
+  Groups groups;
+  for (py::ssize_t i = 0; i < n; ++i) {
+    require(lengths.at(i) >= 0, "lengths must not be negative");
+    groups.lengths.push_back(lengths.at(i));
+  }
+  groups.n_experts = n == 0 ? 0 : static_cast<int>(experts.size() / n);
+  groups.bases = arrays(bases, base_dtypes, lengths, 1, "bases");
+  groups.experts = arrays(experts, expert_dtypes, lengths, std::max(groups.n_experts, 1), "experts");
+  return groups;
+}
+
+template <class T>
+T* at(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void py_delta_stats(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                    const Codes& expert_dtypes, const Lengths& lengths, double eps, double eps_rel, double kappa,
+                    uint64_t moments, uint64_t counts, uint64_t bin_counts, uint64_t bin_sums, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  require(groups.bases.size() == groups.lengths.size(), "delta_stats needs a base");
+  py::gil_scoped_release unlocked;
+  delta_stats(groups, {eps, eps_rel, kappa}, at<double>(moments), at<int64_t>(counts), at<int64_t>(bin_counts),
+              at<double>(bin_sums), threads);
+}
+
+void py_magnitude_threshold(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                            const Codes& expert_dtypes, const Lengths& lengths, const Lengths& k, uint64_t thresholds,
+                            uint64_t nonfinite, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  require(groups.bases.size() == groups.lengths.size(), "magnitude_threshold needs a base");
+  require(k.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one k for each expert");
+  for (py::ssize_t i = 0; i < k.size(); ++i)
+    require(k.at(i) >= 0 && k.at(i) <= groups.lengths[i / groups.n_experts], "k must lie within 0 and the length");
+  const int64_t* ks = k.data();
+  py::gil_scoped_release unlocked;
+  magnitude_threshold(groups, ks, at<double>(thresholds), at<int64_t>(nonfinite), threads);
+}
+
+void py_aggregate(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
+                  const Pointers& outs, const Codes& out_dtypes, const Lengths& lengths, const Numbers& weights,
+                  double scale, int rule, bool normalize, uint64_t thresholds, uint64_t nonfinite, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  const std::vector<Array> into = arrays(outs, out_dtypes, lengths, 1, "outs");
+  require(into.size() == groups.lengths.size(), "need one output for each length");
+  require(weights.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one weight for each expert");
+  require(rule == 0 || rule == 1, "unknown rule");
+  const AggregateOptions options{weights.data(), at<const double>(thresholds), scale, static_cast<resm::Rule>(rule),
+                                 normalize};
+  py::gil_scoped_release unlocked;
+  aggregate(groups, options, into, at<int64_t>(nonfinite), threads);
+}
+
+#if defined(RESM_WITH_CUDA)
+void py_aggregate_cuda(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                       const Codes& expert_dtypes, const Pointers& outs, const Codes& out_dtypes,
+                       const Lengths& lengths, const Numbers& weights, double scale, int rule, bool normalize,
+                       const Numbers& thresholds, uint64_t nonfinite, uint64_t stream) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  const std::vector<Array> into = arrays(outs, out_dtypes, lengths, 1, "outs");
+  const int n_experts = groups.n_experts;
+  require(into.size() == groups.lengths.size(), "need one output for each length");
+  require(n_experts <= resm::cuda::kMaxExperts, "too many experts for one launch");
+  require(weights.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one weight for each expert");
+  require(thresholds.size() == 0 || thresholds.size() == weights.size(), "need one threshold for each expert");
+  require(rule == 0 || rule == 1, "unknown rule");
+  for (int64_t g = 0; g < groups.size(); ++g) {
+    const bool in_double = groups.is_double(g);
+    resm::cuda::Merge merge{};
+    if (groups.base(g) != nullptr) merge.base = {groups.base(g)->data, groups.base(g)->dtype};
+    merge.out = {into[g].data, into[g].dtype};
+    merge.length = groups.lengths[g];
+    merge.n_experts = n_experts;
+    merge.rule = static_cast<resm::Rule>(rule);
+    merge.normalize = normalize;
+    merge.trims = thresholds.size() != 0 && merge.rule == resm::Rule::ties;
+    merge.scale = scale;
+    for (int t = 0; t < n_experts; ++t) {
+      const Array& expert = groups.experts_of(g)[t];
+      const double weight = weights.at(g * n_experts + t);
+      merge.experts[t] = {expert.data, expert.dtype};
+      merge.weights[t] = weight;
+      // Summed in the compute type, as on the CPU.
+      merge.weight_sum = in_double ? merge.weight_sum + weight
+                                   : static_cast<float>(merge.weight_sum) + static_cast<float>(weight);
+      merge.thresholds[t] = merge.trims ? thresholds.at(g * n_experts + t) : 0.0;
+    }
+    resm::cuda::aggregate(merge, in_double, at<int64_t>(nonfinite) + g * (1 + n_experts), stream);
+  }
+}
+#endif
+
+py::dict build_facts() {
+  py::dict facts;
+  facts["isa"] = kernels().isa;
+  const char* names[3];
+  const int n = available_isas(names);
+  py::list isas;
+  for (int i = 0; i < n; ++i) isas.append(names[i]);
+  facts["isas"] = isas;
+#if defined(_OPENMP)
+  facts["openmp"] = true;
+#else
+  facts["openmp"] = false;
+#endif
+  facts["compiler"] = RESM_COMPILER;
+  facts["cuda"] = RESM_CUDA_BUILT_FOR;
+  return facts;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Native kernels of resm_kernels; use them through resm_kernels.ops.";
+  m.def("delta_stats", &py_delta_stats);
+  m.def("magnitude_threshold", &py_magnitude_threshold);
+  m.def("aggregate", &py_aggregate);
+#if defined(RESM_WITH_CUDA)
+  m.def("aggregate_cuda", &py_aggregate_cuda);
+#endif
+  m.def("build_facts", &build_facts, "Instruction sets, OpenMP, compiler and CUDA architectures of this build.");
+  m.def("use_isa", [](const std::string& name) {
+    require(use_isa(name.c_str()), "this processor or build has no instruction set '" + name + "'");
+  }, "Choose the instruction set, for tests: results must not depend on it.");
+}

@@ -1,0 +1,38 @@
+"""What runs here: which kernels are live, and what to do to get the fast ones."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from typing import Any
+
+import torch
+
+from resm_kernels import _extension
+from resm_kernels.ops import dispatch_table
+
+
+def backends() -> dict[str, Any]:
+    """Describe the live kernels of this installation.
+
+    Returns:
+        A dictionary of plain values: ``native`` (available, reason if not, instruction set in use, OpenMP, CUDA
+        architectures built in), ``ops`` (for each op and device type, "native" or "reference"), ``threads``,
+        ``torch`` and ``triton`` (versions; None if absent), ``gpu`` (names of the visible devices).
+    """
+    native = _extension.native
+    facts = {} if native is None else dict(native.build_facts())
+    return {
+        "native": {"available": native is not None, "reason": _extension.unavailable_reason, **facts},
+        "ops": dispatch_table(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "gpu": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

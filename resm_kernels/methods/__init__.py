@@ -1,0 +1,33 @@
+"""Merge methods: tensors in, merged tensor out. One module a method; `get(name)` finds it."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from resm_kernels.methods._registry import REQUIRED, Method, Parameter, did_you_mean
+from resm_kernels.methods.linear import LINEAR
+from resm_kernels.methods.resm import RESM
+from resm_kernels.methods.task_arithmetic import TASK_ARITHMETIC
+from resm_kernels.methods.ties import TIES
+from resm_kernels.methods.tsvm import TSVM
+
+_METHODS: Final = {m.name: m for m in (RESM, TSVM, TASK_ARITHMETIC, LINEAR, TIES)}
+
+
+def get(name: str) -> Method:
+    """Return the method that recipes call `name`, or raise a ValueError that names the nearest one."""
+    try:
+        return _METHODS[name]
+    except KeyError:
+        known = names()
+        raise ValueError(
+            f"unknown merge method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}"
+        ) from None
+
+
+def names() -> tuple[str, ...]:
+    """Names of all merge methods, in alphabetical order."""
+    return tuple(sorted(_METHODS))
+
+
+__all__ = ["REQUIRED", "Method", "Parameter", "get", "names"]

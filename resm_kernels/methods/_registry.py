@@ -1,0 +1,165 @@
+"""What a merge method is: a function on tensors plus the description that recipes, the CLI and plug-ins read.
+
+One `Method` per module of this package; `get` finds it by the name that recipes use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from torch import Tensor
+
+REQUIRED: Final = object()
+"""Default of a parameter that has none: leaving it out is an error."""
+
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One named choice of a merge method.
+
+    Attributes:
+        name: The key that recipes use, in the field's (mergekit's) spelling.
+        kind: `float`, `int`, `bool`, or a tuple of allowed strings.
+        default: The value when it is left out; `REQUIRED` if it must be given. `None` means "decided by the method".
+        doc: One line for help texts and errors: meaning, unit, why this default.
+        per_expert: True if each expert has its own value.
+        minimum, maximum: Inclusive bounds of a number.
+    """
+
+    name: str
+    kind: type | tuple[str, ...]
+    default: Any
+    doc: str
+    per_expert: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def keyword(self) -> str:
+        """The parameter's name as a Python keyword argument (`lambda` is a reserved word: `lambda_`)."""
+        return "lambda_" if self.name == "lambda" else self.name
+
+    def validate(self, value: Any) -> Any:
+        """Return `value` converted to the parameter's kind, or raise a ValueError that names parameter and need."""
+        if value is None and self.default is None:
+            return None
+        if isinstance(self.kind, tuple):
+            return self._validate_choice(value, self.kind)
+        if self.kind is bool:
+            return self._validate_bool(value)
+        return self._validate_number(value)
+
+    def _validate_choice(self, value: Any, choices: tuple[str, ...]) -> str:
+        if value in choices:
+            return str(value)
+        raise ValueError(f"{self.name}: got {value!r}, need one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+    def _validate_bool(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, (int, float)) and value in (0, 1):
+            return bool(value)
+        if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
+            return value.lower() in _TRUE
+        raise ValueError(f"{self.name}: got {value!r}, need true or false")
+
+    def _validate_number(self, value: Any) -> float | int:
+        wanted = "a whole number" if self.kind is int else "a number"
+        try:
+            # YAML 1.1 reads 1e-3 as a string; mergekit's recipes rely on it being a number.
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.name}: got {value!r}, need {wanted}{self._bounds()}") from None
+        below = self.minimum is not None and number < self.minimum
+        above = self.maximum is not None and number > self.maximum
+        fractional = self.kind is int and not number.is_integer()
+        if isinstance(value, bool) or not math.isfinite(number) or below or above or fractional:
+            raise ValueError(f"{self.name}: got {value!r}, need {wanted}{self._bounds()}")
+        return int(number) if self.kind is int else number
+
+    def _bounds(self) -> str:
+        if self.minimum is not None and self.maximum is not None:
+            return f" from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f" of at least {self.minimum:g}"
+        return f" of at most {self.maximum:g}" if self.maximum is not None else ""
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: call it like its function, `method(base, experts, **parameters)`.
+
+    Attributes:
+        name: The name that recipes use (`merge_method`).
+        title: The method's name in prose.
+        reference: Where it is defined.
+        needs_base: False if it averages models rather than task vectors; then `base` may be None.
+        parameters: Every choice, each a keyword argument of the call.
+        function: `function(base, experts, *, out_dtype, **parameters)`; per-expert parameters arrive as lists.
+        workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
+            inputs and its output.
+    """
+
+    name: str
+    title: str
+    reference: str
+    needs_base: bool
+    parameters: tuple[Parameter, ...]
+    function: Callable[..., Tensor]
+    workspace: Callable[[tuple[int, ...], int], int]
+
+    def parameter(self, name: str) -> Parameter:
+        """Return the parameter of that recipe key, or raise a ValueError that names the nearest one."""
+        for parameter in self.parameters:
+            if parameter.name == name:
+                return parameter
+        known = tuple(p.name for p in self.parameters)
+        raise ValueError(
+            f"{self.name} has no parameter {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
+        )
+
+    def resolve(self, n_experts: int, given: dict[str, Any]) -> dict[str, Any]:
+        """Check `given` (by keyword), fill in defaults, and spread per-expert scalars over the experts."""
+        by_keyword = {p.keyword: p for p in self.parameters}
+        for keyword in given:
+            if keyword not in by_keyword:
+                self.parameter(keyword)  # raises, naming the nearest
+                raise TypeError(f"{self.name}: pass {keyword!r} as {self.parameter(keyword).keyword!r}")
+        return {k: _resolve_one(p, given.get(k, p.default), n_experts) for k, p in by_keyword.items()}
+
+    def __call__(
+        self, base: Tensor | None, experts: Sequence[Tensor], *, out_dtype: Any = None, **given: Any
+    ) -> Tensor:
+        if isinstance(experts, Tensor) or len(experts) == 0:
+            raise ValueError(
+                f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
+                "one or more tensors"
+            )
+        if self.needs_base and base is None:
+            raise ValueError(f"base: got None, but {self.name} merges task vectors and needs the base tensor")
+        return self.function(base, list(experts), out_dtype=out_dtype, **self.resolve(len(experts), given))
+
+
+def _resolve_one(parameter: Parameter, value: Any, n_experts: int) -> Any:
+    if value is REQUIRED:
+        raise ValueError(f"{parameter.name}: missing; {parameter.doc}")
+    if not parameter.per_expert:
+        return parameter.validate(value)
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        return [parameter.validate(value)] * n_experts
+    if len(value) != n_experts:
+        raise ValueError(f"{parameter.name}: got {len(value)} values, need one for each of the {n_experts} experts")
+    return [parameter.validate(v) for v in value]
+
+
+def did_you_mean(name: Any, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    return f", did you mean {near[0]!r}?" if near else ""

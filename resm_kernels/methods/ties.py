@@ -1,0 +1,75 @@
+"""TIES: trim, elect signs, merge what agrees (Yadav et al., arXiv 2306.01708), in mergekit's weighted form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
+from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.ops.magnitude_threshold import magnitude_threshold
+
+
+def ties(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    weight: list[float],
+    density: list[float],
+    normalize: bool,
+    lambda_: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """θ = θ₀ + λ·m with m elected as in `resm_kernels.ops.aggregate`, rule ``ties``.
+
+    Of each Δ_t the k = max(1, ⌊density·N⌋) largest by magnitude are kept, and all that tie with the k-th: a rule that
+    depends on no order of elements, where a sort keeps an arbitrary part of the ties. density 0 keeps nothing.
+    Signs are elected on the weighted deltas and the sum is divided by the weights that agree (mergekit); peft
+    elects before weighting and divides by the count.
+    """
+    thresholds = None
+    if any(d < 1 for d in density):
+        kept = [_kept(d, experts[0].numel()) for d in density]
+        # Finiteness is checked by aggregate, which reads the same values.
+        thresholds = magnitude_threshold(base, experts, kept, check_finite=False)
+    return aggregate(
+        base,
+        experts,
+        weight,
+        scale=lambda_,
+        rule="ties",
+        normalize=normalize,
+        thresholds=thresholds,
+        out_dtype=out_dtype,
+    )
+
+
+def _kept(density: float, numel: int) -> int:
+    if density <= 0:
+        return 0
+    return numel if density >= 1 else min(numel, max(1, int(density * numel)))
+
+
+TIES = Method(
+    name="ties",
+    title="TIES",
+    reference="https://arxiv.org/abs/2306.01708",
+    needs_base=True,
+    parameters=(
+        WEIGHT,
+        Parameter(
+            "density",
+            float,
+            1.0,
+            "share of each task vector kept, largest magnitudes first; the paper uses 0.2, mergekit's default is 1",
+            per_expert=True,
+            minimum=0.0,
+            maximum=1.0,
+        ),
+        Parameter("normalize", bool, True, "divide by the sum of the weights whose sign agrees"),
+        LAMBDA,
+    ),
+    function=ties,
+    workspace=elementwise_workspace,
+)

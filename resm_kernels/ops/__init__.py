@@ -1,0 +1,18 @@
+"""The kernels' public face. Each op is also `torch.ops.resm_kernels.<name>`; `reference/<name>.py` defines it."""
+
+from resm_kernels.ops._library import NonFiniteError, dispatch_table
+from resm_kernels.ops.aggregate import aggregate, aggregate_list
+from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
+from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
+
+__all__ = [
+    "DeltaStats",
+    "NonFiniteError",
+    "aggregate",
+    "aggregate_list",
+    "delta_stats",
+    "delta_stats_list",
+    "dispatch_table",
+    "magnitude_threshold",
+    "magnitude_threshold_list",
+]

@@ -1,0 +1,142 @@
+"""Registration with torch.library, and the checks that every op makes of its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+
+NAMESPACE: Final = "resm_kernels"
+FLOAT_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+"""Dtypes the kernels read and write; the position is the code csrc/common/dtype.h knows it by."""
+
+_LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")
+_DISPATCH: Final[dict[str, dict[str, str]]] = {}
+
+
+class NonFiniteError(ValueError):
+    """An input holds NaN or infinity, which no merge can give a meaning to.
+
+    Attributes:
+        argument: The argument's name as the caller knows it, such as "base" or "experts[1]".
+        index: The expert's position; None for the base.
+        count: How many values are not finite.
+    """
+
+    def __init__(self, argument: str, index: int | None, count: int):
+        super().__init__(f"{argument}: got {count} NaN or infinite values, need finite ones")
+        self.argument, self.index, self.count = argument, index, count
+
+
+def register(
+    name: str,
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    cpu: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
+) -> None:
+    """Define `resm_kernels::name`, and choose what runs where.
+
+    The reference serves every device, and tracing; the native kernels replace it on the devices they are built for.
+    """
+    _LIBRARY.define(name + schema)
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    _DISPATCH[name] = {"CPU": "reference", "CUDA": "reference"}
+    if _extension.native is not None:
+        _LIBRARY.impl(name, cpu, "CPU")
+        _DISPATCH[name]["CPU"] = "native"
+    if cuda is not None and hasattr(_extension.native, f"{name}_cuda"):
+        _LIBRARY.impl(name, cuda, "CUDA")
+        _DISPATCH[name]["CUDA"] = "native"
+
+
+def dispatch_table() -> dict[str, dict[str, str]]:
+    """For each op and device type, which kernel runs."""
+    return {name: dict(row) for name, row in _DISPATCH.items()}
+
+
+def check_group(base: Tensor | None, experts: Sequence[Tensor], where: str = "") -> None:
+    """Raise unless base and experts are plain floating-point tensors of one shape on one device.
+
+    Args:
+        where: Put before the arguments' names in errors, e.g. "tensor 3: " in a list form.
+    """
+    if isinstance(experts, Tensor) or len(experts) == 0:
+        got = "a tensor" if isinstance(experts, Tensor) else "none"
+        raise ValueError(f"{where}experts: got {got}, need a sequence of one or more tensors")
+    first_name, first = ("base", base) if base is not None else ("experts[0]", experts[0])
+    named = [] if base is None else [("base", base)]
+    for name, tensor in named + [(f"experts[{i}]", e) for i, e in enumerate(experts)]:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{where}{name}: got {type(tensor).__name__}, need a tensor")
+        if tensor.dtype not in FLOAT_DTYPES:
+            wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+            got = str(tensor.dtype).removeprefix("torch.")
+            raise TypeError(f"{where}{name}: got dtype {got}, need one of {wanted}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"{where}{name}: got layout {tensor.layout}, need a dense (strided) tensor")
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{where}{name}: got shape {list(tensor.shape)}, need {list(first.shape)} like {first_name}"
+            )
+        if tensor.device != first.device:
+            raise ValueError(f"{where}{name}: is on {tensor.device}, need {first.device} like {first_name}")
+        if tensor.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{where}{name}: requires grad, but merging records no gradient; pass {name}.detach() or merge "
+                "under torch.no_grad()"
+            )
+
+
+def flatten_groups(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], where: str) -> list[Tensor]:
+    """Check L groups of one base and T experts, and return the experts in one list, those of tensor 0 first.
+
+    Args:
+        where: As in `check_group`, with {} for the group's number.
+    """
+    if len(bases) != len(experts):
+        raise ValueError(f"experts: got {len(experts)} groups, need one for each of the {len(bases)} bases")
+    for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
+        check_group(base, own, where.format(i))
+        if len(own) != len(experts[0]):
+            raise ValueError(f"{where.format(i)}experts: got {len(own)}, need {len(experts[0])} as for tensor 0")
+    return [expert for own in experts for expert in own]
+
+
+def check_number(name: str, value: float, *, minimum: float | None = None) -> float:
+    """Return `value` as a float, or raise a ValueError unless it is finite and at least `minimum`."""
+    number = float(value)
+    if not np.isfinite(number) or (minimum is not None and number < minimum):
+        bound = "" if minimum is None else f" of at least {minimum:g}"
+        raise ValueError(f"{name}: got {value!r}, need a finite number{bound}")
+    return number
+
+
+def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor], where: str = "") -> None:
+    """Raise the NonFiniteError of the first input that has NaN or infinity, if one has."""
+    inputs = [("base", None, base)] + [(f"experts[{i}]", i, e) for i, e in enumerate(experts)]
+    for name, index, tensor in inputs:
+        if tensor is None:
+            continue
+        count = tensor.numel() - int(torch.isfinite(tensor).sum())
+        if count:
+            raise NonFiniteError(where + name, index, count)
+
+
+class NativeTensors:
+    """Tensors as the tables of raw pointers, dtype codes and lengths that csrc takes.
+
+    Copies tensors that are not contiguous and keeps every tensor alive as long as this object.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._kept = [t.contiguous() for t in tensors]
+        self.pointers = np.array([t.data_ptr() for t in self._kept], dtype=np.uint64)
+        self.dtypes = np.array([FLOAT_DTYPES.index(t.dtype) for t in self._kept], dtype=np.int32)
+        self.lengths = np.array([t.numel() for t in self._kept], dtype=np.int64)

@@ -1,0 +1,219 @@
+"""Statistics of task vectors Δ_t = θ_t − θ₀ in one read of base and experts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, check_number, flatten_groups, raise_nonfinite, register
+from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, histogram_edges
+from resm_kernels.reference.delta_stats import delta_stats as _reference
+
+
+@dataclass(frozen=True)
+class DeltaStats:
+    """Statistics of δ = θ_t − θ₀, one entry for each of T experts (shape (T,); (L, T) from `delta_stats_list`).
+
+    Attributes:
+        numel: N, the number of parameters.
+        sum, sum_sq, sum_abs, max_abs: Σδ, Σδ², Σ|δ| and max|δ|, float64.
+        n_zero: How many δ are exactly zero.
+        n_small: How many |δ| ≤ max(eps, eps_rel·rms(Δ_t)).
+        n_outlier, outlier_sum_abs: How many |δ − μ| > κσ, and their Σ|δ|; zero if κ was None.
+        n_nonfinite: How many δ are NaN or infinite (only with `check_finite=False`).
+        histogram_counts, histogram_sum_abs: Number and Σ|δ| of the values in each bin of log₂|δ| (last dimension,
+            256 bins: bin i from 1 to 254 holds 2^(i−127) ≤ |δ| < 2^(i−126), bin 0 what is smaller, zeros included,
+            and bin 254 also what is larger); None unless asked for.
+    """
+
+    numel: Tensor
+    sum: Tensor
+    sum_sq: Tensor
+    sum_abs: Tensor
+    max_abs: Tensor
+    n_zero: Tensor
+    n_small: Tensor
+    n_outlier: Tensor
+    outlier_sum_abs: Tensor
+    n_nonfinite: Tensor
+    histogram_counts: Tensor | None = None
+    histogram_sum_abs: Tensor | None = None
+
+    def mean(self) -> Tensor:
+        """μ = Σδ / N; 0 for an empty tensor."""
+        return self.sum / self.numel.clamp(min=1)
+
+    def std(self) -> Tensor:
+        """σ = sqrt(Σδ²/N − μ²), the population's standard deviation."""
+        return (self.sum_sq / self.numel.clamp(min=1) - self.mean() ** 2).clamp(min=0).sqrt()
+
+    def rms(self) -> Tensor:
+        """sqrt(Σδ² / N)."""
+        return (self.sum_sq / self.numel.clamp(min=1)).sqrt()
+
+    def sparsity(self) -> Tensor:
+        """s_t, the share of |δ| ≤ ε; 0 for an empty tensor."""
+        return self.n_small / self.numel.clamp(min=1)
+
+    def outlier_mass(self) -> Tensor:
+        """a_t = (1/N)·Σ over outliers of |δ|."""
+        return self.outlier_sum_abs / self.numel.clamp(min=1)
+
+    def quantile(self, q: float) -> Tensor:
+        """The q-quantile of |δ|, read off the histogram: right to the bin, that is within a factor of two.
+
+        Inside its bin the value is interpolated linearly. For an exact order statistic see `magnitude_threshold`.
+
+        Raises:
+            ValueError: If q is outside [0, 1] or the histogram was not asked for.
+        """
+        if not 0 <= q <= 1:
+            raise ValueError(f"q: got {q!r}, need a number from 0 to 1")
+        if self.histogram_counts is None:
+            raise ValueError("quantile needs the histogram: call delta_stats with histogram=True")
+        edges = torch.tensor(histogram_edges(), dtype=torch.float64, device=self.histogram_counts.device)
+        cumulative = self.histogram_counts.cumsum(-1).double()
+        rank = (q * cumulative[..., -1:]).contiguous()
+        at = torch.searchsorted(cumulative, rank).clamp(max=HISTOGRAM_BINS - 2)
+        inside = self.histogram_counts.gather(-1, at).clamp(min=1)
+        before = cumulative.gather(-1, at) - inside
+        low, high = edges[at], edges[at + 1].clamp(max=math.ldexp(1.0, 128))
+        return (low + (high - low) * ((rank - before) / inside).clamp(0, 1)).squeeze(-1).minimum(self.max_abs)
+
+
+def delta_stats(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    eps: float = 0.0,
+    eps_rel: float = 0.0,
+    kappa: float | None = 3.0,
+    histogram: bool = False,
+    check_finite: bool = True,
+) -> DeltaStats:
+    """Sparsity, moments, outliers and histogram of the task vectors of T experts (RESM, arXiv 2502.06876).
+
+    Δ is formed in fp32 on the fly (float64 if base or expert is float64) and never stored. Base and experts are read
+    once; a second read happens only for what needs the moments first: outliers (κ) and a relative ε.
+
+    Args:
+        base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
+        experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
+        eps: ε of `n_small`, absolute. The default 0 counts exact zeros, the natural sparsity of bf16 checkpoints.
+        eps_rel: ε as a multiple of rms(Δ_t); the larger of both holds.
+        kappa: κ of the outlier rule |δ − μ| > κσ; 3 is the usual choice for heavy-tailed deltas. None skips it.
+        histogram: Also count |δ| in 256 bins of log₂|δ|.
+        check_finite: Refuse NaN and infinity (the default); if False they are counted in `n_nonfinite`, and the
+            moments of that expert are not finite.
+
+    Returns:
+        DeltaStats with fields of shape (T,).
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
+        NonFiniteError: An input has NaN or infinite values.
+
+    Determinism: sums are float64 over a fixed tree, so that the result has the same bits for any number of threads.
+    Errors against exact arithmetic are of relative size 1e-13 (each Δ is itself rounded to fp32, see above).
+    """
+    stats = _checked([base], [experts], "", eps, eps_rel, kappa, histogram, check_finite)
+    return replace(stats, **{name: value[0] for name, value in vars(stats).items() if value is not None})
+
+
+def delta_stats_list(
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    *,
+    eps: float = 0.0,
+    eps_rel: float = 0.0,
+    kappa: float | None = 3.0,
+    histogram: bool = False,
+    check_finite: bool = True,
+) -> DeltaStats:
+    """`delta_stats` of L tensors in one call: `experts[l]` are the T experts of `bases[l]`.
+
+    Meant for many small tensors, where the cost of a call outweighs the work. Fields have shape (L, T).
+    """
+    return _checked(bases, experts, "tensor {}: ", eps, eps_rel, kappa, histogram, check_finite)
+
+
+def _checked(
+    bases: Sequence[Tensor],
+    experts: Sequence[Sequence[Tensor]],
+    where: str,
+    eps: float,
+    eps_rel: float,
+    kappa: float | None,
+    histogram: bool,
+    check_finite: bool,
+) -> DeltaStats:
+    moments, counts, bin_counts, bin_sums = torch.ops.resm_kernels.delta_stats(
+        list(bases),
+        flatten_groups(bases, experts, where),
+        check_number("eps", eps, minimum=0),
+        check_number("eps_rel", eps_rel, minimum=0),
+        None if kappa is None else check_number("kappa", kappa, minimum=0),
+        bool(histogram),
+    )
+    stats = DeltaStats(
+        numel=counts[..., 4],
+        sum=moments[..., 0],
+        sum_sq=moments[..., 1],
+        sum_abs=moments[..., 2],
+        max_abs=moments[..., 3],
+        n_zero=counts[..., 0],
+        n_small=counts[..., 1],
+        n_outlier=counts[..., 2],
+        outlier_sum_abs=moments[..., 4],
+        n_nonfinite=counts[..., 3],
+        histogram_counts=bin_counts if histogram else None,
+        histogram_sum_abs=bin_sums if histogram else None,
+    )
+    if check_finite and bool(stats.n_nonfinite.any()):
+        for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
+            raise_nonfinite(base, own, where.format(i))
+        raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
+    return stats
+
+
+def _native(
+    bases: list[Tensor], experts: list[Tensor], eps: float, eps_rel: float, kappa: float | None, histogram: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    assert _extension.native is not None
+    n_experts = len(experts) // len(bases) if bases else 0
+    bins = HISTOGRAM_BINS if histogram else 0
+    moments = torch.empty((len(bases), n_experts, 5), dtype=torch.float64)
+    counts = torch.empty((len(bases), n_experts, 5), dtype=torch.int64)
+    bin_counts = torch.empty((len(bases), n_experts, bins), dtype=torch.int64)
+    bin_sums = torch.empty((len(bases), n_experts, bins), dtype=torch.float64)
+    b, e = NativeTensors(bases), NativeTensors(experts)
+    _extension.native.delta_stats(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        b.lengths,
+        eps,
+        eps_rel,
+        -1.0 if kappa is None else kappa,
+        moments.data_ptr(),
+        counts.data_ptr(),
+        bin_counts.data_ptr() if histogram else 0,
+        bin_sums.data_ptr() if histogram else 0,
+        torch.get_num_threads(),
+    )
+    return moments, counts, bin_counts, bin_sums
+
+
+register(
+    "delta_stats",
+    "(Tensor[] bases, Tensor[] experts, float eps, float eps_rel, float? kappa, bool histogram)"
+    " -> (Tensor moments, Tensor counts, Tensor bin_counts, Tensor bin_sums)",
+    reference=_reference,
+    cpu=_native,
+)
