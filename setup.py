@@ -8,6 +8,7 @@ RESM_CUDA_ARCHITECTURES=...   for which architectures, in CMake's spelling
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -36,7 +37,7 @@ class CMakeBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         options = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(target.parent),
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(build),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "RESM_CUDA": "ON" if switch("RESM_CUDA", "OFF") else "OFF",
@@ -45,8 +46,14 @@ class CMakeBuild(build_ext):
         if "RESM_CUDA_ARCHITECTURES" in os.environ:
             options["RESM_CUDA_ARCHITECTURES"] = os.environ["RESM_CUDA_ARCHITECTURES"]
         defines = [f"-D{name}={value}" for name, value in options.items()]
-        subprocess.run(["cmake", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines], check=True)
+        # --fresh: an isolated build's tools are gone the next time, and the cache would still name them.
+        subprocess.run(["cmake", "--fresh", "-G", "Ninja", "-S", str(ROOT), "-B", str(build), *defines], check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        # Put in place in one step: a process that has the old file mapped must not see it change.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.with_suffix(".new")
+        shutil.copy2(build / target.name, fresh)
+        fresh.replace(target)
 
 
 setup(

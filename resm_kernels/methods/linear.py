@@ -7,6 +7,7 @@ from torch import Tensor
 
 from resm_kernels.methods._common import WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.ops._library import check_group
 from resm_kernels.ops.aggregate import aggregate
 
 
@@ -17,6 +18,8 @@ def linear(
 
     Without `out_dtype` the result has the base's dtype, or the first expert's where there is no base.
     """
+    if base is not None:
+        check_group(base, experts)
     dtype = out_dtype or (None if base is None else base.dtype)
     return aggregate(None, experts, weight, normalize=normalize, out_dtype=dtype)
 

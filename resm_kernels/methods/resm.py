@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg import DECOMPOSITIONS, Decomposition, decompose, polar
+from resm_kernels.linalg import DECOMPOSITIONS, Decomposition, Subspace, decompose, polar
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.reference._delta import compute_dtype
 
@@ -62,25 +62,37 @@ def resm(
     """
     c = _Choices(**choices)  # type: ignore[arg-type]
     stats, weights = _statistics(base, experts, c)
-    layer_weights = weights.reshape(len(experts), -1).mean(1)
     if not _is_spectral(base, len(experts), c):
-        return aggregate(base, experts, layer_weights / len(experts), scale=lambda_, out_dtype=out_dtype)
+        return _averaged(base, experts, weights / len(experts), lambda_, out_dtype)
     rank = _rank_rule(tuple(base.shape), stats.sparsity().tolist(), c)
-    lefts, cores, rights = [], [], []
-    for t, expert in enumerate(experts):
-        found = decompose(_task_matrix(base, expert, stats, weights, t, c), c.decomposition)
-        part = found.truncate(rank(t, found))
-        lefts.append(part.left)
-        rights.append(part.right)
-        # A scalar weight commutes with the decomposition; row weights are in the matrix already.
-        cores.append(part.core * (weights[t] if c.granularity == "layer" else 1.0))
-    left, right = polar(torch.cat(lefts, 1)), polar(torch.cat(rights, 1))
-    sizes = [core.shape[0] for core in cores]
-    scaled = torch.cat([part @ core for part, core in zip(left.split(sizes, 1), cores, strict=True)], 1)
+
+    def subspace(t: int) -> Subspace:
+        found = decompose(_task_matrix(base, experts, stats, weights, t, c), c.decomposition)
+        return found.truncate(rank(t, found))
+
+    parts = [subspace(t) for t in range(len(experts))]
+    # A scalar weight commutes with the decomposition; row weights are in the matrix already.
+    cores = [p.core * (weights[t] if c.granularity == "layer" else 1.0) for t, p in enumerate(parts)]
+    left = polar(torch.cat([p.left for p in parts], 1))
+    right = polar(torch.cat([p.right for p in parts], 1))
+    del parts
     dtype = compute_dtype(base, *experts)
-    merged = scaled.to(dtype) @ right.to(dtype).mT
+    bases = left.split([core.shape[0] for core in cores], 1)
+    scaled = torch.cat([(basis @ core).to(dtype) for basis, core in zip(bases, cores, strict=True)], 1)
+    merged = scaled @ right.to(dtype).mT
     # Not addmm: it would add the product's parts to the much larger base one by one, a rounding each.
     return merged.mul_(lambda_).add_(base).to(out_dtype or base.dtype)
+
+
+def _averaged(
+    base: Tensor, experts: list[Tensor], weights: Tensor, lambda_: float, out_dtype: torch.dtype | None
+) -> Tensor:
+    """θ₀ + λ·Σ_t w_t·Δ_t, w_t of shape (T,) or (T, m) for one weight a row."""
+    if weights.ndim == 1:
+        return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
+    rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
+    by_row = aggregate_list(list(base.unbind(0)), rows, list(weights.mT), scale=lambda_, out_dtype=out_dtype)
+    return torch.stack(by_row)
 
 
 def layer_plan(base: Tensor, experts: list[Tensor], **given: object) -> LayerPlan:
@@ -99,10 +111,10 @@ def layer_plan(base: Tensor, experts: list[Tensor], **given: object) -> LayerPla
     if spectral:
         rank = _rank_rule(tuple(base.shape), stats.sparsity().tolist(), c)
         needs_spectrum = c.rank_rule in ("energy", "effective_rank")
-        for t, expert in enumerate(experts):
+        for t in range(len(experts)):
             found = None
             if needs_spectrum:
-                found = decompose(_task_matrix(base, expert, stats, weights, t, c), c.decomposition)
+                found = decompose(_task_matrix(base, experts, stats, weights, t, c), c.decomposition)
             ranks.append(rank(t, found))
     return LayerPlan(
         shape=tuple(base.shape),
@@ -133,6 +145,10 @@ class _Choices:
     decomposition: str
     spectral: bool
 
+    def __post_init__(self) -> None:
+        if self.rank_rule == "fixed" and self.rank is None:
+            raise ValueError("rank: missing; rank_rule 'fixed' needs the number of directions kept of each expert")
+
 
 def _is_spectral(base: Tensor, n_experts: int, c: _Choices) -> bool:
     """A matrix with room for at least one direction of every expert, unless the recipe says otherwise."""
@@ -143,7 +159,7 @@ def _statistics(base: Tensor, experts: list[Tensor], c: _Choices) -> tuple[Delta
     """The layer's statistics, and the weights: (T,), or (T, m) with one weight for each row."""
     stats = delta_stats(base, experts, eps_rel=c.eps_rel, kappa=c.kappa)
     mass = stats.outlier_mass()
-    if c.granularity == "row" and base.ndim == 2:
+    if c.granularity == "row" and base.ndim == 2 and base.shape[0] > 0:
         rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
         mass = delta_stats_list(list(base.unbind(0)), rows, kappa=c.kappa).outlier_mass().mT
     user = torch.tensor(c.weight, dtype=torch.float64).reshape(-1, *[1] * (mass.ndim - 1))
@@ -165,10 +181,11 @@ def outlier_weights(mass: Tensor, beta: float) -> Tensor:
     return powers / powers.mean(0, keepdim=True)
 
 
-def _task_matrix(base: Tensor, expert: Tensor, stats: DeltaStats, weights: Tensor, t: int, c: _Choices) -> Tensor:
+def _task_matrix(
+    base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, t: int, c: _Choices
+) -> Tensor:
     """Δ_t in float64, winsorised and weighted by rows where that is asked for."""
-    dtype = compute_dtype(base, expert)
-    matrix = (expert.to(dtype) - base.to(dtype)).double()
+    matrix = experts[t].to(compute_dtype(base, *experts), copy=True).sub_(base).double()
     if c.outlier_clip:
         mean, spread = float(stats.mean()[t]), c.kappa * float(stats.std()[t])
         matrix.clamp_(mean - spread, mean + spread)
@@ -185,10 +202,9 @@ def _rank_rule(
     most = r // n_experts
 
     def clamp(k: float) -> int:
-        return min(max(math.floor(k), c.k_min), most)
+        # The slack keeps rounded shares from losing a direction: 10·(1 − 0.4) is 6, not 5.999…
+        return min(max(math.floor(k + 1e-9), c.k_min), most)
 
-    if c.rank_rule == "fixed" and c.rank is None:
-        raise ValueError("rank: missing; rank_rule 'fixed' needs the number of directions kept of each expert")
     consensus = sum(sparsity) / n_experts
 
     def rank(t: int, found: Decomposition | None) -> int:
@@ -212,12 +228,15 @@ def _rank_rule(
 
 
 def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """The float64 matrix and its fp32 source, Gram and eigenvectors, bases with their polar factors, the product."""
+    """Δ_t in float64 and its fp32 source, Gram and eigenvectors, a QR factorisation, all bases; or the product.
+
+    Measured peaks lie 15 to 40 % below, for an exact SVD 10 %.
+    """
     if len(shape) != 2:
-        return 8 << 20
+        return 24 << 20
     m, n = shape
     r = min(m, n)
-    return (8 << 20) + 20 * m * n + 48 * r * r + 32 * (m + n) * r
+    return (24 << 20) + 14 * m * n + 96 * r * r + 8 * (m + n) * r + 32 * max(m, n) * (r // n_experts)
 
 
 RESM = Method(

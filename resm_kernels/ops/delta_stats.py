@@ -58,7 +58,7 @@ class DeltaStats:
 
     def sparsity(self) -> Tensor:
         """s_t, the share of |δ| ≤ ε; 0 for an empty tensor."""
-        return self.n_small / self.numel.clamp(min=1)
+        return self.n_small.double() / self.numel.clamp(min=1)
 
     def outlier_mass(self) -> Tensor:
         """a_t = (1/N)·Σ over outliers of |δ|."""
@@ -78,7 +78,8 @@ class DeltaStats:
             raise ValueError("quantile needs the histogram: call delta_stats with histogram=True")
         edges = torch.tensor(histogram_edges(), dtype=torch.float64, device=self.histogram_counts.device)
         cumulative = self.histogram_counts.cumsum(-1).double()
-        rank = (q * cumulative[..., -1:]).contiguous()
+        # Rank 0 belongs to the smallest value's bin, not to the empty ones below it.
+        rank = (q * cumulative[..., -1:]).clamp(min=torch.finfo(torch.float64).tiny).contiguous()
         at = torch.searchsorted(cumulative, rank).clamp(max=HISTOGRAM_BINS - 2)
         inside = self.histogram_counts.gather(-1, at).clamp(min=1)
         before = cumulative.gather(-1, at) - inside
@@ -98,8 +99,8 @@ def delta_stats(
 ) -> DeltaStats:
     """Sparsity, moments, outliers and histogram of the task vectors of T experts (RESM, arXiv 2502.06876).
 
-    Δ is formed in fp32 on the fly (float64 if base or expert is float64) and never stored. Base and experts are read
-    once; a second read happens only for what needs the moments first: outliers (κ) and a relative ε.
+    Δ is formed in fp32 on the fly (float64 if base or any expert is float64) and never stored. Base and experts are
+    read once; a second read happens only for what needs the moments first: outliers (κ) and a relative ε.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.

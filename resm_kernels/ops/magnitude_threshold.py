@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ def magnitude_threshold(
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes. Δ is formed in fp32 (float64 if
-            either is float64) and never stored.
+            any of them is float64) and never stored.
         k: How many to keep, from 0 to N, for all experts or one for each. k = 0 gives τ = inf.
         check_finite: Refuse NaN and infinity (the default). If False, their |δ| counts as larger than any number.
 
@@ -37,8 +39,7 @@ def magnitude_threshold(
 
     Determinism: exact, hence the same for any number of threads, block size and order of elements.
     """
-    ks = [k] if isinstance(k, int) else [list(k)]
-    return _checked([base], [experts], "", ks, check_finite)[0]
+    return _checked([base], [experts], "", [k], check_finite)[0]
 
 
 def magnitude_threshold_list(
@@ -65,13 +66,14 @@ def _checked(
     ks: list[int] = []
     for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
         wanted = k[i]
-        each = [wanted] * len(own) if isinstance(wanted, int) else list(wanted)
+        each: list[Any] = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted] * len(own)
         if len(each) != len(own):
             raise ValueError(f"{where.format(i)}k: got {len(each)} values, need one for each of {len(own)} experts")
         for value in each:
-            if not 0 <= value <= base.numel():
-                raise ValueError(f"{where.format(i)}k: got {value}, need a whole number from 0 to {base.numel()}")
-        ks += each
+            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+            if not whole or not 0 <= int(value) <= base.numel():
+                raise ValueError(f"{where.format(i)}k: got {value!r}, need a whole number from 0 to {base.numel()}")
+        ks += map(int, each)
     thresholds, nonfinite = torch.ops.resm_kernels.magnitude_threshold(list(bases), flat, ks)
     if check_finite and bool(nonfinite.any()):
         for i, (base, own) in enumerate(zip(bases, experts, strict=True)):

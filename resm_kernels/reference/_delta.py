@@ -1,4 +1,4 @@
-"""Δ = θ_t − θ₀ as the arithmetic contract wants it: formed in fp32, in float64 if either input is float64."""
+"""Δ = θ_t − θ₀ as the arithmetic contract wants it: formed in fp32, in float64 if any input of the group is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def delta(base: Tensor, expert: Tensor) -> Tensor:
-    """The task vector of one expert, flattened."""
-    dtype = compute_dtype(base, expert)
-    return (expert.to(dtype) - base.to(dtype)).reshape(-1)
+def deltas(bases: list[Tensor], experts: list[Tensor]) -> list[Tensor]:
+    """The flattened task vectors of L groups of one base and T experts, `experts` running over the T fastest.
+
+    One dtype serves a whole group, so that a threshold found here means the same in `aggregate`.
+    """
+    n_experts = len(experts) // len(bases) if bases else 0
+    found = []
+    for i, base in enumerate(bases):
+        own = experts[i * n_experts : (i + 1) * n_experts]
+        dtype = compute_dtype(base, *own)
+        found += [(expert.to(dtype) - base.to(dtype)).reshape(-1) for expert in own]
+    return found

@@ -36,7 +36,7 @@ def aggregate(
         merged = merged * scale
         if base is not None:
             merged = base.to(merged.dtype) + merged
-        outs.append(merged.to(out_dtype or (own[0] if base is None else base).dtype))
+        outs.append(merged.to(out_dtype or (own[0] if base is None else base).dtype).contiguous())
         nonfinite += [torch.zeros_like(_nonfinite(own[0])) if base is None else _nonfinite(base)]
         nonfinite += [_nonfinite(expert) for expert in own]
     if not outs:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import delta
+from resm_kernels.reference._delta import deltas
 
 HISTOGRAM_BINS = 256
 _EXPONENT_BIAS = 127
@@ -22,9 +22,7 @@ def delta_stats(
     """
     n_tensors = len(bases)
     n_experts = len(experts) // n_tensors if n_tensors else 0
-    rows = [
-        _one(delta(bases[i // n_experts], expert), eps, eps_rel, kappa, histogram) for i, expert in enumerate(experts)
-    ]
+    rows = [_one(delta, eps, eps_rel, kappa, histogram) for delta in deltas(bases, experts)]
     bins = HISTOGRAM_BINS if histogram else 0
     moments, counts, bin_counts, bin_sums = zip(*rows, strict=True) if rows else ((), (), (), ())
     device = bases[0].device if bases else torch.device("cpu")

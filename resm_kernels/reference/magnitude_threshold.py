@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import delta
+from resm_kernels.reference._delta import deltas
 
 
 def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> tuple[Tensor, Tensor]:
@@ -22,9 +22,9 @@ def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]
             torch.zeros(shape, dtype=torch.float64, device=device),
             torch.zeros(shape, dtype=torch.int64, device=device),
         )
-    deltas = [delta(bases[i // shape[1]], expert) for i, expert in enumerate(experts)]
-    thresholds = torch.stack([_kth_largest(d, k[i]) for i, d in enumerate(deltas)])
-    nonfinite = torch.stack([d.numel() - torch.isfinite(d).sum() for d in deltas])
+    found = deltas(bases, experts)
+    thresholds = torch.stack([_kth_largest(d, k[i]) for i, d in enumerate(found)])
+    nonfinite = torch.stack([d.numel() - torch.isfinite(d).sum() for d in found])
     return thresholds.reshape(shape), nonfinite.reshape(shape)
 
 

@@ -1,0 +1,61 @@
+# `make demo` and `make test` do all set-up. Everything is installed into .venv; PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# torch by exact version: a range may bring another build with gigabytes of CUDA packages.
+TORCH := $(shell grep '^torch==' constraints.txt)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
+
+.PHONY: demo test lint bench bench-checkpoint wheel-smoke cuda gpu clean
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python $(SOURCES)
+	$(INSTALL) -e '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(BIN)/python $(SOURCES)
+	$(INSTALL) -e '.[demo,test,peers]'
+	touch $@
+
+$(VENV)/.lint: $(VENV)/.test
+	$(INSTALL) -e '.[demo,test,peers,lint]'
+	touch $@
+
+# Merge three experts with RESM, load the result with transformers, compare it with what else there is.
+demo: $(VENV)/.demo
+	$(BIN)/python examples/3h/demo.py
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --benchmark-disable
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Medians, and ratios to floors and peers timed in the same run, into benchmarks/results. Wants a quiet machine.
+bench: $(VENV)/.test
+	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/bench_checkpoint.py --json benchmarks/results/checkpoint.json
+
+# A wheel, built in isolation (no torch there), in a fresh environment, away from the source tree.
+wheel-smoke: $(BIN)/python
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) build/wheel/*.whl
+	cp tests/wheel_smoke.py build/wheel/ && cd build/wheel && venv/bin/python wheel_smoke.py
+
+# Compiles the CUDA kernels for every architecture, printing registers and spills; needs nvcc, no GPU.
+cuda: $(VENV)/.test
+	scripts/compile_cuda.sh
+
+# On a machine with a GPU: build with what is installed, GPU tests with skips as failures, memory checker, benchmarks.
+gpu:
+	scripts/gpu.sh
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info resm_kernels/*.so

@@ -1,0 +1,211 @@
+"""Whole merges of a 250 M-parameter model as users run them: `resm-kernels merge` against `mergekit-yaml`.
+
+Makes a Llama-shaped base and three experts with random bf16 weights once (about 2 GB in --cache), then runs both
+commands as whole processes in turn (A B A B …), and measures wall time and the process's own peak memory. For scale it
+also times the floor: reading the same bytes once with the same reader, and writing as many as the output has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Final
+
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
+
+HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, EXPERTS = 1024, 2816, 16, 32000, 3
+PARAMETERS: Final[dict[str, dict[str, float]]] = {
+    "ties": {"weight": 1.0, "density": 0.5},
+    "task_arithmetic": {"weight": 1.0},
+    "linear": {"weight": 1.0},
+    "resm": {},
+    "tsvm": {},
+}
+OURS, RIVAL = "resm-kernels", "mergekit"
+
+
+def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the model's weights."""
+    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}."
+        for name in ("q", "k", "v", "o"):
+            yield f"{layer}self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)
+        yield f"{layer}mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{layer}mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
+        yield f"{layer}mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
+        yield f"{layer}input_layernorm.weight", (HIDDEN,)
+        yield f"{layer}post_attention_layernorm.weight", (HIDDEN,)
+    yield "model.norm.weight", (HIDDEN,)
+    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+
+
+def make_models(cache: Path) -> list[Path]:
+    """Return the folders of base and experts, making those that are not there yet."""
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INTERMEDIATE,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+    }
+    files = {"config.json": json.dumps(config, indent=2).encode()}
+    plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes()], 10**12)
+    folders = [cache / "base", *(cache / f"expert{i}" for i in range(EXPERTS))]
+    for number, folder in enumerate(folders):
+        if folder.is_dir():
+            continue
+        with CheckpointWriter(folder.absolute(), plan, files) as writer:
+            for position, (name, shape) in enumerate(shapes()):
+                weights = torch.randn(shape, generator=torch.Generator().manual_seed(position)) * 0.02
+                if number:
+                    noise = torch.Generator().manual_seed(1000 * number + position)
+                    weights = weights.bfloat16() + torch.randn(shape, generator=noise) * 0.002
+                writer.write(name, weights.bfloat16())
+            writer.commit()
+    return folders
+
+
+def run(command: list[str], log: Path) -> tuple[float, int]:
+    """Run a process to its end; return seconds and its peak resident memory in bytes."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    with open(log, "wb") as stream:
+        started = time.perf_counter()
+        actions = [(os.POSIX_SPAWN_DUP2, stream.fileno(), 1), (os.POSIX_SPAWN_DUP2, stream.fileno(), 2)]
+        pid = os.posix_spawn(command[0], command, environment, file_actions=actions)
+        _, status, usage = os.wait4(pid, 0)
+        seconds = time.perf_counter() - started
+    if status != 0:
+        raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-2000:]}")
+    return seconds, usage.ru_maxrss * 1024
+
+
+def floor(folders: list[Path], out: Path) -> dict[str, float]:
+    """Seconds to read all inputs once into one reused buffer, and to write (not flush) the output's bytes."""
+    readers = [CheckpointReader(folder) for folder in folders]
+    buffer = torch.empty(max(t.nbytes for t in readers[0].tensors.values()), dtype=torch.uint8)
+    started = time.perf_counter()
+    for reader in readers:
+        for info in reader.tensors.values():
+            reader.read_into(info, buffer[: info.nbytes])
+        reader.close()
+    read = time.perf_counter() - started
+    view, total = memoryview(buffer.numpy()), readers[0].nbytes
+    started = time.perf_counter()
+    with open(out, "wb", buffering=0) as stream:
+        while total > 0:
+            total -= stream.write(view[:total])
+    return {"read_seconds": read, "write_seconds": time.perf_counter() - started}
+
+
+def compare(method: str, folders: list[Path], runs: int, rival: Path | None) -> dict[str, Any]:
+    """Run both commands on one recipe, in turn; return medians, peaks and the ratio."""
+    recipe = {
+        "merge_method": method,
+        **({} if method == "linear" else {"base_model": str(folders[0].absolute())}),
+        "models": [{"model": str(f.absolute()), "parameters": PARAMETERS[method]} for f in folders[1:]],
+        "dtype": "bfloat16",
+    }
+    with tempfile.TemporaryDirectory(dir=folders[0].parent) as scratch:
+        file, out, log = Path(scratch, "recipe.yml"), Path(scratch, "out"), Path(scratch, "log")
+        file.write_text(yaml.safe_dump(recipe))
+        commands = {OURS: [sys.executable, "-m", "resm_kernels", "merge", str(file), str(out), "--quiet"]}
+        if rival is not None:
+            commands[RIVAL] = [str(rival), str(file), str(out)]
+        measured: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
+        for _ in range(runs):
+            for name, command in commands.items():
+                measured[name].append(run(command, log))
+                rmtree(out)
+        result: dict[str, Any] = {"method": method, "parameters": PARAMETERS[method]}
+        for name, samples in measured.items():
+            seconds = [s for s, _ in samples]
+            result[name] = {
+                "median_seconds": statistics.median(seconds),
+                "seconds": seconds,
+                "peak_bytes": max(p for _, p in samples),
+            }
+        result["floor"] = floor(folders, Path(scratch, "floor"))
+    if rival is not None:
+        result["ratio"] = result[RIVAL]["median_seconds"] / result[OURS]["median_seconds"]
+    return result
+
+
+def show(results: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title="whole process, median seconds (peak memory)", title_justify="left")
+    for name in ("method", OURS, RIVAL, "ratio", "floor: read + write"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for result in results:
+        cells = [
+            f"{result[n]['median_seconds']:.2f} s ({result[n]['peak_bytes'] / 1e9:.2f} GB)" if n in result else "–"
+            for n in (OURS, RIVAL)
+        ]
+        ratio = f"{result['ratio']:.1f}×" if "ratio" in result else "–"
+        lowest = result["floor"]
+        table.add_row(
+            result["method"], *cells, ratio, f"{lowest['read_seconds']:.2f} + {lowest['write_seconds']:.2f} s"
+        )
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    """Parse arguments, run, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", default=["ties"], choices=list(PARAMETERS))
+    parser.add_argument("--runs", type=int, default=3, help="times each command runs (default: 3)")
+    parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-250m"), help="where the models are kept")
+    parser.add_argument("--no-rival", action="store_true", help="measure resm-kernels alone")
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=Path("benchmarks/results/checkpoint.json"),
+        help="also write the results (default file: benchmarks/results/checkpoint.json)",
+    )
+    options = parser.parse_args()
+    rival = Path(sys.executable).parent / "mergekit-yaml"
+    if not options.no_rival and not rival.exists():
+        parser.error("mergekit-yaml is not installed beside this Python; install mergekit or pass --no-rival")
+    folders = make_models(options.cache)
+    results = []
+    for method in options.methods:
+        peer = None if options.no_rival or method in ("resm", "tsvm") else rival
+        results.append(compare(method, folders, options.runs, peer))
+    show(results)
+    if options.json is not None:
+        data = {
+            "model": "Llama-shaped, 250 M parameters, bf16, base and 3 experts",
+            "torch": torch.__version__,
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "bytes_read": sum(CheckpointReader(f).nbytes for f in folders),
+            "bytes_written": CheckpointReader(folders[0]).nbytes,
+            "results": results,
+        }
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(data, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""delta_stats of three experts, against reading the same bytes once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from resm_kernels.ops import delta_stats
+
+pytestmark = pytest.mark.benchmark(group="delta_stats")
+
+
+def bench_read_bytes(timed, checkpoint):
+    """The floor: torch's vectorised, threaded sum of the same bytes as integers."""
+    base, experts = checkpoint
+    views = [t.view(torch.int64) for t in (base, *experts)]
+    timed(lambda: [v.sum() for v in views], yardstick=True)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"kappa": None}, id="moments"),
+        pytest.param({"kappa": None, "eps": 1e-4}, id="moments and small"),
+        pytest.param({}, id="with outliers"),
+        pytest.param({"histogram": True}, id="with outliers and histogram"),
+    ],
+)
+def bench_delta_stats(timed, checkpoint, options):
+    base, experts = checkpoint
+    stats = delta_stats(base, experts, **options)
+    for t, expert in enumerate(experts):
+        delta = (expert.float() - base.float()).double()
+        assert stats.sum[t].isclose(delta.sum(), rtol=1e-6)
+        assert stats.sum_sq[t].isclose(delta.square().sum(), rtol=1e-6)
+        assert stats.sum_abs[t].isclose(delta.abs().sum(), rtol=1e-6)
+    timed(lambda: delta_stats(base, experts, **options))

@@ -1,0 +1,154 @@
+"""Lazy reading of a model folder: headers first, tensor bytes only when asked, into the caller's memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+
+from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
+
+SINGLE_FILE: Final = "model.safetensors"
+INDEX_SUFFIX: Final = ".safetensors.index.json"
+_COMPARE_BYTES: Final = 1 << 24
+
+
+class CheckpointReader:
+    """The tensors of one model folder, sharded or not.
+
+    Opening reads and checks every header, so that a missing shard, a missing tensor or a truncated file is an error
+    before any work is done. Tensor data is read with `preadv`, not mapped: mapped pages would count as this process's
+    memory, and a vanished file would end it by a signal instead of an error. Safe to use from several threads.
+
+    Args:
+        folder: Folder that holds `model.safetensors`, or shards with their `*.safetensors.index.json`.
+
+    Raises:
+        CheckpointError: The folder or a file in it is missing, damaged or contradicts the index.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self._lock = threading.Lock()
+        self._descriptors: dict[Path, int] = {}
+        tensors = _collect(self.folder)
+        self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
+        """Fill `buffer` (contiguous CPU memory of `info.nbytes` bytes, any dtype) with the tensor's bytes."""
+        view = byte_view(buffer)
+        if len(view) != info.nbytes:
+            raise ValueError(f"buffer: got {len(view)} bytes, need {info.nbytes} for {info.name!r}")
+        read_fully(self._descriptor(info.file), view, info.offset, info.file)
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return the tensor of that name in memory of its own."""
+        info = self.tensors[name]
+        tensor = torch.empty(info.shape, dtype=info.dtype)
+        self.read_into(info, tensor)
+        return tensor
+
+    def same_bytes(self, first: str, second: str) -> bool:
+        """True if two tensors have the same dtype, shape and bits; reads them in pieces of 16 MiB."""
+        a, b = self.tensors[first], self.tensors[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        pieces = torch.empty(2, min(_COMPARE_BYTES, a.nbytes), dtype=torch.uint8)
+        for start in range(0, a.nbytes, _COMPARE_BYTES):
+            size = min(_COMPARE_BYTES, a.nbytes - start)
+            for piece, info in zip(pieces, (a, b), strict=True):
+                read_fully(self._descriptor(info.file), byte_view(piece[:size]), info.offset + start, info.file)
+            if not torch.equal(pieces[0, :size], pieces[1, :size]):
+                return False
+        return True
+
+    def close(self) -> None:
+        """Close the files; reading afterwards opens them again."""
+        with self._lock:
+            descriptors, self._descriptors = self._descriptors, {}
+        for fd in descriptors.values():
+            os.close(fd)
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _descriptor(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._descriptors:
+                try:
+                    self._descriptors[file] = os.open(file, os.O_RDONLY)
+                except OSError as error:
+                    raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+            return self._descriptors[file]
+
+
+def _collect(folder: Path) -> list[TensorInfo]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; need a model folder with safetensors files")
+    if (folder / SINGLE_FILE).is_file():
+        return list(read_header(folder / SINGLE_FILE).values())
+    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
+    if len(indices) > 1:
+        # More than one set of shards (for example a diffusers-style variant beside the plain one): do not guess.
+        names = ", ".join(i.name for i in indices)
+        raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
+    if indices:
+        return _collect_shards(folder, indices[0])
+    raise CheckpointError(_nothing_to_read(folder))
+
+
+def _nothing_to_read(folder: Path) -> str:
+    if list(folder.glob("pytorch_model*.bin*")):
+        return (
+            f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    if (folder / "adapter_config.json").is_file():
+        return f"{folder}: is a LoRA adapter, not a whole model; merge it into its base model first"
+    stray = sorted(p.name for p in folder.glob("*.safetensors"))
+    if stray:
+        return (
+            f"{folder}: holds {', '.join(stray[:3])}{' …' if len(stray) > 3 else ''} but neither {SINGLE_FILE} nor a "
+            f"*{INDEX_SUFFIX}; the download is not complete"
+        )
+    return f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}"
+
+
+def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
+    try:
+        weight_map: Any = json.loads(index.read_bytes())["weight_map"]
+        shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a safetensors index (need JSON with a 'weight_map')") from error
+    shards = sorted(set(shard_of.values()))
+    for shard in shards:
+        if Path(shard).name != shard or shard in ("", ".", ".."):
+            raise CheckpointError(f"{index}: names the shard {shard!r}, need the name of a file in the same folder")
+        if not (folder / shard).is_file():
+            raise CheckpointError(f"{folder / shard}: shard named by {index.name} is missing; download it again")
+    found: dict[str, TensorInfo] = {}
+    for shard in shards:
+        for name, info in read_header(folder / shard).items():
+            if name in found:
+                raise CheckpointError(f"{folder}: tensor {name!r} is both in {found[name].file.name} and in {shard}")
+            if name not in shard_of:
+                raise CheckpointError(f"{folder / shard}: holds tensor {name!r}, which {index.name} does not name")
+            found[name] = info
+    for name, shard in shard_of.items():
+        if name not in found or found[name].file.name != shard:
+            raise CheckpointError(f"{folder / shard}: tensor {name!r}, which {index.name} places there, is not in it")
+    return list(found.values())

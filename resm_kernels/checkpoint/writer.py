@@ -1,0 +1,274 @@
+"""Streaming output: shards are laid out first, tensors land in them in any order, the folder appears when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_view, format_bytes, write_fully
+from resm_kernels.checkpoint.reader import SINGLE_FILE
+
+INDEX_FILE: Final = "model.safetensors.index.json"
+_NO_FALLOCATE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one output tensor goes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    shard: int
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name, the bytes before its data, and its whole size."""
+
+    filename: str
+    header: bytes
+    size: int
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Everything about the output's weights that is known before the first tensor is read."""
+
+    shards: tuple[Shard, ...]
+    slots: Mapping[str, Slot]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, headers included."""
+        return sum(s.size for s in self.shards)
+
+    def index(self) -> bytes | None:
+        """The index file as transformers writes it; None for a single file, which has none."""
+        if len(self.shards) == 1:
+            return None
+        total = {
+            "total_parameters": sum(math.prod(s.shape) for s in self.slots.values()),
+            "total_size": sum(s.nbytes for s in self.slots.values()),
+        }
+        weight_map = {s.name: self.shards[s.shard].filename for s in self.slots.values()}
+        text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True, ensure_ascii=False)
+        return (text + "\n").encode()
+
+
+def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: int) -> OutputPlan:
+    """Assign tensors to shards, in the order given, each shard at most `max_shard_size` bytes of tensor data.
+
+    A tensor larger than that gets a shard of its own. Within a shard, tensors of wider dtypes come first (as in the
+    safetensors library), so that every tensor is aligned to its element size.
+    """
+    groups: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
+    used = 0
+    for name, dtype, shape in tensors:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if groups[-1] and used + nbytes > max_shard_size:
+            groups.append([])
+            used = 0
+        groups[-1].append((name, dtype, shape, nbytes))
+        used += nbytes
+    shards, slots = [], {}
+    for number, group in enumerate(groups):
+        group.sort(key=lambda t: -t[1].itemsize)
+        ends, end = [], 0
+        for *_, nbytes in group:
+            end += nbytes
+            ends.append(end)
+        header = build_header([(n, d, s, e - b, e) for (n, d, s, b), e in zip(group, ends, strict=True)])
+        filename = SINGLE_FILE if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
+        shards.append(Shard(filename, header, len(header) + end))
+        for (name, dtype, shape, nbytes), e in zip(group, ends, strict=True):
+            slots[name] = Slot(name, dtype, shape, number, len(header) + e - nbytes, nbytes)
+    return OutputPlan(tuple(shards), slots)
+
+
+def check_output_folder(
+    out: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[str | os.PathLike[str]] = ()
+) -> Path:
+    """Return the real path of the output folder, or raise a CheckpointError if a merge may not write there.
+
+    A folder that is not empty needs `overwrite`, and must then be a model folder (hold a config.json), so that a
+    mistyped path never costs anybody's other files. An output that is or contains one of the inputs is refused.
+    """
+    path = Path(os.path.realpath(os.path.expanduser(out)))
+    if path.exists() and not path.is_dir():
+        raise CheckpointError(f"output {path}: is a file, need a folder that does not exist yet")
+    for model in inputs:
+        source = Path(os.path.realpath(model))
+        if source == path or path in source.parents:
+            raise CheckpointError(f"output {path}: is or contains the input model {source}; choose another folder")
+    if path.is_dir() and any(path.iterdir()):
+        if not overwrite:
+            raise CheckpointError(f"output {path}: exists and is not empty; choose another folder or pass --overwrite")
+        if not (path / "config.json").is_file():
+            raise CheckpointError(
+                f"output {path}: does not look like a model folder (no config.json), so it is not overwritten"
+            )
+    return path
+
+
+def free_bytes(path: Path) -> int:
+    """Free disk space where `path` will be, in bytes."""
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+class CheckpointWriter:
+    """Writes a model folder that appears under its final name only when every planned byte is in it.
+
+    Use as a context manager: entering makes a hidden sibling folder `.NAME.partial-XXXXXXXX`, reserves the disk space
+    of all shards and writes their headers; `commit` flushes everything to disk and renames. Leaving without `commit`,
+    for whatever reason, removes the hidden folder. `write` may be called in any order, from several threads.
+
+    Args:
+        out: Final folder, as `check_output_folder` returned it.
+        plan: What will be written.
+        files: Small files (name in the folder → content) that go beside the weights.
+
+    Raises:
+        CheckpointError: Not enough space, a failed write, or an incomplete set of tensors at `commit`.
+    """
+
+    def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes]) -> None:
+        self.out = out
+        self.plan = plan
+        index = plan.index()
+        self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
+        self._partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+        self._descriptors: list[int] = []
+        self._pending = set(plan.slots)
+        self._committed = False
+
+    def __enter__(self) -> CheckpointWriter:
+        self._check_space()
+        try:
+            with self._clear_errors():
+                self._partial.parent.mkdir(parents=True, exist_ok=True)
+                self._partial.mkdir()
+                for shard in self.plan.shards:
+                    fd = os.open(self._partial / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+                    self._descriptors.append(fd)
+                    _reserve(fd, shard.size)
+                    write_fully(fd, memoryview(shard.header), 0)
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if not self._committed:
+            self._discard()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one planned tensor (contiguous, on the CPU, of the planned dtype and shape) at its place."""
+        slot = self.plan.slots[name]
+        if name not in self._pending:
+            raise ValueError(f"tensor {name!r}: written twice")
+        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
+            got = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}")
+        with self._clear_errors():
+            write_fully(self._descriptors[slot.shard], byte_view(tensor.contiguous()), slot.offset)
+        self._pending.remove(name)
+
+    def commit(self) -> None:
+        """Flush everything to disk and give the folder its final name; an old one is replaced only now."""
+        if self._pending:
+            missing = ", ".join(sorted(self._pending)[:3])
+            raise CheckpointError(f"output {self.out}: {len(self._pending)} tensors were not written ({missing}, …)")
+        with self._clear_errors():
+            for name, content in self._files.items():
+                target = self._partial / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                with open(target, "wb") as stream:
+                    stream.write(content)
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            while self._descriptors:
+                os.fsync(self._descriptors[-1])
+                os.close(self._descriptors.pop())
+            _sync_folder(self._partial)
+            self._replace()
+            _sync_folder(self.out.parent)
+
+    def _replace(self) -> None:
+        old = self.out.parent / f".{self.out.name}.old-{secrets.token_hex(4)}"
+        try:
+            if self.out.exists() and any(self.out.iterdir()):
+                self.out.rename(old)
+            self._partial.rename(self.out)
+        except BaseException:
+            # Also an interrupt between the two renames must not lose the old folder.
+            if old.exists() and not self.out.exists():
+                old.rename(self.out)
+            raise
+        self._committed = True
+        shutil.rmtree(old, ignore_errors=True)
+
+    def _discard(self) -> None:
+        for fd in self._descriptors:
+            with contextlib.suppress(OSError):
+                os.close(fd)
+        self._descriptors.clear()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _check_space(self) -> None:
+        needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
+        available = free_bytes(self.out)
+        if needed > available:
+            raise CheckpointError(
+                f"output {self.out}: not enough disk space: needs {format_bytes(needed)}, available "
+                f"{format_bytes(available)}{self._leftovers()}"
+            )
+
+    def _leftovers(self) -> str:
+        left = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
+        return f"; left behind by runs that were killed: {', '.join(left)}" if left else ""
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CheckpointError(
+                f"output {self.out}: cannot be written (needs {format_bytes(self.plan.nbytes)}): "
+                f"{error.strerror or error}"
+            ) from error
+
+
+def _reserve(fd: int, size: int) -> None:
+    """Give the file its full size, with disk blocks where the file system can, so that a full disk shows at once."""
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(fd, 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                raise
+    os.ftruncate(fd, size)
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,156 @@
+"""The command `resm-kernels`: merge, stats, info.
+
+Imports beyond typer are made by the commands that need them, so that help and errors of usage are quick.
+Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Merge fine-tuned language models with RESM and other methods.",
+)
+_options = {"traceback": False}
+
+
+@app.callback()
+def _common(
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show an error's Python traceback.")] = False,
+) -> None:
+    _options["traceback"] = traceback
+
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
+MemoryOption = Annotated[
+    str, typer.Option("--memory-limit", help="Tensor data in flight; more only if the largest tensor needs it.")
+]
+ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing line.")]
+
+
+@app.command()
+def merge(
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Argument(help="Folder of the merged model.", show_default=False)],
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB or 512MiB.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, memory and size; write nothing.")] = False,
+    memory_limit: MemoryOption = "512MiB",
+    threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+) -> None:
+    """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
+    from resm_kernels.engine import merge_checkpoints
+
+    if dry_run:
+        _dry_run(recipe, out, max_shard_size=max_shard_size, overwrite=overwrite, memory_limit=memory_limit)
+        return
+    from rich.console import Console
+
+    from resm_kernels.report import closing_line, progress_display
+
+    with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
+        report = merge_checkpoints(
+            recipe,
+            out,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            memory_limit=memory_limit,
+            threads=threads,
+            progress=progress,
+        )
+    if not quiet:
+        typer.echo(closing_line(report))
+
+
+def _dry_run(recipe: Path, out: Path, *, overwrite: bool, **choices: Any) -> None:
+    from resm_kernels.checkpoint import check_output_folder
+    from resm_kernels.checkpoint.writer import free_bytes
+    from resm_kernels.engine import plan_merge
+    from resm_kernels.report import describe_plan
+
+    with plan_merge(recipe, **choices) as plan:
+        folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
+        typer.echo(describe_plan(plan, str(folder), free_bytes(folder)))
+
+
+@app.command()
+def stats(
+    recipe: RecipeArgument,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON; '-' prints them.")
+    ] = None,
+    memory_limit: MemoryOption = "512MiB",
+    quiet: QuietOption = False,
+) -> None:
+    """Show what RESM sees in each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks."""
+    from rich.console import Console
+
+    from resm_kernels.engine import checkpoint_stats
+    from resm_kernels.recipe import load_recipe
+    from resm_kernels.report import progress_display, stats_json, stats_table
+
+    checked = load_recipe(recipe)
+    with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
+        rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress)
+    if json_file is None or str(json_file) != "-":
+        # A pipe or a file has no width to fit into: wide enough that no column folds.
+        Console(width=None if sys.stdout.isatty() else 200).print(stats_table(rows))
+    if json_file is not None:
+        text = stats_json(rows, [entry.model for entry in checked.experts])
+        if str(json_file) == "-":
+            typer.echo(text)
+        else:
+            json_file.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
+    """Show version, live kernels, CPU features, threads and GPUs, for bug reports and to see what is fast here."""
+    import platform
+
+    import torch
+
+    import resm_kernels
+    from resm_kernels.report import describe_machine, to_json
+
+    cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    facts = {"version": resm_kernels.__version__, **resm_kernels.backends(), "cpu": cpu}
+    typer.echo(to_json(facts) if as_json else describe_machine(facts))
+
+
+def _terminate(signum: int, _: Any) -> None:
+    # An exception, not the default's sudden end, so that the unfinished output folder is removed.
+    raise SystemExit(128 + signum)
+
+
+def main() -> None:
+    """Entry point of the command: runs it and turns exceptions into one line and an exit code."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _terminate)
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing was written", 130)
+    except Exception as error:
+        if _options["traceback"]:
+            raise
+        expected = isinstance(error, (ValueError, OSError))
+        kind = "" if expected else f"{type(error).__name__}: "
+        hint = "" if expected else " (--traceback before the command shows where)"
+        _fail(f"{kind}{error}{hint}", 1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,162 @@
+"""`merge_checkpoints`: carries a plan out, tensor by tensor, into a folder that appears when it is complete."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resm_kernels.checkpoint import CheckpointWriter, check_output_folder
+from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergeError, MergePlan, TensorJob, plan_merge
+from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline
+from resm_kernels.ops import NonFiniteError
+from resm_kernels.recipe import Recipe
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Attributes:
+        out: The output folder.
+        method: Name of the merge method.
+        tensors: Number of tensors written.
+        bytes_read: Bytes of tensor data read.
+        bytes_written: Bytes of weight files written.
+        seconds: Wall time, from reading the recipe to the final rename.
+        read_wait: Seconds of it that computation waited for data.
+        compute: Seconds spent computing.
+        write_wait: Seconds that computation waited for earlier results to be written.
+        commit: Seconds spent flushing to disk and renaming.
+        memory_bound: Bytes of tensor data that may be in flight at once.
+        memory_peak: The most that were.
+    """
+
+    out: Path
+    method: str
+    tensors: int
+    bytes_read: int
+    bytes_written: int
+    seconds: float
+    read_wait: float
+    compute: float
+    write_wait: float
+    commit: float
+    memory_bound: int
+    memory_peak: int
+
+
+def merge_checkpoints(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    *,
+    max_shard_size: str | int = DEFAULT_SHARD_SIZE,
+    overwrite: bool = False,
+    memory_limit: str | int = DEFAULT_WINDOW,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> MergeReport:
+    """Merge model folders as the recipe says and write the result to the folder `out`.
+
+    The output appears under its name only when it is complete; whatever goes wrong before, nothing is left. The result
+    depends on the recipe and the models alone: not on shard sizes, memory limit or threads.
+
+    Args:
+        recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
+        out: Folder to create.
+        max_shard_size: Most bytes of tensor data in one output file ("5GB", "512MiB", or a number of bytes).
+        overwrite: Replace `out` if it is a model folder already; the old one goes only when the new one is complete.
+        memory_limit: Bytes of tensor data to keep in flight; more only if the largest tensor alone needs more (see
+            `plan_merge(...).window.bound`).
+        threads: Threads to compute with; None leaves torch's setting.
+        progress: Called as `progress(bytes done, bytes in all)` after each tensor, in the calling thread.
+
+    Raises:
+        RecipeError, CheckpointError, MergeError: All are ValueErrors; the message names file, tensor and need.
+    """
+    started = time.perf_counter()
+    with plan_merge(recipe, max_shard_size=max_shard_size, memory_limit=memory_limit) as plan:
+        folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
+        with _threads(threads), CheckpointWriter(folder, plan.output, plan.auxiliary_files()) as writer:
+            timings = Pipeline(
+                jobs=plan.jobs,
+                window=plan.window,
+                compute=lambda job, tensors: compute_tensor(plan, job, tensors),
+                write=lambda job, result: writer.write(job.name, result),
+                progress=progress,
+            ).run()
+            computed = time.perf_counter()
+            writer.commit()
+    finished = time.perf_counter()
+    return MergeReport(
+        out=folder,
+        method=plan.method.name,
+        tensors=len(plan.jobs),
+        bytes_read=plan.bytes_read,
+        bytes_written=plan.output.nbytes,
+        seconds=finished - started,
+        read_wait=timings.read_wait,
+        compute=timings.compute,
+        write_wait=timings.write_wait,
+        commit=finished - computed,
+        memory_bound=plan.window.bound,
+        memory_peak=timings.peak_bytes,
+    )
+
+
+def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Merge one tensor, turning what the method objects to into an error that names tensor and model."""
+    assert isinstance(job, TensorJob)
+    base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
+    if job.copied:
+        return _copy_buffer(plan, job, tensors)
+    try:
+        result = plan.method(base, experts, out_dtype=job.dtype, **job.parameters)
+    except NonFiniteError as error:
+        raise _non_finite(plan, job, error) from error
+    except (ValueError, TypeError) as error:
+        raise MergeError(f"tensor {job.name!r}: {error}") from error
+    if job.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
+        raise MergeError(
+            f"tensor {job.name!r}: merged values exceed float16's range (65504); need out_dtype: bfloat16 or float32"
+        )
+    return result
+
+
+def _non_finite(plan: MergePlan, job: TensorJob, error: NonFiniteError) -> MergeError:
+    folder = plan.inputs_label(error.index)
+    return MergeError(f"{folder}: tensor {job.name!r} holds {error.count} NaN or infinite values; the model is damaged")
+
+
+def _copy_buffer(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
+    folders = [m.folder for m in ((plan.base,) if plan.base is not None else ()) + plan.experts]
+    for folder, tensor in zip(folders[1:], tensors[1:], strict=True):
+        if not torch.equal(tensor, tensors[0]):
+            raise MergeError(
+                f"{folder}: tensor {job.name!r} ({job.dtype}, not merged) differs from the one in {folders[0]}; "
+                "need identical ones"
+            )
+    return tensors[0]
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    if count is None:
+        yield
+        return
+    if count < 1:
+        raise ValueError(f"threads: got {count}, need at least 1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,277 @@
+"""A bounded window over a long list of tensors: one thread reads ahead, the caller's computes, one writes behind.
+
+Inputs live in a ring of memory that is used over and over, because fresh memory costs more than reading into it does
+(page faults: 1.8 against 14 GB/s from the page cache, measured). Jobs enter and leave the ring in order, so that it
+cannot fragment and a ring as large as the largest job never blocks for ever.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import mmap
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from resm_kernels.checkpoint import CheckpointReader, TensorInfo
+
+DEFAULT_WINDOW: Final = 512 * 2**20
+"""Bytes a merge keeps in flight unless told otherwise: enough to read ahead, small beside any model."""
+
+_ALIGNMENT: Final = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """One tensor's work: what to read, and how many bytes it makes and needs meanwhile."""
+
+    name: str
+    inputs: tuple[tuple[CheckpointReader, TensorInfo], ...]
+    output_bytes: int
+    workspace: int
+
+    @property
+    def input_bytes(self) -> int:
+        return sum(info.nbytes for _, info in self.inputs)
+
+    @property
+    def segment(self) -> int:
+        """Bytes the inputs take in the ring, each aligned; never none, so that no two segments start together."""
+        return max(sum(_aligned(info.nbytes) for _, info in self.inputs), _ALIGNMENT)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class Window:
+    """How the bytes in flight are shared out.
+
+    Attributes:
+        ring: Bytes for inputs, read ahead of their computation.
+        outputs: Bytes of results, being computed or waiting to be written.
+        workspace: Bytes the method may allocate beyond these for one tensor.
+    """
+
+    ring: int
+    outputs: int
+    workspace: int
+
+    @property
+    def bound(self) -> int:
+        """The most bytes ever in flight."""
+        return self.ring + self.outputs + self.workspace
+
+    @classmethod
+    def fit(cls, jobs: Sequence[Job], limit: int) -> Window:
+        """The window for these jobs that stays within `limit` bytes, or the smallest that fits every job alone."""
+        workspace = max((j.workspace for j in jobs), default=0)
+        largest_output = max((j.output_bytes for j in jobs), default=0)
+        largest_input = max((j.segment for j in jobs), default=0)
+        # A second output lets one be written while the next is computed; it is the first thing to go without.
+        roomy = largest_input + 2 * largest_output + workspace <= limit
+        outputs = largest_output * (2 if roomy else 1)
+        ring = min(max(limit - outputs - workspace, largest_input), sum(j.segment for j in jobs))
+        return cls(ring, outputs, workspace)
+
+
+@dataclass
+class Timings:
+    """Where the computing thread's time went, in seconds, and the most bytes that were in flight."""
+
+    read_wait: float = 0.0
+    compute: float = 0.0
+    write_wait: float = 0.0
+    peak_bytes: int = 0
+
+
+class _Ring:
+    """First-in-first-out allocation of contiguous segments in one block of memory."""
+
+    def __init__(self, size: int) -> None:
+        self._size = max(size, _ALIGNMENT)
+        block = mmap.mmap(-1, self._size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                block.madvise(mmap.MADV_HUGEPAGE)
+        self._memory = torch.frombuffer(block, dtype=torch.uint8)
+        self._live: deque[tuple[int, int]] = deque()
+        self.used = 0
+
+    def allocate(self, size: int) -> int | None:
+        """Return the start of a free segment, or None if there is none now."""
+        start = 0
+        if self._live:
+            tail, head = self._live[0][0], self._live[-1][1]
+            wrapped = head <= tail
+            if not wrapped and head + size <= self._size:
+                start = head
+            elif not wrapped and size <= tail:
+                start = 0
+            elif wrapped and head + size <= tail:
+                start = head
+            else:
+                return None
+        self._live.append((start, start + size))
+        self.used += size
+        return start
+
+    def free_oldest(self) -> None:
+        start, end = self._live.popleft()
+        self.used -= end - start
+
+    def views(self, start: int, job: Job) -> list[torch.Tensor]:
+        tensors = []
+        for _, info in job.inputs:
+            piece = self._memory[start : start + info.nbytes]
+            tensors.append(piece.view(info.dtype).view(info.shape))
+            start += _aligned(info.nbytes)
+        return tensors
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+
+
+@dataclass
+class Pipeline:
+    """Runs jobs in order: reads ahead in one thread, computes in the caller's, writes in another.
+
+    Args:
+        jobs: The work, in the order of reading (by file and offset for sequential disk access).
+        window: The memory to stay within.
+        compute: `compute(job, tensors)`, called in the caller's thread in order; the tensors are valid only during the
+            call. Returns the result, or None if there is nothing to write.
+        write: `write(job, result)`, called in the writing thread in order.
+        progress: `progress(bytes done, bytes in all)` after each job, in the caller's thread; reading and writing both
+            count.
+    """
+
+    jobs: Sequence[Job]
+    window: Window
+    compute: Callable[[Job, list[torch.Tensor]], torch.Tensor | None]
+    write: Callable[[Job, torch.Tensor], None] | None = None
+    progress: Callable[[int, int], None] | None = None
+    timings: Timings = field(default_factory=Timings)
+
+    def run(self) -> Timings:
+        """Do all jobs. An exception in any thread, or an interrupt, stops all of them and is raised here."""
+        self._changed = threading.Condition()
+        self._ring = _Ring(self.window.ring)
+        self._ready: deque[list[torch.Tensor]] = deque()
+        self._results: deque[tuple[Job, torch.Tensor]] = deque()
+        self._output_bytes = 0
+        self._workspace = 0
+        self._stopping = False
+        self._failure: BaseException | None = None
+        threads = [
+            threading.Thread(target=self._guarded, args=(loop,), name=f"resm-{loop.__name__.strip('_')}", daemon=True)
+            for loop in (self._read_ahead, self._write_behind)
+        ]
+        try:
+            for thread in threads:
+                thread.start()
+            self._compute_all()
+        finally:
+            with self._changed:
+                self._stopping = True
+                self._changed.notify_all()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+        return self.timings
+
+    def _compute_all(self) -> None:
+        total = sum(j.input_bytes + j.output_bytes for j in self.jobs)
+        done = 0
+        for job in self.jobs:
+            started = time.perf_counter()
+            with self._changed:
+                self._wait_for(lambda: bool(self._ready))
+                tensors = self._ready.popleft()
+            self.timings.read_wait += (got := time.perf_counter()) - started
+            with self._changed:
+                self._wait_for(functools.partial(self._has_room, job.output_bytes))
+                self._output_bytes += job.output_bytes
+                self._workspace = job.workspace
+                self._note_peak()
+            self.timings.write_wait += (begun := time.perf_counter()) - got
+            result = self.compute(job, tensors)
+            if result is not None and self._ring.holds(result):
+                result = result.clone()
+            self.timings.compute += time.perf_counter() - begun
+            with self._changed:
+                del tensors
+                self._ring.free_oldest()
+                self._workspace = 0
+                if result is None:
+                    self._output_bytes -= job.output_bytes
+                else:
+                    self._results.append((job, result))
+                self._changed.notify_all()
+            del result
+            done += job.input_bytes + job.output_bytes
+            if self.progress is not None:
+                self.progress(done, total)
+        started = time.perf_counter()
+        with self._changed:
+            self._wait_for(lambda: self._output_bytes == 0 and not self._results)
+        self.timings.write_wait += time.perf_counter() - started
+
+    def _read_ahead(self) -> None:
+        for job in self.jobs:
+            with self._changed:
+                while (start := self._ring.allocate(job.segment)) is None and not self._stopping:
+                    self._changed.wait()
+                if start is None or self._stopping:
+                    return
+                self._note_peak()
+            tensors = self._ring.views(start, job)
+            for (reader, info), tensor in zip(job.inputs, tensors, strict=True):
+                if self._stopping:
+                    return
+                reader.read_into(info, tensor)
+            with self._changed:
+                self._ready.append(tensors)
+                self._changed.notify_all()
+
+    def _write_behind(self) -> None:
+        while True:
+            with self._changed:
+                while not self._results and not self._stopping:
+                    self._changed.wait()
+                if self._stopping:
+                    return
+                job, result = self._results.popleft()
+            if self.write is not None:
+                self.write(job, result)
+            del result
+            with self._changed:
+                self._output_bytes -= job.output_bytes
+                self._changed.notify_all()
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        try:
+            loop()
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
+
+    def _wait_for(self, condition: Callable[[], bool]) -> None:
+        self._changed.wait_for(lambda: self._failure is not None or condition())
+        if self._failure is not None:
+            raise self._failure
+
+    def _has_room(self, output_bytes: int) -> bool:
+        return self._output_bytes + output_bytes <= self.window.outputs
+
+    def _note_peak(self) -> None:
+        in_flight = self._ring.used + self._output_bytes + self._workspace
+        self.timings.peak_bytes = max(self.timings.peak_bytes, in_flight)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, with what is installed (no network): build, tests, memory checker, benchmarks.
+# A step that fails does not hide the ones after it; the exit status says whether all passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+arch=${RESM_CUDA_ARCHITECTURES:-90-real}
+failed=0
+step() {
+  echo "== $1"
+  shift
+  "$@" || { echo "FAILED: $*" >&2; failed=1; }
+}
+build() {
+  mkdir -p build/gpu &&
+    cmake --fresh -G Ninja -S . -B build/gpu -DRESM_CUDA=ON -DRESM_CUDA_ARCHITECTURES="$arch" \
+      -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
+    cmake --build build/gpu && install build/gpu/_native*.so resm_kernels/
+}
+step "build for $arch" build
+step "the extension and the GPU are live" "$python" -c "
+import resm_kernels
+facts = resm_kernels.backends()
+print(facts)
+assert facts['native']['cuda'] and facts['gpu'], 'need a build with CUDA and a visible GPU'"
+export RESM_REQUIRE_GPU=1
+step "GPU tests" "$python" -m pytest tests/test_cuda.py -q
+if command -v compute-sanitizer >/dev/null; then
+  for tool in memcheck racecheck; do
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_cuda.py -q -k "small"
+  done
+else
+  echo "skipped: no compute-sanitizer on this machine"
+fi
+step "benchmarks" "$python" benchmarks/bench_cuda.py --json benchmarks/results/gpu.json
+exit $failed

@@ -1,0 +1,120 @@
+"""What is live, and that the package works, and says so, where no native kernels can be loaded.
+
+Tolerance: statistics of the reference and of the native kernels add in different orders, so that weights differ by
+about 1e-7 (fp32 sums of |δ| inside a block); all else has the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import group, same_bits
+
+from resm_kernels import _extension, backends, merge
+from resm_kernels.methods import names
+from resm_kernels.ops import delta_stats, dispatch_table
+
+SUMS = 1e-6
+
+OPS = {"aggregate", "delta_stats", "magnitude_threshold"}
+
+# Runs in its own process: what cannot be loaded is decided when the package is first imported.
+WITHOUT_NATIVE = """
+import json, sys
+sys.modules["resm_kernels._native"] = None
+import torch
+import resm_kernels
+from resm_kernels.ops import delta_stats
+inputs = torch.load(sys.argv[1])
+merged = {
+    name: resm_kernels.merge(inputs["base"], inputs["experts"], name, **inputs["given"].get(name, {}))
+    for name in resm_kernels.methods.names()
+}
+stats = vars(delta_stats(inputs["base"], inputs["experts"], eps_rel=0.1, histogram=True))
+torch.save({"merged": merged, "stats": stats}, sys.argv[2])
+print(json.dumps(resm_kernels.backends()))
+"""
+
+GIVEN = {"ties": {"density": 0.3, "weight": [1.0, 0.5]}, "task_arithmetic": {"lambda_": 0.7}}
+
+
+def test_backends_describes_this_installation() -> None:
+    found = backends()
+    json.dumps(found)  # plain values only
+    assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
+    assert set(found["ops"]) == OPS and found["ops"] == dispatch_table()
+    native = found["native"]
+    assert native["available"] == (_extension.native is not None)
+    assert all(row["CPU"] == ("native" if native["available"] else "reference") for row in found["ops"].values())
+    if native["available"]:
+        assert native["reason"] == "" and native["isa"] in native["isas"] and "baseline" in native["isas"]
+    else:
+        assert "reference" in native["reason"]
+
+
+def test_dispatch_table_is_a_copy() -> None:
+    dispatch_table()["aggregate"]["CPU"] = "changed"
+    assert dispatch_table()["aggregate"]["CPU"] != "changed"
+
+
+def test_unknown_instruction_set_is_refused_and_changes_nothing() -> None:
+    native = _extension.native
+    if native is None:
+        pytest.skip("the native kernels are not built")
+    before = native.build_facts()["isa"]
+    with pytest.raises(ValueError, match="no instruction set 'mmx'"):
+        native.use_isa("mmx")
+    assert native.build_facts()["isa"] == before
+
+
+def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_path: Path) -> None:
+    base, experts = group((40, 28), 2, base_dtype=torch.bfloat16, seed=3)
+    inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
+    torch.save({"base": base, "experts": experts, "given": GIVEN}, inputs)
+    ran = subprocess.run(
+        [sys.executable, "-c", WITHOUT_NATIVE, str(inputs), str(outputs)], capture_output=True, text=True, timeout=120
+    )
+    assert ran.returncode == 0, ran.stderr
+    said = json.loads(ran.stdout)
+    assert said["native"]["available"] is False
+    assert "without the compiled kernels" in said["native"]["reason"]
+    assert "Install a wheel, or build from source" in said["native"]["reason"]
+    assert said["ops"] == {op: {"CPU": "reference", "CUDA": "reference"} for op in OPS}
+
+    found = torch.load(outputs)
+    assert set(found["merged"]) == set(names())
+    for name, merged in found["merged"].items():
+        wanted = merge(base, experts, name, **GIVEN.get(name, {}))
+        if name in ("resm", "tsvm"):
+            torch.testing.assert_close(merged, wanted, rtol=2.0**-7, atol=SUMS)  # a bf16 unit where fp32 lies between
+            assert int((merged != wanted).sum()) <= merged.numel() // 100
+        else:
+            assert same_bits(merged, wanted)
+    for name, value in vars(delta_stats(base, experts, eps_rel=0.1, histogram=True)).items():
+        other = found["stats"][name]
+        assert other.dtype == value.dtype
+        torch.testing.assert_close(other, value, rtol=SUMS if value.is_floating_point() else 0, atol=0)
+
+
+def test_kernels_that_are_there_but_do_not_load_say_why() -> None:
+    script = """
+import importlib, json
+real = importlib.import_module
+def broken(name, package=None):
+    if name == "resm_kernels._native":
+        raise ImportError("libgomp.so.1: cannot open shared object file")
+    return real(name, package)
+importlib.import_module = broken
+import resm_kernels
+print(json.dumps(resm_kernels.backends()))
+"""
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    native = json.loads(ran.stdout)["native"]
+    assert native["available"] is False
+    assert "they do not load: libgomp.so.1: cannot open shared object file" in native["reason"]

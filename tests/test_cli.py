@@ -1,0 +1,206 @@
+"""The command line: what it prints, how it exits, and that it stays light."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Family, load_model
+from typer.testing import CliRunner
+
+from resm_kernels import cli, merge_state_dicts
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    return Family(tmp_path)
+
+
+def invoke(
+    *arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> tuple[int, str, str]:
+    """Run the command in this process as its entry point does; return exit code, stdout and stderr."""
+    monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    captured = capsys.readouterr()
+    return int(exit_.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    return lambda *arguments: invoke(*arguments, monkeypatch=monkeypatch, capsys=capsys)
+
+
+def test_merge_writes_the_model_and_says_so(family: Family, run) -> None:
+    code, out, err = run("merge", family.recipe_file(), family.out)
+    assert (code, err) == (0, "")
+    assert out.startswith("merged 30 tensors with ties in ")
+    assert out.rstrip().endswith(str(family.out))
+    merged, expected = load_model(family.out), merge_state_dicts(family.base, family.experts, "ties")
+    assert all(torch.equal(merged[n], expected[n]) for n in expected)
+    assert run("merge", family.recipe_file(), family.out, "--overwrite", "--quiet") == (0, "", "")
+
+
+def test_module_runs_as_a_process(family: Family) -> None:
+    command = [sys.executable, "-m", "resm_kernels", "merge", str(family.recipe_file("linear")), str(family.out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (family.out / "model.safetensors").is_file()
+
+
+def test_dry_run_says_everything_and_writes_nothing(family: Family, run) -> None:
+    models = [{"model": str(f)} for f in family.folders]
+    models[1] = models[1] | {"parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 2}]}}
+    recipe = family.recipe_file(models=models, parameters={"density": 0.5})
+    code, out, err = run("merge", recipe, family.out, "--dry-run", "--max-shard-size", "30kB", "--memory-limit", "1MiB")
+    assert (code, err) == (0, "")
+    for part in (
+        "ties (TIES)",
+        "density = 0.5",
+        "lambda = 1.0 (default)",
+        "weight = mlp: [0, 1]; 2",
+        str(family.folders[2]),
+        "30 merged, 0 copied",
+        "to read",
+        "memory bound",
+        "files, bfloat16",
+        "free disk",
+    ):
+        assert part in out
+    assert family.leftovers() == []
+
+
+def test_progress_without_a_terminal_is_plain_lines(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resm_kernels.report._LINE_EVERY", 0.0)
+    code, _, err = run("merge", family.recipe_file(), family.out)
+    assert code == 0
+    lines = err.splitlines()
+    assert len(lines) == 30
+    assert lines[-1].startswith("merging: ")
+    assert lines[-1].endswith(", 0 s left")
+    assert "\x1b" not in err
+
+
+def test_progress_on_a_terminal_is_a_bar(family: Family) -> None:
+    from rich.console import Console
+
+    from resm_kernels.report import progress_display
+
+    with open(os.devnull, "w") as sink:
+        console = Console(file=sink, force_terminal=True, record=True, width=100)
+        with progress_display(console, "merging", quiet=False) as progress:
+            assert progress is not None
+            progress(5, 10)
+        assert "merging" in console.export_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("merge", "nowhere.yml", "out"), "error: nowhere.yml: cannot be read: No such file or directory\n"),
+        (("stats", "nowhere.yml"), "error: nowhere.yml: cannot be read: No such file or directory\n"),
+    ],
+)
+def test_errors_are_one_line_and_exit_1(run, arguments: tuple[str, ...], message: str) -> None:
+    assert run(*arguments) == (1, "", message)
+
+
+def test_error_in_a_model_is_one_line_and_leaves_nothing(family: Family, run) -> None:
+    family.change(1, model__norm__weight=torch.full((32,), torch.nan))
+    code, out, err = run("merge", family.recipe_file(), family.out)
+    problem = "tensor 'model.norm.weight' holds 32 NaN or infinite values; the model is damaged"
+    assert (code, out, err) == (1, "", f"error: {family.folders[1]}: {problem}\n")
+    assert family.leftovers() == []
+
+
+def test_size_that_is_none(family: Family, run) -> None:
+    code, _, err = run("merge", family.recipe_file(), family.out, "--max-shard-size", "big")
+    assert code == 1
+    assert err == "error: max_shard_size: got 'big', need a size such as 5GB, 512MiB or a number of bytes\n"
+
+
+def test_unexpected_errors_say_how_to_see_more(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", broken)
+    code, _, err = run("merge", family.recipe_file(), family.out)
+    assert code == 1
+    assert err == "error: RuntimeError: a bug (--traceback before the command shows where)\n"
+    monkeypatch.setattr(
+        sys, "argv", ["resm-kernels", "--traceback", "merge", str(family.recipe_file()), str(family.out)]
+    )
+    with pytest.raises(RuntimeError, match="a bug"):
+        cli.main()
+    assert family.leftovers() == []
+
+
+def test_interrupt_exits_130(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", interrupted)
+    code, _, err = run("merge", family.recipe_file(), family.out)
+    assert code == 130
+    assert family.leftovers() == []
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("arguments", [["merge"], ["mrege", "a", "b"], ["merge", "a", "b", "--threads", "0"]])
+def test_wrong_usage_exits_2(arguments: list[str]) -> None:
+    assert CliRunner().invoke(cli.app, arguments).exit_code == 2
+
+
+def test_stats_table_and_json(family: Family, run, tmp_path: Path) -> None:
+    family.change(1, model__norm__weight=torch.full((32,), torch.nan))
+    file = tmp_path / "stats.json"
+    code, out, _ = run("stats", family.recipe_file("resm"), "--json", file)
+    assert code == 0
+    for part in ("sparsity", "outlier mass", "weight", "rank", "model.layers.0.mlp.up_proj.weight", "48×32", "32 NaN"):
+        assert part in out
+    data = json.loads(file.read_text())
+    assert data["experts"] == [str(f) for f in family.folders]
+    (row,) = [t for t in data["tensors"] if t["name"] == "model.layers.0.mlp.up_proj.weight"]
+    assert {"sum_sq", "n_outlier", "max_abs", "rms"} <= set(row["statistics"])
+    code, out, _ = run("stats", family.recipe_file("ties"), "--json", "-", "--quiet")
+    assert code == 0
+    assert len(json.loads(out)["tensors"]) == 30
+
+
+def test_json_holds_no_value_that_readers_refuse() -> None:
+    from resm_kernels.report import to_json
+
+    assert json.loads(to_json({"a": [float("nan"), 1.5, (float("inf"),)]})) == {"a": [None, 1.5, [None]]}
+
+
+def test_info_as_text_and_json(run) -> None:
+    code, out, _ = run("info")
+    assert code == 0
+    for part in ("resm_kernels", "torch", "native", "threads", "gpu", "cpu", "delta_stats"):
+        assert part in out
+    code, out, _ = run("info", "--json")
+    facts = json.loads(out)
+    assert {"version", "native", "ops", "threads", "torch", "gpu", "cpu"} <= set(facts)
+
+
+def test_command_imports_neither_transformers_nor_more_than_it_needs(family: Family) -> None:
+    script = (
+        "import sys\n"
+        "from resm_kernels import cli\n"
+        "early = [m for m in ('rich.progress', 'yaml', 'pydantic', 'resm_kernels.engine') if m in sys.modules]\n"
+        "assert not early, early\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = [m for m in ('transformers', 'triton', 'scipy', 'huggingface_hub') if m in sys.modules]\n"
+        "assert not heavy, heavy\n"
+    )
+    for arguments in (["info"], ["merge", str(family.recipe_file()), str(family.out)]):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr

@@ -1,0 +1,105 @@
+"""linear: the weighted average of models, against mergekit in fp32.
+
+mergekit accumulates with a fused multiply-add, this library with a rounded product: the contract forbids fusing,
+whose bits depend on the machine. Where the products are exact (half-precision weights times weights of few bits) both
+must agree to the bit; otherwise each of the T products and T sums may differ by 2^-24 of its size. That shows in bf16
+where the average lies next to the midpoint of two bf16 numbers, which the mean of two bf16 weights often does.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import FLOATS, generator, group, same_bits
+
+from resm_kernels import merge
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def mergekit_linear(
+    experts: list[torch.Tensor], weights: list[float], normalize: bool, dtype: torch.dtype
+) -> torch.Tensor:
+    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
+    parameters = {"weight": weights, "normalize": normalize}
+    merged: torch.Tensor = api.merge_tensors(
+        experts, "linear", parameters=parameters, dtype=torch.float32, out_dtype=dtype
+    )
+    return merged
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(1,), (7, 5), (33, 17)]),
+    weights=st.lists(st.integers(1, 255), min_size=1, max_size=6),
+    normalize=st.booleans(),
+    out_dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=150)
+def test_equals_mergekit_to_the_bit_where_products_are_exact(
+    seed: int, shape: tuple[int, ...], weights: list[int], normalize: bool, out_dtype: torch.dtype
+) -> None:
+    _, experts = group(shape, len(weights), base_dtype=torch.bfloat16, seed=seed)
+    shares = [w / 128 for w in weights]
+    found = merge(None, experts, "linear", weight=shares, normalize=normalize, out_dtype=out_dtype)
+    assert torch.equal(found, mergekit_linear(experts, shares, normalize, out_dtype))
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(1,), (7, 5), (33, 17)]),
+    weights=st.lists(st.floats(0.1, 2.0), min_size=1, max_size=6),
+    normalize=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=150)
+def test_equals_mergekit_but_for_its_fused_products(
+    seed: int, shape: tuple[int, ...], weights: list[float], normalize: bool, dtype: torch.dtype
+) -> None:
+    _, experts = group(shape, len(weights), base_dtype=dtype, seed=seed)
+    found = merge(None, experts, "linear", weight=weights, normalize=normalize)
+    wanted = mergekit_linear(experts, weights, normalize, dtype)
+    size = sum(w * e.double().abs() for w, e in zip(weights, experts, strict=True))
+    size = size / sum(weights) if normalize else size
+    bound = 2 * (len(weights) + 1) * 2.0**-24 * size
+    if dtype == torch.bfloat16:
+        bound = bound + wanted.double().abs() * 2.0**-7  # the last bit of bf16, where fp32 lies near a midpoint
+    assert bool(((found.double() - wanted.double()).abs() <= bound).all())
+
+
+def test_base_takes_no_part_but_gives_the_dtype() -> None:
+    base, experts = group((20,), 2, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
+    found = merge(base, experts, "linear", weight=[1.0, 3.0])
+    assert found.dtype == torch.bfloat16
+    without = merge(None, experts, "linear", weight=[1.0, 3.0])
+    assert without.dtype == torch.float32
+    assert same_bits(found, without.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_average_of_equal_models_is_that_model(dtype: torch.dtype) -> None:
+    _, (expert,) = group((50,), 1, base_dtype=dtype)
+    assert same_bits(merge(None, [expert, expert.clone()], "linear"), expert)
+    wide = expert.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    assert same_bits(merge(None, [expert], "linear", weight=3.0), (wide * 3 / 3).to(dtype))
+
+
+def test_order_of_two_experts_does_not_matter() -> None:
+    _, (a, b) = group((500,), 2, seed=3)
+    forward = merge(None, [a, b], "linear", weight=[0.3, 0.9])
+    assert same_bits(forward, merge(None, [b, a], "linear", weight=[0.9, 0.3]))
+
+
+def test_weights_are_a_scalar_or_one_for_each_expert() -> None:
+    g = generator(0)
+    experts = [torch.randn(9, generator=g) for _ in range(3)]
+    assert same_bits(merge(None, experts, "linear", weight=2.0), merge(None, experts, "linear", weight=[2.0] * 3))
+    with pytest.raises(ValueError, match="weight: got 2 values, need one for each of the 3 experts"):
+        merge(None, experts, "linear", weight=[1, 2])
+    with pytest.raises(ValueError, match=r"weights: sum to 0.*normalize=False"):
+        merge(None, experts, "linear", weight=[1, 1, -2])
+    merge(None, experts, "linear", weight=[1, 1, -2], normalize=False)

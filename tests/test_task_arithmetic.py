@@ -1,0 +1,92 @@
+"""task_arithmetic: to the bit what mergekit computes in fp32, for up to four experts.
+
+torch sums four rows and fewer in order; from five on, columns that fill no vector are summed in an order of their
+own, so that mergekit's own result depends on a tensor's length. There `reordered` bounds the difference: each order
+rounds T times, 2^-24 of the sum of magnitudes a time. The sign of a zero is not compared: torch starts its sums at
++0.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import group, randn, same_bits
+
+from resm_kernels import merge
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def mergekit_task_arithmetic(
+    base: torch.Tensor, experts: list[torch.Tensor], weights: list[float], normalize: bool, scale: float
+) -> torch.Tensor:
+    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
+    merged: torch.Tensor = api.merge_tensors(
+        [base, *experts],
+        "task_arithmetic",
+        parameters={"weight": weights, "normalize": normalize, "lambda": scale},
+        base_index=0,
+        dtype=torch.float32,
+        out_dtype=base.dtype,
+    )
+    return merged
+
+
+def reordered(n_experts: int) -> float:
+    return 2 * n_experts * 2.0**-24
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(), (1,), (3,), (7, 5), (33, 17), (2, 3, 19)]),
+    weights=st.lists(st.floats(0.05, 3.0), min_size=1, max_size=4),
+    signs=st.lists(st.sampled_from([1, -1]), min_size=4, max_size=4),
+    normalize=st.booleans(),
+    scale=st.floats(-2.0, 2.0),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=150)
+def test_equals_mergekit_to_the_bit(
+    seed: int,
+    shape: tuple[int, ...],
+    weights: list[float],
+    signs: list[int],
+    normalize: bool,
+    scale: float,
+    dtype: torch.dtype,
+) -> None:
+    if not normalize:
+        weights = [w * s for w, s in zip(weights, signs, strict=False)]
+    base, experts = group(shape, len(weights), base_dtype=dtype, seed=seed)
+    found = merge(base, experts, "task_arithmetic", weight=weights, normalize=normalize, lambda_=scale)
+    assert torch.equal(found, mergekit_task_arithmetic(base, experts, weights, normalize, scale))
+
+
+@pytest.mark.parametrize("n_experts", [5, 8, 17])
+def test_many_experts_differ_from_mergekit_by_the_order_of_the_sum_only(n_experts: int) -> None:
+    base, experts = randn(1003, seed=0), [randn(1003, seed=t + 1) for t in range(n_experts)]
+    weights = [0.5 + 0.1 * t for t in range(n_experts)]
+    found = merge(base, experts, "task_arithmetic", weight=weights)
+    wanted = mergekit_task_arithmetic(base, experts, weights, False, 1.0)
+    size = base.abs() + sum(w * (e - base).abs() for w, e in zip(weights, experts, strict=True))
+    assert bool(((found - wanted).abs() <= reordered(n_experts) * size).all())
+
+
+def test_one_expert_of_weight_one_is_returned() -> None:
+    base, (expert,) = group((400,), 1, base_dtype=torch.bfloat16)
+    assert torch.equal(merge(base, [expert], "task_arithmetic"), expert)
+
+
+def test_lambda_zero_and_no_change_return_the_base() -> None:
+    base, experts = group((400,), 3, base_dtype=torch.bfloat16)
+    assert same_bits(merge(base, experts, "task_arithmetic", lambda_=0.0), base)
+    assert same_bits(merge(base, [base, base], "task_arithmetic", weight=[3, -7]), base)
+
+
+def test_base_is_needed() -> None:
+    with pytest.raises(ValueError, match="base: got None, but task_arithmetic merges task vectors"):
+        merge(None, [torch.zeros(3)], "task_arithmetic")

@@ -1,0 +1,162 @@
+"""ties: to the bit what mergekit computes in fp32, for up to four experts, but for ties at the trim threshold.
+
+Where more values than ⌊density·N⌋ reach the threshold, mergekit's sort keeps an arbitrary part of the tied, this
+library all of them: positions where an expert's |Δ| is tied at its threshold are left out, and only those. For five
+experts and more torch sums columns that fill no vector in an order of its own (see test_task_arithmetic.py). The sign
+of a zero is not compared.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import group, randn, same_bits, values
+from torch import Tensor
+
+from resm_kernels import merge
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def mergekit_ties(
+    base: Tensor, experts: list[Tensor], weights: list[float], density: list[float], normalize: bool, scale: float
+) -> Tensor:
+    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
+    merged: Tensor = api.merge_tensors(
+        [base, *experts],
+        "ties",
+        parameters={
+            "weight": weights,
+            "density": density,
+            "normalize": normalize,
+            "lambda": scale,
+        },
+        base_index=0,
+        dtype=torch.float32,
+        out_dtype=base.dtype,
+    )
+    return merged
+
+
+def tied_positions(base: Tensor, experts: list[Tensor], density: list[float]) -> Tensor:
+    """Where a sort has to choose among equal |Δ|."""
+    tied = torch.zeros(base.shape, dtype=torch.bool)
+    for expert, share in zip(experts, density, strict=True):
+        size = (expert.float() - base.float()).abs()
+        if 0 < share < 1:
+            k = max(1, int(share * size.numel()))
+            threshold = size.flatten().sort(descending=True).values[k - 1]
+            if int((size >= threshold).sum()) > k:
+                tied |= size == threshold
+    return tied
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    shape=st.sampled_from([(1,), (3,), (7, 5), (33, 17), (2, 3, 19)]),
+    kind=st.sampled_from(["weights", "ties"]),
+    weights=st.lists(st.floats(-2.0, 3.0).filter(lambda w: abs(w) > 1e-3), min_size=1, max_size=4),
+    density=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]), min_size=4, max_size=4),
+    normalize=st.booleans(),
+    scale=st.floats(-2.0, 2.0),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(max_examples=150)
+def test_equals_mergekit_to_the_bit_away_from_ties(
+    seed: int,
+    shape: tuple[int, ...],
+    kind: str,
+    weights: list[float],
+    density: list[float],
+    normalize: bool,
+    scale: float,
+    dtype: torch.dtype,
+) -> None:
+    base, experts = group(shape, len(weights), kind, base_dtype=dtype, seed=seed)
+    density = density[: len(weights)]
+    found = merge(base, experts, "ties", weight=weights, density=density, normalize=normalize, lambda_=scale)
+    wanted = mergekit_ties(base, experts, weights, density, normalize, scale)
+    decided = ~tied_positions(base, experts, density)
+    assert torch.equal(found[decided], wanted[decided])
+
+
+def test_without_ties_every_position_equals_mergekit() -> None:
+    base, experts = randn(200, 100, seed=0), [randn(200, 100, seed=t) for t in (1, 2, 3)]
+    density = [0.2, 0.3, 0.5]
+    assert int(tied_positions(base, experts, density).sum()) <= 4
+    found = merge(base, experts, "ties", weight=[1.0, 0.5, 0.7], density=density)
+    wanted = mergekit_ties(base, experts, [1.0, 0.5, 0.7], density, True, 1.0)
+    assert int((found != wanted).sum()) <= 4
+
+
+def test_all_tied_values_are_kept_whatever_their_order() -> None:
+    base = torch.zeros(10)
+    expert = torch.tensor([1.0, 2.0, 1.0, 3.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
+    kept = merge(base, [expert], "ties", density=0.3)  # k = 3, and four values are tied with the third
+    assert kept.tolist() == [1.0, 2.0, 1.0, 3.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    order = torch.tensor([9, 4, 2, 7, 0, 1, 8, 3, 6, 5])
+    assert torch.equal(merge(base, [expert[order]], "ties", density=0.3), kept[order])
+
+
+def test_density_is_the_share_kept() -> None:
+    base, expert = torch.zeros(1000), randn(1000, seed=0)
+    for density, kept in ((1.0, 1000), (0.2, 200), (0.0015, 1), (1e-9, 1), (0.0, 0)):
+        assert int((merge(base, [expert], "ties", density=density) != 0).sum()) == kept
+
+
+def test_peft_elects_before_weighting_and_divides_by_the_count() -> None:
+    """With weights of one both are the same as ours; with others they are not."""
+    utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is the peer compared")
+    base, experts = torch.zeros(40, 25), [randn(40, 25, seed=t) for t in (1, 2, 3)]
+    theirs = utils.ties(experts, torch.ones(3), 0.5)
+    assert torch.equal(merge(base, experts, "ties", density=0.5), theirs)
+    weighted = utils.ties(experts, torch.tensor([1.0, 0.5, 2.0]), 0.5)
+    assert not torch.equal(merge(base, experts, "ties", density=0.5, weight=[1.0, 0.5, 2.0]), weighted)
+
+
+def test_one_expert_untrimmed_is_returned() -> None:
+    # In fp32 the difference rounds, and with it the sum; between bf16 weights it does not.
+    base, (expert,) = group((999,), 1, base_dtype=torch.bfloat16)
+    assert torch.equal(merge(base, [expert], "ties"), expert)
+
+
+def test_equal_experts_agree() -> None:
+    base, (expert,) = group((999,), 1, base_dtype=torch.bfloat16)
+    one = merge(base, [expert], "ties", density=0.3)
+    assert torch.equal(merge(base, [expert] * 4, "ties", density=0.3), one)
+
+
+def test_order_of_the_experts_does_not_matter_where_sums_are_exact() -> None:
+    base, experts = group((999,), 3, "ties")
+    wanted = merge(base, experts, "ties", weight=[1.0, 2.0, 0.5], density=[0.3, 0.5, 0.9])
+    order = [2, 0, 1]
+    found = merge(
+        base,
+        [experts[t] for t in order],
+        "ties",
+        weight=[[1.0, 2.0, 0.5][t] for t in order],
+        density=[[0.3, 0.5, 0.9][t] for t in order],
+    )
+    assert torch.equal(found, wanted)
+
+
+def test_no_change_returns_the_base() -> None:
+    base = values((500,), "weights", torch.bfloat16, 0)
+    assert same_bits(merge(base, [base, base], "ties", density=0.2), base)
+
+
+def test_empty_tensor_and_scalar() -> None:
+    assert merge(torch.zeros(0, 3), [torch.zeros(0, 3)], "ties", density=0.5).shape == (0, 3)
+    assert float(merge(torch.tensor(1.0), [torch.tensor(3.0)], "ties", density=0.1)) == 3.0
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1, math.nan, "many"])
+def test_density_out_of_range_is_refused_by_name(bad: object) -> None:
+    with pytest.raises(ValueError, match=r"density: got .*, need a number from 0 to 1"):
+        merge(torch.zeros(3), [torch.ones(3)], "ties", density=bad)
