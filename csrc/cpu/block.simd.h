@@ -13,7 +13,7 @@ RESM_HD void prefetch_next(const Array& from, int64_t begin, int n) {
 
 template <class C>
 void load(const Array& from, int64_t begin, int n, C* __restrict block) {
-  prefetch_next(from, begin, n);
+  //X
   switch (from.dtype) {
     case DType::f32: {
       const float* p = static_cast<const float*>(from.data) + begin;
@@ -36,7 +36,7 @@ void load(const Array& from, int64_t begin, int n, C* __restrict block) {
       break;
     }
   }
-  for (int i = n; i % kLanes != 0; ++i) block[i] = C(0);
+  for (int i = n; i % kPad != 0; ++i) block[i] = C(0);
 }
 
 template <class C>

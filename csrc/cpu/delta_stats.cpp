@@ -12,11 +12,27 @@ namespace resm::cpu {
 namespace {
 
 // In order of lanes.
-double total(const double* lanes) {
-  double sum = 0;
+template <class Sum, class Lane>
+Sum total(const Lane* lanes) {
+  Sum sum = 0;
   for (int i = 0; i < kLanes; ++i) sum += lanes[i];
   return sum;
 }
+
+// Zeros that fill a chunk's last block up to a multiple of `unit`.
+int64_t padding(const Chunk& chunk, int unit) { return (unit - (chunk.end - chunk.begin) % unit) % unit; }
+
+bool is_half(DType dtype) { return item_size(dtype) == 2; }
+
+// What a chunk adds to the statistics of one expert.
+struct ChunkMoments {
+  double sum, sum_sq, sum_abs, max_abs;
+  int64_t n_zero, n_small, n_nonfinite;
+};
+struct ChunkOutliers {
+  double sum_abs;
+  int64_t n_outlier, n_small;
+};
 
 // Calls visit(t, base block, expert block, n) for every block and expert of a chunk; base is read and converted once.
 template <class C, class Visit>
@@ -63,7 +79,7 @@ class Pass {
         chunks_(chunks_of(groups)) {}
 
   void first(int64_t* bin_counts, double* bin_sums) {
-    std::vector<Moments> partial(chunks_.size() * groups_.n_experts);
+    std::vector<ChunkMoments> partial(chunks_.size() * groups_.n_experts);
     const bool histogram = bin_counts != nullptr;
     std::vector<Bins> bins(histogram ? groups_.size() * groups_.n_experts : 0);
     for (auto& b : bins) {
@@ -76,7 +92,7 @@ class Pass {
       return scratch;
     };
     parallel_for(static_cast<int64_t>(chunks_.size()), threads_, make, [&](int64_t i, Scratch& scratch) {
-      Moments* into = partial.data() + i * groups_.n_experts;
+      ChunkMoments* into = partial.data() + i * groups_.n_experts;
       if (groups_.is_double(chunks_[i].group))
         first_chunk<double>(chunks_[i], scratch, into, bins);
       else
@@ -96,10 +112,10 @@ class Pass {
   }
 
   void second() {
-    std::vector<Outliers> partial(chunks_.size() * groups_.n_experts);
+    std::vector<ChunkOutliers> partial(chunks_.size() * groups_.n_experts);
     parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return Scratch(); },
                  [&](int64_t i, Scratch& scratch) {
-                   Outliers* into = partial.data() + i * groups_.n_experts;
+                   ChunkOutliers* into = partial.data() + i * groups_.n_experts;
                    if (groups_.is_double(chunks_[i].group))
                      second_chunk<double>(chunks_[i], scratch, into);
                    else
@@ -108,12 +124,12 @@ class Pass {
     for (int64_t i = 0; i < groups_.size() * groups_.n_experts; ++i) counts_[i * kCounts + 1] = 0;
     for (size_t i = 0; i < chunks_.size(); ++i)
       for (int t = 0; t < groups_.n_experts; ++t) {
-        const Outliers& p = partial[i * groups_.n_experts + t];
+        const ChunkOutliers& p = partial[i * groups_.n_experts + t];
         const int64_t r = row(chunks_[i].group, t);
         counts_[r * kCounts + 1] += p.n_small;
         if (options_.kappa < 0) continue;
         counts_[r * kCounts + 2] += p.n_outlier;
-        moments_[r * kMoments + 4] += total(p.sum_abs);
+        moments_[r * kMoments + 4] += p.sum_abs;
       }
   }
 
@@ -121,31 +137,45 @@ class Pass {
   int64_t row(int64_t group, int t) const { return group * groups_.n_experts + t; }
 
   template <class C>
-  void first_chunk(const Chunk& chunk, Scratch& scratch, Moments* into, std::vector<Bins>& bins) {
+  void first_chunk(const Chunk& chunk, Scratch& scratch, ChunkMoments* into, std::vector<Bins>& bins) {
     const auto& k = kernels().of<C>();
-    std::fill(into, into + groups_.n_experts, Moments{});
     const C small = at_most<C>(options_.eps);
+    const bool half_base = is_half(groups_.base(chunk.group)->dtype);
+    const int64_t pad = padding(chunk, kPad);
     const int per_expert = kHistogramBins * kHistogramCopies;
+    std::vector<Moments<C>> lanes(groups_.n_experts, Moments<C>{});
     for_deltas<C>(groups_, chunk, scratch.of(C()), [&](int t, const C* base, const C* expert, int n) {
-      k.moments(base, expert, n, small, into[t]);
+      k.moments(base, expert, n, half_base && is_half(groups_.experts_of(chunk.group)[t].dtype), small, lanes[t]);
       if (!bins.empty()) k.histogram(base, expert, n, scratch.packed.data() + t * per_expert);
     });
-    if (bins.empty()) return;
     for (int t = 0; t < groups_.n_experts; ++t) {
+      const Moments<C>& m = lanes[t];
+      const double max_abs = *std::max_element(m.max_abs, m.max_abs + kLanes);
+      into[t] = {total<double>(m.sum), total<double>(m.sum_sq), total<double>(m.sum_abs), max_abs,
+                 total<int64_t>(m.zeros) - pad, total<int64_t>(m.smalls) - pad, m.n_nonfinite};
+      if (bins.empty()) continue;
 #pragma omp critical(resm_histogram)
       bins[row(chunk.group, t)].take(scratch.packed.data() + t * per_expert);
     }
   }
 
   template <class C>
-  void second_chunk(const Chunk& chunk, Scratch& scratch, Outliers* into) {
+  void second_chunk(const Chunk& chunk, Scratch& scratch, ChunkOutliers* into) {
     const auto& k = kernels().of<C>();
-    std::fill(into, into + groups_.n_experts, Outliers{});
+    const int64_t pad = padding(chunk, kLanes);
+    std::vector<Outliers> lanes(groups_.n_experts, Outliers{});
     std::vector<Bounds<C>> bounds;
     for (int t = 0; t < groups_.n_experts; ++t) bounds.push_back(bounds_of<C>(row(chunk.group, t)));
     for_deltas<C>(groups_, chunk, scratch.of(C()), [&](int t, const C* base, const C* expert, int n) {
-      k.outliers(base, expert, n, bounds[t], into[t]);
+      k.outliers(base, expert, n, bounds[t], lanes[t]);
     });
+    for (int t = 0; t < groups_.n_experts; ++t) {
+      // The padding's zeros are outliers too where the mean lies that far from zero.
+      const bool zero_is_outside = bounds[t].low > 0 || bounds[t].high < 0;
+      into[t] = {total<double>(lanes[t].sum_abs),
+                 total<int64_t>(lanes[t].found) - (zero_is_outside ? pad : 0),
+                 total<int64_t>(lanes[t].smalls) - pad};
+    }
   }
 
   template <class C>
@@ -169,13 +199,13 @@ class Pass {
     return -at_most<C>(-bound);
   }
 
-  void add(const Moments& p, int64_t r) {
+  void add(const ChunkMoments& p, int64_t r) {
     double* m = moments_ + r * kMoments;
     int64_t* c = counts_ + r * kCounts;
-    m[0] += total(p.sum);
-    m[1] += total(p.sum_sq);
-    m[2] += total(p.sum_abs);
-    for (double lane : p.max_abs) m[3] = std::fmax(m[3], lane);
+    m[0] += p.sum;
+    m[1] += p.sum_sq;
+    m[2] += p.sum_abs;
+    m[3] = std::fmax(m[3], p.max_abs);
     c[0] += p.n_zero;
     c[1] += p.n_small;
     c[3] += p.n_nonfinite;

@@ -3,55 +3,69 @@
 
 namespace resm::cpu::RESM_ISA {
 
-constexpr int padding(int n) { return (kLanes - n % kLanes) % kLanes; }
-
-// Adds the lanes that a block was summed up in, in the compute type, to those of the chunk.
+// A block once more, value by value in double: for NaN, infinity, and magnitudes whose sums or squares leave the range
+// of the compute type. Adds to the sums and n_nonfinite alone.
 template <class C>
-void flush(const Lanes<C>& block, double* into) {
-  C lanes[kLanes];
-  block.store(lanes);
-  for (int i = 0; i < kLanes; ++i) into[i] += double(lanes[i]);
-}
-
-// Sum of d and of its square run in double: the first cancels, the second would leave float's range. The sum of |d|
-// does neither and runs in the compute type for the 128 values that a lane has in a block.
-template <class C>
-void moments(const C* base, const C* expert, int n, C small, Moments& into) {
-  using L = Lanes<C>;
-  typename L::Doubles sum = L::Doubles::load(into.sum), sum_sq = L::Doubles::load(into.sum_sq);
-  L sum_abs = L::all(C(0)), max_abs = L::all(C(0));
-  const L limit = L::all(small);
-  typename L::Counts zeros, smalls;
-  for (int i = 0; i < n; i += kLanes) {
-    const L d = L::load(expert + i).minus(L::load(base + i));
-    const L a = d.magnitude();
-    sum.add(d);
-    sum_sq.add_square(d);
-    sum_abs = sum_abs.plus(a);
-    max_abs = a.larger(max_abs);
-    d.count_zero(zeros);
-    if (small > C(0)) a.count_at_most(limit, smalls);
-  }
-  sum.store(into.sum);
-  sum_sq.store(into.sum_sq);
-  C lanes[kLanes];
-  max_abs.store(lanes);
-  for (int i = 0; i < kLanes; ++i) into.max_abs[i] = lanes[i] > into.max_abs[i] ? lanes[i] : into.max_abs[i];
-  const int64_t n_zero = zeros.total() - padding(n);
-  into.n_zero += n_zero;
-  into.n_small += small > C(0) ? smalls.total() - padding(n) : n_zero;
-
-  sum_abs.store(lanes);
-  if (count_nonfinite(lanes, kLanes) == 0) {
-    flush(sum_abs, into.sum_abs);
-    return;
-  }
-  // NaN, infinity, or finite values whose sum is too large for the compute type: once more, value by value.
+void sum_again(const C* base, const C* expert, int n, Moments<C>& into) {
   for (int i = 0; i < n; ++i) {
     const C d = expert[i] - base[i];
+    into.sum[i % kLanes] += double(d);
+    into.sum_sq[i % kLanes] += double(d) * double(d);
     into.sum_abs[i % kLanes] += double(d < C(0) ? -d : d);
     into.n_nonfinite += count_nonfinite(&d, 1);
   }
+}
+
+// For half-precision inputs sums may run in float within a block, which keeps the conversions to double off the hot
+// path: their differences have few significant bits, so that four of them mostly add up exactly. For others the sum of
+// d and of its square run in double from the start. The sum of |d|, which cannot cancel, never needs it.
+template <class C, bool kHalfInputs, bool kCountsSmalls>
+void moments_of_block(const C* base, const C* expert, int n, C small, Moments<C>& into) {
+  using L = Lanes<C>;
+  constexpr int kStep = 4;
+  auto sum = L::Doubles::load(into.sum), sum_sq = L::Doubles::load(into.sum_sq);
+  auto zeros = L::Counts::load(into.zeros), smalls = L::Counts::load(into.smalls);
+  L block_abs = L::all(C(0)), block_sq = L::all(C(0)), max_abs = L::load(into.max_abs);
+  const L limit = L::all(small);
+  for (int i = 0; i < n; i += kStep * kLanes) {
+    L d[kStep];
+    for (int j = 0; j < kStep; ++j) {
+      const int at = i + j * kLanes;
+      d[j] = L::load(expert + at).minus(L::load(base + at));
+      const L a = d[j].magnitude();
+      block_abs = block_abs.plus(a);
+      max_abs = a.larger(max_abs);
+      d[j].count_zero(zeros);
+      if (kCountsSmalls) a.count_at_most(limit, smalls);
+      if (kHalfInputs) {
+        block_sq = block_sq.plus(d[j].times(d[j]));
+      } else {
+        sum.add(d[j]);
+        sum_sq.add_square(d[j]);
+      }
+    }
+    if (kHalfInputs) sum.add(d[0].plus(d[1]).plus(d[2].plus(d[3])));
+  }
+  max_abs.store(into.max_abs);
+  zeros.store(into.zeros);
+  (kCountsSmalls ? smalls : zeros).store(into.smalls);
+  // Within these limits no square of a block leaves float's normal range but those too small to matter beside the
+  // others: what they lose is 1e-14 of the sum.
+  const bool in_range = kHalfInputs ? block_abs.all_zero_or_within(C(1e-9), C(1e18)) : block_abs.all_finite();
+  if (!in_range) return sum_again(base, expert, n, into);
+  if (kHalfInputs) sum_sq.add(block_sq);
+  auto sum_abs = L::Doubles::load(into.sum_abs);
+  sum_abs.add(block_abs);
+  sum.store(into.sum);
+  sum_sq.store(into.sum_sq);
+  sum_abs.store(into.sum_abs);
+}
+
+template <class C>
+void moments(const C* base, const C* expert, int n, bool half_inputs, C small, Moments<C>& into) {
+  const auto run = half_inputs ? (small > C(0) ? moments_of_block<C, true, true> : moments_of_block<C, true, false>)
+                               : (small > C(0) ? moments_of_block<C, false, true> : moments_of_block<C, false, false>);
+  run(base, expert, n, small, into);
 }
 
 template <class C>
@@ -59,17 +73,23 @@ void outliers(const C* base, const C* expert, int n, const Bounds<C>& bounds, Ou
   using L = Lanes<C>;
   L sum_abs = L::all(C(0));
   const L low = L::all(bounds.low), high = L::all(bounds.high), limit = L::all(bounds.small);
-  typename L::Counts found, smalls;
+  auto found = L::Counts::load(into.found), smalls = L::Counts::load(into.smalls);
   for (int i = 0; i < n; i += kLanes) {
     const L d = L::load(expert + i).minus(L::load(base + i));
     d.add_outside(low, high, found, sum_abs);
     d.magnitude().count_at_most(limit, smalls);
   }
-  flush(sum_abs, into.sum_abs);
-  // The padding's zeros are outliers too where the mean lies that far from zero.
-  const bool zero_is_outside = C(0) < bounds.low || C(0) > bounds.high;
-  into.n_outlier += found.total() - (zero_is_outside ? padding(n) : 0);
-  into.n_small += smalls.total() - padding(n);
+  found.store(into.found);
+  smalls.store(into.smalls);
+  if (sum_abs.all_finite()) {
+    auto sums = L::Doubles::load(into.sum_abs);
+    sums.add(sum_abs);
+    return sums.store(into.sum_abs);
+  }
+  for (int i = 0; i < n; ++i) {
+    const C d = expert[i] - base[i];
+    if (d < bounds.low || d > bounds.high) into.sum_abs[i % kLanes] += double(d < C(0) ? -d : d);
+  }
 }
 
 // The float with the exponent of |d| that the bins know, and as many leading bits as it holds.

@@ -16,6 +16,7 @@ namespace resm::cpu {
 
 constexpr int kBlock = 512;         // small enough that the blocks of several experts stay in the first-level cache
 constexpr int kLanes = 16;        // independent partial sums of a block
+constexpr int kPad = 4 * kLanes;  // blocks are filled up with zeros to a multiple of this
 constexpr int kHistogramBins = 256;
 constexpr int kHistogramCopies = 8;
 constexpr int64_t kChunk = 65536;  // elements a task works on
@@ -29,15 +30,19 @@ struct Array {
   DType dtype;
 };
 
-// Partial sums of a chunk, one per lane, so that the final reduction has a fixed order.
+// Partial sums of a chunk, one per lane: whoever adds up the lanes does so in their order. The zeros that pad the last
+// block count as values.
+template <class C>
 struct Moments {
-  double sum[kLanes], sum_sq[kLanes], sum_abs[kLanes], max_abs[kLanes];
-  int64_t n_zero, n_small, n_nonfinite;
+  double sum[kLanes], sum_sq[kLanes], sum_abs[kLanes];
+  C max_abs[kLanes];
+  int32_t zeros[kLanes], smalls[kLanes];
+  int64_t n_nonfinite;
 };
 
 struct Outliers {
   double sum_abs[kLanes];
-  int64_t n_outlier, n_small;
+  int32_t found[kLanes], smalls[kLanes];
 };
 
 // One counter of the histogram: how many values above 48 bits of their summed keys. All keys of a bin have the same
@@ -78,11 +83,11 @@ struct Election {
 
 template <class C>
 struct BlockKernels {
-  // block[i] = element begin + i of the array; elements from n to the next multiple of kLanes are zero.
+  // block[i] = element begin + i of the array; elements from n to the next multiple of kPad are zero.
   void (*load)(const Array& from, int64_t begin, int n, C* block);
   void (*store)(const C* block, int64_t begin, int n, const Array& to);
   int64_t (*count_nonfinite)(const C* block, int n);
-  void (*moments)(const C* base, const C* expert, int n, C small, Moments& into);
+  void (*moments)(const C* base, const C* expert, int n, bool half_inputs, C small, Moments<C>& into);
   void (*outliers)(const C* base, const C* expert, int n, const Bounds<C>& bounds, Outliers& into);
   // Adds each |d| to its PackedBin, in interleaved copies.
   void (*histogram)(const C* base, const C* expert, int n, uint64_t* bins);

@@ -1,6 +1,8 @@
 // Sixteen lanes of float or double: the vectors that sums run over, with the same lanes on every instruction set.
 //
-// The generic form is what the others must equal bit for bit; tests hold them to it.
+// The generic form is what the others must equal bit for bit; tests hold them to it. They may fuse a multiplication of
+// two floats with an addition in double: that product is exact in double, so that one rounding or two is the same. They
+// do so for plain additions too (times one), because processors have separate units for both kinds.
 #pragma once
 
 #if defined(__AVX2__)
@@ -14,12 +16,13 @@ struct Lanes {
   C v[kLanes];
 
   struct Counts {
-    int64_t v[kLanes] = {};
-    RESM_HD int64_t total() const {
-      int64_t sum = 0;
-      for (int i = 0; i < kLanes; ++i) sum += v[i];
-      return sum;
+    int32_t v[kLanes] = {};
+    static RESM_HD Counts load(const int32_t* p) {
+      Counts r;
+      memcpy(r.v, p, sizeof r.v);
+      return r;
     }
+    RESM_HD void store(int32_t* p) const { memcpy(p, v, sizeof v); }
   };
   struct Doubles {
     double v[kLanes];
@@ -58,6 +61,18 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] + o.v[i];
     return r;
   }
+  RESM_HD Lanes times(const Lanes& o) const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] * o.v[i];
+    return r;
+  }
+  RESM_HD bool all_finite() const { return count_nonfinite(v, kLanes) == 0; }
+  // Of magnitudes: is every lane zero or within the limits?
+  RESM_HD bool all_zero_or_within(C low, C high) const {
+    int n = 0;
+    for (int i = 0; i < kLanes; ++i) n += (v[i] == C(0)) | ((v[i] >= low) & (v[i] <= high));
+    return n == kLanes;
+  }
   RESM_HD Lanes magnitude() const {
     Lanes r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] < C(0) ? -v[i] : v[i] + C(0);
@@ -94,6 +109,8 @@ struct Lanes<float> {
 
   struct Counts {
     __m512i v = _mm512_setzero_si512();
+    static RESM_HD Counts load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+    RESM_HD void store(int32_t* p) const { _mm512_storeu_si512(p, v); }
     RESM_HD int64_t total() const { return _mm512_reduce_add_epi32(v); }
     RESM_HD void add(__mmask16 where) { v = _mm512_mask_sub_epi32(v, where, v, _mm512_set1_epi32(-1)); }
   };
@@ -105,12 +122,12 @@ struct Lanes<float> {
       _mm512_storeu_pd(p + 8, high);
     }
     RESM_HD void add(const Lanes& x) {
-      low = _mm512_add_pd(low, x.low());
-      high = _mm512_add_pd(high, x.high());
+      low = _mm512_fmadd_pd(x.low(), _mm512_set1_pd(1), low);
+      high = _mm512_fmadd_pd(x.high(), _mm512_set1_pd(1), high);
     }
     RESM_HD void add_square(const Lanes& x) {
-      low = _mm512_add_pd(low, _mm512_mul_pd(x.low(), x.low()));
-      high = _mm512_add_pd(high, _mm512_mul_pd(x.high(), x.high()));
+      low = _mm512_fmadd_pd(x.low(), x.low(), low);
+      high = _mm512_fmadd_pd(x.high(), x.high(), high);
     }
   };
 
@@ -122,6 +139,15 @@ struct Lanes<float> {
   RESM_HD void store(float* p) const { _mm512_storeu_ps(p, v); }
   RESM_HD Lanes minus(const Lanes& o) const { return {_mm512_sub_ps(v, o.v)}; }
   RESM_HD Lanes plus(const Lanes& o) const { return {_mm512_add_ps(v, o.v)}; }
+  RESM_HD Lanes times(const Lanes& o) const { return {_mm512_mul_ps(v, o.v)}; }
+  RESM_HD bool all_finite() const {
+    return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(__FLT_MAX__), _CMP_LE_OQ) == 0xffff;
+  }
+  RESM_HD bool all_zero_or_within(float low, float high) const {
+    const __mmask16 within = _mm512_cmp_ps_mask(v, _mm512_set1_ps(low), _CMP_GE_OQ) &
+                             _mm512_cmp_ps_mask(v, _mm512_set1_ps(high), _CMP_LE_OQ);
+    return (within | _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)) == 0xffff;
+  }
   RESM_HD Lanes magnitude() const { return {_mm512_abs_ps(v)}; }
   RESM_HD Lanes larger(const Lanes& o) const { return {_mm512_max_ps(v, o.v)}; }
   RESM_HD void count_zero(Counts& n) const { n.add(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)); }
@@ -141,15 +167,21 @@ struct Lanes<float> {
   __m256 a, b;
 
   struct Counts {
-    __m256i v = _mm256_setzero_si256();
-    RESM_HD int64_t total() const {
-      int32_t lanes[8];
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), v);
-      int64_t sum = 0;
-      for (int i = 0; i < 8; ++i) sum += lanes[i];
-      return sum;
+    __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
+    static RESM_HD Counts load(const int32_t* p) {
+      Counts r;
+      r.a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+      r.b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8));
+      return r;
     }
-    RESM_HD void add(__m256 where) { v = _mm256_sub_epi32(v, _mm256_castps_si256(where)); }
+    RESM_HD void store(int32_t* p) const {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 8), b);
+    }
+    RESM_HD void add(__m256 first, __m256 second) {
+      a = _mm256_sub_epi32(a, _mm256_castps_si256(first));
+      b = _mm256_sub_epi32(b, _mm256_castps_si256(second));
+    }
   };
   struct Doubles {
     __m256d v[4];
@@ -163,7 +195,7 @@ struct Lanes<float> {
       for (int i = 0; i < 4; ++i) v[i] = _mm256_add_pd(v[i], x.wide(i));
     }
     RESM_HD void add_square(const Lanes& x) {
-      for (int i = 0; i < 4; ++i) v[i] = _mm256_add_pd(v[i], _mm256_mul_pd(x.wide(i), x.wide(i)));
+      for (int i = 0; i < 4; ++i) v[i] = _mm256_fmadd_pd(x.wide(i), x.wide(i), v[i]);
     }
   };
 
@@ -180,24 +212,36 @@ struct Lanes<float> {
   }
   RESM_HD Lanes minus(const Lanes& o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
   RESM_HD Lanes plus(const Lanes& o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
+  RESM_HD Lanes times(const Lanes& o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
+  RESM_HD bool all_finite() const {
+    const __m256 most = _mm256_set1_ps(__FLT_MAX__);
+    const Lanes size = magnitude();
+    return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(size.a, most, _CMP_LE_OQ),
+                                            _mm256_cmp_ps(size.b, most, _CMP_LE_OQ))) == 0xff;
+  }
+  RESM_HD bool all_zero_or_within(float low, float high) const {
+    const auto holds = [&](__m256 x) {
+      const __m256 within = _mm256_and_ps(_mm256_cmp_ps(x, _mm256_set1_ps(low), _CMP_GE_OQ),
+                                          _mm256_cmp_ps(x, _mm256_set1_ps(high), _CMP_LE_OQ));
+      return _mm256_movemask_ps(_mm256_or_ps(within, _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_EQ_OQ))) == 0xff;
+    };
+    return holds(a) && holds(b);
+  }
   RESM_HD Lanes magnitude() const {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, a), _mm256_andnot_ps(sign, b)};
   }
   RESM_HD Lanes larger(const Lanes& o) const { return {_mm256_max_ps(a, o.a), _mm256_max_ps(b, o.b)}; }
   RESM_HD void count_zero(Counts& n) const {
-    n.add(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ));
-    n.add(_mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_EQ_OQ));
+    n.add(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_EQ_OQ), _mm256_cmp_ps(b, _mm256_setzero_ps(), _CMP_EQ_OQ));
   }
   RESM_HD void count_at_most(const Lanes& o, Counts& n) const {
-    n.add(_mm256_cmp_ps(a, o.a, _CMP_LE_OQ));
-    n.add(_mm256_cmp_ps(b, o.b, _CMP_LE_OQ));
+    n.add(_mm256_cmp_ps(a, o.a, _CMP_LE_OQ), _mm256_cmp_ps(b, o.b, _CMP_LE_OQ));
   }
   RESM_HD void add_outside(const Lanes& low, const Lanes& high, Counts& n, Lanes& sum) const {
     const __m256 first = _mm256_or_ps(_mm256_cmp_ps(a, low.a, _CMP_LT_OQ), _mm256_cmp_ps(a, high.a, _CMP_GT_OQ));
     const __m256 second = _mm256_or_ps(_mm256_cmp_ps(b, low.b, _CMP_LT_OQ), _mm256_cmp_ps(b, high.b, _CMP_GT_OQ));
-    n.add(first);
-    n.add(second);
+    n.add(first, second);
     const Lanes size = magnitude();
     sum.a = _mm256_add_ps(sum.a, _mm256_and_ps(first, size.a));
     sum.b = _mm256_add_ps(sum.b, _mm256_and_ps(second, size.b));

@@ -1,0 +1,57 @@
+"""Merge the three experts in four ways and measure all eight models: `make demo`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from evaluate import evaluate, load, table
+from rich.console import Console
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+KEPT = Path("build/demo/resm")  # relative to the repository's root
+RECIPES = {
+    "task arithmetic": "task_arithmetic",
+    "TSV-M": "tsvm",
+    "RESM (defaults)": "resm",
+    "RESM (tuned on validation)": "resm_tuned",
+}
+
+
+def merge(recipe: str, out: Path) -> None:
+    """Run the command line as a user would; paths in a recipe are relative to the repository's root."""
+    path = (HERE / "recipes" / f"{recipe}.yaml").relative_to(ROOT)
+    subprocess.run([sys.executable, "-m", "resm_kernels", "merge", str(path), str(out)], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    console = Console()
+    folders = {name: HERE / "models" / name for name in ("base", "helpful", "honest", "harmless")}
+    kept = ROOT / KEPT
+    # A merge never writes over an existing folder.
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, recipe in RECIPES.items():
+            out = kept if recipe == "resm_tuned" else Path(scratch) / recipe
+            merge(recipe, out)
+            folders[name] = out
+        rows = {}
+        for name, folder in folders.items():
+            with console.status(f"asking {name}"):
+                rows[name] = evaluate(*load(folder))
+    console.print(table(rows))
+    console.print(f"The tuned RESM merge lies in {KEPT}. Try it:", soft_wrap=True)
+    command = f'.venv/bin/python examples/3h/evaluate.py {KEPT} --ask "how do i paint the guard ?"'
+    console.print(command, soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"merging failed: {' '.join(error.cmd)} returned {error.returncode}")
