@@ -1,4 +1,4 @@
-"""The tree's own rules: one stem per op everywhere, imports that point downward, nothing in the package that is heavy."""
+"""The tree's own rules: one stem per op everywhere, imports that point downward, a package that stays light."""
 
 from __future__ import annotations
 

@@ -3,17 +3,8 @@
 
 namespace resm::cpu::RESM_ISA {
 
-// Asks for the bytes of the next block while this one is worked on: the processor's own prefetching follows a stream,
-// not short pieces of several in turn. Addresses past the end are harmless.
-RESM_HD void prefetch_next(const Array& from, int64_t begin, int n) {
-  const int64_t item = item_size(from.dtype);
-  const char* next = static_cast<const char*>(from.data) + (begin + n) * item;
-  for (int64_t line = 0; line < n * item; line += 64) __builtin_prefetch(next + line);
-}
-
 template <class C>
 void load(const Array& from, int64_t begin, int n, C* __restrict block) {
-  //X
   switch (from.dtype) {
     case DType::f32: {
       const float* p = static_cast<const float*>(from.data) + begin;

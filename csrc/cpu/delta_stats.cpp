@@ -19,8 +19,8 @@ Sum total(const Lane* lanes) {
   return sum;
 }
 
-// Zeros that fill a chunk's last block up to a multiple of `unit`.
-int64_t padding(const Chunk& chunk, int unit) { return (unit - (chunk.end - chunk.begin) % unit) % unit; }
+// Zeros that fill up a chunk's last block.
+int64_t padding(const Chunk& chunk) { return (kPad - (chunk.end - chunk.begin) % kPad) % kPad; }
 
 bool is_half(DType dtype) { return item_size(dtype) == 2; }
 
@@ -35,13 +35,18 @@ struct ChunkOutliers {
 };
 
 // Calls visit(t, base block, expert block, n) for every block and expert of a chunk; base is read and converted once.
-template <class C, class Visit>
-void for_deltas(const Groups& groups, const Chunk& chunk, const Blocks<C>& scratch, Visit visit) {
+// An expert for which direct(t, base block, its bf16 values, n) returns true is done with and is not converted.
+template <class C, class Direct, class Visit>
+void for_deltas(const Groups& groups, const Chunk& chunk, const Blocks<C>& scratch, Direct direct, Visit visit) {
   const auto& k = kernels().of<C>();
   for_blocks(chunk, [&](int64_t begin, int n) {
     k.load(*groups.base(chunk.group), begin, n, scratch[0]);
     for (int t = 0; t < groups.n_experts; ++t) {
-      k.load(groups.experts_of(chunk.group)[t], begin, n, scratch[1]);
+      const Array& expert = groups.experts_of(chunk.group)[t];
+      if (expert.dtype == DType::bf16 && n % kPad == 0 &&
+          direct(t, scratch[0], static_cast<const uint16_t*>(expert.data) + begin, n))
+        continue;
+      k.load(expert, begin, n, scratch[1]);
       visit(t, scratch[0], scratch[1], n);
     }
   });
@@ -121,12 +126,14 @@ class Pass {
                    else
                      second_chunk<float>(chunks_[i], scratch, into);
                  });
-    for (int64_t i = 0; i < groups_.size() * groups_.n_experts; ++i) counts_[i * kCounts + 1] = 0;
+    const bool count_smalls = options_.eps_rel > 0;
+    if (count_smalls)
+      for (int64_t i = 0; i < groups_.size() * groups_.n_experts; ++i) counts_[i * kCounts + 1] = 0;
     for (size_t i = 0; i < chunks_.size(); ++i)
       for (int t = 0; t < groups_.n_experts; ++t) {
         const ChunkOutliers& p = partial[i * groups_.n_experts + t];
         const int64_t r = row(chunks_[i].group, t);
-        counts_[r * kCounts + 1] += p.n_small;
+        if (count_smalls) counts_[r * kCounts + 1] += p.n_small;
         if (options_.kappa < 0) continue;
         counts_[r * kCounts + 2] += p.n_outlier;
         moments_[r * kMoments + 4] += p.sum_abs;
@@ -141,10 +148,17 @@ class Pass {
     const auto& k = kernels().of<C>();
     const C small = at_most<C>(options_.eps);
     const bool half_base = is_half(groups_.base(chunk.group)->dtype);
-    const int64_t pad = padding(chunk, kPad);
+    const int64_t pad = padding(chunk);
     const int per_expert = kHistogramBins * kHistogramCopies;
     std::vector<Moments<C>> lanes(groups_.n_experts, Moments<C>{});
-    for_deltas<C>(groups_, chunk, scratch.of(C()), [&](int t, const C* base, const C* expert, int n) {
+    const auto direct = [&](int t, const C* base, const uint16_t* expert, int n) {
+      if constexpr (sizeof(C) == 4) {
+        if (half_base && bins.empty()) kernels().moments_bf16(base, expert, n, small, lanes[t]);
+        return half_base && bins.empty();
+      }
+      return false;
+    };
+    for_deltas<C>(groups_, chunk, scratch.of(C()), direct, [&](int t, const C* base, const C* expert, int n) {
       k.moments(base, expert, n, half_base && is_half(groups_.experts_of(chunk.group)[t].dtype), small, lanes[t]);
       if (!bins.empty()) k.histogram(base, expert, n, scratch.packed.data() + t * per_expert);
     });
@@ -162,12 +176,17 @@ class Pass {
   template <class C>
   void second_chunk(const Chunk& chunk, Scratch& scratch, ChunkOutliers* into) {
     const auto& k = kernels().of<C>();
-    const int64_t pad = padding(chunk, kLanes);
+    const int64_t pad = padding(chunk);
     std::vector<Outliers> lanes(groups_.n_experts, Outliers{});
     std::vector<Bounds<C>> bounds;
     for (int t = 0; t < groups_.n_experts; ++t) bounds.push_back(bounds_of<C>(row(chunk.group, t)));
-    for_deltas<C>(groups_, chunk, scratch.of(C()), [&](int t, const C* base, const C* expert, int n) {
-      k.outliers(base, expert, n, bounds[t], lanes[t]);
+    const bool count_smalls = options_.eps_rel > 0;
+    const auto direct = [&](int t, const C* base, const uint16_t* expert, int n) {
+      if constexpr (sizeof(C) == 4) kernels().outliers_bf16(base, expert, n, count_smalls, bounds[t], lanes[t]);
+      return sizeof(C) == 4;
+    };
+    for_deltas<C>(groups_, chunk, scratch.of(C()), direct, [&](int t, const C* base, const C* expert, int n) {
+      k.outliers(base, expert, n, count_smalls, bounds[t], lanes[t]);
     });
     for (int t = 0; t < groups_.n_experts; ++t) {
       // The padding's zeros are outliers too where the mean lies that far from zero.

@@ -3,12 +3,26 @@
 
 namespace resm::cpu::RESM_ISA {
 
+// Where the values of a block come from: converted ones from scratch, or bf16 ones straight from the tensor, which
+// saves a trip through the scratch.
+template <class C>
+struct Converted {
+  const C* p;
+  RESM_HD Lanes<C> lanes(int i) const { return Lanes<C>::load(p + i); }
+  RESM_HD C value(int i) const { return p[i]; }
+};
+struct Bf16 {
+  const uint16_t* p;
+  RESM_HD Lanes<float> lanes(int i) const { return Lanes<float>::load_bf16(p + i); }
+  RESM_HD float value(int i) const { return float_from_bf16(p[i]); }
+};
+
 // A block once more, value by value in double: for NaN, infinity, and magnitudes whose sums or squares leave the range
 // of the compute type. Adds to the sums and n_nonfinite alone.
-template <class C>
-void sum_again(const C* base, const C* expert, int n, Moments<C>& into) {
+template <class C, class Source>
+void sum_again(const C* base, Source expert, int n, Moments<C>& into) {
   for (int i = 0; i < n; ++i) {
-    const C d = expert[i] - base[i];
+    const C d = expert.value(i) - base[i];
     into.sum[i % kLanes] += double(d);
     into.sum_sq[i % kLanes] += double(d) * double(d);
     into.sum_abs[i % kLanes] += double(d < C(0) ? -d : d);
@@ -16,35 +30,45 @@ void sum_again(const C* base, const C* expert, int n, Moments<C>& into) {
   }
 }
 
+// Four at a time, so that a value of a block goes through ten additions at most: 6e-7 of relative error at the worst,
+// where sums run in float.
+constexpr int kStep = kPad / kLanes;
+template <class C>
+RESM_HD Lanes<C> sum_of(const Lanes<C> (&x)[kStep]) {
+  return x[0].plus(x[1]).plus(x[2].plus(x[3]));
+}
+
 // For half-precision inputs sums may run in float within a block, which keeps the conversions to double off the hot
 // path: their differences have few significant bits, so that four of them mostly add up exactly. For others the sum of
 // d and of its square run in double from the start. The sum of |d|, which cannot cancel, never needs it.
-template <class C, bool kHalfInputs, bool kCountsSmalls>
-void moments_of_block(const C* base, const C* expert, int n, C small, Moments<C>& into) {
+template <bool kHalfInputs, bool kCountsSmalls, class C, class Source>
+void moments_of_block(const C* base, Source expert, int n, C small, Moments<C>& into) {
   using L = Lanes<C>;
-  constexpr int kStep = 4;
   auto sum = L::Doubles::load(into.sum), sum_sq = L::Doubles::load(into.sum_sq);
   auto zeros = L::Counts::load(into.zeros), smalls = L::Counts::load(into.smalls);
   L block_abs = L::all(C(0)), block_sq = L::all(C(0)), max_abs = L::load(into.max_abs);
   const L limit = L::all(small);
   for (int i = 0; i < n; i += kStep * kLanes) {
-    L d[kStep];
+    L d[kStep], a[kStep], squares[kStep];
     for (int j = 0; j < kStep; ++j) {
       const int at = i + j * kLanes;
-      d[j] = L::load(expert + at).minus(L::load(base + at));
-      const L a = d[j].magnitude();
-      block_abs = block_abs.plus(a);
-      max_abs = a.larger(max_abs);
+      d[j] = expert.lanes(at).minus(L::load(base + at));
+      a[j] = d[j].magnitude();
+      max_abs = a[j].larger(max_abs);
       d[j].count_zero(zeros);
-      if (kCountsSmalls) a.count_at_most(limit, smalls);
+      if (kCountsSmalls) a[j].count_at_most(limit, smalls);
       if (kHalfInputs) {
-        block_sq = block_sq.plus(d[j].times(d[j]));
+        squares[j] = d[j].times(d[j]);
       } else {
         sum.add(d[j]);
         sum_sq.add_square(d[j]);
       }
     }
-    if (kHalfInputs) sum.add(d[0].plus(d[1]).plus(d[2].plus(d[3])));
+    block_abs = block_abs.plus(sum_of(a));
+    if (kHalfInputs) {
+      block_sq = block_sq.plus(sum_of(squares));
+      sum.add(sum_of(d));
+    }
   }
   max_abs.store(into.max_abs);
   zeros.store(into.zeros);
@@ -63,33 +87,56 @@ void moments_of_block(const C* base, const C* expert, int n, C small, Moments<C>
 
 template <class C>
 void moments(const C* base, const C* expert, int n, bool half_inputs, C small, Moments<C>& into) {
-  const auto run = half_inputs ? (small > C(0) ? moments_of_block<C, true, true> : moments_of_block<C, true, false>)
-                               : (small > C(0) ? moments_of_block<C, false, true> : moments_of_block<C, false, false>);
-  run(base, expert, n, small, into);
+  const Converted<C> source{expert};
+  if (half_inputs && small > C(0)) return moments_of_block<true, true>(base, source, n, small, into);
+  if (half_inputs) return moments_of_block<true, false>(base, source, n, small, into);
+  if (small > C(0)) return moments_of_block<false, true>(base, source, n, small, into);
+  moments_of_block<false, false>(base, source, n, small, into);
+}
+
+void moments_bf16(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into) {
+  if (small > 0) return moments_of_block<true, true>(base, Bf16{expert}, n, small, into);
+  moments_of_block<true, false>(base, Bf16{expert}, n, small, into);
+}
+
+template <bool kCountsSmalls, class C, class Source>
+void outliers_of_block(const C* base, Source expert, int n, const Bounds<C>& bounds, Outliers& into) {
+  using L = Lanes<C>;
+  L sums[kStep] = {L::all(C(0)), L::all(C(0)), L::all(C(0)), L::all(C(0))};
+  const L low = L::all(bounds.low), high = L::all(bounds.high), limit = L::all(bounds.small);
+  auto found = L::Counts::load(into.found), smalls = L::Counts::load(into.smalls);
+  for (int i = 0; i < n; i += kStep * kLanes)
+    for (int j = 0; j < kStep; ++j) {
+      const int at = i + j * kLanes;
+      const L d = expert.lanes(at).minus(L::load(base + at));
+      d.add_outside(low, high, found, sums[j]);
+      if (kCountsSmalls) d.magnitude().count_at_most(limit, smalls);
+    }
+  found.store(into.found);
+  smalls.store(into.smalls);
+  const L block = sum_of(sums);
+  if (block.all_finite()) {
+    auto sum_abs = L::Doubles::load(into.sum_abs);
+    sum_abs.add(block);
+    return sum_abs.store(into.sum_abs);
+  }
+  for (int i = 0; i < n; ++i) {  // finite values, too large for such a sum
+    const C d = expert.value(i) - base[i];
+    if (d < bounds.low || d > bounds.high) into.sum_abs[i % kLanes] += double(d < C(0) ? -d : d);
+  }
 }
 
 template <class C>
-void outliers(const C* base, const C* expert, int n, const Bounds<C>& bounds, Outliers& into) {
-  using L = Lanes<C>;
-  L sum_abs = L::all(C(0));
-  const L low = L::all(bounds.low), high = L::all(bounds.high), limit = L::all(bounds.small);
-  auto found = L::Counts::load(into.found), smalls = L::Counts::load(into.smalls);
-  for (int i = 0; i < n; i += kLanes) {
-    const L d = L::load(expert + i).minus(L::load(base + i));
-    d.add_outside(low, high, found, sum_abs);
-    d.magnitude().count_at_most(limit, smalls);
-  }
-  found.store(into.found);
-  smalls.store(into.smalls);
-  if (sum_abs.all_finite()) {
-    auto sums = L::Doubles::load(into.sum_abs);
-    sums.add(sum_abs);
-    return sums.store(into.sum_abs);
-  }
-  for (int i = 0; i < n; ++i) {
-    const C d = expert[i] - base[i];
-    if (d < bounds.low || d > bounds.high) into.sum_abs[i % kLanes] += double(d < C(0) ? -d : d);
-  }
+void outliers(const C* base, const C* expert, int n, bool count_smalls, const Bounds<C>& bounds, Outliers& into) {
+  const Converted<C> source{expert};
+  if (count_smalls) return outliers_of_block<true>(base, source, n, bounds, into);
+  outliers_of_block<false>(base, source, n, bounds, into);
+}
+
+void outliers_bf16(const float* base, const uint16_t* expert, int n, bool count_smalls, const Bounds<float>& bounds,
+                   Outliers& into) {
+  if (count_smalls) return outliers_of_block<true>(base, Bf16{expert}, n, bounds, into);
+  outliers_of_block<false>(base, Bf16{expert}, n, bounds, into);
 }
 
 // The float with the exponent of |d| that the bins know, and as many leading bits as it holds.

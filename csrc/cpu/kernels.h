@@ -88,7 +88,7 @@ struct BlockKernels {
   void (*store)(const C* block, int64_t begin, int n, const Array& to);
   int64_t (*count_nonfinite)(const C* block, int n);
   void (*moments)(const C* base, const C* expert, int n, bool half_inputs, C small, Moments<C>& into);
-  void (*outliers)(const C* base, const C* expert, int n, const Bounds<C>& bounds, Outliers& into);
+  void (*outliers)(const C* base, const C* expert, int n, bool count_smalls, const Bounds<C>& bounds, Outliers& into);
   // Adds each |d| to its PackedBin, in interleaved copies.
   void (*histogram)(const C* base, const C* expert, int n, uint64_t* bins);
   // Counts keys; those strictly between low and high go to `between` (room for kBlock + kLanes): returns how many.
@@ -101,6 +101,10 @@ struct BlockKernels {
 struct Kernels {
   const char* isa;
   BlockKernels<float> f32;
+  // The commonest experts by far, read without a trip through scratch; n must be a multiple of kPad.
+  void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
+  void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
+                        const Bounds<float>& bounds, Outliers& into);
   BlockKernels<double> f64;
 
   template <class C>

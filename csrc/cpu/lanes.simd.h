@@ -50,6 +50,11 @@ struct Lanes {
     memcpy(r.v, p, sizeof r.v);
     return r;
   }
+  static RESM_HD Lanes load_bf16(const uint16_t* p) {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = C(float_from_bf16(p[i]));
+    return r;
+  }
   RESM_HD void store(C* p) const { memcpy(p, v, sizeof v); }
   RESM_HD Lanes minus(const Lanes& o) const {
     Lanes r;
@@ -136,6 +141,10 @@ struct Lanes<float> {
 
   static RESM_HD Lanes all(float x) { return {_mm512_set1_ps(x)}; }
   static RESM_HD Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+  static RESM_HD Lanes load_bf16(const uint16_t* p) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
   RESM_HD void store(float* p) const { _mm512_storeu_ps(p, v); }
   RESM_HD Lanes minus(const Lanes& o) const { return {_mm512_sub_ps(v, o.v)}; }
   RESM_HD Lanes plus(const Lanes& o) const { return {_mm512_add_ps(v, o.v)}; }
@@ -206,6 +215,13 @@ struct Lanes<float> {
 
   static RESM_HD Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static RESM_HD Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static RESM_HD Lanes load_bf16(const uint16_t* p) {
+    const auto half = [](const uint16_t* q) {
+      const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
+      return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    };
+    return {half(p), half(p + 8)};
+  }
   RESM_HD void store(float* p) const {
     _mm256_storeu_ps(p, a);
     _mm256_storeu_ps(p + 8, b);
