@@ -23,16 +23,19 @@ void merge_chunk(const Groups& groups, const Chunk& chunk, const Election<C>& el
   C* base_block = base == nullptr ? nullptr : scratch.blocks[0];
   C* merged = scratch.blocks[1];
   std::fill(scratch.nonfinite.begin(), scratch.nonfinite.end(), 0);
-  for_blocks(chunk, [&](int64_t begin, int n) {
-    if (base != nullptr) {
-      k.load(*base, begin, n, base_block);
-      scratch.nonfinite[0] += k.count_nonfinite(base_block, n);
-    }
-    for (int t = 0; t < groups.n_experts; ++t) {
-      k.load(groups.experts_of(chunk.group)[t], begin, n, scratch.blocks[2 + t]);
+  const auto count_nonfinite = [&](int n) {
+    if (base != nullptr) scratch.nonfinite[0] += k.count_nonfinite(base_block, n);
+    for (int t = 0; t < groups.n_experts; ++t)
       scratch.nonfinite[1 + t] += k.count_nonfinite(scratch.blocks[2 + t], n);
-    }
-    k.aggregate(base_block, scratch.blocks[2], n, election, merged);
+  };
+  for_blocks(chunk, [&](int64_t begin, int n) {
+    if (base != nullptr) k.load(*base, begin, n, base_block);
+    for (int t = 0; t < groups.n_experts; ++t)
+      k.load(groups.experts_of(chunk.group)[t], begin, n, scratch.blocks[2 + t]);
+    // TIES trims NaN away and overwrites the experts: look at the inputs first. A sum shows what its terms were.
+    if (election.rule == Rule::ties) count_nonfinite(n);
+    const bool finite = k.aggregate(base_block, scratch.blocks[2], n, election, merged);
+    if (election.rule != Rule::ties && !finite) count_nonfinite(n);
     k.store(merged, begin, n, out);
   });
 }

@@ -3,7 +3,32 @@
 
 namespace resm::cpu::RESM_ISA {
 
-// Turns an expert's values into w·rule(Δ) in place and adds them to total.
+// total += Σ w_t·Δ_t over kCount experts in their order, in registers.
+template <int kCount, bool kHasBase, class C>
+void add_weighted(const C* __restrict base, const C* __restrict experts, int n, const C* weights,
+                  C* __restrict total) {
+  for (int i = 0; i < n; ++i) {
+    C sum = total[i];
+    for (int t = 0; t < kCount; ++t) {
+      const C value = experts[t * kBlock + i];
+      sum = sum + (kHasBase ? value - base[i] : value) * weights[t];
+    }
+    total[i] = sum;
+  }
+}
+
+template <bool kHasBase, class C>
+void add_all_weighted(const C* base, const C* experts, int n, const Election<C>& election, C* total) {
+  int t = 0;
+  for (; t + 4 <= election.n_experts; t += 4)
+    add_weighted<4, kHasBase>(base, experts + t * kBlock, n, election.weights + t, total);
+  const C *rest = experts + t * kBlock, *weights = election.weights + t;
+  if (election.n_experts - t == 3) return add_weighted<3, kHasBase>(base, rest, n, weights, total);
+  if (election.n_experts - t == 2) return add_weighted<2, kHasBase>(base, rest, n, weights, total);
+  if (election.n_experts - t == 1) add_weighted<1, kHasBase>(base, rest, n, weights, total);
+}
+
+// Turns an expert's values into w·trim(Δ) in place and adds them to total.
 template <bool kHasBase, bool kTrims, class C>
 void weigh(const C* __restrict base, C* __restrict expert, int n, C weight, C threshold, C* __restrict total) {
   for (int i = 0; i < n; ++i) {
@@ -15,12 +40,21 @@ void weigh(const C* __restrict base, C* __restrict expert, int n, C weight, C th
 }
 
 template <class C>
+void weigh_all(const C* base, C* experts, int n, const Election<C>& election, C* total) {
+  const bool trims = election.thresholds != nullptr;
+  const auto step = base == nullptr ? (trims ? weigh<false, true, C> : weigh<false, false, C>)
+                                    : (trims ? weigh<true, true, C> : weigh<true, false, C>);
+  for (int t = 0; t < election.n_experts; ++t)
+    step(base, experts + t * kBlock, n, election.weights[t], trims ? election.thresholds[t] : C(0), total);
+}
+
+template <class C>
 void elect(const C* __restrict experts, int n, const Election<C>& election, C* __restrict total,
            C* __restrict divisor) {
   C agreeing[kBlock];
   for (int i = 0; i < n; ++i) agreeing[i] = divisor[i] = C(0);
   for (int t = 0; t < election.n_experts; ++t) {
-    const C* __restrict weighted = experts + int64_t(t) * kBlock;
+    const C* __restrict weighted = experts + t * kBlock;
     const C weight = election.weights[t];
     for (int i = 0; i < n; ++i) {
       const bool counts = agrees(weighted[i], total[i]);
@@ -35,25 +69,28 @@ void elect(const C* __restrict experts, int n, const Election<C>& election, C* _
 }
 
 template <class C>
-void aggregate(const C* __restrict base, C* __restrict experts, int n, const Election<C>& election,
+bool aggregate(const C* __restrict base, C* __restrict experts, int n, const Election<C>& election,
                C* __restrict merged) {
   C total[kBlock], divisor[kBlock];
-  for (int i = 0; i < n; ++i) {
-    total[i] = C(-0.0);  // the zero to which adding x gives x, -0.0 included
-    divisor[i] = election.weight_sum;
+  for (int i = 0; i < n; ++i) total[i] = C(-0.0);  // the zero to which adding x gives x, -0.0 included
+  bool finite = false;
+  if (election.rule == Rule::ties) {
+    weigh_all(base, experts, n, election, total);
+    elect(experts, n, election, total, divisor);
+  } else {
+    base == nullptr ? add_all_weighted<false>(base, experts, n, election, total)
+                    : add_all_weighted<true>(base, experts, n, election, total);
+    finite = count_nonfinite(total, n) == 0;  // each input has a term in it, and none that is not finite can cancel
+    if (election.normalize)
+      for (int i = 0; i < n; ++i) divisor[i] = election.weight_sum;
   }
-  const bool trims = election.rule == Rule::ties && election.thresholds != nullptr;
-  const auto step = base == nullptr ? (trims ? weigh<false, true, C> : weigh<false, false, C>)
-                                    : (trims ? weigh<true, true, C> : weigh<true, false, C>);
-  for (int t = 0; t < election.n_experts; ++t)
-    step(base, experts + int64_t(t) * kBlock, n, election.weights[t], trims ? election.thresholds[t] : C(0), total);
-  if (election.rule == Rule::ties) elect(experts, n, election, total, divisor);
   if (election.normalize)
     for (int i = 0; i < n; ++i) total[i] = total[i] / divisor[i];
   if (base == nullptr)
     for (int i = 0; i < n; ++i) merged[i] = total[i] * election.scale;
   else
     for (int i = 0; i < n; ++i) merged[i] = base[i] + total[i] * election.scale;
+  return finite;
 }
 
 }  // namespace resm::cpu::RESM_ISA

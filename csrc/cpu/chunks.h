@@ -49,12 +49,14 @@ void for_blocks(const Chunk& chunk, Visit visit) {
 template <class Make, class Work>
 void parallel_for(int64_t n, int threads, Make make, Work work) {
   std::exception_ptr failure;
+  // Runs of chunks, so that threads seldom touch the same (huge) page of an output for the first time together.
+  const auto grain = static_cast<int>(std::clamp<int64_t>(n / (int64_t(8) * threads), 1, 16));
 #pragma omp parallel num_threads(threads) if (threads > 1 && n > 1)
   {
     std::exception_ptr own;
     try {
       auto scratch = make();
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, grain)
       for (int64_t i = 0; i < n; ++i) {
         try {
           work(i, scratch);

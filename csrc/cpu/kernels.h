@@ -94,8 +94,9 @@ struct BlockKernels {
   // Counts keys; those strictly between low and high go to `between` (room for kBlock + kLanes): returns how many.
   int (*bracket)(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<C>* between,
                  BracketCounts& counts);
-  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten.
-  void (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
+  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten by ties. True if the
+  // result shows that all inputs are finite; false says nothing.
+  bool (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
 };
 
 struct Kernels {
