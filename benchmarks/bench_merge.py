@@ -30,7 +30,15 @@ def bench_mergekit(timed, checkpoint, benchmark, method):
     """As mergekit does it by default, in the inputs' bf16."""
     benchmark.group = method
     base, experts = checkpoint
-    timed(lambda: mergekit(base, experts, method), 3, yardstick=True)
+    timed(lambda: mergekit(base, experts, method), 5, yardstick=True)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def bench_mergekit_in_fp32(timed, checkpoint, benchmark, method):
+    """mergekit asked for the arithmetic that gives this library's result."""
+    benchmark.group = method
+    base, experts = checkpoint
+    timed(lambda: mergekit(base, experts, method, dtype=torch.float32, out_dtype=torch.bfloat16), 5)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -40,6 +40,27 @@ void merge_chunk(const Groups& groups, const Chunk& chunk, const Election<C>& el
   });
 }
 
+// Can the chunk be merged without converting blocks? See Kernels::sum_bf16.
+bool is_plain_sum(const Groups& groups, int64_t group, Rule rule, DType out) {
+  bool plain = rule == Rule::sum && groups.n_experts <= 4 && out == DType::bf16 && groups.base(group) != nullptr &&
+               groups.base(group)->dtype == DType::bf16;
+  for (int t = 0; t < groups.n_experts; ++t) plain = plain && groups.experts_of(group)[t].dtype == DType::bf16;
+  return plain;
+}
+
+// False if something in the chunk may not be finite: then merge_chunk counts what.
+bool sum_chunk(const Groups& groups, const Chunk& chunk, const Election<float>& election, const Array& out) {
+  const uint16_t* experts[4] = {};
+  bool finite = true;
+  for_blocks(chunk, [&](int64_t begin, int n) {
+    for (int t = 0; t < groups.n_experts; ++t)
+      experts[t] = static_cast<const uint16_t*>(groups.experts_of(chunk.group)[t].data) + begin;
+    const auto* base = static_cast<const uint16_t*>(groups.base(chunk.group)->data) + begin;
+    finite &= kernels().sum_bf16(base, experts, n, election, static_cast<uint16_t*>(out.data) + begin);
+  });
+  return finite;
+}
+
 // A fresh output of many megabytes costs more in page faults than in arithmetic: 2 MiB pages make them 512 times fewer.
 // Only a hint, so that its failure (no such pages here) is no error.
 void prefer_huge_pages([[maybe_unused]] const Array& out, [[maybe_unused]] int64_t length) {
@@ -72,6 +93,10 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
                  const Election<C> election{n_experts,        weights.data() + at,          limits,
                                             weight_sums[g],   static_cast<C>(options.scale), options.rule,
                                             options.normalize};
+                 if constexpr (sizeof(C) == 4)
+                   if (is_plain_sum(groups, g, options.rule, outs[g].dtype) &&
+                       sum_chunk(groups, chunks[i], election, outs[g]))
+                     return;
                  merge_chunk<C>(groups, chunks[i], election, outs[g], scratch);
                  int64_t* counts = nonfinite + g * (1 + n_experts);
                  for (int t = 0; t <= n_experts; ++t)

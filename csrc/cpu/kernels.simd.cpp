@@ -20,6 +20,6 @@ constexpr BlockKernels<C> block_kernels() {
 }
 
 extern const Kernels table;
-const Kernels table = {RESM_ISA_NAME, block_kernels<float>(), moments_bf16, outliers_bf16, block_kernels<double>()};
+const Kernels table = {RESM_ISA_NAME, block_kernels<float>(), moments_bf16, outliers_bf16, sum_bf16_of, block_kernels<double>()};
 
 }  // namespace resm::cpu::RESM_ISA
