@@ -159,7 +159,7 @@ def describe_machine(facts: dict[str, Any]) -> str:
         f"triton        {facts['triton'] or 'not installed'}",
         f"native        {live}",
     ]
-    lines += [f"  {key:<11} {value}" for key, value in native.items() if key not in ("available", "reason")]
+    lines += [f"  {key:<11} {_fact(value)}" for key, value in native.items() if key not in ("available", "reason")]
     lines += ["kernels"]
     for op, table in facts["ops"].items():
         lines.append(f"  {op:<20} {', '.join(f'{device}: {backend}' for device, backend in table.items())}")
@@ -169,3 +169,9 @@ def describe_machine(facts: dict[str, Any]) -> str:
         f"gpu           {', '.join(facts['gpu']) or 'none'}",
     ]
     return "\n".join(lines)
+
+
+def _fact(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return (", ".join(value) if isinstance(value, list) else str(value)) or "not built in"

@@ -5,6 +5,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 arch=${RESM_CUDA_ARCHITECTURES:-90-real}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 step() {
   echo "== $1"
