@@ -134,7 +134,7 @@ def free_bytes(path: Path) -> int:
 class CheckpointWriter:
     """Writes a model folder that appears under its final name only when every planned byte is in it.
 
-    Use as a context manager: entering makes a hidden sibling folder `.NAME.partial-XXXXXXXX`, reserves the disk space
+    Use as a context manager: entering makes a hidden sibling folder `.NAME.partial-<random>`, reserves the disk space
     of all shards and writes their headers; `commit` flushes everything to disk and renames. Leaving without `commit`,
     for whatever reason, removes the hidden folder. `write` may be called in any order, from several threads.
 

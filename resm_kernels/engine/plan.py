@@ -23,9 +23,9 @@ from resm_kernels.checkpoint import (
 )
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Window
 from resm_kernels.methods import Method
+from resm_kernels.ops._library import FLOAT_DTYPES
 from resm_kernels.recipe import Recipe, load_recipe, model_folder, tensor_depths
 
-FLOATING: Final = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 DEFAULT_SHARD_SIZE: Final = "5GB"
 _HEAD: Final = "lm_head.weight"
 _EMBEDDINGS: Final = ("model.embed_tokens.weight", "transformer.wte.weight", "language_model.model.embed_tokens.weight")
@@ -265,7 +265,7 @@ def _check_weights(models: tuple[Model, ...]) -> None:
     for model in models:
         for info in model.reader.tensors.values():
             last = info.name.rsplit(".", 1)[-1]
-            if info.dtype not in FLOATING and ("weight" in last or last in ("qzeros", "g_idx")):
+            if info.dtype not in FLOAT_DTYPES and ("weight" in last or last in ("qzeros", "g_idx")):
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} holds quantised weights ({info.dtype}); dequantise the model "
                     "first, merging needs F64, F32, F16 or BF16 weights"
@@ -279,7 +279,7 @@ def _jobs(
     sources = (*((base,) if base is not None else ()), *experts)
     jobs = []
     for info in tensors:
-        copied = info.dtype not in FLOATING
+        copied = info.dtype not in FLOAT_DTYPES
         inputs = tuple((m.reader, m.reader.tensors[info.name]) for m in sources)
         if copied:
             _check_buffer(info, reference, experts)
