@@ -7,7 +7,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo test lint bench bench-checkpoint wheel-smoke cuda gpu clean
+.PHONY: demo test lint bench wheel-smoke cuda gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

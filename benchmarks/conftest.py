@@ -72,7 +72,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("medians and ratios to each group's yardstick")
     for row in rows:
         mark = "1 (yardstick)" if row["yardstick"] else f"{row['ratio']:.3g}"
-        terminalreporter.write_line(f"{row['group']:<22} {row['name']:<46} {row['median_ms']:>10.2f} ms  {mark:>14}")
+        checked = "".join(f"  {name} {value:.2g}" for name, value in row["checked"].items())
+        terminalreporter.write_line(
+            f"{row['group']:<20} {row['name']:<46} {row['median_ms']:>9.2f} ms {mark:>14}{checked}"
+        )
     if (path := config.getoption("--results")) is not None:
         facts = resm_kernels.backends()
         machine = {k: facts["native"].get(k) for k in ("isa", "compiler")} | {k: facts[k] for k in ("threads", "torch")}
@@ -91,6 +94,7 @@ def _rows(benchmarks: list[Any]) -> list[dict[str, Any]]:
             "min_ms": b.stats.min * 1e3,
             "rounds": b.stats.rounds,
             "ratio": b.stats.median / yardsticks[b.group],
+            "checked": {name: value for name, value in b.extra_info.items() if name != "yardstick"},
         }
         for b in done
         if b.group in yardsticks

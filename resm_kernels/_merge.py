@@ -94,4 +94,4 @@ def _named(
     except NonFiniteError as error:
         raise NonFiniteError(f"{key}: {error.argument}", error.index, error.count) from error
     except (ValueError, TypeError) as error:
-        raise type(error)(f"{key}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{key}: {error}") from error

@@ -127,3 +127,16 @@ def experts_with_spectra(
         for t in range(n_experts)
     ]
     return base.to(dtype), experts
+
+
+LAYOUTS = ["transposed", "strided", "expanded"]
+
+
+def laid_out(layout: str) -> list[Tensor]:
+    """A base and two experts that are not contiguous, each a view of that kind."""
+    base, experts = group((48, 40), 2)
+    if layout == "transposed":
+        return [t.mT for t in (base, *experts)]
+    if layout == "strided":
+        return [t[::2, 1::3] for t in (base, *experts)]
+    return [base[:1].expand(48, 40), experts[0], experts[1][:, :1].expand(48, 40)]

@@ -15,7 +15,22 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import BLOCK, CHUNK, FLOATS, KINDS, SHAPES, bits, dtype_pairs, generator, group, randn, same_bits, values
+from inputs import (
+    BLOCK,
+    CHUNK,
+    FLOATS,
+    KINDS,
+    LAYOUTS,
+    SHAPES,
+    bits,
+    dtype_pairs,
+    generator,
+    group,
+    laid_out,
+    randn,
+    same_bits,
+    values,
+)
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -214,15 +229,9 @@ def test_weights_may_be_a_tensor_and_thresholds_a_list() -> None:
     assert same_bits(found, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=torch.tensor(limits).double()))
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
-    base, experts = group((48, 40), 2)
-    if layout == "transposed":
-        views = [t.mT for t in [base, *experts]]
-    elif layout == "strided":
-        views = [t[::2, 1::3] for t in [base, *experts]]
-    else:
-        views = [base[:1].expand(48, 40), *experts]
+    views = laid_out(layout)
     copies = [v.contiguous() for v in views]
     found = aggregate(views[0], views[1:], [1.0, 0.5])
     assert found.is_contiguous() and same_bits(found, aggregate(copies[0], copies[1:], [1.0, 0.5]))

@@ -17,7 +17,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import BLOCK, CHUNK, FLOATS, KINDS, SHAPES, dtype_pairs, group, randn, same_bits
+from inputs import BLOCK, CHUNK, FLOATS, KINDS, LAYOUTS, SHAPES, dtype_pairs, group, laid_out, randn, same_bits
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -164,15 +164,9 @@ def test_large_cancelling_sum() -> None:
     assert abs(float(found.sum)) <= SIGNED_SUM[False] * float(both.double().abs().sum())
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
-    base, experts = group((48, 40), 2)
-    if layout == "transposed":
-        views = [t.mT for t in [base, *experts]]
-    elif layout == "strided":
-        views = [t[::2, 1::3] for t in [base, *experts]]
-    else:
-        views = [base[:1].expand(48, 40), *experts]
+    views = laid_out(layout)
     found = delta_stats(views[0], views[1:], histogram=True)
     wanted = delta_stats(views[0].contiguous(), [v.contiguous() for v in views[1:]], histogram=True)
     for name, value in vars(wanted).items():

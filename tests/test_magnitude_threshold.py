@@ -9,7 +9,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import BLOCK, CHUNK, FLOATS, KINDS, SHAPES, dtype_pairs, generator, group, randn, same_bits
+from inputs import (
+    BLOCK,
+    CHUNK,
+    FLOATS,
+    KINDS,
+    LAYOUTS,
+    SHAPES,
+    dtype_pairs,
+    generator,
+    group,
+    laid_out,
+    randn,
+    same_bits,
+)
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -172,15 +185,9 @@ def test_one_k_for_each_expert() -> None:
     ]
 
 
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
-    base, experts = group((48, 40), 2)
-    if layout == "transposed":
-        views = [t.mT for t in [base, *experts]]
-    elif layout == "strided":
-        views = [t[::2, 1::3] for t in [base, *experts]]
-    else:
-        views = [base, *[e[:, :1].expand(48, 40) for e in experts]]
+    views = laid_out(layout)
     k = views[0].numel() // 4
     copies = [v.contiguous() for v in views]
     assert torch.equal(magnitude_threshold(views[0], views[1:], k), magnitude_threshold(copies[0], copies[1:], k))

@@ -84,8 +84,8 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
     if (options.thresholds != nullptr) thresholds[i] = static_cast<C>(options.thresholds[i]);
   }
   std::vector<Chunk> chunks;
-  for (const Chunk& chunk : chunks_of(groups))
-    if (groups.is_double(chunk.group) == (sizeof(C) == 8)) chunks.push_back(chunk);
+  for (int64_t g = 0; g < groups.size(); ++g)
+    if (groups.is_double(g) == (sizeof(C) == 8)) add_chunks(groups, g, chunks);
   parallel_for(static_cast<int64_t>(chunks.size()), threads, [&] { return Scratch<C>(n_experts); },
                [&](int64_t i, Scratch<C>& scratch) {
                  const int64_t g = chunks[i].group, at = g * n_experts;

@@ -57,11 +57,6 @@ void store(const C* __restrict block, int64_t begin, int n, const Array& to) {
 }
 
 template <class C>
-RESM_HD Key<C> key_of(C value) {
-  return bits_as<Key<C>>(value) & (~Key<C>(0) >> 1);
-}
-
-template <class C>
 constexpr Key<C> kInfinityKey = sizeof(C) == 4 ? Key<C>(0x7f800000u) : Key<C>(0x7ff0000000000000u);
 
 template <class C>

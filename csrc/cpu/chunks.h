@@ -14,12 +14,9 @@ struct Chunk {
   int64_t group, begin, end;
 };
 
-inline std::vector<Chunk> chunks_of(const Groups& groups) {
-  std::vector<Chunk> chunks;
-  for (int64_t g = 0; g < groups.size(); ++g)
-    for (int64_t begin = 0; begin < groups.lengths[g]; begin += kChunk)
-      chunks.push_back({g, begin, std::min(begin + kChunk, groups.lengths[g])});
-  return chunks;
+inline void add_chunks(const Groups& groups, int64_t group, std::vector<Chunk>& chunks) {
+  for (int64_t begin = 0; begin < groups.lengths[group]; begin += kChunk)
+    chunks.push_back({group, begin, std::min(begin + kChunk, groups.lengths[group])});
 }
 
 // Cache-line aligned scratch of whole blocks.

@@ -80,8 +80,9 @@ struct Scratch {
 class Pass {
  public:
   Pass(const Groups& groups, const StatsOptions& options, double* moments, int64_t* counts, int threads)
-      : groups_(groups), options_(options), moments_(moments), counts_(counts), threads_(threads),
-        chunks_(chunks_of(groups)) {}
+      : groups_(groups), options_(options), moments_(moments), counts_(counts), threads_(threads) {
+    for (int64_t g = 0; g < groups.size(); ++g) add_chunks(groups, g, chunks_);
+  }
 
   void first(int64_t* bin_counts, double* bin_sums) {
     std::vector<ChunkMoments> partial(chunks_.size() * groups_.n_experts);

@@ -2,7 +2,7 @@
 //
 // They work on blocks of at most kBlock elements that are first converted to the compute type C (float, or double if
 // any input is double) in scratch that stays in the first-level cache. Results do not depend on the instruction set:
-// sums run over fixed lanes, and nothing is contracted into fused multiply-adds.
+// sums run over fixed lanes, and multiplications are fused with additions only where that changes no rounding.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@
 
 namespace resm::cpu {
 
-constexpr int kBlock = 512;         // small enough that the blocks of several experts stay in the first-level cache
+constexpr int kBlock = 512;       // small enough that the blocks of several experts stay in the first-level cache
 constexpr int kLanes = 16;        // independent partial sums of a block
 constexpr int kPad = 4 * kLanes;  // blocks are filled up with zeros to a multiple of this
 constexpr int kHistogramBins = 256;
@@ -24,6 +24,10 @@ constexpr int64_t kChunk = 65536;  // elements a task works on
 // The bit pattern of |d|: an integer in the same order.
 template <class C>
 using Key = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
+template <class C>
+RESM_HD Key<C> key_of(C d) {
+  return bits_as<Key<C>>(d) & (~Key<C>(0) >> 1);
+}
 
 struct Array {
   void* data;

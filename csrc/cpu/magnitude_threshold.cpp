@@ -88,8 +88,7 @@ class Selection {
   Selection(const Groups& groups, int64_t group, const int64_t* k, int threads)
       : groups_(groups), group_(group), k_(k), threads_(threads), numel_(groups.lengths[group]),
         tallies_(groups.n_experts) {
-    for (const Chunk& chunk : chunks_of(groups))
-      if (chunk.group == group) chunks_.push_back(chunk);
+    add_chunks(groups, group, chunks_);
   }
 
   void run(double* thresholds, int64_t* nonfinite) {
@@ -126,7 +125,7 @@ class Selection {
       for_deltas({group_, begin, begin + kRunLength}, 0, groups_.n_experts, scratch,
                  [&](int t, const C* base, const C* expert, int n) {
                    for (int i = 0; i < n; ++i)
-                     samples[t].push_back(bits_as<Key<C>>(C(expert[i] - base[i])) & (~Key<C>(0) >> 1));
+                     samples[t].push_back(key_of(C(expert[i] - base[i])));
                  });
     }
     for (int t = 0; t < groups_.n_experts; ++t) narrow(samples[t], t);
@@ -193,7 +192,7 @@ class Selection {
                      std::vector<int32_t> own(histogram.size(), 0);
                      for_deltas(chunks_[i], t, t + 1, scratch, [&](int, const C* base, const C* expert, int n) {
                        for (int j = 0; j < n; ++j) {
-                         const Key<C> key = bits_as<Key<C>>(C(expert[j] - base[j])) & (~Key<C>(0) >> 1);
+                         const Key<C> key = key_of(C(expert[j] - base[j]));
                          if (has_prefix<C>(key, prefix, shift, bits)) ++own[(key >> shift) & mask];
                        }
                      });
