@@ -104,6 +104,31 @@ void py_aggregate(const Pointers& bases, const Codes& base_dtypes, const Pointer
   aggregate(groups, options, into, at<int64_t>(nonfinite), threads);
 }
 
+DeltaMatrix matrix_of(const Groups& groups, int64_t m, int64_t n) {
+  require(groups.size() == 1 && groups.n_experts == 1, "need one expert");
+  require(m >= 0 && n >= 0 && groups.lengths[0] == m * n, "the length must be that of an m×n matrix");
+  return {groups.base(0), groups.experts_of(0), m, n};
+}
+
+void py_sketch(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
+               const Lengths& lengths, int64_t m, int64_t n, int64_t columns, uint64_t seed, int64_t first_column,
+               uint64_t y, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  const DeltaMatrix delta = matrix_of(groups, m, n);
+  require(columns >= 0 && first_column >= 0, "columns must not be negative");
+  py::gil_scoped_release unlocked;
+  sketch(delta, columns, seed, first_column, at<float>(y), threads);
+}
+
+void py_project(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
+                const Lengths& lengths, int64_t m, int64_t n, uint64_t q, int64_t l, uint64_t b, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  const DeltaMatrix delta = matrix_of(groups, m, n);
+  require(l >= 0, "l must not be negative");
+  py::gil_scoped_release unlocked;
+  project(delta, at<const float>(q), l, at<float>(b), threads);
+}
+
 #if defined(RESM_WITH_CUDA)
 void py_aggregate_cuda(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
                        const Codes& expert_dtypes, const Pointers& outs, const Codes& out_dtypes,
@@ -168,6 +193,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("delta_stats", &py_delta_stats);
   m.def("magnitude_threshold", &py_magnitude_threshold);
   m.def("aggregate", &py_aggregate);
+  m.def("sketch", &py_sketch);
+  m.def("project", &py_project);
 #if defined(RESM_WITH_CUDA)
   m.def("aggregate_cuda", &py_aggregate_cuda);
 #endif

@@ -420,7 +420,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         (r"energy: got 1.1, need a number from 0 to 1", {"energy": 1.1}),
         (r"beta: got nan, need a number", {"beta": math.nan}),
         (r"granularity: got 'rows', need one of layer, row", {"granularity": "rows"}),
-        (r"decomposition: got 'svd', need one of gram, exact", {"decomposition": "svd"}),
+        (r"decomposition: got 'svd', need one of auto, gram, exact, randomized", {"decomposition": "svd"}),
         (r"outlier_clip: got 'maybe', need true or false", {"outlier_clip": "maybe"}),
         (r"weight: got 3 values, need one for each of the 2 experts", {"weight": [1, 1, 1]}),
         (r"resm has no parameter 'gama', did you mean 'gamma'\?", {"gama": 1}),

@@ -57,7 +57,7 @@ def test_is_resm_without_its_additions_bit_for_bit(shape: tuple[int, ...], dtype
     base = randn(*shape, seed=0, dtype=dtype)
     experts = [base + 0.1 * randn(*shape, seed=t, dtype=dtype) for t in (1, 2, 3)]
     shared = {"weight": [1.0, 0.5, 2.0], "lambda_": 0.7}
-    wanted = merge(base, experts, "resm", beta=0.0, gamma=0.0, **shared)
+    wanted = merge(base, experts, "resm", beta=0.0, gamma=0.0, accuracy=0.0, **shared)
     assert same_bits(merge(base, experts, "tsvm", **shared), wanted)
 
 

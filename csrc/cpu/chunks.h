@@ -19,6 +19,9 @@ inline void add_chunks(const Groups& groups, int64_t group, std::vector<Chunk>& 
     chunks.push_back({group, begin, std::min(begin + kChunk, groups.lengths[group])});
 }
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t blocks_for(int64_t elements) { return ceil_div(elements, kBlock); }
+
 // Cache-line aligned scratch of whole blocks.
 template <class C>
 class Blocks {

@@ -21,6 +21,12 @@ constexpr int kHistogramBins = 256;
 constexpr int kHistogramCopies = 8;
 constexpr int64_t kChunk = 65536;  // elements a task works on
 
+// Of products with Δ (gemm.simd.h):
+constexpr int kDepth = 256;          // products that are added up before their sum is added to the output
+constexpr int kStripRows = 24;       // rows of the left operand that lie together
+constexpr int kPanel = 48;           // columns of the right operand that lie together
+constexpr int kSpan = 4 * kPanel;    // most columns of Δ that a task of project works on
+
 // The bit pattern of |d|: an integer in the same order.
 template <class C>
 using Key = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
@@ -85,6 +91,26 @@ struct Election {
   bool normalize;
 };
 
+// Rows of Δ = expert − base as a product takes them: `columns` elements from begin + r·stride on for each row r.
+struct DeltaTile {
+  const Array* base;  // null: Δ = expert
+  const Array* expert;
+  int64_t begin, stride;
+  int rows, columns;
+};
+
+struct ProductKernels {
+  void (*delta_tile)(const DeltaTile& from, float* to, int to_stride);
+  // Entries of the random matrix of sketch, see sketch.simd.h.
+  void (*random_rows)(uint64_t seed, int64_t first_row, int rows, uint32_t first_pair, int64_t pairs, float* entries);
+  // out += left·right over `depth` <= kDepth, see gemm.simd.h. Of sketch: left is a strip of Δ, rows of kDepth; right
+  // a panel of the random matrix. Of project: left is a strip of qᵀ, stored by columns; right lies in rows of kSpan.
+  void (*add_sketch)(const float* left, int rows, const float* right, int columns, int depth, float* out,
+                     int64_t out_stride);
+  void (*add_projection)(const float* left, int rows, const float* right, int columns, int depth, float* out,
+                         int64_t out_stride);
+};
+
 template <class C>
 struct BlockKernels {
   // block[i] = element begin + i of the array; elements from n to the next multiple of kPad are zero.
@@ -114,6 +140,7 @@ struct Kernels {
   bool (*sum_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                    uint16_t* out);
   BlockKernels<double> f64;
+  ProductKernels products;
 
   template <class C>
   const BlockKernels<C>& of() const;

@@ -10,6 +10,9 @@
 #include "cpu/delta_stats.simd.h"
 #include "cpu/magnitude_threshold.simd.h"
 #include "cpu/aggregate.simd.h"
+#include "cpu/gemm.simd.h"
+#include "cpu/sketch.simd.h"
+#include "cpu/project.simd.h"
 // clang-format on
 
 namespace resm::cpu::RESM_ISA {
@@ -20,6 +23,12 @@ constexpr BlockKernels<C> block_kernels() {
 }
 
 extern const Kernels table;
-const Kernels table = {RESM_ISA_NAME, block_kernels<float>(), moments_bf16, outliers_bf16, sum_bf16_of, block_kernels<double>()};
+const Kernels table = {RESM_ISA_NAME,
+                       block_kernels<float>(),
+                       moments_bf16,
+                       outliers_bf16,
+                       sum_bf16_of,
+                       block_kernels<double>(),
+                       {delta_tile, random_rows, add_sketch, add_projection}};
 
 }  // namespace resm::cpu::RESM_ISA

@@ -51,4 +51,17 @@ struct AggregateOptions {
 void aggregate(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
                int64_t* nonfinite, int threads);
 
+// Δ = expert − base, m rows of n elements; base may be null.
+struct DeltaMatrix {
+  const Array* base;
+  const Array* expert;
+  int64_t m, n;
+};
+
+// y = Δ·Ω, (m, columns), with columns first_column … of the random matrix of the seed.
+void sketch(const DeltaMatrix& delta, int64_t columns, uint64_t seed, int64_t first_column, float* y, int threads);
+
+// b = qᵀ·Δ, (l, n), of q (m, l).
+void project(const DeltaMatrix& delta, const float* q, int64_t l, float* b, int threads);
+
 }  // namespace resm::cpu

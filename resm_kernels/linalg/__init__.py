@@ -1,6 +1,51 @@
-"""Dense linear algebra that spectral merges are built from: dominant subspaces and polar factors."""
+"""Dense linear algebra that spectral merges are built from: truncated SVDs, dominant subspaces, polar factors."""
 
-from resm_kernels.linalg.polar import polar
-from resm_kernels.linalg.subspace import DECOMPOSITIONS, Decomposition, Subspace, decompose
+from resm_kernels.linalg.orthonormalize import Orthonormalized, orthonormalize
+from resm_kernels.linalg.polar import polar, polar_factors
+from resm_kernels.linalg.spectrum import (
+    TaskInterference,
+    decay_exponent,
+    effective_rank,
+    energy_rank,
+    overlap,
+    random_overlap,
+    singular_task_interference,
+    stable_rank,
+    task_interference,
+)
+from resm_kernels.linalg.subspace import (
+    DECOMPOSITIONS,
+    Decomposition,
+    Subspace,
+    decompose,
+    decompose_list,
+    subspace,
+    subspaces,
+)
+from resm_kernels.linalg.truncated_svd import TruncatedSVD, svd_lowrank, truncated_svd
 
-__all__ = ["DECOMPOSITIONS", "Decomposition", "Subspace", "decompose", "polar"]
+__all__ = [
+    "DECOMPOSITIONS",
+    "Decomposition",
+    "Orthonormalized",
+    "Subspace",
+    "TaskInterference",
+    "TruncatedSVD",
+    "decay_exponent",
+    "decompose",
+    "decompose_list",
+    "effective_rank",
+    "energy_rank",
+    "orthonormalize",
+    "overlap",
+    "polar",
+    "polar_factors",
+    "random_overlap",
+    "singular_task_interference",
+    "stable_rank",
+    "subspace",
+    "subspaces",
+    "svd_lowrank",
+    "task_interference",
+    "truncated_svd",
+]

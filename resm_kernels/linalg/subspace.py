@@ -6,14 +6,25 @@ not needed, because polar([Q_1·R_1 … Q_T·R_T]) = polar([Q_1 … Q_T])·diag(
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from resm_kernels.linalg._cost import SMALLEST_ACCURACY, gram_cost, randomized_cost
+from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram_list, matmul
+from resm_kernels.linalg._randomized import MOST_ITERATIONS, randomized_list
+from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.ops._library import NonFiniteError
 
-DECOMPOSITIONS = ("gram", "exact")
+DECOMPOSITIONS = ("auto", "gram", "exact", "randomized")
+Rank = int | Callable[[Tensor], int]
+"""A rank, or a function from all singular values (float64, descending) to one."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +35,17 @@ class Subspace:
         left: Q, (m, k), orthonormal columns.
         core: C = QᵀΔP, (k, k).
         right: P, (n, k), orthonormal columns.
-        error: ‖Δ − QCPᵀ‖_F / ‖Δ‖_F, from ‖Δ‖² − ‖C‖²; 0 for Δ = 0.
+        error: Certificate: ‖Δ − QCPᵀ‖_F / ‖Δ‖_F is at most this (and not much less); 0 for Δ = 0.
+        method: The route that found it: "gram", "exact" or "randomized".
+        reason: Why that route, in words.
     """
 
     left: Tensor
     core: Tensor
     right: Tensor
     error: float
+    method: str
+    reason: str = "asked for"
 
 
 class Decomposition:
@@ -51,22 +66,40 @@ class Decomposition:
     def truncate(self, k: int) -> Subspace:
         """The subspaces of the largest singular values: k of them, or the numerical rank if that is smaller."""
         k = min(k, self.rank)
-        right = self._right[:, :k]
-        if self._left is None:
-            # QR rather than ΔP/σ: orthonormal to working precision whatever the condition, and Q·R = ΔP exactly.
-            left, core = torch.linalg.qr(self._matrix @ right)
+        values, right = self.singular_values[:k], self._right[:, :k]
+        if self._left is not None:
+            left, core = self._left[:, :k], values.diag()
         else:
-            left, core = self._left[:, :k], self.singular_values[:k].diag()
-        total = self.singular_values.square().sum()
-        lost = (total - core.square().sum()).clamp(min=0)
-        return Subspace(left, core, right, float((lost / total).sqrt()) if total > 0 else 0.0)
+            left, core = _left_of(matmul(self._matrix, right, torch.float64), values)
+        method = "gram" if self._left is None else "exact"
+        return Subspace(left, core, right, self._error(core), method)
+
+    def _error(self, core: Tensor) -> float:
+        total = float(self.singular_values.square().sum())
+        if total == 0:
+            return 0.0
+        # Rounding of the sums and of the Gram matrix's eigenvalues, each below √r·u·σ_1 in the units of σ².
+        slack = 8 * self._matrix.shape[1] * torch.finfo(torch.float64).eps * total
+        lost = total - float(core.square().sum())
+        return ((max(lost, 0.0) + slack) / total) ** 0.5
+
+
+def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """Q and C with Q·C = ΔP, where the columns of ΔP are orthogonal but for rounding and `values` long."""
+    if values.numel() == 0:
+        return product, product.new_zeros(0, 0)
+    # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Within 1e-10 scaling them is all it takes.
+    if float(values[-1] / values[0]) ** 2 > 1e6 * torch.finfo(torch.float64).eps:
+        return product / values, values.diag()
+    found = orthonormalize(product / values)
+    return found.q, found.r * values
 
 
 def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
     """Decompose a matrix in float64.
 
     Args:
-        matrix: (m, n), finite; converted to float64.
+        matrix: (m, n), finite; fp32 is converted to float64 piece by piece.
         method: "gram" (default) takes the eigenvectors of the smaller Gram matrix: products and one symmetric
             eigenproblem, several times faster than an SVD; σ_i is right to about 1e-16·σ_1²/σ_i. "exact" is
             LAPACK's SVD, the yardstick.
@@ -74,29 +107,255 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
     Returns:
         Decomposition with r = min(m, n) singular values.
 
-    Determinism: the same bits for the same input and number of threads.
+    Determinism: the same bits for the same input, whatever the number of threads.
     """
-    if matrix.ndim != 2:
-        raise ValueError(f"matrix: got {matrix.ndim} dimensions, need 2")
-    matrix = matrix.double()
+    return decompose_list([matrix], method)[0]
+
+
+def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Decomposition]:
+    """`decompose` of several matrices side by side, which fills the threads that one eigenproblem leaves idle."""
+    for matrix in matrices:
+        if matrix.ndim != 2:
+            raise ValueError(f"matrix: got {matrix.ndim} dimensions, need 2")
     if method == "exact":
-        left, values, right_t = torch.linalg.svd(matrix, full_matrices=False)
-        return Decomposition(matrix, values, left, right_t.mT)
+        return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":
-        raise ValueError(f"method: got {method!r}, need one of {', '.join(DECOMPOSITIONS)}")
-    if matrix.shape[0] < matrix.shape[1]:
-        return _Transposed(decompose(matrix.mT, method))
-    values, vectors = torch.linalg.eigh(matrix.mT @ matrix)
-    return Decomposition(matrix, values.flip(0).clamp(min=0).sqrt(), None, vectors.flip(1))
+        raise ValueError(f"method: got {method!r}, need one of gram, exact")
+    tall = [m if m.shape[0] >= m.shape[1] else m.mT for m in matrices]
+    found: list[Decomposition] = []
+    for matrix, own, (values, vectors) in zip(matrices, tall, eigh_list(gram_list(tall)), strict=True):
+        kind = Decomposition if own is matrix else _Transposed
+        found.append(kind(own, values.flip(0).clamp(min=0).sqrt(), None, vectors.flip(1)))
+    return found
+
+
+def _exact(matrix: Tensor) -> Decomposition:
+    left, values, right_t = torch.linalg.svd(matrix.double(), full_matrices=False)
+    return Decomposition(matrix, values, left, right_t.mT)
 
 
 class _Transposed(Decomposition):
     """The decomposition of a wide matrix, through its transpose's."""
 
-    def __init__(self, inner: Decomposition):
-        self._inner = inner
-        self.singular_values = inner.singular_values
-
     def truncate(self, k: int) -> Subspace:
-        s = self._inner.truncate(k)
-        return Subspace(s.right, s.core.mT, s.left, s.error)
+        s = super().truncate(k)
+        return _mirrored(s)
+
+
+def _mirrored(s: Subspace) -> Subspace:
+    return replace(s, left=s.right, core=s.core.mT, right=s.left)
+
+
+def subspace(
+    matrix: Tensor,
+    rank: Rank,
+    *,
+    method: str = "auto",
+    accuracy: float = 0.0,
+    oversampling: int | None = None,
+    power_iterations: int | None = None,
+    seed: int = 0,
+) -> Subspace:
+    """The dominant left and right subspaces of a matrix and the core between them; see `subspaces`."""
+    return subspaces(
+        [matrix],
+        [rank],
+        method=method,
+        accuracy=accuracy,
+        oversampling=oversampling,
+        power_iterations=power_iterations,
+        seed=seed,
+    )[0]
+
+
+def subspaces(
+    matrices: Sequence[Tensor],
+    ranks: Sequence[Rank],
+    *,
+    method: str = "auto",
+    accuracy: float = 0.0,
+    oversampling: int | None = None,
+    power_iterations: int | None = None,
+    seed: int = 0,
+) -> list[Subspace]:
+    """Dominant subspaces of matrices of one shape, Δ ≈ Q·C·Pᵀ, side by side.
+
+    Args:
+        matrices: (m, n) each, finite; fp32 or float64.
+        ranks: For each how many directions to keep: a number (more than min(m, n) counts as that), or a function of
+            all singular values (float64, descending), which rules out "randomized".
+        method: "gram" and "exact" as for `decompose`, in float64. "randomized": subspace iteration in fp32. "auto"
+            (default): "gram" for accuracy 0; else whichever of "gram" and "randomized" a cost model of measured rates
+            (linalg/_cost.py) calls cheaper, and "gram" where "randomized" missed the accuracy.
+        accuracy: What may be given up for speed: ‖ΔᵀQ − PCᵀ‖_F / ‖Δ‖_F up to this, a relative backward error. The
+            subspaces found are the exact dominant ones of a matrix that is so far from Δ. A bf16 checkpoint is itself
+            that kind of perturbation: rounding a weight of 0.02 shifts it by 3.5e-5 rms, which is 0.17 of a task
+            vector of rms 2e-4. 0 (default) asks for float64's accuracy.
+        oversampling: Extra columns of "randomized"; None: 16 + rank/4.
+        power_iterations: Of "randomized": exactly so many, whatever accuracy comes of it; None: until it is met.
+        seed: Of the random sketch.
+
+    Returns:
+        One Subspace each, in float64 from "gram" and "exact", fp32 from "randomized", which says how it was found.
+        Directions below the numerical rank (`RANK_TOLERANCE`) are left out, so that it may have fewer than asked for.
+
+    Raises:
+        ValueError: Arguments out of range, matrices of different shapes; "randomized" asked for, but not accurate
+            enough in `MOST_ITERATIONS` or with a function as rank.
+        NonFiniteError: A matrix has NaN or infinite values.
+
+    Determinism: the same bits for the same input and seed, whatever the number of threads.
+    """
+    _check(matrices, ranks, method, accuracy)
+    if not matrices:
+        return []
+    norms = [_finite_norm(a, i) for i, a in enumerate(matrices)]
+    m, n = matrices[0].shape
+    numbers = [min(k, m, n) for k in ranks if isinstance(k, int)]
+    chosen, reason = method, "asked for"
+    if method == "auto":
+        chosen, reason = _choose(m, n, numbers, len(ranks), accuracy, oversampling, power_iterations)
+    if chosen != "randomized":
+        return [
+            replace(_truncated(d, k), reason=reason)
+            for d, k in zip(decompose_list(matrices, chosen), ranks, strict=True)
+        ]
+    found = _randomized(
+        matrices,
+        numbers,
+        norms,
+        reason,
+        accuracy=accuracy,
+        oversampling=oversampling,
+        power_iterations=power_iterations,
+        seed=seed,
+    )
+    missed = [i for i, s in enumerate(found) if s is None]
+    if missed and method == "randomized":
+        raise ValueError(
+            f"accuracy: {accuracy:g} is not within reach of 'randomized' in {MOST_ITERATIONS} power iterations; need "
+            "a larger one, or method 'auto' or 'gram'"
+        )
+    reason = f"randomized was not within {accuracy:g} after {MOST_ITERATIONS} power iterations"
+    for i, d in zip(missed, decompose_list([matrices[i] for i in missed]), strict=True):
+        found[i] = replace(d.truncate(numbers[i]), reason=reason)
+    return [s for s in found if s is not None]
+
+
+def _check(matrices: Sequence[Tensor], ranks: Sequence[Rank], method: str, accuracy: float) -> None:
+    for i, a in enumerate(matrices):
+        if a.ndim != 2:
+            raise ValueError(f"matrices[{i}]: got {a.ndim} dimensions, need 2")
+        if a.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"matrices[{i}]: got dtype {a.dtype}, need float32 or float64")
+        if a.shape != matrices[0].shape:
+            raise ValueError(f"matrices[{i}]: got shape {list(a.shape)}, need {list(matrices[0].shape)} as matrices[0]")
+    if len(ranks) != len(matrices):
+        raise ValueError(f"ranks: got {len(ranks)}, need one for each of the {len(matrices)} matrices")
+    if method not in DECOMPOSITIONS:
+        raise ValueError(f"method: got {method!r}, need one of {', '.join(DECOMPOSITIONS)}")
+    if method == "randomized" and not all(isinstance(k, int) for k in ranks):
+        raise ValueError("ranks: a rule needs all singular values, which method 'randomized' does not find")
+    for i, k in enumerate(ranks):
+        if isinstance(k, int) and k < 0:
+            raise ValueError(f"ranks[{i}]: got {k}, need a number of at least 0")
+    if not accuracy >= 0:
+        raise ValueError(f"accuracy: got {accuracy!r}, need a number of at least 0")
+
+
+def _finite_norm(matrix: Tensor, i: int) -> float:
+    norm = frobenius_norm(matrix)
+    if not math.isfinite(norm):
+        count = matrix.numel() - int(torch.isfinite(matrix).sum())
+        if count:
+            raise NonFiniteError(f"matrices[{i}]", i, count)
+        raise ValueError(f"matrices[{i}]: values so large that their squares overflow float64")
+    return norm
+
+
+def _choose(
+    m: int,
+    n: int,
+    numbers: Sequence[int],
+    count: int,
+    accuracy: float,
+    oversampling: int | None,
+    power_iterations: int | None,
+) -> tuple[str, str]:
+    """The cheaper route, and why."""
+    if len(numbers) < count:
+        return "gram", "the rank rule needs all singular values"
+    if accuracy < SMALLEST_ACCURACY and power_iterations is None:
+        return "gram", f"accuracy {accuracy:g} needs float64"
+    gram = sum(gram_cost(m, n, k) for k in numbers)
+    randomized = sum(randomized_cost(m, n, k, accuracy, oversampling, power_iterations) for k in numbers)
+    chosen = "randomized" if randomized < gram else "gram"
+    return chosen, f"cost model: randomized {randomized / gram:.2g} of gram"
+
+
+def _truncated(decomposition: Decomposition, rank: Rank) -> Subspace:
+    return decomposition.truncate(rank if isinstance(rank, int) else rank(decomposition.singular_values))
+
+
+def _randomized(
+    matrices: Sequence[Tensor],
+    ranks: Sequence[int],
+    norms: Sequence[float],
+    reason: str,
+    *,
+    accuracy: float,
+    oversampling: int | None,
+    power_iterations: int | None,
+    seed: int,
+) -> list[Subspace | None]:
+    m, n = matrices[0].shape
+    found: list[Subspace | None] = [_nothing(a, reason) for a in matrices]
+    some = [i for i, norm in enumerate(norms) if norm > 0 and ranks[i] > 0]
+    # Powers of two change no digit; without them squares would leave fp32's range.
+    exponents = [_exponent(norms[i] / math.sqrt(m * n)) for i in some]
+    scaled = [(_scaled(matrices[i], e), math.ldexp(norms[i], e)) for i, e in zip(some, exponents, strict=True)]
+    pairs = randomized_list(
+        [a if m >= n else a.mT for a, _ in scaled],
+        [ranks[i] for i in some],
+        [norm for _, norm in scaled],
+        accuracy=accuracy,
+        oversampling=oversampling,
+        power_iterations=power_iterations,
+        seed=seed,
+    )
+    for i, exponent, (matrix, norm), pair in zip(some, exponents, scaled, pairs, strict=True):
+        if pair is None:
+            found[i] = None
+            continue
+        s = Subspace(pair.left, pair.core, pair.right, 0.0, "randomized", reason)
+        s = s if m >= n else _mirrored(s)
+        error = _certificate(matrix, norm, s)
+        found[i] = replace(s, core=s.core.double().mul(2.0**-exponent).to(s.core.dtype), error=error)
+    return found
+
+
+def _exponent(rms: float) -> int:
+    exponent = -math.frexp(rms)[1]
+    return exponent if abs(exponent) > 20 else 0
+
+
+def _scaled(matrix: Tensor, exponent: int) -> Tensor:
+    if exponent == 0:
+        return matrix.float()
+    return (matrix.double() * 2.0**exponent).float()
+
+
+def _certificate(matrix: Tensor, norm: float, s: Subspace) -> float:
+    """‖Δ − QCPᵀ‖_F / ‖Δ‖_F from ‖Δ‖² − ‖C‖²; from the difference itself where that would cancel."""
+    lost = norm**2 - frobenius_norm(s.core) ** 2
+    slack = 16 * torch.finfo(torch.float32).eps
+    if lost > 1e-3 * norm**2:
+        return math.sqrt(lost / norm**2 + slack)
+    rest = matmul(matmul(s.left, s.core), s.right.mT).sub_(matrix)
+    return frobenius_norm(rest) / norm + slack
+
+
+def _nothing(matrix: Tensor, reason: str) -> Subspace:
+    m, n = matrix.shape
+    left, core, right = (torch.zeros(size, device=matrix.device) for size in ((m, 0), (0, 0), (n, 0)))
+    return Subspace(left, core, right, float(bool(frobenius_norm(matrix))), "randomized", reason)

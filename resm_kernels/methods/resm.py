@@ -8,20 +8,35 @@ every choice in them is a named parameter. See docs/resm.md for the mathematics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg import DECOMPOSITIONS, Decomposition, Subspace, decompose, polar
+from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
+from resm_kernels.linalg._threads import run
 from resm_kernels.methods._common import LAMBDA, WEIGHT
+from resm_kernels.methods._ranks import NEEDS_SPECTRUM, RANK_RULES, ranks_of_spectra, ranks_of_statistics
 from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.methods._spectral import (
+    ACCURACY,
+    DECOMPOSITION,
+    SPECTRAL,
+    groups,
+    is_spectral,
+    join,
+    orthogonalized_sum,
+    resolve_accuracy,
+    spectral_workspace,
+    task_matrix,
+)
 from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.reference._delta import compute_dtype
 
-RANK_RULES = ("sparsity", "per_task", "fixed", "energy", "effective_rank")
+SMALL = 1 << 17
+"""Elements up to which a whole merge runs on one thread: sharing it out would cost more than it saves."""
 
 
 @dataclass(frozen=True)
@@ -57,31 +72,53 @@ def resm(
     this is TSV-M. Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t. One expert gives its rank-k
     approximation, and T copies of an expert give what the one gives (k from T apart).
 
-    Statistics and subspaces are float64 inside, the product is formed in fp32 (float64 for float64 inputs) and added
-    to θ₀ with one rounding. The parameters are listed, with their defaults, in `RESM.parameters`.
+    At `accuracy` 0 subspaces and polar factors are float64's; at 1e-2, the default for experts stored in half
+    precision, they are the exact ones of matrices within 1 % of the task vectors (see `linalg.subspaces`), which is
+    less than that rounding has moved them. The product is formed in fp32 (float64 for float64 inputs) and added to θ₀ with one rounding. The parameters
+    are listed, with their defaults, in `RESM.parameters`.
+
+    Determinism: the same bits for the same inputs, whatever the number of threads.
     """
     c = _Choices(**choices)  # type: ignore[arg-type]
     stats, weights = _statistics(base, experts, c)
-    if not _is_spectral(base, len(experts), c):
+    if not is_spectral(base, len(experts), c.spectral):
         return _averaged(base, experts, weights / len(experts), lambda_, out_dtype)
-    rank = _rank_rule(tuple(base.shape), stats.sparsity().tolist(), c)
+    merge = partial(_spectral_merge, base, experts, stats, weights, c)
+    merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
+    return join(base, merged, lambda_, out_dtype)
 
-    def subspace(t: int) -> Subspace:
-        found = decompose(_task_matrix(base, experts, stats, weights, t, c), c.decomposition)
-        return found.truncate(rank(t, found))
 
-    parts = [subspace(t) for t in range(len(experts))]
+def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices) -> Tensor:
+    """M, in fp32 or float64."""
+    shape = tuple(base.shape)
+    accuracy = resolve_accuracy(c.accuracy, experts)
+    parts: list[Subspace] = []
+    if c.rank_rule in NEEDS_SPECTRUM:
+        found = _spectra(base, experts, stats, weights, c)
+        ranks = ranks_of_spectra(c.rank_rule, found, shape, _energies(weights, c), c.energy, c.k_min)
+        parts = [d.truncate(k) for d, k in zip(found, ranks, strict=True)]
+        del found
+    else:
+        ranks = ranks_of_statistics(c.rank_rule, stats.sparsity().tolist(), shape, c.gamma, c.rank, c.k_min)
+        for group in groups(base, len(experts)):
+            matrices = [_task_matrix(base, experts, stats, weights, t, c) for t in group]
+            own = [ranks[t] for t in group]
+            parts += subspaces(matrices, own, method=c.decomposition, accuracy=accuracy)
+            del matrices
     # A scalar weight commutes with the decomposition; row weights are in the matrix already.
-    cores = [p.core * (weights[t] if c.granularity == "layer" else 1.0) for t, p in enumerate(parts)]
-    left = polar(torch.cat([p.left for p in parts], 1))
-    right = polar(torch.cat([p.right for p in parts], 1))
-    del parts
-    dtype = compute_dtype(base, *experts)
-    bases = left.split([core.shape[0] for core in cores], 1)
-    scaled = torch.cat([(basis @ core).to(dtype) for basis, core in zip(bases, cores, strict=True)], 1)
-    merged = scaled @ right.to(dtype).mT
-    # Not addmm: it would add the product's parts to the much larger base one by one, a rounding each.
-    return merged.mul_(lambda_).add_(base).to(out_dtype or base.dtype)
+    scalars = weights.tolist() if weights.ndim == 1 else [1.0] * len(experts)
+    return orthogonalized_sum(parts, scalars, accuracy, compute_dtype(base, *experts))
+
+
+def _spectra(
+    base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices
+) -> list[Decomposition]:
+    matrices = [_task_matrix(base, experts, stats, weights, t, c) for t in range(len(experts))]
+    return decompose_list(matrices, "exact" if c.decomposition == "exact" else "gram")
+
+
+def _energies(weights: Tensor, c: _Choices) -> list[float]:
+    return weights.tolist() if weights.ndim == 1 else [1.0] * len(c.weight)
 
 
 def _averaged(
@@ -106,18 +143,16 @@ def layer_plan(base: Tensor, experts: list[Tensor], **given: object) -> LayerPla
     del resolved["lambda_"]
     c = _Choices(**resolved)
     stats, weights = _statistics(base, experts, c)
-    spectral = _is_spectral(base, len(experts), c)
-    ranks = []
-    if spectral:
-        rank = _rank_rule(tuple(base.shape), stats.sparsity().tolist(), c)
-        needs_spectrum = c.rank_rule in ("energy", "effective_rank")
-        for t in range(len(experts)):
-            found = None
-            if needs_spectrum:
-                found = decompose(_task_matrix(base, experts, stats, weights, t, c), c.decomposition)
-            ranks.append(rank(t, found))
+    spectral = is_spectral(base, len(experts), c.spectral)
+    ranks: list[int] = []
+    shape = tuple(base.shape)
+    if spectral and c.rank_rule in NEEDS_SPECTRUM:
+        found = _spectra(base, experts, stats, weights, c)
+        ranks = ranks_of_spectra(c.rank_rule, found, shape, _energies(weights, c), c.energy, c.k_min)
+    elif spectral:
+        ranks = ranks_of_statistics(c.rank_rule, stats.sparsity().tolist(), shape, c.gamma, c.rank, c.k_min)
     return LayerPlan(
-        shape=tuple(base.shape),
+        shape=shape,
         spectral=spectral,
         sparsity=stats.sparsity().tolist(),
         outlier_mass=stats.outlier_mass().tolist(),
@@ -143,16 +178,12 @@ class _Choices:
     rank: int | None
     energy: float
     decomposition: str
+    accuracy: float | None
     spectral: bool
 
     def __post_init__(self) -> None:
         if self.rank_rule == "fixed" and self.rank is None:
             raise ValueError("rank: missing; rank_rule 'fixed' needs the number of directions kept of each expert")
-
-
-def _is_spectral(base: Tensor, n_experts: int, c: _Choices) -> bool:
-    """A matrix with room for at least one direction of every expert, unless the recipe says otherwise."""
-    return c.spectral and base.ndim == 2 and min(base.shape) >= n_experts
 
 
 def _statistics(base: Tensor, experts: list[Tensor], c: _Choices) -> tuple[DeltaStats, Tensor]:
@@ -184,59 +215,15 @@ def outlier_weights(mass: Tensor, beta: float) -> Tensor:
 def _task_matrix(
     base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, t: int, c: _Choices
 ) -> Tensor:
-    """Δ_t in float64, winsorised and weighted by rows where that is asked for."""
-    matrix = experts[t].to(compute_dtype(base, *experts), copy=True).sub_(base).double()
+    """Δ_t in fp32 or float64, winsorised and weighted by rows where that is asked for."""
+    matrix = task_matrix(base, experts[t], compute_dtype(base, *experts))
     if c.outlier_clip:
         mean, spread = float(stats.mean()[t]), c.kappa * float(stats.std()[t])
         matrix.clamp_(mean - spread, mean + spread)
-    if c.granularity == "row":
-        matrix *= weights[t].to(matrix.device)[:, None]
+    if weights.ndim == 2:
+        # In float64: fp32 would round every element of the product.
+        return matrix.double() * weights[t].to(matrix.device)[:, None]
     return matrix
-
-
-def _rank_rule(
-    shape: tuple[int, ...], sparsity: list[float], c: _Choices
-) -> Callable[[int, Decomposition | None], int]:
-    """k_t as a function of the expert's number and, for the rules that need it, its spectrum."""
-    r, n_experts = min(shape), len(sparsity)
-    most = r // n_experts
-
-    def clamp(k: float) -> int:
-        # The slack keeps rounded shares from losing a direction: 10·(1 − 0.4) is 6, not 5.999…
-        return min(max(math.floor(k + 1e-9), c.k_min), most)
-
-    consensus = sum(sparsity) / n_experts
-
-    def rank(t: int, found: Decomposition | None) -> int:
-        if c.rank_rule == "sparsity":
-            return clamp(r / n_experts * (1 - c.gamma * consensus))
-        if c.rank_rule == "per_task":
-            return clamp(r / n_experts * (1 - c.gamma * sparsity[t]))
-        if c.rank_rule == "fixed":
-            return clamp(c.rank or 0)
-        assert found is not None
-        power = found.singular_values.square()
-        total = float(power.sum())
-        if total == 0:
-            return clamp(0)
-        if c.rank_rule == "energy":
-            return clamp(int((power.cumsum(0) < c.energy * total).sum()) + 1)
-        share = found.singular_values / found.singular_values.sum()
-        return clamp(math.ceil(math.exp(float(torch.special.entr(share).sum()))))
-
-    return rank
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Δ_t in float64 and its fp32 source, Gram and eigenvectors, a QR factorisation, all bases; or the product.
-
-    Measured peaks lie 15 to 40 % below, for an exact SVD 10 %.
-    """
-    if len(shape) != 2:
-        return 24 << 20
-    m, n = shape
-    r = min(m, n)
-    return (24 << 20) + 14 * m * n + 96 * r * r + 8 * (m + n) * r + 32 * max(m, n) * (r // n_experts)
 
 
 RESM = Method(
@@ -257,9 +244,10 @@ RESM = Method(
         Parameter("eps_rel", float, 0.0, "changes up to this share of the rms count as none", minimum=0.0),
         Parameter("rank", int, None, "directions kept of each expert (fixed)", minimum=1),
         Parameter("energy", float, 0.9, "share of the squared norm to keep (energy)", minimum=0.0, maximum=1.0),
-        Parameter("decomposition", DECOMPOSITIONS, "gram", "gram: products and eigenvectors; exact: LAPACK's SVD"),
-        Parameter("spectral", bool, True, "false averages the task vectors of this tensor instead, as for vectors"),
+        DECOMPOSITION,
+        ACCURACY,
+        SPECTRAL,
     ),
     function=resm,
-    workspace=_workspace,
+    workspace=spectral_workspace,
 )

@@ -4,6 +4,8 @@ from resm_kernels.ops._library import NonFiniteError, dispatch_table
 from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
+from resm_kernels.ops.project import project
+from resm_kernels.ops.sketch import sketch
 
 __all__ = [
     "DeltaStats",
@@ -15,4 +17,6 @@ __all__ = [
     "dispatch_table",
     "magnitude_threshold",
     "magnitude_threshold_list",
+    "project",
+    "sketch",
 ]

@@ -61,18 +61,22 @@ def dispatch_table() -> dict[str, dict[str, str]]:
     return {name: dict(row) for name, row in _DISPATCH.items()}
 
 
-def check_group(base: Tensor | None, experts: Sequence[Tensor], where: str = "") -> None:
+def check_group(
+    base: Tensor | None, experts: Sequence[Tensor], where: str = "", *, names: Sequence[str] | None = None
+) -> None:
     """Raise unless base and experts are plain floating-point tensors of one shape on one device.
 
     Args:
         where: Put before the arguments' names in errors, e.g. "tensor 3: " in a list form.
+        names: What the caller calls the experts, if not experts[0], experts[1], …
     """
     if isinstance(experts, Tensor) or len(experts) == 0:
         got = "a tensor" if isinstance(experts, Tensor) else "none"
         raise ValueError(f"{where}experts: got {got}, need a sequence of one or more tensors")
-    first_name, first = ("base", base) if base is not None else ("experts[0]", experts[0])
+    names = names or [f"experts[{i}]" for i in range(len(experts))]
+    first_name, first = ("base", base) if base is not None else (names[0], experts[0])
     named = [] if base is None else [("base", base)]
-    for name, tensor in named + [(f"experts[{i}]", e) for i, e in enumerate(experts)]:
+    for name, tensor in named + list(zip(names, experts, strict=True)):
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}{name}: got {type(tensor).__name__}, need a tensor")
         if tensor.dtype not in FLOAT_DTYPES:

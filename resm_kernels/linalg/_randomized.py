@@ -1,0 +1,136 @@
+"""Dominant subspaces by randomized subspace iteration in fp32: matrix products, Cholesky-QR, one small eigenproblem.
+
+Halko, Martinsson, Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1, with three changes: the iteration runs on the
+Gram matrix where that is cheaper; Rayleigh–Ritz takes the eigenvalues of a small Gram matrix in float64; and how far
+the result is from an invariant pair is measured, not assumed, so that iteration goes on until it is near enough.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram_list, matmul_list
+from resm_kernels.linalg.orthonormalize import orthonormalize
+from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.ops.sketch import sketch
+
+MOST_ITERATIONS = 16
+"""Power iterations after which the accuracy asked for counts as out of reach."""
+_GRAM_FLOOR = 1e-5  # of (σ_k/σ_1)²: fp32 rounding of ΔᵀΔ is about 1e-7·σ_1² in every direction
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Δ ≈ left · core · rightᵀ in fp32.
+
+    Attributes:
+        residual: ‖ΔᵀQ − PCᵀ‖_F / ‖Δ‖_F half an iteration before the end: Q and P are the exact dominant singular
+            subspaces of a matrix about that far from Δ.
+    """
+
+    left: Tensor
+    core: Tensor
+    right: Tensor
+    residual: float
+
+
+def oversampling_for(rank: int) -> int:
+    """Extra columns: HMT's constant for small ranks, a share where many singular values lie next to the last kept."""
+    return 16 + rank // 4
+
+
+def iterations_for(accuracy: float) -> int:
+    """Power iterations to begin with: what decaying spectra of trained task vectors need, see bench_truncated_svd."""
+    return min(MOST_ITERATIONS, max(1, math.ceil(-1.5 * math.log10(accuracy)))) if accuracy > 0 else MOST_ITERATIONS
+
+
+def gram_pays(m: int, n: int, columns: int, iterations: int) -> bool:
+    """Whether iterating on ΔᵀΔ, made once for (5/4)·m·n² flops, costs less than on Δ and Δᵀ in turn (m ≥ n)."""
+    on_gram = 1.25 * m * n * n + 2 * (iterations + 1) * n * n * columns
+    return on_gram < 4 * (iterations + 1) * m * n * columns
+
+
+def randomized_list(
+    matrices: Sequence[Tensor],
+    ranks: Sequence[int],
+    norms: Sequence[float],
+    *,
+    accuracy: float,
+    oversampling: int | None,
+    power_iterations: int | None,
+    seed: int,
+) -> list[Pair | None]:
+    """Dominant pairs of tall fp32 matrices (m ≥ n), in step with each other so that their products fill all threads.
+
+    Returns None for a matrix that does not come within `accuracy` (relative residual) in `MOST_ITERATIONS`; with
+    `power_iterations` given, exactly as many are made and whatever comes out is returned.
+    """
+    m, n = matrices[0].shape
+    extra = [oversampling_for(k) if oversampling is None else oversampling for k in ranks]
+    columns = [min(k + p, n) for k, p in zip(ranks, extra, strict=True)]
+    planned = iterations_for(accuracy) if power_iterations is None else power_iterations
+    grams: dict[int, Tensor] = {}
+    if gram_pays(m, n, max(columns), planned):
+        grams = dict(enumerate(gram_list(matrices, dtype=None)))
+        bases = {i: sketch(None, g, columns[i], seed=seed) for i, g in grams.items()}
+    else:
+        sketches = [sketch(None, a, c, seed=seed) for a, c in zip(matrices, columns, strict=True)]
+        lefts = [orthonormalize(y, passes=1).q for y in sketches]
+        bases = dict(enumerate(matmul_list([(a.mT, q) for a, q in zip(matrices, lefts, strict=True)])))
+    found: list[Pair | None] = [None] * len(matrices)
+    done = 0
+    while bases:
+        for _ in range(planned - done):
+            _iterate(matrices, grams, bases)
+        done = planned
+        for i, (pair, smallest) in _rayleigh_ritz(matrices, bases, ranks, norms).items():
+            if i in grams and smallest < _GRAM_FLOOR and power_iterations is None:
+                del grams[i]  # its rounding errors bury the last directions: go on with the matrix itself
+            elif power_iterations is not None or pair.residual <= accuracy:
+                found[i] = pair
+                del bases[i]
+        if done >= MOST_ITERATIONS:
+            break
+        planned = min(done + max(1, done // 2), MOST_ITERATIONS)
+    return found
+
+
+def _iterate(matrices: Sequence[Tensor], grams: dict[int, Tensor], bases: dict[int, Tensor]) -> None:
+    """One power iteration of every basis: columns that span ΔᵀΔ·P, not yet orthonormal."""
+    for i in bases:
+        bases[i] = orthonormalize(bases[i], passes=1).q
+    direct = [i for i in bases if i not in grams]
+    images = matmul_list([(matrices[i], bases[i]) for i in direct])
+    lefts = [orthonormalize(y, passes=1).q for y in images]
+    pairs = {i: (matrices[i].mT, q) for i, q in zip(direct, lefts, strict=True)}
+    pairs |= {i: (grams[i], p) for i, p in bases.items() if i in grams}
+    bases.update(zip(pairs, matmul_list(list(pairs.values())), strict=True))
+
+
+def _rayleigh_ritz(
+    matrices: Sequence[Tensor], bases: dict[int, Tensor], ranks: Sequence[int], norms: Sequence[float]
+) -> dict[int, tuple[Pair, float]]:
+    """The best pairs of the given ranks within the bases, and (σ_k/σ_1)²; leaves the bases orthonormal."""
+    for i in bases:
+        bases[i] = orthonormalize(bases[i]).q
+    images = matmul_list([(matrices[i], p) for i, p in bases.items()])
+    rotations, smallest = [], []
+    for i, (values, vectors) in zip(bases, eigh_list(gram_list(images)), strict=True):
+        k = min(ranks[i], int((values > RANK_TOLERANCE**2 * values[-1]).sum()))
+        rotations.append(vectors.flip(1)[:, :k])
+        smallest.append(float(values[-k] / values[-1]) if k else 1.0)
+    rights = matmul_list(list(zip(bases.values(), rotations, strict=True)))
+    lefts = [orthonormalize(y).q for y in matmul_list(list(zip(images, rotations, strict=True)))]
+    backs = matmul_list([(matrices[i].mT, q) for i, q in zip(bases, lefts, strict=True)])
+    insides = matmul_list(list(zip([p.mT for p in rights], backs, strict=True)))
+    projections = matmul_list(list(zip(rights, insides, strict=True)))
+    pairs = {}
+    for i, left, back, projection, last in zip(bases, lefts, backs, projections, smallest, strict=True):
+        residual = frobenius_norm(back.sub(projection))
+        refined = orthonormalize(back)
+        pairs[i] = (Pair(left, refined.r.mT, refined.q, residual / norms[i]), last)
+    return pairs

@@ -1,0 +1,120 @@
+"""What spectral methods share: which tensors they take as matrices, and how their result joins the base."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels.linalg import DECOMPOSITIONS, Subspace, polar_factors
+from resm_kernels.linalg._products import matmul
+from resm_kernels.methods._registry import Parameter
+from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.reference._delta import compute_dtype
+
+SPECTRAL = Parameter("spectral", bool, True, "false averages the task vectors of this tensor instead, as for vectors")
+DECOMPOSITION = Parameter(
+    "decomposition",
+    DECOMPOSITIONS,
+    "auto",
+    "auto: the cheapest that is accurate enough; gram, exact: in float64; randomized",
+)
+ACCURACY = Parameter(
+    "accuracy",
+    float,
+    None,
+    "relative backward error allowed in each expert's subspaces, 0 for float64's; by default 1e-2 for experts stored "
+    "in bf16 or fp16, whose rounding has moved them more, and 0 for others",
+    minimum=0.0,
+)
+_GROUP_BYTES: Final = 1 << 30
+
+
+def is_spectral(base: Tensor, n_experts: int, spectral: bool) -> bool:
+    """True for a matrix with room for at least one direction of every expert, unless the recipe says otherwise."""
+    return spectral and base.ndim == 2 and min(base.shape) >= n_experts
+
+
+def task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Δ = expert − base in `dtype`; if None in fp32, in float64 if either is. In memory of its own, in one pass."""
+    # Not expert.sub: sums of ±1 times the values are exact where a subtraction is, and take one pass for bf16 too.
+    return aggregate(None, [expert, base], [1.0, -1.0], out_dtype=dtype or compute_dtype(base, expert))
+
+
+def resolve_accuracy(accuracy: float | None, experts: Sequence[Tensor]) -> float:
+    """The default of `ACCURACY`. Rounding to bf16 shifts a weight of 0.02 by 3.5e-5 rms, to fp16 by 4e-6: of a task
+    vector with an rms of 2e-4 that is 0.17 and 0.02."""
+    if accuracy is not None:
+        return accuracy
+    return 1e-2 if all(e.dtype in (torch.bfloat16, torch.float16) for e in experts) else 0.0
+
+
+def groups(base: Tensor, n_experts: int) -> list[range]:
+    """The experts in groups whose task vectors together fit into 1 GiB: all at once if they do, else one by one."""
+    step = n_experts if 4 * base.numel() * n_experts <= _GROUP_BYTES else 1
+    return [range(t, min(t + step, n_experts)) for t in range(0, n_experts, step)]
+
+
+def orthogonalized_sum(
+    parts: Sequence[Subspace], weights: Sequence[float], accuracy: float, dtype: torch.dtype
+) -> Tensor:
+    """polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ in `dtype`.
+
+    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first. F and W are orthonormal, so
+    that forming the products in fp32 rounds M by a few units of fp32, whatever the conditions of Q and P.
+
+    Args:
+        parts: One subspace for each expert, Σ_t k_t ≤ min(m, n).
+        weights: w_t.
+        accuracy: As of `polar_factors`.
+        dtype: Of the products and the result, fp32 or float64.
+    """
+    m, n = parts[0].left.shape[0], parts[0].right.shape[0]
+    sizes = [part.core.shape[0] for part in parts]
+    if sum(sizes) == 0:
+        return torch.zeros(m, n, dtype=dtype, device=parts[0].left.device)
+    bases = [torch.cat([getattr(part, side) for part in parts], 1) for side in ("left", "right")]
+    if accuracy > 0:
+        bases = [b.float() for b in bases]
+    left, right = polar_factors(bases, accuracy)
+    del bases
+    rotations = right.rotation.to(dtype).split(sizes)
+    blocks = [_times(part.core * w, r) for part, w, r in zip(parts, weights, rotations, strict=True)]
+    inner = matmul(left.rotation.to(dtype).mT, torch.cat(blocks))
+    return matmul(matmul(left.basis.to(dtype), inner), right.basis.to(dtype).mT)
+
+
+def _times(core: Tensor, x: Tensor) -> Tensor:
+    """core·x, by rows where the core is diagonal."""
+    diagonal = core.diagonal()
+    if torch.equal(core, diagonal.diag()):
+        return x * diagonal.to(x.dtype)[:, None]
+    return matmul(core.to(x.dtype), x)
+
+
+def spectral_workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bytes that a merge of subspaces allocates: task vectors of a group, Gram matrices and eigenvectors, bases."""
+    if len(shape) != 2:
+        return 24 << 20
+    m, n = shape
+    r = min(m, n)
+    together = n_experts if 4 * m * n * n_experts <= _GROUP_BYTES else 1
+    return (24 << 20) + 4 * m * n * together + 56 * r * r * together + 24 * (m + n) * r + 8 * m * n
+
+
+def averaged(
+    base: Tensor, experts: list[Tensor], weight: list[float], lambda_: float, out_dtype: torch.dtype | None
+) -> Tensor:
+    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t: what spectral methods do with vectors. Refuses NaN and infinity."""
+    weights = [w / len(experts) for w in weight]
+    return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
+
+
+def join(base: Tensor, merged: Tensor, lambda_: float, out_dtype: torch.dtype | None) -> Tensor:
+    """θ₀ + λ·M, rounded once; `merged` is overwritten.
+
+    Not addmm: it would add a product's parts to the much larger base one by one, a rounding each.
+    """
+    return merged.mul_(lambda_).add_(base).to(out_dtype or base.dtype)

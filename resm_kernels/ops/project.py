@@ -1,0 +1,80 @@
+"""B = qᵀ·Δ, Δ formed where it is used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, register
+from resm_kernels.ops.sketch import check_matrices
+from resm_kernels.reference.project import project as _reference
+
+
+def project(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
+    """B = qᵀ·Δ, Δ = θ_t − θ₀: with orthonormal q, the small matrix of Δ ≈ q·B (arXiv 0909.4061, algorithm 5.1).
+
+    Args:
+        base: θ₀, (m, n), bf16, fp16, fp32 or float64; None for Δ = θ_t. A tensor that is not contiguous is copied.
+        expert: θ_t, of base's shape and device, of any of these dtypes. Δ is formed in fp32 (if either is float64, in
+            float64, then rounded) a tile at a time and never stored.
+        q: (m, l) fp32, on the same device. A tensor that is not contiguous is copied.
+
+    Returns:
+        B, (l, n) fp32, contiguous. Values that are not finite are not looked for: a column of Δ that has one gives a
+        column of B without a finite value, one of q a row.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape or device.
+
+    Precision: products are added up in fp32 over blocks of 256 rows of Δ in order, by fused multiply-adds, and the
+    blocks' sums in their order: |error| ≤ (min(m, 256) + ⌈m/256⌉ + 1)·2⁻²⁴·(|q|ᵀ·|Δ|) to first order.
+
+    Memory: besides the inputs and B, a copy of at most 8 MiB of q (256 rows of it, if they are more) and 192 KiB a
+    thread on a CPU. Where no native kernel is live, the reference forms Δ whole, in float64.
+
+    Determinism: the same bits for any number of threads and for AVX2 and AVX-512; the baseline instruction set has no
+    fused multiply-add and differs within that bound, as do other devices.
+    """
+    check_matrices(base, expert)
+    if not isinstance(q, Tensor):
+        raise TypeError(f"q: got {type(q).__name__}, need a tensor")
+    if q.dtype != torch.float32 or q.layout != torch.strided:
+        raise TypeError(f"q: got a {q.layout} tensor of {q.dtype}, need a dense (strided) one of torch.float32")
+    if q.ndim != 2 or q.shape[0] != expert.shape[0]:
+        raise ValueError(f"q: got shape {list(q.shape)}, need (m, l) with m = {expert.shape[0]} like expert's rows")
+    if q.device != expert.device:
+        raise ValueError(f"q: is on {q.device}, need {expert.device} like expert")
+    if q.requires_grad and torch.is_grad_enabled():
+        raise ValueError("q: requires grad, but project records no gradient; pass q.detach()")
+    b: Tensor = torch.ops.resm_kernels.project(base, expert, q)
+    return b
+
+
+def _native(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
+    assert _extension.native is not None
+    (m, n), left = expert.shape, q.contiguous()
+    out = torch.empty((q.shape[1], n), dtype=torch.float32)
+    b, e = NativeTensors([] if base is None else [base]), NativeTensors([expert])
+    _extension.native.project(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        e.lengths,
+        m,
+        n,
+        left.data_ptr(),
+        left.shape[1],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+register(
+    "project",
+    "(Tensor? base, Tensor expert, Tensor q) -> Tensor",
+    reference=_reference,
+    cpu=_native,
+)

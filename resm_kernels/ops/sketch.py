@@ -1,0 +1,106 @@
+"""Y = Δ·Ω with a random matrix Ω that is drawn where it is used."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, check_group, register
+from resm_kernels.reference.sketch import sketch as _reference
+
+MAX_COLUMNS: Final = 2**33
+"""Columns Ω has: Philox counts pairs of them in 32 bits."""
+MAX_SEED: Final = 2**63 - 1
+
+
+def sketch(base: Tensor | None, expert: Tensor, columns: int, *, seed: int = 0, first_column: int = 0) -> Tensor:
+    """Y = Δ·Ω, Δ = θ_t − θ₀: the random range sample of randomized SVDs (arXiv 0909.4061, algorithm 4.1).
+
+    The entries of Ω are independent, z = (popcount(64 random bits) − 32)/4: a sum of 64 fair coins, standardised. It
+    has mean 0, variance 1 and E exp(λz) = cosh(λ/8)^64 ≤ exp(λ²/2), the normal distribution's own bound, so that what
+    is proved of sub-Gaussian sketches holds with the constants of the normal one; its fourth moment is 3 − 1/32. All
+    65 values are multiples of 1/4, exact in fp32 and bf16, and take integers alone to find. A Box–Muller transform
+    would need log, sin and cos, which no two maths libraries round alike: Ω would differ between devices.
+
+    Bits 64·(c mod 2) … of Philox4x32-10 (Salmon et al., SC 2011) at counter (i mod 2³², ⌊i/2³²⌋, ⌊c/2⌋, 0), its
+    words from the lowest, make Ω_ic; the key is the seed. So Ω_ic depends on i, c and the seed alone.
+
+    Args:
+        base: θ₀, (m, n), bf16, fp16, fp32 or float64; None for Δ = θ_t. A tensor that is not contiguous is copied.
+        expert: θ_t, of base's shape and device, of any of these dtypes. Δ is formed in fp32 (if either is float64, in
+            float64, then rounded) a tile at a time and never stored.
+        columns: How many columns of Ω to multiply by, from 0.
+        seed: Which Ω, from 0 to 2⁶³ − 1.
+        first_column: The first of these columns: `sketch(…, k)` and `sketch(…, l, first_column=k)` side by side are
+            `sketch(…, k + l)`, bit for bit. first_column + columns is at most 2³³.
+
+    Returns:
+        Y, (m, columns) fp32, contiguous. Values that are not finite are not looked for: a row of Δ that has one gives
+        a row of Y without a finite value.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
+
+    Precision: products are added up in fp32 over blocks of 256 columns of Δ in order, by fused multiply-adds, and the
+    blocks' sums in their order: |error| ≤ (min(n, 256) + ⌈n/256⌉ + 1)·2⁻²⁴·(|Δ|·|Ω|) to first order.
+
+    Memory: besides the inputs and Y, at most 8 MiB of Ω (of a wide one 256 rows) and 64 KiB a thread on a CPU. Where
+    no native kernel is live, the reference forms Δ and Ω whole, in float64.
+
+    Determinism: Ω is the same on every device. Y has the same bits for any number of threads and for AVX2 and
+    AVX-512; the baseline instruction set has no fused multiply-add and differs within that bound, as do other
+    devices.
+    """
+    check_matrices(base, expert)
+    first = _whole("first_column", first_column, MAX_COLUMNS)
+    count = _whole("columns", columns, MAX_COLUMNS - first)
+    y: Tensor = torch.ops.resm_kernels.sketch(base, expert, count, _whole("seed", seed, MAX_SEED), first)
+    return y
+
+
+def check_matrices(base: Tensor | None, expert: Tensor) -> None:
+    """`check_group` of one expert by the name `expert`; raise also unless it is a matrix."""
+    check_group(base, [expert], names=["expert"])
+    if expert.ndim != 2:
+        raise ValueError(f"expert: got shape {list(expert.shape)}, need a matrix (m, n)")
+
+
+def _whole(name: str, value: int, most: int) -> int:
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 0 <= value <= most:
+        raise ValueError(f"{name}: got {value!r}, need a whole number from 0 to {most}")
+    return int(value)
+
+
+def _native(base: Tensor | None, expert: Tensor, columns: int, seed: int, first_column: int) -> Tensor:
+    assert _extension.native is not None
+    m, n = expert.shape
+    y = torch.empty((m, columns), dtype=torch.float32)
+    b, e = NativeTensors([] if base is None else [base]), NativeTensors([expert])
+    _extension.native.sketch(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        e.lengths,
+        m,
+        n,
+        columns,
+        seed,
+        first_column,
+        y.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y
+
+
+register(
+    "sketch",
+    "(Tensor? base, Tensor expert, int columns, int seed, int first_column) -> Tensor",
+    reference=_reference,
+    cpu=_native,
+)
