@@ -44,31 +44,25 @@ def gram(x: Tensor, dtype: torch.dtype | None = torch.float64) -> Tensor:
 
 
 def gram_list(matrices: Sequence[Tensor], dtype: torch.dtype | None = torch.float64) -> list[Tensor]:
-    """`gram` of several matrices, all blocks shared out together; half of the blocks are copies of the others."""
-    outs, tasks = [], []
-    for x in matrices:
-        n = x.shape[1]
-        out = torch.empty(n, n, dtype=dtype or x.dtype, device=x.device)
-        outs.append(out)
-        ranges = list(_ranges(n, _BLOCK))
-        tasks += [
-            functools.partial(_gram_block, x, out, rows, columns)
-            for i, rows in enumerate(ranges)
-            for columns in ranges[: i + 1]
-        ]
-    _run(tasks, outs)
+    """`gram` of several matrices, in strips up to the diagonal, shared out together; the other half is a copy."""
+    outs = [torch.empty(x.shape[1], x.shape[1], dtype=dtype or x.dtype, device=x.device) for x in matrices]
+    strips = [(x, out, strip) for x, out in zip(matrices, outs, strict=True) for strip in _ranges(x.shape[1], _BLOCK)]
+    # The longest first, so that the threads end together.
+    strips.sort(key=lambda job: -job[2][1])
+    _run([functools.partial(_gram_strip, *job) for job in strips], outs)
+    for out in outs:
+        for i, j in _ranges(out.shape[0], _BLOCK):
+            out[:i, i:j] = out[i:j, :i].mT
     return outs
 
 
-def _gram_block(x: Tensor, out: Tensor, rows: tuple[int, int], columns: tuple[int, int]) -> None:
-    block = out[slice(*rows), slice(*columns)]
+def _gram_strip(x: Tensor, out: Tensor, strip: tuple[int, int]) -> None:
+    i, j = strip
+    block = out[i:j, :j]
     block.zero_()
-    for i, j in _ranges(x.shape[0], _CHUNK):
-        left = x[i:j, slice(*rows)].to(out.dtype)
-        right = left if rows == columns else x[i:j, slice(*columns)].to(out.dtype)
-        block.addmm_(left.mT, right)
-    if rows != columns:
-        out[slice(*columns), slice(*rows)] = block.mT
+    for first, last in _ranges(x.shape[0], _CHUNK):
+        piece = x[first:last, :j].to(out.dtype)
+        block.addmm_(piece[:, i:].mT, piece)
 
 
 def frobenius_norm(x: Tensor) -> float:

@@ -45,7 +45,7 @@ def oversampling_for(rank: int) -> int:
 
 def iterations_for(accuracy: float) -> int:
     """Power iterations to begin with: what decaying spectra of trained task vectors need, see bench_truncated_svd."""
-    return min(MOST_ITERATIONS, max(1, math.ceil(-1.5 * math.log10(accuracy)))) if accuracy > 0 else MOST_ITERATIONS
+    return min(MOST_ITERATIONS, max(1, math.ceil(-math.log10(accuracy)))) if accuracy > 0 else MOST_ITERATIONS
 
 
 def gram_pays(m: int, n: int, columns: int, iterations: int) -> bool:
@@ -114,23 +114,31 @@ def _iterate(matrices: Sequence[Tensor], grams: dict[int, Tensor], bases: dict[i
 def _rayleigh_ritz(
     matrices: Sequence[Tensor], bases: dict[int, Tensor], ranks: Sequence[int], norms: Sequence[float]
 ) -> dict[int, tuple[Pair, float]]:
-    """The best pairs of the given ranks within the bases, and (σ_k/σ_1)²; leaves the bases orthonormal."""
+    """The best pairs of the given ranks within the bases, and (σ_k/σ_1)²; leaves the bases orthonormal.
+
+    One pass of Cholesky-QR is enough each time. Bases come from a power iteration, so that they are conditioned like
+    (σ_1/σ_l)² at worst and orthonormal to far less than any accuracy asked for after it. The others have columns that
+    are orthogonal but for rounding and as long as the singular values: scaled by those, they are conditioned like 1.
+    """
     for i in bases:
-        bases[i] = orthonormalize(bases[i]).q
+        bases[i] = orthonormalize(bases[i], passes=1).q
     images = matmul_list([(matrices[i], p) for i, p in bases.items()])
-    rotations, smallest = [], []
-    for i, (values, vectors) in zip(bases, eigh_list(gram_list(images)), strict=True):
-        k = min(ranks[i], int((values > RANK_TOLERANCE**2 * values[-1]).sum()))
+    rotations, values, smallest = [], [], []
+    for i, (powers, vectors) in zip(bases, eigh_list(gram_list(images)), strict=True):
+        k = min(ranks[i], int((powers > RANK_TOLERANCE**2 * powers[-1]).sum()))
         rotations.append(vectors.flip(1)[:, :k])
-        smallest.append(float(values[-k] / values[-1]) if k else 1.0)
+        values.append(powers.flip(0)[:k].sqrt())
+        smallest.append(float(powers[-k] / powers[-1]) if k else 1.0)
     rights = matmul_list(list(zip(bases.values(), rotations, strict=True)))
-    lefts = [orthonormalize(y).q for y in matmul_list(list(zip(images, rotations, strict=True)))]
+    scaled = [w / v for w, v in zip(rotations, values, strict=True)]
+    lefts = [orthonormalize(y, passes=1).q for y in matmul_list(list(zip(images, scaled, strict=True)))]
     backs = matmul_list([(matrices[i].mT, q) for i, q in zip(bases, lefts, strict=True)])
     insides = matmul_list(list(zip([p.mT for p in rights], backs, strict=True)))
     projections = matmul_list(list(zip(rights, insides, strict=True)))
     pairs = {}
-    for i, left, back, projection, last in zip(bases, lefts, backs, projections, smallest, strict=True):
+    for i, left, back, projection, v, last in zip(bases, lefts, backs, projections, values, smallest, strict=True):
         residual = frobenius_norm(back.sub(projection))
-        refined = orthonormalize(back)
-        pairs[i] = (Pair(left, refined.r.mT, refined.q, residual / norms[i]), last)
+        refined = orthonormalize(back / v.float(), passes=1)
+        core = (refined.r * v.float()).mT
+        pairs[i] = (Pair(left, core, refined.q, residual / norms[i]), last)
     return pairs
