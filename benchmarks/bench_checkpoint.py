@@ -1,20 +1,31 @@
 """Whole merges of a 250 M-parameter model as users run them: `resm-kernels merge` against `mergekit-yaml`.
 
-Makes a Llama-shaped base and three experts with random bf16 weights once (about 2 GB in --cache), then runs both
-commands as whole processes in turn (A B A B …), and measures wall time and the process's own peak memory. For scale it
-also times the floor: reading the same bytes once with the same reader, and writing as many as the output has.
+Makes a Llama-shaped bf16 base and three experts once (about 2 GB in --cache), then runs both commands as whole
+processes in turn (A B A B …), and measures wall time and the process's own peak memory. For scale it also times the
+floor: reading the same bytes once with the same reader, and writing as many as the output has.
+
+The base is Gaussian with a standard deviation of 0.02. An expert's task vector is Δ = c·G₁·diag(i^−α)·G₂, i = 1 … r =
+min(m, n), with Gaussian G₁ (m, r) and G₂ (r, n), so that its spectrum decays as those of trained models do; α = 0.7,
+and c makes the expected rms 2e-4, 1 % of the base's. Vectors get Gaussian noise of that rms. Δ is added to the bf16
+base in fp32 and the sum stored in bf16: where Δ is less than half a unit in the last place of the weight nothing
+changes, which leaves exact zeros (about a fifth) as in real experts, and rounding puts a flat noise floor under the
+spectrum. Every tensor has its own seed, from the model's and the tensor's name: a model with fewer layers has the same
+tensors, and every number of threads makes the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import statistics
 import sys
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
 from typing import Any, Final
@@ -25,8 +36,24 @@ from rich.console import Console
 from rich.table import Table
 
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
+from resm_kernels.linalg._products import matmul
 
-HIDDEN, INTERMEDIATE, LAYERS, VOCABULARY, EXPERTS = 1024, 2816, 16, 32000, 3
+EXPERTS: Final = 3
+ALPHA: Final = 0.7
+BASE_STD: Final = 0.02
+DELTA_RMS: Final = 2e-4
+
+
+@dataclass(frozen=True)
+class Size:
+    """What the shapes of a Llama follow from; 250 M parameters by default."""
+
+    hidden: int = 1024
+    intermediate: int = 2816
+    layers: int = 16
+    vocabulary: int = 32000
+
+
 PARAMETERS: Final[dict[str, dict[str, float]]] = {
     "ties": {"weight": 1.0, "density": 0.5},
     "task_arithmetic": {"weight": 1.0},
@@ -37,51 +64,75 @@ PARAMETERS: Final[dict[str, dict[str, float]]] = {
 OURS, RIVAL = "resm-kernels", "mergekit"
 
 
-def shapes() -> Iterator[tuple[str, tuple[int, ...]]]:
+def shapes(size: Size = Size()) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Names and shapes of the model's weights."""
-    yield "model.embed_tokens.weight", (VOCABULARY, HIDDEN)
-    for i in range(LAYERS):
+    hidden, intermediate = size.hidden, size.intermediate
+    yield "model.embed_tokens.weight", (size.vocabulary, hidden)
+    for i in range(size.layers):
         layer = f"model.layers.{i}."
         for name in ("q", "k", "v", "o"):
-            yield f"{layer}self_attn.{name}_proj.weight", (HIDDEN, HIDDEN)
-        yield f"{layer}mlp.gate_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield f"{layer}mlp.up_proj.weight", (INTERMEDIATE, HIDDEN)
-        yield f"{layer}mlp.down_proj.weight", (HIDDEN, INTERMEDIATE)
-        yield f"{layer}input_layernorm.weight", (HIDDEN,)
-        yield f"{layer}post_attention_layernorm.weight", (HIDDEN,)
-    yield "model.norm.weight", (HIDDEN,)
-    yield "lm_head.weight", (VOCABULARY, HIDDEN)
+            yield f"{layer}self_attn.{name}_proj.weight", (hidden, hidden)
+        yield f"{layer}mlp.gate_proj.weight", (intermediate, hidden)
+        yield f"{layer}mlp.up_proj.weight", (intermediate, hidden)
+        yield f"{layer}mlp.down_proj.weight", (hidden, intermediate)
+        yield f"{layer}input_layernorm.weight", (hidden,)
+        yield f"{layer}post_attention_layernorm.weight", (hidden,)
+    yield "model.norm.weight", (hidden,)
+    yield "lm_head.weight", (size.vocabulary, hidden)
 
 
-def make_models(cache: Path) -> list[Path]:
-    """Return the folders of base and experts, making those that are not there yet."""
+def task_vector(shape: tuple[int, ...], seed: int, alpha: float = ALPHA) -> torch.Tensor:
+    """c·G₁·diag(i^−α)·G₂ in fp32, of expected rms `DELTA_RMS`; Gaussian noise for a vector."""
+    generator = torch.Generator().manual_seed(seed)
+    if len(shape) == 1:
+        return torch.randn(shape, generator=generator) * DELTA_RMS
+    m, n = shape
+    spectrum = torch.arange(1, min(m, n) + 1, dtype=torch.float64) ** -alpha
+    spectrum *= DELTA_RMS / spectrum.norm()  # an element's variance is the sum of the squares
+    left = torch.randn(m, len(spectrum), generator=generator) * spectrum.float()
+    return matmul(left, torch.randn(len(spectrum), n, generator=generator))
+
+
+def make_tensors(name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
+    """The tensor of that name in base and experts, one after the other."""
+    generator = torch.Generator().manual_seed(zlib.crc32(f"base/{name}".encode()))
+    base = (torch.randn(shape, generator=generator) * BASE_STD).bfloat16()
+    yield base
+    for t in range(EXPERTS):
+        delta = task_vector(shape, zlib.crc32(f"expert{t}/{name}".encode()))
+        yield delta.add_(base).bfloat16()
+
+
+def make_models(cache: Path, size: Size = Size()) -> list[Path]:
+    """Return the folders of base and experts, making them if one is not there yet. One `cache` for each size."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INTERMEDIATE,
-        "num_hidden_layers": LAYERS,
+        "hidden_size": size.hidden,
+        "intermediate_size": size.intermediate,
+        "num_hidden_layers": size.layers,
         "num_attention_heads": 16,
         "num_key_value_heads": 16,
-        "vocab_size": VOCABULARY,
+        "vocab_size": size.vocabulary,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
         "torch_dtype": "bfloat16",
     }
     files = {"config.json": json.dumps(config, indent=2).encode()}
-    plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes()], 10**12)
-    folders = [cache / "base", *(cache / f"expert{i}" for i in range(EXPERTS))]
-    for number, folder in enumerate(folders):
+    plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes(size)], 10**12)
+    folders = [cache / name for name in ("decaying-base", *(f"decaying-expert{t}" for t in range(EXPERTS)))]
+    if all(folder.is_dir() for folder in folders):
+        return folders
+    for folder in folders:
         if folder.is_dir():
-            continue
-        with CheckpointWriter(folder.absolute(), plan, files) as writer:
-            for position, (name, shape) in enumerate(shapes()):
-                weights = torch.randn(shape, generator=torch.Generator().manual_seed(position)) * 0.02
-                if number:
-                    noise = torch.Generator().manual_seed(1000 * number + position)
-                    weights = weights.bfloat16() + torch.randn(shape, generator=noise) * 0.002
-                writer.write(name, weights.bfloat16())
+            rmtree(folder)
+    with contextlib.ExitStack() as stack:
+        writers = [stack.enter_context(CheckpointWriter(f.absolute(), plan, files)) for f in folders]
+        for name, shape in shapes(size):
+            for writer, tensor in zip(writers, make_tensors(name, shape), strict=True):
+                writer.write(name, tensor)
+        for writer in writers:
             writer.commit()
     return folders
 
@@ -195,7 +246,7 @@ def main() -> None:
     show(results)
     if options.json is not None:
         data = {
-            "model": "Llama-shaped, 250 M parameters, bf16, base and 3 experts",
+            "model": "Llama-shaped, 250 M parameters, bf16, base and 3 experts with task vectors of spectrum i^-0.7",
             "torch": torch.__version__,
             "cpus": os.cpu_count(),
             "threads": torch.get_num_threads(),

@@ -129,6 +129,12 @@ void py_project(const Pointers& bases, const Codes& base_dtypes, const Pointers&
   project(delta, at<const float>(q), l, at<float>(b), threads);
 }
 
+int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors) {
+  require(n >= 0 && 0 <= k && k <= n, "k must lie within 0 and n");
+  py::gil_scoped_release unlocked;
+  return static_cast<int>(symmetric_eigen(at<const double>(a), n, k, at<double>(values), at<double>(vectors)));
+}
+
 #if defined(RESM_WITH_CUDA)
 void py_aggregate_cuda(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
                        const Codes& expert_dtypes, const Pointers& outs, const Codes& out_dtypes,
@@ -195,6 +201,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("aggregate", &py_aggregate);
   m.def("sketch", &py_sketch);
   m.def("project", &py_project);
+  m.def("symmetric_eigen", &py_symmetric_eigen);
 #if defined(RESM_WITH_CUDA)
   m.def("aggregate_cuda", &py_aggregate_cuda);
 #endif

@@ -1,4 +1,4 @@
-"""The command `resm-kernels`: merge, stats, info.
+"""The command `resm-kernels`: merge, stats, info, extract-lora.
 
 Imports beyond typer are made by the commands that need them, so that help and errors of usage are quick.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
@@ -90,24 +90,44 @@ def stats(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON; '-' prints them.")
     ] = None,
+    spectra: Annotated[
+        bool, typer.Option("--spectra", help="Also decompose: singular values, effective ranks, task interference.")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw them, as .png, .svg or .pdf; implies --spectra.")
+    ] = None,
     memory_limit: MemoryOption = "512MiB",
     quiet: QuietOption = False,
 ) -> None:
-    """Show what RESM sees in each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks."""
+    """Show what RESM sees in each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks.
+
+    With --spectra, also how the task vectors' singular values decay and how far the experts' subspaces overlap.
+    """
     from rich.console import Console
 
     from resm_kernels.engine import checkpoint_stats
     from resm_kernels.recipe import load_recipe
     from resm_kernels.report import progress_display, stats_json, stats_table
 
+    spectra = spectra or plot is not None
+    if plot is not None:
+        from resm_kernels.plot import check_plot
+
+        check_plot(plot)
     checked = load_recipe(recipe)
     with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
-        rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress)
+        rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress, spectra=spectra)
+    experts = [entry.model for entry in checked.experts]
     if json_file is None or str(json_file) != "-":
         # A pipe or a file has no width to fit into: wide enough that no column folds.
-        Console(width=None if sys.stdout.isatty() else 200).print(stats_table(rows))
+        wide = 300 if spectra else 200
+        Console(width=None if sys.stdout.isatty() else wide).print(stats_table(rows))
+    if plot is not None:
+        from resm_kernels.plot import plot_stats
+
+        plot_stats(rows, experts, plot)
     if json_file is not None:
-        text = stats_json(rows, [entry.model for entry in checked.experts])
+        text = stats_json(rows, experts)
         if str(json_file) == "-":
             typer.echo(text)
         else:
@@ -127,6 +147,60 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     facts = {"version": resm_kernels.__version__, **resm_kernels.backends(), "cpu": cpu}
     typer.echo(to_json(facts) if as_json else describe_machine(facts))
+
+
+@app.command("extract-lora")
+def extract_lora(
+    finetuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
+    base: Annotated[Path, typer.Option("--base", help="Folder of the model it was fine-tuned from.")],
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of every matrix.")] = None,
+    energy: Annotated[
+        float | None, typer.Option("--energy", help="Or the smallest rank that keeps this share of ‖Δ‖², such as 0.9.")
+    ] = None,
+    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None,
+    accuracy: Annotated[float, typer.Option("--accuracy", help="How far above the best error to accept.")] = 1e-2,
+    target: Annotated[
+        list[str] | None,
+        typer.Option("--target", help="Module to decompose, such as q_proj; repeatable. Default: all linear ones."),
+    ] = None,
+    embeddings: Annotated[
+        bool, typer.Option("--embeddings", help="Decompose embeddings and output heads too.")
+    ] = False,
+    save_rest: Annotated[bool, typer.Option("--save-rest", help="Store other changed tensors whole.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="Of the factors: float32, bfloat16 or float16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an adapter folder.")] = False,
+    threads: ThreadsOption = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Write what FINETUNED changed in BASE as a PEFT (LoRA) adapter, and print the error of every layer."""
+    import torch
+
+    from resm_kernels.lora import extract_lora as extract
+    from resm_kernels.lora.extract import DTYPES
+
+    kinds = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
+    if dtype not in kinds:
+        raise ValueError(f"dtype: got {dtype!r}, need one of {', '.join(kinds)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    report = extract(
+        finetuned,
+        base,
+        out,
+        rank=rank,
+        energy=energy,
+        max_rank=max_rank,
+        accuracy=accuracy,
+        targets=target or None,
+        embeddings=embeddings,
+        save_rest=save_rest,
+        dtype=kinds[dtype],
+        overwrite=overwrite,
+        on_layer=None if quiet else lambda layer: typer.echo(str(layer)),
+    )
+    if not quiet:
+        typer.echo(str(report))
 
 
 def _terminate(signum: int, _: Any) -> None:

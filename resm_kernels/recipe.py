@@ -370,7 +370,7 @@ def model_folder(path: str, where: str) -> Path:
     if folder.is_dir():
         return folder
     if "+" in path and Path(path.split("+")[0]).expanduser().is_dir():
-        raise RecipeError(f"{where}: got {path!r}: applying a LoRA adapter (+) is not supported yet; merge it first")
+        raise RecipeError(f"{where}: got {path!r}: a model with a LoRA adapter (+), need one model folder")
     if "@" in path:
         raise RecipeError(f"{where}: got {path!r}: revisions (@) are not supported yet; need a local model folder")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(\+.*)?", path):
@@ -379,6 +379,22 @@ def model_folder(path: str, where: str) -> Path:
             f"(hf download {path} --local-dir FOLDER) and name that folder"
         )
     raise RecipeError(f"{where}: got {path!r}, which is no folder here; need a local model folder")
+
+
+def model_and_adapter(path: str, where: str) -> tuple[Path, Path] | None:
+    """Return the folders of `MODEL+ADAPTER`, mergekit's way to write a LoRA adapter on a model; None without a `+`.
+
+    A folder whose name has a `+` is that folder.
+
+    Raises:
+        RecipeError: One of the two is no folder here.
+    """
+    if "+" not in path or Path(path).expanduser().is_dir():
+        return None
+    splits = [(path[:i], path[i + 1 :]) for i, letter in enumerate(path) if letter == "+"]
+    there = [s for s in splits if all(Path(part).expanduser().is_dir() for part in s)]
+    model, adapter = (there or splits)[0]
+    return model_folder(model, where), model_folder(adapter, where)
 
 
 def tensor_depths(names: Iterable[str]) -> dict[str, float]:

@@ -105,25 +105,38 @@ class _Lines:
 
 
 def stats_table(rows: Sequence[TensorStats]) -> Table:
-    """Return the table of statistics: one row per tensor, each expert's figures separated by slashes."""
+    """Return the table of statistics: one row per tensor, each expert's figures separated by slashes.
+
+    Spectra, where there are any, add effective ranks, decay exponents, and the interference with what random subspaces
+    would have beside it; the rest of them is in the JSON.
+    """
     table = Table(title="RESM statistics (one figure per expert)", title_justify="left")
+    with_spectra = any(row.spectra is not None for row in rows)
     for name, justify in (("tensor", "left"), ("shape", "right")):
         table.add_column(name, justify=justify, no_wrap=name == "shape")  # type: ignore[arg-type]
-    for name in ("sparsity", "outlier mass", "weight", "rank"):
+    names = ["sparsity", "outlier mass", "weight", "rank"]
+    for name in names + (["effective rank", "decay", "interference (random)"] if with_spectra else []):
         table.add_column(name, justify="right")
     for row in rows:
         shape = "×".join(map(str, row.shape)) or "scalar"
         if row.problem is not None:
             table.add_row(row.name, shape, f"[red]{row.problem}[/red]")
             continue
-        table.add_row(
+        cells = [
             row.name,
             shape,
             _per_expert(row.sparsity, ".3f"),
             _per_expert(row.outlier_mass, ".2e"),
             _per_expert(row.weights, ".3f"),
             _per_expert(row.ranks, "d") if row.ranks else "average",
-        )
+        ]
+        if row.spectra is not None:
+            cells += [
+                _per_expert(row.spectra.effective_rank, ".1f"),
+                _per_expert(row.spectra.decay, ".2f"),
+                f"{row.spectra.interference:.3f} ({row.spectra.interference_expected:.3f})",
+            ]
+        table.add_row(*cells)
     return table
 
 

@@ -2,7 +2,8 @@
 //
 // They work on blocks of at most kBlock elements that are first converted to the compute type C (float, or double if
 // any input is double) in scratch that stays in the first-level cache. Results do not depend on the instruction set:
-// sums run over fixed lanes, and multiplications are fused with additions only where that changes no rounding.
+// sums run over fixed lanes, and multiplications are fused with additions only where that changes no rounding. Products
+// with Δ alone are fused wherever there is an instruction for it; their results depend on that (gemm.simd.h).
 #pragma once
 
 #include <cstddef>
@@ -11,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "common/elect.h"
+#include "cpu/symmetric_eigen.h"
 
 namespace resm::cpu {
 
@@ -22,10 +24,10 @@ constexpr int kHistogramCopies = 8;
 constexpr int64_t kChunk = 65536;  // elements a task works on
 
 // Of products with Δ (gemm.simd.h):
-constexpr int kDepth = 256;          // products that are added up before their sum is added to the output
-constexpr int kStripRows = 24;       // rows of the left operand that lie together
-constexpr int kPanel = 48;           // columns of the right operand that lie together
-constexpr int kSpan = 4 * kPanel;    // most columns of Δ that a task of project works on
+constexpr int kDepth = 256;        // products that are added up before their sum is added to the output
+constexpr int kStripRows = 24;     // rows of the left operand that lie together
+constexpr int kPanel = 48;         // columns of the right operand that lie together
+constexpr int kSpan = 4 * kPanel;  // most columns of Δ that a task of project works on
 
 // The bit pattern of |d|: an integer in the same order.
 template <class C>
@@ -141,6 +143,7 @@ struct Kernels {
                    uint16_t* out);
   BlockKernels<double> f64;
   ProductKernels products;
+  EigenKernels eigen;
 
   template <class C>
   const BlockKernels<C>& of() const;

@@ -13,6 +13,8 @@
 #include "cpu/gemm.simd.h"
 #include "cpu/sketch.simd.h"
 #include "cpu/project.simd.h"
+#include "cpu/tridiagonal.simd.h"
+#include "cpu/symmetric_eigen.simd.h"
 // clang-format on
 
 namespace resm::cpu::RESM_ISA {
@@ -29,6 +31,7 @@ const Kernels table = {RESM_ISA_NAME,
                        outliers_bf16,
                        sum_bf16_of,
                        block_kernels<double>(),
-                       {delta_tile, random_rows, add_sketch, add_projection}};
+                       {delta_tile, random_rows, add_sketch, add_projection},
+                       eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

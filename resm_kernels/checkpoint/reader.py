@@ -28,22 +28,27 @@ class CheckpointReader:
 
     Args:
         folder: Folder that holds `model.safetensors`, or shards with their `*.safetensors.index.json`.
+        filename: Read this one file of the folder instead.
 
     Raises:
         CheckpointError: The folder or a file in it is missing, damaged or contradicts the index.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], filename: str | None = None) -> None:
         self.folder = Path(folder)
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
-        tensors = _collect(self.folder)
+        tensors = _collect(self.folder) if filename is None else read_header(self.folder / filename).values()
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that an output without one of its own gives the tensor."""
+        return self.tensors[name].dtype
 
     def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
         """Fill `buffer` (contiguous CPU memory of `info.nbytes` bytes, any dtype) with the tensor's bytes."""
@@ -118,7 +123,7 @@ def _nothing_to_read(folder: Path) -> str:
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     if (folder / "adapter_config.json").is_file():
-        return f"{folder}: is a LoRA adapter, not a whole model; merge it into its base model first"
+        return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     stray = sorted(p.name for p in folder.glob("*.safetensors"))
     if stray:
         return (

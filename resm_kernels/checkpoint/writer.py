@@ -100,11 +100,15 @@ def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max
 
 
 def check_output_folder(
-    out: str | os.PathLike[str], *, overwrite: bool, inputs: Sequence[str | os.PathLike[str]] = ()
+    out: str | os.PathLike[str],
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | os.PathLike[str]] = (),
+    marker: str = "config.json",
 ) -> Path:
     """Return the real path of the output folder, or raise a CheckpointError if a merge may not write there.
 
-    A folder that is not empty needs `overwrite`, and must then be a model folder (hold a config.json), so that a
+    A folder that is not empty needs `overwrite`, and must then be a model folder (hold the file `marker`), so that a
     mistyped path never costs anybody's other files. An output that is or contains one of the inputs is refused.
     """
     path = Path(os.path.realpath(os.path.expanduser(out)))
@@ -117,10 +121,9 @@ def check_output_folder(
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise CheckpointError(f"output {path}: exists and is not empty; choose another folder or pass --overwrite")
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"output {path}: does not look like a model folder (no config.json), so it is not overwritten"
-            )
+        if not (path / marker).is_file():
+            kind = "an adapter folder" if marker == "adapter_config.json" else "a model folder"
+            raise CheckpointError(f"output {path}: does not look like {kind} (no {marker}), so it is not overwritten")
     return path
 
 

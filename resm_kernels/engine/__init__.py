@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resm_kernels.engine.merge import MergeReport, merge_checkpoints
 from resm_kernels.engine.plan import MergeError, MergePlan, plan_merge
-from resm_kernels.engine.stats import TensorStats, checkpoint_stats
+from resm_kernels.engine.stats import Spectra, TensorStats, checkpoint_stats
 from resm_kernels.engine.window import DEFAULT_WINDOW, Window
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "MergeError",
     "MergePlan",
     "MergeReport",
+    "Spectra",
     "TensorStats",
     "Window",
     "checkpoint_stats",

@@ -15,6 +15,7 @@ import torch
 from resm_kernels.checkpoint import CheckpointWriter, check_output_folder
 from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergeError, MergePlan, TensorJob, plan_merge
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline
+from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.recipe import Recipe
 
@@ -120,7 +121,10 @@ def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> to
     if job.copied:
         return _copy_buffer(plan, job, tensors)
     try:
-        result = plan.method(base, experts, out_dtype=job.dtype, **job.parameters)
+        if job.factors is not None:
+            result = _merge_factors(plan, job, tensors)
+        else:
+            result = plan.method(base, experts, out_dtype=job.dtype, **job.parameters)
     except NonFiniteError as error:
         raise _non_finite(plan, job, error) from error
     except (ValueError, TypeError) as error:
@@ -130,6 +134,15 @@ def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> to
             f"tensor {job.name!r}: merged values exceed float16's range (65504); need out_dtype: bfloat16 or float32"
         )
     return result
+
+
+def _merge_factors(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Merge adapters through their factors: tensors are the base's, and A and B of each expert that has any."""
+    assert job.factors is not None
+    base, rest = tensors[0], iter(tensors[1:])
+    nothing = Factors(base.new_zeros(base.shape[0], 0), base.new_zeros(0, base.shape[1]), 1.0)
+    experts = [nothing if f is None else f.factors(next(rest), next(rest)) for f in job.factors]
+    return merge_factors(base, experts, plan.method.name, out_dtype=job.dtype, **job.parameters)
 
 
 def _non_finite(plan: MergePlan, job: TensorJob, error: NonFiniteError) -> MergeError:

@@ -22,9 +22,11 @@ from resm_kernels.checkpoint import (
     read_config,
 )
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Window
+from resm_kernels.lora import AdapterReader, StoredFactors, check_recorded_base, is_adapter_folder
+from resm_kernels.lora.factors import factors_workspace, mergeable
 from resm_kernels.methods import Method
 from resm_kernels.ops._library import FLOAT_DTYPES
-from resm_kernels.recipe import Recipe, load_recipe, model_folder, tensor_depths
+from resm_kernels.recipe import Recipe, RecipeError, load_recipe, model_and_adapter, model_folder, tensor_depths
 
 DEFAULT_SHARD_SIZE: Final = "5GB"
 _HEAD: Final = "lm_head.weight"
@@ -37,21 +39,27 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """One opened model folder."""
+    """One opened model: a folder, or an adapter's with the folder of its base model, whose config and files it has."""
 
     folder: Path
     reader: CheckpointReader
     config: Mapping[str, Any]
+    base_folder: Path
 
 
 @dataclass(frozen=True)
 class TensorJob(Job):
-    """A tensor to merge (or, if it is no floating-point one, to copy) with all that its computation needs."""
+    """A tensor to merge (or, if it is no floating-point one, to copy) with all that its computation needs.
+
+    `factors`, if not None, says that the inputs are the base's tensor and A and B of each expert that changes it (None
+    for one that does not), to be merged as `lora.merge_factors` does.
+    """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     copied: bool
     parameters: Mapping[str, Any]
+    factors: tuple[StoredFactors | None, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class MergePlan:
     @property
     def folders(self) -> list[Path]:
         """Every input folder, each once."""
-        return list(dict.fromkeys(m.folder for m in (self.reference, *self.experts)))
+        return list(dict.fromkeys(f for m in (self.reference, *self.experts) for f in (m.folder, m.base_folder)))
 
     def inputs_label(self, position: int | None) -> Path:
         """Folder of the expert at that position, or of the base for None."""
@@ -100,10 +108,10 @@ class MergePlan:
     def auxiliary_files(self) -> Mapping[str, bytes]:
         """Configuration and tokenizer files of the output."""
         source = self.recipe.tokenizer_source
-        tokenizer = self.reference.folder
+        tokenizer = self.reference.base_folder
         if source not in (None, "base"):
             tokenizer = model_folder(str(source), "tokenizer_source")
-        auxiliary = Auxiliary(self.reference.folder, tokenizer, self.recipe.chat_template)
+        auxiliary = Auxiliary(self.reference.base_folder, tokenizer, self.recipe.chat_template)
         sizes: dict[torch.dtype, int] = {}
         for job in self.jobs:
             if not job.copied:
@@ -128,6 +136,7 @@ def plan_merge(
     *,
     max_shard_size: str | int = DEFAULT_SHARD_SIZE,
     memory_limit: str | int = DEFAULT_WINDOW,
+    dense: bool = False,
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -136,6 +145,7 @@ def plan_merge(
         max_shard_size: Most bytes of tensor data in one output file.
         memory_limit: Bytes of tensor data to keep in flight. One tensor of all models, its result and the method's
             workspace must fit at once, so the plan's `window.bound` is larger if the largest tensor needs it.
+        dense: Form the weights of LoRA adapters even where their factors are enough for the merge.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, or the models together cannot be used.
@@ -154,7 +164,7 @@ def plan_merge(
             _check_tensors(reference, expert, skipped)
         _check_weights(models)
         base = reference if recipe.method.needs_base else None
-        jobs = _jobs(recipe, base, reference, experts, tensors)
+        jobs = _jobs(recipe, base, reference, experts, tensors, dense)
         output = plan_output(((j.name, j.dtype, j.shape) for j in jobs), shard_size)
         plan = MergePlan(recipe, base, reference, experts, jobs, output, Window.fit(jobs, limit), tied)
         if recipe.tokenizer_source not in (None, "base"):
@@ -166,13 +176,34 @@ def plan_merge(
 def _open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> tuple[Model, tuple[Model, ...]]:
     opened: dict[str, Model] = {}
 
-    def open_model(path: str, where: str) -> Model:
-        folder = model_folder(path, where)
+    # Spectral methods would take the rounding of an adapter's fp32 weights for directions of their own.
+    double = any(p.name == "spectral" for p in recipe.method.parameters)
+
+    def open_whole(folder: Path) -> Model:
         key = os.path.realpath(folder)
         if key not in opened:
             reader = on_error.enter_context(CheckpointReader(folder))
-            opened[key] = Model(folder, reader, read_config(folder))
+            opened[key] = Model(folder, reader, read_config(folder), folder)
         return opened[key]
+
+    def open_adapter(folder: Path, base: Model) -> Model:
+        reader = AdapterReader(folder, base.reader, base.config, double=double)
+        return Model(folder, on_error.enter_context(reader), base.config, base.folder)
+
+    def open_model(path: str, where: str) -> Model:
+        both = model_and_adapter(path, where)
+        if both is not None:
+            return open_adapter(both[1], open_whole(both[0]))
+        folder = model_folder(path, where)
+        if not is_adapter_folder(folder):
+            return open_whole(folder)
+        if where == "base_model" or recipe.base_model is None or model_and_adapter(recipe.base_model, "base_model"):
+            raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
+        base = model_folder(recipe.base_model, "base_model")
+        adapter = open_adapter(folder, open_whole(base))
+        assert isinstance(adapter.reader, AdapterReader)
+        check_recorded_base(folder, adapter.reader.config.base_name, base)
+        return adapter
 
     first = recipe.models[0].model if recipe.base_model is None else recipe.base_model
     reference = open_model(first, "models[0].model" if recipe.base_model is None else "base_model")
@@ -273,7 +304,12 @@ def _check_weights(models: tuple[Model, ...]) -> None:
 
 
 def _jobs(
-    recipe: Recipe, base: Model | None, reference: Model, experts: tuple[Model, ...], tensors: list[TensorInfo]
+    recipe: Recipe,
+    base: Model | None,
+    reference: Model,
+    experts: tuple[Model, ...],
+    tensors: list[TensorInfo],
+    dense: bool,
 ) -> tuple[TensorJob, ...]:
     depths = tensor_depths(t.name for t in tensors)
     sources = (*((base,) if base is not None else ()), *experts)
@@ -283,20 +319,48 @@ def _jobs(
         inputs = tuple((m.reader, m.reader.tensors[info.name]) for m in sources)
         if copied:
             _check_buffer(info, reference, experts)
-        dtype = info.dtype if copied or recipe.output_dtype is None else recipe.output_dtype
+        dtype = recipe.output_dtype
+        if copied or dtype is None:
+            dtype = reference.reader.stored_dtype(info.name)
+        parameters = {} if copied else recipe.tensor_parameters(info.name, depths[info.name])
+        workspace = 0 if copied else recipe.method.workspace(info.shape, len(experts))
+        if any(i.dtype == torch.float64 for _, i in inputs):
+            workspace *= 2  # what methods state is for task vectors in fp32
+        factors = None
+        if base is not None and not copied and not dense and mergeable(recipe.method.name, parameters):
+            factors = _factors(base, experts, info)
+        if base is not None and factors is not None:
+            stored = [(m.reader, i) for m, f in zip(experts, factors, strict=True) if f for i in (f.a, f.b)]
+            inputs = ((base.reader, info), *stored)
+            workspace = factors_workspace(info.shape, [f.rank if f else 0 for f in factors])
         jobs.append(
             TensorJob(
                 name=info.name,
                 inputs=inputs,
                 output_bytes=info.numel * dtype.itemsize,
-                workspace=0 if copied else recipe.method.workspace(info.shape, len(experts)),
+                workspace=workspace,
                 dtype=dtype,
                 shape=info.shape,
                 copied=copied,
-                parameters={} if copied else recipe.tensor_parameters(info.name, depths[info.name]),
+                parameters=parameters,
+                factors=factors,
             )
         )
     return tuple(jobs)
+
+
+def _factors(base: Model, experts: tuple[Model, ...], info: TensorInfo) -> tuple[StoredFactors | None, ...] | None:
+    """The factors of all experts' changes to one matrix of the base; None if one has none or they are too many."""
+    found: list[StoredFactors | None] = []
+    for expert in experts:
+        reader = expert.reader
+        if not isinstance(reader, AdapterReader) or reader.base is not base.reader or len(info.shape) != 2:
+            return None
+        own = reader.stored_factors(info.name)
+        if own is None and reader.is_changed(info.name):
+            return None
+        found.append(own)
+    return tuple(found) if sum(f.rank for f in found if f) <= min(info.shape) else None
 
 
 def _check_buffer(info: TensorInfo, reference: Model, experts: tuple[Model, ...]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -66,15 +67,23 @@ def _gram_strip(x: Tensor, out: Tensor, strip: tuple[int, int]) -> None:
 
 
 def frobenius_norm(x: Tensor) -> float:
-    """‖x‖_F, summed in float64; infinite or NaN if x is not finite."""
+    """‖x‖_F, right to about 1e-7; infinite or NaN if x is not finite, or its square exceeds float64."""
     rows = list(_ranges(x.shape[0], _PANEL))
-    parts = run([functools.partial(_square_sum, x[i:j]) for i, j in rows], x.device)
-    return float(torch.stack(parts).sum().sqrt()) if parts else 0.0
+    quick = _sum([functools.partial(_square_sum, x[i:j]) for i, j in rows], x.device)
+    if 1e-20 < quick < math.inf:
+        return math.sqrt(quick)
+    # fp32's squares may have left its range where float64's do not.
+    return math.sqrt(_sum([functools.partial(_square_sum, x[i:j], torch.float64) for i, j in rows], x.device))
 
 
-def _square_sum(x: Tensor) -> Tensor:
-    wide = x.double()  # x itself if it is float64: not to be changed
-    return (wide * wide).sum()
+def _sum(tasks: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
+    return float(torch.stack(run(tasks, device)).sum()) if tasks else 0.0
+
+
+def _square_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows in x's own dtype (or `dtype`), whose pairwise sums are right to a few units; the sum of rows in float64."""
+    wide = x.to(dtype or x.dtype)
+    return (wide * wide).sum(1).double().sum()
 
 
 def eigh_list(matrices: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigh_list, gram, gram_list, matmul, matmul_list
+from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram, gram_list, matmul, matmul_list
 
 RANK_TOLERANCE = 1e-6
 """Singular values at most this times the largest count as zero.
@@ -110,8 +110,8 @@ def _polar_express(x: Tensor) -> Tensor:
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     g = gram(x)
     # ‖G‖_F^(1/2) bounds the largest singular value from above, and is at most c^(1/4) of it away.
-    size = g.norm().sqrt()
-    if not bool(size > 0):
+    size = math.sqrt(frobenius_norm(g))
+    if not size > 0:
         return x
     x = x / size
     steps = quintics(RANK_TOLERANCE / x.shape[1] ** 0.25)
@@ -143,7 +143,7 @@ def quintics(lowest: float) -> list[tuple[float, float, float]]:
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[float, float, float]:
-    if 1 - low / high < 5e-6:  # the exchange below would divide rounding errors
+    if 1 - low / high < 1e-4:  # the exchange below would divide rounding errors, 1e-16/(1 − low/high)³ in size
         return 15 / 8 / high, -10 / 8 / high**3, 3 / 8 / high**5
     inner = [(3 * low + high) / 4, (low + 3 * high) / 4]
     error, before = math.inf, math.nan

@@ -309,7 +309,7 @@ def _randomized(
     seed: int,
 ) -> list[Subspace | None]:
     m, n = matrices[0].shape
-    found: list[Subspace | None] = [_nothing(a, reason) for a in matrices]
+    found: list[Subspace | None] = [_nothing(a, norm, reason) for a, norm in zip(matrices, norms, strict=True)]
     some = [i for i, norm in enumerate(norms) if norm > 0 and ranks[i] > 0]
     # Powers of two change no digit; without them squares would leave fp32's range.
     exponents = [_exponent(norms[i] / math.sqrt(m * n)) for i in some]
@@ -355,7 +355,7 @@ def _certificate(matrix: Tensor, norm: float, s: Subspace) -> float:
     return frobenius_norm(rest) / norm + slack
 
 
-def _nothing(matrix: Tensor, reason: str) -> Subspace:
+def _nothing(matrix: Tensor, norm: float, reason: str) -> Subspace:
     m, n = matrix.shape
     left, core, right = (torch.zeros(size, device=matrix.device) for size in ((m, 0), (0, 0), (n, 0)))
-    return Subspace(left, core, right, float(bool(frobenius_norm(matrix))), "randomized", reason)
+    return Subspace(left, core, right, float(norm > 0), "randomized", reason)

@@ -5,13 +5,42 @@ from __future__ import annotations
 from typing import Final
 
 from resm_kernels.methods._registry import REQUIRED, Method, Parameter, did_you_mean
+from resm_kernels.methods.dc_merge import DC_MERGE
+from resm_kernels.methods.iso_c import ISO_C
+from resm_kernels.methods.iso_cts import ISO_CTS
+from resm_kernels.methods.knots import KNOTS
 from resm_kernels.methods.linear import LINEAR
 from resm_kernels.methods.resm import RESM
+from resm_kernels.methods.resmerge import RESMERGE
+from resm_kernels.methods.star import STAR
+from resm_kernels.methods.svc import post_processor
+from resm_kernels.methods.swudi import SWUDI
 from resm_kernels.methods.task_arithmetic import TASK_ARITHMETIC
 from resm_kernels.methods.ties import TIES
+from resm_kernels.methods.tsv_compress import TSV_COMPRESS
 from resm_kernels.methods.tsvm import TSVM
+from resm_kernels.methods.wudi import WUDI
 
-_METHODS: Final = {m.name: m for m in (RESM, TSVM, TASK_ARITHMETIC, LINEAR, TIES)}
+_METHODS: Final = {
+    m.name: m
+    for m in (
+        RESM,
+        TSVM,
+        TASK_ARITHMETIC,
+        LINEAR,
+        TIES,
+        WUDI,
+        SWUDI,
+        DC_MERGE,
+        RESMERGE,
+        TSV_COMPRESS,
+        ISO_C,
+        ISO_CTS,
+        STAR,
+        KNOTS,
+    )
+}
+_METHODS["svc"] = post_processor(tuple(_METHODS.values()))
 
 
 def get(name: str) -> Method:

@@ -6,10 +6,12 @@ from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_li
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
 from resm_kernels.ops.project import project
 from resm_kernels.ops.sketch import sketch
+from resm_kernels.ops.symmetric_eigen import SymmetricEigen, symmetric_eigen
 
 __all__ = [
     "DeltaStats",
     "NonFiniteError",
+    "SymmetricEigen",
     "aggregate",
     "aggregate_list",
     "delta_stats",
@@ -19,4 +21,5 @@ __all__ = [
     "magnitude_threshold_list",
     "project",
     "sketch",
+    "symmetric_eigen",
 ]

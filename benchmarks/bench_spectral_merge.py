@@ -1,0 +1,444 @@
+"""TSV-M and RESM of a whole 250 M-parameter Llama: fusion-bench's TSV-M, this library's tsvm and resm.
+
+The models are bench_checkpoint.py's: bf16, three experts whose task vectors have decaying spectra and exact zeros. All
+run in this process, tensor by tensor on what is read from the same files, taking turns (A B C A B C …), from bf16
+tensors to the merged bf16 tensor; reading is not timed. fusion-bench gets fp32 task vectors, one tensor at a time, and
+its result is added to the base and rounded, both timed. The command line is measured as well, as whole processes.
+
+Error: ‖M − M₆₄‖_F / ‖M₆₄‖_F of the merged task vector, both tools given the same fp32 Δ_t (ours with a base of zeros,
+so that no addition rounds), M₆₄ by TSV-M as published in float64 LAPACK SVDs. Ours is tsvm by default and at
+accuracy 0.
+
+Stages: one more round with timers around the library's building blocks; a stage's seconds exclude those of stages
+inside it. Tensors so small that the library merges them within one of its threads count as "merge: other". A stage's
+floor is its flops at the rate of a large matrix product, measured here in the same run; a symmetric eigenproblem of
+order n counts as (4/3 + 4/3 + 2)·n³ (reduction, divide and conquer, back-transformation), a Gram matrix of (m, n) as
+m·n·(n + 1).
+
+    python benchmarks/bench_spectral_merge.py --check-layers all --json benchmarks/results/spectral_merge.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import importlib
+import io
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from bench_checkpoint import EXPERTS, OURS, Size, compare, make_models, shapes
+from bench_precision import reference, relative
+from bench_truncated_svd import THREADS, in_turn, save
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import resm_kernels
+from resm_kernels.checkpoint import CheckpointReader
+
+RIVAL: Final = "fusion-bench tsvm"
+METHODS: Final = ("tsvm", "resm")
+OWN: Final[dict[str, dict[str, Any]]] = {
+    "tsvm": {"method": "tsvm"},
+    "tsvm, accuracy 0": {"method": "tsvm", "accuracy": 0.0},
+    "resm": {"method": "resm"},
+}
+"""Our runs: defaults, and tsvm in float64 throughout, whose result is the more accurate one."""
+
+REGIONS: Final = {
+    "form Δ": ("methods._spectral:task_matrix", "methods.resm:_task_matrix"),
+    "statistics": ("ops.delta_stats:delta_stats", "ops.delta_stats:delta_stats_list"),
+    "decompose": (
+        "linalg.subspace:decompose",
+        "linalg.subspace:decompose_list",
+        "linalg.subspace:subspaces",
+        "linalg._randomized:randomized_list",
+    ),
+    "left bases": ("linalg.subspace:_left_of", "linalg.subspace:Decomposition.truncate"),
+    "merged product": ("methods._spectral:orthogonalized_sum",),
+    "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
+    "join": ("methods._spectral:join", "methods._spectral:averaged"),
+}
+"""Stages, and the functions whose insides they are."""
+LEAVES: Final = {
+    "gram": "linalg._products:gram_list",
+    "products": "linalg._products:matmul_list",
+    "eigh": "linalg._products:eigh_list",
+    "orthonormalise": "linalg.orthonormalize:orthonormalize",
+    "sketch": "ops.sketch:sketch",
+}
+"""What stages are made of."""
+
+
+def kind(name: str) -> str:
+    """q_proj, gate_proj, embed_tokens, lm_head …; the normalisation layers' vectors together."""
+    stem = name.split(".")[-2]
+    return "vectors" if stem.endswith("norm") else stem
+
+
+# ------------------------------------------------------------------------------------------------ what is compared
+
+
+def fusion_bench(deltas: Sequence[Tensor]) -> Tensor:
+    """fusion-bench's merged task vector of fp32 task vectors."""
+    from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return compute_and_sum_svd_mem_reduction([{"w": d} for d in deltas], accelerator="cpu")["w"]
+
+
+def fusion_bench_merge(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+    return fusion_bench([e.float() - base.float() for e in experts]).add_(base).to(base.dtype)
+
+
+def errors(base: Tensor, experts: Sequence[Tensor], skip_rival: bool) -> dict[str, float]:
+    """The error of the merged task vector, of fusion-bench and ours."""
+    deltas = [e.float() - base.float() for e in experts]
+    want = reference(deltas)
+    zeros = torch.zeros_like(deltas[0])
+    found = {} if skip_rival else {RIVAL: relative(fusion_bench(deltas), want)}
+    own = {name: choices for name, choices in OWN.items() if choices["method"] == "tsvm"}
+    return found | {name: relative(resm_kernels.merge(zeros, deltas, **c), want) for name, c in own.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------- stages
+
+
+def flops(leaf: str, arguments: Any, result: Any) -> dict[str, float]:
+    """Floating point operations of one call by dtype; of products, Gram matrices and eigenproblems alone."""
+    counts: dict[str, float] = defaultdict(float)
+    if leaf == "gram":
+        for x, out in zip(arguments, result, strict=True):
+            counts[str(out.dtype)] += x.shape[0] * x.shape[1] * (x.shape[1] + 1)
+    elif leaf == "products":
+        for (a, b), out in zip(arguments, result, strict=True):
+            counts[str(out.dtype)] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
+    elif leaf == "eigh":
+        for x in arguments:
+            counts[str(x.dtype)] += 14 / 3 * x.shape[0] ** 3
+    return counts
+
+
+class Stages:
+    """While entered, timers sit around `REGIONS` and `LEAVES`; `seconds` and `flops` grow by stage.
+
+    A leaf's stage is named after the region around it. Only the entering thread is timed: what the library shares out
+    to its own threads passes within the call that waits for it. The library's modules get their functions back.
+    """
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.missing: list[str] = []
+        self.flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+        self._stack: list[list[Any]] = []  # [region, seconds of the calls inside]
+        self._restore: list[tuple[Any, str, Any]] = []
+        self._thread = threading.get_ident()
+
+    def __enter__(self) -> Stages:
+        self.missing.clear()
+        for region, places in REGIONS.items():
+            for place in places:
+                self._wrap(place, region, None)
+        for leaf, place in LEAVES.items():
+            self._wrap(place, None, leaf)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for owner, name, value in reversed(self._restore):
+            setattr(owner, name, value)
+        self._restore.clear()
+
+    def call(self, function: Callable[[], object]) -> None:
+        """Run the function; what no stage inside it accounts for is 'other'."""
+        self._timed(function, "", None, (), {})
+
+    def _wrap(self, place: str, region: str | None, leaf: str | None) -> None:
+        module_name, path = place.split(":")
+        try:
+            owner: Any = importlib.import_module(f"resm_kernels.{module_name}")
+        except ModuleNotFoundError:
+            self.missing.append(place)
+            return
+        *parents, name = path.split(".")
+        for parent in parents:
+            owner = getattr(owner, parent)
+        function = getattr(owner, name, None)
+        if function is None:
+            self.missing.append(place)
+            return
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != self._thread or not self._stack:
+                return function(*args, **kwargs)
+            return self._timed(function, region, leaf, args, kwargs)
+
+        # `from … import` has left the function in other modules too.
+        owners = [owner] if parents else [m for n, m in sys.modules.items() if n.split(".")[0] == "resm_kernels"]
+        for holder in owners:
+            for attribute, value in list(vars(holder).items()):
+                if value is function:
+                    self._restore.append((holder, attribute, function))
+                    setattr(holder, attribute, wrapped)
+
+    def _timed(self, function: Callable[..., Any], region: str | None, leaf: str | None, args: Any, kwargs: Any) -> Any:
+        around = self._stack[-1][0] if self._stack else ""
+        frame = [around if region is None else region, 0.0]
+        self._stack.append(frame)
+        started = time.perf_counter()
+        result = function(*args, **kwargs)
+        seconds = time.perf_counter() - started
+        self._stack.pop()
+        stage = f"{frame[0] or 'merge'}: {leaf or 'other'}"
+        self.seconds[stage] += seconds - frame[1]
+        if self._stack:
+            self._stack[-1][1] += seconds
+        if leaf is not None:
+            arguments = args[0] if args else next(iter(kwargs.values()))
+            for dtype, count in flops(leaf, arguments, result).items():
+                self.flops[stage][dtype] += count
+        return result
+
+
+def gemm_rates(n: int) -> dict[str, float]:
+    """Flops per second of torch's product of two n×n matrices, the best of five, by dtype."""
+    rates = {}
+    for dtype in (torch.float32, torch.float64):
+        a, b = torch.rand(n, n, dtype=dtype), torch.rand(n, n, dtype=dtype)
+        out = torch.empty_like(a)
+        seconds = in_turn({"gemm": functools.partial(torch.mm, a, b, out=out)}, 5)["gemm"]
+        rates[str(dtype)] = 2 * n**3 / min(seconds)
+    return rates
+
+
+# ------------------------------------------------------------------------------------------------------ measurement
+
+
+def tensors(folders: Sequence[Path], size: Size) -> Iterator[tuple[str, Tensor, list[Tensor]]]:
+    """Name, base and experts of each tensor, read when it is its turn."""
+    readers = [CheckpointReader(folder) for folder in folders]
+    for name, _ in shapes(size):
+        base, *experts = (reader.read(name) for reader in readers)
+        yield name, base, experts
+    for reader in readers:
+        reader.close()
+
+
+def is_checked(name: str, layers: int) -> bool:
+    """Whether the error of this tensor is asked for: the first `layers` layers and lm_head; all if negative."""
+    if layers < 0:
+        return True
+    parts = name.split(".")
+    return layers > 0 and (parts[0] == "lm_head" or (parts[1] == "layers" and int(parts[2]) < layers))
+
+
+def measure(
+    options: argparse.Namespace, folders: Sequence[Path], size: Size, console: Console
+) -> tuple[list[dict[str, Any]], dict[str, Stages]]:
+    """One record for each tensor, and the stages of each of our methods over all of them."""
+    stages = {name: Stages() for name in OWN}
+    warm_up(options.skip_rival)
+    records = []
+    for name, base, experts in tensors(folders, size):
+        runs: dict[str, Callable[[], object]] = {
+            name: functools.partial(resm_kernels.merge, base, experts, **choices) for name, choices in OWN.items()
+        }
+        if not options.skip_rival:
+            runs = {RIVAL: functools.partial(fusion_bench_merge, base, experts), **runs}
+        record: dict[str, Any] = {"name": name, "kind": kind(name), "shape": list(base.shape)}
+        with console.status(name):
+            record["seconds"] = in_turn(runs, options.runs, warm_up=False)
+            for run, own in stages.items():
+                with own:
+                    own.call(runs[run])
+            if is_checked(name, options.check_layers):
+                record["error"] = errors(base, experts, options.skip_rival)
+        records.append(record)
+    return records, stages
+
+
+def warm_up(skip_rival: bool) -> None:
+    """Imports and threads, on small matrices."""
+    base = torch.ones(64, 48)
+    experts = [base + torch.randn(64, 48, generator=torch.Generator().manual_seed(t)) for t in range(EXPERTS)]
+    for choices in OWN.values():
+        resm_kernels.merge(base, experts, **choices)
+    if not skip_rival:
+        fusion_bench_merge(base, experts)
+
+
+def medians(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Seconds of each run, summed over the tensors' medians."""
+    return {run: sum(statistics.median(r["seconds"][run]) for r in records) for run in records[0]["seconds"]}
+
+
+def by_kind(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {k: [r for r in records if r["kind"] == k] for k in dict.fromkeys(r["kind"] for r in records)}
+
+
+def stage_rows(stages: Stages, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Seconds, flops and floor of each stage, the slowest first."""
+    return [
+        {
+            "stage": stage,
+            "seconds": seconds,
+            "flops": dict(stages.flops[stage]),
+            "floor_seconds": sum(count / rates[dtype] for dtype, count in stages.flops[stage].items()),
+        }
+        for stage, seconds in sorted(stages.seconds.items(), key=lambda item: -item[1])
+    ]
+
+
+def show_times(console: Console, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    table = Table(title="seconds by kind of tensor (medians, summed)", title_justify="left")
+    runs = list(records[0]["seconds"])
+    ratios = [f"{RIVAL} ÷ {name}" for name in OWN] if RIVAL in runs else []
+    for name in ("kind", "tensors", *runs, *ratios):
+        table.add_column(name, justify="left" if name == "kind" else "right")
+    totals = {}
+    for name, own in {**by_kind(records), "total": list(records)}.items():
+        totals[name] = medians(own)
+        cells = [f"{totals[name][run]:.3f}" for run in runs]
+        cells += [f"{totals[name][RIVAL] / totals[name][run]:.2f}×" for run in OWN] if ratios else []
+        if name == "total":
+            table.add_section()
+        table.add_row(name, str(len(own)), *cells)
+    console.print(table)
+    return totals
+
+
+def show_errors(console: Console, records: Sequence[dict[str, Any]]) -> dict[str, list[str]]:
+    """Print errors by kind; return for each of our runs the tensors whose error is not smaller than fusion-bench's."""
+    checked = [r for r in records if "error" in r]
+    if not checked:
+        return {}
+    runs = list(checked[0]["error"])
+    table = Table(
+        title="relative error of the merged task vector against float64 (median, worst)", title_justify="left"
+    )
+    own = [run for run in runs if run != RIVAL]
+    worse: dict[str, list[str]] = {}
+    if RIVAL in runs:
+        worse = {run: [r["name"] for r in checked if not r["error"][run] < r["error"][RIVAL]] for run in own}
+    table.add_column("kind")
+    for name in ("tensors", *runs, *(f"{run}: smaller" for run in worse)):
+        table.add_column(name, justify="right")
+    for name, members in {**by_kind(checked), "all": checked}.items():
+        cells = []
+        for run in runs:
+            found = [r["error"][run] for r in members]
+            cells.append(f"{statistics.median(found):.1e}, {max(found):.1e}")
+        cells += [f"{sum(r['name'] not in names for r in members)} of {len(members)}" for names in worse.values()]
+        table.add_row(name, str(len(members)), *cells)
+    console.print(table)
+    for run, names in worse.items():
+        console.print(f"{run}: not smaller than fusion-bench's: {', '.join(names) or 'nowhere'}")
+    return worse
+
+
+def show_stages(console: Console, name: str, rows: Sequence[dict[str, Any]], missing: Sequence[str]) -> None:
+    whole, lowest = (sum(row[key] for row in rows) for key in ("seconds", "floor_seconds"))
+    table = Table(title=f"{name}: stages of one pass over the model", title_justify="left")
+    for column in ("stage", "seconds", "share", "Gflop fp32", "Gflop float64", "floor, seconds", "of the floor"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        counts = [f"{row['flops'].get(dtype, 0) / 1e9:.1f}" for dtype in ("torch.float32", "torch.float64")]
+        floor = row["floor_seconds"]
+        ratio = f"{row['seconds'] / floor:.1f}×" if floor else "–"
+        share = f"{row['seconds'] / whole:.1%}"
+        table.add_row(row["stage"], f"{row['seconds']:.3f}", share, *counts, f"{floor:.3f}", ratio)
+    table.add_section()
+    ratio = f"{whole / lowest:.1f}×" if lowest else "–"
+    table.add_row("total", f"{whole:.3f}", "", "", "", f"{lowest:.3f}", ratio)
+    console.print(table)
+    if missing:
+        console.print(f"without timers, as this version has them not: {', '.join(missing)}")
+
+
+def show_processes(console: Console, results: Sequence[dict[str, Any]], rival: float | None) -> None:
+    table = Table(title="resm-kernels merge, whole process", title_justify="left")
+    for name in ("method", "median seconds", "peak memory", "floor: read + write", f"{RIVAL} in process ÷ this"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    for result in results:
+        own, floor = result[OURS], result["floor"]
+        table.add_row(
+            result["method"],
+            f"{own['median_seconds']:.2f}",
+            f"{own['peak_bytes'] / 1e9:.2f} GB",
+            f"{floor['read_seconds']:.2f} + {floor['write_seconds']:.2f} s",
+            "–" if rival is None else f"{rival / own['median_seconds']:.2f}×",
+        )
+    console.print(table)
+
+
+def arguments() -> argparse.Namespace:
+    full = Size()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=full.layers, help="take the first so many layers only")
+    parser.add_argument("--hidden", type=int, default=full.hidden)
+    parser.add_argument("--intermediate", type=int, default=full.intermediate)
+    parser.add_argument("--vocabulary", type=int, default=full.vocabulary)
+    parser.add_argument("--runs", type=int, default=3, help="times everything is timed (default: 3)")
+    parser.add_argument("--skip-rival", action="store_true", help="without fusion-bench")
+    parser.add_argument("--skip-processes", action="store_true", help="without the command line")
+    parser.add_argument(
+        "--check-layers",
+        type=lambda text: -1 if text == "all" else int(text),
+        default=1,
+        metavar="N",
+        help="errors of the first N layers and lm_head (default: 1), of 'all' tensors, or of none (0)",
+    )
+    parser.add_argument("--gemm-size", type=int, default=2048, help="order of the matrices that set the floor's rate")
+    parser.add_argument("--cache", type=Path, help="where the models are kept (default: build/bench, by size)")
+    parser.add_argument("--json", type=Path, help="write the results there")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(THREADS)
+    os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes started here
+    size = Size(options.hidden, options.intermediate, options.layers, options.vocabulary)
+    label = "250m" if size == Size() else f"{size.hidden}-{size.intermediate}-{size.layers}-{size.vocabulary}"
+    console = Console(width=120)
+    with console.status("making the models"):
+        folders = make_models(options.cache or Path(f"build/bench/llama-{label}"), size)
+    rates = gemm_rates(options.gemm_size)
+    console.print("matrix product: " + ", ".join(f"{dtype} {rate / 1e9:.1f} Gflop/s" for dtype, rate in rates.items()))
+    records, stages = measure(options, folders, size, console)
+    totals = show_times(console, records)
+    worse = show_errors(console, records)
+    rows = {run: stage_rows(own, rates) for run, own in stages.items()}
+    for run, own in stages.items():
+        show_stages(console, run, rows[run], own.missing)
+    processes = []
+    if not options.skip_processes:
+        with console.status("merging as a command"):
+            processes = [compare(method, folders, options.runs, None) for method in METHODS]
+        show_processes(console, processes, totals["total"].get(RIVAL))
+    save(
+        options.json,
+        {
+            "model": vars(size) | {"experts": EXPERTS, "dtype": "bfloat16"},
+            "gemm_flops_per_second": rates,
+            "totals": totals,
+            "error_not_smaller": worse,
+            "stages": rows,
+            "processes": processes,
+            "tensors": records,
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""truncated_svd: error against time, with torch's and scikit-learn's truncated decompositions beside it.
+
+One fp32 matrix for each decay α (exact spectrum i^−α, random singular vectors), one panel for each α and rank k. Error
+is how far ‖Δ − Δ̂‖_F lies above the optimum, the float64 tail (Σ_{i>k} σ_i²)^(1/2), as a share of it, measured from the
+returned factors in float64. Time is the median of calls that take turns (A B C … A B C …), after one that is not
+counted. Everybody gets the same matrix; torch.svd_lowrank's and scikit-learn's surplus columns are cut off.
+
+For each panel the verdict says which points of others are on the front: no point of ours is both as quick and as good.
+
+    python benchmarks/bench_truncated_svd.py --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import resm_kernels
+from resm_kernels.linalg import truncated_svd
+
+THREADS: Final = 2
+DECAYS: Final = (0.3, 0.7, 1.5)
+DIVISORS: Final = (64, 8, 3)
+"""k = r / divisor."""
+ACCURACIES: Final = (3e-1, 1e-1, 3e-2, 1e-2, 1e-3)
+POWER_ITERATIONS: Final = (0, 1, 2, 4, 8)
+LOWEST: Final = 1e-9
+"""Excess errors up to this count as none: LAPACK's fp32 SVD has about as much."""
+OURS, TORCH_SVD, TORCH_LOWRANK, SKLEARN = "resm_kernels", "torch.linalg.svd", "torch.svd_lowrank", "scikit-learn"
+
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+class Point(NamedTuple):
+    """One way to decompose: whose, with which options, the call, and what was measured of it."""
+
+    family: str
+    options: str
+    call: Callable[[], Factors]
+    excess: float = 0.0
+    seconds: tuple[float, ...] = ()
+    route: str = ""
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+def in_turn(
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each call, `rounds` times all of them in turn; before that once each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    for i in range(rounds + warm_up):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if i >= warm_up:
+                seconds[name].append(time.perf_counter() - started)
+    return {name: tuple(samples) for name, samples in seconds.items()}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    facts = resm_kernels.backends()
+    native = {key: facts["native"].get(key) for key in ("isa", "compiler")}
+    return native | {"cpus": os.cpu_count(), "threads": facts["threads"], "torch": facts["torch"]}
+
+
+def save(path: Path | None, data: Mapping[str, Any]) -> None:
+    """Write a benchmark's figures and the machine they were taken on, if a file is asked for."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")
+
+
+def with_decay(m: int, n: int, alpha: float, seed: int) -> Tensor:
+    """An fp32 m×n matrix whose singular values are i^−α, and whose singular vectors are random."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.arange(1, min(m, n) + 1, dtype=torch.float64) ** -alpha
+    left, right = (
+        torch.linalg.qr(torch.randn(rows, len(values), generator=generator, dtype=torch.float64)).Q for rows in (m, n)
+    )
+    return ((left * values) @ right.mT).float()
+
+
+def residual(delta: Tensor, factors: Factors) -> float:
+    """‖Δ − U·diag(s)·Vᵀ‖_F in float64, by rows so that little memory is needed."""
+    left, values, right = (f.double() for f in factors)
+    scaled = left * values
+    parts = [
+        (d.double() - s @ right.mT).square().sum() for d, s in zip(delta.split(512), scaled.split(512), strict=True)
+    ]
+    return float(torch.stack(parts).sum().sqrt())
+
+
+def is_out_of_reach(error: ValueError) -> bool:
+    """Whether the library refuses because "randomized" cannot have the accuracy asked for, as it should."""
+    return "not within reach" in str(error)
+
+
+def ours(delta: Tensor, k: int) -> tuple[list[Point], list[str]]:
+    """Points, and the options whose accuracy is out of reach."""
+    choices: dict[str, dict[str, Any]] = {
+        "auto": {},
+        "exact": {"method": "exact"},
+        "gram": {"method": "gram"},
+        **{f"randomized, accuracy {a:g}": {"method": "randomized", "accuracy": a} for a in ACCURACIES},
+        **{f"randomized, {q} iterations": {"method": "randomized", "power_iterations": q} for q in POWER_ITERATIONS},
+    }
+    points, out_of_reach = [], []
+    for options, given in choices.items():
+
+        def call(given: dict[str, Any] = given) -> Factors:
+            found = truncated_svd(delta, rank=k, **given)
+            return found.left, found.singular_values, found.right
+
+        try:
+            route = truncated_svd(delta, rank=k, **given).method
+        except ValueError as error:
+            if not is_out_of_reach(error):
+                raise
+            out_of_reach.append(options)
+            continue
+        points.append(Point(OURS, options, call, route=route))
+    return points, out_of_reach
+
+
+def _torch_svd(delta: Tensor, k: int, dtype: torch.dtype) -> Factors:
+    left, values, right = torch.linalg.svd(delta.to(dtype), full_matrices=False)
+    return left[:, :k], values[:k], right.mT[:, :k]
+
+
+def lowrank(delta: Tensor, k: int, q: int, niter: int) -> Factors:
+    """torch.svd_lowrank with q columns, cut to k."""
+    torch.manual_seed(0)
+    left, values, right = torch.svd_lowrank(delta, q=q, niter=niter)
+    return left[:, :k], values[:k], right[:, :k]
+
+
+def sklearn_svd() -> Callable[..., Any] | None:
+    """scikit-learn's randomized_svd, or None if it is not installed."""
+    try:
+        from sklearn.utils.extmath import randomized_svd
+    except ModuleNotFoundError:
+        return None
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits.wrap(limits=THREADS, user_api="blas")(randomized_svd)  # type: ignore[no-any-return]
+
+
+def sklearn(function: Callable[..., Any], delta: Tensor, k: int, n_iter: int | str) -> Factors:
+    """scikit-learn's randomized_svd with its own 10 extra columns."""
+    left, values, right_t = function(delta.numpy(), n_components=k, n_iter=n_iter, random_state=0)
+    return torch.from_numpy(left), torch.from_numpy(values), torch.from_numpy(right_t).mT
+
+
+def rivals(delta: Tensor, k: int, most_iterations: int) -> list[Point]:
+    iterations, r = range(1, most_iterations + 1), min(delta.shape)
+    columns = sorted({min(k + extra, r) for extra in (0, 8, 32, k)})
+    points = [
+        Point(TORCH_SVD, str(dtype).removeprefix("torch."), functools.partial(_torch_svd, delta, k, dtype))
+        for dtype in (torch.float32, torch.float64)
+    ]
+    points += [
+        Point(TORCH_LOWRANK, f"q = k + {q - k}, niter = {i}", functools.partial(lowrank, delta, k, q, i))
+        for q in columns
+        for i in iterations
+    ]
+    if (function := sklearn_svd()) is not None:
+        points += [
+            Point(SKLEARN, f"n_iter = {i}", functools.partial(sklearn, function, delta, k, i)) for i in iterations
+        ]
+    return points
+
+
+def panel(delta: Tensor, values: Tensor, k: int, rounds: int, most_iterations: int) -> tuple[list[Point], list[str]]:
+    """All points of one matrix and rank, measured, and our options that are out of reach."""
+    own, out_of_reach = ours(delta, k)
+    points = [*own, *rivals(delta, k, most_iterations)]
+    best = float(values[k:].square().sum().sqrt())
+    seconds = in_turn({f"{i}": p.call for i, p in enumerate(points)}, rounds)
+    measured = [
+        p._replace(excess=residual(delta, p.call()) / best - 1, seconds=seconds[f"{i}"]) for i, p in enumerate(points)
+    ]
+    return measured, out_of_reach
+
+
+def dominated(point: Point, others: Sequence[Point]) -> bool:
+    """True if one of the others is as quick and as good; excess up to `LOWEST` is as good as none."""
+    return any(o.median <= point.median and o.excess <= max(point.excess, LOWEST) for o in others)
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other of them beats, quickest first."""
+    found: list[Point] = []
+    for point in sorted(points, key=lambda p: (p.median, p.excess)):
+        if not dominated(point, found):
+            found.append(point)
+    return found
+
+
+def families(points: Sequence[Point]) -> dict[str, list[Point]]:
+    names = dict.fromkeys(p.family for p in points)
+    return {name: [p for p in points if p.family == name] for name in names}
+
+
+def show(console: Console, title: str, points: Sequence[Point], everything: bool) -> list[Point]:
+    """Print one panel's table and verdict; return the rivals' points that ours do not dominate."""
+    own = [p for p in points if p.family == OURS]
+    open_points = [p for p in points if p.family != OURS and not dominated(p, own)]
+    table = Table(title=title, title_justify="left")
+    for name in ("whose", "options", "excess error", "ms", "not dominated by ours"):
+        table.add_column(name, justify="left" if name in ("whose", "options") else "right")
+    for family, members in families(points).items():
+        for p in sorted(members, key=lambda p: p.median) if everything else front(members):
+            route = f" → {p.route}" if p.route and p.route not in p.options else ""
+            mark = "" if family == OURS else ("yes" if p in open_points else "no")
+            table.add_row(family, p.options + route, f"{max(p.excess, 0.0):.1e}", f"{p.median * 1e3:.2f}", mark)
+    console.print(table)
+    if open_points:
+        console.print(f"verdict: {len(open_points)} points of others are on the front:")
+        for p in front(open_points):
+            console.print(f"  {p.family}, {p.options}: {p.excess:.1e} in {p.median * 1e3:.2f} ms")
+    else:
+        console.print("verdict: every point of others is dominated by one of ours")
+    return open_points
+
+
+def plot(path: Path, panels: Mapping[tuple[float, int, int], Sequence[Point]], shape: Sequence[int]) -> None:
+    """One panel for each k (columns) and α (rows): excess error over milliseconds, both logarithmic."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    decays, divisors = list(dict.fromkeys(a for a, _, _ in panels)), list(dict.fromkeys(d for _, d, _ in panels))
+    figure, axes = pyplot.subplots(
+        len(decays), len(divisors), figsize=(5 * len(divisors), 4 * len(decays)), squeeze=False, layout="constrained"
+    )
+    markers = {OURS: "o", TORCH_SVD: "s", TORCH_LOWRANK: "^", SKLEARN: "v"}
+    for (alpha, divisor, k), points in panels.items():
+        axis = axes[decays.index(alpha)][divisors.index(divisor)]
+        for family, members in families(points).items():
+            x, y = [p.median * 1e3 for p in members], [max(p.excess, LOWEST) for p in members]
+            handle = axis.scatter(x, y, marker=markers[family], label=family, s=24, alpha=0.8)
+            if family == OURS:
+                best = front(members)
+                line = [p.median * 1e3 for p in best], [max(p.excess, LOWEST) for p in best]
+                axis.step(*line, where="post", color=handle.get_facecolor()[0], linewidth=1)
+        axis.set(xscale="log", yscale="log", title=f"σ_i = i^−{alpha:g}, k = {k} = r/{divisor}")
+        axis.grid(visible=True, which="major", alpha=0.3)
+    figure.supxlabel("milliseconds")
+    figure.supylabel("error above the optimum, as a share of it")
+    figure.suptitle(f"Truncated SVD of {shape[0]} × {shape[1]}, fp32, {torch.get_num_threads()} threads")
+    axes[0][0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2816), metavar=("M", "N"))
+    parser.add_argument("--decays", type=float, nargs="+", default=DECAYS, metavar="ALPHA")
+    parser.add_argument("--divisors", type=int, nargs="+", default=DIVISORS, help="k = r / divisor")
+    parser.add_argument("--rounds", type=int, default=5, help="times each call is timed (default: 5)")
+    parser.add_argument("--most-iterations", type=int, default=8, help="power iterations of rivals go up to this")
+    parser.add_argument("--all", action="store_true", help="print all points, not only each family's front")
+    parser.add_argument("--json", type=Path, help="write all points there")
+    parser.add_argument("--plot", type=Path, help="draw the panels there")
+    options = parser.parse_args()
+    torch.set_num_threads(THREADS)
+    console, panels, records = Console(width=120), {}, []
+    if sklearn_svd() is None:
+        console.print("scikit-learn is not installed: left out")
+    for number, alpha in enumerate(options.decays):
+        delta = with_decay(*options.shape, alpha, seed=number)
+        values = torch.linalg.svdvals(delta.double())
+        for divisor in options.divisors:
+            k = min(options.shape) // divisor
+            points, out_of_reach = panel(delta, values, k, options.rounds, options.most_iterations)
+            panels[alpha, divisor, k] = points
+            rest = show(console, f"α = {alpha:g}, k = {k} = r/{divisor}", points, options.all)
+            if out_of_reach:
+                console.print(f"out of our reach: {'; '.join(out_of_reach)}")
+            records.append(
+                {
+                    "alpha": alpha,
+                    "divisor": divisor,
+                    "k": k,
+                    "out_of_reach": out_of_reach,
+                    "not_dominated": [f"{p.family}, {p.options}" for p in rest],
+                    "points": [
+                        {key: value for key, value in p._asdict().items() if key != "call"} | {"median": p.median}
+                        for p in points
+                    ],
+                }
+            )
+    clear = sum(not record["not_dominated"] for record in records)
+    console.print(f"{clear} of {len(records)} panels have no point of others on the front")
+    save(options.json, {"shape": list(options.shape), "lowest_excess": LOWEST, "panels": records})
+    if options.plot is not None:
+        plot(options.plot, panels, options.shape)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+// Eigenvalues of a symmetric tridiagonal matrix, and inverse iteration.
+#pragma once
+
+#include <cfloat>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/symmetric_eigen.h"
+
+namespace resm::cpu {
+
+constexpr double kEps = DBL_EPSILON;
+
+struct Block {  // of T, cut where off-diagonal elements are negligible
+  int64_t begin, size;
+};
+
+struct Pair {
+  double value;
+  int64_t block, place;  // place: its position among all, largest first
+};
+
+class Spectrum {
+ public:
+  // Finds the k largest eigenvalues; diagonal (n) must not hold -0, off_diagonal has n - 1 elements.
+  Spectrum(const EigenKernels& kernels, int64_t n, const double* diagonal, const double* off_diagonal, int64_t k);
+
+  double norm() const { return norm_; }  // at least ‖T‖, and at most 3 times it
+  // In blocks one after the other, in each the largest first.
+  const std::vector<Pair>& pairs() const { return pairs_; }
+  const Block& block_of(int64_t pair) const { return blocks_[pairs_[pair].block]; }
+  // x, of the pair's block: one step of inverse iteration. The shift lies so far above the pair's eigenvalue that all
+  // those as close as rounding are as far from it: a random x comes out random in their space, not near one of them.
+  void iterate(int64_t pair, double* x) const;
+
+ private:
+  void count_below(const Block& block, const double* x, double* below) const;
+  double threshold(int64_t k) const;
+  void bisect(int64_t b, double from);
+  double shift_above(int64_t pair) const;
+
+  const EigenKernels& kernels_;
+  int64_t n_;
+  const double *d_, *e_;
+  std::vector<double> squares_;
+  double low_, high_, norm_;
+  std::vector<Block> blocks_;
+  std::vector<Pair> pairs_;
+};
+
+}  // namespace resm::cpu

@@ -1,0 +1,23 @@
+"""Low-rank adapters in PEFT's format: extracted from models, taken as experts, merged through their factors."""
+
+from __future__ import annotations
+
+from resm_kernels.lora.adapter import AdapterReader, StoredFactors
+from resm_kernels.lora.config import AdapterConfig, check_recorded_base, is_adapter_folder, read_adapter_config
+from resm_kernels.lora.extract import ExtractedLayer, ExtractReport, OtherTensor, extract_lora
+from resm_kernels.lora.factors import Factors, merge_factors
+
+__all__ = [
+    "AdapterConfig",
+    "AdapterReader",
+    "ExtractReport",
+    "ExtractedLayer",
+    "Factors",
+    "OtherTensor",
+    "StoredFactors",
+    "check_recorded_base",
+    "extract_lora",
+    "is_adapter_folder",
+    "merge_factors",
+    "read_adapter_config",
+]

@@ -1,0 +1,84 @@
+"""STAR: spectral truncation and rescale (Lee et al., arXiv 2502.10339, NAACL 2025)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels.linalg import Decomposition
+from resm_kernels.methods._common import LAMBDA, WEIGHT
+from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
+from resm_kernels.methods._task_matrices import DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
+
+
+def star(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    weight: list[float],
+    eta: float,
+    lambda_: float,
+    decomposition: str,
+    spectral: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """θ = θ₀ + λ·(1/T)·Σ_t w_t·(‖Δ_t‖_* / ‖Δ_{t,k_t}‖_*)·Δ_{t,k_t}.
+
+    k_t is the smallest rank, at least 1, with σ_1 + … + σ_k ≥ η·‖Δ_t‖_*, where ‖Δ‖_* = Σσ is the nuclear norm; the
+    kept singular values are rescaled by one factor that restores it. η = 1 keeps everything, which is task arithmetic
+    divided by T.
+
+    As in the authors' code, which has η in percent. It divides by zero for a task vector of zeros, which here stays
+    zero, and counts every singular value: here those below 1e-6 times the largest are zero, and belong to no sum.
+    Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t (the authors merge LoRA, which has matrices only).
+
+    Decompositions are float64, the products fp32 (float64 for float64 inputs), and the result is rounded once.
+    Deterministic: the same bits for any number of threads.
+
+    Raises:
+        NonFiniteError: An input has NaN or infinite values.
+    """
+    check(base, experts, out_dtype)
+    if not is_spectral(base, 1, spectral):
+        return averaged(base, experts, weight, lambda_, out_dtype)
+
+    def rule(t: int, found: Decomposition) -> tuple[int, float]:
+        k, factor = star_rule(found.singular_values[: found.rank], eta)
+        return k, factor * weight[t] / len(experts)
+
+    return join(base, truncated_sum(base, experts, rule, decomposition), lambda_, out_dtype)
+
+
+def star_rule(values: Tensor, eta: float) -> tuple[int, float]:
+    """STAR's rank k, and its factor ‖Δ‖_* / ‖Δ_k‖_*, of positive singular values in descending order; 0, 1 of none."""
+    if not values.numel():
+        return 0, 1.0
+    kept = values.cpu().cumsum(0)
+    # The slack keeps rounding in the sums from asking for a direction more, as for η = 1/2 of two equal values.
+    k = min(int((kept < eta * (1 - 1e-12) * kept[-1]).sum()) + 1, values.numel())
+    return k, float(kept[-1] / kept[k - 1])
+
+
+STAR = Method(
+    name="star",
+    title="STAR",
+    reference="https://arxiv.org/abs/2502.10339",
+    needs_base=True,
+    parameters=(
+        WEIGHT,
+        Parameter(
+            "eta",
+            float,
+            0.4,
+            "share of the nuclear norm kept; the authors' default is 40 percent",
+            minimum=0,
+            maximum=1,
+        ),
+        LAMBDA,
+        DECOMPOSITION,
+        SPECTRAL,
+    ),
+    function=star,
+    workspace=truncated_sum_workspace,
+)

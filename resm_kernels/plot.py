@@ -1,0 +1,260 @@
+"""A picture of a recipe's statistics: spectra of the task vectors, and ranks, sparsity, interference over depth.
+
+Needs matplotlib, the extra `plot`; it is imported when a picture is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from resm_kernels.engine import TensorStats
+
+FORMATS: Final = (".png", ".svg", ".pdf")
+_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
+_MOST_KINDS: Final = 12
+"""Kinds of modules with a line of their own; the rest, from models of many parts, share one called "other"."""
+_MOST_COLUMNS: Final = 5
+_MARKERS: Final = "osD^vP*X<>hd"
+_LOWEST: Final = 1e-4
+"""Where the spectra's axis ends at the latest: below are rounding and empty directions."""
+
+
+class PlotError(ValueError):
+    """A picture cannot be made; the message says what is missing or wrong and what is needed."""
+
+
+class _Place(NamedTuple):
+    """Where in a model a tensor is: its kind of module, and its layer (None outside the layers)."""
+
+    kind: str
+    layer: int | None
+
+
+def check_plot(file: Path) -> None:
+    """Raise PlotError unless `plot_stats` can write to `file`: to be called before long work whose result it shows."""
+    _matplotlib("figure")
+    if file.suffix.lower() not in FORMATS:
+        raise PlotError(f"plot: got {str(file)!r}, need a name that ends in {', '.join(FORMATS)}")
+    if not file.absolute().parent.is_dir():
+        raise PlotError(f"plot: got {str(file)!r}, need an existing folder; {file.absolute().parent} is none")
+
+
+def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) -> None:
+    """Write a picture of the statistics as PNG, SVG or PDF, by the ending of `file`.
+
+    Above, σ_i/σ_1 over i/r for each kind of module: a thin line for each matrix, a bold one for the median, a colour
+    for each expert. Below, over the layers, for each kind: the median over experts (and over parts of one kind in one
+    layer), with the range as a band. Dashed in the picture of interference is what random subspaces would have. Models
+    without matrices that RESM decomposes show sparsity alone.
+
+    Args:
+        rows: What `checkpoint_stats(…, spectra=True)` returns.
+        experts: The models' names or folders, in the recipe's order.
+        file: Where to; an existing file is replaced.
+
+    Raises:
+        PlotError: As for `check_plot`.
+    """
+    check_plot(file)
+    usable = [row for row in rows if row.problem is None]
+    spectral = [row for row in usable if row.spectra is not None]
+    places = {row.name: _place(row.name) for row in usable}
+    _limit_kinds(places, [row.name for row in spectral or usable])
+    spectra_kinds = _kinds(places, spectral)
+    above = -(-len(spectra_kinds) // _MOST_COLUMNS)
+    height = 2.3 * above + (6.6 if spectral else 3.4) + 0.6
+    figure = _matplotlib("figure").Figure(figsize=(13, height), layout="constrained")
+    top, bottom = figure, figure
+    if above:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * above + 0.6, 6.6])
+        _draw_spectra(top, spectral, places, spectra_kinds, _short(experts))
+    _draw_depth(bottom, usable, spectral, places)
+    figure.savefig(file, dpi=130, format=file.suffix[1:].lower())
+
+
+def _matplotlib(module: str) -> Any:
+    try:
+        return importlib.import_module(f"matplotlib.{module}")
+    except ImportError as error:
+        raise PlotError(
+            f"plot: matplotlib cannot be imported ({error}); pip install 'resm-kernels[plot]', or matplotlib itself"
+        ) from error
+
+
+def _short(experts: Sequence[str]) -> list[str]:
+    """The folders' names, or the paths as they are if two have the same."""
+    names = [Path(e).name for e in experts]
+    return names if len(set(names)) == len(names) else list(experts)
+
+
+def _place(name: str) -> _Place:
+    """`model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3; numbered parts keep what they are numbered in."""
+    layer = _LAYER.search(name)
+    parts = name.split(".")
+    kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
+    if kind[0].isdigit() and len(parts) > 2:
+        kind = parts[-3:-1]
+    suffix = ".bias" if parts[-1] == "bias" else ""
+    return _Place(".".join(kind) + suffix, int(layer[1]) if layer else None)
+
+
+def _limit_kinds(places: dict[str, _Place], names: Iterable[str]) -> None:
+    """Keep the kinds that most of the named tensors are of."""
+    counts: dict[str, int] = {}
+    for name in names:
+        counts[places[name].kind] = counts.get(places[name].kind, 0) + 1
+    if len(counts) > _MOST_KINDS:
+        kept = sorted(counts, key=lambda k: -counts[k])[: _MOST_KINDS - 1]
+        for name, place in places.items():
+            if place.kind not in kept:
+                places[name] = place._replace(kind="other")
+
+
+def _kinds(places: dict[str, _Place], rows: Sequence[TensorStats]) -> list[str]:
+    """The kinds among these tensors: those of the layers first, each in the order of the files."""
+    found = dict.fromkeys(places[row.name].kind for row in rows)
+    inside = {places[row.name].kind for row in rows if places[row.name].layer is not None}
+    return [k for k in found if k in inside] + [k for k in found if k not in inside]
+
+
+def _draw_spectra(
+    figure: Any, rows: Sequence[TensorStats], places: dict[str, _Place], kinds: Sequence[str], experts: Sequence[str]
+) -> None:
+    n_rows = -(-len(kinds) // _MOST_COLUMNS)
+    columns = -(-len(kinds) // n_rows)
+    axes = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False)
+    lowest = 1.0
+    for number, (kind, axis) in enumerate(zip(kinds, axes.flat, strict=False)):
+        members = [row for row in rows if places[row.name].kind == kind]
+        for t in range(len(experts)):
+            curves = []
+            for row in members:
+                assert row.spectra is not None
+                r = min(row.shape)
+                x, y = [i / r for i in row.spectra.indices], row.spectra.values[t]
+                shown = [(a, b) for a, b in zip(x, y, strict=True) if b > 0]
+                if not shown:
+                    continue
+                # The last values of a square matrix fall towards 0: no reason to squeeze all others.
+                lowest = min([lowest, *(b for a, b in shown if a <= 0.9)])
+                curves.append(shown)
+                if len(members) > 1:
+                    axis.plot(*zip(*shown, strict=True), color=f"C{t}", alpha=0.35, linewidth=0.7)
+            if curves:
+                axis.plot(*_median_curve(curves), color=f"C{t}", linewidth=2, label=experts[t])
+        shapes = sorted({"×".join(map(str, row.shape)) for row in members})
+        size = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
+        axis.set_title(f"{kind} ({size}{f', {len(members)} matrices' if len(members) > 1 else ''})", fontsize=9)
+        axis.set(xscale="log", yscale="log")
+        axis.grid(alpha=0.25)
+        if number + columns >= len(kinds):
+            axis.tick_params(labelbottom=True)
+    axes[0, 0].set_ylim(bottom=max(lowest * 0.8, _LOWEST), top=1.3)
+    for axis in axes.flat[len(kinds) :]:
+        axis.set_visible(False)
+    figure.supxlabel("i / r", fontsize=9)
+    figure.supylabel("σ$_i$ / σ$_1$", fontsize=9)
+    figure.suptitle("Singular values of the task vectors (bold: median)", fontsize=11)
+    handles, labels = _legend_of(axes.flat)
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, title="expert")
+
+
+def _median_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
+    """The pointwise median of curves (x ascending to 1), each read at the longest one's x by its nearest point."""
+    xs = [x for x, _ in max(curves, key=len)]
+    ys = []
+    for x in xs:
+        near = [min(curve, key=lambda p: abs(math.log(p[0] / x))) for curve in curves]
+        ys.append(statistics.median(y for _, y in near))
+    return xs, ys
+
+
+def _draw_depth(
+    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], places: dict[str, _Place]
+) -> None:
+    rows = spectral or usable
+    kinds = _kinds(places, rows)
+    layers = sorted({p.layer for row in rows if (p := places[row.name]).layer is not None})
+    last = layers[-1] if layers else -1
+    outside = dict.fromkeys(places[row.name].kind for row in rows if places[row.name].layer is None)
+    step = max(1, len(layers) // 9)  # room for their names on the axis
+    beyond = {kind: last + step * (1 + i) for i, kind in enumerate(outside)}
+    axes = figure.subplots(2, 2, sharex=True).flat if spectral else [figure.subplots()]
+
+    def draw(axis: Any, title: str, values: Callable[[TensorStats], Sequence[float]], **style: Any) -> None:
+        axis.set_title(title, fontsize=10)
+        for number, kind in enumerate(kinds):
+            at: dict[int, list[float]] = {}
+            for row in rows:
+                if (place := places[row.name]).kind == kind:
+                    x = beyond[kind] if place.layer is None else place.layer
+                    at.setdefault(x, []).extend(v for v in values(row) if math.isfinite(v))
+            points = {x: at[x] for x in sorted(at) if at[x]}
+            _band(axis, points, number, **({"label": kind} | style))
+        axis.grid(alpha=0.25)
+
+    def sparsity(row: TensorStats) -> Sequence[float]:
+        return row.sparsity
+
+    if spectral:
+        draw(axes[0], "effective rank / r", lambda row: [e / min(row.shape) for e in _of(row).effective_rank])
+        draw(axes[1], "sparsity: share of weights unchanged", sparsity)
+        draw(axes[2], "interference (dashed: random subspaces)", lambda row: [_of(row).interference])
+        expected = {"linestyle": "--", "marker": "_", "markersize": 8, "alpha": 0.6, "label": None}
+        draw(axes[2], axes[2].get_title(), lambda row: [_of(row).interference_expected], **expected)
+        most = 1 / len(rows[0].ranks)
+        draw(
+            axes[3],
+            "rank kept by RESM / r (dotted: 1/T, the most)",
+            lambda row: [k / min(row.shape) for k in row.ranks],
+        )
+        axes[3].axhline(most, color="black", linestyle=":", linewidth=1)
+    else:
+        draw(axes[0], "sparsity: share of weights unchanged (no spectra: nothing is decomposed)", sparsity)
+    numbered = layers[:: max(1, -(-len(layers) // 12))]
+    for axis in axes:
+        axis.margins(y=0.1)
+        axis.update_datalim([(0, 0)], updatex=False)
+        axis.set_ylim(bottom=0)
+        axis.set_xticks([*numbered, *beyond.values()])
+        axis.set_xticklabels([*map(str, numbered), *beyond], fontsize=8)
+        for label in axis.get_xticklabels()[len(numbered) :]:
+            label.set(rotation=20, horizontalalignment="right")
+    for axis in axes[2:] if spectral else axes:
+        axis.set_xlabel("layer", fontsize=9)
+    handles, labels = _legend_of(axes[:1])
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, title="module")
+
+
+def _of(row: TensorStats) -> Any:
+    assert row.spectra is not None
+    return row.spectra
+
+
+def _band(axis: Any, points: dict[int, list[float]], number: int, **style: Any) -> None:
+    """The medians over x as a line of the kind's colour, and a band from the least to the largest value."""
+    if not points:
+        return
+    xs = list(points)
+    look = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4, "linewidth": 1.4}
+    axis.plot(xs, [statistics.median(points[x]) for x in xs], **(look | style))
+    if any(len(values) > 1 for values in points.values()):
+        low, high = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
+        axis.fill_between(xs, low, high, color=look["color"], alpha=0.08, linewidth=0)
+
+
+def _legend_of(axes: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    found: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    return list(found.values()), list(found)

@@ -1,0 +1,17 @@
+"""Definition of `symmetric_eigen`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def symmetric_eigen(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """See `resm_kernels.ops.symmetric_eigen`: LAPACK's (or cuSOLVER's) eigenvectors of the whole matrix.
+
+    Returns values (k,), vectors (n, k), and the status: 0, or 2 where the upper triangle has a value that is not finite.
+    """
+    upper = a.triu()
+    finite = torch.isfinite(upper).all()
+    values, vectors = torch.linalg.eigh(torch.where(finite, upper, torch.zeros_like(upper)), UPLO="U")
+    return values.flip(0)[:k].contiguous(), vectors.flip(1)[:, :k].contiguous(), torch.where(finite, 0, 2)

@@ -1,0 +1,179 @@
+"""svc: against fusion-bench's two implementations, and the formula by hand where they have no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from inputs import experts_with_spectra, laid_out, randn, relative, same_bits
+from torch import Tensor
+
+from resm_kernels import merge
+from resm_kernels.methods import get, names
+from resm_kernels.methods.svc import calibrate
+from resm_kernels.ops import NonFiniteError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def fusion_bench_svc(base: Tensor, experts: list[Tensor], merged: Tensor, alpha: float, fast: bool = True) -> Tensor:
+    module: Any = pytest.importorskip(
+        "fusion_bench.method.singular_value_calibration.utils", reason="fusion-bench is the oracle"
+    )
+    name = "subspace_consistency_spectral_calibration" + ("_accelerated" if fast else "")
+    found: Tensor = getattr(module, name)(base, experts, merged, alpha, accelerator=torch.device("cpu"))
+    return found
+
+
+@pytest.mark.parametrize("alpha", [0.1, 1 / 3, 1.0, 2.0])
+@pytest.mark.parametrize("shape", [(48, 48), (64, 40), (33, 50), (3, 40), (40, 1)], ids=str)
+def test_equals_fusion_bench(shape: tuple[int, int], alpha: float) -> None:
+    base, experts = experts_with_spectra(*shape, 3, 0.7, seed=3, dtype=torch.float64)
+    deltas = [e - base for e in experts]
+    for merged in (deltas[0] + deltas[1] + deltas[2], deltas[0] - 0.5 * deltas[1], randn(*shape, seed=5).double()):
+        found = calibrate(merged, deltas, alpha)
+        for fast in (True, False):
+            wanted = fusion_bench_svc(base, experts, base + merged, alpha, fast) - base
+            assert relative(found, wanted) <= 1e-10
+
+
+@pytest.mark.parametrize("inner", ["task_arithmetic", "linear", "ties", "tsvm", "resm", "swudi"])
+def test_calibrates_what_the_inner_method_makes(inner: str) -> None:
+    base, experts = experts_with_spectra(30, 24, 3, 0.7, seed=1, dtype=torch.float64)
+    merged = merge(base, experts, inner)
+    wanted = calibrate(merged - base, [e - base for e in experts], 0.5)
+    found = merge(base, experts, "svc", inner=inner, alpha=0.5)
+    assert relative(found - base, wanted) <= 1e-9
+    assert relative(merge(base, experts, "svc", inner=inner, alpha=0.5, lambda_=0.3) - base, 0.3 * wanted) <= 1e-9
+    # fp32 inputs lose nothing on the way but in the inner method's float64 run of them.
+    single = [e.float() for e in experts]
+    exact = merge(base.float().double(), [e.double() for e in single], "svc", inner=inner)
+    assert relative(merge(base.float(), single, "svc", inner=inner, out_dtype=torch.float64), exact) <= 1e-12
+
+
+def test_inner_parameters() -> None:
+    base, experts = experts_with_spectra(30, 24, 2, dtype=torch.float64)
+    deltas = [e - base for e in experts]
+    found = merge(base, experts, "svc", inner="ties", inner_density=[0.3, 0.5], inner_normalize=False)
+    wanted = calibrate(merge(base, experts, "ties", density=[0.3, 0.5], normalize=False) - base, deltas)
+    assert relative(found - base, wanted) <= 1e-12
+    # A recipe that says it for some experts leaves the others None: they have the inner method's default.
+    found = merge(base, experts, "svc", inner="ties", inner_density=[None, 0.5])
+    assert relative(found - base, calibrate(merge(base, experts, "ties", density=[1.0, 0.5]) - base, deltas)) <= 1e-12
+    found = merge(base, experts, "svc", inner_lambda=0.3, weight=2.0)
+    assert relative(found - base, calibrate(0.6 * (deltas[0] + deltas[1]), deltas)) <= 1e-12
+    # dc_merge has one density for all experts, ties one each.
+    found = merge(base, experts, "svc", inner="dc_merge", inner_density=[0.1, 0.1])
+    assert relative(found - base, calibrate(merge(base, experts, "dc_merge", density=0.1) - base, deltas)) <= 1e-12
+    with pytest.raises(
+        ValueError, match=r"inner_density: got \[0.1, 0.2\], need one value, as dc_merge has one for all"
+    ):
+        merge(base, experts, "svc", inner="dc_merge", inner_density=[0.1, 0.2])
+    with pytest.raises(ValueError, match="task_arithmetic has no parameter 'density'"):
+        merge(base, experts, "svc", inner_density=0.5)
+    with pytest.raises(ValueError, match=r"density: got 1.5, need a number from 0 to 1"):
+        merge(base, experts, "svc", inner="ties", inner_density=1.5)
+    with pytest.raises(ValueError, match=r"inner: got 'tie', need one of .*did you mean 'ties'"):
+        merge(base, experts, "svc", inner="tie")
+
+
+def test_every_parameter_of_every_inner_method_can_be_set() -> None:
+    own = {p.name for p in get("svc").parameters}
+    for name in set(names()) - {"svc"}:
+        missing = {p.name for p in get(name).parameters if not {p.name, "inner_" + p.name} & own}
+        assert not missing, f"{name}: {missing}"
+
+
+@pytest.mark.parametrize("shape", [(30,), (), (0, 4), (2, 3, 5)], ids=str)
+def test_what_is_no_matrix_is_the_inner_methods(shape: tuple[int, ...]) -> None:
+    base, experts = randn(*shape, seed=0), [randn(*shape, seed=t) for t in (1, 2, 3)]
+    wanted = merge(base, experts, "task_arithmetic")
+    assert same_bits(merge(base, experts, "svc"), wanted)
+    torch.testing.assert_close(merge(base, experts, "svc", lambda_=0.5), base + 0.5 * (wanted - base))
+    matrix, own = experts_with_spectra(12, 9, 2)
+    assert same_bits(merge(matrix, own, "svc", inner="tsvm", spectral=False), merge(matrix, own, "tsvm"))
+
+
+def test_shared_directions_are_counted_once() -> None:
+    base, (expert,) = experts_with_spectra(30, 20, 1, dtype=torch.float64)
+    delta = expert - base
+    # Copies add up T-fold, and calibration takes that back; task vectors that share nothing it leaves alone.
+    assert relative(calibrate(3 * delta, [delta] * 3), delta) <= 1e-9
+    assert relative(merge(base, [expert] * 3, "svc"), expert) <= 1e-9
+    apart = [torch.zeros_like(delta), torch.zeros_like(delta)]
+    apart[0][:15, :10], apart[1][15:, 10:] = delta[:15, :10], delta[15:, 10:]
+    assert relative(calibrate(apart[0] + apart[1], apart), apart[0] + apart[1]) <= 1e-9
+
+
+def test_an_answer_that_is_rounding_is_none() -> None:
+    # Expert 1 answers to expert 0's directions with 1e-17 of its size: divided by that, s would be 1e17 or so.
+    left, right = (torch.linalg.qr(randn(30, 30, seed=s, dtype=torch.float64)).Q for s in (1, 2))
+    values = torch.linspace(2, 1, 30, dtype=torch.float64)
+    first, second = values.clone(), values.flip(0) * 0.9
+    first[15:], second[:15] = 0, 0
+    deltas = [(left * s) @ right.mT for s in (first, second)]
+    assert relative(calibrate(deltas[0] + deltas[1], deltas), deltas[0] + deltas[1]) <= 1e-9
+    wide = [d[:, :20].mT.contiguous() @ left[:, :20] @ left[:, :20].mT for d in deltas]
+    assert bool(torch.isfinite(calibrate(wide[0], wide)).all())
+
+
+def test_invariants() -> None:
+    base, experts = experts_with_spectra(40, 30, 3, dtype=torch.float64)
+    found = merge(base, experts, "svc") - base
+    assert relative(merge(base, experts[::-1], "svc") - base, found) <= 1e-9
+    left, right = (torch.linalg.qr(randn(k, k, seed=k, dtype=torch.float64)).Q for k in (40, 30))
+    rotated = merge(left @ base @ right, [left @ e @ right for e in experts], "svc") - left @ base @ right
+    assert relative(rotated, left @ found @ right) <= 1e-8
+    tiny = merge(base, [base + 1e-4 * (e - base) for e in experts], "svc") - base
+    assert relative(tiny, 1e-4 * found) <= 1e-8
+    assert same_bits(merge(base, [base, base.clone()], "svc"), base)
+    # An expert that changed nothing has no answer to any direction: α, here 1, like one without interference.
+    assert torch.isfinite(merge(base, [base, *experts], "svc")).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_expert_gives_itself(dtype: torch.dtype) -> None:
+    base, (expert,) = experts_with_spectra(30, 20, 1, dtype=dtype)
+    assert relative(merge(base, [expert], "svc"), expert) <= 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_in_and_out_is_rounded_once(dtype: torch.dtype) -> None:
+    base, experts = experts_with_spectra(40, 30, 3, dtype=dtype)
+    whole = merge(base.float(), [e.float() for e in experts], "svc", out_dtype=torch.float64)
+    assert same_bits(merge(base, experts, "svc"), whole.to(dtype))
+    mixed = merge(base.float(), [experts[0], experts[1].double(), experts[2].float()], "svc", out_dtype=dtype)
+    assert mixed.dtype == dtype and same_bits(mixed, whole.to(dtype))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_takes_any_layout(layout: str) -> None:
+    base, *experts = laid_out(layout)
+    wanted = merge(base.contiguous(), [e.contiguous() for e in experts], "svc")
+    torch.testing.assert_close(merge(base, experts, "svc"), wanted)
+
+
+@pytest.mark.parametrize("shape", [(523, 301), (310, 401)], ids=str)
+def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None], shape: tuple[int, int]) -> None:
+    base, experts = experts_with_spectra(*shape, 2)
+    found = []
+    for threads in (1, 2, 3):
+        use_threads(threads)
+        found.append(merge(base, experts, "svc"))
+    assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
+
+
+def test_errors() -> None:
+    base, experts = experts_with_spectra(6, 5, 2)
+    with pytest.raises(ValueError, match=r"alpha: got 0.0, need a number above 0"):
+        merge(base, experts, "svc", alpha=0.0)
+    with pytest.raises(ValueError, match=r"alpha: got -1, need a number above 0"):
+        calibrate(base, experts, -1)
+    with pytest.raises(ValueError, match=r"deltas: got shapes \[\[5, 6\]\], need .*shape \[6, 5\]"):
+        calibrate(base, [experts[0].mT])
+    experts[1][2, 3] = torch.nan
+    with pytest.raises(NonFiniteError, match=r"experts\[1\]: got 1 NaN"):
+        merge(base, experts, "svc")
+    assert get("svc").workspace((64, 64), 3) < get("svc").workspace((4096, 4096), 3)

@@ -1,0 +1,268 @@
+"""symmetric_eigen: orthonormal eigenvectors with small residuals of every kind of spectrum, LAPACK's eigenvalues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import ISAS
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import generator, same_bits
+from torch import Tensor
+
+from resm_kernels import NonFiniteError, _extension
+from resm_kernels.ops import symmetric_eigen
+from resm_kernels.reference.symmetric_eigen import symmetric_eigen as reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EPS = 2.0**-52
+# The kernel works on tiles of 8, strips of 24 vectors, 32 shifts and 32 reflectors at a time.
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 23, 24, 25, 31, 33, 34, 35, 48, 49, 64, 66, 67, 100]
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
+
+
+def symmetric(n: int, seed: int = 0) -> Tensor:
+    x = normal(n, n, seed=seed)
+    return x + x.mT
+
+
+def with_values(values: Tensor, seed: int = 0) -> Tensor:
+    """A dense matrix of these eigenvalues, up to rounding."""
+    n = values.numel()
+    q = torch.linalg.qr(normal(n, n, seed=seed)).Q
+    return (q * values.double()) @ q.mT
+
+
+def gram(singular_values: Tensor, seed: int = 0) -> Tensor:
+    n = singular_values.numel()
+    q, p = torch.linalg.qr(normal(2 * n, n, seed=seed)).Q, torch.linalg.qr(normal(n, n, seed=seed + 1)).Q
+    x = (q * singular_values.double()) @ p.mT
+    return x.mT @ x
+
+
+def tridiagonal(diagonal: Tensor, off_diagonal: Tensor) -> Tensor:
+    off = off_diagonal.double().expand(diagonal.numel() - 1)
+    return torch.diag(diagonal.double()) + torch.diag(off, 1) + torch.diag(off, -1)
+
+
+def glued_wilkinson(glue: float, copies: int) -> Tensor:
+    """Pairs of eigenvalues that agree to rounding without a small element off the diagonal, in several copies."""
+    one = torch.arange(-10, 11).abs()
+    off = torch.cat([torch.cat([torch.ones(20).double(), torch.tensor([glue]).double()])] * copies)[:-1]
+    return tridiagonal(one.repeat(copies), off)
+
+
+def spectra(n: int) -> dict[str, Tensor]:
+    i = torch.arange(n, dtype=torch.float64)
+    ring = tridiagonal(2 * torch.ones(n), torch.tensor(-1.0))
+    ring[0, -1] = ring[-1, 0] = -1
+    return {
+        "zero": torch.zeros(n, n, dtype=torch.float64),
+        "identity": torch.eye(n, dtype=torch.float64),
+        "ones": torch.ones(n, n, dtype=torch.float64),
+        "diagonal": torch.diag(normal(n)),
+        "diagonal, repeated": torch.diag(i % 3),
+        "gram": gram(1 + i),
+        "gram, power decay": gram(1 / (1 + i)),
+        "gram, exponential decay": gram(torch.exp(-i / 5)),
+        "gram, rank deficient": gram((i < n // 5) * (1 + i)),
+        "gram, projection": gram(i < n // 5),
+        "gram of few rows": normal(n // 4, n).mT @ normal(n // 4, n),
+        "negative definite": -gram(1 + i),
+        "tiny": gram(1 / (1 + i)) * 1e-305,
+        "huge": gram(1 / (1 + i)) * 1e300,
+        "two values": with_values(i % 2 + 1),
+        "three values": with_values(i % 3 - 1),
+        "one value and one": with_values(torch.where(i == 0, 1, 1e-16)),
+        "cluster 1e-14": with_values(1 + 1e-14 * i / n),
+        "cluster 1e-6": with_values(1 + 1e-6 * i / n),
+        "pairs 1e-14": with_values((i // 2) / n + 1e-14 * i),
+        "pairs 1e-10": with_values((i // 2) / n + 1e-10 * i),
+        "tens 1e-12": with_values((i // 10) / n + 1e-12 * i),
+        "tens 1e-8": with_values((i // 10) / n + 1e-8 * i),
+        "geometric to 1e-16": with_values(10 ** (-16 * i / n)),
+        "geometric to 1e-300": with_values(10 ** (-300 * i / n)),
+        "low rank and identity": torch.eye(n, dtype=torch.float64) + normal(n, 5) @ normal(n, 5).mT,
+        "same blocks": torch.block_diag(*[symmetric(n // 5)] * 5),
+        "same blocks, spread": torch.kron(symmetric(10), torch.eye(n // 10, dtype=torch.float64)),
+        "rank one blocks": torch.kron(symmetric(10), torch.ones(n // 10, n // 10, dtype=torch.float64)),
+        "1-2-1": tridiagonal(2 * torch.ones(n), torch.tensor(1.0)),
+        "ring": ring,
+        "almost diagonal": tridiagonal(torch.ones(n), torch.tensor(1e-10)),
+        "clement": tridiagonal(torch.zeros(n), (i[1:] * (n - i[1:])).sqrt()),
+        "wilkinson": tridiagonal((i - n // 2).abs(), torch.tensor(1.0)),
+        "graded": (10 ** (-12 * i / n))[:, None] * symmetric(n) * 10 ** (-12 * i / n),
+        "graded upwards": ((10 ** (-12 * i / n))[:, None] * symmetric(n) * 10 ** (-12 * i / n)).flip(0, 1),
+        "smooth kernel": torch.exp(-((i[:, None] - i) ** 2) / 50),
+        "hilbert": 1 / (1 + i[:, None] + i),
+        **{f"glued wilkinson {glue:g}": glued_wilkinson(glue, n // 21) for glue in (1e-14, 1e-11, 1e-8, 1e-5)},
+    }
+
+
+def check(a: Tensor, k: int | None = None, *, may_fall_back: bool = False) -> None:
+    """Fail unless the op finds the k largest eigenpairs of a, by itself."""
+    n = a.shape[0]
+    found = symmetric_eigen(a, k)
+    count = n if k is None else k
+    assert found.values.shape == (count,) and found.vectors.shape == (n, count) and found.vectors.is_contiguous()
+    assert may_fall_back or not found.fallback
+    scale = a.abs().max().clamp(min=2.0**-1022)  # so that no norm overflows
+    whole = (a / scale).triu() + (a / scale).triu(1).mT
+    values, vectors = found.values / scale, found.vectors
+    exact = torch.linalg.eigvalsh(whole).flip(0)
+    norm = float(exact.abs().max()) if n else 0.0
+    assert bool((values.diff() <= 0).all())
+    assert _largest(vectors.mT @ vectors - torch.eye(count, dtype=torch.float64)) <= 1e-13
+    assert _largest(whole @ vectors - vectors * values) <= max(n, 10) * 2 * EPS * norm
+    assert _largest(values - exact[:count]) <= max(n, 10) * 2 * EPS * norm
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_every_size(n: int) -> None:
+    for k in sorted({0, 1, n // 3, n - 1, n}):
+        check(symmetric(n), k)
+        check(gram(torch.arange(n) + 1.0), k)
+
+
+@pytest.mark.parametrize("name", spectra(21))
+def test_every_kind_of_spectrum(name: str) -> None:
+    for n in (30, 63, 100):
+        a = spectra(n)[name]
+        check(a)
+        check(a, n // 3)
+        check(a, n // 2)
+
+
+@pytest.mark.parametrize("name", ["gram, power decay", "two values", "three values", "wilkinson", "tens 1e-12"])
+def test_every_kind_of_spectrum_in_more_strips(name: str) -> None:
+    a = spectra(300)[name]
+    check(a, may_fall_back=True)
+    check(a, 100, may_fall_back=True)
+
+
+@given(st.integers(1, 40), st.integers(0, 2**31), st.lists(st.floats(-1, 1), min_size=1, max_size=6))
+def test_any_repeated_values(n: int, seed: int, values: list[float]) -> None:
+    of = torch.tensor(values, dtype=torch.float64)[torch.randint(len(values), (n,), generator=generator(seed))]
+    check(with_values(of, seed), may_fall_back=True)
+
+
+def test_hand_computed_example() -> None:
+    found = symmetric_eigen(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=torch.float64))
+    assert (found.values - torch.tensor([3.0, 1.0])).abs().max() <= 1e-15
+    assert (found.vectors.abs() - 0.5**0.5).abs().max() <= 1e-15
+
+
+def test_only_the_upper_triangle_is_read() -> None:
+    a = symmetric(50)
+    spoilt = a.triu() + torch.full_like(a, float("nan")).tril(-1)
+    assert same_bits(symmetric_eigen(spoilt).vectors, symmetric_eigen(a).vectors)
+    assert same_bits(symmetric_eigen(a.mT, 7).vectors, symmetric_eigen(a, 7).vectors)  # not contiguous
+
+
+def test_fewer_are_the_first_of_more() -> None:
+    a = symmetric(60)
+    more, fewer = symmetric_eigen(a), symmetric_eigen(a, 20)
+    assert (more.values[:20] - fewer.values).abs().max() <= 1e-13
+    assert ((more.vectors[:, :20] * fewer.vectors).sum(0).abs() - 1).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str, use_isa: Callable[[str], None]) -> None:
+    use_isa(isa)
+    for n in (1, 2, 9, 33, 70):
+        check(symmetric(n))
+        check(symmetric(n), n // 3)
+    for name in ("gram, power decay", "two values", "wilkinson", "zero"):
+        check(spectra(70)[name])
+
+
+@pytest.fixture
+def use_isa() -> Iterator[Callable[[str], None]]:
+    native = _extension.native
+    assert native is not None
+    before = native.build_facts()["isa"]
+    yield native.use_isa
+    native.use_isa(before)
+
+
+def test_same_bits_for_any_number_of_threads(use_threads: Callable[[int], None]) -> None:
+    a = gram(torch.arange(310) + 1.0)
+    use_threads(1)
+    wanted = symmetric_eigen(a, 100)
+    for threads in (2, 3):
+        use_threads(threads)
+        found = symmetric_eigen(a, 100)
+        assert same_bits(found.values, wanted.values) and same_bits(found.vectors, wanted.vectors)
+    with ThreadPoolExecutor(3) as pool:  # side by side
+        for found in pool.map(lambda _: symmetric_eigen(a, 100), range(6)):
+            assert same_bits(found.vectors, wanted.vectors)
+
+
+def test_reference_agrees() -> None:
+    a = symmetric(40)
+    values, vectors, status = reference(a, 9)
+    found = symmetric_eigen(a, 9)
+    assert int(status) == 0 and (values - found.values).abs().max() <= 1e-13
+    assert ((vectors * found.vectors).sum(0).abs() - 1).abs().max() <= 1e-12
+
+
+@pytest.mark.skipif(_extension.native is None, reason="the native kernels are not built")
+def test_fallback_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    class GivesUp:
+        @staticmethod
+        def symmetric_eigen(*_: int) -> int:
+            return 1
+
+    a = symmetric(20)
+    monkeypatch.setattr(_extension, "native", GivesUp)
+    found = symmetric_eigen(a, 5)
+    assert found.fallback and same_bits(found.vectors, reference(a, 5)[1])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("n, i, j", [(1, 0, 0), (20, 3, 3), (20, 0, 19), (17, 2, 16)])
+def test_values_that_are_not_finite_are_refused(value: float, n: int, i: int, j: int) -> None:
+    a = symmetric(n)
+    a[i, j] = value
+    with pytest.raises(NonFiniteError, match=r"^a: got 1 NaN or infinite values, need finite ones"):
+        symmetric_eigen(a, 1)
+    assert int(reference(a, 1)[2]) == 2
+
+
+def test_wrong_arguments_are_named() -> None:
+    a = symmetric(4)
+    with pytest.raises(TypeError, match=r"^a: got list, need a tensor"):
+        symmetric_eigen(a.tolist())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^a: got a torch.strided tensor of torch.float32, need .* of torch.float64"):
+        symmetric_eigen(a.float())
+    with pytest.raises(ValueError, match=r"^a: got shape \[4, 3\], need a square matrix"):
+        symmetric_eigen(a[:, :3])
+    with pytest.raises(ValueError, match=r"^a: requires grad"):
+        symmetric_eigen(a.clone().requires_grad_())
+    for k in (-1, 5, 1.0, True):
+        with pytest.raises(ValueError, match=r"^k: got .*, need a whole number from 0 to 4"):
+            symmetric_eigen(a, k)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n, k", [(5, 3), (5, 5), (5, 0), (0, 0)])
+def test_operator_is_registered_soundly(n: int, k: int) -> None:
+    torch.library.opcheck(torch.ops.resm_kernels.symmetric_eigen.default, (symmetric(n), k))
+
+
+def test_operator_compiles_into_one_graph() -> None:
+    def trace(a: Tensor) -> Tensor:
+        return torch.ops.resm_kernels.symmetric_eigen(a, 4)[0].sum()
+
+    a = symmetric(9)
+    assert float(torch.compile(trace, fullgraph=True, backend="eager")(a)) == float(trace(a))
