@@ -7,7 +7,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo test lint bench wheel-smoke cuda gpu clean
+.PHONY: demo test lint bench bench-spectral wheel-smoke cuda gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,14 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/bench_checkpoint.py --json benchmarks/results/checkpoint.json
+
+# Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour or more.
+bench-spectral: $(VENV)/.test
+	$(BIN)/python benchmarks/bench_spectral_merge.py --check-layers all --json benchmarks/results/spectral_merge.json
+	$(BIN)/python benchmarks/bench_precision.py --json benchmarks/results/precision.json
+	$(BIN)/python benchmarks/bench_lora_extraction.py --json benchmarks/results/lora_extraction.json
+	$(BIN)/python benchmarks/bench_truncated_svd.py --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
+	$(BIN)/python benchmarks/bench_accuracy.py --json benchmarks/results/accuracy.json
 
 # A wheel, built in isolation (no torch there), in a fresh environment, away from the source tree.
 wheel-smoke: $(BIN)/python

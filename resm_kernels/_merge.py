@@ -25,7 +25,7 @@ def merge(
     Args:
         base: θ₀, the tensor all experts were fine-tuned from; None for methods that average models.
         experts: θ_1 … θ_T of base's shape and device; bf16, fp16, fp32 or float64, mixed at will.
-        method: A name from `resm_kernels.methods.names()`: resm, tsvm, task_arithmetic, linear, ties.
+        method: A name from `resm_kernels.methods.names()`, such as resm, tsvm or ties.
         out_dtype: The result's dtype; base's by default.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
             `lambda_`. Per-expert ones take one value for all or a sequence.

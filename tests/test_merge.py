@@ -16,13 +16,13 @@ from resm_kernels.methods import REQUIRED, Method, Parameter, get, names
 
 
 def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
-    assert names() == ("linear", "resm", "task_arithmetic", "ties", "tsvm")
+    assert {"linear", "resm", "task_arithmetic", "ties", "tsvm"} < set(names()) and list(names()) == sorted(names())
     for name in names():
         method = get(name)
         assert isinstance(method, Method) and method.name == name
         assert method.title and method.reference.startswith("https://")
         assert method.needs_base == (name != "linear")
-    with pytest.raises(ValueError, match=r"unknown merge method 'tie', did you mean 'ties'\?; known: linear, resm"):
+    with pytest.raises(ValueError, match=r"unknown merge method 'tie', did you mean 'ties'\?; known: dc_merge, iso_c"):
         get("tie")
     with pytest.raises(ValueError, match=r"unknown merge method 'xyz'; known"):
         merge(torch.zeros(2), [torch.zeros(2)], "xyz")

@@ -3,7 +3,7 @@
 // They work on blocks of at most kBlock elements that are first converted to the compute type C (float, or double if
 // any input is double) in scratch that stays in the first-level cache. Results do not depend on the instruction set:
 // sums run over fixed lanes, and multiplications are fused with additions only where that changes no rounding. Products
-// with Δ alone are fused wherever there is an instruction for it; their results depend on that (gemm.simd.h).
+// with Δ and symmetric_eigen alone are fused wherever there is an instruction for it; their results depend on that.
 #pragma once
 
 #include <cstddef>

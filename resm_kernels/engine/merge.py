@@ -68,8 +68,7 @@ def merge_checkpoints(
     """Merge model folders as the recipe says and write the result to the folder `out`.
 
     The output appears under its name only when it is complete; whatever goes wrong before, nothing is left. The result
-    depends on the recipe and the models alone: not on shard sizes, memory limit or threads (but for the spectral
-    methods, whose matrix products round differently on another number of threads).
+    depends on the recipe and the models alone: not on shard sizes, memory limit or threads.
 
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.

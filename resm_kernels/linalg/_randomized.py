@@ -70,6 +70,8 @@ def randomized_list(
     Returns None for a matrix that does not come within `accuracy` (relative residual) in `MOST_ITERATIONS`; with
     `power_iterations` given, exactly as many are made and whatever comes out is returned.
     """
+    if not matrices:
+        return []
     m, n = matrices[0].shape
     extra = [oversampling_for(k) if oversampling is None else oversampling for k in ranks]
     columns = [min(k + p, n) for k, p in zip(ranks, extra, strict=True)]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resm_kernels.linalg._products import gram, matmul
 from resm_kernels.linalg._threads import run
+from resm_kernels.ops._library import NonFiniteError
 
 _WEAKEST = 1e-7
 """A Cholesky factor whose smallest diagonal element is less than this share of its largest is mostly rounding."""
@@ -46,7 +47,8 @@ def orthonormalize(x: Tensor, passes: int = 2) -> Orthonormalized:
         Orthonormalized(q, r, fallback), in x's dtype.
 
     Raises:
-        ValueError: x is not a matrix, has more columns than rows, or another dtype.
+        ValueError: x is not a matrix, has more columns than rows, or another dtype; passes below 1.
+        NonFiniteError: NaN or infinite values, with which every Cholesky factorisation fails.
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
@@ -54,6 +56,8 @@ def orthonormalize(x: Tensor, passes: int = 2) -> Orthonormalized:
         raise ValueError(f"x: got shape {list(x.shape)}, need (m, c) with c ≤ m")
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"x: got dtype {x.dtype}, need float32 or float64")
+    if passes < 1:
+        raise ValueError(f"passes: got {passes}, need at least 1")
     if x.shape[1] == 0:
         return Orthonormalized(x, x.new_zeros(0, 0), False)
     q, r = x, torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
@@ -94,5 +98,8 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _householder(x: Tensor) -> Orthonormalized:
+    missing = x.numel() - int(torch.isfinite(x).sum())
+    if missing:
+        raise NonFiniteError("x", None, missing)
     q, r = run([lambda: torch.linalg.qr(x)], x.device)[0]
     return Orthonormalized(q, r, True)

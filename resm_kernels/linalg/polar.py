@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram, gram_list, matmul, matmul_list
+from resm_kernels.ops._library import NonFiniteError
 
 RANK_TOLERANCE = 1e-6
 """Singular values at most this times the largest count as zero.
@@ -50,6 +51,7 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
 
     Raises:
         ValueError: x is not a matrix, or an unknown method.
+        NonFiniteError: NaN or infinite values.
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
@@ -61,6 +63,8 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
         method = "gram" if x.device.type == "cpu" else "polar_express"
     if x.numel() == 0:
         return x.double()
+    if not math.isfinite(frobenius_norm(x)):
+        raise NonFiniteError("x", None, x.numel() - int(torch.isfinite(x).sum()))
     if method == "polar_express":
         return _polar_express(x.double())
     factors = polar_factors([x.double()])[0]
@@ -81,11 +85,11 @@ def polar_factors(matrices: Sequence[Tensor], accuracy: float = 0.0) -> list[Pol
     found: list[PolarFactors | None] = [None] * len(matrices)
     if accuracy > 0:
         quick = [i for i, x in enumerate(matrices) if x.dtype == torch.float32]
-        solved = eigh_list(gram_list([matrices[i] for i in quick], dtype=None))
-        for i, (values, vectors) in zip(quick, solved, strict=True):
-            # Rounding errors of a Gram matrix of c unit columns lie near √c·u; a direction of eigenvalue v moves by
-            # that over v.
-            noise = 4 * len(values) ** 0.5 * torch.finfo(torch.float32).eps
+        grams = gram_list([matrices[i] for i in quick], dtype=None)
+        for i, g, (values, vectors) in zip(quick, grams, eigh_list(grams), strict=True):
+            # Rounding errors of a Gram matrix of c columns lie near √c·u times the largest column's square; a
+            # direction of eigenvalue v moves by that over v.
+            noise = 4 * len(values) ** 0.5 * torch.finfo(torch.float32).eps * float(g.diagonal().amax())
             if float(values[0]) * accuracy > noise:
                 basis = matmul(matrices[i], vectors * values.rsqrt())
                 found[i] = PolarFactors(basis, vectors)

@@ -23,6 +23,8 @@ from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.ops._library import NonFiniteError
 
 DECOMPOSITIONS = ("auto", "gram", "exact", "randomized")
+_SINGLE = (1e-35, 1e38)
+"""Norms whose digits fp32 holds."""
 Rank = int | Callable[[Tensor], int]
 """A rank, or a function from all singular values (float64, descending) to one."""
 
@@ -89,7 +91,7 @@ def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     if values.numel() == 0:
         return product, product.new_zeros(0, 0)
     # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Within 1e-10 scaling them is all it takes.
-    if float(values[-1] / values[0]) ** 2 > 1e6 * torch.finfo(torch.float64).eps:
+    if float(values[-1] / values[0]) ** 2 > 1e10 * torch.finfo(torch.float64).eps:
         return product / values, values.diag()
     found = orthonormalize(product / values)
     return found.q, found.r * values
@@ -107,16 +109,28 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
     Returns:
         Decomposition with r = min(m, n) singular values.
 
+    Raises:
+        ValueError: `matrix` is no matrix, or an unknown method.
+        NonFiniteError: NaN or infinite values.
+
     Determinism: the same bits for the same input, whatever the number of threads.
     """
-    return decompose_list([matrix], method)[0]
+    if matrix.ndim != 2:
+        raise ValueError(f"matrix: got {matrix.ndim} dimensions, need 2")
+    _finite_norm(matrix, "matrix", 0)
+    return _decompose_list([matrix], method)[0]
 
 
 def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Decomposition]:
     """`decompose` of several matrices side by side, which fills the threads that one eigenproblem leaves idle."""
-    for matrix in matrices:
+    for i, matrix in enumerate(matrices):
         if matrix.ndim != 2:
-            raise ValueError(f"matrix: got {matrix.ndim} dimensions, need 2")
+            raise ValueError(f"matrices[{i}]: got {matrix.ndim} dimensions, need 2")
+        _finite_norm(matrix, f"matrices[{i}]", i)
+    return _decompose_list(matrices, method)
+
+
+def _decompose_list(matrices: Sequence[Tensor], method: str) -> list[Decomposition]:
     if method == "exact":
         return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":
@@ -206,19 +220,24 @@ def subspaces(
 
     Determinism: the same bits for the same input and seed, whatever the number of threads.
     """
-    _check(matrices, ranks, method, accuracy)
+    _check(matrices, ranks, method)
+    _check_effort(accuracy, oversampling, power_iterations)
     if not matrices:
         return []
-    norms = [_finite_norm(a, i) for i, a in enumerate(matrices)]
+    norms = [_finite_norm(a, f"matrices[{i}]", i) for i, a in enumerate(matrices)]
     m, n = matrices[0].shape
     numbers = [min(k, m, n) for k in ranks if isinstance(k, int)]
     chosen, reason = method, "asked for"
     if method == "auto":
         chosen, reason = _choose(m, n, numbers, len(ranks), accuracy, oversampling, power_iterations)
+    if chosen == "randomized" and not all(norm == 0 or _SINGLE[0] <= norm <= _SINGLE[1] for norm in norms):
+        if method == "randomized":
+            raise ValueError("matrices: got norms that results in fp32 cannot hold, need method 'auto', 'gram' or 'exact'")
+        chosen, reason = "gram", "beyond the range of fp32"
     if chosen != "randomized":
         return [
             replace(_truncated(d, k), reason=reason)
-            for d, k in zip(decompose_list(matrices, chosen), ranks, strict=True)
+            for d, k in zip(_decompose_list(matrices, chosen), ranks, strict=True)
         ]
     found = _randomized(
         matrices,
@@ -237,12 +256,12 @@ def subspaces(
             "a larger one, or method 'auto' or 'gram'"
         )
     reason = f"randomized was not within {accuracy:g} after {MOST_ITERATIONS} power iterations"
-    for i, d in zip(missed, decompose_list([matrices[i] for i in missed]), strict=True):
+    for i, d in zip(missed, _decompose_list([matrices[i] for i in missed], "gram"), strict=True):
         found[i] = replace(d.truncate(numbers[i]), reason=reason)
     return [s for s in found if s is not None]
 
 
-def _check(matrices: Sequence[Tensor], ranks: Sequence[Rank], method: str, accuracy: float) -> None:
+def _check(matrices: Sequence[Tensor], ranks: Sequence[Rank], method: str) -> None:
     for i, a in enumerate(matrices):
         if a.ndim != 2:
             raise ValueError(f"matrices[{i}]: got {a.ndim} dimensions, need 2")
@@ -259,17 +278,23 @@ def _check(matrices: Sequence[Tensor], ranks: Sequence[Rank], method: str, accur
     for i, k in enumerate(ranks):
         if isinstance(k, int) and k < 0:
             raise ValueError(f"ranks[{i}]: got {k}, need a number of at least 0")
-    if not accuracy >= 0:
-        raise ValueError(f"accuracy: got {accuracy!r}, need a number of at least 0")
 
 
-def _finite_norm(matrix: Tensor, i: int) -> float:
+def _check_effort(accuracy: float, oversampling: int | None, power_iterations: int | None) -> None:
+    if not 0 <= accuracy < math.inf:
+        raise ValueError(f"accuracy: got {accuracy!r}, need a finite number of at least 0")
+    for name, value in (("oversampling", oversampling), ("power_iterations", power_iterations)):
+        if value is not None and value < 0:
+            raise ValueError(f"{name}: got {value}, need None or a number of at least 0")
+
+
+def _finite_norm(matrix: Tensor, name: str, i: int) -> float:
     norm = frobenius_norm(matrix)
     if not math.isfinite(norm):
         count = matrix.numel() - int(torch.isfinite(matrix).sum())
         if count:
-            raise NonFiniteError(f"matrices[{i}]", i, count)
-        raise ValueError(f"matrices[{i}]: values so large that their squares overflow float64")
+            raise NonFiniteError(name, i, count)
+        raise ValueError(f"{name}: values so large that their squares overflow float64")
     return norm
 
 
@@ -283,6 +308,8 @@ def _choose(
     power_iterations: int | None,
 ) -> tuple[str, str]:
     """The cheaper route, and why."""
+    if min(m, n) == 0:
+        return "gram", "the matrix is empty"
     if len(numbers) < count:
         return "gram", "the rank rule needs all singular values"
     if accuracy < SMALLEST_ACCURACY and power_iterations is None:

@@ -13,9 +13,12 @@ from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.spectrum import energy_rank
 from resm_kernels.linalg.subspace import Subspace, subspace, subspaces
-from resm_kernels.ops._library import check_group
+from resm_kernels.ops._library import NonFiniteError, check_group
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.reference._delta import compute_dtype
+
+_SMALLEST_LOSS = 1e-5
+"""Share of the energy to be left out below which sums of fp32 squares cannot tell how many directions it takes."""
 
 
 class TruncatedSVD(NamedTuple):
@@ -89,12 +92,17 @@ def truncated_svd(
         "power_iterations": power_iterations,
         "seed": seed,
     }
-    if delta.ndim == 2:
-        s = subspace(delta, rank, **choices) if rank is not None else _by_energy(delta, keep, **choices)  # type: ignore[arg-type]
-        return _diagonalized(s)
-    if rank is None:
+    if delta.ndim == 3 and rank is None:
         raise ValueError("rank: missing; a batch needs one for all, as energy and tol give every matrix its own")
-    found = [_diagonalized(s) for s in subspaces(list(delta), [rank] * len(delta), **choices)]  # type: ignore[arg-type]
+    try:
+        if rank is None:
+            return _diagonalized(_by_energy(delta, keep, **choices))  # type: ignore[arg-type]
+        matrices = [delta] if delta.ndim == 2 else list(delta)
+        found = [_diagonalized(s) for s in subspaces(matrices, [rank] * len(matrices), **choices)]  # type: ignore[arg-type]
+    except NonFiniteError as e:
+        raise NonFiniteError("matrix" if delta.ndim == 2 else f"matrix[{e.index}]", e.index, e.count) from None
+    if delta.ndim == 2:
+        return found[0]
     k = min(rank, *delta.shape[-2:])
     return TruncatedSVD(
         torch.stack([_widened(f.left, k) for f in found]),
@@ -116,7 +124,7 @@ def svd_lowrank(
 
     Args:
         A: (…, m, n), fp32 or float64.
-        q: How many singular values; 6 by default as there.
+        q: How many singular values; 6 by default, and more than min(m, n) counts as that, as there.
         niter: Power iterations; 2 by default as there.
         M: Subtracted from A, of A's shape or to be broadcast to it.
 
@@ -126,15 +134,21 @@ def svd_lowrank(
 
     Determinism: the same bits for the same input, whatever the number of threads and torch's random state.
     """
-    delta = A if M is None else A - M
+    check_group(None, [A], names=["A"])
+    if A.ndim < 2 or A.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"A: got {A.dtype} of shape {list(A.shape)}, need float32 or float64 (…, m, n)")
+    delta = A if M is None else A - M.broadcast_to(A.shape)
     m, n = delta.shape[-2:]
-    q = min(6, m, n) if q is None else q
-    if not 0 <= q <= min(m, n):
-        raise ValueError(f"q: got {q}, need a number from 0 to min(m, n) = {min(m, n)}")
+    q = 6 if q is None else q
+    if q < 0:
+        raise ValueError(f"q: got {q}, need a number of at least 0")
     if niter is not None and niter < 0:
         raise ValueError(f"niter: got {niter}, need a number of at least 0")
     flat = delta.reshape(-1, m, n)
-    found = truncated_svd(flat, rank=q, method="randomized", power_iterations=2 if niter is None else niter)
+    try:
+        found = truncated_svd(flat, rank=q, method="randomized", power_iterations=2 if niter is None else niter)
+    except NonFiniteError as e:
+        raise NonFiniteError("A" if M is None else "A − M", e.index, e.count) from None
     batch = delta.shape[:-2]
     parts = (found.left, found.singular_values, found.right)
     u, s, v = (part.reshape(*batch, *part.shape[1:]).to(A.dtype) for part in parts)
@@ -146,7 +160,7 @@ def _how_many(rank: int | None, energy: float | None, tol: float | None) -> floa
     given = [name for name, value in (("rank", rank), ("energy", energy), ("tol", tol)) if value is not None]
     if len(given) != 1:
         raise ValueError(f"got {' and '.join(given) or 'none of them'}, need exactly one of rank, energy and tol")
-    if rank is not None and (isinstance(rank, bool) or int(rank) != rank or rank < 0):
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ValueError(f"rank: got {rank!r}, need a whole number of at least 0")
     for name, value in (("energy", energy), ("tol", tol)):
         if value is not None and not 0 <= value <= 1:
@@ -158,27 +172,34 @@ def _difference(matrix: Tensor, expert: Tensor | None) -> Tensor:
     if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3):
         got = f"{matrix.ndim} dimensions" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"matrix: got {got}, need a tensor of 2, or 3 with a batch's")
+    if matrix.ndim == 3 and len(matrix) == 0:
+        raise ValueError("matrix: got a batch of none, need at least one matrix")
     if expert is None:
-        check_group(None, [matrix])
+        check_group(None, [matrix], names=["matrix"])
         return matrix.to(compute_dtype(matrix))
-    check_group(matrix, [expert])
+    names = ("expert", "matrix")
+    check_group(None, [expert, matrix], names=names)
     # One fused pass; sums of ±1 times the values are exact where a subtraction is.
-    return aggregate(None, [expert, matrix], [1.0, -1.0], out_dtype=compute_dtype(matrix, expert))
+    try:
+        return aggregate(None, [expert, matrix], [1.0, -1.0], out_dtype=compute_dtype(matrix, expert))
+    except NonFiniteError as e:
+        raise NonFiniteError(names[e.index or 0], e.index, e.count) from None
 
 
 def _by_energy(delta: Tensor, share: float, *, method: str, **choices: object) -> Subspace:
     """The smallest rank that keeps the share: sketches of doubling rank while they are cheap, else all values."""
-    least = min(delta.shape)
+    least, norm = min(delta.shape), frobenius_norm(delta)
     rank = 32
-    while method == "randomized" or (method == "auto" and float(choices["accuracy"]) > 0 and 8 * rank <= least):  # type: ignore[arg-type]
+    quick = method == "auto" and float(choices["accuracy"]) > 0 and 1 - share > _SMALLEST_LOSS  # type: ignore[arg-type]
+    while method == "randomized" or (quick and 8 * rank <= least):
         rank = min(rank, least)
         s = _sorted(subspace(delta, rank, method=method, **choices))  # type: ignore[arg-type]
-        kept = s.core.diagonal().double().square().cumsum(0) / max(frobenius_norm(delta) ** 2, 1e-300)
-        enough = int((kept < share).sum()) + 1
+        kept = s.core.diagonal().double().square().cumsum(0) / max(norm**2, 1e-300)
+        enough = int((kept < share).sum()) + 1 if share > 0 else 0
         if enough <= len(kept) or rank == least:
             k = min(enough, len(kept))
-            lost = 1 - float(kept[k - 1]) if k else s.error**2
-            error = max(s.error, math.sqrt(max(lost, 0.0) + 2e-6))
+            lost = 1 - float(kept[k - 1]) if k else 1.0
+            error = max(s.error, math.sqrt(max(lost, 0.0) + 2e-6)) if norm > 0 else 0.0
             core = s.core[:k, :k]
             return Subspace(s.left[:, :k], core, s.right[:, :k], error, s.method, s.reason)
         rank *= 2

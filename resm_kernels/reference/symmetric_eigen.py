@@ -9,7 +9,7 @@ from torch import Tensor
 def symmetric_eigen(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `resm_kernels.ops.symmetric_eigen`: LAPACK's (or cuSOLVER's) eigenvectors of the whole matrix.
 
-    Returns values (k,), vectors (n, k), and the status: 0, or 2 where the upper triangle has a value that is not finite.
+    Returns values (k,), vectors (n, k), and the status: 0, or 2 where the upper triangle is not finite.
     """
     upper = a.triu()
     finite = torch.isfinite(upper).all()
