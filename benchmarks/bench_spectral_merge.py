@@ -73,7 +73,7 @@ REGIONS: Final = {
 LEAVES: Final = {
     "gram": "linalg._products:gram_list",
     "products": "linalg._products:matmul_list",
-    "eigh": "linalg._products:eigh_list",
+    "eigh": "linalg._products:eigen_list",
     "orthonormalise": "linalg.orthonormalize:orthonormalize",
     "sketch": "ops.sketch:sketch",
 }

@@ -159,7 +159,7 @@ def extract_lora(
         float | None, typer.Option("--energy", help="Or the smallest rank that keeps this share of ‖Δ‖², such as 0.9.")
     ] = None,
     max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None,
-    accuracy: Annotated[float, typer.Option("--accuracy", help="How far above the best error to accept.")] = 1e-2,
+    accuracy: Annotated[float, typer.Option("--accuracy", help="How far above the best error to accept.")] = 5e-2,
     target: Annotated[
         list[str] | None,
         typer.Option("--target", help="Module to decompose, such as q_proj; repeatable. Default: all linear ones."),

@@ -1,23 +1,33 @@
-"""The orthonormal polar factor.
+"""The orthonormal polar factor, by an eigenproblem and by an iteration of matrix products alone.
 
 Tolerances: the inverse root comes from an eigendecomposition of xᵀx, whose error is about 1e-16·cond(x)² times a
-modest power of the size: `EXACT` for the well-conditioned matrices here, `1e-15·c·cond²` where a condition is set.
+modest power of the size: `EXACT` for the well-conditioned matrices here, `1e-15·c·cond²` where a condition is set. The
+iteration multiplies what it has rounded by cond(x) at most: `1e-15·c·cond`.
 """
 
 from __future__ import annotations
+
+import itertools
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import orthonormal, power_law, randn, with_spectrum
+from inputs import orthonormal, power_law, randn, same_bits, with_spectrum
 from torch import Tensor
 
-from resm_kernels.linalg import polar
+from resm_kernels.linalg import polar, polar_factors
+from resm_kernels.linalg.polar import RANK_TOLERANCE, quintics
+from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXACT = 1e-12
+SINGLE = 2.0**-24
+
+METHODS = ("gram", "polar_express")
+both = pytest.mark.parametrize("method", METHODS)
 
 
 def by_svd(x: Tensor) -> Tensor:
@@ -33,13 +43,14 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) if a.numel() else 0.0
 
 
+@both
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (7, 7), (40, 13), (65, 64)], ids=str)
-@pytest.mark.parametrize("cond", [1.0, 10.0, 1e4])
-def test_is_the_svd_polar_factor(shape: tuple[int, int], cond: float) -> None:
+@pytest.mark.parametrize("cond", [1.0, 10.0, 1e4, 5e5])
+def test_is_the_svd_polar_factor(method: str, shape: tuple[int, int], cond: float) -> None:
     x = conditioned(*shape, cond, seed=3)
-    found = polar(x)
+    found = polar(x, method)
     assert found.dtype == torch.float64
-    bound = EXACT + 1e-15 * shape[1] * cond**2
+    bound = EXACT + 1e-15 * shape[1] * cond ** (2 if method == "gram" else 1)
     assert distance(found, by_svd(x)) <= bound
     assert distance(found.mT @ found, torch.eye(shape[1]).double()) <= bound
 
@@ -48,69 +59,208 @@ def test_is_the_svd_polar_factor(shape: tuple[int, int], cond: float) -> None:
 def test_no_orthonormal_matrix_is_nearer(m: int, seed: int, data: st.DataObject) -> None:
     c = data.draw(st.integers(1, m))
     x = randn(m, c, seed=seed, dtype=torch.float64)
-    assert (x - polar(x)).norm() <= (x - orthonormal(m, c, seed + 1)).norm() + EXACT
+    least = (x - orthonormal(m, c, seed + 1)).norm() + EXACT
+    assert all((x - polar(x, method)).norm() <= least for method in METHODS)
 
 
-@given(seed=st.integers(0, 1000))
-def test_commutes_with_orthogonal_matrices_on_either_side(seed: int) -> None:
+@given(seed=st.integers(0, 1000), method=st.sampled_from(METHODS))
+def test_commutes_with_orthogonal_matrices_on_either_side(seed: int, method: str) -> None:
     x = conditioned(30, 12, 30.0, seed)
     left, right = orthonormal(30, 30, seed + 5), orthonormal(12, 12, seed + 6)
-    assert distance(polar(x @ right), polar(x) @ right) <= EXACT
-    assert distance(polar(left @ x), left @ polar(x)) <= EXACT
+    assert distance(polar(x @ right, method), polar(x, method) @ right) <= EXACT
+    assert distance(polar(left @ x, method), left @ polar(x, method)) <= EXACT
 
 
+@both
 @pytest.mark.parametrize("scale", [1e-30, 1e-6, 1e6, 1e30])
-def test_ignores_scale(scale: float) -> None:
+def test_ignores_scale(method: str, scale: float) -> None:
     x = conditioned(20, 8, 10.0, 0)
-    assert distance(polar(x * scale), polar(x)) <= EXACT
+    assert distance(polar(x * scale, method), polar(x, method)) <= EXACT
 
 
+@both
 @pytest.mark.parametrize("copies", [2, 3, 5])
-def test_copies_of_one_basis_share_its_directions(copies: int) -> None:
+def test_copies_of_one_basis_share_its_directions(method: str, copies: int) -> None:
     q = orthonormal(40, 6, 1)
-    found = polar(torch.cat([q] * copies, 1))
-    assert distance(found, torch.cat([q] * copies, 1) / copies**0.5) <= EXACT
+    found = polar(torch.cat([q] * copies, 1), method)
+    # The iteration blows rounding of 1e-16 up to 1/RANK_TOLERANCE times its size.
+    bound = EXACT if method == "gram" else 1e-15 / RANK_TOLERANCE
+    assert distance(found, torch.cat([q] * copies, 1) / copies**0.5) <= bound
 
 
-def test_without_full_rank_it_is_the_partial_isometry_of_the_range() -> None:
+@both
+def test_without_full_rank_it_is_the_partial_isometry_of_the_range(method: str) -> None:
     x = with_spectrum(30, 12, power_law(5, 1.0), 2)
-    found = polar(x)
+    found = polar(x, method)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    assert distance(found @ found.mT, u[:, :5] @ u[:, :5].mT) <= 1e-10
-    assert distance(found.mT @ found, vh[:5].mT @ vh[:5]) <= 1e-10
+    bound = 1e-10 if method == "gram" else 1e-15 * 12 / RANK_TOLERANCE
+    assert distance(found @ found.mT, u[:, :5] @ u[:, :5].mT) <= bound
+    assert distance(found.mT @ found, vh[:5].mT @ vh[:5]) <= bound
     # x = P·H with H symmetric and positive semidefinite.
     h = found.mT @ x
-    assert distance(h, h.mT) <= 1e-10 and float(torch.linalg.eigvalsh(h).min()) >= -1e-10
-    assert distance(found @ h, x) <= 1e-10
+    assert distance(h, h.mT) <= bound and float(torch.linalg.eigvalsh(h).min()) >= -bound
+    assert distance(found @ h, x) <= bound
 
 
-def test_more_columns_than_rows_is_a_partial_isometry_too() -> None:
-    found = polar(randn(5, 9, seed=0, dtype=torch.float64))
-    assert distance(found @ found.mT, torch.eye(5).double()) <= EXACT
+@both
+def test_more_columns_than_rows_is_a_partial_isometry_too(method: str) -> None:
+    found = polar(randn(5, 9, seed=0, dtype=torch.float64), method)
+    assert distance(found @ found.mT, torch.eye(5).double()) <= (EXACT if method == "gram" else 1e-8)
 
 
 def test_nearly_parallel_directions_count_as_one_below_the_tolerance_and_as_two_above() -> None:
     q = orthonormal(20, 2, 4)
 
-    def pair(angle: float) -> Tensor:
-        return torch.stack([q[:, 0], q[:, 0] + angle * q[:, 1]], 1)
+    def lengths(angle: float, method: str) -> list[float]:
+        pair = torch.stack([q[:, 0], q[:, 0] + angle * q[:, 1]], 1)
+        return torch.linalg.svdvals(polar(pair, method)).tolist()
 
-    assert int(torch.linalg.matrix_rank(polar(pair(1e-8)))) == 1
-    assert int(torch.linalg.matrix_rank(polar(pair(1e-4)))) == 2
+    assert lengths(1e-8, "gram") == pytest.approx([1.0, 0.0], abs=1e-9)
+    for method in METHODS:
+        assert lengths(1e-4, method) == pytest.approx([1.0, 1.0], abs=1e-7)
+    # The iteration leaves what is below the tolerance in between.
+    longest, shortest = lengths(1e-8, "polar_express")
+    assert longest == pytest.approx(1.0, abs=EXACT) and 0 <= shortest < 1
 
 
-def test_nothing_and_zero() -> None:
-    assert polar(torch.zeros(5, 0)).shape == (5, 0)
-    assert polar(torch.zeros(0, 0)).shape == (0, 0)
-    assert torch.equal(polar(torch.zeros(5, 3)), torch.zeros(5, 3).double())
+@both
+def test_nothing_and_zero(method: str) -> None:
+    assert polar(torch.zeros(5, 0), method).shape == (5, 0)
+    assert polar(torch.zeros(0, 0), method).shape == (0, 0)
+    assert torch.equal(polar(torch.zeros(5, 3), method), torch.zeros(5, 3).double())
 
 
-def test_same_bits_twice_and_input_untouched() -> None:
+@both
+def test_same_bits_twice_and_input_untouched(method: str) -> None:
     x = randn(50, 20, seed=0)
     before = x.clone()
-    assert torch.equal(polar(x), polar(x)) and torch.equal(x, before)
+    assert torch.equal(polar(x, method), polar(x, method)) and torch.equal(x, before)
 
 
-def test_wrong_number_of_dimensions_is_refused_by_name() -> None:
+def test_the_processor_takes_eigenproblems_unless_asked_otherwise() -> None:
+    x = randn(50, 20, seed=0)
+    assert same_bits(polar(x), polar(x, "gram")) and not torch.equal(polar(x), polar(x, "polar_express"))
+
+
+def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(ValueError, match="x: got 1 dimensions, need 2"):
         polar(torch.zeros(3))
+    with pytest.raises(ValueError, match="method: got 'svd', need one of auto, gram, polar_express"):
+        polar(torch.zeros(3, 2), "svd")
+    for method in ("auto", *METHODS):
+        for bad in (math.nan, math.inf):
+            with pytest.raises(NonFiniteError, match="x: got 6 NaN or infinite values"):
+                polar(torch.full((3, 2), bad), method)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("accuracy", [0.0, 1e-7, 1e-4, 1e-2])
+@pytest.mark.parametrize("scale", [2.0**-60, 1.0, 2.0**60])
+def test_factors_are_as_accurate_as_asked_for(dtype: torch.dtype, accuracy: float, scale: float) -> None:
+    # Conditions on either side of where fp32 suffices.
+    conditions = [1.0, 10.0, 1e3, 1e5]
+    matrices = [(conditioned(60, 24, c, seed=4) * scale).to(dtype) for c in conditions]
+    kinds = set()
+    for x, condition, found in zip(matrices, conditions, polar_factors(matrices, accuracy), strict=True):
+        assert found.basis.shape == (60, 24) and found.rotation.shape == (24, 24)
+        kinds.add(found.basis.dtype)
+        rotation = found.rotation
+        assert distance(rotation.mT @ rotation, torch.eye(24).double()) <= EXACT
+        exact = polar(x, "polar_express")
+        bound = EXACT + 1e-15 * 24 * condition**2
+        if found.basis.dtype == torch.float32:
+            # Direction by direction, the columns in the rotation's frame.
+            assert accuracy > 0 and dtype == torch.float32
+            moved = (found.basis.double() - exact @ rotation).norm(dim=0)
+            assert float(moved.max()) <= accuracy + bound
+        else:
+            assert distance(found.basis @ rotation.mT, exact) <= bound
+    # √24 units of fp32, 6e-7, are what it rounds where the condition is 1, and 0.06 where that is 1e5.
+    some_quick = dtype == torch.float32 and accuracy >= 1e-4
+    assert kinds == ({torch.float32, torch.float64} if some_quick else {torch.float64})
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1e-2])
+def test_factors_of_several_are_what_each_has_alone_bit_for_bit(accuracy: float) -> None:
+    matrices = [conditioned(50, 18, 10.0, 1).float(), conditioned(50, 18, 1e5, 2).float(), randn(40, 7, seed=3)]
+    for x, found in zip(matrices, polar_factors(matrices, accuracy), strict=True):
+        alone = polar_factors([x], accuracy)[0]
+        assert same_bits(found.basis, alone.basis) and same_bits(found.rotation, alone.rotation)
+    assert polar_factors([], accuracy) == []
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1e-2])
+def test_factors_leave_out_the_null_space(accuracy: float) -> None:
+    q = orthonormal(40, 6, 1)
+    found = polar_factors([torch.cat([q, q], 1).float(), torch.zeros(9, 3)], accuracy)
+    lengths = found[0].basis.double().norm(dim=0).sort().values
+    # fp32 has rounded q: the second copy is the first's, exactly.
+    assert not lengths[:6].any() and distance(lengths[6:], torch.ones(6).double()) <= 24 * SINGLE
+    assert not found[1].basis.any()
+
+
+def errors_of(coefficients: tuple[float, float, float], points: Tensor) -> Tensor:
+    a, b, c = coefficients
+    return 1 - (a * points + b * points**3 + c * points**5)
+
+
+def intervals(lowest: float) -> list[tuple[tuple[float, float, float], float, float]]:
+    """The steps, each with the interval it starts from."""
+    found, low, high = [], lowest, 1.0
+    for step in quintics(lowest):
+        found.append((step, low, high))
+        low = 1 - float(errors_of(step, torch.tensor(low, dtype=torch.float64)))
+        high = 2 - low
+    return found
+
+
+@pytest.mark.parametrize("lowest", [RANK_TOLERANCE, 1e-4, 1e-2, 0.3, 0.9])
+def test_every_step_is_the_best_odd_quintic_for_its_interval(lowest: float) -> None:
+    for step, low, high in intervals(lowest):
+        if 1 - low / high < 1e-3:  # Newton–Schulz's, and intervals on which float64 cannot tell
+            continue
+        found = float(errors_of(step, torch.linspace(low, high, 20001, dtype=torch.float64)).abs().max())
+        # Brute force: on a set of points the smallest maximal error of functions of three parameters is the largest
+        # over all its subsets of four of the error levelled there (de la Vallée Poussin). On part of an interval it is
+        # a lower bound of that on the interval; with these 40 points within 1 % of it.
+        angles = torch.linspace(math.pi, 0, 40, dtype=torch.float64)
+        points = (low + high) / 2 + (high - low) / 2 * angles.cos()
+        fours = points[torch.tensor(list(itertools.combinations(range(40), 4)))]
+        signs = torch.tensor([1.0, -1.0, 1.0, -1.0], dtype=torch.float64).expand_as(fours)
+        systems = torch.stack([fours, fours**3, fours**5, signs], 2)
+        # Cramer's rule, for the levelled error alone.
+        ones = torch.cat([systems[:, :, :3], torch.ones_like(fours)[:, :, None]], 2)
+        levelled = float((torch.linalg.det(ones) / torch.linalg.det(systems)).abs().max())
+        assert levelled * 0.999999 <= found <= levelled * 1.02
+
+
+@pytest.mark.parametrize("lowest", [RANK_TOLERANCE, 1e-4, 1e-2, 0.3, 0.9, 0.999999, 1.0])
+def test_all_steps_together_take_the_interval_to_one(lowest: float) -> None:
+    x = torch.cat([torch.logspace(math.log10(lowest), 0, 4001), torch.linspace(lowest, 1, 4001)]).double()
+    x = x.clamp(lowest, 1)
+    small = lowest * torch.linspace(0, 1, 101, dtype=torch.float64)
+    for a, b, c in quintics(lowest):
+        x, small = (a * y + b * y**3 + c * y**5 for y in (x, small))
+    assert distance(x, torch.ones_like(x)) <= 1e-14
+    # What lies below keeps its order and stays between 0 and 1.
+    assert bool((small.diff() >= -1e-14).all()) and 0 <= float(small[0]) and float(small[-1]) <= 1 + 1e-14
+
+
+def test_steps_are_those_published() -> None:
+    # Polar Express (arXiv 2505.16932) prints the coefficients for lowest = 1e-3 that come of raising it to 0.0240…
+    # and scaling the result to be centred at 1, step by step; done here to the first.
+    raised = 0.02407327424182761
+    a, b, c = quintics(raised)[0]
+    low, high = 1e-3, 1.0
+    ends = sum(a * x + b * x**3 + c * x**5 for x in (low, high))
+    published = (8.28721201814563, -23.595886519098837, 17.300387312530933)
+    assert [2 * x / ends for x in (a, b, c)] == pytest.approx(published, rel=1e-13)
+
+
+def test_steps_exist_for_every_number_of_columns() -> None:
+    # 69, 17860, 18345 and 3.63e-7: intervals on which Remez exchange would have divided rounding errors.
+    for columns in (*range(1, 130), 1000, 4096, 17860, 18345, 65536):
+        assert 10 <= len(quintics(RANK_TOLERANCE / columns**0.25)) <= 20
+    for exponent in range(150):
+        assert quintics(10 ** (-exponent / 20))
+    assert quintics(3.6304174696462397e-07)

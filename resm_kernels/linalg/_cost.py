@@ -7,12 +7,14 @@ from typing import Final
 
 from resm_kernels.linalg._randomized import gram_pays, iterations_for, oversampling_for
 
-# Nanoseconds on one thread of a Zen 4 core, measured by benchmarks/bench_truncated_svd.py --rates; only ratios matter.
+# Nanoseconds on one thread of a Zen 4 core, measured by benchmarks/bench_truncated_svd.py --rates and
+# bench_symmetric_eigen.py; only ratios matter.
 # A GPU's own are wanted where it chooses: products are far cheaper there against eigenproblems.
 RATES: Final = {
     "fp32 product": 1 / 105,  # a flop
     "float64 product": 1 / 48,  # a flop
-    "eigenproblem": 0.22,  # n³, all vectors, float64
+    "tridiagonal form": 0.036,  # n³, float64
+    "eigenvectors": 0.075,  # n²·k, float64
     "Cholesky-QR": 1 / 40,  # a flop of the 6·m·c² that its two products and the inverse count
 }
 
@@ -21,7 +23,7 @@ def gram_cost(m: int, n: int, rank: int) -> float:
     """Seconds for `rank` directions by an eigendecomposition of the Gram matrix in float64."""
     r = min(m, n)
     flops = 1.25 * m * n * r + 2 * m * n * rank
-    return 1e-9 * (RATES["float64 product"] * flops + RATES["eigenproblem"] * r**3)
+    return 1e-9 * (RATES["float64 product"] * flops + _eigen(r, rank))
 
 
 def randomized_cost(
@@ -38,8 +40,11 @@ def randomized_cost(
     once = 1.25 * m * n * r if on_gram else 0.0
     products = once + (iterations + 1) * steps + 4.0 * m * n * columns
     bases = 6.0 * columns**2 * ((iterations + 1) * (r if on_gram else r + long) + r + long)
-    eigen = RATES["eigenproblem"] * columns**3
-    return 1e-9 * (RATES["fp32 product"] * products + RATES["Cholesky-QR"] * bases + eigen)
+    return 1e-9 * (RATES["fp32 product"] * products + RATES["Cholesky-QR"] * bases + _eigen(columns, rank))
+
+
+def _eigen(n: int, k: int) -> float:
+    return RATES["tridiagonal form"] * n**3 + RATES["eigenvectors"] * n * n * k
 
 
 SMALLEST_ACCURACY: Final = 1e-5

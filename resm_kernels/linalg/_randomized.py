@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram_list, matmul_list
+from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram_list, matmul_list
 from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.ops.project import project
@@ -127,11 +127,12 @@ def _rayleigh_ritz(
         bases[i] = orthonormalize(bases[i], passes=1).q
     images = _times_list([matrices[i] for i in bases], list(bases.values()))
     rotations, values, smallest = [], [], []
-    for i, (powers, vectors) in zip(bases, eigh_list(gram_list(images)), strict=True):
-        k = min(ranks[i], int((powers > RANK_TOLERANCE**2 * powers[-1]).sum()))
-        rotations.append(vectors.flip(1)[:, :k])
-        values.append(powers.flip(0)[:k].sqrt())
-        smallest.append(float(powers[-k] / powers[-1]) if k else 1.0)
+    solved = eigen_list(gram_list(images), [min(ranks[i], p.shape[1]) for i, p in bases.items()])
+    for powers, vectors in solved:
+        k = int((powers > RANK_TOLERANCE**2 * powers[0]).sum())
+        rotations.append(vectors[:, :k])
+        values.append(powers[:k].sqrt())
+        smallest.append(float(powers[k - 1] / powers[0]) if k else 1.0)
     rights = matmul_list(list(zip(bases.values(), rotations, strict=True)))
     scaled = [w / v for w, v in zip(rotations, values, strict=True)]
     lefts = [orthonormalize(y, passes=1).q for y in matmul_list(list(zip(images, scaled, strict=True)))]

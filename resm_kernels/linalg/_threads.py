@@ -6,6 +6,7 @@ several such calls, cut at places that depend on shapes alone, run side by side.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -55,6 +56,17 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             torch.set_num_threads(threads)
             _pools[threads] = pool
         return _pools[threads]
+
+
+def _after_fork() -> None:
+    """Of a forked process: it has none of the pools' threads, and nobody to release a lock that one of them held."""
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where processes do not fork
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _become_worker(barrier: threading.Barrier) -> None:

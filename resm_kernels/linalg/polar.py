@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram, gram_list, matmul, matmul_list
+from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, matmul, matmul_list
 from resm_kernels.ops._library import NonFiniteError
 
 RANK_TOLERANCE = 1e-6
@@ -19,6 +20,7 @@ Task vectors come out of fp32 subtractions: what is smaller than about 1e-6 of t
 spectral merges, which give every kept direction the same length, would blow it up.
 """
 POLAR_METHODS = ("auto", "gram", "polar_express")
+_QUICK = 0.04
 
 
 class PolarFactors(NamedTuple):
@@ -67,42 +69,59 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
         raise NonFiniteError("x", None, x.numel() - int(torch.isfinite(x).sum()))
     if method == "polar_express":
         return _polar_express(x.double())
-    factors = polar_factors([x.double()])[0]
-    return matmul(factors.basis, factors.rotation.mT)
+    x = x.double()
+    values, vectors = eigen_list([gram(x)])[0]
+    kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
+    root = matmul(vectors * (torch.where(kept, values, 1.0).rsqrt() * kept), vectors.mT)
+    return matmul(x, root)
 
 
-def polar_factors(matrices: Sequence[Tensor], accuracy: float = 0.0) -> list[PolarFactors]:
-    """The polar factors of several matrices as products, their eigenproblems side by side.
+def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.float64) -> list[PolarFactors]:
+    """The polar factors of matrices [Q_1 … Q_T] as products, their eigenproblems side by side.
 
     Args:
-        matrices: (m, c) each, c ≥ 1, float64 or fp32.
-        accuracy: 0 takes float64 throughout. Otherwise fp32 matrices are tried in fp32 first; that is kept where the
-            smallest eigenvalue of xᵀx that counts is so large that rounding moves no direction by more than `accuracy`.
+        matrices: For each its blocks Q_t, (m, k_t) with orthonormal columns, fp32 or float64, of at least one column
+            in all. Their Gram matrix has identities on its diagonal: only the products of different blocks are formed.
+        dtype: Of the result. For fp32 the basis columns of eigenvalues above `_QUICK` are formed in fp32, the others
+            in float64 and rounded: fp32 rounds [Q_1 … Q_T]·w by about 4e-7 of the length of w, and the division by
+            its own length, the root of the eigenvalue, makes that 2e-6 at most. Gram matrix and eigenvectors are
+            float64's always.
 
     Returns:
-        Basis and rotation of each, in float64, or in fp32 where that was accurate enough.
+        Basis and rotation of each.
     """
-    found: list[PolarFactors | None] = [None] * len(matrices)
-    if accuracy > 0:
-        quick = [i for i, x in enumerate(matrices) if x.dtype == torch.float32]
-        grams = gram_list([matrices[i] for i in quick], dtype=None)
-        for i, g, (values, vectors) in zip(quick, grams, eigh_list(grams), strict=True):
-            # Rounding errors of a Gram matrix of c columns lie near √c·u times the largest column's square; a
-            # direction of eigenvalue v moves by that over v.
-            noise = 4 * len(values) ** 0.5 * torch.finfo(torch.float32).eps * float(g.diagonal().amax())
-            if float(values[0]) * accuracy > noise:
-                basis = matmul(matrices[i], vectors * values.rsqrt())
-                found[i] = PolarFactors(basis, vectors)
-    rest = [i for i, f in enumerate(found) if f is None]
-    solved = eigh_list(gram_list([matrices[i] for i in rest]))
-    scaled = []
-    for values, vectors in solved:
-        kept = values > values[-1].clamp(min=0) * RANK_TOLERANCE**2
-        scaled.append(vectors * (torch.where(kept, values, 1.0).rsqrt() * kept))
-    bases = matmul_list([(matrices[i], s) for i, s in zip(rest, scaled, strict=True)], torch.float64)
-    for i, basis, (_, vectors) in zip(rest, bases, solved, strict=True):
-        found[i] = PolarFactors(basis, vectors)
-    return [f for f in found if f is not None]
+    grams = _block_grams(matrices)
+    quick, exact, rotations = [], [], []
+    for blocks, (values, vectors) in zip(matrices, eigen_list(grams), strict=True):
+        kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
+        scaled = vectors * (torch.where(kept, values, 1.0).rsqrt() * kept)
+        first = int((values > _QUICK).sum()) if dtype == torch.float32 else 0
+        whole = torch.cat(list(blocks), 1)
+        quick.append((whole.to(dtype), scaled[:, :first]))
+        exact.append((whole, scaled[:, first:]))
+        rotations.append(vectors.to(dtype))
+    heads = matmul_list(quick)
+    tails = matmul_list(exact, torch.float64)
+    bases = [torch.cat([head, tail.to(dtype)], 1) for head, tail in zip(heads, tails, strict=True)]
+    return [PolarFactors(*pair) for pair in zip(bases, rotations, strict=True)]
+
+
+def _block_grams(matrices: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """[Q_1 … Q_T]ᵀ[Q_1 … Q_T] in float64 for blocks with orthonormal columns."""
+    places, pairs = [], []
+    grams = []
+    for blocks in matrices:
+        ends = list(itertools.accumulate(block.shape[1] for block in blocks))
+        gram = torch.eye(ends[-1], dtype=torch.float64, device=blocks[0].device)
+        grams.append(gram)
+        spans = [slice(end - block.shape[1], end) for end, block in zip(ends, blocks, strict=True)]
+        for s, t in itertools.combinations(range(len(blocks)), 2):
+            places.append((gram, spans[s], spans[t]))
+            pairs.append((blocks[s].mT, blocks[t]))
+    for (gram, rows, columns), product in zip(places, matmul_list(pairs, torch.float64), strict=True):
+        gram[rows, columns] = product
+        gram[columns, rows] = product.mT
+    return grams
 
 
 def _polar_express(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg._cost import SMALLEST_ACCURACY, gram_cost, randomized_cost
-from resm_kernels.linalg._products import eigh_list, frobenius_norm, gram_list, matmul
+from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram_list, matmul
 from resm_kernels.linalg._randomized import MOST_ITERATIONS, randomized_list
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.orthonormalize import orthonormalize
@@ -53,8 +53,12 @@ class Subspace:
 class Decomposition:
     """All singular values of a matrix, and its dominant subspaces of any rank; see `decompose`."""
 
-    def __init__(self, matrix: Tensor, singular_values: Tensor, left: Tensor | None, right: Tensor):
+    def __init__(
+        self, matrix: Tensor, singular_values: Tensor, left: Tensor | None, right: Tensor, energy: float | None = None
+    ):
+        """`energy` is ‖Δ‖_F², needed where not all singular values are given."""
         self._matrix, self._left, self._right = matrix, left, right
+        self._energy = float(singular_values.square().sum()) if energy is None else energy
         self.singular_values = singular_values
         """σ_1 ≥ … ≥ σ_r ≥ 0, float64."""
 
@@ -77,7 +81,7 @@ class Decomposition:
         return Subspace(left, core, right, self._error(core), method)
 
     def _error(self, core: Tensor) -> float:
-        total = float(self.singular_values.square().sum())
+        total = self._energy
         if total == 0:
             return 0.0
         # Rounding of the sums and of the Gram matrix's eigenvalues, each below √r·u·σ_1 in the units of σ².
@@ -130,16 +134,21 @@ def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Dec
     return _decompose_list(matrices, method)
 
 
-def _decompose_list(matrices: Sequence[Tensor], method: str) -> list[Decomposition]:
+def _decompose_list(
+    matrices: Sequence[Tensor], method: str, counts: Sequence[int] | None = None
+) -> list[Decomposition]:
+    """Of "gram" with `counts` only so many of the largest singular values, which is faster."""
     if method == "exact":
         return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":
         raise ValueError(f"method: got {method!r}, need one of gram, exact")
     tall = [m if m.shape[0] >= m.shape[1] else m.mT for m in matrices]
     found: list[Decomposition] = []
-    for matrix, own, (values, vectors) in zip(matrices, tall, eigh_list(gram_list(tall)), strict=True):
+    grams = gram_list(tall)
+    solved = eigen_list(grams, counts)
+    for matrix, own, g, (values, vectors) in zip(matrices, tall, grams, solved, strict=True):
         kind = Decomposition if own is matrix else _Transposed
-        found.append(kind(own, values.flip(0).clamp(min=0).sqrt(), None, vectors.flip(1)))
+        found.append(kind(own, values.clamp(min=0).sqrt(), None, vectors, float(g.diagonal().sum())))
     return found
 
 
@@ -232,12 +241,16 @@ def subspaces(
         chosen, reason = _choose(m, n, numbers, len(ranks), accuracy, oversampling, power_iterations)
     if chosen == "randomized" and not all(norm == 0 or _SINGLE[0] <= norm <= _SINGLE[1] for norm in norms):
         if method == "randomized":
-            raise ValueError("matrices: got norms that results in fp32 cannot hold, need method 'auto', 'gram' or 'exact'")
+            raise ValueError(
+                "matrices: got norms that results in fp32 cannot hold, need method 'auto', 'gram' or 'exact'"
+            )
         chosen, reason = "gram", "beyond the range of fp32"
+    # A rank rule needs all of the spectrum, a number only that many.
+    counts = numbers if len(numbers) == len(ranks) else None
     if chosen != "randomized":
         return [
             replace(_truncated(d, k), reason=reason)
-            for d, k in zip(_decompose_list(matrices, chosen), ranks, strict=True)
+            for d, k in zip(_decompose_list(matrices, chosen, counts), ranks, strict=True)
         ]
     found = _randomized(
         matrices,
@@ -256,7 +269,9 @@ def subspaces(
             "a larger one, or method 'auto' or 'gram'"
         )
     reason = f"randomized was not within {accuracy:g} after {MOST_ITERATIONS} power iterations"
-    for i, d in zip(missed, _decompose_list([matrices[i] for i in missed], "gram"), strict=True):
+    for i, d in zip(
+        missed, _decompose_list([matrices[i] for i in missed], "gram", [numbers[i] for i in missed]), strict=True
+    ):
         found[i] = replace(d.truncate(numbers[i]), reason=reason)
     return [s for s in found if s is not None]
 

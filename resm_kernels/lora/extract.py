@@ -121,7 +121,7 @@ def extract_lora(
     rank: int | None = None,
     energy: float | None = None,
     max_rank: int | None = None,
-    accuracy: float = 1e-2,
+    accuracy: float = 5e-2,
     targets: Sequence[str] | None = None,
     embeddings: bool = False,
     save_rest: bool = False,

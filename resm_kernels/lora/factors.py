@@ -152,7 +152,7 @@ def _merge_cores(
         ranks = ranks_of_statistics(rule, sparsity, tuple(base.shape), gamma, fixed, given.get("k_min", 0))
         exact = given["decomposition"] == "exact"
         parts = subspaces(cores, ranks, method="exact" if exact else "gram")
-    return orthogonalized_sum(parts, weights, 0.0, torch.float64)
+    return orthogonalized_sum(parts, weights, torch.float64)
 
 
 def _weighted(cores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

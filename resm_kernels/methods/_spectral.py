@@ -22,12 +22,7 @@ DECOMPOSITION = Parameter(
     "auto: the cheapest that is accurate enough; gram, exact: in float64; randomized",
 )
 ACCURACY = Parameter(
-    "accuracy",
-    float,
-    None,
-    "relative backward error allowed in each expert's subspaces, 0 for float64's; by default 1e-2 for experts stored "
-    "in bf16 or fp16, whose rounding has moved them more, and 0 for others",
-    minimum=0.0,
+    "accuracy", float, 0.0, "relative backward error allowed in each expert's subspaces; 0 for float64's", minimum=0.0
 )
 _GROUP_BYTES: Final = 1 << 30
 
@@ -43,23 +38,13 @@ def task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype | None = None) 
     return aggregate(None, [expert, base], [1.0, -1.0], out_dtype=dtype or compute_dtype(base, expert))
 
 
-def resolve_accuracy(accuracy: float | None, experts: Sequence[Tensor]) -> float:
-    """The default of `ACCURACY`. Rounding to bf16 shifts a weight of 0.02 by 3.5e-5 rms, to fp16 by 4e-6: of a task
-    vector with an rms of 2e-4 that is 0.17 and 0.02."""
-    if accuracy is not None:
-        return accuracy
-    return 1e-2 if all(e.dtype in (torch.bfloat16, torch.float16) for e in experts) else 0.0
-
-
 def groups(base: Tensor, n_experts: int) -> list[range]:
     """The experts in groups whose task vectors together fit into 1 GiB: all at once if they do, else one by one."""
     step = n_experts if 4 * base.numel() * n_experts <= _GROUP_BYTES else 1
     return [range(t, min(t + step, n_experts)) for t in range(0, n_experts, step)]
 
 
-def orthogonalized_sum(
-    parts: Sequence[Subspace], weights: Sequence[float], accuracy: float, dtype: torch.dtype
-) -> Tensor:
+def orthogonalized_sum(parts: Sequence[Subspace], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
     """polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ in `dtype`.
 
     With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first. F and W are orthonormal, so
@@ -68,22 +53,17 @@ def orthogonalized_sum(
     Args:
         parts: One subspace for each expert, Σ_t k_t ≤ min(m, n).
         weights: w_t.
-        accuracy: As of `polar_factors`.
         dtype: Of the products and the result, fp32 or float64.
     """
     m, n = parts[0].left.shape[0], parts[0].right.shape[0]
     sizes = [part.core.shape[0] for part in parts]
     if sum(sizes) == 0:
         return torch.zeros(m, n, dtype=dtype, device=parts[0].left.device)
-    bases = [torch.cat([getattr(part, side) for part in parts], 1) for side in ("left", "right")]
-    if accuracy > 0:
-        bases = [b.float() for b in bases]
-    left, right = polar_factors(bases, accuracy)
-    del bases
-    rotations = right.rotation.to(dtype).split(sizes)
+    left, right = polar_factors([[p.left for p in parts], [p.right for p in parts]], dtype)
+    rotations = right.rotation.split(sizes)
     blocks = [_times(part.core * w, r) for part, w, r in zip(parts, weights, rotations, strict=True)]
-    inner = matmul(left.rotation.to(dtype).mT, torch.cat(blocks))
-    return matmul(matmul(left.basis.to(dtype), inner), right.basis.to(dtype).mT)
+    inner = matmul(left.rotation.mT, torch.cat(blocks))
+    return matmul(matmul(left.basis, inner), right.basis.mT)
 
 
 def _times(core: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import decompose
-from resm_kernels.linalg._products import eigh_list, gram, matmul
+from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
@@ -83,9 +83,9 @@ def _shared_basis(base: Tensor, experts: list[Tensor]) -> Tensor:
     total = gram(delta(base, experts, 0).mT)
     for t in range(1, len(experts)):
         total += gram(delta(base, experts, t).mT)
-    values, vectors = eigh_list([total])[0]
-    kept = values > values[-1].clamp(min=0) * RANK_TOLERANCE**2
-    return vectors[:, kept].flip(1)
+    values, vectors = eigen_list([total])[0]
+    kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
+    return vectors[:, kept]
 
 
 def _workspace(shape: tuple[int, ...], n_experts: int) -> int:

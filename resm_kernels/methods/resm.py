@@ -27,7 +27,6 @@ from resm_kernels.methods._spectral import (
     is_spectral,
     join,
     orthogonalized_sum,
-    resolve_accuracy,
     spectral_workspace,
     task_matrix,
 )
@@ -72,10 +71,8 @@ def resm(
     this is TSV-M. Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t. One expert gives its rank-k
     approximation, and T copies of an expert give what the one gives (k from T apart).
 
-    At `accuracy` 0 subspaces and polar factors are float64's; at 1e-2, the default for experts stored in half
-    precision, they are the exact ones of matrices within 1 % of the task vectors (see `linalg.subspaces`), which is
-    less than that rounding has moved them. The product is formed in fp32 (float64 for float64 inputs) and added to θ₀ with one rounding. The parameters
-    are listed, with their defaults, in `RESM.parameters`.
+    Subspaces, at `accuracy` 0, and polar factors come from float64; the product is formed in fp32 (float64 for float64
+    inputs) and added to θ₀ with one rounding. The parameters are listed, with their defaults, in `RESM.parameters`.
 
     Determinism: the same bits for the same inputs, whatever the number of threads.
     """
@@ -91,7 +88,6 @@ def resm(
 def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices) -> Tensor:
     """M, in fp32 or float64."""
     shape = tuple(base.shape)
-    accuracy = resolve_accuracy(c.accuracy, experts)
     parts: list[Subspace] = []
     if c.rank_rule in NEEDS_SPECTRUM:
         found = _spectra(base, experts, stats, weights, c)
@@ -103,11 +99,11 @@ def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weig
         for group in groups(base, len(experts)):
             matrices = [_task_matrix(base, experts, stats, weights, t, c) for t in group]
             own = [ranks[t] for t in group]
-            parts += subspaces(matrices, own, method=c.decomposition, accuracy=accuracy)
+            parts += subspaces(matrices, own, method=c.decomposition, accuracy=c.accuracy)
             del matrices
     # A scalar weight commutes with the decomposition; row weights are in the matrix already.
     scalars = weights.tolist() if weights.ndim == 1 else [1.0] * len(experts)
-    return orthogonalized_sum(parts, scalars, accuracy, compute_dtype(base, *experts))
+    return orthogonalized_sum(parts, scalars, compute_dtype(base, *experts))
 
 
 def _spectra(
@@ -178,7 +174,7 @@ class _Choices:
     rank: int | None
     energy: float
     decomposition: str
-    accuracy: float | None
+    accuracy: float
     spectral: bool
 
     def __post_init__(self) -> None:

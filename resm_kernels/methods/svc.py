@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigh_list, gram, matmul
+from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.methods._common import LAMBDA, WEIGHT
@@ -57,9 +57,9 @@ def calibrate(merged: Tensor, deltas: Sequence[Tensor], alpha: float = 1.0) -> T
         )
     merged = merged.double()
     m, n = merged.shape
-    values, vectors = eigh_list([gram(merged if m > n else merged.mT)])[0]
+    values, vectors = eigen_list([gram(merged if m > n else merged.mT)])[0]
     values = values.clamp(min=0).sqrt()
-    kept = values > RANK_TOLERANCE * values[-1:]
+    kept = values > RANK_TOLERANCE * values[:1]
     left = vectors
     if m > n:
         left = matmul(merged, vectors).mul_(torch.where(kept, 1 / torch.where(kept, values, 1.0), 0.0))

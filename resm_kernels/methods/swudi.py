@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigh_list, matmul, matmul_list
+from resm_kernels.linalg._products import eigen_list, matmul, matmul_list
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._interference import averaged_unless_matrix, interference, interference_workspace
 from resm_kernels.methods._registry import Method, Parameter
@@ -65,9 +65,9 @@ def swudi(
     target, merged = parts.target, parts.total
     if init != "sum":
         merged.mul_(1 / len(experts) if init == "mean" else 0.0)
-    values, vectors = eigh_list([parts.operator])[0]
+    values, vectors = eigen_list([parts.operator])[0]
     del parts
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    values = values.clamp(min=0)
     kept = _rank(values, (base.shape[0], base.shape[1]), rank_rule, rank_ratio)
     values, vectors = values[:kept], vectors[:, :kept].contiguous()
     reached, slope = _filter(values, filter, exp_time)

@@ -1,0 +1,228 @@
+"""Work shared out among threads: order, errors, nesting, and thread counts that nobody else notices."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import torch
+from inputs import randn, same_bits
+from torch import Tensor
+
+from resm_kernels.linalg._threads import run
+
+CPU = torch.device("cpu")
+COUNTS = (1, 2, 3, 5)
+counts = pytest.mark.parametrize("threads", COUNTS)
+UseThreads = Callable[[int], None]
+
+
+@counts
+def test_results_come_in_order(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+
+    def task(i: int) -> int:
+        time.sleep(0.002 * (i % 3 == 0))  # later ones finish first
+        return i
+
+    assert run([partial(task, i) for i in range(20)], CPU) == list(range(20))
+    assert run([], CPU) == []
+
+
+@counts
+def test_each_task_has_one_thread_and_there_are_as_many_as_asked_for(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    together = threading.Barrier(threads)
+
+    def task() -> tuple[int, int]:
+        together.wait(timeout=20)  # breaks unless all of them run at a time
+        return torch.get_num_threads(), threading.get_ident()
+
+    found = run([task] * threads, CPU)
+    assert {count for count, _ in found} == {1}
+    assert len({thread for _, thread in found}) == threads
+    assert threads == 1 or threading.get_ident() not in {thread for _, thread in found}
+
+
+@counts
+def test_never_more_at_a_time_than_asked_for(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    lock, now, most = threading.Lock(), 0, 0
+
+    def task() -> None:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.001)
+        with lock:
+            now -= 1
+
+    run([task] * 30, CPU)
+    assert most <= threads
+
+
+@counts
+def test_callers_count_and_that_of_threads_to_come_are_left_alone(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    run([torch.get_num_threads] * 7, CPU)
+    assert torch.get_num_threads() == threads
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == threads
+    # Nor does a count set later reach the threads that are there already.
+    use_threads(threads + 1)
+    assert run([torch.get_num_threads] * 7, CPU) == [1] * 7
+    use_threads(threads)
+    assert run([torch.get_num_threads] * 7, CPU) == [1] * 7
+    with ThreadPoolExecutor(1) as other:
+        assert other.submit(torch.get_num_threads).result() == threads
+
+
+@counts
+def test_first_failed_task_in_order_is_raised(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+
+    def task(i: int) -> int:
+        if i == 3:
+            time.sleep(0.01)  # after the sixth has failed
+            raise KeyError("third")
+        if i == 6:
+            raise ValueError("sixth")
+        return i
+
+    with pytest.raises(KeyError, match="third"):
+        run([partial(task, i) for i in range(9)], CPU)
+    assert torch.get_num_threads() == threads
+    assert run([partial(task, i) for i in range(3)], CPU) == [0, 1, 2]
+
+
+@counts
+def test_no_task_still_runs_when_an_error_is_raised(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    running = threading.Semaphore(0)
+    started, finished = [], []
+
+    def slow(i: int) -> None:
+        started.append(i)
+        running.release()
+        time.sleep(0.02)
+        finished.append(i)
+
+    def failing() -> None:
+        if threads > 1:
+            running.acquire(timeout=20)
+        raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        run([failing, *(partial(slow, i) for i in range(50))], CPU)
+    assert sorted(started) == sorted(finished)
+    assert len(started) < 50  # those that had not begun never do
+
+
+@counts
+def test_tasks_may_share_out_work_themselves(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+
+    def inner(i: int, j: int) -> tuple[int, int, int]:
+        return i, j, threading.get_ident()
+
+    def outer(i: int) -> list[tuple[int, int, int]]:
+        own = threading.get_ident()
+        found = run([partial(inner, i, j) for j in range(4)], CPU)
+        assert {thread for _, _, thread in found} == {own}  # in turn, on the task's own thread
+        assert run([lambda: run([lambda: 1], CPU)[0]], CPU) == [1]
+        return found
+
+    # More of them than threads: would hang if a task waited for a free one.
+    found = run([partial(outer, i) for i in range(3 * threads)], CPU)
+    assert [[(i, j) for i, j, _ in row] for row in found] == [[(i, j) for j in range(4)] for i in range(3 * threads)]
+
+
+@counts
+def test_errors_pass_through_nested_work(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+
+    def fail() -> None:
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        run([lambda: run([fail], CPU)] * 4, CPU)
+
+
+def test_callers_on_several_threads_share_the_pool(use_threads: UseThreads) -> None:
+    use_threads(2)
+    x = randn(60, 60, seed=0)
+    wanted = x @ x
+
+    def caller(_: int) -> bool:
+        torch.set_num_threads(2)
+        return all(torch.equal(y, wanted) for y in run([lambda: x @ x] * 8, CPU))
+
+    with ThreadPoolExecutor(4) as callers:
+        assert all(callers.map(caller, range(12)))
+
+
+def test_tasks_record_no_gradient(use_threads: UseThreads) -> None:
+    use_threads(2)
+    x = torch.ones(3, requires_grad=True)
+    assert not any(y.requires_grad for y in run([lambda: x * 2, lambda: x * 3], CPU))
+
+
+def test_bits_of_blas_and_lapack_do_not_depend_on_threads(use_threads: UseThreads) -> None:
+    x = randn(330, 310, seed=1)
+    square = (x.mT @ x).double()
+
+    def work() -> list[Tensor]:
+        tasks: list[Callable[[], Tensor]] = [
+            lambda: x @ x.mT,
+            lambda: torch.linalg.svd(x).S,
+            lambda: torch.linalg.eigh(square).eigenvectors,
+            lambda: torch.linalg.qr(x).Q,
+            lambda: torch.linalg.cholesky(square + torch.eye(310)),
+            lambda: x.sum()[None],
+        ]
+        return run(tasks, CPU)
+
+    found = []
+    for threads in COUNTS:
+        use_threads(threads)
+        found.append(work())
+    assert all(same_bits(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+def test_other_devices_run_in_turn_on_the_callers_thread(use_threads: UseThreads) -> None:
+    use_threads(3)
+    found = run([threading.get_ident, torch.get_num_threads], torch.device("meta"))
+    assert found == [threading.get_ident(), 3]
+
+
+def test_process_ends_although_a_pool_is_idle() -> None:
+    code = (
+        "import torch; torch.set_num_threads(2)\n"
+        "from resm_kernels.linalg._threads import run\n"
+        "print(run([lambda: 1] * 3, torch.device('cpu')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[1, 1, 1]"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
+def test_forked_process_makes_a_pool_of_its_own() -> None:
+    code = (
+        "import os, sys, warnings, torch\n"
+        "warnings.simplefilter('ignore')\n"
+        "torch.set_num_threads(2)\n"
+        "from resm_kernels.linalg._threads import run\n"
+        "run([lambda: 1] * 3, torch.device('cpu'))\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    os._exit(0 if run([lambda: 1] * 3, torch.device('cpu')) == [1, 1, 1] else 1)\n"
+        "sys.exit(os.waitpid(child, 0)[1] >> 8)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, timeout=20)
