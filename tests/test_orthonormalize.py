@@ -53,7 +53,9 @@ def check(x: Tensor, found: Orthonormalized) -> None:
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (40, 40), (90, 30), (300, 7)], ids=str)
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
-def test_columns_are_orthonormal_and_span_the_input(dtype: torch.dtype, shape: tuple[int, int], condition: float) -> None:
+def test_columns_are_orthonormal_and_span_the_input(
+    dtype: torch.dtype, shape: tuple[int, int], condition: float
+) -> None:
     x = conditioned(*shape, condition, dtype)
     found = orthonormalize(x)
     check(x, found)

@@ -17,13 +17,16 @@ RATES: Final = {
     "eigenvectors": 0.075,  # n²·k, float64
     "Cholesky-QR": 1 / 40,  # a flop of the 6·m·c² that its two products and the inverse count
 }
+SMALLEST_ACCURACY: Final = 1e-5
+"""Residuals below this drown in fp32 rounding."""
 
 
-def gram_cost(m: int, n: int, rank: int) -> float:
-    """Seconds for `rank` directions by an eigendecomposition of the Gram matrix in float64."""
+def gram_cost(m: int, n: int, rank: int, accuracy: float) -> float:
+    """Seconds for `rank` directions by an eigendecomposition of the Gram matrix, in fp32 where that may be enough."""
     r = min(m, n)
     flops = 1.25 * m * n * r + 2 * m * n * rank
-    return 1e-9 * (RATES["float64 product"] * flops + _eigen(r, rank))
+    rate = RATES["fp32 product" if accuracy >= SMALLEST_ACCURACY else "float64 product"]
+    return 1e-9 * (rate * flops + _eigen(r, rank))
 
 
 def randomized_cost(
@@ -45,7 +48,3 @@ def randomized_cost(
 
 def _eigen(n: int, k: int) -> float:
     return RATES["tridiagonal form"] * n**3 + RATES["eigenvectors"] * n * n * k
-
-
-SMALLEST_ACCURACY: Final = 1e-5
-"""Residuals below this drown in fp32 rounding."""

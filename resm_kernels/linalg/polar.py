@@ -81,7 +81,7 @@ def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = tor
 
     Args:
         matrices: For each its blocks Q_t, (m, k_t) with orthonormal columns, fp32 or float64, of at least one column
-            in all. Their Gram matrix has identities on its diagonal: only the products of different blocks are formed.
+            in all. Of float64 blocks only the products with each other are formed, as their own are identities.
         dtype: Of the result. For fp32 the basis columns of eigenvalues above `_QUICK` are formed in fp32, the others
             in float64 and rounded: fp32 rounds [Q_1 … Q_T]·w by about 4e-7 of the length of w, and the division by
             its own length, the root of the eigenvalue, makes that 2e-6 at most. Gram matrix and eigenvectors are
@@ -97,10 +97,10 @@ def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = tor
         scaled = vectors * (torch.where(kept, values, 1.0).rsqrt() * kept)
         first = int((values > _QUICK).sum()) if dtype == torch.float32 else 0
         whole = torch.cat(list(blocks), 1)
-        quick.append((whole.to(dtype), scaled[:, :first]))
+        quick.append((whole, scaled[:, :first]))
         exact.append((whole, scaled[:, first:]))
         rotations.append(vectors.to(dtype))
-    heads = matmul_list(quick)
+    heads = matmul_list(quick, dtype)
     tails = matmul_list(exact, torch.float64)
     bases = [torch.cat([head, tail.to(dtype)], 1) for head, tail in zip(heads, tails, strict=True)]
     return [PolarFactors(*pair) for pair in zip(bases, rotations, strict=True)]
@@ -111,16 +111,20 @@ def _block_grams(matrices: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     places, pairs = [], []
     grams = []
     for blocks in matrices:
+        if any(block.dtype != torch.float64 for block in blocks):
+            # Orthonormal to fp32 only, which small eigenvalues would feel: they are those of what is really there.
+            grams.append(gram(torch.cat(list(blocks), 1)))
+            continue
         ends = list(itertools.accumulate(block.shape[1] for block in blocks))
-        gram = torch.eye(ends[-1], dtype=torch.float64, device=blocks[0].device)
-        grams.append(gram)
+        whole = torch.eye(ends[-1], dtype=torch.float64, device=blocks[0].device)
+        grams.append(whole)
         spans = [slice(end - block.shape[1], end) for end, block in zip(ends, blocks, strict=True)]
         for s, t in itertools.combinations(range(len(blocks)), 2):
-            places.append((gram, spans[s], spans[t]))
+            places.append((whole, spans[s], spans[t]))
             pairs.append((blocks[s].mT, blocks[t]))
-    for (gram, rows, columns), product in zip(places, matmul_list(pairs, torch.float64), strict=True):
-        gram[rows, columns] = product
-        gram[columns, rows] = product.mT
+    for (whole, rows, columns), product in zip(places, matmul_list(pairs, torch.float64), strict=True):
+        whole[rows, columns] = product
+        whole[columns, rows] = product.mT
     return grams
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from resm_kernels.linalg._cost import SMALLEST_ACCURACY, gram_cost, randomized_cost
 from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram_list, matmul
-from resm_kernels.linalg._randomized import MOST_ITERATIONS, randomized_list
+from resm_kernels.linalg._randomized import MOST_ITERATIONS, Pair, randomized_list
+from resm_kernels.linalg._single import single_gram_list
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
@@ -27,6 +28,7 @@ _SINGLE = (1e-35, 1e38)
 """Norms whose digits fp32 holds."""
 Rank = int | Callable[[Tensor], int]
 """A rank, or a function from all singular values (float64, descending) to one."""
+Route = Callable[[Sequence[Tensor], Sequence[int], Sequence[float]], "list[Pair | None]"]
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Decomposition:
             return 0.0
         # Rounding of the sums and of the Gram matrix's eigenvalues, each below √r·u·σ_1 in the units of σ².
         slack = 8 * self._matrix.shape[1] * torch.finfo(torch.float64).eps * total
-        lost = total - float(core.square().sum())
+        lost = total - frobenius_norm(core) ** 2
         return ((max(lost, 0.0) + slack) / total) ** 0.5
 
 
@@ -94,8 +96,8 @@ def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Q and C with Q·C = ΔP, where the columns of ΔP are orthogonal but for rounding and `values` long."""
     if values.numel() == 0:
         return product, product.new_zeros(0, 0)
-    # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Within 1e-10 scaling them is all it takes.
-    if float(values[-1] / values[0]) ** 2 > 1e10 * torch.finfo(torch.float64).eps:
+    # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Within 1e-12 scaling them is all it takes.
+    if float(values[-1] / values[0]) ** 2 > 1e12 * torch.finfo(torch.float64).eps:
         return product / values, values.diag()
     found = orthonormalize(product / values)
     return found.q, found.r * values
@@ -239,7 +241,8 @@ def subspaces(
     chosen, reason = method, "asked for"
     if method == "auto":
         chosen, reason = _choose(m, n, numbers, len(ranks), accuracy, oversampling, power_iterations)
-    if chosen == "randomized" and not all(norm == 0 or _SINGLE[0] <= norm <= _SINGLE[1] for norm in norms):
+    in_range = all(norm == 0 or _SINGLE[0] <= norm <= _SINGLE[1] for norm in norms)
+    if chosen == "randomized" and not in_range:
         if method == "randomized":
             raise ValueError(
                 "matrices: got norms that results in fp32 cannot hold, need method 'auto', 'gram' or 'exact'"
@@ -247,32 +250,27 @@ def subspaces(
         chosen, reason = "gram", "beyond the range of fp32"
     # A rank rule needs all of the spectrum, a number only that many.
     counts = numbers if len(numbers) == len(ranks) else None
-    if chosen != "randomized":
-        return [
-            replace(_truncated(d, k), reason=reason)
-            for d, k in zip(_decompose_list(matrices, chosen, counts), ranks, strict=True)
-        ]
-    found = _randomized(
-        matrices,
-        numbers,
-        norms,
-        reason,
-        accuracy=accuracy,
-        oversampling=oversampling,
-        power_iterations=power_iterations,
-        seed=seed,
-    )
-    missed = [i for i, s in enumerate(found) if s is None]
-    if missed and method == "randomized":
-        raise ValueError(
-            f"accuracy: {accuracy:g} is not within reach of 'randomized' in {MOST_ITERATIONS} power iterations; need "
-            "a larger one, or method 'auto' or 'gram'"
-        )
-    reason = f"randomized was not within {accuracy:g} after {MOST_ITERATIONS} power iterations"
-    for i, d in zip(
-        missed, _decompose_list([matrices[i] for i in missed], "gram", [numbers[i] for i in missed]), strict=True
-    ):
-        found[i] = replace(d.truncate(numbers[i]), reason=reason)
+    found: list[Subspace | None] = [None] * len(matrices)
+    if chosen == "randomized":
+        effort = {"oversampling": oversampling, "power_iterations": power_iterations, "seed": seed}
+        route: Route = functools.partial(randomized_list, accuracy=accuracy, **effort)  # type: ignore[arg-type]
+        found = _in_fp32(route, matrices, numbers, norms, chosen, reason)
+        if None in found and method == "randomized":
+            raise ValueError(
+                f"accuracy: {accuracy:g} is not within reach of 'randomized' in {MOST_ITERATIONS} power iterations; "
+                "need a larger one, or method 'auto' or 'gram'"
+            )
+        chosen, reason = "gram", f"randomized was not within {accuracy:g} after {MOST_ITERATIONS} power iterations"
+    elif chosen == "gram" and accuracy > 0 and counts is not None and in_range:
+        route = functools.partial(single_gram_list, accuracy=accuracy)
+        found = _in_fp32(route, matrices, numbers, norms, chosen, f"{reason}; in fp32")
+        reason += f"; in float64, as fp32 is not within {accuracy:g}"
+    rest = [i for i, s in enumerate(found) if s is None]
+    wanted = None if counts is None else [counts[i] for i in rest]
+    for i, d in zip(rest, _decompose_list([matrices[i] for i in rest], chosen, wanted), strict=True):
+        rank = ranks[i]
+        k = rank if isinstance(rank, int) else rank(d.singular_values)
+        found[i] = replace(d.truncate(k), reason=reason)
     return [s for s in found if s is not None]
 
 
@@ -329,47 +327,29 @@ def _choose(
         return "gram", "the rank rule needs all singular values"
     if accuracy < SMALLEST_ACCURACY and power_iterations is None:
         return "gram", f"accuracy {accuracy:g} needs float64"
-    gram = sum(gram_cost(m, n, k) for k in numbers)
+    gram = sum(gram_cost(m, n, k, accuracy) for k in numbers)
     randomized = sum(randomized_cost(m, n, k, accuracy, oversampling, power_iterations) for k in numbers)
     chosen = "randomized" if randomized < gram else "gram"
     return chosen, f"cost model: randomized {randomized / gram:.2g} of gram"
 
 
-def _truncated(decomposition: Decomposition, rank: Rank) -> Subspace:
-    return decomposition.truncate(rank if isinstance(rank, int) else rank(decomposition.singular_values))
-
-
-def _randomized(
-    matrices: Sequence[Tensor],
-    ranks: Sequence[int],
-    norms: Sequence[float],
-    reason: str,
-    *,
-    accuracy: float,
-    oversampling: int | None,
-    power_iterations: int | None,
-    seed: int,
+def _in_fp32(
+    route: Route, matrices: Sequence[Tensor], ranks: Sequence[int], norms: Sequence[float], method: str, reason: str
 ) -> list[Subspace | None]:
+    """What a route for tall fp32 matrices finds of matrices of any shape, dtype and scale."""
     m, n = matrices[0].shape
-    found: list[Subspace | None] = [_nothing(a, norm, reason) for a, norm in zip(matrices, norms, strict=True)]
+    found: list[Subspace | None] = [_nothing(a, norm, method, reason) for a, norm in zip(matrices, norms, strict=True)]
     some = [i for i, norm in enumerate(norms) if norm > 0 and ranks[i] > 0]
     # Powers of two change no digit; without them squares would leave fp32's range.
     exponents = [_exponent(norms[i] / math.sqrt(m * n)) for i in some]
     scaled = [(_scaled(matrices[i], e), math.ldexp(norms[i], e)) for i, e in zip(some, exponents, strict=True)]
-    pairs = randomized_list(
-        [a if m >= n else a.mT for a, _ in scaled],
-        [ranks[i] for i in some],
-        [norm for _, norm in scaled],
-        accuracy=accuracy,
-        oversampling=oversampling,
-        power_iterations=power_iterations,
-        seed=seed,
-    )
+    tall = [a if m >= n else a.mT for a, _ in scaled]
+    pairs = route(tall, [ranks[i] for i in some], [norm for _, norm in scaled]) if some else []
     for i, exponent, (matrix, norm), pair in zip(some, exponents, scaled, pairs, strict=True):
         if pair is None:
             found[i] = None
             continue
-        s = Subspace(pair.left, pair.core, pair.right, 0.0, "randomized", reason)
+        s = Subspace(pair.left, pair.core, pair.right, 0.0, method, reason)
         s = s if m >= n else _mirrored(s)
         error = _certificate(matrix, norm, s)
         found[i] = replace(s, core=s.core.double().mul(2.0**-exponent).to(s.core.dtype), error=error)
@@ -397,7 +377,7 @@ def _certificate(matrix: Tensor, norm: float, s: Subspace) -> float:
     return frobenius_norm(rest) / norm + slack
 
 
-def _nothing(matrix: Tensor, norm: float, reason: str) -> Subspace:
+def _nothing(matrix: Tensor, norm: float, method: str, reason: str) -> Subspace:
     m, n = matrix.shape
     left, core, right = (torch.zeros(size, device=matrix.device) for size in ((m, 0), (0, 0), (n, 0)))
-    return Subspace(left, core, right, float(norm > 0), "randomized", reason)
+    return Subspace(left, core, right, float(norm > 0), method, reason)

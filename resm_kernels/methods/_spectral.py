@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -38,9 +39,14 @@ def task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype | None = None) 
     return aggregate(None, [expert, base], [1.0, -1.0], out_dtype=dtype or compute_dtype(base, expert))
 
 
-def groups(base: Tensor, n_experts: int) -> list[range]:
-    """The experts in groups whose task vectors together fit into 1 GiB: all at once if they do, else one by one."""
-    step = n_experts if 4 * base.numel() * n_experts <= _GROUP_BYTES else 1
+def groups(shape: Sequence[int], n_experts: int) -> list[range]:
+    """The experts that are decomposed side by side: all, or one after the other.
+
+    Side by side eigenproblems fill the threads that one leaves idle, but all task vectors lie in memory. Not worth
+    that for matrices so tall or wide that products take most of the time, nor possible beyond 1 GiB.
+    """
+    together = max(shape) <= 4 * min(shape) and 4 * math.prod(shape) * n_experts <= _GROUP_BYTES
+    step = n_experts if together else 1
     return [range(t, min(t + step, n_experts)) for t in range(0, n_experts, step)]
 
 
@@ -80,7 +86,7 @@ def spectral_workspace(shape: tuple[int, ...], n_experts: int) -> int:
         return 24 << 20
     m, n = shape
     r = min(m, n)
-    together = n_experts if 4 * m * n * n_experts <= _GROUP_BYTES else 1
+    together = len(groups(shape, n_experts)[0])
     return (24 << 20) + 4 * m * n * together + 56 * r * r * together + 24 * (m + n) * r + 8 * m * n
 
 

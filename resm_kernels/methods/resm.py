@@ -96,7 +96,7 @@ def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weig
         del found
     else:
         ranks = ranks_of_statistics(c.rank_rule, stats.sparsity().tolist(), shape, c.gamma, c.rank, c.k_min)
-        for group in groups(base, len(experts)):
+        for group in groups(base.shape, len(experts)):
             matrices = [_task_matrix(base, experts, stats, weights, t, c) for t in group]
             own = [ranks[t] for t in group]
             parts += subspaces(matrices, own, method=c.decomposition, accuracy=c.accuracy)
