@@ -261,7 +261,7 @@ def subspaces(
                 "need a larger one, or method 'auto' or 'gram'"
             )
         chosen, reason = "gram", f"randomized was not within {accuracy:g} after {MOST_ITERATIONS} power iterations"
-    elif chosen == "gram" and accuracy > 0 and counts is not None and in_range:
+    elif method == "auto" and chosen == "gram" and accuracy >= SMALLEST_ACCURACY and counts is not None and in_range:
         route = functools.partial(single_gram_list, accuracy=accuracy)
         found = _in_fp32(route, matrices, numbers, norms, chosen, f"{reason}; in fp32")
         reason += f"; in float64, as fp32 is not within {accuracy:g}"
