@@ -37,12 +37,15 @@ SCORES: Final = ("helpful", "honest", "harmless", "average")
 
 
 def recipe(name: str, accuracy: float) -> dict[str, Any]:
-    """The example's recipe with that accuracy, its paths made absolute."""
+    """The example's recipe with that accuracy, its paths made absolute.
+
+    Above 0 by subspace iteration, which uses the accuracy up; `auto` would take fp32 products here and hardly err.
+    """
     found: dict[str, Any] = yaml.safe_load((EXAMPLE / "recipes" / f"{name}.yaml").read_text())
     found["base_model"] = str(ROOT / found["base_model"])
     for entry in found["models"]:
         entry["model"] = str(ROOT / entry["model"])
-    found["parameters"]["accuracy"] = accuracy
+    found["parameters"] |= {"accuracy": accuracy, "decomposition": "randomized" if accuracy else "gram"}
     return found
 
 

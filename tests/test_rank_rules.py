@@ -87,3 +87,11 @@ def test_is_the_same_for_every_way_to_the_spectrum(decomposition: str) -> None:
     base, experts = experts_with_spectra(60, 45, 3, 0.3, seed=4)
     wanted = layer_plan(base, experts, rank_rule="interference").ranks
     assert layer_plan(base, experts, rank_rule="interference", decomposition=decomposition).ranks == wanted
+
+
+def test_an_unchanged_expert_does_not_count() -> None:
+    base, experts = experts_with_spectra(60, 45, 2, 0.7, seed=2, dtype=torch.float64)
+    plan = layer_plan(base, [*experts, base.clone()], rank_rule="interference", beta=0.0)
+    wanted = losses([e - base for e in experts], [1.0, 1.0])[: 45 // 3]
+    (k,) = set(plan.ranks)
+    assert k > 1 and wanted[k - 1] <= min(wanted) * (1 + TIE)

@@ -18,6 +18,7 @@ from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.ops.project import project
 from resm_kernels.ops.sketch import sketch
+from resm_kernels.reference._philox import random_matrix
 
 MOST_ITERATIONS = 16
 """Power iterations after which the accuracy asked for counts as out of reach."""
@@ -81,7 +82,7 @@ def randomized_list(
         grams = dict(enumerate(gram_list(matrices, dtype=None)))
         bases = {i: sketch(None, g, columns[i], seed=seed) for i, g in grams.items()}
     else:
-        sketches = [sketch(None, a, c, seed=seed) for a, c in zip(matrices, columns, strict=True)]
+        sketches = [_sketch(a, c, seed) for a, c in zip(matrices, columns, strict=True)]
         lefts = [orthonormalize(y, passes=1).q for y in sketches]
         bases = dict(enumerate(_times_list([a.mT for a in matrices], lefts)))
     found: list[Pair | None] = [None] * len(matrices)
@@ -156,3 +157,11 @@ def _times_list(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> list[T
         found[i] if i in found else project(None, a.mT, x).mT
         for i, (a, x) in enumerate(zip(matrices, factors, strict=True))
     ]
+
+
+def _sketch(a: Tensor, columns: int, seed: int) -> Tensor:
+    """a·Ω; of a transpose without the copy that `sketch` would make."""
+    if a.is_contiguous():
+        return sketch(None, a, columns, seed=seed)
+    omega = random_matrix(a.shape[1], columns, seed, device=a.device)
+    return project(None, a.mT, omega.float()).mT

@@ -63,19 +63,21 @@ def _least_interference(found: Sequence[Decomposition], weights: Sequence[float]
 
     d(k) = d_U + d_V is the mean squared displacement of the kept singular vectors by orthogonalisation. With the
     cross blocks E = UᵀU − I, polar(U) = U·(I − E/2 + …), so that d_U = ‖E‖_F²/(4·T·k) to first order, for random
-    subspaces (T − 1)·k/(4·m). What the first sum loses by interference the second loses by truncation.
+    subspaces (T − 1)·k/(4·m); d is at most 1. What the first sum loses by interference the second loses by truncation.
+    Experts without a change count for nothing; k is at most the smallest numerical rank of the others.
     """
-    if most < 1 or not found:
+    # An unchanged expert has no directions to interfere with.
+    pairs = [(d, w) for d, w in zip(found, weights, strict=True) if d.rank > 0]
+    if most < 1 or not pairs:
         return most
+    found = [d for d, _ in pairs]
     parts = [d.truncate(most) for d in found]
     most = min(part.core.shape[0] for part in parts)
-    if most == 0:
-        return 0
     displacement = sum(_cross_energy([getattr(p, side)[:, :most] for p in parts]) for side in ("left", "right"))
     k = torch.arange(1, most + 1, dtype=torch.float64)
     distortion = (displacement / (4 * len(found) * k)).clamp(max=1.0)
     loss = torch.zeros(most, dtype=torch.float64)
-    for decomposition, w in zip(found, weights, strict=True):
+    for decomposition, w in pairs:
         power = decomposition.singular_values.cpu().square()
         kept = power.cumsum(0)[:most]
         loss += w * w * (kept * distortion + (power.sum() - kept))
