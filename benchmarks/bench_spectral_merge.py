@@ -55,7 +55,7 @@ OWN: Final[dict[str, dict[str, Any]]] = {
 """Our runs: defaults, and resm with fp32 products where those are within 1e-3."""
 
 REGIONS: Final = {
-    "form Δ": ("methods._spectral:task_matrix", "methods.resm:_task_matrix"),
+    "form Δ": ("linalg._products:task_matrix", "methods.resm:_task_matrix"),
     "statistics": ("ops.delta_stats:delta_stats", "ops.delta_stats:delta_stats_list"),
     "decompose": (
         "linalg.subspace:decompose",

@@ -22,8 +22,8 @@ from resm_kernels.linalg import (
     stable_rank,
     task_interference,
 )
+from resm_kernels.linalg._products import task_matrix
 from resm_kernels.methods import get
-from resm_kernels.methods._spectral import task_matrix
 from resm_kernels.methods.resm import LayerPlan, layer_plan
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.recipe import Recipe, load_recipe

@@ -7,8 +7,8 @@ from typing import Final
 
 from resm_kernels.linalg._randomized import gram_pays, iterations_for, oversampling_for
 
-# Nanoseconds on one thread of a Zen 4 core, measured by benchmarks/bench_truncated_svd.py --rates and
-# bench_symmetric_eigen.py; only ratios matter.
+# Nanoseconds on one thread of a Zen 4 core: products of 1024² matrices by torch, eigenproblems as in
+# benchmarks/bench_symmetric_eigen.py; only ratios matter.
 # A GPU's own are wanted where it chooses: products are far cheaper there against eigenproblems.
 RATES: Final = {
     "fp32 product": 1 / 105,  # a flop

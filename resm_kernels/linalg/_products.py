@@ -1,4 +1,4 @@
-"""Matrix products whose bits do not depend on the number of threads: fixed panels, each one BLAS call."""
+"""Task vectors, and matrix products whose bits do not depend on the number of threads: fixed panels of one call."""
 
 from __future__ import annotations
 
@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg._threads import run
+from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.symmetric_eigen import symmetric_eigen
+from resm_kernels.reference._delta import compute_dtype
 
 # Rows of a panel, columns of a Gram block: small enough to share out, large enough for BLAS to run at full speed.
 _PANEL, _BLOCK = 256, 256
 # Rows converted to the product's dtype at a time.
 _CHUNK = 2048
+
+
+def task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Δ = expert − base in `dtype`; if None in fp32, in float64 if either is. In memory of its own, in one pass."""
+    # Not expert.sub: sums of ±1 times the values are exact where a subtraction is, and take one pass for bf16 too.
+    return aggregate(None, [expert, base], [1.0, -1.0], out_dtype=dtype or compute_dtype(base, expert))
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:

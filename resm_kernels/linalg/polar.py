@@ -21,6 +21,7 @@ spectral merges, which give every kept direction the same length, would blow it 
 """
 POLAR_METHODS = ("auto", "gram", "polar_express")
 _QUICK = 0.04
+"""Eigenvalues above which `polar_factors` may multiply in fp32."""
 
 
 class PolarFactors(NamedTuple):
@@ -71,8 +72,7 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
         return _polar_express(x.double())
     x = x.double()
     values, vectors = eigen_list([gram(x)])[0]
-    kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
-    root = matmul(vectors * (torch.where(kept, values, 1.0).rsqrt() * kept), vectors.mT)
+    root = matmul(vectors * _inverse_root(values), vectors.mT)
     return matmul(x, root)
 
 
@@ -93,8 +93,7 @@ def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = tor
     grams = _block_grams(matrices)
     quick, exact, rotations = [], [], []
     for blocks, (values, vectors) in zip(matrices, eigen_list(grams), strict=True):
-        kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
-        scaled = vectors * (torch.where(kept, values, 1.0).rsqrt() * kept)
+        scaled = vectors * _inverse_root(values)
         first = int((values > _QUICK).sum()) if dtype == torch.float32 else 0
         whole = torch.cat(list(blocks), 1)
         quick.append((whole, scaled[:, :first]))
@@ -104,6 +103,12 @@ def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = tor
     tails = matmul_list(exact, torch.float64)
     bases = [torch.cat([head, tail.to(dtype)], 1) for head, tail in zip(heads, tails, strict=True)]
     return [PolarFactors(*pair) for pair in zip(bases, rotations, strict=True)]
+
+
+def _inverse_root(values: Tensor) -> Tensor:
+    """λ^(−1/2) of descending eigenvalues of a Gram matrix, 0 for those that count as zero."""
+    kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
+    return torch.where(kept, values, 1.0).rsqrt() * kept
 
 
 def _block_grams(matrices: Sequence[Sequence[Tensor]]) -> list[Tensor]:

@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import frobenius_norm, matmul
+from resm_kernels.linalg._products import frobenius_norm, matmul, task_matrix
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.spectrum import energy_rank
 from resm_kernels.linalg.subspace import Subspace, subspace, subspaces
 from resm_kernels.ops._library import NonFiniteError, check_group
-from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.reference._delta import compute_dtype
 
 _SMALLEST_LOSS = 1e-5
@@ -67,7 +66,7 @@ def truncated_svd(
         tol: The smallest k with ‖Δ − Δ_k‖_F ≤ tol·‖Δ‖_F.
         method: "auto", "gram", "exact" or "randomized", as for `linalg.subspaces`.
         accuracy: Relative backward error allowed to "randomized", as for `linalg.subspaces`. 5e-2 by default:
-            ‖Δ − Δ_k‖_F is then within about half a per cent of the least there is (benchmarks/bench_truncated_svd.py).
+            ‖Δ − Δ_k‖_F is then within about half a per cent of the least there is.
             0 for float64's accuracy.
         oversampling, power_iterations, seed: Of "randomized".
 
@@ -179,9 +178,8 @@ def _difference(matrix: Tensor, expert: Tensor | None) -> Tensor:
         return matrix.to(compute_dtype(matrix))
     names = ("expert", "matrix")
     check_group(None, [expert, matrix], names=names)
-    # One fused pass; sums of ±1 times the values are exact where a subtraction is.
     try:
-        return aggregate(None, [expert, matrix], [1.0, -1.0], out_dtype=compute_dtype(matrix, expert))
+        return task_matrix(matrix, expert)
     except NonFiniteError as e:
         raise NonFiniteError(names[e.index or 0], e.index, e.count) from None
 

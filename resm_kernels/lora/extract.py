@@ -21,12 +21,11 @@ from resm_kernels.checkpoint import (
     read_config,
 )
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
-from resm_kernels.linalg._products import frobenius_norm
+from resm_kernels.linalg._products import frobenius_norm, task_matrix
 from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, EMBEDDING_NAMES, HEAD_NAMES, is_tied
 from resm_kernels.lora.modules import HEAD, Rest, last_part, rank_patterns, target_names
 from resm_kernels.lora.writer import AdapterWriter, adapter_config
 from resm_kernels.methods._registry import did_you_mean
-from resm_kernels.methods._spectral import task_matrix
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.ops._library import FLOAT_DTYPES
 

@@ -13,7 +13,6 @@ from resm_kernels.linalg import DECOMPOSITIONS, Subspace, polar_factors
 from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._registry import Parameter
 from resm_kernels.ops.aggregate import aggregate
-from resm_kernels.reference._delta import compute_dtype
 
 SPECTRAL = Parameter("spectral", bool, True, "false averages the task vectors of this tensor instead, as for vectors")
 DECOMPOSITION = Parameter(
@@ -31,12 +30,6 @@ _GROUP_BYTES: Final = 1 << 30
 def is_spectral(base: Tensor, n_experts: int, spectral: bool) -> bool:
     """True for a matrix with room for at least one direction of every expert, unless the recipe says otherwise."""
     return spectral and base.ndim == 2 and min(base.shape) >= n_experts
-
-
-def task_matrix(base: Tensor, expert: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Δ = expert − base in `dtype`; if None in fp32, in float64 if either is. In memory of its own, in one pass."""
-    # Not expert.sub: sums of ±1 times the values are exact where a subtraction is, and take one pass for bf16 too.
-    return aggregate(None, [expert, base], [1.0, -1.0], out_dtype=dtype or compute_dtype(base, expert))
 
 
 def groups(shape: Sequence[int], n_experts: int) -> list[range]:
@@ -86,8 +79,8 @@ def spectral_workspace(shape: tuple[int, ...], n_experts: int) -> int:
         return 24 << 20
     m, n = shape
     r = min(m, n)
-    together = len(groups(shape, n_experts)[0])
-    return (24 << 20) + 4 * m * n * together + 56 * r * r * together + 24 * (m + n) * r + 8 * m * n
+    # Rank rules that need all singular values hold every task vector at once, whatever `groups` says.
+    return (24 << 20) + (4 * m * n + 56 * r * r) * n_experts + 24 * (m + n) * r + 8 * m * n
 
 
 def averaged(

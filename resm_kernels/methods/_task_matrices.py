@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from resm_kernels.linalg import Decomposition, decompose
-from resm_kernels.linalg._products import matmul
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg._products import matmul, task_matrix
 from resm_kernels.methods._common import elementwise_workspace
 from resm_kernels.methods._registry import Parameter
-from resm_kernels.ops._library import FLOAT_DTYPES, check_group, raise_nonfinite
+from resm_kernels.ops._library import FLOAT_DTYPES, NonFiniteError, check_group, raise_nonfinite
 from resm_kernels.reference._delta import compute_dtype
 
-_ROWS = 256
-
-DECOMPOSITION = Parameter(
+WHOLE_DECOMPOSITION = Parameter(
     "decomposition", ("gram", "exact"), "gram", "gram: products and eigenvectors; exact: LAPACK's SVD"
 )
+"""For methods that need all singular values."""
 
 
 def check(base: Tensor, experts: list[Tensor], out_dtype: torch.dtype | None) -> None:
@@ -37,10 +34,13 @@ def delta(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
         NonFiniteError: Base or an expert has NaN or infinite values.
         ValueError: The difference exceeds the range of fp32.
     """
-    found = experts[t].to(compute_dtype(base, *experts), copy=True).sub_(base)
+    try:
+        found = task_matrix(base, experts[t], compute_dtype(base, *experts))
+    except NonFiniteError:
+        raise_nonfinite(base, experts)  # by the names the caller knows
+        raise
     low, high = found.aminmax()
     if not bool(low.isfinite() & high.isfinite()):
-        raise_nonfinite(base, experts)
         raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
     return found
 
@@ -51,17 +51,6 @@ def weighted_sum(base: Tensor, experts: list[Tensor], weight: list[float]) -> Te
     for t, w in enumerate(weight):
         total.add_(delta(base, experts, t), alpha=w)
     return total
-
-
-def inner(a: Tensor, b: Tensor) -> float:
-    """Σ_ij a_ij·b_ij, cut at fixed rows: torch's own sum depends on the number of threads."""
-    rows = range(0, a.shape[0], _ROWS)
-    parts = run([functools.partial(_dot, a[i : i + _ROWS], b[i : i + _ROWS]) for i in rows], a.device)
-    return float(torch.stack(parts).sum())
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum()
 
 
 def truncated_sum(

@@ -10,7 +10,7 @@ from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import DECOMPOSITION, check, delta
+from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 SMOOTHINGS = ("none", "average", "linear")
@@ -132,7 +132,7 @@ DC_MERGE = Method(
         Parameter("smoothing", SMOOTHINGS, "none", "how singular values are balanced; for LoRA: average or linear"),
         Parameter("rho", float, 5.0, "largest over smallest singular value (linear)", minimum=1.0),
         Parameter("density", float, 1e-3, "share of the entries kept in the shared basis", minimum=0.0, maximum=1.0),
-        DECOMPOSITION,
+        WHOLE_DECOMPOSITION,
         LAMBDA,
         SPECTRAL,
     ),

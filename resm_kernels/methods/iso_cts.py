@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import Decomposition, decompose, polar
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import DECOMPOSITION, check, delta, inner, weighted_sum
+from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta, weighted_sum
 from resm_kernels.reference._delta import compute_dtype
 
 
@@ -64,7 +64,7 @@ def iso_cts(
     lefts, rights = [], []
     for t in range(len(experts) if p else 0):
         task = delta(base, experts, t).double().mul_(weight[t])
-        least = RANK_TOLERANCE * math.sqrt(inner(task, task))
+        least = RANK_TOLERANCE * frobenius_norm(task)
         if rest is not None:
             task = matmul(rest.mT, task)
         else:
@@ -133,7 +133,7 @@ ISO_CTS = Method(
             minimum=0.0,
             maximum=1.0,
         ),
-        DECOMPOSITION,
+        WHOLE_DECOMPOSITION,
         SPECTRAL,
     ),
     function=iso_cts,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
+from resm_kernels.linalg._products import task_matrix
 from resm_kernels.linalg._threads import run
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._ranks import NEEDS_SPECTRUM, RANK_RULES, ranks_of_spectra, ranks_of_statistics
@@ -28,7 +29,6 @@ from resm_kernels.methods._spectral import (
     join,
     orthogonalized_sum,
     spectral_workspace,
-    task_matrix,
 )
 from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
@@ -91,7 +91,7 @@ def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weig
     parts: list[Subspace] = []
     if c.rank_rule in NEEDS_SPECTRUM:
         found = _spectra(base, experts, stats, weights, c)
-        ranks = ranks_of_spectra(c.rank_rule, found, shape, _energies(weights, c), c.energy, c.k_min)
+        ranks = ranks_of_spectra(c.rank_rule, found, shape, _scalars(weights), c.energy, c.k_min)
         parts = [d.truncate(k) for d, k in zip(found, ranks, strict=True)]
         del found
     else:
@@ -101,9 +101,7 @@ def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weig
             own = [ranks[t] for t in group]
             parts += subspaces(matrices, own, method=c.decomposition, accuracy=c.accuracy)
             del matrices
-    # A scalar weight commutes with the decomposition; row weights are in the matrix already.
-    scalars = weights.tolist() if weights.ndim == 1 else [1.0] * len(experts)
-    return orthogonalized_sum(parts, scalars, compute_dtype(base, *experts))
+    return orthogonalized_sum(parts, _scalars(weights), compute_dtype(base, *experts))
 
 
 def _spectra(
@@ -113,8 +111,9 @@ def _spectra(
     return decompose_list(matrices, "exact" if c.decomposition == "exact" else "gram")
 
 
-def _energies(weights: Tensor, c: _Choices) -> list[float]:
-    return weights.tolist() if weights.ndim == 1 else [1.0] * len(c.weight)
+def _scalars(weights: Tensor) -> list[float]:
+    """w_t where a layer has one, which commutes with the decomposition; row weights are in the matrix already."""
+    return weights.tolist() if weights.ndim == 1 else [1.0] * len(weights)
 
 
 def _averaged(
@@ -144,7 +143,7 @@ def layer_plan(base: Tensor, experts: list[Tensor], **given: object) -> LayerPla
     shape = tuple(base.shape)
     if spectral and c.rank_rule in NEEDS_SPECTRUM:
         found = _spectra(base, experts, stats, weights, c)
-        ranks = ranks_of_spectra(c.rank_rule, found, shape, _energies(weights, c), c.energy, c.k_min)
+        ranks = ranks_of_spectra(c.rank_rule, found, shape, _scalars(weights), c.energy, c.k_min)
     elif spectral:
         ranks = ranks_of_statistics(c.rank_rule, stats.sparsity().tolist(), shape, c.gamma, c.rank, c.k_min)
     return LayerPlan(

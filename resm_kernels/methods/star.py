@@ -9,7 +9,7 @@ from resm_kernels.linalg import Decomposition
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
+from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
 
 
 def star(
@@ -76,7 +76,7 @@ STAR = Method(
             maximum=1,
         ),
         LAMBDA,
-        DECOMPOSITION,
+        WHOLE_DECOMPOSITION,
         SPECTRAL,
     ),
     function=star,

@@ -11,7 +11,7 @@ from resm_kernels.linalg import Decomposition
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
+from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
 from resm_kernels.ops.aggregate import aggregate
 
 
@@ -81,7 +81,7 @@ TSV_COMPRESS = Method(
         LAMBDA,
         Parameter("rank", int, None, "directions kept of each expert; r divided by the experts if left out", minimum=1),
         Parameter("share", float, None, "directions kept as a share of r, instead of rank", minimum=0.0, maximum=1.0),
-        DECOMPOSITION,
+        WHOLE_DECOMPOSITION,
         SPECTRAL,
     ),
     function=tsv_compress,
