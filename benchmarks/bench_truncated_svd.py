@@ -2,8 +2,9 @@
 
 One fp32 matrix for each decay α (exact spectrum i^−α, random singular vectors), one panel for each α and rank k. Error
 is how far ‖Δ − Δ̂‖_F lies above the optimum, the float64 tail (Σ_{i>k} σ_i²)^(1/2), as a share of it, measured from the
-returned factors in float64. Time is the median of calls that take turns (A B C … A B C …), after one that is not
-counted. Everybody gets the same matrix; torch.svd_lowrank's and scikit-learn's surplus columns are cut off.
+returned factors in float64; of whatever draws random numbers the mean over `DRAWS` seeds. Time is the median of calls
+that take turns (A B C … A B C …), after one that is not counted. Everybody gets the same matrix; torch.svd_lowrank's
+and scikit-learn's surplus columns are cut off.
 
 For each panel the verdict says which points of others are on the front: no point of ours is both as quick and as good.
 
@@ -35,20 +36,25 @@ DECAYS: Final = (0.3, 0.7, 1.5)
 DIVISORS: Final = (64, 8, 3)
 """k = r / divisor."""
 ACCURACIES: Final = (3e-1, 1e-1, 3e-2, 1e-2, 1e-3)
-POWER_ITERATIONS: Final = (0, 1, 2, 4, 8)
+POWER_ITERATIONS: Final = (1, 2, 3, 4, 5, 6, 8)
+WIDTHS: Final = (0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0, 1.5, 2.0)
+"""Columns of our blocks, as shares of k; all blocks together have at least k and at most 4k + 32."""
+DRAWS: Final = 3
 LOWEST: Final = 1e-9
 """Excess errors up to this count as none: LAPACK's fp32 SVD has about as much."""
 OURS, TORCH_SVD, TORCH_LOWRANK, SKLEARN = "resm_kernels", "torch.linalg.svd", "torch.svd_lowrank", "scikit-learn"
 
 Factors = tuple[Tensor, Tensor, Tensor]
+Call = Callable[[int], Factors]
 
 
 class Point(NamedTuple):
-    """One way to decompose: whose, with which options, the call, and what was measured of it."""
+    """One way to decompose: whose, with which options, the call given a seed, and what was measured of it."""
 
     family: str
     options: str
-    call: Callable[[], Factors]
+    call: Call
+    is_random: bool = True
     excess: float = 0.0
     seconds: tuple[float, ...] = ()
     route: str = ""
@@ -111,20 +117,34 @@ def is_out_of_reach(error: ValueError) -> bool:
     return "not within reach" in str(error)
 
 
+def blocks(k: int, r: int) -> list[tuple[int, int]]:
+    """Columns of a block and power iterations of our "randomized"."""
+    widths = sorted({max(8, round(share * k)) for share in WIDTHS})
+    return [(b, q) for b in widths for q in POWER_ITERATIONS if k <= b * (q + 1) <= min(4 * k + 32, r)]
+
+
 def ours(delta: Tensor, k: int) -> tuple[list[Point], list[str]]:
     """Points, and the options whose accuracy is out of reach."""
     choices: dict[str, dict[str, Any]] = {
         "auto": {},
+        **{f"auto, accuracy {a:g}": {"accuracy": a} for a in ACCURACIES},
         "exact": {"method": "exact"},
         "gram": {"method": "gram"},
         **{f"randomized, accuracy {a:g}": {"method": "randomized", "accuracy": a} for a in ACCURACIES},
-        **{f"randomized, {q} iterations": {"method": "randomized", "power_iterations": q} for q in POWER_ITERATIONS},
+        **{
+            f"randomized, {q} iterations, blocks of {b}": {
+                "method": "randomized",
+                "power_iterations": q,
+                "oversampling": b * (q + 1) - k,
+            }
+            for b, q in blocks(k, min(delta.shape))
+        },
     }
     points, out_of_reach = [], []
     for options, given in choices.items():
 
-        def call(given: dict[str, Any] = given) -> Factors:
-            found = truncated_svd(delta, rank=k, **given)
+        def call(seed: int, given: dict[str, Any] = given) -> Factors:
+            found = truncated_svd(delta, rank=k, seed=seed, **given)
             return found.left, found.singular_values, found.right
 
         try:
@@ -134,18 +154,18 @@ def ours(delta: Tensor, k: int) -> tuple[list[Point], list[str]]:
                 raise
             out_of_reach.append(options)
             continue
-        points.append(Point(OURS, options, call, route=route))
+        points.append(Point(OURS, options, call, route == "randomized", route=route))
     return points, out_of_reach
 
 
-def _torch_svd(delta: Tensor, k: int, dtype: torch.dtype) -> Factors:
+def _torch_svd(delta: Tensor, k: int, dtype: torch.dtype, seed: int) -> Factors:
     left, values, right = torch.linalg.svd(delta.to(dtype), full_matrices=False)
     return left[:, :k], values[:k], right.mT[:, :k]
 
 
-def lowrank(delta: Tensor, k: int, q: int, niter: int) -> Factors:
+def lowrank(delta: Tensor, k: int, q: int, niter: int, seed: int = 0) -> Factors:
     """torch.svd_lowrank with q columns, cut to k."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     left, values, right = torch.svd_lowrank(delta, q=q, niter=niter)
     return left[:, :k], values[:k], right[:, :k]
 
@@ -161,9 +181,9 @@ def sklearn_svd() -> Callable[..., Any] | None:
     return threadpool_limits.wrap(limits=THREADS, user_api="blas")(randomized_svd)  # type: ignore[no-any-return]
 
 
-def sklearn(function: Callable[..., Any], delta: Tensor, k: int, n_iter: int | str) -> Factors:
+def sklearn(function: Callable[..., Any], delta: Tensor, k: int, n_iter: int | str, seed: int = 0) -> Factors:
     """scikit-learn's randomized_svd with its own 10 extra columns."""
-    left, values, right_t = function(delta.numpy(), n_components=k, n_iter=n_iter, random_state=0)
+    left, values, right_t = function(delta.numpy(), n_components=k, n_iter=n_iter, random_state=seed)
     return torch.from_numpy(left), torch.from_numpy(values), torch.from_numpy(right_t).mT
 
 
@@ -171,7 +191,7 @@ def rivals(delta: Tensor, k: int, most_iterations: int) -> list[Point]:
     iterations, r = range(1, most_iterations + 1), min(delta.shape)
     columns = sorted({min(k + extra, r) for extra in (0, 8, 32, k)})
     points = [
-        Point(TORCH_SVD, str(dtype).removeprefix("torch."), functools.partial(_torch_svd, delta, k, dtype))
+        Point(TORCH_SVD, str(dtype).removeprefix("torch."), functools.partial(_torch_svd, delta, k, dtype), False)
         for dtype in (torch.float32, torch.float64)
     ]
     points += [
@@ -191,10 +211,12 @@ def panel(delta: Tensor, values: Tensor, k: int, rounds: int, most_iterations: i
     own, out_of_reach = ours(delta, k)
     points = [*own, *rivals(delta, k, most_iterations)]
     best = float(values[k:].square().sum().sqrt())
-    seconds = in_turn({f"{i}": p.call for i, p in enumerate(points)}, rounds)
-    measured = [
-        p._replace(excess=residual(delta, p.call()) / best - 1, seconds=seconds[f"{i}"]) for i, p in enumerate(points)
-    ]
+    seconds = in_turn({f"{i}": functools.partial(p.call, 0) for i, p in enumerate(points)}, rounds)
+    measured = []
+    for i, p in enumerate(points):
+        draws = range(DRAWS if p.is_random else 1)
+        excess = statistics.fmean(residual(delta, p.call(seed)) / best - 1 for seed in draws)
+        measured.append(p._replace(excess=excess, seconds=seconds[f"{i}"]))
     return measured, out_of_reach
 
 
@@ -303,7 +325,8 @@ def main() -> None:
                     "out_of_reach": out_of_reach,
                     "not_dominated": [f"{p.family}, {p.options}" for p in rest],
                     "points": [
-                        {key: value for key, value in p._asdict().items() if key != "call"} | {"median": p.median}
+                        {key: value for key, value in p._asdict().items() if key not in ("call", "is_random")}
+                        | {"median": p.median}
                         for p in points
                     ],
                 }

@@ -129,10 +129,21 @@ void py_project(const Pointers& bases, const Codes& base_dtypes, const Pointers&
   project(delta, at<const float>(q), l, at<float>(b), threads);
 }
 
+void py_gram_product(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                     const Codes& expert_dtypes, const Lengths& lengths, int64_t m, int64_t n, uint64_t x,
+                     int64_t columns, uint64_t y, uint64_t z, uint64_t energy, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  const DeltaMatrix delta = matrix_of(groups, m, n);
+  require(columns >= 0, "columns must not be negative");
+  py::gil_scoped_release unlocked;
+  gram_product(delta, at<const float>(x), columns, at<float>(y), at<float>(z), at<double>(energy), threads);
+}
+
+template <class T>
 int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors) {
   require(n >= 0 && 0 <= k && k <= n, "k must lie within 0 and n");
   py::gil_scoped_release unlocked;
-  return static_cast<int>(symmetric_eigen(at<const double>(a), n, k, at<double>(values), at<double>(vectors)));
+  return static_cast<int>(symmetric_eigen(at<const T>(a), n, k, at<T>(values), at<T>(vectors)));
 }
 
 #if defined(RESM_WITH_CUDA)
@@ -201,7 +212,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("aggregate", &py_aggregate);
   m.def("sketch", &py_sketch);
   m.def("project", &py_project);
-  m.def("symmetric_eigen", &py_symmetric_eigen);
+  m.def("gram_product", &py_gram_product);
+  m.def("symmetric_eigen_f32", &py_symmetric_eigen<float>);
+  m.def("symmetric_eigen_f64", &py_symmetric_eigen<double>);
 #if defined(RESM_WITH_CUDA)
   m.def("aggregate_cuda", &py_aggregate_cuda);
 #endif

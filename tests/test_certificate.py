@@ -25,6 +25,7 @@ from inputs import power_law, randn, with_spectrum
 from torch import Tensor
 
 from resm_kernels.linalg import Subspace, subspace, svd_lowrank, truncated_svd
+from resm_kernels.linalg._single import single_gram_list
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -113,6 +114,27 @@ def test_random_matrices(method: str, accuracy: float) -> None:
         matrix = randn(m, n, seed=m)
         for k in (1, 4, 13, 40):
             check(matrix, subspace(matrix, k, method=method, accuracy=accuracy), accuracy)
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
+@pytest.mark.parametrize("shape", [(256, 256), (400, 256), (512, 512)], ids=str)
+def test_estimated_residuals_of_gram_matrices_in_fp32_are_not_below_the_truth(
+    shape: tuple[int, int], alpha: float
+) -> None:
+    matrix = with_spectrum(*shape, power_law(min(shape), alpha), seed=3).float()
+    size = float(matrix.double().norm())
+    for k in (3, shape[1] // 12, shape[1] // 4, shape[1] // 3):
+        pair = single_gram_list([matrix], [k], [size], 1.0)[0]
+        if pair is None:  # the last directions are within rounding
+            assert alpha == 1.5 and float(k) ** -3 < 16 * 2.0**-24
+            continue
+        wide, left, core, right = (x.double() for x in (matrix, pair.left, pair.core, pair.right))
+        true = float((wide.mT @ left - right @ core.mT).norm()) / size
+        # 2⁻²² is what the products that form left and right themselves round.
+        assert true <= pair.residual + 2.0**-22 and pair.residual <= 8 * true + 2.0**-22
+        assert single_gram_list([matrix], [k], [size], pair.residual / 2) == [None]
+        for basis in (left, right):
+            assert float((basis.mT @ basis - torch.eye(k)).norm()) <= k * 2.0**-23 + 3e-6
 
 
 @given(

@@ -205,6 +205,37 @@ def test_factors_of_several_are_what_each_has_alone_bit_for_bit(dtype: torch.dty
     assert polar_factors([], dtype) == []
 
 
+def three(m: int, k: int, seed: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [orthonormal(m, k, 3 * seed + t).to(dtype) for t in range(3)]
+
+
+@pytest.mark.parametrize(("m", "k"), [(30, 6), (128, 32), (256, 75), (600, 150)])
+def test_factors_within_an_accuracy_are_the_blocks_and_an_inverse_root(m: int, k: int) -> None:
+    blocks = three(m, k, 1)
+    found = polar_factors([blocks], torch.float32, accuracy=1e-3)[0]
+    x = torch.cat(blocks, 1)
+    assert found.basis.dtype == found.rotation.dtype == torch.float32
+    assert same_bits(found.basis, x) and torch.equal(found.rotation, found.rotation.mT)
+    error = found.basis.double() @ found.rotation.double().mT - by_svd(x)
+    # 16 units of the Gram matrix, halved and divided by the smallest eigenvalue: what the accuracy is checked against.
+    smallest = float(torch.linalg.svdvals(x.double())[-1]) ** 2
+    assert float(torch.linalg.matrix_norm(error, 2)) <= 8 * SINGLE / smallest <= 1e-3
+
+
+def test_factors_beyond_the_accuracy_are_those_of_accuracy_zero_bit_for_bit() -> None:
+    good, near, deficient = three(60, 10, 1), [b.float() for b in inclined(60, 10, 1e-2)], [three(60, 10, 1)[0]] * 3
+    double = three(60, 10, 1, torch.float64)
+    for blocks, accuracy in ((near, 1e-3), (deficient, 1e-3), (deficient, 1e9), (double, 1e-3)):
+        found, plain = polar_factors([blocks, good], torch.float32, accuracy), polar_factors([blocks], torch.float32)[0]
+        assert same_bits(found[0].basis, plain.basis) and same_bits(found[0].rotation, plain.rotation)
+        alone = polar_factors([good], torch.float32, 1e-3)[0]
+        assert same_bits(found[1].basis, torch.cat(good, 1)) and same_bits(found[1].rotation, alone.rotation)
+    # A smaller accuracy is out of reach, and so is fp32 where the result is asked for in float64.
+    for dtype, accuracy in ((torch.float32, 1e-7), (torch.float64, 1e-3)):
+        found, plain = polar_factors([good], dtype, accuracy), polar_factors([good], dtype)[0]
+        assert same_bits(found[0].basis, plain.basis) and same_bits(found[0].rotation, plain.rotation)
+
+
 @pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("copies", [2, 3])

@@ -174,6 +174,13 @@ def test_tsvm_of_large_matrices(use_threads: UseThreads, shape: tuple[int, int],
     assert_same_for_all(use_threads, lambda: [merge(base, experts, "tsvm", accuracy=accuracy)])
 
 
+@pytest.mark.parametrize("shape", [(640, 610), (380, 700)], ids=str)
+def test_resm_of_half_precision(use_threads: UseThreads, shape: tuple[int, int]) -> None:
+    # In fp32: Gram matrices, eigenproblems and products of three experts share the threads out of step.
+    base, experts = experts_with_spectra(*shape, 3, seed=4, dtype=torch.bfloat16)
+    assert_same_for_all(use_threads, lambda: [merge(base, experts, "resm", out_dtype=torch.float32)])
+
+
 @pytest.mark.parametrize("decomposition", ["auto", "gram", "exact", "randomized"])
 def test_tsvm_of_small_matrices(use_threads: UseThreads, decomposition: str) -> None:
     base, experts = experts_with_spectra(72, 64, 2, seed=1)

@@ -15,7 +15,7 @@ import torch
 from inputs import randn, same_bits
 from torch import Tensor
 
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg._threads import Queue, run
 
 CPU = torch.device("cpu")
 COUNTS = (1, 2, 3, 5)
@@ -194,6 +194,71 @@ def test_bits_of_blas_and_lapack_do_not_depend_on_threads(use_threads: UseThread
         use_threads(threads)
         found.append(work())
     assert all(same_bits(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@counts
+def test_queued_tasks_begin_in_order_while_the_caller_goes_on(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    release, begun = threading.Event(), []
+
+    def slow() -> str:
+        begun.append("slow")
+        return "waited" if threads == 1 or release.wait(timeout=20) else "never released"
+
+    with Queue(CPU) as queue:
+        first = queue.add([slow])
+        second = queue.add([partial(begun.append, i) for i in range(5)])
+        if threads > 1:
+            second.results()  # on the other threads, while the first still runs
+        release.set()
+        assert first.results() == ["waited"] and second.results() == [None] * 5
+    assert sorted(map(str, begun)) == ["0", "1", "2", "3", "4", "slow"]
+    assert threads > 2 or begun == ["slow", 0, 1, 2, 3, 4]
+
+
+@counts
+def test_a_queue_is_left_when_all_its_tasks_are_done(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    finished = []
+
+    def slow(i: int) -> None:
+        time.sleep(0.01)
+        finished.append(i)
+
+    with Queue(CPU) as queue:
+        queue.add([partial(slow, i) for i in range(5)])
+    assert sorted(finished) == list(range(5))
+
+
+@counts
+def test_a_queue_left_by_an_error_waits_for_what_runs_and_drops_the_rest(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+    running = threading.Semaphore(0)
+    started, finished = [], []
+
+    def slow(i: int) -> None:
+        started.append(i)
+        running.release()
+        time.sleep(0.02)
+        finished.append(i)
+
+    with pytest.raises(KeyError, match="caller"), Queue(CPU) as queue:
+        queue.add([partial(slow, i) for i in range(50)])
+        running.acquire(timeout=20)
+        raise KeyError("caller")
+    assert sorted(started) == sorted(finished)
+    assert threads == 1 or len(started) < 50
+
+
+@counts
+def test_queues_within_tasks_have_their_own_thread(threads: int, use_threads: UseThreads) -> None:
+    use_threads(threads)
+
+    def outer() -> bool:
+        with Queue(CPU) as queue:
+            return queue.add([threading.get_ident] * 3).results() == [threading.get_ident()] * 3
+
+    assert run([outer] * (3 * threads), CPU) == [True] * (3 * threads)
 
 
 def test_other_devices_run_in_turn_on_the_callers_thread(use_threads: UseThreads) -> None:

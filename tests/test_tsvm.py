@@ -61,6 +61,13 @@ def test_is_resm_without_its_additions_bit_for_bit(shape: tuple[int, ...], dtype
     assert same_bits(merge(base, experts, "tsvm", **shared), wanted)
 
 
+def test_half_precision_does_not_loosen_its_accuracy() -> None:
+    base, experts = experts_with_spectra(256, 240, 2, dtype=torch.bfloat16)
+    found = merge(base, experts, "tsvm", out_dtype=torch.float32)
+    assert same_bits(found, merge(base, experts, "tsvm", accuracy=0.0, out_dtype=torch.float32))
+    assert not torch.equal(found, merge(base, experts, "tsvm", accuracy=1e-3, out_dtype=torch.float32))
+
+
 def test_keeps_an_equal_share_of_directions() -> None:
     base, experts = experts_with_spectra(40, 31, 3)
     assert layer_plan(base, experts, beta=0.0, gamma=0.0).ranks == [10, 10, 10]

@@ -29,6 +29,7 @@ RESM_HD float widened(BFloat x) { return float_from_bf16(x.bits); }
 constexpr int kRowsAhead = 12;
 template <class T>
 RESM_HD void prefetch(const T* row, const DeltaTile& from) {
+  if (!from.ahead) return;
   const auto begin = reinterpret_cast<uintptr_t>(row) + kRowsAhead * from.stride * sizeof(T);
   for (uintptr_t i = 0; i < from.columns * sizeof(T); i += 64)
     __builtin_prefetch(reinterpret_cast<const void*>(begin + i), 0, 2);
@@ -82,6 +83,7 @@ struct Vec {
   static RESM_HD Vec load(const float* p) { return {_mm512_loadu_ps(p)}; }
   RESM_HD void store(float* p) const { _mm512_storeu_ps(p, v); }
   RESM_HD void add_product(const Vec& a, const Vec& b) { v = _mm512_fmadd_ps(a.v, b.v, v); }
+  RESM_HD void add(const Vec& a) { v = _mm512_add_ps(v, a.v); }
 };
 #elif defined(__AVX2__)
 struct Vec {
@@ -91,6 +93,7 @@ struct Vec {
   static RESM_HD Vec load(const float* p) { return {_mm256_loadu_ps(p)}; }
   RESM_HD void store(float* p) const { _mm256_storeu_ps(p, v); }
   RESM_HD void add_product(const Vec& a, const Vec& b) { v = _mm256_fmadd_ps(a.v, b.v, v); }
+  RESM_HD void add(const Vec& a) { v = _mm256_add_ps(v, a.v); }
 };
 #else
 struct Vec {
@@ -105,6 +108,7 @@ struct Vec {
   }
   RESM_HD void store(float* p) const { memcpy(p, &v, sizeof v); }
   RESM_HD void add_product(const Vec& a, const Vec& b) { v = v + a.v * b.v; }
+  RESM_HD void add(const Vec& a) { v = v + a.v; }
 };
 #endif
 

@@ -29,6 +29,11 @@ constexpr int kStripRows = 24;     // rows of the left operand that lie together
 constexpr int kPanel = 48;         // columns of the right operand that lie together
 constexpr int kSpan = 4 * kPanel;  // most columns of Δ that a task of project works on
 
+// Of gram_product:
+constexpr int kGramRows = 48, kGramColumns = 96;  // of a block of Δ: with a panel of x it fits the caches
+constexpr int kUnit = 8;                          // columns of x, y and z come in these
+constexpr int kGramUnits = 6;                     // most units that lie together
+
 // The bit pattern of |d|: an integer in the same order.
 template <class C>
 using Key = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
@@ -99,6 +104,20 @@ struct DeltaTile {
   const Array* expert;
   int64_t begin, stride;
   int rows, columns;
+  bool ahead = true;  // whether to prefetch what lies below
+};
+
+// Memory of a block of Δ to prefetch: cache lines side by side in each row of base and of expert.
+struct BlockAhead {
+  struct Part {
+    uintptr_t begin;
+    int64_t stride;  // bytes
+    int lines;
+  } parts[2];
+  int rows;
+
+  RESM_HD int lines() const { return parts[0].lines + parts[1].lines; }
+  RESM_HD int size() const { return rows * lines(); }
 };
 
 struct ProductKernels {
@@ -111,6 +130,13 @@ struct ProductKernels {
                      int64_t out_stride);
   void (*add_projection)(const float* left, int rows, const float* right, int columns, int depth, float* out,
                          int64_t out_stride);
+  // Of gram_product. A block of Δ lies in rows of kGramColumns, zeros beyond `columns`; x, y and z in rows of `units`
+  // units. y += block·x, z += blockᵀ·y, or without the addition where they are fresh, while `ahead` is prefetched; and
+  // the sum of squares. Rows of y and z are written in whole tiles.
+  void (*add_image)(const float* block, int rows, const float* x, int units, int columns, bool fresh, float* y,
+                    const BlockAhead& ahead);
+  void (*add_preimage)(const float* block, int rows, const float* y, int units, int columns, bool fresh, float* z);
+  double (*block_energy)(const float* block, int rows);
 };
 
 template <class C>

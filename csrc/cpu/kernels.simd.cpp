@@ -13,6 +13,8 @@
 #include "cpu/gemm.simd.h"
 #include "cpu/sketch.simd.h"
 #include "cpu/project.simd.h"
+#include "cpu/gram_product.simd.h"
+#include "cpu/tiles.simd.h"
 #include "cpu/tridiagonal.simd.h"
 #include "cpu/symmetric_eigen.simd.h"
 // clang-format on
@@ -31,7 +33,8 @@ const Kernels table = {RESM_ISA_NAME,
                        outliers_bf16,
                        sum_bf16_of,
                        block_kernels<double>(),
-                       {delta_tile, random_rows, add_sketch, add_projection},
+                       {delta_tile, random_rows, add_sketch, add_projection, add_image, add_preimage,
+                        block_energy},
                        eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

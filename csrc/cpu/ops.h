@@ -64,10 +64,15 @@ void sketch(const DeltaMatrix& delta, int64_t columns, uint64_t seed, int64_t fi
 // b = qᵀ·Δ, (l, n), of q (m, l).
 void project(const DeltaMatrix& delta, const float* q, int64_t l, float* b, int threads);
 
+// y = Δ·x, (m, columns), z = Δᵀ·y, (n, columns), and the sum of Δ's squares, of x (n, columns).
+void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, float* y, float* z, double* energy,
+                  int threads);
+
 enum class EigenStatus { found, inaccurate, not_finite };
 
 // The k largest eigenvalues of a symmetric n × n matrix, of which the upper triangle is read, and their eigenvectors:
-// values (k), vectors (n, k). Without status `found` there are none.
-EigenStatus symmetric_eigen(const double* a, int64_t n, int64_t k, double* values, double* vectors);
+// values (k), vectors (n, k). Without status `found` there are none. Of float and double.
+template <class T>
+EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors);
 
 }  // namespace resm::cpu

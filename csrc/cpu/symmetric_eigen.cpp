@@ -17,18 +17,24 @@ namespace resm::cpu {
 
 namespace {
 
-constexpr double kOrthogonal = 2e-14;  // pairs bounded by this are left as they are
+template <class T>
+constexpr double kOrthogonal = sizeof(T) == 4 ? 1e-8 : 2e-14;  // pairs bounded by this are left as they are
 constexpr double kDependent = 1e-4;    // of a vector's squared norm: less than this left over, and it is found anew
 constexpr double kResidual = 2e-13;    // the largest ‖Tz - λz‖/‖T‖ let through
 constexpr double kChanged = 0.1;       // scalar products above this ask for another pass
 constexpr int kPasses = 8;
+// Matrices are scaled to 1, or up by as much as the scale's own range allows.
+template <class T>
+constexpr int kLeastExponent = sizeof(T) == 4 ? -120 : -1000;
 
 struct Release {
-  void operator()(double* p) const { ::operator delete(p, std::align_val_t(64)); }
+  void operator()(void* p) const { ::operator delete(p, std::align_val_t(64)); }
 };
-using Buffer = std::unique_ptr<double[], Release>;
-Buffer allocate(int64_t n) {
-  return Buffer(static_cast<double*>(::operator new(std::max<int64_t>(n, 1) * sizeof(double), std::align_val_t(64))));
+template <class T>
+using Buffer = std::unique_ptr<T[], Release>;
+template <class T>
+Buffer<T> allocate(int64_t n) {
+  return Buffer<T>(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t(64))));
 }
 
 struct Strip {  // of kStrip pairs, the last one of fewer
@@ -40,14 +46,15 @@ struct Strip {  // of kStrip pairs, the last one of fewer
 class Vectors {
  public:
   Vectors(const EigenKernels& kernels, const Spectrum& spectrum, int64_t n, const double* diagonal,
-          const double* off_diagonal)
-      : kernels_(kernels), spectrum_(spectrum), pairs_(spectrum.pairs()), n_(n), d_(diagonal), e_(off_diagonal) {}
+          const double* off_diagonal, double orthogonal)
+      : kernels_(kernels), spectrum_(spectrum), pairs_(spectrum.pairs()), n_(n), d_(diagonal), e_(off_diagonal),
+        orthogonal_(orthogonal) {}
 
   // Their eigenvectors of T. False if they are not as good as they must be.
   bool find() {
-    const int64_t rows = padded8(n_), count = (pairs_.size() + kStrip - 1) / kStrip;
-    memory_ = allocate(count * rows * kStrip);
-    scratch_ = allocate(3 * rows * kStrip);
+    const int64_t rows = padded<double>(n_), count = (pairs_.size() + kStrip - 1) / kStrip;
+    memory_ = allocate<double>(count * rows * kStrip);
+    scratch_ = allocate<double>(3 * rows * kStrip);
     std::memset(memory_.get(), 0, count * rows * kStrip * sizeof(double));
     for (int64_t s = 0; s < count; ++s) {
       strips_.push_back({0, 0, 0, memory_.get() + s * rows * kStrip});
@@ -68,7 +75,7 @@ class Vectors {
     const int64_t first = s * kStrip, last = first + used(s) - 1;
     const Block &top = spectrum_.block_of(first), &bottom = spectrum_.block_of(last);
     strip.begin = top.begin / 8 * 8;
-    strip.end = padded8(bottom.begin + bottom.size);
+    strip.end = padded<double>(bottom.begin + bottom.size);
     for (int64_t at = first; at <= last;) {
       const int64_t b = pairs_[at].block;
       int64_t end = at;
@@ -77,7 +84,8 @@ class Vectors {
       double lambda[kStrip];
       for (int i = 0; i < kStrip; ++i) lambda[i] = pairs_[std::min(at + i, end - 1)].value;
       double* z = scratch_.get();
-      kernels_.twisted_vectors(d_ + block.begin, e_ + block.begin, block.size, lambda, z, z + padded8(n_) * kStrip);
+      double* scratch = z + padded<double>(n_) * kStrip;
+      kernels_.twisted_vectors(d_ + block.begin, e_ + block.begin, block.size, lambda, z, scratch);
       for (int64_t i = 0; i < block.size; ++i)
         std::copy_n(z + i * kStrip, end - at, strip.z + (block.begin + i) * kStrip + at - first);
       at = end;
@@ -105,7 +113,7 @@ class Vectors {
       const Pair& other = pairs_[t * kStrip + kStrip - 1];
       if (other.block != own.block) break;
       const double residuals = strips_[s].residual + strips_[t].residual + 2 * kEps * spectrum_.norm();
-      if (!((other.value - own.value) * kOrthogonal > residuals)) found.push_back(t);
+      if (!((other.value - own.value) * orthogonal_ > residuals)) found.push_back(t);
     }
     return found;
   }
@@ -224,45 +232,58 @@ class Vectors {
   const std::vector<Pair>& pairs_;
   int64_t n_;
   const double *d_, *e_;
+  double orthogonal_;
   std::vector<Strip> strips_;
-  Buffer memory_, scratch_;
+  Buffer<double> memory_, scratch_;
   uint64_t drawn_ = 0;
 };
 
 }  // namespace
 
-EigenStatus symmetric_eigen(const double* a, int64_t n, int64_t k, double* values, double* vectors) {
+template <class T>
+EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors) {
   if (n == 0 || k == 0) return EigenStatus::found;
   const EigenKernels& kernels = cpu::kernels().eigen;
-  const int64_t panels = padded8(n) / 8, size = tile_offset(panels, panels);
-  const Buffer diagonal = allocate(2 * n), factors = allocate(factors_size(n));
-  const Buffer reflectors = allocate(reflectors_size(n));
-  const Tridiagonal reduced{diagonal.get(), diagonal.get() + n, reflectors.get(), factors.get()};
+  const ReductionKernels<T>& reduction = kernels.of<T>();
+  const int64_t panels = tiles_in<T>(n), size = tile_offset<T>(panels, panels);
+  const Buffer<double> diagonal = allocate<double>(2 * n);
+  const Buffer<T> factors = allocate<T>(factors_size(n)), reflectors = allocate<T>(reflectors_size<T>(n));
+  const Tridiagonal<T> reduced{diagonal.get(), diagonal.get() + n, reflectors.get(), factors.get()};
   int exponent = 0;
   {
-    const Buffer tiles = allocate(size), scratch = allocate(tridiagonalize_scratch(n));
-    const double largest = kernels.pack(a, n, tiles.get());
+    const Buffer<T> tiles = allocate<T>(size), scratch = allocate<T>(tridiagonalize_scratch<T>(n));
+    const T largest = reduction.pack(a, n, tiles.get());
     if (!std::isfinite(largest)) return EigenStatus::not_finite;
     if (largest > 0) std::frexp(largest, &exponent);
-    exponent = std::max(exponent, -1000);
-    const double scale = std::ldexp(1.0, -exponent);
+    exponent = std::max(exponent, kLeastExponent<T>);
+    const T scale = std::ldexp(T(1), -exponent);
     for (int64_t i = 0; i < size; ++i) tiles[i] *= scale;
-    kernels.tridiagonalize(tiles.get(), n, reduced, scratch.get());
+    reduction.tridiagonalize(tiles.get(), n, reduced, scratch.get());
   }
   for (int64_t i = 0; i < n; ++i) reduced.diagonal[i] += 0.0;  // no -0, which Sturm counts take for positive
   const Spectrum spectrum(kernels, n, reduced.diagonal, reduced.off_diagonal, k);
   if (static_cast<int64_t>(spectrum.pairs().size()) != k) return EigenStatus::inaccurate;
-  for (const Pair& pair : spectrum.pairs()) values[pair.place] = std::ldexp(pair.value, exponent);
-  Vectors found(kernels, spectrum, n, reduced.diagonal, reduced.off_diagonal);
+  for (const Pair& pair : spectrum.pairs()) values[pair.place] = static_cast<T>(std::ldexp(pair.value, exponent));
+  Vectors found(kernels, spectrum, n, reduced.diagonal, reduced.off_diagonal, kOrthogonal<T>);
   if (!found.find()) return EigenStatus::inaccurate;
-  for (int64_t first = 0; first < k; first += kStrip) {
-    double* z = found.strip(first / kStrip);
-    kernels.back_transform(reduced, n, z);
-    const int64_t n_columns = std::min<int64_t>(kStrip, k - first);
+  const Buffer<T> columns = allocate<T>(padded<T>(n) * kColumns<T>);
+  std::fill_n(columns.get(), padded<T>(n) * kColumns<T>, T(0));
+  for (int64_t first = 0; first < k; first += kColumns<T>) {
+    for (int64_t at = first; at < std::min(first + kColumns<T>, k); at += kStrip) {
+      const double* z = found.strip(at / kStrip);
+      T* to = columns.get() + at - first;
+      for (int64_t i = 0; i < n; ++i)
+        for (int c = 0; c < kStrip; ++c) to[i * kColumns<T> + c] = static_cast<T>(z[i * kStrip + c]);
+    }
+    reduction.back_transform(reduced, n, columns.get());
+    const int64_t n_columns = std::min<int64_t>(kColumns<T>, k - first);
     for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < n_columns; ++c) vectors[i * k + spectrum.pairs()[first + c].place] = z[i * kStrip + c];
+      for (int64_t c = 0; c < n_columns; ++c)
+        vectors[i * k + spectrum.pairs()[first + c].place] = columns[i * kColumns<T> + c];
   }
   return EigenStatus::found;
 }
+template EigenStatus symmetric_eigen(const float*, int64_t, int64_t, float*, float*);
+template EigenStatus symmetric_eigen(const double*, int64_t, int64_t, double*, double*);
 
 }  // namespace resm::cpu

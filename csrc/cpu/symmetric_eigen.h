@@ -1,5 +1,5 @@
-// The inner loops of symmetric_eigen, and what they share with those who call them. All numbers are double; matrices
-// come scaled to about 1.
+// The inner loops of symmetric_eigen, and what they share with those who call them. Matrices come scaled to about 1; a
+// float matrix is reduced and its vectors are transformed back in float, what lies between is double.
 #pragma once
 
 #include <cstdint>
@@ -9,36 +9,57 @@
 namespace resm::cpu {
 
 constexpr int kReflectors = 32;  // Householder reflectors applied at once
-constexpr int kStrip = 24;       // eigenvectors kept side by side
+constexpr int kStrip = 24;       // eigenvectors of T kept side by side
 constexpr int kShifts = 32;      // Sturm counts taken at once
+template <class T>
+constexpr int kTile = 64 / sizeof(T);  // a cache line of numbers
+template <class T>
+constexpr int kColumns = 3 * kTile<T>;  // eigenvectors transformed back side by side
 
 // A = Q T Qᵀ: T, and Q as blocks of kReflectors reflectors I - V F Vᵀ.
+template <class T>
 struct Tridiagonal {
   double* diagonal;      // n
   double* off_diagonal;  // n, the last one unused
-  double* reflectors;    // reflectors_size(n): of each block V, from the block's first row on
-  double* factors;       // factors_size(n): of each block F
+  T* reflectors;         // reflectors_size(n): of each block V, from the block's first row on
+  T* factors;            // factors_size(n): of each block F
 };
 
-RESM_HD int64_t tile_offset(int64_t panel, int64_t panels) { return 64 * (panel * panels - panel * (panel - 1) / 2); }
-RESM_HD int64_t padded8(int64_t n) { return (n + 7) / 8 * 8; }
+template <class T>
+RESM_HD int64_t tiles_in(int64_t n) { return (n + kTile<T> - 1) / kTile<T>; }
+template <class T>
+RESM_HD int64_t padded(int64_t n) { return tiles_in<T>(n) * kTile<T>; }
+template <class T>
+RESM_HD int64_t tile_offset(int64_t panel, int64_t panels) {
+  return kTile<T> * kTile<T> * (panel * panels - panel * (panel - 1) / 2);
+}
 RESM_HD int64_t reflector_blocks(int64_t n) { return n > 2 ? (n - 2 + kReflectors - 1) / kReflectors : 0; }
 RESM_HD int64_t factors_size(int64_t n) { return reflector_blocks(n) * kReflectors * kReflectors; }
+template <class T>
 RESM_HD int64_t reflectors_size(int64_t n) {
   const int64_t blocks = reflector_blocks(n);
-  return kReflectors * (blocks * padded8(n) - kReflectors * (blocks * (blocks - 1) / 2));
+  return kReflectors * (blocks * padded<T>(n) - kReflectors * (blocks * (blocks - 1) / 2));
 }
-// One panel's reflectors V and their partners W, by groups of 8 rows: V[8g + r, q] lies at g·kGroup + 8q + r and W's
-// 8·kReflectors later. One spare line a group keeps the groups out of each other's cache sets.
-constexpr int64_t kGroup = 16 * kReflectors + 8;
-RESM_HD int64_t tridiagonalize_scratch(int64_t n) { return padded8(n) / 8 * (kGroup + 16); }
+// One panel's reflectors V and their partners W, by groups of kTile rows: V[kTile·g + r, q] lies at
+// g·kGroup + kTile·q + r and W's kTile·kReflectors later. One spare line a group keeps the groups out of each other's
+// cache sets.
+template <class T>
+constexpr int64_t kGroup = kTile<T>*(2 * kReflectors + 1);
+template <class T>
+RESM_HD int64_t tridiagonalize_scratch(int64_t n) { return tiles_in<T>(n) * (kGroup<T> + 2 * kTile<T>); }
+
+template <class T>
+struct ReductionKernels {
+  // The tiles of a row-major matrix's upper triangle; returns max |a|, or NaN if there are values that are not finite.
+  T (*pack)(const T* a, int64_t n, T* tiles);
+  void (*tridiagonalize)(T* tiles, int64_t n, const Tridiagonal<T>& into, T* scratch);
+  // columns = Q · columns, (n padded, kColumns).
+  void (*back_transform)(const Tridiagonal<T>& from, int64_t n, T* columns);
+};
 
 struct EigenKernels {
-  // The tiles of a row-major matrix's upper triangle; returns max |a|, or NaN if there are values that are not finite.
-  double (*pack)(const double* a, int64_t n, double* tiles);
-  void (*tridiagonalize)(double* tiles, int64_t n, const Tridiagonal& into, double* scratch);
-  // strip = Q · strip.
-  void (*back_transform)(const Tridiagonal& from, int64_t n, double* strip);
+  ReductionKernels<float> f32;
+  ReductionKernels<double> f64;
   // below[i] = how many eigenvalues of T lie below x[i], of kShifts shifts; squares: of the off-diagonal elements.
   void (*count_below)(const double* diagonal, const double* squares, int64_t n, const double* x, double* below);
   // Eigenvectors z, (n, kStrip) of norm 1, of T for kStrip eigenvalues; scratch: 2·n·kStrip.
@@ -51,6 +72,13 @@ struct EigenKernels {
   void (*gram)(const double* a, const double* b, int64_t n, double* product);
   void (*subtract)(const double* a, const double* factor, int64_t n, double* b);
   void (*multiply)(const double* factor, int64_t n, double* a);
+
+  template <class T>
+  const ReductionKernels<T>& of() const;
 };
+template <>
+inline const ReductionKernels<float>& EigenKernels::of<float>() const { return f32; }
+template <>
+inline const ReductionKernels<double>& EigenKernels::of<double>() const { return f64; }
 
 }  // namespace resm::cpu

@@ -3,6 +3,9 @@
 
 namespace resm::cpu::RESM_ISA::eigen {
 
+using Vec = Vector<double>;
+constexpr int kVec = kWidth<double>;
+
 // below[i] = how many eigenvalues of the n × n tridiagonal matrix lie below x[i], of kShifts shifts. Pivots of zero
 // need no care: the next one is -inf, the one after it that of the matrix without both.
 void count_below(const double* diagonal, const double* squares, int64_t n, const double* x, double* below) {
@@ -11,7 +14,7 @@ void count_below(const double* diagonal, const double* squares, int64_t n, const
 #pragma GCC unroll 16
   for (int i = 0; i < kVecs; ++i) {
     shift[i] = load(x + i * kVec);
-    pivot[i] = all(1);
+    pivot[i] = all(1.0);
   }
   double square = 0;
   for (int64_t j = 0; j < n; ++j) {
@@ -19,7 +22,7 @@ void count_below(const double* diagonal, const double* squares, int64_t n, const
 #pragma GCC unroll 16
     for (int i = 0; i < kVecs; ++i) {
       pivot[i] = (d - shift[i]) - s / pivot[i];
-      count[i] = pivot[i] < Vec{} ? count[i] + all(1) : count[i];
+      count[i] = pivot[i] < Vec{} ? count[i] + all(1.0) : count[i];
     }
     square = squares[j];  // one more than there are
   }
@@ -83,13 +86,13 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
         const Vec next = i == n - 1 ? Vec{} : load(place(down, i, c));
-        last[c] = twist[c] == index ? all(1) : -(next * last[c]);
+        last[c] = twist[c] == index ? all(1.0) : -(next * last[c]);
         store(place(z, i, c), last[c]);
         norm[c] = fma(last[c], last[c], norm[c]);
       }
     }
 #pragma GCC unroll 4
-    for (int c = 0; c < kVecs; ++c) last[c] = twist[c] == Vec{} ? all(1) : Vec{};
+    for (int c = 0; c < kVecs; ++c) last[c] = twist[c] == Vec{} ? all(1.0) : Vec{};
     for (int64_t i = 1; i < n; ++i) {
       const Vec index = all(static_cast<double>(i));
 #pragma GCC unroll 4
@@ -97,7 +100,7 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
         const Vec below = -(load(place(up, i, c)) * last[c]);
         norm[c] = fma(below, below, norm[c]);
         store(place(z, i, c), load(place(z, i, c)) + below);
-        last[c] = twist[c] == index ? all(1) : below;
+        last[c] = twist[c] == index ? all(1.0) : below;
       }
     }
 #pragma GCC unroll 4
@@ -136,13 +139,14 @@ void residuals(const double* diagonal, const double* off_diagonal, int64_t n, co
 // product = aᵀb of two strips of n rows, a multiple of 8.
 void gram(const double* a, const double* b, int64_t n, double* product) {
   for (int p = 0; p < kStrip; p += 8)
-    product8<Store::set, 3>(n, {a + p, 1, kStrip}, {b, kStrip, 8}, {product + p * kStrip, kStrip, 8});
+    multiply_into<double, Store::set, 3>(n, {a + p, 1, kStrip}, {b, kStrip, 8}, {product + p * kStrip, kStrip, 8});
 }
 
 // b -= a · factor, of two strips.
 void subtract(const double* a, const double* factor, int64_t n, double* b) {
   for (int64_t i = 0; i < n; i += 8)
-    product8<Store::subtract, 3>(kStrip, {a + i * kStrip, kStrip, 1}, {factor, kStrip, 8}, {b + i * kStrip, kStrip, 8});
+    multiply_into<double, Store::subtract, 3>(kStrip, {a + i * kStrip, kStrip, 1}, {factor, kStrip, 8},
+                                              {b + i * kStrip, kStrip, 8});
 }
 
 // a = a · factor.
@@ -150,13 +154,16 @@ void multiply_strip(const double* factor, int64_t n, double* a) {
   double rows[8 * kStrip];
   for (int64_t i = 0; i < n; i += 8) {
     memcpy(rows, a + i * kStrip, sizeof rows);
-    product8<Store::set, 3>(kStrip, {rows, kStrip, 1}, {factor, kStrip, 8}, {a + i * kStrip, kStrip, 8});
+    multiply_into<double, Store::set, 3>(kStrip, {rows, kStrip, 1}, {factor, kStrip, 8}, {a + i * kStrip, kStrip, 8});
   }
 }
 
+template <class T>
+constexpr ReductionKernels<T> reduction_kernels() { return {pack<T>, tridiagonalize<T>, back_transform<T>}; }
+
 constexpr EigenKernels eigen_kernels() {
-  return {pack, tridiagonalize, back_transform, count_below, twisted_vectors, residuals, gram, subtract,
-          multiply_strip};
+  return {reduction_kernels<float>(), reduction_kernels<double>(), count_below, twisted_vectors, residuals, gram,
+          subtract, multiply_strip};
 }
 
 }  // namespace resm::cpu::RESM_ISA::eigen

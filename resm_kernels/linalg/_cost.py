@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from resm_kernels.linalg._randomized import gram_pays, iterations_for, oversampling_for
+from resm_kernels.linalg._randomized import block_for, iterations_for
 
 # Nanoseconds on one thread of a Zen 4 core: products of 1024² matrices by torch, eigenproblems as in
 # benchmarks/bench_symmetric_eigen.py; only ratios matter.
@@ -13,9 +13,10 @@ from resm_kernels.linalg._randomized import gram_pays, iterations_for, oversampl
 RATES: Final = {
     "fp32 product": 1 / 105,  # a flop
     "float64 product": 1 / 48,  # a flop
-    "tridiagonal form": 0.036,  # n³, float64
-    "eigenvectors": 0.075,  # n²·k, float64
-    "Cholesky-QR": 1 / 40,  # a flop of the 6·m·c² that its two products and the inverse count
+    "float64 tridiagonal form": 0.034,  # n³
+    "fp32 tridiagonal form": 0.017,
+    "float64 eigenvectors": 0.075,  # n²·k
+    "fp32 eigenvectors": 0.045,
 }
 SMALLEST_ACCURACY: Final = 1e-5
 """Residuals below this drown in fp32 rounding."""
@@ -25,26 +26,22 @@ def gram_cost(m: int, n: int, rank: int, accuracy: float) -> float:
     """Seconds for `rank` directions by an eigendecomposition of the Gram matrix, in fp32 where that may be enough."""
     r = min(m, n)
     flops = 1.25 * m * n * r + 2 * m * n * rank
-    rate = RATES["fp32 product" if accuracy >= SMALLEST_ACCURACY else "float64 product"]
-    return 1e-9 * (rate * flops + _eigen(r, rank))
+    dtype = "fp32" if accuracy >= SMALLEST_ACCURACY else "float64"
+    return 1e-9 * (RATES[f"{dtype} product"] * flops + _eigen(r, rank, dtype))
 
 
 def randomized_cost(
     m: int, n: int, rank: int, accuracy: float, oversampling: int | None, power_iterations: int | None
 ) -> float:
-    """Seconds for `rank` directions by subspace iteration, if the iterations planned suffice; infinite if none can."""
-    r, long = min(m, n), max(m, n)
-    columns = rank + (oversampling_for(rank) if oversampling is None else oversampling)
+    """Seconds for `rank` directions by block Krylov iteration, if what is planned suffices; infinite if none can."""
     iterations = iterations_for(accuracy) if power_iterations is None else power_iterations
-    if columns > r or (accuracy < SMALLEST_ACCURACY and power_iterations is None):
+    width = min(block_for(rank, oversampling, iterations) * (iterations + 1), m, n)
+    if accuracy < SMALLEST_ACCURACY and power_iterations is None:
         return math.inf
-    on_gram = gram_pays(long, r, columns, iterations)
-    steps = 2.0 * r * r * columns if on_gram else 4.0 * m * n * columns
-    once = 1.25 * m * n * r if on_gram else 0.0
-    products = once + (iterations + 1) * steps + 4.0 * m * n * columns
-    bases = 6.0 * columns**2 * ((iterations + 1) * (r if on_gram else r + long) + r + long)
-    return 1e-9 * (RATES["fp32 product"] * products + RATES["Cholesky-QR"] * bases + _eigen(columns, rank))
+    products = 4.0 * m * n * width + 4.0 * n * width**2 + 2.0 * (m + n) * width * rank
+    grams = 2.0 * (m + n) * width**2
+    return 1e-9 * (RATES["fp32 product"] * products + RATES["float64 product"] * grams + _eigen(width, rank, "float64"))
 
 
-def _eigen(n: int, k: int) -> float:
-    return RATES["tridiagonal form"] * n**3 + RATES["eigenvectors"] * n * n * k
+def _eigen(n: int, k: int, dtype: str) -> float:
+    return RATES[f"{dtype} tridiagonal form"] * n**3 + RATES[f"{dtype} eigenvectors"] * n * n * k

@@ -1,28 +1,53 @@
-"""Dominant subspaces by randomized subspace iteration in fp32: matrix products, Cholesky-QR, one small eigenproblem.
+"""Dominant subspaces by randomized block Krylov iteration in fp32: passes over Δ and one small eigenproblem.
 
-Halko, Martinsson, Tropp (2011, arXiv 0909.4061), algorithms 4.4 and 5.1, with three changes: the iteration runs on the
-Gram matrix where that is cheaper; Rayleigh–Ritz takes the eigenvalues of a small Gram matrix in float64; and how far
-the result is from an invariant pair is measured, not assumed, so that iteration goes on until it is near enough.
+The left basis is sought in the span of [ΔΩ, (ΔΔᵀ)ΔΩ, …, (ΔΔᵀ)^qΔΩ], of all blocks that a power iteration goes through,
+not of the last one alone (Musco and Musco 2015, arXiv 1504.05477). So blocks may be narrower than the rank, and for
+the same products with Δ the error is smaller by orders of magnitude (Tropp and Webber 2023, arXiv 2306.12418). Δ is
+read once for both products of a block, and need not exist (`gram_product`). The small singular value decomposition is
+a Gram matrix's eigenproblem in float64. How far the result is from an invariant pair is measured, not assumed, so that
+blocks are added until it is near enough.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram_list, matmul_list
-from resm_kernels.linalg.orthonormalize import orthonormalize
+from resm_kernels.linalg._delta import Delta
+from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, matmul
+from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.orthonormalize import inverse_triangular, orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.ops.gram_product import gram_product
 from resm_kernels.ops.project import project
 from resm_kernels.ops.sketch import sketch
-from resm_kernels.reference._philox import random_matrix
 
-MOST_ITERATIONS = 16
+R = TypeVar("R")
+MOST_ITERATIONS = 24
 """Power iterations after which the accuracy asked for counts as out of reach."""
-_GRAM_FLOOR = 1e-5  # of (σ_k/σ_1)²: fp32 rounding of ΔᵀΔ is about 1e-7·σ_1² in every direction
+_PLAIN = (1e-12, 1e12)
+"""Root mean squares of Δ·Ω whose products with Δ, and their squares, stay far within fp32's range."""
+_STEEP = 300.0
+"""Condition of ΔP beyond which ΔᵀΔP has lost the smallest directions to rounding: its square is near 2²⁴."""
+_DEPENDENT = 1e5
+"""Condition of [ΔΩ, ΔP] beyond which ΔΩ says no more than ΔP, or is one column too many."""
+_SMALL = 1 << 24
+"""Multiplications up to which work on a basis runs on one thread: sharing it out would cost more than it saves."""
+_ROUNDING = 2.0**-24
+_STRAIGHT = 8 * _ROUNDING
+"""Deviations from orthonormality that are fp32's rounding."""
+_NEARLY = 1e-4
+"""Deviations from orthonormality whose square, 1e-8, a first-order correction may leave."""
+
+
+class OutOfRangeError(ArithmeticError):
+    """Δ is zero, not finite, or so large or small that squares leave fp32's range."""
 
 
 @dataclass(frozen=True)
@@ -40,128 +65,165 @@ class Pair:
     residual: float
 
 
-def oversampling_for(rank: int) -> int:
-    """Extra columns: HMT's constant for small ranks, a share where many singular values lie next to the last kept."""
-    return 16 + rank // 4
-
-
 def iterations_for(accuracy: float) -> int:
     """Power iterations to begin with: what decaying spectra of trained task vectors need, see bench_truncated_svd."""
-    return min(MOST_ITERATIONS, max(1, math.ceil(-math.log10(accuracy) - 0.5))) if accuracy > 0 else MOST_ITERATIONS
+    return min(MOST_ITERATIONS, max(3, math.ceil(2 - 1.5 * math.log10(accuracy)))) if accuracy > 0 else MOST_ITERATIONS
 
 
-def gram_pays(m: int, n: int, columns: int, iterations: int) -> bool:
-    """Whether iterating on ΔᵀΔ, made once for (5/4)·m·n² flops, costs less than on Δ and Δᵀ in turn (m ≥ n)."""
-    on_gram = 1.25 * m * n * n + 2 * (iterations + 1) * n * n * columns
-    return on_gram < 4 * (iterations + 1) * m * n * columns
+def block_for(rank: int, oversampling: int | None, iterations: int) -> int:
+    """Columns of a block: those asked for shared out among the blocks, or half the rank, as long as they suffice."""
+    if oversampling is not None:
+        return -(-(rank + oversampling) // (iterations + 1))
+    return max(-(-(rank + 8 + rank // 4) // (iterations + 1)), -(-rank // 2), 8)
 
 
-def randomized_list(
-    matrices: Sequence[Tensor],
-    ranks: Sequence[int],
-    norms: Sequence[float],
+def randomized(
+    delta: Delta,
+    rank: int,
     *,
     accuracy: float,
     oversampling: int | None,
     power_iterations: int | None,
     seed: int,
-) -> list[Pair | None]:
-    """Dominant pairs of tall fp32 matrices (m ≥ n), in step with each other so that their products fill all threads.
+    in_range: bool = False,
+) -> tuple[Pair, float] | None:
+    """The dominant pair of a row-major Δ, `rank` ≥ 1, and ‖Δ‖_F.
 
-    Returns None for a matrix that does not come within `accuracy` (relative residual) in `MOST_ITERATIONS`; with
-    `power_iterations` given, exactly as many are made and whatever comes out is returned.
+    Returns None if it does not come within `accuracy` (relative residual) in `MOST_ITERATIONS`; with
+    `power_iterations` given, exactly as many are made and whatever comes out is returned. `in_range` says that the
+    caller knows Δ's products to fit fp32.
+
+    Raises:
+        OutOfRangeError: They may not.
     """
-    if not matrices:
-        return []
-    m, n = matrices[0].shape
-    extra = [oversampling_for(k) if oversampling is None else oversampling for k in ranks]
-    columns = [min(k + p, n) for k, p in zip(ranks, extra, strict=True)]
+    m, n = delta.shape
     planned = iterations_for(accuracy) if power_iterations is None else power_iterations
-    grams: dict[int, Tensor] = {}
-    if gram_pays(m, n, max(columns), planned):
-        grams = dict(enumerate(gram_list(matrices, dtype=None)))
-        bases = {i: sketch(None, g, columns[i], seed=seed) for i, g in grams.items()}
-    else:
-        sketches = [_sketch(a, c, seed) for a, c in zip(matrices, columns, strict=True)]
-        lefts = [orthonormalize(y, passes=1).q for y in sketches]
-        bases = dict(enumerate(_times_list([a.mT for a in matrices], lefts)))
-    found: list[Pair | None] = [None] * len(matrices)
-    done = 0
-    while bases:
-        for _ in range(planned - done):
-            _iterate(matrices, grams, bases)
-        done = planned
-        for i, (pair, smallest) in _rayleigh_ritz(matrices, bases, ranks, norms).items():
-            if i in grams and smallest < _GRAM_FLOOR and power_iterations is None:
-                del grams[i]  # its rounding errors bury the last directions: go on with the matrix itself
-            elif power_iterations is not None or pair.residual <= accuracy:
-                found[i] = pair
-                del bases[i]
-        if done >= MOST_ITERATIONS:
-            break
-        planned = min(done + max(1, done // 2), MOST_ITERATIONS)
-    return found
+    columns = min(block_for(rank, oversampling, planned), m, n)
+    y = sketch(delta.base, delta.expert, columns, seed=seed) / math.sqrt(n)
+    if not in_range and not _PLAIN[0] <= frobenius_norm(y) / math.sqrt(y.numel() / n) <= _PLAIN[1]:
+        raise OutOfRangeError
+    space = _Krylov([], [y], [project(delta.base, delta.expert, y).mT], math.nan)
+    while True:
+        while len(space.bases) < planned and space.width < min(m, n):
+            _extend(space, delta)
+        if not space.bases:
+            space.norm = frobenius_norm(delta.matrix)
+        # With as many columns as there are directions nothing is left outside.
+        measure = power_iterations is None and space.width < min(m, n)
+        pair = _best_pair(delta, space, rank, measure)
+        if power_iterations is not None or pair.residual <= accuracy:
+            return pair, space.norm
+        if planned >= MOST_ITERATIONS or space.width == min(m, n):
+            return None
+        planned = min(planned + max(2, planned // 2), MOST_ITERATIONS)
 
 
-def _iterate(matrices: Sequence[Tensor], grams: dict[int, Tensor], bases: dict[int, Tensor]) -> None:
-    """One power iteration of every basis: columns that span ΔᵀΔ·P, not yet orthonormal."""
-    for i in bases:
-        bases[i] = orthonormalize(bases[i], passes=1).q
-    direct = [i for i in bases if i not in grams]
-    images = _times_list([matrices[i] for i in direct], [bases[i] for i in direct])
-    lefts = [orthonormalize(y, passes=1).q for y in images]
-    pairs = {i: (grams[i], p) for i, p in bases.items() if i in grams}
-    bases.update(zip(direct, _times_list([matrices[i].mT for i in direct], lefts), strict=True))
-    bases.update(zip(pairs, matmul_list(list(pairs.values())), strict=True))
+@dataclass
+class _Krylov:
+    """Blocks P_i, orthonormal with each other; y = ΔΩ/√n and all ΔP_i, z = Δᵀy of each; ‖Δ‖_F."""
+
+    bases: list[Tensor]
+    ys: list[Tensor]
+    zs: list[Tensor]
+    norm: float
+
+    @property
+    def width(self) -> int:
+        """Of all P_i."""
+        return sum(p.shape[1] for p in self.bases)
 
 
-def _rayleigh_ritz(
-    matrices: Sequence[Tensor], bases: dict[int, Tensor], ranks: Sequence[int], norms: Sequence[float]
-) -> dict[int, tuple[Pair, float]]:
-    """The best pairs of the given ranks within the bases, and (σ_k/σ_1)²; leaves the bases orthonormal.
+def _extend(space: _Krylov, delta: Delta) -> None:
+    """Another block: the part of the last ΔᵀΔP that is new, no wider than there is room for."""
+    z = space.zs[-1][:, : min(delta.shape) - space.width]
+    p = _alone(partial(_new_directions, z, space.bases), z)
+    y, z, energy = gram_product(delta.base, delta.expert, p)
+    space.bases.append(p)
+    space.ys.append(y)
+    space.zs.append(z)
+    space.norm = math.sqrt(float(energy))
 
-    One pass of Cholesky-QR is enough each time. Bases come from a power iteration, so that they are conditioned like
-    (σ_1/σ_l)² at worst and orthonormal to far less than any accuracy asked for after it. The others have columns that
-    are orthogonal but for rounding and as long as the singular values: scaled by those, they are conditioned like 1.
+
+def _new_directions(z: Tensor, bases: Sequence[Tensor]) -> Tensor:
+    """Block Gram–Schmidt and Cholesky-QR, both twice: what the first of either leaves, the second removes."""
+    before = torch.cat(list(bases), 1) if bases else None
+    for _ in range(2):
+        if before is not None:
+            z = z - matmul(before, matmul(before.mT, z))
+        z = orthonormalize(z, passes=1).q
+    return z
+
+
+def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
+    """The singular value decomposition of the part of Δ whose left side lies in the span of y, where z = Δᵀy.
+
+    With y = qr, q orthonormal, that part is q·bᵀ, b = Δᵀq = z·r⁻¹, and bᵀb = r⁻ᵀ·(zᵀz)·r⁻¹ = w·diag(s²)·wᵀ gives left
+    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side.
+    Where y is too steep for z, b is formed from q.
     """
-    for i in bases:
-        bases[i] = orthonormalize(bases[i], passes=1).q
-    images = _times_list([matrices[i] for i in bases], list(bases.values()))
-    rotations, values, smallest = [], [], []
-    solved = eigen_list(gram_list(images), [min(ranks[i], p.shape[1]) for i, p in bases.items()])
-    for powers, vectors in solved:
-        k = int((powers > RANK_TOLERANCE**2 * powers[0]).sum())
-        rotations.append(vectors[:, :k])
-        values.append(powers[:k].sqrt())
-        smallest.append(float(powers[k - 1] / powers[0]) if k else 1.0)
-    rights = matmul_list(list(zip(bases.values(), rotations, strict=True)))
-    scaled = [w / v for w, v in zip(rotations, values, strict=True)]
-    lefts = [orthonormalize(y, passes=1).q for y in matmul_list(list(zip(images, scaled, strict=True)))]
-    backs = _times_list([matrices[i].mT for i in bases], lefts)
-    insides = matmul_list(list(zip([p.mT for p in rights], backs, strict=True)))
-    projections = matmul_list(list(zip(rights, insides, strict=True)))
-    pairs = {}
-    for i, left, back, projection, v, last in zip(bases, lefts, backs, projections, values, smallest, strict=True):
-        residual = frobenius_norm(back.sub(projection))
-        refined = orthonormalize(back / v.float(), passes=1)
-        core = (refined.r * v.float()).mT
-        pairs[i] = (Pair(left, core, refined.q, residual / norms[i]), last)
-    return pairs
+    y = torch.cat(space.ys, 1)
+    return _alone(partial(_pair_of, delta, space, y, rank, measure), y)
 
 
-def _times_list(matrices: Sequence[Tensor], factors: Sequence[Tensor]) -> list[Tensor]:
-    """a·x for each; where a is a transpose by `project`, which is faster than BLAS for the few columns there are."""
-    plain = [i for i, a in enumerate(matrices) if a.is_contiguous()]
-    found = dict(zip(plain, matmul_list([(matrices[i], factors[i]) for i in plain]), strict=True))
-    return [
-        found[i] if i in found else project(None, a.mT, x).mT
-        for i, (a, x) in enumerate(zip(matrices, factors, strict=True))
-    ]
+def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) -> Pair:
+    factor, info = run([lambda: torch.linalg.cholesky_ex(gram(y), upper=True)], y.device)[0]
+    inverse = run([partial(inverse_triangular, factor)], y.device)[0] if not bool(info) else None
+    condition = float(factor.norm() * inverse.norm()) / math.sqrt(len(factor)) if inverse is not None else math.inf
+    if inverse is not None and condition < _STEEP:
+        q, b = y, torch.cat(space.zs, 1)
+        h = matmul(inverse.mT, matmul(gram(b), inverse))
+    else:
+        if not condition < _DEPENDENT and space.bases:
+            y = torch.cat(space.ys[1:], 1)
+        q = orthonormalize(y).q
+        b = project(delta.base, delta.expert, q).mT
+        inverse = None
+        h = gram(b)
+    powers, w = eigen_list([h], [min(rank, h.shape[0])])[0]
+    k = int((powers > RANK_TOLERANCE**2 * powers[0]).sum())
+    s, w = powers[:k].sqrt(), w[:, :k]
+    if inverse is not None:
+        w = matmul(inverse, w)
+    left, right = matmul(q, w.float()), matmul(b, (w / s).float())
+    residual = _residual(space, left, right, s) if measure else _ROUNDING
+    left, r_left, straight_left = _straightened(left)
+    right, r_right, straight_right = _straightened(right)
+    # Δᵀ·left was right·diag(s) before both were straightened: with x = q·r, C = r_left⁻ᵀ·diag(s)·r_rightᵀ.
+    if straight_left and straight_right:
+        core = (s * (1 + r_right.diagonal() - r_left.diagonal())).diag()
+    else:
+        core = run([lambda: torch.linalg.solve(r_left.mT, s[:, None] * r_right.mT)], s.device)[0]
+    return Pair(left, core.float(), right, residual)
 
 
-def _sketch(a: Tensor, columns: int, seed: int) -> Tensor:
-    """a·Ω; of a transpose without the copy that `sketch` would make."""
-    if a.is_contiguous():
-        return sketch(None, a, columns, seed=seed)
-    omega = random_matrix(a.shape[1], columns, seed, device=a.device)
-    return project(None, a.mT, omega.float()).mT
+def _residual(space: _Krylov, left: Tensor, right: Tensor, s: Tensor) -> float:
+    """‖(I − PPᵀ)·Δᵀ·left‖_F/‖Δ‖_F, Δᵀ·left = right·diag(s): what the left basis sees of Δ outside of all P.
+
+    At least fp32's unit roundoff, below which it says nothing.
+    """
+    seen = right * s.float()
+    if space.bases:
+        p = torch.cat(space.bases, 1)
+        seen = seen.sub_(matmul(p, matmul(p.mT, seen)))
+    return max(frobenius_norm(seen) / space.norm, _ROUNDING)
+
+
+def _straightened(x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """q and r (float64), x = q·r with orthonormal q; True if r is I but for elements of at most `_NEARLY`.
+
+    x has orthonormal columns but for rounding. Where that is little, q = x·(I − E/2) and r = I + E/2 with E = xᵀx − I,
+    to first order.
+    """
+    half = gram(x, torch.float32).double().sub_(torch.eye(x.shape[1], device=x.device)).div_(2)
+    worst = 2 * float(half.abs().max()) if half.numel() else 0.0
+    if worst > _NEARLY:
+        found = orthonormalize(x)
+        return found.q, found.r.double(), False
+    q = x if worst <= _STRAIGHT else x - matmul(x, half.float())
+    half.diagonal().add_(1)
+    return q, half, True
+
+
+def _alone(task: Callable[[], R], x: Tensor) -> R:
+    """The result of a task about products of x with small matrices, on one thread where they are small."""
+    return run([task], x.device)[0] if x.numel() * x.shape[1] <= _SMALL else task()

@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -20,23 +20,58 @@ _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
+class Pending(Generic[R]):
+    """Tasks that were handed out; `results` waits for them."""
+
+    def __init__(self, futures: Sequence[Future[R]], done: list[R]):
+        self._futures, self._done = futures, done
+
+    def results(self) -> list[R]:
+        """What the tasks returned, in order; the first in order that failed is raised."""
+        return self._done if not self._futures else [future.result() for future in self._futures]
+
+
+class Queue:
+    """Tasks handed out without waiting for them: `with Queue(device) as queue: pending = queue.add(tasks)`.
+
+    On the CPU each task runs on one thread, up to torch.get_num_threads() at a time, and they begin in the order in
+    which they were added, so that what is added early fills threads that later tasks cannot. Where there is one thread
+    only, within a task, and on other devices, which queue their work themselves, `add` runs its tasks there and then.
+    If the block is left by an error, tasks that have not begun never do, and those that have are waited for.
+    """
+
+    def __init__(self, device: torch.device):
+        threads = torch.get_num_threads()
+        alone = device.type != "cpu" or threads == 1 or getattr(_worker, "is_one", False)
+        self._pool = None if alone else _pool(threads)
+        self._futures: list[Future[Any]] = []
+
+    def __enter__(self) -> Queue:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for future in self._futures:
+                future.cancel()
+        wait(self._futures)  # none may still be writing into its caller's tensors
+
+    def add(self, tasks: Sequence[Callable[[], R]]) -> Pending[R]:
+        """Hand out tasks. Within one, `Queue` and `run` have one thread: a task never waits for a free one."""
+        if self._pool is None:
+            return Pending([], [task() for task in tasks])
+        futures = [self._pool.submit(_call, task) for task in tasks]
+        self._futures += futures
+        return Pending(futures, [])
+
+
 def run(tasks: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
     """Return the tasks' results in order; on the CPU each ran on one thread, up to torch.get_num_threads() at a time.
 
     Tasks may call `run` themselves: what they share out then runs in turn, on their own thread. On other devices all
     tasks run in turn on the caller's thread, as the device queues their work itself.
     """
-    threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or getattr(_worker, "is_one", False):
-        return [task() for task in tasks]
-    futures: list[Future[R]] = [_pool(threads).submit(_call, task) for task in tasks]
-    try:
-        return [future.result() for future in futures]
-    except BaseException:
-        for future in futures:
-            future.cancel()
-        wait(futures)  # none may still be writing into its caller's tensors
-        raise
+    with Queue(device) as queue:
+        return queue.add(tasks).results()
 
 
 def _call(task: Callable[[], R]) -> R:

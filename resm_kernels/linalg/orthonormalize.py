@@ -72,7 +72,7 @@ def orthonormalize(x: Tensor, passes: int = 2) -> Orthonormalized:
             left -= 1
         if step is None:
             return _householder(x)
-        inverse = run([partial(_inverse, step)], x.device)[0]
+        inverse = run([partial(inverse_triangular, step)], x.device)[0]
         q, r = matmul(q, inverse.to(x.dtype)), matmul(step, r)
     return Orthonormalized(q, r.to(x.dtype), False)
 
@@ -92,7 +92,8 @@ def _shifted(g: Tensor, m: int) -> Tensor:
     return g
 
 
-def _inverse(factor: Tensor) -> Tensor:
+def inverse_triangular(factor: Tensor) -> Tensor:
+    """r⁻¹ of an upper triangular r."""
     identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity, upper=True)
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, matmul, matmul_list
+from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, gram_list, matmul, matmul_list
 from resm_kernels.ops._library import NonFiniteError
 
 RANK_TOLERANCE = 1e-6
@@ -22,10 +22,16 @@ spectral merges, which give every kept direction the same length, would blow it 
 POLAR_METHODS = ("auto", "gram", "polar_express")
 _QUICK = 0.04
 """Eigenvalues above which `polar_factors` may multiply in fp32."""
+_SINGLE = 16 * 2.0**-24
+"""Errors of a Gram matrix of fp32 blocks and of its eigenpairs, all in fp32, where its own blocks count as I."""
 
 
 class PolarFactors(NamedTuple):
-    """polar(x) = basis · rotationᵀ: basis (m, c) orthonormal (columns of x's null space are 0), rotation (c, c)."""
+    """polar(x) = basis · rotationᵀ, both (·, c).
+
+    With `accuracy` 0 basis and rotation are orthonormal, but for columns of x's null space, which are 0 in the basis.
+    Where an `accuracy` allowed fp32, they are x itself and (xᵀx)^(−1/2).
+    """
 
     basis: Tensor
     rotation: Tensor
@@ -76,7 +82,9 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
     return matmul(x, root)
 
 
-def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.float64) -> list[PolarFactors]:
+def polar_factors(
+    matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = torch.float64, accuracy: float = 0.0
+) -> list[PolarFactors]:
     """The polar factors of matrices [Q_1 … Q_T] as products, their eigenproblems side by side.
 
     Args:
@@ -85,11 +93,38 @@ def polar_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype = tor
         dtype: Of the result. For fp32 the basis columns of eigenvalues above `_QUICK` are formed in fp32, the others
             in float64 and rounded: fp32 rounds [Q_1 … Q_T]·w by about 4e-7 of the length of w, and the division by
             its own length, the root of the eigenvalue, makes that 2e-6 at most. Gram matrix and eigenvectors are
-            float64's always.
+            float64's, unless an accuracy allows fp32.
+        accuracy: Errors ‖polar(x) − basis·rotationᵀ‖₂ that may be made for speed, in fp32 of fp32 blocks. An error E
+            of the Gram matrix moves the factor's direction of eigenvalue λ by ‖E‖/2λ; where the smallest λ makes that
+            too much, everything is done as for 0 (default).
 
     Returns:
         Basis and rotation of each.
     """
+    found: dict[int, PolarFactors] = {}
+    if accuracy > 0 and dtype == torch.float32:
+        single = [i for i, blocks in enumerate(matrices) if all(block.dtype == torch.float32 for block in blocks)]
+        factors = _single_factors([matrices[i] for i in single], accuracy)
+        found = {i: own for i, own in zip(single, factors, strict=True) if own is not None}
+    rest = [i for i in range(len(matrices)) if i not in found]
+    found |= dict(zip(rest, _exact_factors([matrices[i] for i in rest], dtype), strict=True))
+    return [found[i] for i in range(len(matrices))]
+
+
+def _single_factors(matrices: Sequence[Sequence[Tensor]], accuracy: float) -> list[PolarFactors | None]:
+    """x and (xᵀx)^(−1/2) in fp32; None where small eigenvalues would make their errors more than `accuracy`."""
+    found: list[PolarFactors | None] = [None] * len(matrices)
+    scaled: dict[int, Tensor] = {}
+    for i, (values, vectors) in enumerate(eigen_list(_cross_grams(matrices, torch.float32))):
+        # Not for any accuracy: the smallest eigenvalue has to be one, and not rounding.
+        if 2 * min(accuracy, 0.1) * float(values[-1]) >= _SINGLE:
+            scaled[i] = vectors * values.pow(-0.25)
+    for i, root in zip(scaled, gram_list([x.mT for x in scaled.values()], None), strict=True):
+        found[i] = PolarFactors(torch.cat(list(matrices[i]), 1), root)
+    return found
+
+
+def _exact_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[PolarFactors]:
     grams = _block_grams(matrices)
     quick, exact, rotations = [], [], []
     for blocks, (values, vectors) in zip(matrices, eigen_list(grams), strict=True):
@@ -113,21 +148,27 @@ def _inverse_root(values: Tensor) -> Tensor:
 
 def _block_grams(matrices: Sequence[Sequence[Tensor]]) -> list[Tensor]:
     """[Q_1 … Q_T]ᵀ[Q_1 … Q_T] in float64 for blocks with orthonormal columns."""
+    # fp32 blocks are orthonormal to fp32 only, which small eigenvalues feel: they are those of what is really there.
+    crossed = [i for i, blocks in enumerate(matrices) if all(block.dtype == torch.float64 for block in blocks)]
+    whole = [i for i in range(len(matrices)) if i not in crossed]
+    found = dict(zip(crossed, _cross_grams([matrices[i] for i in crossed], torch.float64), strict=True))
+    found |= dict(zip(whole, gram_list([torch.cat(list(matrices[i]), 1) for i in whole]), strict=True))
+    return [found[i] for i in range(len(matrices))]
+
+
+def _cross_grams(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
+    """[Q_1 … Q_T]ᵀ[Q_1 … Q_T] of orthonormal blocks: their products with each other, and identities."""
     places, pairs = [], []
     grams = []
     for blocks in matrices:
-        if any(block.dtype != torch.float64 for block in blocks):
-            # Orthonormal to fp32 only, which small eigenvalues would feel: they are those of what is really there.
-            grams.append(gram(torch.cat(list(blocks), 1)))
-            continue
         ends = list(itertools.accumulate(block.shape[1] for block in blocks))
-        whole = torch.eye(ends[-1], dtype=torch.float64, device=blocks[0].device)
+        whole = torch.eye(ends[-1], dtype=dtype, device=blocks[0].device)
         grams.append(whole)
         spans = [slice(end - block.shape[1], end) for end, block in zip(ends, blocks, strict=True)]
         for s, t in itertools.combinations(range(len(blocks)), 2):
             places.append((whole, spans[s], spans[t]))
             pairs.append((blocks[s].mT, blocks[t]))
-    for (whole, rows, columns), product in zip(places, matmul_list(pairs, torch.float64), strict=True):
+    for (whole, rows, columns), product in zip(places, matmul_list(pairs, dtype), strict=True):
         whole[rows, columns] = product
         whole[columns, rows] = product.mT
     return grams

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from resm_kernels.linalg._products import gram, matmul
 from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.decompose import Subspace
 from resm_kernels.linalg.polar import RANK_TOLERANCE
-from resm_kernels.linalg.subspace import Subspace
 
 _ROUNDING = 1e-12
 """Relative error that sums of squared singular values may carry: well above r·u for any r a matrix has."""

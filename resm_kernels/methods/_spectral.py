@@ -24,6 +24,8 @@ DECOMPOSITION = Parameter(
 ACCURACY = Parameter(
     "accuracy", float, 0.0, "relative backward error allowed in each expert's subspaces; 0 for float64's", minimum=0.0
 )
+HALF_PRECISION_ACCURACY: Final = 1e-3
+"""Where all experts are bf16 or fp16: their own rounding is a perturbation tens of times larger, or hundreds."""
 _GROUP_BYTES: Final = 1 << 30
 
 
@@ -43,32 +45,38 @@ def groups(shape: Sequence[int], n_experts: int) -> list[range]:
     return [range(t, min(t + step, n_experts)) for t in range(0, n_experts, step)]
 
 
-def orthogonalized_sum(parts: Sequence[Subspace], weights: Sequence[float], dtype: torch.dtype) -> Tensor:
+def orthogonalized_sum(
+    parts: Sequence[Subspace], weights: Sequence[float], dtype: torch.dtype, accuracy: float = 0.0
+) -> Tensor:
     """polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ in `dtype`.
 
-    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first. F and W are orthonormal, so
-    that forming the products in fp32 rounds M by a few units of fp32, whatever the conditions of Q and P.
+    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first, then the shorter basis. F and
+    W are orthonormal, so that forming the products in fp32 rounds M by a few units of fp32, whatever the conditions of
+    Q and P; where `accuracy` allows Q and (QᵀQ)^(−1/2) in their place, by that times the conditions.
 
     Args:
         parts: One subspace for each expert, Σ_t k_t ≤ min(m, n).
         weights: w_t.
         dtype: Of the products and the result, fp32 or float64.
+        accuracy: Errors of the polar factors that may be made for speed.
     """
     m, n = parts[0].left.shape[0], parts[0].right.shape[0]
     sizes = [part.core.shape[0] for part in parts]
     if sum(sizes) == 0:
         return torch.zeros(m, n, dtype=dtype, device=parts[0].left.device)
-    left, right = polar_factors([[p.left for p in parts], [p.right for p in parts]], dtype)
+    left, right = polar_factors([[p.left for p in parts], [p.right for p in parts]], dtype, accuracy)
     rotations = right.rotation.split(sizes)
     blocks = [_times(part.core * w, r) for part, w, r in zip(parts, weights, rotations, strict=True)]
     inner = matmul(left.rotation.mT, torch.cat(blocks))
-    return matmul(matmul(left.basis, inner), right.basis.mT)
+    if m < n:
+        return matmul(matmul(left.basis, inner), right.basis.mT)
+    return matmul(left.basis, matmul(inner, right.basis.mT))
 
 
 def _times(core: Tensor, x: Tensor) -> Tensor:
     """core·x, by rows where the core is diagonal."""
     diagonal = core.diagonal()
-    if torch.equal(core, diagonal.diag()):
+    if int(core.count_nonzero()) == int(diagonal.count_nonzero()):
         return x * diagonal.to(x.dtype)[:, None]
     return matmul(core.to(x.dtype), x)
 

