@@ -12,10 +12,6 @@
 #include "cuda/ops.h"
 #endif
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 namespace py = pybind11;
 using resm::DType;
 using namespace resm::cpu;
@@ -193,11 +189,6 @@ py::dict build_facts() {
   py::list isas;
   for (int i = 0; i < n; ++i) isas.append(names[i]);
   facts["isas"] = isas;
-#if defined(_OPENMP)
-  facts["openmp"] = true;
-#else
-  facts["openmp"] = false;
-#endif
   facts["compiler"] = RESM_COMPILER;
   facts["cuda"] = RESM_CUDA_BUILT_FOR;
   return facts;
@@ -218,7 +209,7 @@ PYBIND11_MODULE(_native, m) {
 #if defined(RESM_WITH_CUDA)
   m.def("aggregate_cuda", &py_aggregate_cuda);
 #endif
-  m.def("build_facts", &build_facts, "Instruction sets, OpenMP, compiler and CUDA architectures of this build.");
+  m.def("build_facts", &build_facts, "Instruction sets, compiler and CUDA architectures of this build.");
   m.def("use_isa", [](const std::string& name) {
     require(use_isa(name.c_str()), "this processor or build has no instruction set '" + name + "'");
   }, "Choose the instruction set, for tests: results must not depend on it.");

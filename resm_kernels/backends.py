@@ -15,8 +15,8 @@ def backends() -> dict[str, Any]:
     """Describe the live kernels of this installation.
 
     Returns:
-        A dictionary of plain values: ``native`` (available, reason if not, instruction set in use, OpenMP, CUDA
-        architectures built in), ``ops`` (for each op and device type, "native" or "reference"), ``threads``,
+        A dictionary of plain values: ``native`` (available, reason if not, instruction set in use, compiler,
+        CUDA architectures built in), ``ops`` (for each op and device type, "native" or "reference"), ``threads``,
         ``torch`` and ``triton`` (versions; None if absent), ``gpu`` (names of the visible devices).
     """
     native = _extension.native

@@ -107,7 +107,7 @@ import importlib, json
 real = importlib.import_module
 def broken(name, package=None):
     if name == "resm_kernels._native":
-        raise ImportError("libgomp.so.1: cannot open shared object file")
+        raise ImportError("libstdc++.so.6: cannot open shared object file")
     return real(name, package)
 importlib.import_module = broken
 import resm_kernels
@@ -117,4 +117,4 @@ print(json.dumps(resm_kernels.backends()))
     assert ran.returncode == 0, ran.stderr
     native = json.loads(ran.stdout)["native"]
     assert native["available"] is False
-    assert "they do not load: libgomp.so.1: cannot open shared object file" in native["reason"]
+    assert "they do not load: libstdc++.so.6: cannot open shared object file" in native["reason"]

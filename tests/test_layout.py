@@ -53,7 +53,7 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 
 
 def test_no_kernel_without_an_op() -> None:
-    shared = {"kernels", "block", "lanes", "chunks", "ops", "gemm", "tiles", "tridiagonal"}
+    shared = {"kernels", "block", "lanes", "chunks", "threads", "ops", "gemm", "tiles", "tridiagonal"}
     for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference"):
         for path in (ROOT / folder).iterdir():
             stem = path.name.split(".")[0]

@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 #endif
 
+#include <mutex>
+
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
@@ -86,6 +88,7 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
   std::vector<Chunk> chunks;
   for (int64_t g = 0; g < groups.size(); ++g)
     if (groups.is_double(g) == (sizeof(C) == 8)) add_chunks(groups, g, chunks);
+  std::mutex counting;
   parallel_for(static_cast<int64_t>(chunks.size()), threads, [&] { return Scratch<C>(n_experts); },
                [&](int64_t i, Scratch<C>& scratch) {
                  const int64_t g = chunks[i].group, at = g * n_experts;
@@ -98,12 +101,8 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
                        sum_chunk(groups, chunks[i], election, outs[g]))
                      return;
                  merge_chunk<C>(groups, chunks[i], election, outs[g], scratch);
-                 int64_t* counts = nonfinite + g * (1 + n_experts);
-                 for (int t = 0; t <= n_experts; ++t)
-                   if (scratch.nonfinite[t] != 0) {
-#pragma omp atomic
-                     counts[t] += scratch.nonfinite[t];
-                   }
+                 const std::lock_guard<std::mutex> lock(counting);
+                 for (int t = 0; t <= n_experts; ++t) nonfinite[g * (1 + n_experts) + t] += scratch.nonfinite[t];
                });
 }
 

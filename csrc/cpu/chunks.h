@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/threads.h"
 
 namespace resm::cpu {
 
@@ -42,37 +43,6 @@ template <class Visit>
 void for_blocks(const Chunk& chunk, Visit visit) {
   for (int64_t begin = chunk.begin; begin < chunk.end; begin += kBlock)
     visit(begin, static_cast<int>(std::min<int64_t>(kBlock, chunk.end - begin)));
-}
-
-// Calls work(i, scratch) for every i below n, on `threads` threads with one `Scratch(make())` each. An exception (no
-// memory) must not leave a parallel region: the first one is kept and thrown at its end.
-template <class Make, class Work>
-void parallel_for(int64_t n, int threads, Make make, Work work) {
-  std::exception_ptr failure;
-  // Runs of chunks, so that threads seldom touch the same (huge) page of an output for the first time together.
-  const auto grain = static_cast<int>(std::clamp<int64_t>(n / (int64_t(8) * threads), 1, 16));
-#pragma omp parallel num_threads(threads) if (threads > 1 && n > 1)
-  {
-    std::exception_ptr own;
-    try {
-      auto scratch = make();
-#pragma omp for schedule(dynamic, grain)
-      for (int64_t i = 0; i < n; ++i) {
-        try {
-          work(i, scratch);
-        } catch (...) {
-          own = std::current_exception();
-        }
-      }
-    } catch (...) {
-      own = std::current_exception();
-    }
-    if (own) {
-#pragma omp critical(resm_failure)
-      failure = own;
-    }
-  }
-  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace resm::cpu

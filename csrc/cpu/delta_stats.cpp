@@ -5,6 +5,7 @@
 // same bits for any number of threads. The histogram counts in integers, whose sums have no order.
 #include <cmath>
 #include <limits>
+#include <mutex>
 
 #include "cpu/chunks.h"
 
@@ -169,7 +170,7 @@ class Pass {
       into[t] = {total<double>(m.sum), total<double>(m.sum_sq), total<double>(m.sum_abs), max_abs,
                  total<int64_t>(m.zeros) - pad, total<int64_t>(m.smalls) - pad, m.n_nonfinite};
       if (bins.empty()) continue;
-#pragma omp critical(resm_histogram)
+      const std::lock_guard<std::mutex> lock(histogram_);
       bins[row(chunk.group, t)].take(scratch.packed.data() + t * per_expert);
     }
   }
@@ -248,6 +249,7 @@ class Pass {
   int64_t* counts_;
   int threads_;
   std::vector<Chunk> chunks_;
+  std::mutex histogram_;
 };
 
 }  // namespace

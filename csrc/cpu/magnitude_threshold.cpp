@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <mutex>
 
 #include "cpu/chunks.h"
 
@@ -155,7 +156,7 @@ class Selection {
                                 own[t].between.insert(own[t].between.end(), scratch.found.begin(),
                                                       scratch.found.begin() + found);
                               });
-#pragma omp critical(resm_tallies)
+                   const std::lock_guard<std::mutex> lock(adding_);
                    for (int t = 0; t < groups_.n_experts; ++t) add(own[t], tallies_[t], limit);
                  });
   }
@@ -196,7 +197,7 @@ class Selection {
                          if (has_prefix<C>(key, prefix, shift, bits)) ++own[(key >> shift) & mask];
                        }
                      });
-#pragma omp critical(resm_digits)
+                     const std::lock_guard<std::mutex> lock(adding_);
                      for (size_t d = 0; d < own.size(); ++d) histogram[d] += own[d];
                    });
     });
@@ -209,6 +210,7 @@ class Selection {
   int64_t numel_;
   std::vector<Tally<C>> tallies_;
   std::vector<Chunk> chunks_;
+  std::mutex adding_;
 };
 
 }  // namespace

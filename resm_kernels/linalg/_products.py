@@ -17,6 +17,10 @@ from resm_kernels.reference._delta import compute_dtype
 # Rows of a panel, columns of a Gram block: small enough to share out, large enough for BLAS to run at full speed.
 # Blocks of 192 take 0.7 of a whole product's time in fp32, 0.6 in float64, where powers of two lose a tenth to caches.
 _PANEL, _BLOCK = 256, 192
+# Fewest multiplications of a panel, fewest columns of a Gram block: less costs more to hand out than to do.
+_LEAST, _LEAST_BLOCK = 1 << 21, 32
+# Elements up to which torch works on one thread anyway.
+_SERIAL = 1 << 15
 # Rows converted to the product's dtype at a time.
 _CHUNK = 2048
 
@@ -46,11 +50,25 @@ def matmul_list(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype | Non
 def matmul_tasks(a: Tensor, b: Tensor, out: Tensor) -> list[Callable[[], None]]:
     """The tasks of out = a·b, in the dtype of `out`."""
     b = b.to(out.dtype)
-    return [functools.partial(_panel, a[i:j], b, out[i:j]) for i, j in _ranges(a.shape[0], _PANEL)]
+    rows = max(_PANEL, _LEAST // max(b.numel(), 1))
+    return [functools.partial(_panel, a[i:j], b, out[i:j]) for i, j in _ranges(a.shape[0], rows)]
 
 
 def _panel(a: Tensor, b: Tensor, out: Tensor) -> None:
     torch.mm(a.to(b.dtype), b, out=out)
+
+
+def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x − a·b, all of one dtype."""
+    out = torch.empty_like(x)
+    rows = max(_PANEL, _LEAST // max(b.numel(), 1))
+    parts = [(x[i:j], a[i:j], out[i:j]) for i, j in _ranges(x.shape[0], rows)]
+    _run([functools.partial(_minus_panel, own, left, b, to) for own, left, to in parts], [out])
+    return out
+
+
+def _minus_panel(x: Tensor, a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.addmm(x, a, b, alpha=-1, out=out)
 
 
 def gram(x: Tensor, dtype: torch.dtype | None = torch.float64) -> Tensor:
@@ -74,13 +92,18 @@ def gram_strips(x: Tensor, out: Tensor) -> list[tuple[int, Callable[[], None]]]:
 
     In that order threads end together.
     """
-    strips = reversed(list(_ranges(x.shape[1], _BLOCK)))
+    strips = reversed(list(_ranges(x.shape[1], _block(x.shape[1]))))
     return [(j, functools.partial(_gram_strip, x, out, (i, j))) for i, j in strips]
+
+
+def _block(columns: int) -> int:
+    """Columns of a strip: four strips of few columns, which leave out three eighths of the products."""
+    return _BLOCK if columns > 4 * _BLOCK else max(_LEAST_BLOCK, -(-columns // 32) * 8)
 
 
 def mirror(g: Tensor) -> None:
     """Copy what lies below the diagonal of a square matrix above it."""
-    for i, j in _ranges(g.shape[0], _BLOCK):
+    for i, j in _ranges(g.shape[0], _block(g.shape[0])):
         g[:i, i:j] = g[i:j, :i].mT
 
 
@@ -98,19 +121,21 @@ def _gram_strip(x: Tensor, out: Tensor, strip: tuple[int, int]) -> None:
 
 def frobenius_norm(x: Tensor) -> float:
     """‖x‖_F, right to about 1e-7; infinite or NaN if x is not finite, or its square exceeds float64."""
-    rows = list(_ranges(x.shape[0], _PANEL))
-    quick = _sum([functools.partial(_square_sum, x[i:j]) for i, j in rows], x.device)
+    quick = _energy(x, None)
     if 1e-20 < quick < math.inf:
         return math.sqrt(quick)
     # fp32's squares may have left its range where float64's do not.
-    return math.sqrt(_sum([functools.partial(_square_sum, x[i:j], torch.float64) for i, j in rows], x.device))
+    return math.sqrt(_energy(x, torch.float64))
 
 
-def _sum(tasks: Sequence[Callable[[], Tensor]], device: torch.device) -> float:
-    return float(torch.stack(run(tasks, device)).sum()) if tasks else 0.0
+def _energy(x: Tensor, dtype: torch.dtype | None) -> float:
+    if x.numel() <= _SERIAL:
+        return float(_square_sum(x, dtype))
+    tasks = [functools.partial(_square_sum, x[i:j], dtype) for i, j in _ranges(x.shape[0], _PANEL)]
+    return float(torch.stack(run(tasks, x.device)).sum())
 
 
-def _square_sum(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def _square_sum(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Rows in x's own dtype (or `dtype`), whose pairwise sums are right to a few units; the sum of rows in float64."""
     wide = x.to(dtype or x.dtype)
     return (wide * wide).sum(1).double().sum()

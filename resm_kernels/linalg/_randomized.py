@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg._delta import Delta
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, matmul
+from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, matmul, minus_product
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.orthonormalize import inverse_triangular, orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
@@ -99,13 +99,16 @@ def randomized(
     m, n = delta.shape
     planned = iterations_for(accuracy) if power_iterations is None else power_iterations
     columns = min(block_for(rank, oversampling, planned), m, n)
-    y = sketch(delta.base, delta.expert, columns, seed=seed) / math.sqrt(n)
+    y = sketch(delta.base, delta.expert, columns, seed=seed)
+    run([lambda: y.div_(math.sqrt(n))], y.device)
     if not in_range and not _PLAIN[0] <= frobenius_norm(y) / math.sqrt(y.numel() / n) <= _PLAIN[1]:
         raise OutOfRangeError
+    # Bases that a residual is measured against must be straighter than what it may be.
+    straight = 1e-3 if power_iterations is not None else min(1e-3, 0.05 * accuracy)
     space = _Krylov([], [y], [project(delta.base, delta.expert, y).mT], math.nan)
     while True:
         while len(space.bases) < planned and space.width < min(m, n):
-            _extend(space, delta)
+            _extend(space, delta, straight)
         if not space.bases:
             space.norm = frobenius_norm(delta.matrix)
         # With as many columns as there are directions nothing is left outside.
@@ -133,10 +136,10 @@ class _Krylov:
         return sum(p.shape[1] for p in self.bases)
 
 
-def _extend(space: _Krylov, delta: Delta) -> None:
+def _extend(space: _Krylov, delta: Delta, straight: float) -> None:
     """Another block: the part of the last ΔᵀΔP that is new, no wider than there is room for."""
     z = space.zs[-1][:, : min(delta.shape) - space.width]
-    p = _alone(partial(_new_directions, z, space.bases), z)
+    p = _alone(partial(_new_directions, z, space.bases, straight), z)
     y, z, energy = gram_product(delta.base, delta.expert, p)
     space.bases.append(p)
     space.ys.append(y)
@@ -144,13 +147,23 @@ def _extend(space: _Krylov, delta: Delta) -> None:
     space.norm = math.sqrt(float(energy))
 
 
-def _new_directions(z: Tensor, bases: Sequence[Tensor]) -> Tensor:
-    """Block Gram–Schmidt and Cholesky-QR, both twice: what the first of either leaves, the second removes."""
-    before = torch.cat(list(bases), 1) if bases else None
+def _new_directions(z: Tensor, bases: Sequence[Tensor], straight: float) -> Tensor:
+    """Block Gram–Schmidt and Cholesky-QR: columns that are orthonormal, also to the bases, but for `straight`.
+
+    Rounding is 2⁻²⁴ of what z was, which the division by what is left of it magnifies: if that is too much, both are
+    done a second time.
+    """
+    before = _beside(bases) if bases else None
     for _ in range(2):
+        removed = 0.0
         if before is not None:
-            z = z - matmul(before, matmul(before.mT, z))
-        z = orthonormalize(z, passes=1).q
+            inside = matmul(before.mT, z)
+            removed = frobenius_norm(inside)
+            z = minus_product(z, before, inside)
+        found = orthonormalize(z, passes=1)
+        z = found.q
+        if math.hypot(removed, frobenius_norm(found.r)) * _ROUNDING <= straight * float(found.r.diagonal().abs().min()):
+            break
     return z
 
 
@@ -161,20 +174,22 @@ def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
     vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side.
     Where y is too steep for z, b is formed from q.
     """
-    y = torch.cat(space.ys, 1)
+    y = _beside(space.ys)
     return _alone(partial(_pair_of, delta, space, y, rank, measure), y)
 
 
 def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) -> Pair:
     factor, info = run([lambda: torch.linalg.cholesky_ex(gram(y), upper=True)], y.device)[0]
     inverse = run([partial(inverse_triangular, factor)], y.device)[0] if not bool(info) else None
-    condition = float(factor.norm() * inverse.norm()) / math.sqrt(len(factor)) if inverse is not None else math.inf
+    condition = (
+        math.inf if inverse is None else frobenius_norm(factor) * frobenius_norm(inverse) / math.sqrt(len(factor))
+    )
     if inverse is not None and condition < _STEEP:
-        q, b = y, torch.cat(space.zs, 1)
+        q, b = y, _beside(space.zs)
         h = matmul(inverse.mT, matmul(gram(b), inverse))
     else:
         if not condition < _DEPENDENT and space.bases:
-            y = torch.cat(space.ys[1:], 1)
+            y = _beside(space.ys[1:])
         q = orthonormalize(y).q
         b = project(delta.base, delta.expert, q).mT
         inverse = None
@@ -203,8 +218,8 @@ def _residual(space: _Krylov, left: Tensor, right: Tensor, s: Tensor) -> float:
     """
     seen = right * s.float()
     if space.bases:
-        p = torch.cat(space.bases, 1)
-        seen = seen.sub_(matmul(p, matmul(p.mT, seen)))
+        p = _beside(space.bases)
+        seen = minus_product(seen, p, matmul(p.mT, seen))
     return max(frobenius_norm(seen) / space.norm, _ROUNDING)
 
 
@@ -219,9 +234,14 @@ def _straightened(x: Tensor) -> tuple[Tensor, Tensor, bool]:
     if worst > _NEARLY:
         found = orthonormalize(x)
         return found.q, found.r.double(), False
-    q = x if worst <= _STRAIGHT else x - matmul(x, half.float())
     half.diagonal().add_(1)
-    return q, half, True
+    inverse = 2 * torch.eye(x.shape[1], device=x.device) - half
+    return (x if worst <= _STRAIGHT else matmul(x, inverse.float())), half, True
+
+
+def _beside(blocks: Sequence[Tensor]) -> Tensor:
+    # On one thread of ours: torch's own would go on spinning after it, in the way of what comes next.
+    return run([lambda: torch.cat(list(blocks), 1)], blocks[0].device)[0]
 
 
 def _alone(task: Callable[[], R], x: Tensor) -> R:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -229,8 +230,10 @@ def _diagonalized(s: Subspace) -> TruncatedSVD:
     values = s.core.diagonal()
     if bool((values >= 0).all()) and torch.equal(s.core, values.diag()):
         # Rounding may have changed the order of values that are next to each other.
-        values, order = values.sort(descending=True, stable=True)
-        return TruncatedSVD(s.left[:, order], values, s.right[:, order], s.error, s.method, s.reason)
+        if bool((values.diff() > 0).any()):
+            values, order = values.sort(descending=True, stable=True)
+            s = replace(s, left=s.left[:, order], right=s.right[:, order])
+        return TruncatedSVD(s.left, values, s.right, s.error, s.method, s.reason)
     u, values, v = _core_svd(s.core)
     left, right = matmul(s.left, u.to(s.left.dtype)), matmul(s.right, v.to(s.right.dtype))
     return TruncatedSVD(left, values.to(s.left.dtype), right, s.error, s.method, s.reason)
