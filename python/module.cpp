@@ -106,6 +106,12 @@ DeltaMatrix matrix_of(const Groups& groups, int64_t m, int64_t n) {
   return {groups.base(0), groups.experts_of(0), m, n};
 }
 
+void py_random_matrix(int64_t n, int64_t columns, uint64_t seed, int64_t first_column, uint64_t out, int threads) {
+  require(n >= 0 && columns >= 0 && first_column >= 0, "rows and columns must not be negative");
+  py::gil_scoped_release unlocked;
+  random_matrix(n, columns, seed, first_column, at<float>(out), threads);
+}
+
 void py_sketch(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
                const Lengths& lengths, int64_t m, int64_t n, int64_t columns, uint64_t seed, int64_t first_column,
                uint64_t y, int threads) {
@@ -201,6 +207,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("delta_stats", &py_delta_stats);
   m.def("magnitude_threshold", &py_magnitude_threshold);
   m.def("aggregate", &py_aggregate);
+  m.def("random_matrix", &py_random_matrix);
   m.def("sketch", &py_sketch);
   m.def("project", &py_project);
   m.def("gram_product", &py_gram_product);

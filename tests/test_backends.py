@@ -21,7 +21,16 @@ from resm_kernels.ops import delta_stats, dispatch_table
 
 SUMS = 1e-6
 
-OPS = {"aggregate", "delta_stats", "gram_product", "magnitude_threshold", "project", "sketch", "symmetric_eigen"}
+OPS = {
+    "aggregate",
+    "delta_stats",
+    "gram_product",
+    "magnitude_threshold",
+    "project",
+    "random_matrix",
+    "sketch",
+    "symmetric_eigen",
+}
 
 # Runs in its own process: what cannot be loaded is decided when the package is first imported.
 WITHOUT_NATIVE = """

@@ -122,7 +122,7 @@ struct BlockAhead {
 
 struct ProductKernels {
   void (*delta_tile)(const DeltaTile& from, float* to, int to_stride);
-  // Entries of the random matrix of sketch, see sketch.simd.h.
+  // Entries of the random matrix, see random_matrix.simd.h.
   void (*random_rows)(uint64_t seed, int64_t first_row, int rows, uint32_t first_pair, int64_t pairs, float* entries);
   // out += left·right over `depth` <= kDepth, see gemm.simd.h. Of sketch: left is a strip of Δ, rows of kDepth; right
   // a panel of the random matrix. Of project: left is a strip of qᵀ, stored by columns; right lies in rows of kSpan.

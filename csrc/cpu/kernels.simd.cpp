@@ -11,6 +11,7 @@
 #include "cpu/magnitude_threshold.simd.h"
 #include "cpu/aggregate.simd.h"
 #include "cpu/gemm.simd.h"
+#include "cpu/random_matrix.simd.h"
 #include "cpu/sketch.simd.h"
 #include "cpu/project.simd.h"
 #include "cpu/gram_product.simd.h"

@@ -58,6 +58,9 @@ struct DeltaMatrix {
   int64_t m, n;
 };
 
+// out = columns first_column … of the first n rows of the random matrix of the seed, (n, columns).
+void random_matrix(int64_t n, int64_t columns, uint64_t seed, int64_t first_column, float* out, int threads);
+
 // y = Δ·Ω, (m, columns), with columns first_column … of the random matrix of the seed.
 void sketch(const DeltaMatrix& delta, int64_t columns, uint64_t seed, int64_t first_column, float* y, int threads);
 

@@ -26,7 +26,7 @@ from resm_kernels.linalg.orthonormalize import inverse_triangular, orthonormaliz
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.ops.gram_product import gram_product
 from resm_kernels.ops.project import project
-from resm_kernels.ops.sketch import sketch
+from resm_kernels.ops.random_matrix import random_matrix
 
 R = TypeVar("R")
 MOST_ITERATIONS = 24
@@ -99,18 +99,17 @@ def randomized(
     m, n = delta.shape
     planned = iterations_for(accuracy) if power_iterations is None else power_iterations
     columns = min(block_for(rank, oversampling, planned), m, n)
-    y = sketch(delta.base, delta.expert, columns, seed=seed)
-    run([lambda: y.div_(math.sqrt(n))], y.device)
+    x = random_matrix(n, columns, seed=seed, device=delta.expert.device)
+    run([lambda: x.div_(math.sqrt(n))], x.device)
+    y, z, energy = gram_product(delta.base, delta.expert, x)
     if not in_range and not _PLAIN[0] <= frobenius_norm(y) / math.sqrt(y.numel() / n) <= _PLAIN[1]:
         raise OutOfRangeError
     # Bases that a residual is measured against must be straighter than what it may be.
     straight = 1e-3 if power_iterations is not None else min(1e-3, 0.05 * accuracy)
-    space = _Krylov([], [y], [project(delta.base, delta.expert, y).mT], math.nan)
+    space = _Krylov([], [y], [z], math.sqrt(float(energy)))
     while True:
         while len(space.bases) < planned and space.width < min(m, n):
             _extend(space, delta, straight)
-        if not space.bases:
-            space.norm = frobenius_norm(delta.matrix)
         # With as many columns as there are directions nothing is left outside.
         measure = power_iterations is None and space.width < min(m, n)
         pair = _best_pair(delta, space, rank, measure)
@@ -140,11 +139,10 @@ def _extend(space: _Krylov, delta: Delta, straight: float) -> None:
     """Another block: the part of the last ΔᵀΔP that is new, no wider than there is room for."""
     z = space.zs[-1][:, : min(delta.shape) - space.width]
     p = _alone(partial(_new_directions, z, space.bases, straight), z)
-    y, z, energy = gram_product(delta.base, delta.expert, p)
+    y, z, _ = gram_product(delta.base, delta.expert, p)
     space.bases.append(p)
     space.ys.append(y)
     space.zs.append(z)
-    space.norm = math.sqrt(float(energy))
 
 
 def _new_directions(z: Tensor, bases: Sequence[Tensor], straight: float) -> Tensor:
@@ -171,19 +169,20 @@ def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
     """The singular value decomposition of the part of Δ whose left side lies in the span of y, where z = Δᵀy.
 
     With y = qr, q orthonormal, that part is q·bᵀ, b = Δᵀq = z·r⁻¹, and bᵀb = r⁻ᵀ·(zᵀz)·r⁻¹ = w·diag(s²)·wᵀ gives left
-    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side.
-    Where y is too steep for z, b is formed from q.
+    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side. Where y is too steep for z, b is
+    formed from q.
     """
     y = _beside(space.ys)
     return _alone(partial(_pair_of, delta, space, y, rank, measure), y)
 
 
 def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) -> Pair:
-    factor, info = run([lambda: torch.linalg.cholesky_ex(gram(y), upper=True)], y.device)[0]
+    g = gram(y)
+    factor, info = run([lambda: torch.linalg.cholesky_ex(g, upper=True)], y.device)[0]
     inverse = run([partial(inverse_triangular, factor)], y.device)[0] if not bool(info) else None
-    condition = (
-        math.inf if inverse is None else frobenius_norm(factor) * frobenius_norm(inverse) / math.sqrt(len(factor))
-    )
+    condition = math.inf
+    if inverse is not None:
+        condition = frobenius_norm(factor) * frobenius_norm(inverse) / math.sqrt(len(factor))
     if inverse is not None and condition < _STEEP:
         q, b = y, _beside(space.zs)
         h = matmul(inverse.mT, matmul(gram(b), inverse))

@@ -6,6 +6,7 @@ from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_li
 from resm_kernels.ops.gram_product import GramProduct, gram_product
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
 from resm_kernels.ops.project import project
+from resm_kernels.ops.random_matrix import random_matrix
 from resm_kernels.ops.sketch import sketch
 from resm_kernels.ops.symmetric_eigen import SymmetricEigen, symmetric_eigen
 
@@ -23,6 +24,7 @@ __all__ = [
     "magnitude_threshold",
     "magnitude_threshold_list",
     "project",
+    "random_matrix",
     "sketch",
     "symmetric_eigen",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
@@ -44,6 +45,7 @@ def register(
     """Define `resm_kernels::name`, and choose what runs where.
 
     The reference serves every device, and tracing; the native kernels replace it on the devices they are built for.
+    Nothing but its keyword `device` tells where an op without tensor arguments is to run: a CPU takes `cpu`.
     """
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
@@ -51,9 +53,18 @@ def register(
     if _extension.native is not None:
         _LIBRARY.impl(name, cpu, "CPU")
         _DISPATCH[name]["CPU"] = "native"
+        if "Tensor" not in schema.partition("->")[0]:
+            _LIBRARY.impl(name, _by_device(reference, cpu), "BackendSelect")
     if cuda is not None and hasattr(_extension.native, f"{name}_cuda"):
         _LIBRARY.impl(name, cuda, "CUDA")
         _DISPATCH[name]["CUDA"] = "native"
+
+
+def _by_device(reference: Callable[..., Any], cpu: Callable[..., Any]) -> Callable[..., Any]:
+    def select(*args: Any, device: torch.device) -> Any:
+        return (cpu if device.type == "cpu" else reference)(*args, device=device)
+
+    return select
 
 
 def dispatch_table() -> dict[str, dict[str, str]]:
@@ -120,6 +131,14 @@ def check_number(name: str, value: float, *, minimum: float | None = None) -> fl
         bound = "" if minimum is None else f" of at least {minimum:g}"
         raise ValueError(f"{name}: got {value!r}, need a finite number{bound}")
     return number
+
+
+def check_whole(name: str, value: int, most: int) -> int:
+    """Return `value` as an int, or raise a ValueError unless it is a whole number from 0 to `most`."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not 0 <= value <= most:
+        raise ValueError(f"{name}: got {value!r}, need a whole number from 0 to {most}")
+    return int(value)
 
 
 def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor], where: str = "") -> None:

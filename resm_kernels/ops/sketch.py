@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import numbers
-from typing import Final
-
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, register
+from resm_kernels.ops._library import NativeTensors, check_group, check_whole, register
+from resm_kernels.ops.random_matrix import MAX_COLUMNS, MAX_SEED
 from resm_kernels.reference.sketch import sketch as _reference
-
-MAX_COLUMNS: Final = 2**33
-"""Columns Ω has: Philox counts pairs of them in 32 bits."""
-MAX_SEED: Final = 2**63 - 1
 
 
 def sketch(base: Tensor | None, expert: Tensor, columns: int, *, seed: int = 0, first_column: int = 0) -> Tensor:
     """Y = Δ·Ω, Δ = θ_t − θ₀: the random range sample of randomized SVDs (arXiv 0909.4061, algorithm 4.1).
 
-    The entries of Ω are independent, z = (popcount(64 random bits) − 32)/4: a sum of 64 fair coins, standardised. It
-    has mean 0, variance 1, fourth moment 3 − 1/32 and E exp(λz) = cosh(λ/8)^64 ≤ exp(λ²/2), which is the standard
-    normal's own: what is proved of sub-Gaussian sketches applies. All 65 values are multiples of 1/4, exact in fp32
-    and bf16, and take integers alone to find. A Box–Muller transform would need log, sin and cos, which no two maths
-    libraries round alike: Ω would differ between devices.
-
-    Bits 64·(c mod 2) … of Philox4x32-10 (Salmon et al., SC 2011) at counter (i mod 2³², ⌊i/2³²⌋, ⌊c/2⌋, 0), its
-    words from the lowest, make Ω_ic; the key is the seed. So Ω_ic depends on i, c and the seed alone.
+    Ω is `random_matrix(n, columns, seed=…, first_column=…)`, whose entries are a sum of 64 fair coins, standardised.
 
     Args:
         base: θ₀, (m, n), bf16, fp16, fp32 or float64; None for Δ = θ_t. A tensor that is not contiguous is copied.
@@ -56,9 +43,9 @@ def sketch(base: Tensor | None, expert: Tensor, columns: int, *, seed: int = 0, 
     devices.
     """
     check_matrices(base, expert)
-    first = _whole("first_column", first_column, MAX_COLUMNS)
-    count = _whole("columns", columns, MAX_COLUMNS - first)
-    y: Tensor = torch.ops.resm_kernels.sketch(base, expert, count, _whole("seed", seed, MAX_SEED), first)
+    first = check_whole("first_column", first_column, MAX_COLUMNS)
+    count = check_whole("columns", columns, MAX_COLUMNS - first)
+    y: Tensor = torch.ops.resm_kernels.sketch(base, expert, count, check_whole("seed", seed, MAX_SEED), first)
     return y
 
 
@@ -67,13 +54,6 @@ def check_matrices(base: Tensor | None, expert: Tensor) -> None:
     check_group(base, [expert], names=["expert"])
     if expert.ndim != 2:
         raise ValueError(f"expert: got shape {list(expert.shape)}, need a matrix (m, n)")
-
-
-def _whole(name: str, value: int, most: int) -> int:
-    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not whole or not 0 <= value <= most:
-        raise ValueError(f"{name}: got {value!r}, need a whole number from 0 to {most}")
-    return int(value)
 
 
 def _native(base: Tensor | None, expert: Tensor, columns: int, seed: int, first_column: int) -> Tensor:

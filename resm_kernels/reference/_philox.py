@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 SKETCH_STREAM = 0
@@ -42,20 +41,3 @@ def _product(x: Tensor, factor: int) -> tuple[Tensor, Tensor]:
     """Upper and lower word of x·factor, by halves of x, as int64 has no room for all of it."""
     upper, lower = (x >> 16) * factor, (x & 0xFFFF) * factor
     return (upper + (lower >> 16)) >> 16, (((upper & 0xFFFF) << 16) + lower) & _WORD
-
-
-def random_matrix(n: int, columns: int, seed: int, first_column: int = 0, device: torch.device | None = None) -> Tensor:
-    """Columns first_column … of the Ω of `resm_kernels.ops.sketch`, (n, columns) float64."""
-    rows = torch.arange(n, device=device)[:, None]
-    pairs = torch.arange(first_column // 2, (first_column + columns + 1) // 2, device=device)[None]
-    bits = philox((rows & _WORD, rows >> 32, pairs, torch.full_like(pairs, SKETCH_STREAM)), seed)
-    ones = [_popcount(word) for word in bits]
-    entries = torch.stack([ones[0] + ones[1], ones[2] + ones[3]], dim=-1).flatten(1)
-    return (entries[:, first_column % 2 : first_column % 2 + columns] - 32).double() / 4
-
-
-def _popcount(word: Tensor) -> Tensor:
-    word = word - ((word >> 1) & 0x55555555)
-    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
-    word = (word + (word >> 4)) & 0x0F0F0F0F
-    return ((word * 0x01010101) >> 24) & 0xFF

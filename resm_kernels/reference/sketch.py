@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from resm_kernels.reference._delta import compute_dtype
-from resm_kernels.reference._philox import random_matrix
+from resm_kernels.reference.random_matrix import random_matrix
 
 
 def delta_fp32(base: Tensor | None, expert: Tensor) -> Tensor:
@@ -18,5 +18,5 @@ def delta_fp32(base: Tensor | None, expert: Tensor) -> Tensor:
 
 def sketch(base: Tensor | None, expert: Tensor, columns: int, seed: int, first_column: int) -> Tensor:
     """See `resm_kernels.ops.sketch`: the product in float64, rounded once."""
-    omega = random_matrix(expert.shape[1], columns, seed, first_column, expert.device)
+    omega = random_matrix(expert.shape[1], columns, seed, first_column, expert.device).double()
     return (delta_fp32(base, expert).double() @ omega).float()

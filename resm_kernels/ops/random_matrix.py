@@ -1,0 +1,80 @@
+"""The random matrix Ω that `sketch` multiplies by, as a tensor."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import check_whole, register
+from resm_kernels.reference.random_matrix import random_matrix as _reference
+
+MAX_COLUMNS: Final = 2**33
+"""Columns Ω has: Philox counts pairs of them in 32 bits."""
+MAX_ROWS: Final = 2**63 - 1
+MAX_SEED: Final = 2**63 - 1
+
+
+def random_matrix(
+    n: int, columns: int, *, seed: int = 0, first_column: int = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Columns first_column … of the first n rows of Ω, a matrix of independent random numbers; seed picks which Ω.
+
+    The entries are independent, z = (popcount(64 random bits) − 32)/4: a sum of 64 fair coins, standardised. It has
+    mean 0, variance 1, fourth moment 3 − 1/32 and E exp(λz) = cosh(λ/8)^64 ≤ exp(λ²/2), which is the standard
+    normal's own: what is proved of sub-Gaussian sketches applies. All 65 values are multiples of 1/4, exact in fp32
+    and bf16, and take integers alone to find. A Box–Muller transform would need log, sin and cos, which no two maths
+    libraries round alike: Ω would differ between devices.
+
+    Bits 64·(c mod 2) … of Philox4x32-10 (Salmon et al., SC 2011) at counter (i mod 2³², ⌊i/2³²⌋, ⌊c/2⌋, 0), its
+    words from the lowest, make Ω_ic; the key is the seed. So Ω_ic depends on i, c and the seed alone.
+
+    `sketch(base, expert, columns, …)` is Δ·Ω for this Ω and draws it where it is used; as a tensor it serves products
+    that take one, such as `gram_product`.
+
+    Args:
+        n: How many rows, from 0.
+        columns: How many columns, from 0.
+        seed: Which Ω, from 0 to 2⁶³ − 1.
+        first_column: The first of these columns: `random_matrix(n, k)` and `random_matrix(n, l, first_column=k)` side
+            by side are `random_matrix(n, k + l)`. first_column + columns is at most 2³³.
+        device: Where the result lies; None (default) for the CPU, whatever torch's default device.
+
+    Returns:
+        (n, columns) fp32, contiguous.
+
+    Raises:
+        ValueError: An argument is no whole number of its range; it is named.
+        RuntimeError: From torch: no such device, or no memory for the result.
+
+    Memory: on a CPU 32 KiB a thread besides the result, and none where first_column and columns are even. Elsewhere,
+    and where no native kernel is live, the reference holds several int64 tensors of the result's shape.
+
+    Determinism: the same bits on every device and instruction set, for any number of threads.
+    """
+    first = check_whole("first_column", first_column, MAX_COLUMNS)
+    omega: Tensor = torch.ops.resm_kernels.random_matrix(
+        check_whole("n", n, MAX_ROWS),
+        check_whole("columns", columns, MAX_COLUMNS - first),
+        check_whole("seed", seed, MAX_SEED),
+        first,
+        device=torch.device("cpu" if device is None else device),
+    )
+    return omega
+
+
+def _native(n: int, columns: int, seed: int, first_column: int, device: torch.device) -> Tensor:
+    assert _extension.native is not None
+    omega = torch.empty((n, columns), dtype=torch.float32, device=device)
+    _extension.native.random_matrix(n, columns, seed, first_column, omega.data_ptr(), torch.get_num_threads())
+    return omega
+
+
+register(
+    "random_matrix",
+    "(int n, int columns, int seed, int first_column, *, Device device) -> Tensor",
+    reference=_reference,
+    cpu=_native,
+)
