@@ -20,7 +20,15 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg._delta import Delta
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, matmul, minus_product
+from resm_kernels.linalg._products import (
+    eigen_list,
+    frobenius_norm,
+    gram,
+    gram_list,
+    matmul,
+    matmul_list,
+    minus_product,
+)
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.orthonormalize import inverse_triangular, orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
@@ -169,45 +177,53 @@ def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
     """The singular value decomposition of the part of Δ whose left side lies in the span of y, where z = Δᵀy.
 
     With y = qr, q orthonormal, that part is q·bᵀ, b = Δᵀq = z·r⁻¹, and bᵀb = r⁻ᵀ·(zᵀz)·r⁻¹ = w·diag(s²)·wᵀ gives left
-    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side. Where y is too steep for z, b is
-    formed from q.
+    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side. Where y is too
+    steep for z, b is formed from q.
     """
     y = _beside(space.ys)
     return _alone(partial(_pair_of, delta, space, y, rank, measure), y)
 
 
 def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) -> Pair:
-    g = gram(y)
-    factor, info = run([lambda: torch.linalg.cholesky_ex(g, upper=True)], y.device)[0]
-    inverse = run([partial(inverse_triangular, factor)], y.device)[0] if not bool(info) else None
-    condition = math.inf
-    if inverse is not None:
-        condition = frobenius_norm(factor) * frobenius_norm(inverse) / math.sqrt(len(factor))
-    if inverse is not None and condition < _STEEP:
-        q, b = y, _beside(space.zs)
-        h = matmul(inverse.mT, matmul(gram(b), inverse))
-    else:
-        if not condition < _DEPENDENT and space.bases:
+    z = _beside(space.zs)
+    yy, zz = gram_list([y, z])
+    rotation = run([lambda: _rotation(yy, zz, rank)], y.device)[0]
+    if isinstance(rotation, float):
+        if not rotation < _DEPENDENT and space.bases:
             y = _beside(space.ys[1:])
-        q = orthonormalize(y).q
-        b = project(delta.base, delta.expert, q).mT
-        inverse = None
-        h = gram(b)
-    powers, w = eigen_list([h], [min(rank, h.shape[0])])[0]
-    k = int((powers > RANK_TOLERANCE**2 * powers[0]).sum())
-    s, w = powers[:k].sqrt(), w[:, :k]
-    if inverse is not None:
-        w = matmul(inverse, w)
-    left, right = matmul(q, w.float()), matmul(b, (w / s).float())
+        y = orthonormalize(y).q
+        z = project(delta.base, delta.expert, y).mT
+        rotation = _eigenvectors(gram(z), rank)
+    w, s = rotation
+    left, right = matmul_list([(y, w.float()), (z, (w / s).float())])
     residual = _residual(space, left, right, s) if measure else _ROUNDING
-    left, r_left, straight_left = _straightened(left)
-    right, r_right, straight_right = _straightened(right)
+    (left, r_left, straight_left), (right, r_right, straight_right) = _straightened([left, right])
     # Δᵀ·left was right·diag(s) before both were straightened: with x = q·r, C = r_left⁻ᵀ·diag(s)·r_rightᵀ.
     if straight_left and straight_right:
         core = (s * (1 + r_right.diagonal() - r_left.diagonal())).diag()
     else:
         core = run([lambda: torch.linalg.solve(r_left.mT, s[:, None] * r_right.mT)], s.device)[0]
     return Pair(left, core.float(), right, residual)
+
+
+def _rotation(yy: Tensor, zz: Tensor, rank: int) -> tuple[Tensor, Tensor] | float:
+    """r⁻¹w and s of `_best_pair` from yᵀy and zᵀz; or y's condition, if it is too steep."""
+    factor, info = torch.linalg.cholesky_ex(yy, upper=True)
+    if bool(info):
+        return math.inf
+    inverse = inverse_triangular(factor)
+    condition = frobenius_norm(factor) * frobenius_norm(inverse) / math.sqrt(len(factor))
+    if not condition < _STEEP:
+        return condition
+    w, s = _eigenvectors(inverse.mT @ (zz @ inverse), rank)
+    return inverse @ w, s
+
+
+def _eigenvectors(h: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Eigenvectors and roots of eigenvalues, without those below the numerical rank."""
+    powers, w = eigen_list([h], [min(rank, h.shape[0])])[0]
+    k = int((powers > RANK_TOLERANCE**2 * powers[0]).sum())
+    return w[:, :k], powers[:k].sqrt()
 
 
 def _residual(space: _Krylov, left: Tensor, right: Tensor, s: Tensor) -> float:
@@ -222,20 +238,23 @@ def _residual(space: _Krylov, left: Tensor, right: Tensor, s: Tensor) -> float:
     return max(frobenius_norm(seen) / space.norm, _ROUNDING)
 
 
-def _straightened(x: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """q and r (float64), x = q·r with orthonormal q; True if r is I but for elements of at most `_NEARLY`.
+def _straightened(bases: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
+    """For each x its q and r (float64), x = q·r with orthonormal q; True if r is I but for elements up to `_NEARLY`.
 
     x has orthonormal columns but for rounding. Where that is little, q = x·(I − E/2) and r = I + E/2 with E = xᵀx − I,
     to first order.
     """
-    half = gram(x, torch.float32).double().sub_(torch.eye(x.shape[1], device=x.device)).div_(2)
-    worst = 2 * float(half.abs().max()) if half.numel() else 0.0
-    if worst > _NEARLY:
-        found = orthonormalize(x)
-        return found.q, found.r.double(), False
-    half.diagonal().add_(1)
-    inverse = 2 * torch.eye(x.shape[1], device=x.device) - half
-    return (x if worst <= _STRAIGHT else matmul(x, inverse.float())), half, True
+    found: list[tuple[Tensor, Tensor, bool]] = []
+    for x, g in zip(bases, gram_list(bases, torch.float32), strict=True):
+        identity = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
+        r = (g + identity).div_(2)
+        worst = 2 * float((r - identity).abs().max()) if r.numel() else 0.0
+        if worst > _NEARLY:
+            again = orthonormalize(x)
+            found.append((again.q, again.r.double(), False))
+        else:
+            found.append((x if worst <= _STRAIGHT else matmul(x, (2 * identity - r).float()), r, True))
+    return found
 
 
 def _beside(blocks: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -60,29 +60,30 @@ def orthonormalize(x: Tensor, passes: int = 2) -> Orthonormalized:
         raise ValueError(f"passes: got {passes}, need at least 1")
     if x.shape[1] == 0:
         return Orthonormalized(x, x.new_zeros(0, 0), False)
-    q, r = x, torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
-    left, shifted = passes, False
+    q, steps, left, shifted = x, list[Tensor](), passes, False
     while left:
         g = gram(q)
-        step = _cholesky(g)
+        step = run([partial(_cholesky, g)], x.device)[0]
         if step is None and not shifted:
             shifted = True
-            step = _cholesky(_shifted(g, x.shape[0]))
+            step = run([partial(_cholesky, _shifted(g, x.shape[0]))], x.device)[0]
         else:
             left -= 1
         if step is None:
             return _householder(x)
-        inverse = run([partial(inverse_triangular, step)], x.device)[0]
-        q, r = matmul(q, inverse.to(x.dtype)), matmul(step, r)
+        factor, inverse = step
+        q = matmul(q, inverse.to(x.dtype))
+        steps.append(factor)
+    r = reduce(lambda before, step: matmul(step, before), steps)
     return Orthonormalized(q, r.to(x.dtype), False)
 
 
-def _cholesky(g: Tensor) -> Tensor | None:
-    """The upper Cholesky factor, or None if rounding makes it worthless."""
-    factor, info = run([lambda: torch.linalg.cholesky_ex(g, upper=True)], g.device)[0]
+def _cholesky(g: Tensor) -> tuple[Tensor, Tensor] | None:
+    """The upper Cholesky factor and its inverse, or None if rounding makes them worthless."""
+    factor, info = torch.linalg.cholesky_ex(g, upper=True)
     diagonal = factor.diagonal()
     safe = not bool(info) and bool(diagonal.amin() > _WEAKEST * diagonal.amax()) and math.isfinite(diagonal[0])
-    return factor if safe else None
+    return (factor, inverse_triangular(factor)) if safe else None
 
 
 def _shifted(g: Tensor, m: int) -> Tensor:

@@ -92,11 +92,21 @@ def spectral_workspace(shape: tuple[int, ...], n_experts: int) -> int:
 
 
 def averaged(
-    base: Tensor, experts: list[Tensor], weight: list[float], lambda_: float, out_dtype: torch.dtype | None
+    base: Tensor,
+    experts: Sequence[Tensor],
+    weight: Sequence[float] | Tensor,
+    lambda_: float,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t: what spectral methods do with vectors. Refuses NaN and infinity."""
-    weights = [w / len(experts) for w in weight]
-    return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
+    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t: what spectral methods do with vectors. Refuses NaN and infinity.
+
+    Vectors are so small that float64 costs nothing: 1/T alone is off by a third of a unit in fp32.
+    """
+    weights = [float(w) / len(experts) for w in weight]
+    if base.ndim > 1:
+        return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
+    wide = [expert.double() for expert in experts]
+    return aggregate(base.double(), wide, weights, scale=lambda_, out_dtype=out_dtype or base.dtype)
 
 
 def join(base: Tensor, merged: Tensor, lambda_: float, out_dtype: torch.dtype | None) -> Tensor:

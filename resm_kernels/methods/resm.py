@@ -26,13 +26,14 @@ from resm_kernels.methods._spectral import (
     DECOMPOSITION,
     HALF_PRECISION_ACCURACY,
     SPECTRAL,
+    averaged,
     groups,
     is_spectral,
     join,
     orthogonalized_sum,
     spectral_workspace,
 )
-from resm_kernels.ops.aggregate import aggregate, aggregate_list
+from resm_kernels.ops.aggregate import aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.reference._delta import compute_dtype
 
@@ -88,7 +89,7 @@ def resm(
     c = _Choices(**choices)  # type: ignore[arg-type]
     stats, weights = _statistics(base, experts, c)
     if not is_spectral(base, len(experts), c.spectral):
-        return _averaged(base, experts, weights / len(experts), lambda_, out_dtype)
+        return _averaged(base, experts, weights, lambda_, out_dtype)
     merge = partial(_spectral_merge, base, experts, stats, weights, c)
     merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
     return join(base, merged, lambda_, out_dtype)
@@ -135,11 +136,12 @@ def _scalars(weights: Tensor) -> list[float]:
 def _averaged(
     base: Tensor, experts: list[Tensor], weights: Tensor, lambda_: float, out_dtype: torch.dtype | None
 ) -> Tensor:
-    """θ₀ + λ·Σ_t w_t·Δ_t, w_t of shape (T,) or (T, m) for one weight a row."""
+    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, w_t of shape (T,) or (T, m) for one weight a row."""
     if weights.ndim == 1:
-        return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
+        return averaged(base, experts, weights, lambda_, out_dtype)
     rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
-    by_row = aggregate_list(list(base.unbind(0)), rows, list(weights.mT), scale=lambda_, out_dtype=out_dtype)
+    shares = list((weights / len(experts)).mT)
+    by_row = aggregate_list(list(base.unbind(0)), rows, shares, scale=lambda_, out_dtype=out_dtype)
     return torch.stack(by_row)
 
 
