@@ -16,6 +16,8 @@ from subspace_contract import ROUNDING, SINGLE, distance, product, projector, st
 from torch import Tensor
 
 from resm_kernels.linalg import DECOMPOSITIONS, _randomized, decompose, subspace, subspaces
+from resm_kernels.linalg._delta import Delta
+from resm_kernels.ops import gram_product, random_matrix
 from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -35,6 +37,20 @@ def test_randomized_projectors_are_as_near_as_the_residual_allows(shape: tuple[i
     bound = math.sqrt(2) * residual / (0.9 - residual) + SINGLE
     assert distance(projector(s.left), projector(left)) <= bound
     assert distance(projector(s.right), projector(right)) <= bound
+
+
+@pytest.mark.parametrize("alpha", [0.3, 1.5, 2.5])
+@pytest.mark.parametrize("straight", [1e-5, 1e-6])
+def test_blocks_stay_orthonormal_however_many_there_are(alpha: float, straight: float) -> None:
+    delta = Delta(None, with_spectrum(240, 200, power_law(200, alpha), 2).float())
+    y, z, energy = gram_product(None, delta.expert, random_matrix(200, 8, seed=1))
+    space = _randomized._Krylov([], [y], [z], math.sqrt(float(energy)))
+    for _ in range(15):
+        _randomized._extend(space, delta, straight)
+    p = torch.cat(space.bases, 1).double()
+    # `deviation` estimates the rms over a block; its largest element is a few times that.
+    assert distance(p.mT @ p, torch.eye(p.shape[1])) <= 4 * straight + SINGLE
+    assert space.deviation <= straight + SINGLE
 
 
 @every

@@ -48,8 +48,12 @@ _DEPENDENT = 1e5
 _SMALL = 1 << 24
 """Multiplications up to which work on a basis runs on one thread: sharing it out would cost more than it saves."""
 _ROUNDING = 2.0**-24
+_PASSES = 4
+"""Of orthonormalising a block at most: two do for all but blocks that are hardly more than rounding."""
 _STRAIGHT = 8 * _ROUNDING
 """Deviations from orthonormality that are fp32's rounding."""
+_LEVEL = 1e-5
+"""Deviations from orthonormality that bases may have."""
 _NEARLY = 1e-4
 """Deviations from orthonormality whose square, 1e-8, a first-order correction may leave."""
 
@@ -112,8 +116,8 @@ def randomized(
     y, z, energy = gram_product(delta.base, delta.expert, x)
     if not in_range and not _PLAIN[0] <= frobenius_norm(y) / math.sqrt(y.numel() / n) <= _PLAIN[1]:
         raise OutOfRangeError
-    # Bases that a residual is measured against must be straighter than what it may be.
-    straight = 1e-3 if power_iterations is not None else min(1e-3, 0.05 * accuracy)
+    # Much straighter than any residual; what a block lacks in it, the next ones magnify.
+    straight = _LEVEL if power_iterations is not None else min(_LEVEL, 0.05 * accuracy)
     space = _Krylov([], [y], [z], math.sqrt(float(energy)))
     while True:
         while len(space.bases) < planned and space.width < min(m, n):
@@ -130,12 +134,13 @@ def randomized(
 
 @dataclass
 class _Krylov:
-    """Blocks P_i, orthonormal with each other; y = ΔΩ/√n and all ΔP_i, z = Δᵀy of each; ‖Δ‖_F."""
+    """Blocks P_i, orthonormal with each other but for `deviation`; y = ΔΩ/√n and all ΔP_i, z = Δᵀy of each; ‖Δ‖_F."""
 
     bases: list[Tensor]
     ys: list[Tensor]
     zs: list[Tensor]
     norm: float
+    deviation: float = _ROUNDING
 
     @property
     def width(self) -> int:
@@ -146,31 +151,34 @@ class _Krylov:
 def _extend(space: _Krylov, delta: Delta, straight: float) -> None:
     """Another block: the part of the last ΔᵀΔP that is new, no wider than there is room for."""
     z = space.zs[-1][:, : min(delta.shape) - space.width]
-    p = _alone(partial(_new_directions, z, space.bases, straight), z)
+    p, space.deviation = _alone(partial(_new_directions, z, space.bases, space.deviation, straight), z)
     y, z, _ = gram_product(delta.base, delta.expert, p)
     space.bases.append(p)
     space.ys.append(y)
     space.zs.append(z)
 
 
-def _new_directions(z: Tensor, bases: Sequence[Tensor], straight: float) -> Tensor:
-    """Block Gram–Schmidt and Cholesky-QR: columns that are orthonormal, also to the bases, but for `straight`.
+def _new_directions(z: Tensor, bases: Sequence[Tensor], deviation: float, straight: float) -> tuple[Tensor, float]:
+    """Block Gram–Schmidt and Cholesky-QR: columns that are orthonormal, also to the bases, but for what is returned.
 
-    Rounding is 2⁻²⁴ of what z was, which the division by what is left of it magnifies: if that is too much, both are
-    done a second time.
+    How far the bases are from that, and rounding, are relative to what z was, and magnified by the division by what is
+    left of it: while that is more than `straight`, both are done again, when all that is removed is little.
     """
     before = _beside(bases) if bases else None
-    for _ in range(2):
+    found = deviation
+    for _ in range(_PASSES):
         removed = 0.0
         if before is not None:
             inside = matmul(before.mT, z)
             removed = frobenius_norm(inside)
             z = minus_product(z, before, inside)
-        found = orthonormalize(z, passes=1)
-        z = found.q
-        if math.hypot(removed, frobenius_norm(found.r)) * _ROUNDING <= straight * float(found.r.diagonal().abs().min()):
+        step = orthonormalize(z, passes=1)
+        z = step.q
+        size = math.hypot(removed, frobenius_norm(step.r)) / math.sqrt(z.shape[1])
+        found = deviation * size / max(float(step.r.diagonal().abs().min()), 1e-30)
+        if found <= straight:
             break
-    return z
+    return z, max(deviation, min(found, 1.0))
 
 
 def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
