@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.ops._library import NativeTensors, register
-from resm_kernels.ops.sketch import check_matrices
+from resm_kernels.ops.sketch import check_factor, check_matrices
 from resm_kernels.reference.gram_product import gram_product as _reference
 
 
@@ -61,16 +61,7 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     bounds, as do other devices.
     """
     check_matrices(base, expert)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x: got {type(x).__name__}, need a tensor")
-    if x.dtype != torch.float32 or x.layout != torch.strided:
-        raise TypeError(f"x: got a {x.layout} tensor of {x.dtype}, need a dense (strided) one of torch.float32")
-    if x.ndim != 2 or x.shape[0] != expert.shape[1]:
-        raise ValueError(f"x: got shape {list(x.shape)}, need (n, c) with n = {expert.shape[1]} like expert's columns")
-    if x.device != expert.device:
-        raise ValueError(f"x: is on {x.device}, need {expert.device} like expert")
-    if x.requires_grad and torch.is_grad_enabled():
-        raise ValueError("x: requires grad, but gram_product records no gradient; pass x.detach()")
+    check_factor("x", x, expert, 1, "gram_product")
     return GramProduct(*torch.ops.resm_kernels.gram_product(base, expert, x))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.ops._library import NativeTensors, register
-from resm_kernels.ops.sketch import check_matrices
+from resm_kernels.ops.sketch import check_factor, check_matrices
 from resm_kernels.reference.project import project as _reference
 
 
@@ -37,16 +37,7 @@ def project(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
     fused multiply-add and differs within that bound, as do other devices.
     """
     check_matrices(base, expert)
-    if not isinstance(q, Tensor):
-        raise TypeError(f"q: got {type(q).__name__}, need a tensor")
-    if q.dtype != torch.float32 or q.layout != torch.strided:
-        raise TypeError(f"q: got a {q.layout} tensor of {q.dtype}, need a dense (strided) one of torch.float32")
-    if q.ndim != 2 or q.shape[0] != expert.shape[0]:
-        raise ValueError(f"q: got shape {list(q.shape)}, need (m, l) with m = {expert.shape[0]} like expert's rows")
-    if q.device != expert.device:
-        raise ValueError(f"q: is on {q.device}, need {expert.device} like expert")
-    if q.requires_grad and torch.is_grad_enabled():
-        raise ValueError("q: requires grad, but project records no gradient; pass q.detach()")
+    check_factor("q", q, expert, 0, "project")
     b: Tensor = torch.ops.resm_kernels.project(base, expert, q)
     return b
 
