@@ -141,6 +141,12 @@ void py_gram_product(const Pointers& bases, const Codes& base_dtypes, const Poin
   gram_product(delta, at<const float>(x), columns, at<float>(y), at<float>(z), at<double>(energy), threads);
 }
 
+void py_gram_matrix(uint64_t x, int64_t n, int64_t columns, uint64_t g, int threads) {
+  require(n >= 0 && columns >= 0, "rows and columns must not be negative");
+  py::gil_scoped_release unlocked;
+  gram_matrix(at<const float>(x), n, columns, at<double>(g), threads);
+}
+
 template <class T>
 int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors) {
   require(n >= 0 && 0 <= k && k <= n, "k must lie within 0 and n");
@@ -211,6 +217,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("sketch", &py_sketch);
   m.def("project", &py_project);
   m.def("gram_product", &py_gram_product);
+  m.def("gram_matrix", &py_gram_matrix);
   m.def("symmetric_eigen_f32", &py_symmetric_eigen<float>);
   m.def("symmetric_eigen_f64", &py_symmetric_eigen<double>);
 #if defined(RESM_WITH_CUDA)

@@ -24,6 +24,7 @@ SUMS = 1e-6
 OPS = {
     "aggregate",
     "delta_stats",
+    "gram_matrix",
     "gram_product",
     "magnitude_threshold",
     "project",

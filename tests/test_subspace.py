@@ -53,6 +53,40 @@ def test_blocks_stay_orthonormal_however_many_there_are(alpha: float, straight: 
     assert space.deviation <= straight + SINGLE
 
 
+def krylov_error(delta: Tensor, rank: int, columns: int, iterations: int, with_first: bool) -> float:
+    """What the best rank-k matrix leaves whose left side lies in all ΔP_i (and ΔΩ), by QR in float64: a naive twin."""
+    ys = [delta @ random_matrix(delta.shape[1], columns).double()]
+    bases = torch.zeros(delta.shape[1], 0, dtype=torch.float64)
+    for _ in range(iterations):
+        bases = torch.linalg.qr(torch.cat([bases, delta.mT @ ys[-1]], 1)).Q
+        ys.append(delta @ bases[:, -columns:])
+    q = torch.linalg.qr(torch.cat(ys[not with_first :], 1)).Q
+    u = torch.linalg.svd(q.mT @ delta, full_matrices=False).U[:, :rank]
+    return float((delta - q @ (u @ (u.mT @ (q.mT @ delta)))).norm())
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5, 2.0])  # beyond, ΔᵀΔΩ in fp32 loses directions that float64 keeps
+@pytest.mark.parametrize("rank, columns, iterations", [(12, 12, 1), (12, 12, 3), (40, 20, 3), (40, 40, 1), (40, 24, 1)])
+def test_randomized_is_as_near_as_its_krylov_space_allows(
+    alpha: float, rank: int, columns: int, iterations: int
+) -> None:
+    delta = with_spectrum(250, 200, power_law(200, alpha), 2).float()
+    s = subspace(
+        delta,
+        rank,
+        method="randomized",
+        power_iterations=iterations,
+        oversampling=columns * (iterations + 1) - rank,
+    )
+    error = float((product(s) - delta.double()).norm())
+    best = krylov_error(delta.double(), rank, columns, iterations, with_first=True)
+    # Steep spectra may do without ΔΩ, if the rest has columns enough.
+    enough = columns * iterations >= rank
+    worst = krylov_error(delta.double(), rank, columns, iterations, with_first=not enough)
+    rounding = SINGLE * float(delta.norm())
+    assert best * (1 - 1e-5) - rounding <= error <= worst * (1 + 1e-5) + rounding
+
+
 @every
 def test_numerical_rank_bounds_the_truncation(method: str) -> None:
     matrix = with_spectrum(30, 20, power_law(7, 0.5), 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 import threading
@@ -15,7 +16,8 @@ import torch
 from inputs import randn, same_bits
 from torch import Tensor
 
-from resm_kernels.linalg._threads import Queue, run
+from resm_kernels.linalg import _threads
+from resm_kernels.linalg._threads import Queue, _limits, run
 
 CPU = torch.device("cpu")
 COUNTS = (1, 2, 3, 5)
@@ -47,7 +49,34 @@ def test_each_task_has_one_thread_and_there_are_as_many_as_asked_for(threads: in
     found = run([task] * threads, CPU)
     assert {count for count, _ in found} == {1}
     assert len({thread for _, thread in found}) == threads
-    assert threads == 1 or threading.get_ident() not in {thread for _, thread in found}
+    # The caller's thread is one of them, where torch's libraries can be held to one thread there.
+    assert (threading.get_ident() in {thread for _, thread in found}) == (threads == 1 or _limits() is not None)
+
+
+def test_caller_can_take_its_share_with_the_torch_that_is_chosen() -> None:
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("torch has no MKL on this processor")
+    assert _limits() is not None
+
+
+def test_a_single_task_stays_on_the_callers_thread_whose_count_comes_back(use_threads: UseThreads) -> None:
+    use_threads(3)
+    found = run([lambda: (threading.get_ident(), torch.get_num_threads())], CPU)[0]
+    assert found == (threading.get_ident() if _limits() is not None else found[0], 1)
+    with pytest.raises(ValueError, match="stop"):
+        run([partial(int, "stop")], CPU)
+    assert torch.get_num_threads() == 3
+
+
+def test_without_mkl_all_tasks_run_on_other_threads(use_threads: UseThreads, monkeypatch: pytest.MonkeyPatch) -> None:
+    use_threads(2)
+    x = randn(60, 60, seed=0)
+    wanted = run([lambda: x @ x, threading.get_ident], CPU)[0]
+    monkeypatch.setattr(_threads, "_limits", lambda: None)
+    product, *threads = run([lambda: x @ x, *[threading.get_ident] * 9], CPU)
+    assert same_bits(product, wanted) and threading.get_ident() not in threads
+    with Queue(CPU) as queue:
+        assert queue.add([threading.get_ident]).results() != [threading.get_ident()]
 
 
 @counts
@@ -199,14 +228,16 @@ def test_bits_of_blas_and_lapack_do_not_depend_on_threads(use_threads: UseThread
 @counts
 def test_queued_tasks_begin_in_order_while_the_caller_goes_on(threads: int, use_threads: UseThreads) -> None:
     use_threads(threads)
-    release, begun = threading.Event(), []
+    started, release, begun = threading.Event(), threading.Event(), []
 
     def slow() -> str:
         begun.append("slow")
+        started.set()
         return "waited" if threads == 1 or release.wait(timeout=20) else "never released"
 
     with Queue(CPU) as queue:
         first = queue.add([slow])
+        started.wait(timeout=20)
         second = queue.add([partial(begun.append, i) for i in range(5)])
         if threads > 1:
             second.results()  # on the other threads, while the first still runs

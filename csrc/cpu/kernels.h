@@ -33,6 +33,7 @@ constexpr int kSpan = 4 * kPanel;  // most columns of Δ that a task of project 
 constexpr int kGramRows = 48, kGramColumns = 96;  // of a block of Δ: with a panel of x it fits the caches
 constexpr int kUnit = 8;                          // columns of x, y and z come in these
 constexpr int kGramUnits = 6;                     // most units that lie together
+constexpr int kGramPanel = 24;                    // columns of gram_matrix that lie together
 
 // The bit pattern of |d|: an integer in the same order.
 template <class C>
@@ -137,6 +138,9 @@ struct ProductKernels {
                     const BlockAhead& ahead);
   void (*add_preimage)(const float* block, int rows, const float* y, int units, int columns, bool fresh, float* z);
   double (*block_energy)(const float* block, int rows);
+  // Of gram_matrix, see gram_matrix.simd.h.
+  void (*widen_panel)(const float* from, int64_t stride, int rows, int columns, double* to);
+  void (*add_panel_gram)(const double* a, const double* b, int depth, double* sum);
 };
 
 template <class C>

@@ -16,6 +16,7 @@
 #include "cpu/project.simd.h"
 #include "cpu/gram_product.simd.h"
 #include "cpu/tiles.simd.h"
+#include "cpu/gram_matrix.simd.h"
 #include "cpu/tridiagonal.simd.h"
 #include "cpu/symmetric_eigen.simd.h"
 // clang-format on
@@ -35,7 +36,7 @@ const Kernels table = {RESM_ISA_NAME,
                        sum_bf16_of,
                        block_kernels<double>(),
                        {delta_tile, random_rows, add_sketch, add_projection, add_image, add_preimage,
-                        block_energy},
+                        block_energy, widen_panel, add_panel_gram},
                        eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

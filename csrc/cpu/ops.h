@@ -71,6 +71,9 @@ void project(const DeltaMatrix& delta, const float* q, int64_t l, float* b, int 
 void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, float* y, float* z, double* energy,
                   int threads);
 
+// g = xᵀ·x, (columns, columns), of x (n, columns).
+void gram_matrix(const float* x, int64_t n, int64_t columns, double* g, int threads);
+
 enum class EigenStatus { found, inaccurate, not_finite };
 
 // The k largest eigenvalues of a symmetric n × n matrix, of which the upper triangle is read, and their eigenvectors:

@@ -30,7 +30,7 @@ from resm_kernels.linalg._products import (
     minus_product,
 )
 from resm_kernels.linalg._threads import run
-from resm_kernels.linalg.orthonormalize import inverse_triangular, orthonormalize
+from resm_kernels.linalg.orthonormalize import orthonormalize, solve_triangular
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.ops.gram_product import gram_product
 from resm_kernels.ops.project import project
@@ -41,19 +41,21 @@ MOST_ITERATIONS = 24
 """Power iterations after which the accuracy asked for counts as out of reach."""
 _PLAIN = (1e-12, 1e12)
 """Root mean squares of Δ·Ω whose products with Δ, and their squares, stay far within fp32's range."""
-_STEEP = 300.0
-"""Condition of ΔP beyond which ΔᵀΔP has lost the smallest directions to rounding: its square is near 2²⁴."""
-_DEPENDENT = 1e5
-"""Condition of [ΔΩ, ΔP] beyond which ΔΩ says no more than ΔP, or is one column too many."""
-_SMALL = 1 << 24
+_NOISE = 1e-3
+"""Rounding in ΔᵀΔP that is let into the result, as a share of what is left out: it adds the square, a millionth."""
+_LEAST_NOISE = 2e-6
+"""As a share of ‖Δ‖: rounding that is let in where next to nothing is left out; more in no direction on average."""
+_SMALL = 1 << 22
 """Multiplications up to which work on a basis runs on one thread: sharing it out would cost more than it saves."""
 _ROUNDING = 2.0**-24
 _PASSES = 4
 """Of orthonormalising a block at most: two do for all but blocks that are hardly more than rounding."""
 _STRAIGHT = 8 * _ROUNDING
 """Deviations from orthonormality that are fp32's rounding."""
-_LEVEL = 1e-5
+_LEVEL = 1e-4
 """Deviations from orthonormality that bases may have."""
+_FAINT = 1e-7
+"""Directions of ΔᵀΔP that are a smaller share of the largest are mostly rounding."""
 _NEARLY = 1e-4
 """Deviations from orthonormality whose square, 1e-8, a first-order correction may leave."""
 
@@ -159,23 +161,30 @@ def _extend(space: _Krylov, delta: Delta, straight: float) -> None:
 
 
 def _new_directions(z: Tensor, bases: Sequence[Tensor], deviation: float, straight: float) -> tuple[Tensor, float]:
-    """Block Gram–Schmidt and Cholesky-QR: columns that are orthonormal, also to the bases, but for what is returned.
+    """Columns that are orthonormal, also to the bases, but for what is returned, the most dominant directions first.
 
-    How far the bases are from that, and rounding, are relative to what z was, and magnified by the division by what is
-    left of it: while that is more than `straight`, both are done again, when all that is removed is little.
+    Block Gram–Schmidt, then the Gram matrix's eigenvectors (SVQB, Stathopoulos and Wu 2002): they are Δ's singular
+    vectors so far as z tells, so that products of Δ with them are nearly orthogonal, however steep the spectrum.
+
+    How far the bases are from orthonormal, and rounding, are relative to what z was, and magnified by the division by
+    what is left of it: while that is more than `straight`, both are done again, when all that is removed is little.
     """
     before = _beside(bases) if bases else None
     found = deviation
-    for _ in range(_PASSES):
+    for turn in range(_PASSES):
         removed = 0.0
         if before is not None:
             inside = matmul(before.mT, z)
             removed = frobenius_norm(inside)
             z = minus_product(z, before, inside)
-        step = orthonormalize(z, passes=1)
-        z = step.q
-        size = math.hypot(removed, frobenius_norm(step.r)) / math.sqrt(z.shape[1])
-        found = deviation * size / max(float(step.r.diagonal().abs().min()), 1e-30)
+        if turn == 0:
+            powers, w = eigen_list([gram(z)])[0]
+            sizes = powers.clamp(min=max(_FAINT**2 * float(powers[0]), 1e-300)).sqrt()
+            z, size, least = matmul(z, (w / sizes).float()), float(sizes.norm()), float(sizes[-1])
+        else:
+            z, r, _ = orthonormalize(z, passes=1)
+            size, least = frobenius_norm(r), max(float(r.diagonal().abs().min()), 1e-30)
+        found = deviation * math.hypot(removed, size) / math.sqrt(z.shape[1]) / least
         if found <= straight:
             break
     return z, max(deviation, min(found, 1.0))
@@ -185,8 +194,9 @@ def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
     """The singular value decomposition of the part of Δ whose left side lies in the span of y, where z = Δᵀy.
 
     With y = qr, q orthonormal, that part is q·bᵀ, b = Δᵀq = z·r⁻¹, and bᵀb = r⁻ᵀ·(zᵀz)·r⁻¹ = w·diag(s²)·wᵀ gives left
-    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side. Where y is too
-    steep for z, b is formed from q.
+    vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side. Where that magnifies z's
+    rounding too much it is tried without ΔΩ, whose columns alone are nearly parallel (`_new_directions` sees to the
+    others), and if there are too few or that is no better, b is formed from q.
     """
     y = _beside(space.ys)
     return _alone(partial(_pair_of, delta, space, y, rank, measure), y)
@@ -195,15 +205,18 @@ def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
 def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) -> Pair:
     z = _beside(space.zs)
     yy, zz = gram_list([y, z])
-    rotation = run([lambda: _rotation(yy, zz, rank)], y.device)[0]
-    if isinstance(rotation, float):
-        if not rotation < _DEPENDENT and space.bases:
-            y = _beside(space.ys[1:])
+    rotation = _rotation(yy, zz, rank, space.norm)
+    first = space.ys[0].shape[1]
+    if rotation is None and (y.shape[1] - first >= rank or y.shape[1] > y.shape[0]):
+        # For ΔΩ, or because it has columns too many.
+        y, z = run([y[:, first:].contiguous, z[:, first:].contiguous], y.device)
+        rotation = _rotation(yy[first:, first:], zz[first:, first:], rank, space.norm)
+    if rotation is None:
         y = orthonormalize(y).q
         z = project(delta.base, delta.expert, y).mT
-        rotation = _eigenvectors(gram(z), rank)
-    w, s = rotation
-    left, right = matmul_list([(y, w.float()), (z, (w / s).float())])
+        rotation = _of_orthonormal(gram(z), rank)
+    s = rotation.s
+    left, right = matmul_list([(y, rotation.left), (z, rotation.right)])
     residual = _residual(space, left, right, s) if measure else _ROUNDING
     (left, r_left, straight_left), (right, r_right, straight_right) = _straightened([left, right])
     # Δᵀ·left was right·diag(s) before both were straightened: with x = q·r, C = r_left⁻ᵀ·diag(s)·r_rightᵀ.
@@ -214,17 +227,49 @@ def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) 
     return Pair(left, core.float(), right, residual)
 
 
-def _rotation(yy: Tensor, zz: Tensor, rank: int) -> tuple[Tensor, Tensor] | float:
-    """r⁻¹w and s of `_best_pair` from yᵀy and zᵀz; or y's condition, if it is too steep."""
-    factor, info = torch.linalg.cholesky_ex(yy, upper=True)
-    if bool(info):
-        return math.inf
-    inverse = inverse_triangular(factor)
-    condition = frobenius_norm(factor) * frobenius_norm(inverse) / math.sqrt(len(factor))
-    if not condition < _STEEP:
-        return condition
-    w, s = _eigenvectors(inverse.mT @ (zz @ inverse), rank)
-    return inverse @ w, s
+@dataclass(frozen=True)
+class _Rotation:
+    """r⁻¹w, r⁻¹w/s and s of `_best_pair`; how much that magnifies relative errors of z's columns, a root of squares."""
+
+    left: Tensor
+    right: Tensor
+    s: Tensor
+    magnified: float
+
+
+def _rotation(yy: Tensor, zz: Tensor, rank: int, norm: float) -> _Rotation | None:
+    """From yᵀy and zᵀz; None if y's columns depend on each other so much that z's rounding would be felt."""
+    # All but the products' own work is done by tasks: torch's threads would go on spinning after it.
+    sizes, r, zz = run([partial(_factor, yy, zz)], yy.device)[0]
+    if r is None:
+        return None
+    h = solve_triangular(r.mT, zz, upper=False)
+    w, s = _eigenvectors(solve_triangular(r.mT, h.mT, upper=False), rank)
+    w = solve_triangular(r, w, upper=True)
+    found = run([partial(_coefficients, w, s, sizes)], w.device)[0]
+    # A unit roundoff of ‖Δ‖·‖y_i‖ in column i.
+    noise, lost = _ROUNDING * found.magnified, max(1 - float(s.square().sum()) / norm**2, 0.0)
+    most = max(min(_NOISE * math.sqrt(lost), _LEAST_NOISE * math.sqrt(len(s))), _LEAST_NOISE)
+    return found if noise <= most else None
+
+
+def _factor(yy: Tensor, zz: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Sizes of y's columns, r of y's columns of size 1, or None, and zᵀz for these."""
+    sizes = yy.diagonal().sqrt()
+    products = torch.outer(sizes, sizes)
+    r, info = torch.linalg.cholesky_ex(yy / products, upper=True)
+    return sizes, None if bool(info) or not math.isfinite(r[-1, -1]) else r, zz / products
+
+
+def _coefficients(w: Tensor, s: Tensor, sizes: Tensor) -> _Rotation:
+    coefficients = w / sizes[:, None]
+    return _Rotation(coefficients.float(), (coefficients / s).float(), s, float(w.square().sum().sqrt()))
+
+
+def _of_orthonormal(zz: Tensor, rank: int) -> _Rotation:
+    """Of orthonormal y."""
+    w, s = _eigenvectors(zz, rank)
+    return run([partial(_coefficients, w, s, w.new_ones(len(w)))], w.device)[0]
 
 
 def _eigenvectors(h: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -239,7 +284,7 @@ def _residual(space: _Krylov, left: Tensor, right: Tensor, s: Tensor) -> float:
 
     At least fp32's unit roundoff, below which it says nothing.
     """
-    seen = right * s.float()
+    seen = run([lambda: right * s.float()], s.device)[0]
     if space.bases:
         p = _beside(space.bases)
         seen = minus_product(seen, p, matmul(p.mT, seen))
@@ -252,17 +297,22 @@ def _straightened(bases: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
     x has orthonormal columns but for rounding. Where that is little, q = x·(I − E/2) and r = I + E/2 with E = xᵀx − I,
     to first order.
     """
-    found: list[tuple[Tensor, Tensor, bool]] = []
-    for x, g in zip(bases, gram_list(bases, torch.float32), strict=True):
-        identity = torch.eye(x.shape[1], dtype=torch.float64, device=x.device)
-        r = (g + identity).div_(2)
-        worst = 2 * float((r - identity).abs().max()) if r.numel() else 0.0
+    found = run([partial(_deviation, g) for g in gram_list(bases)], bases[0].device)
+    straight = []
+    for x, (r, correction, worst) in zip(bases, found, strict=True):
         if worst > _NEARLY:
             again = orthonormalize(x)
-            found.append((again.q, again.r.double(), False))
+            straight.append((again.q, again.r.double(), False))
         else:
-            found.append((x if worst <= _STRAIGHT else matmul(x, (2 * identity - r).float()), r, True))
-    return found
+            straight.append((x if worst <= _STRAIGHT else matmul(x, correction), r, True))
+    return straight
+
+
+def _deviation(g: Tensor) -> tuple[Tensor, Tensor, float]:
+    """I + E/2, I − E/2 and the largest element of E, E = g − I."""
+    identity = torch.eye(len(g), dtype=g.dtype, device=g.device)
+    half = (g - identity).div_(2)
+    return identity + half, (identity - half).float(), 2 * float(half.abs().max()) if len(g) else 0.0
 
 
 def _beside(blocks: Sequence[Tensor]) -> Tensor:

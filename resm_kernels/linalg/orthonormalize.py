@@ -16,6 +16,11 @@ from resm_kernels.ops._library import NonFiniteError
 _WEAKEST = 1e-7
 """A Cholesky factor whose smallest diagonal element is less than this share of its largest is mostly rounding."""
 
+_PANEL = 128
+"""Columns solved for at a time."""
+_SMALL = 1 << 22
+"""Multiplications up to which that is done on one thread."""
+
 
 class Orthonormalized(NamedTuple):
     """x = q·r: q (m, c) with orthonormal columns, r (c, c) upper triangular.
@@ -95,8 +100,20 @@ def _shifted(g: Tensor, m: int) -> Tensor:
 
 def inverse_triangular(factor: Tensor) -> Tensor:
     """r⁻¹ of an upper triangular r."""
-    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
-    return torch.linalg.solve_triangular(factor, identity, upper=True)
+    return solve_triangular(factor, torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device), upper=True)
+
+
+def solve_triangular(factor: Tensor, b: Tensor, *, upper: bool) -> Tensor:
+    """r⁻¹·b of a triangular r; panels of b are shared out."""
+    out = torch.empty_like(b, memory_format=torch.contiguous_format)
+    size = _PANEL if b.numel() * len(factor) > _SMALL else max(b.shape[1], 1)
+    panels = zip(b.split(size, 1), out.split(size, 1), strict=True)
+    run([partial(_solve_panel, factor, own, to, upper) for own, to in panels], b.device)
+    return out
+
+
+def _solve_panel(factor: Tensor, b: Tensor, out: Tensor, upper: bool) -> None:
+    out.copy_(torch.linalg.solve_triangular(factor, b, upper=upper))
 
 
 def _householder(x: Tensor) -> Orthonormalized:

@@ -298,10 +298,13 @@ def _unscaled(core: Tensor, exponent: int) -> Tensor:
 
 
 def _certificate(delta: Delta, norm: float, s: Subspace) -> float:
-    """‖Δ − QCPᵀ‖_F / ‖Δ‖_F from ‖Δ‖² − ‖C‖²; from the difference itself where that would cancel."""
+    """‖Δ − QCPᵀ‖_F / ‖Δ‖_F from ‖Δ‖² − ‖C‖²; from the difference itself where that would cancel.
+
+    That is where the slack for fp32's sums would make it more than a twentieth larger than it is.
+    """
     lost = norm**2 - frobenius_norm(s.core) ** 2
     slack = 16 * torch.finfo(torch.float32).eps
-    if lost > 1e-3 * norm**2:
+    if lost > 10 * slack * norm**2:
         return math.sqrt(lost / norm**2 + slack)
     rest = matmul(matmul(s.left, s.core), s.right.mT).sub_(delta.matrix)
     return frobenius_norm(rest) / norm + slack

@@ -3,6 +3,7 @@
 from resm_kernels.ops._library import NonFiniteError, dispatch_table
 from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
+from resm_kernels.ops.gram_matrix import gram_matrix
 from resm_kernels.ops.gram_product import GramProduct, gram_product
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
 from resm_kernels.ops.project import project
@@ -20,6 +21,7 @@ __all__ = [
     "delta_stats",
     "delta_stats_list",
     "dispatch_table",
+    "gram_matrix",
     "gram_product",
     "magnitude_threshold",
     "magnitude_threshold_list",

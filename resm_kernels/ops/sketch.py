@@ -51,20 +51,25 @@ def sketch(base: Tensor | None, expert: Tensor, columns: int, *, seed: int = 0, 
 
 def check_factor(name: str, factor: Tensor, expert: Tensor, side: int, operation: str) -> None:
     """Raise unless `factor` is an fp32 matrix with as many rows as `expert` has rows (side 0) or columns (side 1)."""
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name}: got {type(factor).__name__}, need a tensor")
-    if factor.dtype != torch.float32 or factor.layout != torch.strided:
-        got = f"a {factor.layout} tensor of {factor.dtype}"
-        raise TypeError(f"{name}: got {got}, need a dense (strided) one of torch.float32")
-    if factor.ndim != 2 or factor.shape[0] != expert.shape[side]:
-        need = ("(m, l) with m", "(n, c) with n")[side]
-        like = ("rows", "columns")[side]
-        raise ValueError(
-            f"{name}: got shape {list(factor.shape)}, need {need} = {expert.shape[side]} like expert's {like}"
-        )
+    shape, like = (("(m, l) with m", "rows"), ("(n, c) with n", "columns"))[side]
+    need = f"{shape} = {expert.shape[side]} like expert's {like}"
+    check_matrix(name, factor, operation, need)
+    if factor.shape[0] != expert.shape[side]:
+        raise ValueError(f"{name}: got shape {list(factor.shape)}, need {need}")
     if factor.device != expert.device:
         raise ValueError(f"{name}: is on {factor.device}, need {expert.device} like expert")
-    if factor.requires_grad and torch.is_grad_enabled():
+
+
+def check_matrix(name: str, x: Tensor, operation: str, need: str = "(n, c)") -> None:
+    """Raise unless x is a dense fp32 matrix without a gradient to record; `need` says its shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, need a tensor")
+    if x.dtype != torch.float32 or x.layout != torch.strided:
+        got = f"a {x.layout} tensor of {x.dtype}"
+        raise TypeError(f"{name}: got {got}, need a dense (strided) one of torch.float32")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, need {need}")
+    if x.requires_grad and torch.is_grad_enabled():
         raise ValueError(f"{name}: requires grad, but {operation} records no gradient; pass {name}.detach()")
 
 

@@ -1,0 +1,107 @@
+// gram_matrix: pieces of rows, widened to double panel by panel, times each other, up to the diagonal.
+#include <atomic>
+#include <thread>
+
+#include "cpu/chunks.h"
+
+namespace resm::cpu {
+namespace {
+
+constexpr int64_t kPiece = 96;         // rows widened at a time: a strip's panels of them stay in the cache
+constexpr int64_t kStripPanels = 16;   // panels of a strip, one to a task: its sums stay in the cache
+constexpr int64_t kMostGroups = 8;     // of rows
+constexpr int64_t kFewestPieces = 4;   // of a group: fewer would make adding up groups felt
+constexpr int64_t kSquare = int64_t(kGramPanel) * kGramPanel;
+
+// Columns' panels begin … end, and for each the sums of its products with all panels up to itself, one after the other.
+struct Strip {
+  int64_t begin, end;
+
+  int64_t squares_before(int64_t panel) const { return panel * (panel + 1) / 2 - begin * (begin + 1) / 2; }
+  int64_t squares() const { return squares_before(end); }
+};
+
+// They depend on n alone, as the sums' bits depend on them.
+int64_t groups_for(int64_t pieces) {
+  int64_t groups = 1;
+  while (groups < kMostGroups && 2 * groups * kFewestPieces <= pieces) groups *= 2;
+  return groups;
+}
+
+class Gram {
+ public:
+  Gram(const float* x, int64_t n, int64_t columns)
+      : x_(x), n_(n), columns_(columns), panels_(ceil_div(columns, kGramPanel)),
+        strips_(ceil_div(panels_, kStripPanels)), pieces_(ceil_div(n, kPiece)), groups_(groups_for(pieces_)) {}
+
+  void run(double* g, int threads) const {
+    std::fill(g, g + columns_ * columns_, 0.0);
+    struct Scratch {
+      Blocks<double> wide, sums;
+    };
+    // Tasks begin in order and, when they have waited for their turn, add to g in order: the last strips, which are the
+    // longest, first.
+    std::atomic<int64_t> begun{0}, turn{0};
+    const Strip last = strip(strips_ - 1);
+    parallel_for(strips_ * groups_, threads,
+                 [&] {
+                   return Scratch{Blocks<double>(blocks_for(panels_ * kPiece * kGramPanel)),
+                                  Blocks<double>(blocks_for(last.squares() * kSquare))};
+                 },
+                 [&](int64_t, Scratch& own) {
+                   const int64_t task = begun.fetch_add(1), group = task % groups_;
+                   const Strip s = strip(strips_ - 1 - task / groups_);
+                   std::fill_n(own.sums[0], s.squares() * kSquare, 0.0);
+                   for (int64_t p = pieces_ * group / groups_; p < pieces_ * (group + 1) / groups_; ++p)
+                     add_piece(p * kPiece, s, own.wide[0], own.sums[0]);
+                   while (turn.load(std::memory_order_acquire) != task) std::this_thread::yield();
+                   add_to(g, s, own.sums[0]);
+                   turn.store(task + 1, std::memory_order_release);
+                 });
+  }
+
+ private:
+  // Evenly shared out.
+  Strip strip(int64_t i) const { return {panels_ * i / strips_, panels_ * (i + 1) / strips_}; }
+  int width_of(int64_t panel) const {
+    return static_cast<int>(std::min<int64_t>(kGramPanel, columns_ - panel * kGramPanel));
+  }
+
+  void add_piece(int64_t row, const Strip& s, double* wide, double* sums) const {
+    const ProductKernels& k = kernels().products;
+    const int rows = static_cast<int>(std::min(kPiece, n_ - row));
+    for (int64_t p = 0; p < s.end; ++p)
+      k.widen_panel(x_ + row * columns_ + p * kGramPanel, columns_, rows, width_of(p), wide + p * kPiece * kGramPanel);
+    for (int64_t j = s.begin; j < s.end; ++j)
+      for (int64_t i = 0; i <= j; ++i)
+        k.add_panel_gram(wide + i * kPiece * kGramPanel, wide + j * kPiece * kGramPanel, rows,
+                         sums + (s.squares_before(j) + i) * kSquare);
+  }
+
+  // Adds a strip's sums on both sides of the diagonal.
+  void add_to(double* g, const Strip& s, const double* sums) const {
+    for (int64_t j = s.begin; j < s.end; ++j)
+      for (int64_t i = 0; i <= j; ++i) {
+        const double* from = sums + (s.squares_before(j) + i) * kSquare;
+        for (int a = 0; a < width_of(i); ++a)
+          for (int b = 0; b < width_of(j); ++b) {
+            const int64_t row = i * kGramPanel + a, column = j * kGramPanel + b;
+            if (row > column) continue;
+            g[row * columns_ + column] += from[a * kGramPanel + b];
+            if (row < column) g[column * columns_ + row] = g[row * columns_ + column];
+          }
+      }
+  }
+
+  const float* x_;
+  int64_t n_, columns_, panels_, strips_, pieces_, groups_;
+};
+
+}  // namespace
+
+void gram_matrix(const float* x, int64_t n, int64_t columns, double* g, int threads) {
+  if (columns == 0) return;
+  Gram(x, n, columns).run(g, threads);
+}
+
+}  // namespace resm::cpu

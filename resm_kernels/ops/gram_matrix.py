@@ -1,0 +1,52 @@
+"""The Gram matrix of fp32 columns in float64."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import register
+from resm_kernels.ops.sketch import check_matrix
+from resm_kernels.reference.gram_matrix import gram_matrix as _reference
+
+
+def gram_matrix(x: Tensor) -> Tensor:
+    """G = xᵀ·x in float64, of x in fp32: what Cholesky-QR factors (Yamazaki, Tomov, Dongarra 2015).
+
+    fp32 rows are widened where they are used, not as a whole, and only products up to the diagonal are made: for a
+    matrix of few columns two to four times as fast as a float64 matrix product of the widened x with itself.
+
+    Args:
+        x: (n, c) fp32. A tensor that is not contiguous is copied.
+
+    Returns:
+        (c, c) float64, symmetric to the bit. A column with a value that is not finite gives a row and a column that
+        are not finite.
+
+    Raises:
+        TypeError, ValueError: x is no dense fp32 matrix, or requires grad.
+
+    Precision: products are exact and their sums are rounded to float64. To first order
+    |error| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻⁵³·(|x|ᵀ·|x|).
+
+    Memory: besides x and G, on a CPU for each thread 96 widened rows and the sums of up to 384 columns with all. Where
+    no native kernel is live, the reference widens x whole.
+
+    Determinism: the same bits for any number of threads and every instruction set; other devices differ within that
+    bound.
+    """
+    check_matrix("x", x, "gram_matrix")
+    g: Tensor = torch.ops.resm_kernels.gram_matrix(x)
+    return g
+
+
+def _native(x: Tensor) -> Tensor:
+    assert _extension.native is not None
+    (n, c), rows = x.shape, x.contiguous()
+    g = torch.empty((c, c), dtype=torch.float64)
+    _extension.native.gram_matrix(rows.data_ptr(), n, c, g.data_ptr(), torch.get_num_threads())
+    return g
+
+
+register("gram_matrix", "(Tensor x) -> Tensor", reference=_reference, cpu=_native)
