@@ -1,8 +1,7 @@
 """Work shared out among threads so that the result does not depend on how many there are.
 
 BLAS and LAPACK round differently on another number of threads. So every call of them here runs on one thread, and
-several such calls, cut at places that depend on shapes alone, run side by side. The caller's thread takes its share: to
-wake another one takes longer than many a task, so that a single task never leaves it.
+several such calls, cut at places that depend on shapes alone, run side by side.
 """
 
 from __future__ import annotations
@@ -67,16 +66,17 @@ class Queue:
     """Tasks handed out without waiting for them: `with Queue(device) as queue: pending = queue.add(tasks)`.
 
     On the CPU each task runs on one thread, up to torch.get_num_threads() at a time, and they begin in the order in
-    which they were added, so that what is added early fills threads that later tasks cannot. While the caller waits for
-    results it runs tasks too, as one of these threads, if torch's libraries can be held to one thread there. Where
-    there is one thread only, within a task, and on other devices, which queue their work themselves, `add` runs its
-    tasks there and then. If the block is left by an error, tasks that have not begun never do, and those that have are
-    waited for.
+    which they were added, so that what is added early fills threads that later tasks cannot. With `joins` the caller's
+    thread is one of these: it runs tasks while it waits for results, if torch's libraries can be held to one thread
+    there. Where there is one thread only, within a task, and on other devices, which queue their work themselves, `add`
+    runs its tasks there and then. If the block is left by an error, tasks that have not begun never do, and those that
+    have are waited for.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, *, joins: bool = False):
         self._alone = _is_alone(device)
-        self._others = 0 if self._alone else torch.get_num_threads() - (_limits() is not None)
+        self._joins = joins and _limits() is not None
+        self._others = 0 if self._alone else torch.get_num_threads() - self._joins
         self._waiting: deque[_Task[Any]] = deque()
         self._running = 0
         self._changed = threading.Condition()
@@ -87,38 +87,29 @@ class Queue:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._waiting.clear()
-        while self._waiting and self._others and _limits() is not None:
-            self._run_next()
         with self._changed:  # none may still be writing into its caller's tensors
             self._changed.wait_for(lambda: not self._waiting and not self._running)
 
     def add(self, tasks: Sequence[Callable[[], R]]) -> Pending[R]:
         """Hand out tasks. Within one, `Queue` and `run` have one thread: a task never waits for a free one."""
-        return self._add(tasks, len(tasks))
-
-    def run(self, tasks: Sequence[Callable[[], R]]) -> list[R]:
-        """The results of tasks, one of which the caller takes itself if it can."""
-        return self._add(tasks, len(tasks) - (_limits() is not None)).results()
-
-    def finish(self, task: _Task[Any]) -> None:
-        """Wait until a task is done, and run those that are waiting meanwhile."""
-        while not task.is_done:
-            if _limits() is None or not self._run_next():
-                with self._changed:
-                    self._changed.wait_for(lambda: task.is_done)
-
-    def _add(self, calls: Sequence[Callable[[], R]], helpers: int) -> Pending[R]:
-        tasks = [_Task(call) for call in calls]
+        handed = [_Task(call) for call in tasks]
         if self._alone:
-            for task in tasks:
+            for task in handed:
                 task()
                 if task.error is not None:
                     raise task.error
-            return Pending(self, tasks)
-        self._waiting.extend(tasks)
-        for _ in range(min(helpers, self._others)):
+            return Pending(self, handed)
+        self._waiting.extend(handed)
+        for _ in range(min(len(handed) - self._joins, self._others)):
             _pool(self._others).submit(self._help)
-        return Pending(self, tasks)
+        return Pending(self, handed)
+
+    def finish(self, task: _Task[Any]) -> None:
+        """Wait until a task is done."""
+        while not task.is_done:
+            if not (self._joins and self._run_next()):
+                with self._changed:
+                    self._changed.wait_for(lambda: task.is_done)
 
     def _help(self) -> None:
         while self._take():
@@ -145,15 +136,16 @@ class Queue:
 def run(tasks: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
     """Return the tasks' results in order; on the CPU each ran on one thread, up to torch.get_num_threads() at a time.
 
-    Tasks may call `run` themselves: what they share out then runs in turn, on their own thread. On other devices all
-    tasks run in turn on the caller's thread, as the device queues their work itself.
+    The caller's thread is one of these: to wake another one takes longer than many a task. Tasks may call `run`
+    themselves: what they share out then runs in turn, on their own thread. On other devices all tasks run in turn on
+    the caller's thread, as the device queues their work itself.
     """
     alone = _is_alone(device)
     if alone or (len(tasks) == 1 and _limits() is not None):
         with torch.no_grad(), nullcontext() if alone else _one_thread():
             return [task() for task in tasks]
-    with Queue(device) as queue:
-        return queue.run(tasks)
+    with Queue(device, joins=True) as queue:
+        return queue.add(tasks).results()
 
 
 def _is_alone(device: torch.device) -> bool:
