@@ -37,7 +37,7 @@ DIVISORS: Final = (64, 8, 3)
 """k = r / divisor."""
 ACCURACIES: Final = (3e-1, 1e-1, 3e-2, 1e-2, 1e-3)
 POWER_ITERATIONS: Final = (1, 2, 3, 4, 5, 6, 8)
-WIDTHS: Final = (0.25, 0.3125, 0.375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0, 1.125, 1.25, 1.5, 2.0)
+WIDTHS: Final = (0.25, 0.28125, 0.3125, 0.34375, 0.375, 0.4375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0, 1.125, 1.25, 1.5)
 """Columns of our blocks, as shares of k; all blocks together have at least k and at most 4k + 32."""
 DRAWS: Final = 3
 LOWEST: Final = 1e-9

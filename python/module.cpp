@@ -148,10 +148,10 @@ void py_gram_matrix(uint64_t x, int64_t n, int64_t columns, uint64_t g, int thre
 }
 
 template <class T>
-int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors) {
+int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors, int threads) {
   require(n >= 0 && 0 <= k && k <= n, "k must lie within 0 and n");
   py::gil_scoped_release unlocked;
-  return static_cast<int>(symmetric_eigen(at<const T>(a), n, k, at<T>(values), at<T>(vectors)));
+  return static_cast<int>(symmetric_eigen(at<const T>(a), n, k, at<T>(values), at<T>(vectors), threads));
 }
 
 #if defined(RESM_WITH_CUDA)

@@ -79,6 +79,6 @@ enum class EigenStatus { found, inaccurate, not_finite };
 // The k largest eigenvalues of a symmetric n × n matrix, of which the upper triangle is read, and their eigenvectors:
 // values (k), vectors (n, k). Without status `found` there are none. Of float and double.
 template <class T>
-EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors);
+EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors, int threads);
 
 }  // namespace resm::cpu

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/threads.h"
 #include "cpu/tridiagonal.h"
 
 namespace resm::cpu {
@@ -241,7 +242,7 @@ class Vectors {
 }  // namespace
 
 template <class T>
-EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors) {
+EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors, int threads) {
   if (n == 0 || k == 0) return EigenStatus::found;
   const EigenKernels& kernels = cpu::kernels().eigen;
   const ReductionKernels<T>& reduction = kernels.of<T>();
@@ -266,24 +267,27 @@ EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vect
   for (const Pair& pair : spectrum.pairs()) values[pair.place] = static_cast<T>(std::ldexp(pair.value, exponent));
   Vectors found(kernels, spectrum, n, reduced.diagonal, reduced.off_diagonal, kOrthogonal<T>);
   if (!found.find()) return EigenStatus::inaccurate;
-  const Buffer<T> columns = allocate<T>(padded<T>(n) * kColumns<T>);
-  std::fill_n(columns.get(), padded<T>(n) * kColumns<T>, T(0));
-  for (int64_t first = 0; first < k; first += kColumns<T>) {
-    for (int64_t at = first; at < std::min(first + kColumns<T>, k); at += kStrip) {
+  const auto cleared = [n] {
+    Buffer<T> columns = allocate<T>(padded<T>(n) * kColumns<T>);
+    std::fill_n(columns.get(), padded<T>(n) * kColumns<T>, T(0));
+    return columns;
+  };
+  parallel_for((k + kColumns<T> - 1) / kColumns<T>, threads, cleared, [&](int64_t group, Buffer<T>& columns) {
+    const int64_t first = group * kColumns<T>, n_columns = std::min<int64_t>(kColumns<T>, k - first);
+    for (int64_t at = first; at < first + n_columns; at += kStrip) {
       const double* z = found.strip(at / kStrip);
       T* to = columns.get() + at - first;
       for (int64_t i = 0; i < n; ++i)
         for (int c = 0; c < kStrip; ++c) to[i * kColumns<T> + c] = static_cast<T>(z[i * kStrip + c]);
     }
     reduction.back_transform(reduced, n, columns.get());
-    const int64_t n_columns = std::min<int64_t>(kColumns<T>, k - first);
     for (int64_t i = 0; i < n; ++i)
       for (int64_t c = 0; c < n_columns; ++c)
         vectors[i * k + spectrum.pairs()[first + c].place] = columns[i * kColumns<T> + c];
-  }
+  });
   return EigenStatus::found;
 }
-template EigenStatus symmetric_eigen(const float*, int64_t, int64_t, float*, float*);
-template EigenStatus symmetric_eigen(const double*, int64_t, int64_t, double*, double*);
+template EigenStatus symmetric_eigen(const float*, int64_t, int64_t, float*, float*, int);
+template EigenStatus symmetric_eigen(const double*, int64_t, int64_t, double*, double*, int);
 
 }  // namespace resm::cpu

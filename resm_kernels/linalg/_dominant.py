@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import gram_strips, matmul_tasks, mirror
-from resm_kernels.linalg._threads import Pending, Queue
+from resm_kernels.linalg._products import eigen_list, gram_strips, matmul, matmul_tasks, mirror
+from resm_kernels.linalg._threads import Pending, Queue, run
 from resm_kernels.ops.symmetric_eigen import symmetric_eigen
 
 
@@ -29,8 +29,8 @@ def dominant_list(matrices: Sequence[Tensor], ranks: Sequence[int], dtype: torch
     Gram matrices and images are cut into tasks, an eigenproblem is one. While one of those keeps a thread busy, the
     others form the next matrices' Gram matrices and the images of those that are solved.
     """
-    if not matrices:
-        return []
+    if len(matrices) <= 1:
+        return [_of_one(a, k, dtype) for a, k in zip(matrices, ranks, strict=True)]
     grams = [torch.empty(a.shape[1], a.shape[1], dtype=dtype, device=a.device) for a in matrices]
     found = []
     with Queue(matrices[0].device) as queue:
@@ -49,6 +49,15 @@ def dominant_list(matrices: Sequence[Tensor], ranks: Sequence[int], dtype: torch
             queue.add(matmul_tasks(a, vectors, image))
             found.append(Dominant(values, vectors, image, float(g.diagonal().double().sum())))
     return found
+
+
+def _of_one(a: Tensor, k: int, dtype: torch.dtype) -> Dominant:
+    """Its eigenproblem has all threads."""
+    g = torch.empty(a.shape[1], a.shape[1], dtype=dtype, device=a.device)
+    run([task for _, task in gram_strips(a, g)], a.device)
+    run([partial(mirror, g)], a.device)
+    values, vectors = eigen_list([g], [k])[0]
+    return Dominant(values, vectors, matmul(a, vectors, dtype), float(g.diagonal().double().sum()))
 
 
 def _solve(g: Tensor, k: int) -> tuple[Tensor, Tensor]:

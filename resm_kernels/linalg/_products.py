@@ -145,12 +145,16 @@ def _square_sum(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def eigen_list(matrices: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, Tensor]]:
-    """Eigenvalues, descending, and eigenvectors of symmetric matrices, side by side, each on one thread.
+    """Eigenvalues, descending, and eigenvectors of symmetric matrices; several side by side, each on one thread.
 
     Both are of the matrix's own dtype, float64 or fp32; fp32 takes about half the time. `counts` says how many of each
     are wanted, all if None; fewer are found faster.
     """
     wanted = [m.shape[0] for m in matrices] if counts is None else counts
+    if len(matrices) == 1:
+        found = symmetric_eigen(matrices[0], wanted[0])
+        if not found.fallback:
+            return [(found.values, found.vectors)]
     jobs = [functools.partial(symmetric_eigen, m, k) for m, k in zip(matrices, wanted, strict=True)]
     return [(s.values, s.vectors) for s in run(jobs, matrices[0].device)] if matrices else []
 
