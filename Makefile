@@ -41,13 +41,13 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/bench_checkpoint.py --json benchmarks/results/checkpoint.json
 
-# Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour or more.
+# Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test
-	$(BIN)/python benchmarks/bench_spectral_merge.py --check-layers all --json benchmarks/results/spectral_merge.json
-	$(BIN)/python benchmarks/bench_precision.py --json benchmarks/results/precision.json
+	$(BIN)/python benchmarks/bench_spectral_merge.py --runs 1 --check-layers all --json benchmarks/results/spectral_merge.json
+	$(BIN)/python benchmarks/bench_precision.py --rounds 1 --json benchmarks/results/precision.json
 	$(BIN)/python benchmarks/bench_lora_extraction.py --json benchmarks/results/lora_extraction.json
-	$(BIN)/python benchmarks/bench_truncated_svd.py --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
-	$(BIN)/python benchmarks/bench_accuracy.py --json benchmarks/results/accuracy.json
+	$(BIN)/python benchmarks/bench_truncated_svd.py --rounds 3 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
+	$(BIN)/python benchmarks/bench_accuracy.py --rounds 1 --json benchmarks/results/accuracy.json
 
 # A wheel, built in isolation (no torch there), in a fresh environment, away from the source tree.
 wheel-smoke: $(BIN)/python

@@ -3,8 +3,8 @@
 The true error and the optimum are float64's. T = 3 experts share r directions, so that fill φ = T·k/r gives the rank.
 
 Slack. Float64's certificate adds 8·r·2⁻⁵² to a share of the squared norm, its rounding is within that: `error`² is at
-most the true error's plus twice that. In fp32 the addend is 16·2⁻²³ where the share is above 1e-3, and is added to the
-error itself below: `SINGLE`, twice the addend, bounds both, as 2·error·addend is below it.
+most the true error's plus twice that. In fp32 the addend is 16·2⁻²³ where the share is above ten times that, and is
+added to the error itself below: `SINGLE`, twice the addend, bounds both, as 2·error·addend is below it.
 
 Optimum. Q and P within a relative residual ε on both sides are the exact dominant subspaces of Δ − E, ‖E‖_F² ≤ 2ε²‖Δ‖²,
 E being the blocks of Δ that lead from Q to P's complement and from Q's complement to P. So the squared error is that

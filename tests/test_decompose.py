@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import power_law, randn, same_bits, with_spectrum
 from subspace_contract import CERTIFICATE, GRAM, ROUNDING, check, distance, product, projector, stepped
+from torch import Tensor
 
-from resm_kernels.linalg import decompose, decompose_list
+from resm_kernels import _extension
+from resm_kernels.linalg import _products, decompose, decompose_list
+from resm_kernels.ops import SymmetricEigen
 from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -108,3 +112,22 @@ def test_values_that_are_not_finite_are_refused_by_name(method: str, bad: float)
         decompose(spoilt, method)
     with pytest.raises(NonFiniteError, match=r"matrices\[1\]: got 1 NaN"):
         decompose_list([good, spoilt], method)
+
+
+def test_lapack_in_place_of_the_native_kernel_has_one_thread(
+    use_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_threads(2)
+    seen = []
+
+    def solve(a: Tensor, k: int) -> SymmetricEigen:
+        seen.append(torch.get_num_threads())
+        return SymmetricEigen(a.diagonal()[:k], a[:, :k], fallback=True)
+
+    monkeypatch.setattr(_products, "symmetric_eigen", solve)
+    x = torch.eye(5, dtype=torch.float64)
+    monkeypatch.setattr(_extension, "native", object())
+    _products.eigen_list([x])  # what the kernel gave up on is solved again
+    monkeypatch.setattr(_extension, "native", None)
+    _products.eigen_list([x])
+    assert seen == [2, 1, 1]

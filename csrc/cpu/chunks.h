@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #include "cpu/ops.h"
@@ -36,6 +38,29 @@ class Blocks {
     void operator()(C* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<C, Free> data_;
+};
+
+// Groups that sums over `pieces` are cut into: up to `most`, a power of two, of at least `fewest` pieces each. Even
+// numbers of them serve threads evenly; they depend on nothing else, for the sums' bits depend on them.
+inline int64_t groups_for(int64_t pieces, int64_t most, int64_t fewest) {
+  int64_t groups = 1;
+  while (groups < most && 2 * groups * fewest <= pieces) groups *= 2;
+  return groups;
+}
+
+// Tasks of several threads that begin in order and add what they found in order.
+class Turns {
+ public:
+  int64_t begin() { return begun_.fetch_add(1); }
+  template <class Add>
+  void when_due(int64_t task, Add add) {
+    while (due_.load(std::memory_order_acquire) != task) std::this_thread::yield();
+    add();
+    due_.store(task + 1, std::memory_order_release);
+  }
+
+ private:
+  std::atomic<int64_t> begun_{0}, due_{0};
 };
 
 // Calls visit(begin, n) for each block of a chunk.

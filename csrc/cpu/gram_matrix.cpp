@@ -1,7 +1,4 @@
 // gram_matrix: pieces of rows, widened to double panel by panel, times each other, up to the diagonal.
-#include <atomic>
-#include <thread>
-
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
@@ -21,27 +18,19 @@ struct Strip {
   int64_t squares() const { return squares_before(end); }
 };
 
-// They depend on n alone, as the sums' bits depend on them.
-int64_t groups_for(int64_t pieces) {
-  int64_t groups = 1;
-  while (groups < kMostGroups && 2 * groups * kFewestPieces <= pieces) groups *= 2;
-  return groups;
-}
-
 class Gram {
  public:
   Gram(const float* x, int64_t n, int64_t columns)
       : x_(x), n_(n), columns_(columns), panels_(ceil_div(columns, kGramPanel)),
-        strips_(ceil_div(panels_, kStripPanels)), pieces_(ceil_div(n, kPiece)), groups_(groups_for(pieces_)) {}
+        strips_(ceil_div(panels_, kStripPanels)), pieces_(ceil_div(n, kPiece)),
+        groups_(groups_for(pieces_, kMostGroups, kFewestPieces)) {}
 
   void run(double* g, int threads) const {
     std::fill(g, g + columns_ * columns_, 0.0);
     struct Scratch {
       Blocks<double> wide, sums;
     };
-    // Tasks begin in order and, when they have waited for their turn, add to g in order: the last strips, which are the
-    // longest, first.
-    std::atomic<int64_t> begun{0}, turn{0};
+    Turns turns;
     const Strip last = strip(strips_ - 1);
     parallel_for(strips_ * groups_, threads,
                  [&] {
@@ -49,14 +38,12 @@ class Gram {
                                   Blocks<double>(blocks_for(last.squares() * kSquare))};
                  },
                  [&](int64_t, Scratch& own) {
-                   const int64_t task = begun.fetch_add(1), group = task % groups_;
-                   const Strip s = strip(strips_ - 1 - task / groups_);
+                   const int64_t task = turns.begin(), group = task % groups_;
+                   const Strip s = strip(strips_ - 1 - task / groups_);  // the longest first
                    std::fill_n(own.sums[0], s.squares() * kSquare, 0.0);
                    for (int64_t p = pieces_ * group / groups_; p < pieces_ * (group + 1) / groups_; ++p)
                      add_piece(p * kPiece, s, own.wide[0], own.sums[0]);
-                   while (turn.load(std::memory_order_acquire) != task) std::this_thread::yield();
-                   add_to(g, s, own.sums[0]);
-                   turn.store(task + 1, std::memory_order_release);
+                   turns.when_due(task, [&] { add_to(g, s, own.sums[0]); });
                  });
   }
 

@@ -1,8 +1,5 @@
 // gram_product: panels of rows of Δ, formed block by block, times x; then, while they are in the cache, transposed
 // times what came of it.
-#include <atomic>
-#include <thread>
-
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
@@ -56,13 +53,6 @@ BlockAhead block_after(const DeltaMatrix& delta, int64_t row, int64_t column) {
           static_cast<int>(rows)};
 }
 
-// Even numbers of groups serve threads evenly. They depend on m alone, for the sums' bits depend on them.
-int64_t groups_for(int64_t row_panels) {
-  int64_t groups = 1;
-  while (groups < kMostGroups && 2 * groups * kFewestPanels <= row_panels) groups *= 2;
-  return groups;
-}
-
 void put(const float* __restrict from, int64_t n, bool fresh, float* __restrict to) {
   if (fresh) {
     std::copy_n(from, n, to);
@@ -100,11 +90,10 @@ class Pass {
   }
 
   void run(float* y, float* z, double* energy, int threads) const {
-    const int64_t row_panels = ceil_div(delta_.m, kGramRows), groups = groups_for(row_panels);
-    // Tasks begin in order and, when they have waited for their turn, add to z and to the energy in order.
-    std::atomic<int64_t> begun{0}, turn{0};
+    const int64_t row_panels = ceil_div(delta_.m, kGramRows), groups = groups_for(row_panels, kMostGroups, kFewestPanels);
+    Turns turns;
     parallel_for(slices_ * groups, threads, [&] { return workplace(); }, [&](int64_t, Workplace& own) {
-      const int64_t task = begun.fetch_add(1), slice = task / groups, group = task % groups;
+      const int64_t task = turns.begin(), slice = task / groups, group = task % groups;
       const int64_t first = panels_.count * slice / slices_, last = panels_.count * (slice + 1) / slices_;
       const int64_t begin = row_panels * group / groups, end = row_panels * (group + 1) / groups;
       double squares = 0.0;
@@ -112,10 +101,10 @@ class Pass {
         squares += add_images(panel * kGramRows, first, last, own, y);
         add_preimages(panel * kGramRows, first, last, panel == begin, own);
       }
-      while (turn.load(std::memory_order_acquire) != task) std::this_thread::yield();
-      if (slice == 0) *energy += squares;
-      add_to(z, first, last, group == 0, own);
-      turn.store(task + 1, std::memory_order_release);
+      turns.when_due(task, [&] {
+        if (slice == 0) *energy += squares;
+        add_to(z, first, last, group == 0, own);
+      });
     });
   }
 

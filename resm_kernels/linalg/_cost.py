@@ -17,9 +17,9 @@ RATES: Final = {
     "fp32 tridiagonal form": 0.017,
     "float64 eigenvectors": 0.075,  # n²·k
     "fp32 eigenvectors": 0.045,
-    # What randomized took against what was planned, σ_i ~ i^−0.7, 1024 × 2816: flatter spectra take more blocks.
-    "more blocks": 1.25,
 }
+_MORE_BLOCKS: Final = 1.25
+"""What randomized took against what was planned, σ_i ~ i^−0.7, 1024 × 2816: flatter spectra take more blocks."""
 SMALLEST_ACCURACY: Final = 1e-5
 """Residuals below this drown in fp32 rounding."""
 
@@ -43,7 +43,7 @@ def randomized_cost(
     products = 4.0 * m * n * width + 4.0 * n * width**2 + 2.0 * (m + n) * width * rank
     small = 1.0 * (m + n) * width**2 + 3.0 * width**3  # half a Gram matrix of each side, then triangular solves
     work = RATES["fp32 product"] * products + RATES["float64 product"] * small + _eigen(width, rank, "float64")
-    return 1e-9 * RATES["more blocks"] * work
+    return 1e-9 * _MORE_BLOCKS * work
 
 
 def _eigen(n: int, k: int, dtype: str) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from resm_kernels import _extension
 from resm_kernels.linalg._threads import run
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.gram_matrix import gram_matrix
@@ -151,7 +152,8 @@ def eigen_list(matrices: Sequence[Tensor], counts: Sequence[int] | None = None) 
     are wanted, all if None; fewer are found faster.
     """
     wanted = [m.shape[0] for m in matrices] if counts is None else counts
-    if len(matrices) == 1:
+    # Alone, it may use all threads, as long as it is not LAPACK that does: its bits would depend on how many.
+    if len(matrices) == 1 and _extension.native is not None:
         found = symmetric_eigen(matrices[0], wanted[0])
         if not found.fallback:
             return [(found.values, found.vectors)]

@@ -88,7 +88,8 @@ def _cholesky(g: Tensor) -> tuple[Tensor, Tensor] | None:
     factor, info = torch.linalg.cholesky_ex(g, upper=True)
     diagonal = factor.diagonal()
     safe = not bool(info) and bool(diagonal.amin() > _WEAKEST * diagonal.amax()) and math.isfinite(diagonal[0])
-    return (factor, inverse_triangular(factor)) if safe else None
+    identity = torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device)
+    return (factor, solve_triangular(factor, identity, upper=True)) if safe else None
 
 
 def _shifted(g: Tensor, m: int) -> Tensor:
@@ -96,11 +97,6 @@ def _shifted(g: Tensor, m: int) -> Tensor:
     largest = g.diagonal().amax()
     g.diagonal().add_(11 * (m * c + c * (c + 1)) * torch.finfo(torch.float64).eps * largest)
     return g
-
-
-def inverse_triangular(factor: Tensor) -> Tensor:
-    """r⁻¹ of an upper triangular r."""
-    return solve_triangular(factor, torch.eye(factor.shape[0], dtype=factor.dtype, device=factor.device), upper=True)
 
 
 def solve_triangular(factor: Tensor, b: Tensor, *, upper: bool) -> Tensor:
