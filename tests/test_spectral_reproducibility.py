@@ -78,6 +78,13 @@ def test_subspaces_of_large_matrices(
     assert_same_for_all(use_threads, lambda: parts(subspaces(both, [rank] * 2, method=method, accuracy=accuracy)))
 
 
+@pytest.mark.parametrize("shape", [(640, 610), (610, 640)], ids=str)
+def test_subspaces_of_steep_matrices(use_threads: UseThreads, shape: tuple[int, int]) -> None:
+    both = [with_spectrum(*shape, power_law(610, 1.5), seed).float() for seed in (1, 2)]
+    assert_same_for_all(use_threads, lambda: parts(subspaces(both, [200] * 2, accuracy=1e-2)))
+    assert_same_for_all(use_threads, lambda: parts([subspace(both[0], 200, accuracy=1e-2)]))
+
+
 @pytest.mark.parametrize(("method", "accuracy"), [("gram", 0.0), ("exact", 0.0), ("randomized", 1e-1)])
 @pytest.mark.parametrize("rank", [20, 200])
 def test_subspaces_of_several_panels(

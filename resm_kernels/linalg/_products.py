@@ -161,6 +161,11 @@ def eigen_list(matrices: Sequence[Tensor], counts: Sequence[int] | None = None) 
     return [(s.values, s.vectors) for s in run(jobs, matrices[0].device)] if matrices else []
 
 
+def row_panels(*matrices: Tensor) -> list[tuple[Tensor, ...]]:
+    """The same rows of each, panel by panel."""
+    return [tuple(x[i:j] for x in matrices) for i, j in _ranges(matrices[0].shape[0], _PANEL)]
+
+
 def _run(tasks: Sequence[Callable[[], None]], tensors: Sequence[Tensor]) -> None:
     if tensors:
         run(tasks, tensors[0].device)

@@ -71,12 +71,14 @@ class Pair:
     Attributes:
         residual: ‖ΔᵀQ − PCᵀ‖_F / ‖Δ‖_F half an iteration before the end: Q and P are the exact dominant singular
             subspaces of a matrix about that far from Δ.
+        left_out: At least ‖Δ − left·core·rightᵀ‖_F, where more is known of it than ‖Δ‖_F and the core tell.
     """
 
     left: Tensor
     core: Tensor
     right: Tensor
     residual: float
+    left_out: float | None = None
 
 
 def iterations_for(accuracy: float) -> int:

@@ -14,7 +14,7 @@ from resm_kernels.linalg._cost import SMALLEST_ACCURACY, gram_cost, randomized_c
 from resm_kernels.linalg._delta import Delta
 from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg._randomized import MOST_ITERATIONS, OutOfRangeError, Pair, randomized
-from resm_kernels.linalg._single import single_gram_list
+from resm_kernels.linalg._single import SLACK, single_gram_list
 from resm_kernels.linalg.decompose import Subspace, decompose_counted, finite_norm, mirrored
 
 DECOMPOSITIONS = ("auto", "gram", "exact", "randomized")
@@ -277,7 +277,10 @@ def _in_fp32(jobs: Sequence[tuple[Tensor, int, float]], accuracy: float) -> list
             continue
         s = Subspace(pair.left, pair.core, pair.right, 0.0, "gram")
         s = s if matrix.shape[0] >= matrix.shape[1] else mirrored(s)
-        error = _certificate(Delta(None, matrix), norm, s)
+        if pair.left_out is not None:
+            error = pair.left_out / norm + SLACK
+        else:
+            error = _certificate(Delta(None, matrix), norm, s)
         found[i] = replace(s, core=_unscaled(s.core, exponent), error=error)
     return found
 
@@ -303,11 +306,10 @@ def _certificate(delta: Delta, norm: float, s: Subspace) -> float:
     That is where the slack for fp32's sums would make it more than a twentieth larger than it is.
     """
     lost = norm**2 - frobenius_norm(s.core) ** 2
-    slack = 16 * torch.finfo(torch.float32).eps
-    if lost > 10 * slack * norm**2:
-        return math.sqrt(lost / norm**2 + slack)
+    if lost > 10 * SLACK * norm**2:
+        return math.sqrt(lost / norm**2 + SLACK)
     rest = matmul(matmul(s.left, s.core), s.right.mT).sub_(delta.matrix)
-    return frobenius_norm(rest) / norm + slack
+    return frobenius_norm(rest) / norm + SLACK
 
 
 def _nothing(matrix: Tensor, norm: float, method: str, reason: str) -> Subspace:
