@@ -45,6 +45,8 @@ _NOISE = 1e-3
 """Rounding in ΔᵀΔP that is let into the result, as a share of what is left out: it adds the square, a millionth."""
 _LEAST_NOISE = 2e-6
 """As a share of ‖Δ‖: rounding that is let in where next to nothing is left out; more in no direction on average."""
+_UNLIKELY = 3.0
+"""Times the magnification of rounding that is let in: with a larger condition of ΔΩ it is rarely less."""
 _SMALL = 1 << 22
 """Multiplications up to which work on a basis runs on one thread: sharing it out would cost more than it saves."""
 _ROUNDING = 2.0**-24
@@ -52,10 +54,12 @@ _PASSES = 4
 """Of orthonormalising a block at most: two do for all but blocks that are hardly more than rounding."""
 _STRAIGHT = 8 * _ROUNDING
 """Deviations from orthonormality that are fp32's rounding."""
-_LEVEL = 1e-4
-"""Deviations from orthonormality that bases may have."""
+_LEVEL, _LAST_LEVEL = 1e-4, 1e-2
+"""Deviations from orthonormality that bases may have, and a block after which there is none."""
 _FAINT = 1e-7
 """Directions of ΔᵀΔP that are a smaller share of the largest are mostly rounding."""
+_WELL = 1e-1
+"""Deviations from orthonormality with which columns are so well conditioned that one pass of Cholesky-QR does."""
 _NEARLY = 1e-4
 """Deviations from orthonormality whose square, 1e-8, a first-order correction may leave."""
 
@@ -120,12 +124,13 @@ def randomized(
     y, z, energy = gram_product(delta.base, delta.expert, x)
     if not in_range and not _PLAIN[0] <= frobenius_norm(y) / math.sqrt(y.numel() / n) <= _PLAIN[1]:
         raise OutOfRangeError
-    # Much straighter than any residual; what a block lacks in it, the next ones magnify.
+    # Much straighter than any residual; what a block lacks in it, the next ones magnify, if there are any.
     straight = _LEVEL if power_iterations is not None else min(_LEVEL, 0.05 * accuracy)
     space = _Krylov([], [y], [z], math.sqrt(float(energy)))
     while True:
         while len(space.bases) < planned and space.width < min(m, n):
-            _extend(space, delta, straight)
+            is_last = power_iterations is not None and len(space.bases) == planned - 1
+            _extend(space, delta, _LAST_LEVEL if is_last else straight)
         # With as many columns as there are directions nothing is left outside.
         measure = power_iterations is None and space.width < min(m, n)
         pair = _best_pair(delta, space, rank, measure)
@@ -138,13 +143,17 @@ def randomized(
 
 @dataclass
 class _Krylov:
-    """Blocks P_i, orthonormal with each other but for `deviation`; y = ΔΩ/√n and all ΔP_i, z = Δᵀy of each; ‖Δ‖_F."""
+    """Blocks P_i, orthonormal with each other but for `deviation`; y = ΔΩ/√n and all ΔP_i, z = Δᵀy of each; ‖Δ‖_F.
+
+    `condition` is about that of ΔΩ, once there is a P_1.
+    """
 
     bases: list[Tensor]
     ys: list[Tensor]
     zs: list[Tensor]
     norm: float
     deviation: float = _ROUNDING
+    condition: float = 1.0
 
     @property
     def width(self) -> int:
@@ -155,15 +164,22 @@ class _Krylov:
 def _extend(space: _Krylov, delta: Delta, straight: float) -> None:
     """Another block: the part of the last ΔᵀΔP that is new, no wider than there is room for."""
     z = space.zs[-1][:, : min(delta.shape) - space.width]
-    p, space.deviation = _alone(partial(_new_directions, z, space.bases, space.deviation, straight), z)
+    task = partial(_new_directions, z, space.bases, space.deviation, straight)
+    p, space.deviation, spread = _alone(task, z.numel() * z.shape[1], z.device)
+    if not space.bases:
+        space.condition = math.sqrt(spread)  # ΔᵀΔΩ has its square
     y, z, _ = gram_product(delta.base, delta.expert, p)
     space.bases.append(p)
     space.ys.append(y)
     space.zs.append(z)
 
 
-def _new_directions(z: Tensor, bases: Sequence[Tensor], deviation: float, straight: float) -> tuple[Tensor, float]:
+def _new_directions(
+    z: Tensor, bases: Sequence[Tensor], deviation: float, straight: float
+) -> tuple[Tensor, float, float]:
     """Columns that are orthonormal, also to the bases, but for what is returned, the most dominant directions first.
+
+    Returned last: the condition of what z has beside the bases, up to 1/`_FAINT`.
 
     Block Gram–Schmidt, then the Gram matrix's eigenvectors (SVQB, Stathopoulos and Wu 2002): they are Δ's singular
     vectors so far as z tells, so that products of Δ with them are nearly orthogonal, however steep the spectrum.
@@ -172,7 +188,7 @@ def _new_directions(z: Tensor, bases: Sequence[Tensor], deviation: float, straig
     what is left of it: while that is more than `straight`, both are done again, when all that is removed is little.
     """
     before = _beside(bases) if bases else None
-    found = deviation
+    found, spread = deviation, 1.0
     for turn in range(_PASSES):
         removed = 0.0
         if before is not None:
@@ -183,13 +199,14 @@ def _new_directions(z: Tensor, bases: Sequence[Tensor], deviation: float, straig
             powers, w = eigen_list([gram(z)])[0]
             sizes = powers.clamp(min=max(_FAINT**2 * float(powers[0]), 1e-300)).sqrt()
             z, size, least = matmul(z, (w / sizes).float()), float(sizes.norm()), float(sizes[-1])
+            spread = float(sizes[0]) / least
         else:
             z, r, _ = orthonormalize(z, passes=1)
             size, least = frobenius_norm(r), max(float(r.diagonal().abs().min()), 1e-30)
         found = deviation * math.hypot(removed, size) / math.sqrt(z.shape[1]) / least
         if found <= straight:
             break
-    return z, max(deviation, min(found, 1.0))
+    return z, max(deviation, min(found, 1.0)), spread
 
 
 def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
@@ -198,18 +215,31 @@ def _best_pair(delta: Delta, space: _Krylov, rank: int, measure: bool) -> Pair:
     With y = qr, q orthonormal, that part is q·bᵀ, b = Δᵀq = z·r⁻¹, and bᵀb = r⁻ᵀ·(zᵀz)·r⁻¹ = w·diag(s²)·wᵀ gives left
     vectors q·w = y·(r⁻¹w) and right ones b·w/s = z·(r⁻¹w/s): one product for each side. Where that magnifies z's
     rounding too much it is tried without ΔΩ, whose columns alone are nearly parallel (`_new_directions` sees to the
-    others), and if there are too few or that is no better, b is formed from q.
+    others), and if there are too few or that is no better, b is formed from q. Where that is to be expected, and trying
+    takes long, ΔΩ is left out at once.
     """
-    y = _beside(space.ys)
-    return _alone(partial(_pair_of, delta, space, y, rank, measure), y)
+    rows, columns = len(space.ys[0]), space.ys[0].shape[1] + space.width
+    work = rows * columns**2
+    first = 1 if work > _SMALL and space.width >= rank and _is_noisy(space, rank) else 0
+    return _alone(partial(_pair_of, delta, space, first, rank, measure), work, space.ys[0].device)
 
 
-def _pair_of(delta: Delta, space: _Krylov, y: Tensor, rank: int, measure: bool) -> Pair:
-    z = _beside(space.zs)
+def _is_noisy(space: _Krylov, rank: int) -> bool:
+    """Whether ΔΩ is likely to magnify rounding too much.
+
+    Its share in that was measured to be 0.1 to 10 times its condition, for σ_i ~ i^−1 to i^−2 and k = n/8 and n/3.
+    """
+    energies = run([lambda: [float(y.square().sum()) for y in space.ys[1:]]], space.ys[0].device)[0]
+    inside = sum(energies) / space.norm**2
+    return space.condition > _UNLIKELY * _most_noise(max(1 - inside, 0.0), rank) / _ROUNDING
+
+
+def _pair_of(delta: Delta, space: _Krylov, first_block: int, rank: int, measure: bool) -> Pair:
+    y, z = _beside(space.ys[first_block:]), _beside(space.zs[first_block:])
     yy, zz = gram_list([y, z])
     rotation = _rotation(yy, zz, rank, space.norm)
     first = space.ys[0].shape[1]
-    if rotation is None and (y.shape[1] - first >= rank or y.shape[1] > y.shape[0]):
+    if rotation is None and not first_block and (y.shape[1] - first >= rank or y.shape[1] > y.shape[0]):
         # For ΔΩ, or because it has columns too many.
         y, z = run([y[:, first:].contiguous, z[:, first:].contiguous], y.device)
         rotation = _rotation(yy[first:, first:], zz[first:, first:], rank, space.norm)
@@ -251,8 +281,12 @@ def _rotation(yy: Tensor, zz: Tensor, rank: int, norm: float) -> _Rotation | Non
     found = run([partial(_coefficients, w, s, sizes)], w.device)[0]
     # A unit roundoff of ‖Δ‖·‖y_i‖ in column i.
     noise, lost = _ROUNDING * found.magnified, max(1 - float(s.square().sum()) / norm**2, 0.0)
-    most = max(min(_NOISE * math.sqrt(lost), _LEAST_NOISE * math.sqrt(len(s))), _LEAST_NOISE)
-    return found if noise <= most else None
+    return found if noise <= _most_noise(lost, len(s)) else None
+
+
+def _most_noise(lost: float, directions: int) -> float:
+    """As a share of ‖Δ‖_F, where `lost` is the share of its square that is left out."""
+    return max(min(_NOISE * math.sqrt(lost), _LEAST_NOISE * math.sqrt(directions)), _LEAST_NOISE)
 
 
 def _factor(yy: Tensor, zz: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -303,7 +337,7 @@ def _straightened(bases: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, bool]]:
     straight = []
     for x, (r, correction, worst) in zip(bases, found, strict=True):
         if worst > _NEARLY:
-            again = orthonormalize(x)
+            again = orthonormalize(x, passes=1 if worst <= _WELL else 2)
             straight.append((again.q, again.r.double(), False))
         else:
             straight.append((x if worst <= _STRAIGHT else matmul(x, correction), r, True))
@@ -322,6 +356,6 @@ def _beside(blocks: Sequence[Tensor]) -> Tensor:
     return run([lambda: torch.cat(list(blocks), 1)], blocks[0].device)[0]
 
 
-def _alone(task: Callable[[], R], x: Tensor) -> R:
-    """The result of a task about products of x with small matrices, on one thread where they are small."""
-    return run([task], x.device)[0] if x.numel() * x.shape[1] <= _SMALL else task()
+def _alone(task: Callable[[], R], work: int, device: torch.device) -> R:
+    """The result of a task of so many multiplications, on one thread where they are few."""
+    return run([task], device)[0] if work <= _SMALL else task()
