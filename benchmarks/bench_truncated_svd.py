@@ -3,10 +3,12 @@
 One fp32 matrix for each decay α (exact spectrum i^−α, random singular vectors), one panel for each α and rank k. Error
 is how far ‖Δ − Δ̂‖_F lies above the optimum, the float64 tail (Σ_{i>k} σ_i²)^(1/2), as a share of it, measured from the
 returned factors in float64; of whatever draws random numbers the mean over `DRAWS` seeds. Time is the median of calls
-that take turns (A B C … A B C …), after one that is not counted. Everybody gets the same matrix; torch.svd_lowrank's
-and scikit-learn's surplus columns are cut off.
+that take turns (A B C … A B C …), after one that is not counted; quick ones get `QUICK_ROUNDS` times as many turns.
+Everybody gets the same matrix; torch.svd_lowrank's and scikit-learn's surplus columns are cut off.
 
 For each panel the verdict says which points of others are on the front: no point of ours is both as quick and as good.
+Of these, those are ties where one of ours is as good and not slower by more than two standard errors of the difference
+of the medians.
 
     python benchmarks/bench_truncated_svd.py --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import time
@@ -39,6 +42,8 @@ ACCURACIES: Final = (3e-1, 1e-1, 3e-2, 1e-2, 1e-3)
 POWER_ITERATIONS: Final = (1, 2, 3, 4, 5, 6, 8)
 WIDTHS: Final = (0.25, 0.28125, 0.3125, 0.34375, 0.375, 0.4375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0, 1.125, 1.25, 1.5)
 """Columns of our blocks, as shares of k; all blocks together have at least k and at most 4k + 32."""
+QUICK, QUICK_ROUNDS = 0.1, 4
+"""Seconds up to which a call is quick: what disturbs it is a larger share of it."""
 DRAWS: Final = 3
 LOWEST: Final = 1e-9
 """Excess errors up to this count as none: LAPACK's fp32 SVD has about as much."""
@@ -63,14 +68,25 @@ class Point(NamedTuple):
     def median(self) -> float:
         return statistics.median(self.seconds)
 
+    @property
+    def standard_error(self) -> float:
+        """Of the median: sqrt(π/2) times the mean's, by the interquartile range, which outliers leave alone."""
+        low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (0.0, 0.0, math.inf)
+        return 1.2533 * (high - low) / 1.349 / math.sqrt(len(self.seconds))
+
 
 def in_turn(
-    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True
+    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True, quick_rounds: int = 1
 ) -> dict[str, tuple[float, ...]]:
-    """Seconds of each call, `rounds` times all of them in turn; before that once each that is not counted."""
+    """Seconds of each call, `rounds` times all of them in turn; before that once each that is not counted.
+
+    Quick ones go on for `quick_rounds` times as many.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds + warm_up):
+    for i in range(rounds * quick_rounds + warm_up):
         for name, function in functions.items():
+            if i >= rounds + warm_up and statistics.median(seconds[name]) > QUICK:
+                continue
             started = time.perf_counter()
             function()
             if i >= warm_up:
@@ -211,7 +227,8 @@ def panel(delta: Tensor, values: Tensor, k: int, rounds: int, most_iterations: i
     own, out_of_reach = ours(delta, k)
     points = [*own, *rivals(delta, k, most_iterations)]
     best = float(values[k:].square().sum().sqrt())
-    seconds = in_turn({f"{i}": functools.partial(p.call, 0) for i, p in enumerate(points)}, rounds)
+    functions = {f"{i}": functools.partial(p.call, 0) for i, p in enumerate(points)}
+    seconds = in_turn(functions, rounds, quick_rounds=QUICK_ROUNDS)
     measured = []
     for i, p in enumerate(points):
         draws = range(DRAWS if p.is_random else 1)
@@ -223,6 +240,15 @@ def panel(delta: Tensor, values: Tensor, k: int, rounds: int, most_iterations: i
 def dominated(point: Point, others: Sequence[Point]) -> bool:
     """True if one of the others is as quick and as good; excess up to `LOWEST` is as good as none."""
     return any(o.median <= point.median and o.excess <= max(point.excess, LOWEST) for o in others)
+
+
+def tied(point: Point, others: Sequence[Point]) -> bool:
+    """True if one of the others is as good, and as quick so far as the measurements can tell."""
+    return any(
+        o.median - point.median <= 2 * math.hypot(o.standard_error, point.standard_error)
+        and o.excess <= max(point.excess, LOWEST)
+        for o in others
+    )
 
 
 def front(points: Sequence[Point]) -> list[Point]:
@@ -239,9 +265,13 @@ def families(points: Sequence[Point]) -> dict[str, list[Point]]:
     return {name: [p for p in points if p.family == name] for name in names}
 
 
+def points_of_ours(points: Sequence[Point]) -> list[Point]:
+    return [p for p in points if p.family == OURS]
+
+
 def show(console: Console, title: str, points: Sequence[Point], everything: bool) -> list[Point]:
     """Print one panel's table and verdict; return the rivals' points that ours do not dominate."""
-    own = [p for p in points if p.family == OURS]
+    own = points_of_ours(points)
     open_points = [p for p in points if p.family != OURS and not dominated(p, own)]
     table = Table(title=title, title_justify="left")
     for name in ("whose", "options", "excess error", "ms", "not dominated by ours"):
@@ -254,8 +284,9 @@ def show(console: Console, title: str, points: Sequence[Point], everything: bool
     console.print(table)
     if open_points:
         console.print(f"verdict: {len(open_points)} points of others are on the front:")
-        for p in front(open_points):
-            console.print(f"  {p.family}, {p.options}: {p.excess:.1e} in {p.median * 1e3:.2f} ms")
+        for p in open_points:
+            tie = ", a tie" if tied(p, own) else ""
+            console.print(f"  {p.family}, {p.options}: {p.excess:.1e} in {p.median * 1e3:.2f} ms{tie}")
     else:
         console.print("verdict: every point of others is dominated by one of ours")
     return open_points
@@ -324,6 +355,7 @@ def main() -> None:
                     "k": k,
                     "out_of_reach": out_of_reach,
                     "not_dominated": [f"{p.family}, {p.options}" for p in rest],
+                    "ties": [f"{p.family}, {p.options}" for p in rest if tied(p, points_of_ours(points))],
                     "points": [
                         {key: value for key, value in p._asdict().items() if key not in ("call", "is_random")}
                         | {"median": p.median}
@@ -332,7 +364,8 @@ def main() -> None:
                 }
             )
     clear = sum(not record["not_dominated"] for record in records)
-    console.print(f"{clear} of {len(records)} panels have no point of others on the front")
+    ties = sum(record["not_dominated"] == record["ties"] for record in records) - clear
+    console.print(f"{clear} of {len(records)} panels have no point of others on the front, {ties} have ties alone")
     save(options.json, {"shape": list(options.shape), "lowest_excess": LOWEST, "panels": records})
     if options.plot is not None:
         plot(options.plot, panels, options.shape)

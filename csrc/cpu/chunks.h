@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <new>
 #include <thread>
@@ -38,6 +39,27 @@ class Blocks {
     void operator()(C* p) const { ::operator delete(p, std::align_val_t(64)); }
   };
   std::unique_ptr<C, Free> data_;
+};
+
+// Memory of the calling thread for at least `count` elements, of no particular values, until it asks again: fresh memory
+// of this size would be mapped page by page in every call. What is large is not kept from call to call.
+template <class C>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) {
+    constexpr int64_t kMostKept = (8 << 20) / sizeof(C);
+    thread_local std::vector<C> kept;
+    std::vector<C>& memory = count <= kMostKept ? kept : own_;
+    if (static_cast<int64_t>(memory.size()) < count + kAlignment) memory.assign(count + kAlignment, C(0));
+    const auto at = reinterpret_cast<uintptr_t>(memory.data());
+    data_ = memory.data() + ((64 - at % 64) % 64) / sizeof(C);
+  }
+  C* data() const { return data_; }
+
+ private:
+  static constexpr int64_t kAlignment = 64 / sizeof(C);
+  std::vector<C> own_;
+  C* data_;
 };
 
 // Groups that sums over `pieces` are cut into: up to `most`, a power of two, of at least `fewest` pieces each. Even

@@ -61,9 +61,11 @@ void put(const float* __restrict from, int64_t n, bool fresh, float* __restrict 
   }
 }
 
-// What a thread works in: a panel of Δ, its part of y, and the sums of a group.
+// What a thread works in: a panel of Δ, its part of y, and the sums of a group. What lies beyond their rows
+// and columns is read, and multiplied, but never used.
 struct Workplace {
-  Blocks<float> delta, y, z;
+  Scratch<float> memory;
+  float *delta, *y, *z;
 };
 
 class Pass {
@@ -113,17 +115,19 @@ class Pass {
     return static_cast<int>(std::min<int64_t>(kGramColumns, delta_.n - block * kGramColumns));
   }
   int height_of(int64_t row) const { return static_cast<int>(std::min<int64_t>(kGramRows, delta_.m - row)); }
-  Packed<float> image(int64_t first, const Workplace& own) const { return {panels_, first, kGramRows, own.y[0]}; }
+  Packed<float> image(int64_t first, const Workplace& own) const { return {panels_, first, kGramRows, own.y}; }
   Packed<float> sums(int64_t first, const Workplace& own) const {
-    return {panels_, first, blocks_ * kGramColumns, own.z[0]};
+    return {panels_, first, blocks_ * kGramColumns, own.z};
   }
 
   Workplace workplace() const {
     const int64_t widest = ceil_div(panels_.count, slices_) * kGramUnits * kUnit;
-    Workplace own{Blocks<float>(blocks_for(blocks_ * kBlockSize)), Blocks<float>(blocks_for(kGramRows * widest)),
-                  Blocks<float>(blocks_for(blocks_ * kGramColumns * widest))};
-    std::fill(own.delta[0], own.delta[0] + blocks_ * kBlockSize, 0.0f);
-    return own;
+    const int64_t deltas = blocks_ * kBlockSize, images = kGramRows * widest;
+    Scratch<float> memory(deltas + images + blocks_ * kGramColumns * widest);
+    float* at = memory.data();
+    // What the last block has beyond n counts as 0 in its energy.
+    std::fill(at + deltas - kBlockSize, at + deltas, 0.0f);
+    return {std::move(memory), at, at + deltas, at + deltas + images};
   }
 
   // Forms the panel of Δ that begins at `row`, and its product with panels first … last of x; returns its energy.
@@ -134,7 +138,7 @@ class Pass {
     double squares = 0.0;
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t column = b * kGramColumns;
-      float* block = own.delta[0] + b * kBlockSize;
+      float* block = own.delta + b * kBlockSize;
       const bool ahead = first == last;  // there are no products to prefetch in
       k.delta_tile({delta_.base, delta_.expert, row * delta_.n + column, delta_.n, rows, width_of(b), ahead}, block,
                    kGramColumns);
@@ -153,7 +157,7 @@ class Pass {
   void add_preimages(int64_t row, int64_t first, int64_t last, bool fresh, const Workplace& own) const {
     for (int64_t b = 0; b < blocks_; ++b)
       for (int64_t p = first; p < last; ++p)
-        kernels().products.add_preimage(own.delta[0] + b * kBlockSize, height_of(row), image(first, own).at(p, 0),
+        kernels().products.add_preimage(own.delta + b * kBlockSize, height_of(row), image(first, own).at(p, 0),
                                         panels_.units_of(p), width_of(b), fresh,
                                         sums(first, own).at(p, b * kGramColumns));
   }
