@@ -7,7 +7,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo test lint bench bench-spectral wheel-smoke cuda gpu clean
+.PHONY: demo test lint bench bench-spectral wheel-smoke cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -46,7 +46,7 @@ bench-spectral: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_spectral_merge.py --runs 1 --check-layers all --json benchmarks/results/spectral_merge.json
 	$(BIN)/python benchmarks/bench_precision.py --rounds 1 --json benchmarks/results/precision.json
 	$(BIN)/python benchmarks/bench_lora_extraction.py --json benchmarks/results/lora_extraction.json
-	$(BIN)/python benchmarks/bench_truncated_svd.py --rounds 3 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
+	$(BIN)/python benchmarks/bench_truncated_svd.py --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
 	$(BIN)/python benchmarks/bench_accuracy.py --rounds 1 --json benchmarks/results/accuracy.json
 
 # A wheel, built in isolation (no torch there), in a fresh environment, away from the source tree.
@@ -61,9 +61,14 @@ wheel-smoke: $(BIN)/python
 cuda: $(VENV)/.test
 	scripts/compile_cuda.sh
 
+# Compiles the Triton kernels for NVIDIA's and AMD's GPUs, printing registers, spills and shared memory; needs no GPU.
+triton: $(VENV)/.test
+	$(BIN)/python scripts/compile_triton.py
+
 # On a machine with a GPU: build with what is installed, GPU tests with skips as failures, memory checker, benchmarks.
+# QUICK=1 takes fewer rounds and a smaller model.
 gpu:
-	scripts/gpu.sh
+	scripts/gpu.sh $(if $(QUICK),--quick)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info resm_kernels/*.so

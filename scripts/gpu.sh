@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, with what is installed (no network): build, tests, memory checker, benchmarks.
-# A step that fails does not hide the ones after it; the exit status says whether all passed.
+# A step that fails does not hide the ones after it; the exit status says whether all passed. `gpu.sh --quick` takes less.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 arch=${RESM_CUDA_ARCHITECTURES:-90-real}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
+quick=${1:-}  # --quick: fewer rounds, smaller models
 step() {
   echo "== $1"
   shift
@@ -25,13 +26,13 @@ facts = resm_kernels.backends()
 print(facts)
 assert facts['native']['cuda'] and facts['gpu'], 'need a build with CUDA and a visible GPU'"
 export RESM_REQUIRE_GPU=1
-step "GPU tests" "$python" -m pytest tests/test_cuda.py -q
+step "GPU tests" "$python" -m pytest tests/test_cuda.py tests/test_triton.py -q
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_cuda.py -q -k "small"
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_cuda.py tests/test_triton.py -q -k "small"
   done
 else
   echo "skipped: no compute-sanitizer on this machine"
 fi
-step "benchmarks" "$python" benchmarks/bench_cuda.py --json benchmarks/results/gpu.json
+step "benchmarks" "$python" benchmarks/bench_gpu.py --json benchmarks/results/gpu.json $quick
 exit $failed

@@ -6,6 +6,7 @@ about 1e-7 (fp32 sums of |δ| inside a block); all else has the same bits.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -32,6 +33,14 @@ OPS = {
     "sketch",
     "symmetric_eigen",
 }
+
+IN_TRITON = {path.stem for path in (Path(__file__).parent.parent / "resm_kernels/triton").glob("[a-z]*.py")}
+
+
+def on_gpu(op: str) -> str:
+    """What serves an op on GPUs where there are no native kernels."""
+    return "triton" if op in IN_TRITON and importlib.util.find_spec("triton") is not None else "reference"
+
 
 # Runs in its own process: what cannot be loaded is decided when the package is first imported.
 WITHOUT_NATIVE = """
@@ -61,6 +70,8 @@ def test_backends_describes_this_installation() -> None:
     native = found["native"]
     assert native["available"] == (_extension.native is not None)
     assert all(row["CPU"] == ("native" if native["available"] else "reference") for row in found["ops"].values())
+    if not native.get("cuda"):
+        assert all(row["CUDA"] == on_gpu(op) for op, row in found["ops"].items())
     if native["available"]:
         assert native["reason"] == "" and native["isa"] in native["isas"] and "baseline" in native["isas"]
     else:
@@ -94,7 +105,7 @@ def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_p
     assert said["native"]["available"] is False
     assert "without the compiled kernels" in said["native"]["reason"]
     assert "Install a wheel, or build from source" in said["native"]["reason"]
-    assert said["ops"] == {op: {"CPU": "reference", "CUDA": "reference"} for op in OPS}
+    assert said["ops"] == {op: {"CPU": "reference", "CUDA": on_gpu(op)} for op in OPS}
 
     found = torch.load(outputs)
     assert set(found["merged"]) == set(names())

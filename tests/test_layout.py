@@ -19,6 +19,7 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 LAYERS = [
     {"_version", "_extension"},
     {"reference"},
+    {"triton"},
     {"ops"},
     {"backends", "linalg"},
     {"methods"},
@@ -54,7 +55,7 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 
 def test_no_kernel_without_an_op() -> None:
     shared = {"kernels", "block", "lanes", "chunks", "threads", "ops", "gemm", "tiles", "tridiagonal"}
-    for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference"):
+    for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference", "resm_kernels/triton"):
         for path in (ROOT / folder).iterdir():
             stem = path.name.split(".")[0]
             assert path.is_dir() or stem.startswith("_") or stem in shared | set(OPS), path

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, Final
@@ -41,28 +43,46 @@ def register(
     reference: Callable[..., Any],
     cpu: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
+    triton: bool = False,
 ) -> None:
     """Define `resm_kernels::name`, and choose what runs where.
 
-    The reference serves every device, and tracing; the native kernels replace it on the devices they are built for.
-    Nothing but its keyword `device` tells where an op without tensor arguments is to run: a CPU takes `cpu`.
+    The reference serves every device, and tracing; kernels replace it on the devices they are for. On GPUs that is
+    resm_kernels.triton where `triton` says that there is one and Triton is installed, else `cuda` if it was built.
+    Nothing but its keyword `device` tells where an op without tensor arguments is to run.
     """
     _LIBRARY.define(name + schema)
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
-    _DISPATCH[name] = {"CPU": "reference", "CUDA": "reference"}
+    on_cpu, on_gpu, _DISPATCH[name] = reference, reference, {"CPU": "reference", "CUDA": "reference"}
     if _extension.native is not None:
+        on_cpu, _DISPATCH[name]["CPU"] = cpu, "native"
         _LIBRARY.impl(name, cpu, "CPU")
-        _DISPATCH[name]["CPU"] = "native"
-        if "Tensor" not in schema.partition("->")[0]:
-            _LIBRARY.impl(name, _by_device(reference, cpu), "BackendSelect")
-    if cuda is not None and hasattr(_extension.native, f"{name}_cuda"):
-        _LIBRARY.impl(name, cuda, "CUDA")
-        _DISPATCH[name]["CUDA"] = "native"
+    if triton and importlib.util.find_spec("triton") is not None:
+        on_gpu, _DISPATCH[name]["CUDA"] = _in_triton(name), "triton"
+    elif cuda is not None and hasattr(_extension.native, f"{name}_cuda"):
+        on_gpu, _DISPATCH[name]["CUDA"] = cuda, "native"
+    if on_gpu is not reference:
+        _LIBRARY.impl(name, on_gpu, "CUDA")
+    if "Tensor" not in schema.partition("->")[0]:
+        _LIBRARY.impl(name, _by_device(reference, on_cpu, on_gpu), "BackendSelect")
 
 
-def _by_device(reference: Callable[..., Any], cpu: Callable[..., Any]) -> Callable[..., Any]:
+def _in_triton(name: str) -> Callable[..., Any]:
+    """The op's Triton kernels, imported with Triton when a tensor first needs them."""
+
+    def call(*args: Any, **keywords: Any) -> Any:
+        return getattr(importlib.import_module(f"resm_kernels.triton.{name}"), name)(*args, **keywords)
+
+    return call
+
+
+def _by_device(
+    reference: Callable[..., Any], on_cpu: Callable[..., Any], on_gpu: Callable[..., Any]
+) -> Callable[..., Any]:
+    choices = {"cpu": on_cpu, "cuda": on_gpu}
+
     def select(*args: Any, device: torch.device) -> Any:
-        return (cpu if device.type == "cpu" else reference)(*args, device=device)
+        return choices.get(device.type, reference)(*args, device=device)
 
     return select
 

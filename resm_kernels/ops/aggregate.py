@@ -244,4 +244,5 @@ register(
     reference=_reference,
     cpu=_native,
     cuda=_native_cuda,
+    triton=True,
 )

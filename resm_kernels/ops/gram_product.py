@@ -52,9 +52,11 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     |error of y| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻²⁴·(|Δ|·|x|) and, against Δᵀ times the y that is returned,
     |error of z| ≤ (min(m, 48) + ⌈m/48⌉ + 1)·2⁻²⁴·(|Δ|ᵀ·|y|). The energy is right to a relative 1e-6, also where fp32
     could not hold the squares.
+    On a GPU sums run over parts of neighbours, three TF32 products for each fp32 one: 2⁻²¹ of the same sum more.
 
     Memory: besides inputs and outputs, on a CPU, a copy of x (none where c is 8, 16, … 48) and for each thread a z of
-    up to 192 columns and a panel of Δ. Where no native kernel is live, the reference forms Δ whole, in float64.
+    up to 192 columns and a panel of Δ, which are kept for the next call up to 8 MiB a thread. Where no kernel is live,
+    the reference forms Δ whole, in float64.
 
     Determinism: the same bits for any number of threads and for AVX2 and AVX-512, and columns of y and z that depend
     on their own column of x alone; the baseline instruction set has no fused multiply-add and differs within those
@@ -95,4 +97,5 @@ register(
     "(Tensor? base, Tensor expert, Tensor x) -> (Tensor y, Tensor z, Tensor energy)",
     reference=_reference,
     cpu=_native,
+    triton=True,
 )

@@ -106,4 +106,5 @@ register(
     "(Tensor[] bases, Tensor[] experts, int[] k) -> (Tensor thresholds, Tensor nonfinite)",
     reference=_reference,
     cpu=_native,
+    triton=True,
 )

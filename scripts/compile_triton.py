@@ -1,0 +1,190 @@
+"""Compiles every Triton kernel ahead of time, with no GPU, and holds registers, spills and shared memory to limits.
+
+For the GPUs of `TARGETS`; a table of what each kernel takes is printed. Fails if a kernel spills or takes more shared
+memory than these GPUs have for a block, or if one that is bound by memory does not read 16 bytes at a
+time on NVIDIA's.
+
+    python scripts/compile_triton.py
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from resm_kernels.triton import _delta_product, aggregate, delta_stats, magnitude_threshold, random_matrix
+
+TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
+MOST_SHARED = {"cuda": 99 << 10, "hip": 64 << 10}
+"""Bytes a block: what the smaller GPUs from sm_80 on have (sm_86, sm_120), and gfx942."""
+WIDE = re.compile(r"ld\.global[^;]*\.(v4\.b32|v2\.b64|v4\.b64|v8\.b32)")
+"""Loads of 16 bytes or more in PTX."""
+
+
+class Case(NamedTuple):
+    """A kernel, the types of its arguments, its constants, and the launch's options."""
+
+    name: str
+    kernel: Any
+    arguments: dict[str, str]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    is_wide: bool = False
+
+
+def cases() -> Iterator[Case]:
+    kinds = [(tl.bfloat16, tl.float32), (tl.float16, tl.float32), (tl.float32, tl.float32), (tl.float64, tl.float64)]
+    table = {"table": "*i64", "n_tensors": "i32"}
+    for dtype, compute in kinds:
+        of = {"BASE": dtype, "EXPERT": dtype, "COMPUTE": compute, "ALIGNED": True, "T": 3, "STEPS": 3}
+        for ties in (False, True):
+            yield Case(
+                f"aggregate {'ties' if ties else 'sum'} {dtype}",
+                aggregate.aggregate_kernel,
+                table | {"weights": "*fp64", "thresholds": "*fp64", "nonfinite": "*i64", "scale": "*fp64"},
+                of
+                | {"TIES": ties, "NORMALIZE": ties, "HAS_BASE": True, "TRIMS": ties, "OUT": dtype}
+                | {"BLOCK": aggregate.BLOCK},
+                {"num_warps": aggregate.WARPS, "enable_fp_fusion": False},
+                is_wide=True,
+            )
+        sizes = {"BLOCK": delta_stats.BLOCK, "BLOCKS": delta_stats.BLOCKS, "FIELDS": delta_stats.FIELDS}
+        for second in (False, True):
+            yield Case(
+                f"delta_stats {'second' if second else 'first'} {dtype}",
+                delta_stats.chunks_kernel,
+                table | {"limits": "*fp64", "moments": "*fp64", "rows": "*fp64"},
+                of | sizes | {"SECOND": second, "OUTLIERS": True},
+                {"num_warps": delta_stats.WARPS},
+                is_wide=True,
+            )
+        yield Case(
+            f"delta_stats histogram {dtype}",
+            delta_stats.histogram_kernel,
+            table | {"bin_counts": "*i64", "bin_sums": "*fp64"},
+            of | {"BLOCK": delta_stats.HISTOGRAM_BLOCK, "BINS": delta_stats.HISTOGRAM_BINS},
+            {"num_warps": delta_stats.HISTOGRAM_WARPS},
+        )
+        own = magnitude_threshold
+        low = own.DIGITS[own.torch.float64 if dtype == tl.float64 else own.torch.float32][0]
+        yield Case(
+            f"magnitude_threshold {dtype}",
+            own.digits_kernel,
+            table | {"found": "*i64", "frequencies": "*i64", "nonfinite": "*i64"},
+            of
+            | {"FIRST": True, "LOW": low, "ABOVE": 63 if dtype == tl.float64 else 31}
+            | {"BLOCK": own.BLOCK, "BLOCKS": own.BLOCKS, "BINS": own.BINS},
+            {"num_warps": own.WARPS},
+        )
+        for energy in (False, True):
+            yield Case(
+                f"delta product{' with energy' if energy else ''} {dtype}",
+                _delta_product.delta_product_kernel,
+                {"base": f"*{_short(dtype)}", "expert": f"*{_short(dtype)}", "x": "*fp32", "out": "*fp32"}
+                | {"energy": "*fp64", "rows": "i32", "inner": "i32", "columns": "i32", "row_stride": "i32"}
+                | {"part": "i32"},
+                {"inner_stride": 1, "HAS_BASE": True, "ENERGY": energy, "BASE": dtype, "EXPERT": dtype}
+                | {"COMPUTE": compute, "PRECISION": "tf32x3", "ROWS": _delta_product.ROWS}
+                | {"COLUMNS": _delta_product.COLUMNS, "INNER": _delta_product.INNER[compute]},
+                {"num_warps": _delta_product.WARPS, "num_stages": _delta_product.STAGES},
+            )
+    yield Case(
+        "delta_stats totals",
+        delta_stats.totals_kernel,
+        {"table": "*i64", "rows": "*fp64", "moments": "*fp64", "counts": "*i64"},
+        {"SECOND": False, "SMALL": False, "STEPS": 3, "T": 3, "CHUNK": delta_stats.BLOCK * delta_stats.BLOCKS}
+        | {"FIELDS": delta_stats.FIELDS, "ROWS": delta_stats.ROWS},
+        {"num_warps": delta_stats.WARPS},
+    )
+    yield Case(
+        "magnitude_threshold choose",
+        magnitude_threshold.choose_kernel,
+        {"found": "*i64", "ranks": "*i64", "frequencies": "*i64"},
+        {"WIDTH": 11, "BINS": magnitude_threshold.BINS},
+        {"num_warps": magnitude_threshold.WARPS},
+    )
+    yield Case(
+        "random_matrix",
+        random_matrix.random_matrix_kernel,
+        {"out": "*fp32", "seed": "i64", "n": "i32", "columns": "i32", "first_column": "i32"},
+        {"STREAM": 0, "ROWS": random_matrix.ROWS, "PAIRS": random_matrix.PAIRS},
+        {"num_warps": random_matrix.WARPS},
+    )
+
+
+def _short(dtype: Any) -> str:
+    return {tl.bfloat16: "bf16", tl.float16: "fp16", tl.float32: "fp32", tl.float64: "fp64"}[dtype]
+
+
+def compiled(case: Case, target: GPUTarget) -> Any:
+    names = case.kernel.arg_names
+    signature = {name: case.arguments.get(name, "constexpr") for name in names}
+    constants = dict(case.constants)
+    if target.backend == "hip" and "PRECISION" in constants:
+        constants["PRECISION"] = "ieee"
+    # What a launch finds out by itself: pointers and sizes are multiples of 16.
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in case.arguments.items()
+        if kind.startswith("*") or name in ("rows", "inner", "columns", "row_stride", "part")
+    }
+    source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options=case.options)
+
+
+def resources(kernel: Any, target: GPUTarget) -> tuple[int, int]:
+    """Registers a thread, and bytes it spills (of AMD's: registers)."""
+    if target.backend == "hip":
+        text = kernel.asm["amdgcn"]
+        registers, spills = (
+            int(re.search(rf"\.{key}:\s+(\d+)", text)[1]) for key in ("vgpr_count", "vgpr_spill_count")
+        )  # type: ignore[index]
+        return registers, spills
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        text = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2]) + int(found[3])
+
+
+def main() -> None:
+    failures = []
+    print(f"{'kernel':<36}" + "".join(f"{f'{t.backend} {t.arch}':>26}" for t in TARGETS))
+    print(f"{'':<36}" + f"{'registers spills shared':>26}" * len(TARGETS))
+    for case in cases():
+        cells = []
+        for target in TARGETS:
+            kernel = compiled(case, target)
+            registers, spills = resources(kernel, target)
+            cells.append(f"{registers:>11} {spills:>6} {kernel.metadata.shared:>7}")
+            if spills or kernel.metadata.shared > MOST_SHARED[target.backend]:
+                failures.append(
+                    f"{case.name} on {target.arch}: {spills} spilled, {kernel.metadata.shared} bytes shared"
+                )
+            if case.is_wide and target.backend == "cuda" and not WIDE.search(kernel.asm["ptx"]):
+                failures.append(f"{case.name} on {target.arch}: reads less than 16 bytes at a time")
+        print(f"{case.name:<36}" + "".join(f"{cell:>26}" for cell in cells), flush=True)
+    if failures:
+        sys.exit("error: " + "; ".join(failures))
+
+
+if __name__ == "__main__":
+    main()
