@@ -47,6 +47,9 @@ def merge(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, memory and size; write nothing.")] = False,
     memory_limit: MemoryOption = "512MiB",
     threads: ThreadsOption = None,
+    device: Annotated[
+        str, typer.Option(help="Where to compute: cpu, cuda, cuda:N, or auto, a GPU if there is one.")
+    ] = "cpu",
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
@@ -67,6 +70,7 @@ def merge(
             overwrite=overwrite,
             memory_limit=memory_limit,
             threads=threads,
+            device=device,
             progress=progress,
         )
     if not quiet:

@@ -6,11 +6,14 @@ Without a GPU these are skipped; `make gpu` sets RESM_REQUIRE_GPU, which turns t
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import Family, load_model
 
 import resm_kernels
+from resm_kernels.engine import merge_checkpoints
 from resm_kernels.ops import aggregate, delta_stats, magnitude_threshold
 
 if not torch.cuda.is_available():
@@ -71,6 +74,18 @@ def test_statistics_and_thresholds_small() -> None:
     torch.testing.assert_close(found.sum_sq.cpu(), on_cpu.sum_sq, rtol=1e-6, atol=0)
     assert torch.equal(found.n_zero.cpu(), on_cpu.n_zero)
     assert torch.equal(magnitude_threshold(*on_gpu(base, experts), 500).cpu(), magnitude_threshold(base, experts, 500))
+
+
+@pytest.mark.parametrize("method", ["ties", "resm"])
+def test_merged_checkpoints_agree_with_the_cpu(method: str, tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    merge_checkpoints(family.recipe(method), family.out, device="cpu")
+    on_cpu = load_model(family.out)
+    merge_checkpoints(family.recipe(method), family.out, device="cuda", overwrite=True)
+    found = load_model(family.out)
+    assert found.keys() == on_cpu.keys()
+    for name, tensor in on_cpu.items():
+        assert (found[name].double() - tensor.double()).norm() <= 2.0**-8 * tensor.double().norm()
 
 
 @pytest.mark.parametrize("method", resm_kernels.methods.names())

@@ -60,6 +60,21 @@ def test_result_depends_on_neither_window_nor_threads_nor_shards(family: Family)
         assert same(load_model(out), expected)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
+def test_devices_without_a_gpu(family: Family) -> None:
+    merge_checkpoints(family.recipe(), family.out, device="cpu")
+    expected = load_model(family.out)
+    merge_checkpoints(family.recipe(), family.out, device="auto", overwrite=True)
+    assert same(load_model(family.out), expected)
+    other = family.root / "other"
+    with pytest.raises(ValueError, match=r"device: got 'cuda:1', but torch sees no GPU here; need cpu, auto or"):
+        merge_checkpoints(family.recipe(), other, device="cuda:1")
+    for name in ("gpu", "meta", "mps:0"):
+        with pytest.raises(ValueError, match=f"device: got '{name}', need auto, cpu, cuda or cuda:N"):
+            merge_checkpoints(family.recipe(), other, device=name)
+    assert not other.exists()
+
+
 def test_threads_setting_is_restored_and_checked(family: Family) -> None:
     before = torch.get_num_threads()
     merge_checkpoints(family.recipe(), family.out, threads=1)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from resm_kernels.checkpoint import CheckpointWriter, check_output_folder
+from resm_kernels.engine.device import device_of
 from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergeError, MergePlan, TensorJob, plan_merge
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline
 from resm_kernels.lora import Factors, merge_factors
@@ -63,12 +64,14 @@ def merge_checkpoints(
     overwrite: bool = False,
     memory_limit: str | int = DEFAULT_WINDOW,
     threads: int | None = None,
+    device: str | torch.device = "cpu",
     progress: Progress | None = None,
 ) -> MergeReport:
     """Merge model folders as the recipe says and write the result to the folder `out`.
 
     The output appears under its name only when it is complete; whatever goes wrong before, nothing is left. The result
-    depends on the recipe and the models alone: not on shard sizes, memory limit or threads.
+    depends on the recipe and the models alone: not on shard sizes, memory limit or threads. On a GPU it differs within
+    the tolerances of the ops (see docs/gpu.md).
 
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
@@ -78,19 +81,22 @@ def merge_checkpoints(
         memory_limit: Bytes of tensor data to keep in flight; more only if the largest tensor alone needs more (see
             `plan_merge(...).window.bound`).
         threads: Threads to compute with; None leaves torch's setting.
+        device: Where to compute: "cpu", "cuda", "cuda:N", or "auto", the first GPU that torch sees, else the CPU. A GPU
+            holds one tensor's inputs, result and workspace at a time.
         progress: Called as `progress(bytes done, bytes in all)` after each tensor, in the calling thread.
 
     Raises:
         RecipeError, CheckpointError, MergeError: All are ValueErrors; the message names file, tensor and need.
+        ValueError: A device that there is not.
     """
-    started = time.perf_counter()
+    started, place = time.perf_counter(), device_of(device)
     with plan_merge(recipe, max_shard_size=max_shard_size, memory_limit=memory_limit) as plan:
         folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
         with _threads(threads), CheckpointWriter(folder, plan.output, plan.auxiliary_files()) as writer:
             timings = Pipeline(
                 jobs=plan.jobs,
                 window=plan.window,
-                compute=lambda job, tensors: compute_tensor(plan, job, tensors),
+                compute=lambda job, tensors: compute_tensor(plan, job, tensors, place),
                 write=lambda job, result: writer.write(job.name, result),
                 progress=progress,
             ).run()
@@ -113,12 +119,16 @@ def merge_checkpoints(
     )
 
 
-def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Merge one tensor, turning what the method objects to into an error that names tensor and model."""
+def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """Merge one tensor on a device, turning what the method objects to into an error that names tensor and model.
+
+    The result is on the CPU.
+    """
     assert isinstance(job, TensorJob)
-    base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
     if job.copied:
         return _copy_buffer(plan, job, tensors)
+    tensors = [t.to(device) for t in tensors]
+    base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
     try:
         if job.factors is not None:
             result = _merge_factors(plan, job, tensors)
@@ -132,7 +142,7 @@ def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> to
         raise MergeError(
             f"tensor {job.name!r}: merged values exceed float16's range (65504); need out_dtype: bfloat16 or float32"
         )
-    return result
+    return result.cpu()
 
 
 def _merge_factors(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
