@@ -73,3 +73,12 @@ def tensor_of(firsts, program, STEPS: tl.constexpr):
         # firsts is padded to 2^STEPS with what no program reaches.
         low = tl.where(tl.load(firsts + middle) <= program, middle, low)
     return low
+
+
+@triton.jit
+def chunk_of(table, program, n_tensors, STEPS: tl.constexpr, ADDRESSES: tl.constexpr, CHUNK: tl.constexpr):
+    """A program's tensor, where its chunk starts, the tensor's length, where its addresses are: `Launch`'s table."""
+    tensor = tensor_of(table, program, STEPS)
+    start = (program - tl.load(table + tensor)) * CHUNK
+    length = tl.load(table + (1 << STEPS) + tensor)
+    return tensor, start, length, table + (1 << STEPS) + n_tensors + tensor * ADDRESSES

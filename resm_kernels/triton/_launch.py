@@ -40,10 +40,6 @@ class Launch:
     steps: int
     aligned: bool
 
-    @property
-    def firsts(self) -> int:
-        return 1 << self.steps
-
 
 def launch_of(groups: Sequence[Sequence[Tensor]], block: int) -> Launch:
     """A launch over groups of tensors, each group of one length; they must stay alive until it is enqueued."""

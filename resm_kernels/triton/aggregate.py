@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels.reference.aggregate import RULES
-from resm_kernels.triton._device import is_finite, load_as, store_from, tensor_of
+from resm_kernels.triton._device import chunk_of, is_finite, load_as, store_from
 from resm_kernels.triton._launch import DTYPES, kinds, launch_of, of_one_dtype, on_device
 
 BLOCK, WARPS = 1024, 4
@@ -101,11 +101,8 @@ def aggregate_kernel(
 ):  # fmt: skip
     """weights, thresholds: (L, T) float64; nonfinite: (L, 1 + T) int64, zeroed; scale: one float64."""
     program = tl.program_id(0)
-    tensor = tensor_of(table, program, STEPS)
-    start = (program - tl.load(table + tensor)) * BLOCK
-    length = tl.load(table + (1 << STEPS) + tensor)
     own: tl.constexpr = T + (2 if HAS_BASE else 1)
-    addresses = table + (1 << STEPS) + n_tensors + tensor * own
+    tensor, start, length, addresses = chunk_of(table, program, n_tensors, STEPS, own, BLOCK)
     weights += tensor * T
     thresholds += tensor * T
     nonfinite += tensor * (1 + T)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels.reference.delta_stats import HISTOGRAM_BINS
-from resm_kernels.triton._device import is_finite, load_as, tensor_of
+from resm_kernels.triton._device import chunk_of, is_finite, load_as
 from resm_kernels.triton._launch import DTYPES, kinds, launch_of, of_one_dtype, on_device
 
 BLOCK, BLOCKS, WARPS = 2048, 8, 8
@@ -102,10 +102,7 @@ def chunks_kernel(
 ):  # fmt: skip
     """A chunk's sums: rows (programs, T, FIELDS). limits: ε, ε relative to the rms, κ. moments: (L, T, 5)."""
     program = tl.program_id(0)
-    tensor = tensor_of(table, program, STEPS)
-    start = (program - tl.load(table + tensor)) * (BLOCK * BLOCKS)
-    length = tl.load(table + (1 << STEPS) + tensor)
-    addresses = table + (1 << STEPS) + n_tensors + tensor * (1 + T)
+    tensor, start, length, addresses = chunk_of(table, program, n_tensors, STEPS, 1 + T, BLOCK * BLOCKS)
     eps = tl.load(limits)
     for t in range(T):
         row = rows + (program.to(tl.int64) * T + t) * FIELDS
@@ -195,10 +192,9 @@ def histogram_kernel(
 ):  # fmt: skip
     """Bin by bin of those a block has: sums of one binade's fp32 values are exact in float64, in any order."""
     program = tl.program_id(0)
-    tensor = tensor_of(table, program, STEPS)
-    offsets = (program - tl.load(table + tensor)) * BLOCK + tl.arange(0, BLOCK)
-    mask = offsets < tl.load(table + (1 << STEPS) + tensor)
-    addresses = table + (1 << STEPS) + n_tensors + tensor * (1 + T)
+    tensor, start, length, addresses = chunk_of(table, program, n_tensors, STEPS, 1 + T, BLOCK)
+    offsets = start + tl.arange(0, BLOCK)
+    mask = offsets < length
     for t in range(T):
         delta = _delta(addresses, t, offsets, mask, True, BASE, EXPERT, COMPUTE, ALIGNED)
         size = tl.abs(delta).to(tl.float32)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resm_kernels.triton._device import is_finite, load_as, tensor_of
+from resm_kernels.triton._device import chunk_of, is_finite, load_as
 from resm_kernels.triton._launch import DTYPES, kinds, launch_of, of_one_dtype, on_device
 
 BLOCK, BLOCKS, WARPS = 2048, 16, 16
@@ -65,10 +65,7 @@ def digits_kernel(
 ):  # fmt: skip
     """frequencies (L, T, BINS) of bits LOW … ABOVE − 1 of those whose bits from ABOVE on are found (L, T)."""
     program = tl.program_id(0)
-    tensor = tensor_of(table, program, STEPS)
-    start = (program - tl.load(table + tensor)) * (BLOCK * BLOCKS)
-    length = tl.load(table + (1 << STEPS) + tensor)
-    addresses = table + (1 << STEPS) + n_tensors + tensor * (1 + T)
+    tensor, start, length, addresses = chunk_of(table, program, n_tensors, STEPS, 1 + T, BLOCK * BLOCKS)
     for t in range(T):
         place = tensor * T + t
         base = tl.load(addresses)
