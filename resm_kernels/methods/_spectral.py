@@ -82,13 +82,14 @@ def _times(core: Tensor, x: Tensor) -> Tensor:
 
 
 def spectral_workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Bytes that a merge of subspaces allocates: task vectors of a group, Gram matrices and eigenvectors, bases."""
+    """Bytes that a merge of subspaces allocates: task vectors of a group, twice, as steep ones are taken apart; Gram
+    matrices and eigenvectors; bases."""
     if len(shape) != 2:
         return 24 << 20
     m, n = shape
     r = min(m, n)
     # Rank rules that need all singular values hold every task vector at once, whatever `groups` says.
-    return (24 << 20) + (4 * m * n + 56 * r * r) * n_experts + 24 * (m + n) * r + 8 * m * n
+    return (24 << 20) + (8 * m * n + 56 * r * r) * n_experts + 24 * (m + n) * r + 8 * m * n
 
 
 def averaged(
