@@ -7,7 +7,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo test lint bench bench-spectral wheel-smoke cuda triton gpu clean
+.PHONY: demo test lint bench bench-spectral wheels cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -49,13 +49,10 @@ bench-spectral: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_truncated_svd.py --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
 	$(BIN)/python benchmarks/bench_accuracy.py --rounds 1 --json benchmarks/results/accuracy.json
 
-# A wheel, built in isolation (no torch there), in a fresh environment, away from the source tree.
-wheel-smoke: $(BIN)/python
-	rm -rf build/wheel && mkdir -p build/wheel
-	$(BIN)/python -m pip wheel --quiet --no-deps -w build/wheel .
-	$(PYTHON) -m venv build/wheel/venv
-	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH) build/wheel/*.whl
-	cp tests/wheel_smoke.py build/wheel/ && cd build/wheel && venv/bin/python wheel_smoke.py
+# The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
+# its version), for every Python from 3.10 on that is found, or for PYTHONS="python3.10 python3.12".
+wheels:
+	$(PYTHON) scripts/build_wheels.py $(PYTHONS)
 
 # Compiles the CUDA kernels for every architecture, printing registers and spills; needs nvcc, no GPU.
 cuda: $(VENV)/.test

@@ -3,11 +3,14 @@
 RESM_NATIVE=OFF               leave the compiled kernels out; every op then runs its reference
 RESM_CUDA=ON                  build the CUDA kernels too (nvcc needed)
 RESM_CUDA_ARCHITECTURES=...   for which architectures, in CMake's spelling
+RESM_LOCAL_VERSION=...        a wheel's local version label, such as cu130: __version__ is then 0.1.0+cu130
 """
 
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -15,8 +18,10 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+PUBLIC_VERSION: str = runpy.run_path(str(ROOT / "resm_kernels/_version.py"))["__version__"]
 
 
 def switch(name: str, default: str) -> bool:
@@ -24,6 +29,27 @@ def switch(name: str, default: str) -> bool:
     if value not in ("ON", "OFF"):
         raise SystemExit(f"{name}: got {value!r}, need ON or OFF")
     return value == "ON"
+
+
+def local_version() -> str:
+    label = os.environ.get("RESM_LOCAL_VERSION", "")
+    if label and not re.fullmatch(r"[a-z0-9]+(\.[a-z0-9]+)*", label):
+        raise SystemExit(f"RESM_LOCAL_VERSION: got {label!r}, need small letters and digits, such as cpu or cu130")
+    return f"+{label}" if label else ""
+
+
+class LabelledBuild(build_py):
+    """Writes the local version into the packaged copy of _version.py, so that `__version__` and metadata agree."""
+
+    def run(self) -> None:
+        if local_version() and self.editable_mode:
+            raise SystemExit(
+                "RESM_LOCAL_VERSION: is for wheels; an editable installation has the source tree's version"
+            )
+        super().run()
+        if local_version():
+            file = Path(self.build_lib, "resm_kernels/_version.py")
+            file.write_text(file.read_text().replace(f'"{PUBLIC_VERSION}"', f'"{PUBLIC_VERSION}{local_version()}"'))
 
 
 class CMakeBuild(build_ext):
@@ -57,6 +83,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    version=PUBLIC_VERSION + local_version(),
     ext_modules=[Extension("resm_kernels._native", sources=[])] if switch("RESM_NATIVE", "ON") else [],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": LabelledBuild},
 )
