@@ -147,6 +147,19 @@ void py_gram_matrix(uint64_t x, int64_t n, int64_t columns, uint64_t g, int thre
   gram_matrix(at<const float>(x), n, columns, at<double>(g), threads);
 }
 
+void py_low_rank_update(uint64_t left, uint64_t right, int64_t m, int64_t n, int64_t k, int64_t right_row,
+                        int64_t right_step, bool in_double, const Pointers& bases, const Codes& base_dtypes,
+                        const Pointers& outs, const Codes& out_dtypes, const Lengths& lengths, double scale,
+                        int threads) {
+  require(m >= 0 && n >= 0 && k >= 0 && lengths.size() == 1 && lengths.at(0) == m * n, "need an m×n base");
+  require(bases.size() == 1 && outs.size() == 1, "need one base and one output");
+  const Array base = arrays(bases, base_dtypes, lengths, 1, "bases")[0];
+  const Array out = arrays(outs, out_dtypes, lengths, 1, "outs")[0];
+  py::gil_scoped_release unlocked;
+  low_rank_update({at<const void>(left), at<const void>(right), m, n, k, right_row, right_step}, in_double, base, scale,
+                  out, threads);
+}
+
 template <class T>
 int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors, int threads) {
   require(n >= 0 && 0 <= k && k <= n, "k must lie within 0 and n");
@@ -218,6 +231,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("project", &py_project);
   m.def("gram_product", &py_gram_product);
   m.def("gram_matrix", &py_gram_matrix);
+  m.def("low_rank_update", &py_low_rank_update);
   m.def("symmetric_eigen_f32", &py_symmetric_eigen<float>);
   m.def("symmetric_eigen_f64", &py_symmetric_eigen<double>);
 #if defined(RESM_WITH_CUDA)

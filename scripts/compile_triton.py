@@ -25,13 +25,23 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from resm_kernels.triton import _delta_product, aggregate, delta_stats, magnitude_threshold, random_matrix
+from resm_kernels.triton import (
+    _delta_product,
+    aggregate,
+    delta_stats,
+    low_rank_update,
+    magnitude_threshold,
+    random_matrix,
+)
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
 MOST_SHARED = {"cuda": 99 << 10, "hip": 64 << 10}
 """Bytes a block: what the smaller GPUs from sm_80 on have (sm_86, sm_120), and gfx942."""
 WIDE = re.compile(r"ld\.global[^;]*\.(v4\.b32|v2\.b64|v4\.b64|v8\.b32)")
 """Loads of 16 bytes or more in PTX."""
+
+
+SIZES = ("rows", "inner", "columns", "row_stride", "part", "left_row", "right_row", "right_step")
 
 
 class Case(NamedTuple):
@@ -89,6 +99,19 @@ def cases() -> Iterator[Case]:
             | {"BLOCK": own.BLOCK, "BLOCKS": own.BLOCKS, "BINS": own.BINS},
             {"num_warps": own.WARPS},
         )
+        if dtype != tl.float64:
+            for by_rows in (False, True):
+                own = low_rank_update
+                yield Case(
+                    f"low_rank_update{'' if by_rows else ' transposed'} {dtype}",
+                    own.low_rank_update_kernel,
+                    {"base": f"*{_short(dtype)}", "left": "*fp32", "right": "*fp32", "out": f"*{_short(dtype)}"}
+                    | {"scale": "*fp32", "rows": "i32", "columns": "i32", "inner": "i32", "left_row": "i32"}
+                    | {"right_row" if by_rows else "right_step": "i32"},
+                    {"right_step" if by_rows else "right_row": 1, "BASE": dtype, "OUT": dtype, "PRECISION": "tf32x3"}
+                    | {"ROWS": own.ROWS, "COLUMNS": own.COLUMNS, "INNER": own.INNER, "GROUP": own.GROUP},
+                    {"num_warps": own.WARPS, "num_stages": own.STAGES},
+                )
         for energy in (False, True):
             yield Case(
                 f"delta product{' with energy' if energy else ''} {dtype}",
@@ -139,7 +162,7 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in case.arguments.items()
-        if kind.startswith("*") or name in ("rows", "inner", "columns", "row_stride", "part")
+        if kind.startswith("*") or name in SIZES
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=target, options=case.options)

@@ -27,6 +27,7 @@ OPS = {
     "delta_stats",
     "gram_matrix",
     "gram_product",
+    "low_rank_update",
     "magnitude_threshold",
     "project",
     "random_matrix",

@@ -20,6 +20,7 @@ from resm_kernels.ops._library import _in_triton
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import gram_product as reference_gram_product
+from resm_kernels.reference import low_rank_update as reference_low_rank_update
 from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
 from resm_kernels.reference import project as reference_project
 from resm_kernels.reference import random_matrix as reference_random_matrix
@@ -27,6 +28,7 @@ from resm_kernels.reference import sketch as reference_sketch
 from resm_kernels.triton.aggregate import BLOCK, aggregate
 from resm_kernels.triton.delta_stats import delta_stats
 from resm_kernels.triton.gram_product import gram_product
+from resm_kernels.triton.low_rank_update import low_rank_update
 from resm_kernels.triton.magnitude_threshold import magnitude_threshold
 from resm_kernels.triton.project import project
 from resm_kernels.triton.random_matrix import random_matrix
@@ -188,6 +190,22 @@ def test_products_of_nothing() -> None:
         assert not y.any() and not z.any()
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_low_rank_update(dtype: torch.dtype, transposed: bool) -> None:
+    for m, n, k in ((1, 1, 1), (140, 70, 45), (5, 4, 0), (0, 4, 3)):
+        base = values((m, n), "weights", dtype, 1).to(DEVICE)
+        left, right = randn(m, k, seed=2).to(DEVICE), 1e-3 * randn(n, k, seed=3).to(DEVICE)
+        right = right.mT.contiguous().mT if transposed else right
+        limit = 0.7 * bound(left, right.mT, k + 2)
+        for out_dtype in (None, torch.float32):
+            found = low_rank_update(base, left, right, 0.7, out_dtype)
+            wanted = reference_low_rank_update.low_rank_update(base.double(), left, right, 0.7, torch.float64)
+            rounding = torch.finfo(found.dtype).eps * wanted.abs() + 2.0**-23 * wanted.abs()
+            assert found.dtype == (out_dtype or dtype)
+            assert bool(((found.double() - wanted).abs() <= limit + rounding).all())
+
+
 def test_ops_on_a_gpu_are_called_as_their_schema_says() -> None:
     """What torch's dispatcher calls for CUDA tensors, here with those that there are."""
     bases, experts = groups(torch.float32, 2)
@@ -196,7 +214,8 @@ def test_ops_on_a_gpu_are_called_as_their_schema_says() -> None:
         assert same_bits(a.cpu(), b.cpu())
     omega = _in_triton("random_matrix")(5, 4, 3, 1, device=torch.device(DEVICE))
     assert same_bits(omega.cpu(), reference_random_matrix.random_matrix(5, 4, 3, 1))
-    for op in ("aggregate", "delta_stats", "magnitude_threshold", "sketch", "project", "gram_product", "random_matrix"):
+    products = ("sketch", "project", "gram_product", "low_rank_update")
+    for op in ("aggregate", "delta_stats", "magnitude_threshold", "random_matrix", *products):
         assert dispatch_table()[op]["CUDA"] == "triton"
         definition = inspect.signature(importlib.import_module(f"resm_kernels.reference.{op}").__dict__[op])
         kernel = inspect.signature(importlib.import_module(f"resm_kernels.triton.{op}").__dict__[op])

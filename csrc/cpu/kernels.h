@@ -35,6 +35,12 @@ constexpr int kUnit = 8;                          // columns of x, y and z come 
 constexpr int kGramUnits = 6;                     // most units that lie together
 constexpr int kGramPanel = 24;                    // columns of gram_matrix that lie together
 
+// Of low_rank_update:
+template <class T>
+constexpr int kUpdatePanel = 192 / sizeof(T);  // columns of R that lie together
+template <class T>
+constexpr int kUpdateDepth = 1024 / sizeof(T);  // products that are added up before their sum is added to the output's
+
 // The bit pattern of |d|: an integer in the same order.
 template <class C>
 using Key = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
@@ -159,6 +165,9 @@ struct BlockKernels {
   // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten by ties. True if the
   // result shows that all inputs are finite; false says nothing.
   bool (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
+  // Of low_rank_update, see low_rank_update.simd.h.
+  void (*add_update)(const C* left, const C* right, int depth, bool fresh, C* sums, int64_t stride);
+  void (*add_scaled)(const C* update, int n, C scale, C* merged);
 };
 
 struct Kernels {

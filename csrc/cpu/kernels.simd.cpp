@@ -17,6 +17,7 @@
 #include "cpu/gram_product.simd.h"
 #include "cpu/tiles.simd.h"
 #include "cpu/gram_matrix.simd.h"
+#include "cpu/low_rank_update.simd.h"
 #include "cpu/tridiagonal.simd.h"
 #include "cpu/symmetric_eigen.simd.h"
 // clang-format on
@@ -25,7 +26,8 @@ namespace resm::cpu::RESM_ISA {
 
 template <class C>
 constexpr BlockKernels<C> block_kernels() {
-  return {load<C>, store<C>, count_nonfinite<C>, moments<C>, outliers<C>, histogram<C>, bracket<C>, aggregate<C>};
+  return {load<C>, store<C>, count_nonfinite<C>, moments<C>, outliers<C>, histogram<C>, bracket<C>, aggregate<C>,
+          add_update<C>, add_scaled<C>};
 }
 
 extern const Kernels table;

@@ -74,6 +74,16 @@ void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, flo
 // g = xᵀ·x, (columns, columns), of x (n, columns).
 void gram_matrix(const float* x, int64_t n, int64_t columns, double* g, int threads);
 
+// L·Rᵀ: L (m, k) by rows, element (j, i) of R (n, k) at right + j·right_row + i·right_step; all float, or all double.
+struct LowRank {
+  const void *left, *right;
+  int64_t m, n, k, right_row, right_step;
+};
+
+// out = base + scale·L·Rᵀ, computed in float, or in double if the factors are.
+void low_rank_update(const LowRank& update, bool in_double, const Array& base, double scale, const Array& out,
+                     int threads);
+
 enum class EigenStatus { found, inaccurate, not_finite };
 
 // The k largest eigenvalues of a symmetric n × n matrix, of which the upper triangle is read, and their eigenvectors:

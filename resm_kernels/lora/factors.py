@@ -13,7 +13,7 @@ from resm_kernels.linalg._products import matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.methods import get
 from resm_kernels.methods._ranks import NEEDS_SPECTRUM, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.methods._spectral import join, orthogonalized_sum
+from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum
 from resm_kernels.methods.resm import outlier_weights
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.ops.delta_stats import delta_stats
@@ -84,8 +84,7 @@ def merge_factors(
         matmul(matmul(left.mT, f.left, torch.float64), matmul(f.right, right, torch.float64)) * f.scale for f in factors
     ]
     core = _merge_cores(base, factors, cores, method, given, dtype)
-    merged = matmul(matmul(left, core).to(dtype), right.to(dtype).mT)
-    return join(base, merged, lambda_, out_dtype)
+    return join(base, LowRank(matmul(left, core).to(dtype), right.to(dtype)), lambda_, out_dtype)
 
 
 def _check(base: Tensor, factors: list[Factors], method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,7 +151,7 @@ def _merge_cores(
         ranks = ranks_of_statistics(rule, sparsity, tuple(base.shape), gamma, fixed, given.get("k_min", 0))
         exact = given["decomposition"] == "exact"
         parts = subspaces(cores, ranks, method="exact" if exact else "gram")
-    return orthogonalized_sum(parts, weights, torch.float64)
+    return orthogonalized_sum(parts, weights, torch.float64).dense()
 
 
 def _weighted(cores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

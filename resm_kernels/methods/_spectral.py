@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from resm_kernels.linalg import DECOMPOSITIONS, Subspace, polar_factors
 from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._registry import Parameter
 from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.ops.low_rank_update import low_rank_update
 
 SPECTRAL = Parameter("spectral", bool, True, "false averages the task vectors of this tensor instead, as for vectors")
 DECOMPOSITION = Parameter(
@@ -27,6 +28,17 @@ ACCURACY = Parameter(
 HALF_PRECISION_ACCURACY: Final = 1e-3
 """Where all experts are bf16 or fp16: their own rounding is a perturbation tens of times larger, or hundreds."""
 _GROUP_BYTES: Final = 1 << 30
+
+
+class LowRank(NamedTuple):
+    """M = left · rightᵀ, (m, k) and (n, k) in one dtype: a merge that is multiplied out where it meets the base."""
+
+    left: Tensor
+    right: Tensor
+
+    def dense(self) -> Tensor:
+        """M, (m, n), for what needs it by itself."""
+        return matmul(self.left, self.right.mT)
 
 
 def is_spectral(base: Tensor, n_experts: int, spectral: bool) -> bool:
@@ -47,11 +59,11 @@ def groups(shape: Sequence[int], n_experts: int) -> list[range]:
 
 def orthogonalized_sum(
     parts: Sequence[Subspace], weights: Sequence[float], dtype: torch.dtype, accuracy: float = 0.0
-) -> Tensor:
-    """polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ in `dtype`.
+) -> LowRank:
+    """polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ in `dtype`, as factors of rank Σ_t k_t.
 
-    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first, then the shorter basis. F and
-    W are orthonormal, so that forming the products in fp32 rounds M by a few units of fp32, whatever the conditions of
+    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first, which goes to the shorter basis.
+    F and W are orthonormal, so that forming the products in fp32 rounds M by a few units of fp32, whatever the conditions of
     Q and P; where `accuracy` allows Q and (QᵀQ)^(−1/2) in their place, by that times the conditions.
 
     Args:
@@ -63,14 +75,14 @@ def orthogonalized_sum(
     m, n = parts[0].left.shape[0], parts[0].right.shape[0]
     sizes = [part.core.shape[0] for part in parts]
     if sum(sizes) == 0:
-        return torch.zeros(m, n, dtype=dtype, device=parts[0].left.device)
+        return LowRank(*(torch.zeros(size, 0, dtype=dtype, device=parts[0].left.device) for size in (m, n)))
     left, right = polar_factors([[p.left for p in parts], [p.right for p in parts]], dtype, accuracy)
     rotations = right.rotation.split(sizes)
     blocks = [_times(part.core * w, r) for part, w, r in zip(parts, weights, rotations, strict=True)]
     inner = matmul(left.rotation.mT, torch.cat(blocks))
     if m < n:
-        return matmul(matmul(left.basis, inner), right.basis.mT)
-    return matmul(left.basis, matmul(inner, right.basis.mT))
+        return LowRank(matmul(left.basis, inner), right.basis)
+    return LowRank(left.basis, matmul(inner, right.basis.mT).mT)
 
 
 def _times(core: Tensor, x: Tensor) -> Tensor:
@@ -83,13 +95,13 @@ def _times(core: Tensor, x: Tensor) -> Tensor:
 
 def spectral_workspace(shape: tuple[int, ...], n_experts: int) -> int:
     """Bytes that a merge of subspaces allocates: task vectors of a group, twice, as steep ones are taken apart; Gram
-    matrices and eigenvectors; bases."""
+    matrices and eigenvectors; bases. M is none of it (measured: at least a third below)."""
     if len(shape) != 2:
         return 24 << 20
     m, n = shape
     r = min(m, n)
     # Rank rules that need all singular values hold every task vector at once, whatever `groups` says.
-    return (24 << 20) + (8 * m * n + 56 * r * r) * n_experts + 24 * (m + n) * r + 8 * m * n
+    return (24 << 20) + (8 * m * n + 56 * r * r) * n_experts + 24 * (m + n) * r
 
 
 def averaged(
@@ -110,9 +122,8 @@ def averaged(
     return aggregate(base.double(), wide, weights, scale=lambda_, out_dtype=out_dtype or base.dtype)
 
 
-def join(base: Tensor, merged: Tensor, lambda_: float, out_dtype: torch.dtype | None) -> Tensor:
-    """θ₀ + λ·M, rounded once; `merged` is overwritten.
-
-    Not addmm: it would add a product's parts to the much larger base one by one, a rounding each.
-    """
+def join(base: Tensor, merged: Tensor | LowRank, lambda_: float, out_dtype: torch.dtype | None) -> Tensor:
+    """θ₀ + λ·M, rounded once; an M that is no factors is overwritten."""
+    if isinstance(merged, LowRank):
+        return low_rank_update(base, *merged, scale=lambda_, out_dtype=out_dtype)
     return merged.mul_(lambda_).add_(base).to(out_dtype or base.dtype)

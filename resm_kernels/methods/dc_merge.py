@@ -9,7 +9,7 @@ from resm_kernels.linalg import TruncatedSVD, polar, truncated_svd
 from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
+from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
 from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
@@ -72,7 +72,7 @@ def dc_merge(
     elected = [_elect([own[b] for own in blocks]) for b in range(len(ranks))]
     del blocks
     scaled = torch.cat([matmul(u, block) for u, block in zip(left.split(ranks, 1), elected, strict=True)], 1)
-    return join(base, matmul(scaled, right.mT), lambda_, out_dtype)
+    return join(base, LowRank(scaled, right), lambda_, out_dtype)
 
 
 def _smoothed(part: TruncatedSVD, smoothing: str, rho: float) -> Tensor:

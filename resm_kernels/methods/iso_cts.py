@@ -12,7 +12,7 @@ from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
+from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
 from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta, weighted_sum
 from resm_kernels.reference._delta import compute_dtype
 
@@ -83,7 +83,7 @@ def iso_cts(
         left, right = common, common_right
     del lefts, rights, common, common_right, rest
     dtype = compute_dtype(base, *experts)
-    merged = matmul((left * (size / r)).to(dtype), right.to(dtype).mT)
+    merged = LowRank((left * (size / r)).to(dtype), right.to(dtype))
     return join(base, merged, lambda_, out_dtype)
 
 

@@ -12,7 +12,7 @@ from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
+from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
 from resm_kernels.methods._task_matrices import check, delta
 from resm_kernels.methods.ties import TIES, ties
 from resm_kernels.ops.aggregate import aggregate
@@ -71,7 +71,7 @@ def knots(
         out_dtype=dtype,
     )
     del coordinates
-    return join(base, matmul(basis.to(dtype), merged), lambda_, out_dtype)
+    return join(base, LowRank(basis.to(dtype), merged.mT), lambda_, out_dtype)
 
 
 def _shared_basis(base: Tensor, experts: list[Tensor]) -> Tensor:

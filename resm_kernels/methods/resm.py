@@ -26,6 +26,7 @@ from resm_kernels.methods._spectral import (
     DECOMPOSITION,
     HALF_PRECISION_ACCURACY,
     SPECTRAL,
+    LowRank,
     averaged,
     groups,
     is_spectral,
@@ -95,7 +96,7 @@ def resm(
     return join(base, merged, lambda_, out_dtype)
 
 
-def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices) -> Tensor:
+def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices) -> LowRank:
     """M, in fp32 or float64."""
     shape, accuracy = tuple(base.shape), _accuracy(experts, c)
     parts: list[Subspace] = []

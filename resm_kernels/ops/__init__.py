@@ -5,6 +5,7 @@ from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.ops.gram_matrix import gram_matrix
 from resm_kernels.ops.gram_product import GramProduct, gram_product
+from resm_kernels.ops.low_rank_update import low_rank_update
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
 from resm_kernels.ops.project import project
 from resm_kernels.ops.random_matrix import random_matrix
@@ -23,6 +24,7 @@ __all__ = [
     "dispatch_table",
     "gram_matrix",
     "gram_product",
+    "low_rank_update",
     "magnitude_threshold",
     "magnitude_threshold_list",
     "project",
