@@ -100,6 +100,13 @@ void py_aggregate(const Pointers& bases, const Codes& base_dtypes, const Pointer
   aggregate(groups, options, into, at<int64_t>(nonfinite), threads);
 }
 
+void py_inner_products(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                       const Codes& expert_dtypes, const Lengths& lengths, uint64_t grams, int threads) {
+  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  py::gil_scoped_release unlocked;
+  inner_products(groups, at<double>(grams), threads);
+}
+
 DeltaMatrix matrix_of(const Groups& groups, int64_t m, int64_t n) {
   require(groups.size() == 1 && groups.n_experts == 1, "need one expert");
   require(m >= 0 && n >= 0 && groups.lengths[0] == m * n, "the length must be that of an m×n matrix");
@@ -226,6 +233,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("delta_stats", &py_delta_stats);
   m.def("magnitude_threshold", &py_magnitude_threshold);
   m.def("aggregate", &py_aggregate);
+  m.def("inner_products", &py_inner_products);
   m.def("random_matrix", &py_random_matrix);
   m.def("sketch", &py_sketch);
   m.def("project", &py_project);

@@ -175,7 +175,7 @@ class Recipe(BaseModel):
             raise _ProblemAt(("merge_method",), str(error)) from None
         if method.needs_base and self.base_model is None:
             raise _ProblemAt(("base_model",), f"missing; {method.name} merges differences from a base model")
-        if not method.needs_base and self.base_model is not None:
+        if not self.merges_differences and self.base_model is not None:
             base = _same_place(self.base_model)
             if all(_same_place(entry.model) != base for entry in self.models):
                 # mergekit averages it in as if it were listed; silence either way would surprise half of the users.
@@ -183,6 +183,10 @@ class Recipe(BaseModel):
                 raise _ProblemAt(("base_model",), message)
         if not self.experts:
             raise _ProblemAt(("models",), "lists only the base model, need at least one expert")
+        try:
+            method.check_count(len(self.experts))
+        except ValueError as error:
+            raise _ProblemAt(("models",), str(error)) from None
         for name, setting in self.parameters.items():
             _check_setting(method, name, setting, ("parameters", name))
         for i, entry in enumerate(self.models):
@@ -209,10 +213,15 @@ class Recipe(BaseModel):
         """The merge method."""
         return get(self.merge_method)
 
+    @property
+    def merges_differences(self) -> bool:
+        """Whether the experts' differences from the base model are merged, rather than the models."""
+        return self.method.needs_base or (self.method.optional_base and self.base_model is not None)
+
     @cached_property
     def experts(self) -> list[ModelEntry]:
         """The models to merge: all, but for the base model itself where the method works on differences from it."""
-        if not self.method.needs_base or self.base_model is None:
+        if self.base_model is None or not self.merges_differences:
             return list(self.models)
         base = _same_place(self.base_model)
         return [entry for entry in self.models if _same_place(entry.model) != base]

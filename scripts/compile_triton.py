@@ -29,6 +29,7 @@ from resm_kernels.triton import (
     _delta_product,
     aggregate,
     delta_stats,
+    inner_products,
     low_rank_update,
     magnitude_threshold,
     random_matrix,
@@ -88,6 +89,15 @@ def cases() -> Iterator[Case]:
             of | {"BLOCK": delta_stats.HISTOGRAM_BLOCK, "BINS": delta_stats.HISTOGRAM_BINS},
             {"num_warps": delta_stats.HISTOGRAM_WARPS},
         )
+        for with_base in (False, True):
+            yield Case(
+                f"inner_products {'of deltas ' if with_base else ''}{dtype}",
+                inner_products.chunks_kernel,
+                table | {"sums": "*fp64"},
+                of | {"HAS_BASE": with_base, "BLOCK": inner_products.BLOCK, "BLOCKS": inner_products.BLOCKS},
+                {"num_warps": inner_products.WARPS},
+                is_wide=True,
+            )
         own = magnitude_threshold
         low = own.DIGITS[own.torch.float64 if dtype == tl.float64 else own.torch.float32][0]
         yield Case(
@@ -131,6 +141,13 @@ def cases() -> Iterator[Case]:
         {"SECOND": False, "SMALL": False, "STEPS": 3, "T": 3, "CHUNK": delta_stats.BLOCK * delta_stats.BLOCKS}
         | {"FIELDS": delta_stats.FIELDS, "ROWS": delta_stats.ROWS},
         {"num_warps": delta_stats.WARPS},
+    )
+    yield Case(
+        "inner_products totals",
+        inner_products.totals_kernel,
+        {"table": "*i64", "sums": "*fp64", "grams": "*fp64"},
+        {"STEPS": 3, "T": 3, "CHUNK": inner_products.BLOCK * inner_products.BLOCKS, "ROWS": inner_products.ROWS},
+        {"num_warps": inner_products.WARPS},
     )
     yield Case(
         "magnitude_threshold choose",

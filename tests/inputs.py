@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from resm_kernels.methods import REQUIRED, get
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -127,6 +130,13 @@ def experts_with_spectra(
         for t in range(n_experts)
     ]
     return base.to(dtype), experts
+
+
+def call_of(method: str) -> tuple[int, dict[str, Any]]:
+    """How many experts to give a method, two where it takes them, and values of the parameters without a default."""
+    chosen = get(method)
+    given = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
+    return min(max(2, chosen.min_experts), chosen.max_experts or 2), given
 
 
 LAYOUTS = ["transposed", "strided", "expanded"]

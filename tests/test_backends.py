@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import group, same_bits
+from inputs import call_of, group, same_bits
 
 from resm_kernels import _extension, backends, merge
 from resm_kernels.methods import names
@@ -52,7 +52,7 @@ import resm_kernels
 from resm_kernels.ops import delta_stats
 inputs = torch.load(sys.argv[1])
 merged = {
-    name: resm_kernels.merge(inputs["base"], inputs["experts"], name, **inputs["given"].get(name, {}))
+    name: resm_kernels.merge(inputs["base"], inputs["experts"][: inputs["counts"][name]], name, **inputs["given"][name])
     for name in resm_kernels.methods.names()
 }
 stats = vars(delta_stats(inputs["base"], inputs["experts"], eps_rel=0.1, histogram=True))
@@ -97,7 +97,9 @@ def test_unknown_instruction_set_is_refused_and_changes_nothing() -> None:
 def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_path: Path) -> None:
     base, experts = group((40, 28), 2, base_dtype=torch.bfloat16, seed=3)
     inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
-    torch.save({"base": base, "experts": experts, "given": GIVEN}, inputs)
+    counts = {name: call_of(name)[0] for name in names()}
+    given = {name: call_of(name)[1] | GIVEN.get(name, {}) for name in names()}
+    torch.save({"base": base, "experts": experts, "counts": counts, "given": given}, inputs)
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_NATIVE, str(inputs), str(outputs)], capture_output=True, text=True, timeout=120
     )
@@ -111,7 +113,7 @@ def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_p
     found = torch.load(outputs)
     assert set(found["merged"]) == set(names())
     for name, merged in found["merged"].items():
-        wanted = merge(base, experts, name, **GIVEN.get(name, {}))
+        wanted = merge(base, experts[: counts[name]], name, **given[name])
         if name in ("resm", "tsvm"):
             torch.testing.assert_close(merged, wanted, rtol=2.0**-7, atol=SUMS)  # a bf16 unit where fp32 lies between
             assert int((merged != wanted).sum()) <= merged.numel() // 100

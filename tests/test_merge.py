@@ -7,7 +7,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from inputs import group, randn, same_bits
+from inputs import call_of, group, randn, same_bits
 from torch import Tensor
 
 import resm_kernels
@@ -21,7 +21,7 @@ def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
         method = get(name)
         assert isinstance(method, Method) and method.name == name
         assert method.title and method.reference.startswith("https://")
-        assert method.needs_base == (name != "linear")
+        assert method.needs_base == (name not in {"linear"})
     with pytest.raises(ValueError, match=r"unknown merge method 'tie', did you mean 'ties'\?; known: dc_merge, iso_c"):
         get("tie")
     with pytest.raises(ValueError, match=r"unknown merge method 'xyz'; known"):
@@ -50,20 +50,32 @@ def test_workspace_is_a_bound_that_grows_with_the_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_tensors_that_do_not_fit_are_refused_by_name(name: str) -> None:
-    base, experts = group((6, 5), 2)
-    with pytest.raises(ValueError, match=r"experts\[1\]: got shape \[5, 6\], need \[6, 5\]"):
-        merge(base, [experts[0], experts[1].mT], name)
+    n_experts, given = call_of(name)
+    base, experts = group((6, 5), n_experts)
+    last = n_experts - 1
+    other = experts[last].mT
+    with pytest.raises(ValueError, match=rf"experts\[{last}\]: got shape \[5, 6\], need \[6, 5\]"):
+        merge(base, [*experts[:last], other], name, **given)
     with pytest.raises(TypeError, match=r"experts\[0\]: got dtype int64"):
-        merge(base, [experts[0].long(), experts[1]], name)
+        merge(base, [experts[0].long(), *experts[1:]], name, **given)
     with pytest.raises(ValueError, match="experts: got none"):
-        merge(base, [], name)
+        merge(base, [], name, **given)
     with pytest.raises(ValueError, match="experts: got a tensor"):
-        merge(base, experts[0], name)
+        merge(base, experts[0], name, **given)
     with pytest.raises(ValueError, match=r"experts\[0\]: requires grad"):
-        merge(base, [experts[0].clone().requires_grad_(), experts[1]], name)
+        merge(base, [experts[0].clone().requires_grad_(), *experts[1:]], name, **given)
     experts[0][2, 2] = math.inf
     with pytest.raises(NonFiniteError, match=r"experts\[0\]: got 1 NaN or infinite"):
-        merge(base, experts, name)
+        merge(base, experts, name, **given)
+
+
+@pytest.mark.parametrize("name", [n for n in names() if get(n).min_experts > 1 or get(n).max_experts])
+def test_number_of_experts_is_checked(name: str) -> None:
+    method, (n_experts, given) = get(name), call_of(name)
+    base, experts = group((6, 5), n_experts + 1)
+    wrong = experts if method.max_experts == n_experts else experts[: method.min_experts - 1]
+    with pytest.raises(ValueError, match=rf"experts: got {len(wrong)}, but {name} merges (at least )?{n_experts}"):
+        merge(base, wrong, name, **given)
 
 
 def test_base_of_another_shape_than_linears_experts_is_refused() -> None:
@@ -164,11 +176,14 @@ def models(n_experts: int = 2) -> tuple[dict[str, Tensor], list[dict[str, Tensor
 
 @pytest.mark.parametrize("name", names())
 def test_state_dicts_are_merged_tensor_by_tensor(name: str) -> None:
-    base, experts = models()
-    found = merge_state_dicts(base, experts, name, weight=[0.5, 0.25])
+    n_experts, given = call_of(name)
+    if any(p.name == "weight" for p in get(name).parameters):
+        given["weight"] = [0.5, 0.25][:n_experts]
+    base, experts = models(n_experts)
+    found = merge_state_dicts(base, experts, name, **given)
     assert list(found) == list(base)
     for key in ("z.weight", "a.norm"):
-        wanted = merge(base[key], [e[key] for e in experts], name, weight=[0.5, 0.25])
+        wanted = merge(base[key], [e[key] for e in experts], name, **given)
         assert same_bits(found[key], wanted)
     assert torch.equal(found["steps"], base["steps"]) and found["steps"].data_ptr() != base["steps"].data_ptr()
     assert torch.equal(found["mask"], base["mask"])

@@ -20,6 +20,7 @@ from resm_kernels.ops._library import _in_triton
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import gram_product as reference_gram_product
+from resm_kernels.reference import inner_products as reference_inner_products
 from resm_kernels.reference import low_rank_update as reference_low_rank_update
 from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
 from resm_kernels.reference import project as reference_project
@@ -28,6 +29,7 @@ from resm_kernels.reference import sketch as reference_sketch
 from resm_kernels.triton.aggregate import BLOCK, aggregate
 from resm_kernels.triton.delta_stats import delta_stats
 from resm_kernels.triton.gram_product import gram_product
+from resm_kernels.triton.inner_products import inner_products
 from resm_kernels.triton.low_rank_update import low_rank_update
 from resm_kernels.triton.magnitude_threshold import magnitude_threshold
 from resm_kernels.triton.project import project
@@ -123,6 +125,32 @@ def test_delta_stats_of_several_chunks() -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_inner_products(dtype: torch.dtype, with_base: bool) -> None:
+    bases, experts = groups(dtype, 3)
+    call = (bases if with_base else [], experts, 3, False)
+    found, wanted = inner_products(*call), reference_inner_products.inner_products(*call)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert same_bits(found.cpu(), found.mT.contiguous().cpu())
+    assert same_bits(found.cpu(), inner_products(*call).cpu())
+
+
+def test_inner_products_of_several_chunks_of_rows_and_of_mixed_dtypes() -> None:
+    base, experts = group(40_001, torch.bfloat16, 2, seed=9)
+    experts = [experts[0].double(), experts[1]]
+    for rows, origin in ((False, [base]), (True, [])):
+        wanted = reference_inner_products.inner_products(origin, experts, 2, rows)
+        torch.testing.assert_close(inner_products(origin, experts, 2, rows), wanted, rtol=1e-12, atol=1e-12)
+    base, experts = group(7 * 333, torch.float16, 2, seed=3)
+    matrices = [t.reshape(7, 333) for t in (base, *experts)]
+    found = inner_products(matrices[:1], matrices[1:], 2, True)
+    wanted = reference_inner_products.inner_products(matrices[:1], matrices[1:], 2, True)
+    assert found.shape == (7, 2, 2)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
+    assert inner_products([], [], 1, False).shape == (0, 1, 1)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("kind", ["weights", "ties", "subnormal", "zeros"])
 def test_magnitude_threshold_is_exact(dtype: torch.dtype, kind: str) -> None:
     found = [group(n, dtype, 2, seed=10 * i, kind=kind) for i, n in enumerate((1, BLOCK + 5))]
@@ -215,7 +243,7 @@ def test_ops_on_a_gpu_are_called_as_their_schema_says() -> None:
     omega = _in_triton("random_matrix")(5, 4, 3, 1, device=torch.device(DEVICE))
     assert same_bits(omega.cpu(), reference_random_matrix.random_matrix(5, 4, 3, 1))
     products = ("sketch", "project", "gram_product", "low_rank_update")
-    for op in ("aggregate", "delta_stats", "magnitude_threshold", "random_matrix", *products):
+    for op in ("aggregate", "delta_stats", "magnitude_threshold", "inner_products", "random_matrix", *products):
         assert dispatch_table()[op]["CUDA"] == "triton"
         definition = inspect.signature(importlib.import_module(f"resm_kernels.reference.{op}").__dict__[op])
         kernel = inspect.signature(importlib.import_module(f"resm_kernels.triton.{op}").__dict__[op])

@@ -168,6 +168,9 @@ struct BlockKernels {
   // Of low_rank_update, see low_rank_update.simd.h.
   void (*add_update)(const C* left, const C* right, int depth, bool fresh, C* sums, int64_t stride);
   void (*add_scaled)(const C* update, int n, C scale, C* merged);
+  // Adds the products of every pair s <= t of n_experts blocks of kBlock, base subtracted where there is one, to that
+  // pair's kLanes of `sums`, pairs (0, 0), (0, 1), … first; `experts` is overwritten.
+  void (*inner_products)(const C* base, C* experts, int n, int n_experts, double* sums);
 };
 
 struct Kernels {

@@ -10,6 +10,7 @@
 #include "cpu/delta_stats.simd.h"
 #include "cpu/magnitude_threshold.simd.h"
 #include "cpu/aggregate.simd.h"
+#include "cpu/inner_products.simd.h"
 #include "cpu/gemm.simd.h"
 #include "cpu/random_matrix.simd.h"
 #include "cpu/sketch.simd.h"
@@ -26,8 +27,8 @@ namespace resm::cpu::RESM_ISA {
 
 template <class C>
 constexpr BlockKernels<C> block_kernels() {
-  return {load<C>, store<C>, count_nonfinite<C>, moments<C>, outliers<C>, histogram<C>, bracket<C>, aggregate<C>,
-          add_update<C>, add_scaled<C>};
+  return {load<C>,      store<C>,     count_nonfinite<C>, moments<C>,    outliers<C>,      histogram<C>,
+          bracket<C>,   aggregate<C>, add_update<C>,      add_scaled<C>, inner_products<C>};
 }
 
 extern const Kernels table;

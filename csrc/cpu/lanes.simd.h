@@ -38,6 +38,9 @@ struct Lanes {
     RESM_HD void add_square(const Lanes& x) {
       for (int i = 0; i < kLanes; ++i) v[i] += double(x.v[i]) * double(x.v[i]);
     }
+    RESM_HD void add_product(const Lanes& x, const Lanes& y) {
+      for (int i = 0; i < kLanes; ++i) v[i] += double(x.v[i]) * double(y.v[i]);
+    }
   };
 
   static RESM_HD Lanes all(C x) {
@@ -134,6 +137,10 @@ struct Lanes<float> {
       low = _mm512_fmadd_pd(x.low(), x.low(), low);
       high = _mm512_fmadd_pd(x.high(), x.high(), high);
     }
+    RESM_HD void add_product(const Lanes& x, const Lanes& y) {
+      low = _mm512_fmadd_pd(x.low(), y.low(), low);
+      high = _mm512_fmadd_pd(x.high(), y.high(), high);
+    }
   };
 
   RESM_HD __m512d low() const { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
@@ -205,6 +212,9 @@ struct Lanes<float> {
     }
     RESM_HD void add_square(const Lanes& x) {
       for (int i = 0; i < 4; ++i) v[i] = _mm256_fmadd_pd(x.wide(i), x.wide(i), v[i]);
+    }
+    RESM_HD void add_product(const Lanes& x, const Lanes& y) {
+      for (int i = 0; i < 4; ++i) v[i] = _mm256_fmadd_pd(x.wide(i), y.wide(i), v[i]);
     }
   };
 

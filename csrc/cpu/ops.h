@@ -51,6 +51,10 @@ struct AggregateOptions {
 void aggregate(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
                int64_t* nonfinite, int threads);
 
+// grams: (L, T, T), the sums over a group's elements of the products of each two experts, base subtracted where there
+// is one.
+void inner_products(const Groups& groups, double* grams, int threads);
+
 // Δ = expert − base, m rows of n elements; base may be null.
 struct DeltaMatrix {
   const Array* base;

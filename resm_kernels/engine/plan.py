@@ -163,7 +163,7 @@ def plan_merge(
         for expert in experts:
             _check_tensors(reference, expert, skipped)
         _check_weights(models)
-        base = reference if recipe.method.needs_base else None
+        base = reference if recipe.merges_differences else None
         jobs = _jobs(recipe, base, reference, experts, tensors, dense)
         output = plan_output(((j.name, j.dtype, j.shape) for j in jobs), shard_size)
         plan = MergePlan(recipe, base, reference, experts, jobs, output, Window.fit(jobs, limit), tied)

@@ -12,6 +12,7 @@ from resm_kernels.methods.knots import KNOTS
 from resm_kernels.methods.linear import LINEAR
 from resm_kernels.methods.resm import RESM
 from resm_kernels.methods.resmerge import RESMERGE
+from resm_kernels.methods.slerp import SLERP
 from resm_kernels.methods.star import STAR
 from resm_kernels.methods.svc import post_processor
 from resm_kernels.methods.swudi import SWUDI
@@ -38,9 +39,11 @@ _METHODS: Final = {
         ISO_CTS,
         STAR,
         KNOTS,
+        SLERP,
     )
 }
-_METHODS["svc"] = post_processor(tuple(_METHODS.values()))
+# What merges task vectors of any number of experts can be calibrated.
+_METHODS["svc"] = post_processor(tuple(m for m in _METHODS.values() if m.max_experts is None))
 
 
 def get(name: str) -> Method:

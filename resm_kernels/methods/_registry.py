@@ -100,6 +100,8 @@ class Method:
         title: The method's name in prose.
         reference: Where it is defined.
         needs_base: False if it averages models rather than task vectors; then `base` may be None.
+        optional_base: True if it merges task vectors where there is a base, and models where there is none.
+        min_experts, max_experts: How many experts it merges, the base not counted; None: any number.
         parameters: Every choice, each a keyword argument of the call.
         function: `function(base, experts, *, out_dtype, **parameters)`; per-expert parameters arrive as lists.
         workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
@@ -113,6 +115,17 @@ class Method:
     parameters: tuple[Parameter, ...]
     function: Callable[..., Tensor]
     workspace: Callable[[tuple[int, ...], int], int]
+    optional_base: bool = False
+    min_experts: int = 1
+    max_experts: int | None = None
+
+    def check_count(self, n_experts: int) -> None:
+        """Raise a ValueError unless the method merges that many experts."""
+        least, most = self.min_experts, self.max_experts
+        if n_experts < least or (most is not None and n_experts > most):
+            needed = f"at least {least}" if most is None else str(least) if least == most else f"{least} to {most}"
+            beside = " beside the base" if self.needs_base else ""
+            raise ValueError(f"got {n_experts}, but {self.name} merges {needed}{beside}")
 
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that recipe key, or raise a ValueError that names the nearest one."""
@@ -141,6 +154,10 @@ class Method:
                 f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
                 "one or more tensors"
             )
+        try:
+            self.check_count(len(experts))
+        except ValueError as error:
+            raise ValueError(f"experts: {error}") from None
         if self.needs_base and base is None:
             raise ValueError(f"base: got None, but {self.name} merges task vectors and needs the base tensor")
         return self.function(base, list(experts), out_dtype=out_dtype, **self.resolve(len(experts), given))

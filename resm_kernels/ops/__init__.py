@@ -5,6 +5,7 @@ from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.ops.gram_matrix import gram_matrix
 from resm_kernels.ops.gram_product import GramProduct, gram_product
+from resm_kernels.ops.inner_products import inner_products, inner_products_list
 from resm_kernels.ops.low_rank_update import low_rank_update
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold, magnitude_threshold_list
 from resm_kernels.ops.project import project
@@ -24,6 +25,8 @@ __all__ = [
     "dispatch_table",
     "gram_matrix",
     "gram_product",
+    "inner_products",
+    "inner_products_list",
     "low_rank_update",
     "magnitude_threshold",
     "magnitude_threshold_list",

@@ -1,0 +1,118 @@
+"""What every method on norms and inner products promises, and the oracle that all of them are held to.
+
+mergekit computes these in fp32 (norms, angles and all); in float64 too, where that is what is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from inputs import FLOATS, call_of, group, same_bits
+from torch import Tensor
+
+from resm_kernels import NonFiniteError, merge
+from resm_kernels.methods import get
+
+SHAPES = [(12, 10), (7,), (), (0,), (0, 4), (3, 0), (2, 3, 5)]
+
+
+def mergekit(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    method: str,
+    parameters: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
+    tensors = [*([] if base is None else [base]), *experts]
+    index = None if base is None else 0
+    merged: Tensor = api.merge_tensors(
+        tensors, method, parameters=parameters, base_index=index, dtype=dtype, out_dtype=out_dtype
+    )
+    return merged
+
+
+def assert_near(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], bound: float) -> None:
+    """Within `bound` of the sum of the inputs' magnitudes, which is what fp32 arithmetic rounds a part of."""
+    size = sum(t.double().abs() for t in inputs)
+    assert found.shape == wanted.shape
+    assert bool(((found.double() - wanted.double()).abs() <= bound * size).all())
+
+
+class NormContract:
+    """Tests that a module takes over by a subclass with `method`; `parameters` are beside those without a default."""
+
+    method: str
+    parameters: ClassVar[dict[str, Any]] = {}
+
+    def merged(self, base: Tensor | None, experts: Sequence[Tensor], **keywords: Any) -> Tensor:
+        return merge(base, experts, self.method, **(call_of(self.method)[1] | self.parameters | keywords))
+
+    def bases(self, base: Tensor) -> list[Tensor | None]:
+        return [base] if get(self.method).needs_base else [base, None]
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_every_shape(self, shape: tuple[int, ...]) -> None:
+        base, experts = group(shape, call_of(self.method)[0], base_dtype=torch.bfloat16)
+        for origin in self.bases(base):
+            found = self.merged(origin, experts, out_dtype=torch.float16)
+            assert found.shape == shape and found.dtype == torch.float16
+            assert found.is_contiguous() and bool(torch.isfinite(found).all())
+
+    @pytest.mark.parametrize("dtype", FLOATS, ids=str)
+    def test_is_computed_wide_and_rounded_once(self, dtype: torch.dtype) -> None:
+        n_experts = call_of(self.method)[0]
+        base, experts = group((40, 30), n_experts, base_dtype=torch.float32, expert_dtypes=[dtype, torch.bfloat16])
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        for origin in self.bases(base):
+            exact = self.merged(None if origin is None else base.to(wide), [e.to(wide) for e in experts])
+            assert exact.dtype == wide
+            assert same_bits(self.merged(origin, experts, out_dtype=wide), exact)
+            assert same_bits(self.merged(origin, experts, out_dtype=torch.float32), exact.float())
+            if wide == torch.float32:
+                assert same_bits(self.merged(origin, experts, out_dtype=torch.bfloat16), exact.bfloat16())
+
+    def test_result_has_the_bases_dtype(self) -> None:
+        base, experts = group((9,), call_of(self.method)[0], base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
+        for origin in self.bases(base):
+            assert self.merged(origin, experts).dtype == (torch.float32 if origin is None else torch.bfloat16)
+
+    def test_same_bits_for_threads_and_instruction_sets(self, every_way: Callable[[], Iterator[str]]) -> None:
+        base, experts = group((300, 301), call_of(self.method)[0], base_dtype=torch.bfloat16)
+        wanted = [self.merged(origin, experts) for origin in self.bases(base)]
+        for way in every_way():
+            found = [self.merged(origin, experts) for origin in self.bases(base)]
+            assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True)), way
+
+    def test_views_are_merged_as_their_copies(self) -> None:
+        base, experts = group((33, 21), call_of(self.method)[0])
+        wanted = self.merged(base.mT.contiguous(), [e.mT.contiguous() for e in experts])
+        assert same_bits(self.merged(base.mT, [e.mT for e in experts]), wanted)
+
+    def test_values_that_are_not_finite_are_refused_by_name(self) -> None:
+        method = get(self.method)
+        base, experts = group((20, 10), call_of(self.method)[0])
+        names = [f"experts[{i}]" for i in range(len(experts))]
+        inputs = dict(zip(names, experts, strict=True))
+        if method.needs_base or method.optional_base:
+            inputs["base"] = base
+        for name, tensor in inputs.items():
+            for bad in (float("nan"), float("-inf")):
+                kept = tensor[3, 4].clone()
+                tensor[3, 4] = bad
+                with pytest.raises(NonFiniteError) as caught:
+                    self.merged(base, experts)
+                assert (caught.value.argument, caught.value.count) == (name, 1)
+                assert caught.value.index == (None if name == "base" else names.index(name))
+                tensor[3, 4] = kept
+
+    def test_zeros_and_equal_tensors(self) -> None:
+        base, experts = group((6, 5), call_of(self.method)[0])
+        nothing = [torch.zeros_like(e) for e in experts]
+        assert not self.merged(torch.zeros_like(base), nothing).any()
+        same = self.merged(base, [base.clone() for _ in experts])
+        torch.testing.assert_close(same, base, rtol=3e-7, atol=0)
