@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from resm_kernels.methods import get
 from resm_kernels.recipe import RecipeError, load_recipe, model_folder, parse_setting, tensor_depths
 
+SLICE = {"sources": [{"model": "b", "layer_range": [0, 2]}, {"model": "x", "layer_range": [0, 2]}]}
 WEIGHT = get("ties").parameter("weight")
 NORMALIZE = get("ties").parameter("normalize")
 
@@ -149,11 +150,12 @@ def test_base_model_among_the_models_is_no_expert() -> None:
     [
         ({"base_modle": "b"}, ["base_modle", "unknown key", "did you mean 'base_model'"]),
         ({"models": [{"model": "x", "paramters": {}}]}, ["models[0].paramters", "did you mean 'parameters'"]),
-        ({"slices": []}, ["slices", "not supported yet", "models"]),
-        ({"modules": {}}, ["modules", "not supported yet"]),
-        ({"tokenizer": {"source": "base"}}, ["tokenizer", "not supported yet", "tokenizer_source"]),
-        ({"tokenizer_source": "union"}, ["tokenizer_source", "'union' is not supported yet"]),
-        ({"chat_template": "chatml"}, ["chat_template", "chatml", "not supported yet"]),
+        ({"models": ..., "slices": []}, ["slices", "at least 1 item"]),
+        ({"slices": [SLICE]}, ["slices", "stands beside models"]),
+        ({"models": ..., "modules": {"m": {}}}, ["modules.m.models", "missing; need one of models, slices"]),
+        ({"tokenizer": {"sauce": "base"}}, ["tokenizer.sauce", "did you mean 'source'"]),
+        ({"tokenizer": {}, "tokenizer_source": "union"}, ["tokenizer", "stands beside tokenizer_source"]),
+        ({"chat_template": "chatlm"}, ["chat_template", "'chatlm'", "did you mean 'chatml'"]),
         ({"merge_method": "tes"}, ["merge_method", "'tes'", "did you mean 'ties'"]),
         ({"merge_method": ...}, ["merge_method", "missing"]),
         ({"models": ...}, ["models", "missing"]),

@@ -6,7 +6,7 @@ more than one tensor: the reader reads into buffers the caller owns, the writer 
 
 from __future__ import annotations
 
-from resm_kernels.checkpoint.auxiliary import Auxiliary, read_config
+from resm_kernels.checkpoint.auxiliary import Auxiliary, json_bytes, read_chat_template, read_config
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, format_bytes, parse_size
 from resm_kernels.checkpoint.reader import CheckpointReader
 from resm_kernels.checkpoint.writer import CheckpointWriter, OutputPlan, check_output_folder, plan_output
@@ -20,7 +20,9 @@ __all__ = [
     "TensorInfo",
     "check_output_folder",
     "format_bytes",
+    "json_bytes",
     "parse_size",
     "plan_output",
+    "read_chat_template",
     "read_config",
 ]

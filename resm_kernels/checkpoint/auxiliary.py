@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -63,13 +64,15 @@ class Auxiliary:
 
     Attributes:
         model_folder: Where `config.json` and the files of `MODEL_PATTERNS` come from (the base model).
-        tokenizer_folder: Where the tokenizer's files come from.
+        tokenizer: The tokenizer's files by name, or the folder they come from.
         chat_template: A Jinja template that replaces the tokenizer's own; None keeps that.
+        config: What `config.json` says instead; None keeps that of the folder.
     """
 
     model_folder: Path
-    tokenizer_folder: Path
+    tokenizer: Path | Mapping[str, bytes]
     chat_template: str | None = None
+    config: Mapping[str, Any] | None = None
 
     def files(self, dtype: torch.dtype, *, everywhere: bool) -> Mapping[str, bytes]:
         """Return file name → content for an output whose weights are of `dtype`.
@@ -77,14 +80,37 @@ class Auxiliary:
         `everywhere` also sets the dtype of nested configurations (vision, text): right when the recipe asks for one
         dtype, wrong when every tensor keeps its own.
         """
-        config = read_config(self.model_folder)
+        config = read_config(self.model_folder) if self.config is None else copy.deepcopy(dict(self.config))
         _set_dtype(config, str(dtype).removeprefix("torch."), nested=everywhere)
-        files = {CONFIG_FILE: (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()}
+        files = {CONFIG_FILE: json_bytes(config)}
         files |= _copy(self.model_folder, MODEL_PATTERNS)
-        files |= _copy(self.tokenizer_folder, TOKENIZER_PATTERNS)
+        files |= _copy(self.tokenizer, TOKENIZER_PATTERNS) if isinstance(self.tokenizer, Path) else self.tokenizer
         if self.chat_template is not None:
             _replace_chat_template(files, self.chat_template)
         return files
+
+
+def json_bytes(data: Mapping[str, Any]) -> bytes:
+    """A JSON file's content, as transformers writes it."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Return the default chat template of a model folder, wherever it is stored; None if there is none."""
+    file = folder / "chat_template.jinja"
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            try:
+                stored = json.loads((folder / name).read_bytes()).get("chat_template")
+            except (ValueError, AttributeError) as error:
+                raise CheckpointError(f"{folder / name}: cannot be read as a JSON object: {error}") from error
+            if isinstance(stored, list):
+                stored = next((entry.get("template") for entry in stored if entry.get("name") == "default"), None)
+            if isinstance(stored, str):
+                return stored
+    return None
 
 
 def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
@@ -112,5 +138,4 @@ def _replace_chat_template(files: dict[str, bytes], template: str) -> None:
     if "tokenizer_config.json" in files:
         config = json.loads(files["tokenizer_config.json"])
         if config.pop("chat_template", None) is not None:
-            text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-            files["tokenizer_config.json"] = text.encode()
+            files["tokenizer_config.json"] = json_bytes(config)

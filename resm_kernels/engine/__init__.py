@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from resm_kernels.engine.merge import MergeReport, merge_checkpoints
-from resm_kernels.engine.plan import MergeError, MergePlan, plan_merge
+from resm_kernels.engine.models import MergeError
+from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.stats import Spectra, TensorStats, checkpoint_stats
 from resm_kernels.engine.window import DEFAULT_WINDOW, Window
 

@@ -14,7 +14,8 @@ import torch
 
 from resm_kernels.checkpoint import CheckpointWriter, check_output_folder
 from resm_kernels.engine.device import device_of
-from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergeError, MergePlan, TensorJob, plan_merge
+from resm_kernels.engine.models import MergeError
+from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergePlan, TensorJob, plan_merge
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.ops import NonFiniteError
@@ -126,7 +127,7 @@ def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor], devic
     """
     assert isinstance(job, TensorJob)
     if job.copied:
-        return _copy_buffer(plan, job, tensors)
+        return _copy_buffer(job, tensors)
     tensors = [t.to(device) for t in tensors]
     base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
     try:
@@ -135,7 +136,7 @@ def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor], devic
         else:
             result = plan.method(base, experts, out_dtype=job.dtype, **job.parameters)
     except NonFiniteError as error:
-        raise _non_finite(plan, job, error) from error
+        raise _non_finite(job, error) from error
     except (ValueError, TypeError) as error:
         raise MergeError(f"tensor {job.name!r}: {error}") from error
     if job.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
@@ -154,17 +155,16 @@ def _merge_factors(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor])
     return merge_factors(base, experts, plan.method.name, out_dtype=job.dtype, **job.parameters)
 
 
-def _non_finite(plan: MergePlan, job: TensorJob, error: NonFiniteError) -> MergeError:
-    folder = plan.inputs_label(error.index)
+def _non_finite(job: TensorJob, error: NonFiniteError) -> MergeError:
+    folder = job.folder(error.index)
     return MergeError(f"{folder}: tensor {job.name!r} holds {error.count} NaN or infinite values; the model is damaged")
 
 
-def _copy_buffer(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
-    folders = [m.folder for m in ((plan.base,) if plan.base is not None else ()) + plan.experts]
-    for folder, tensor in zip(folders[1:], tensors[1:], strict=True):
+def _copy_buffer(job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
+    for folder, tensor in zip(job.folders[1:], tensors[1:], strict=True):
         if not torch.equal(tensor, tensors[0]):
             raise MergeError(
-                f"{folder}: tensor {job.name!r} ({job.dtype}, not merged) differs from the one in {folders[0]}; "
+                f"{folder}: tensor {job.name!r} ({job.dtype}, not merged) differs from the one in {job.folders[0]}; "
                 "need identical ones"
             )
     return tensors[0]

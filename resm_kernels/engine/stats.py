@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import parse_size
-from resm_kernels.engine.plan import MergeError, TensorJob, plan_merge
+from resm_kernels.engine.models import MergeError
+from resm_kernels.engine.plan import TensorJob, plan_merge
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline, Window
 from resm_kernels.linalg import (
     decay_exponent,
@@ -151,7 +152,7 @@ def checkpoint_stats(
                     row = replace(row, spectra=tensor_spectra(tensors[0], tensors[1:], found.ranks, method))
                 rows.append(row)
             except NonFiniteError as error:
-                problem = f"{error.count} NaN or infinite values in {plan.inputs_label(error.index)}"
+                problem = f"{error.count} NaN or infinite values in {job.folder(error.index)}"
                 rows.append(TensorStats(job.name, job.shape, False, [], [], [], [], {}, problem))
 
         window = Window.fit(jobs, parse_size(memory_limit, "memory_limit"))
@@ -222,8 +223,31 @@ def _workspace(job: TensorJob) -> int:
 
 
 def _as_resm(recipe: Recipe) -> Recipe:
-    entries = [{"model": entry.model} for entry in recipe.models]
-    return load_recipe({"merge_method": get("resm").name, "base_model": recipe.base_model, "models": entries})
+    """The same models and slices, merged by RESM with its default parameters."""
+
+    def bare(entry: Any) -> Any:
+        return entry.model_copy(update={"parameters": {}})
+
+    def slices(entries: Any) -> Any:
+        return entries and [bare(e).model_copy(update={"sources": [bare(s) for s in e.sources]}) for e in entries]
+
+    def modules(entries: Any) -> Any:
+        return entries and {
+            name: bare(e).model_copy(
+                update={"models": e.models and [bare(m) for m in e.models], "slices": slices(e.slices)}
+            )
+            for name, e in entries.items()
+        }
+
+    data = {
+        "merge_method": get("resm").name,
+        "base_model": recipe.base_model,
+        "models": recipe.models and [bare(entry) for entry in recipe.models],
+        "slices": slices(recipe.slices),
+        "modules": modules(recipe.modules),
+        "tokenizer": recipe.output_tokenizer,
+    }
+    return load_recipe({key: value for key, value in data.items() if value is not None})
 
 
 def _row(job: TensorJob, found: LayerPlan) -> TensorStats:

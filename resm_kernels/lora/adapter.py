@@ -156,13 +156,14 @@ class AdapterReader(CheckpointReader):
     def _own(self, name: str, info: TensorInfo) -> TensorInfo:
         """How a tensor of the base appears here."""
         replaced = self._replaced.get(name)
-        if not self._is_adapted(name):
+        if not self.is_adapted(name):
             return info if replaced is None else replace(replaced, name=name)
         wide = self._double and len(info.shape) == 2
         dtype = torch.float64 if wide or info.dtype == torch.float64 else torch.float32
         return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
 
-    def _is_adapted(self, name: str) -> bool:
+    def is_adapted(self, name: str) -> bool:
+        """True if the tensor is formed when it is read, not stored."""
         module, _, parameter = name.rpartition(".")
         own = self._modules.get(module)
         return own is not None and (parameter == "weight" or (parameter == "bias" and "bias" in own.parts))
@@ -208,11 +209,11 @@ class AdapterReader(CheckpointReader):
 
     def is_changed(self, name: str) -> bool:
         """True if the tensor is not the base's own."""
-        return self._is_adapted(name) or name in self._replaced
+        return self.is_adapted(name) or name in self._replaced
 
     def stored_factors(self, name: str) -> StoredFactors | None:
         """Where the factors of a changed weight lie; None if its change is no product: a bias, replaced, or DoRA."""
-        if not self._is_adapted(name) or not name.endswith(".weight") or name in self._replaced or self.config.use_dora:
+        if not self.is_adapted(name) or not name.endswith(".weight") or name in self._replaced or self.config.use_dora:
             return None
         return self._stored_factors(name.removesuffix(".weight"))
 
@@ -228,7 +229,7 @@ class AdapterReader(CheckpointReader):
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor; adapted ones are formed here."""
-        if not self._is_adapted(info.name):
+        if not self.is_adapted(info.name):
             super().read_into(info, buffer)
             return
         if buffer.nbytes != info.nbytes:
@@ -268,7 +269,7 @@ class AdapterReader(CheckpointReader):
 
     def same_bytes(self, first: str, second: str) -> bool:
         """True if two tensors have the same dtype, shape and bits."""
-        if not (self._is_adapted(first) or self._is_adapted(second)):
+        if not (self.is_adapted(first) or self.is_adapted(second)):
             return super().same_bytes(first, second)
         a, b = self.read(first), self.read(second)
         return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(_bytes(a), _bytes(b))

@@ -1,0 +1,56 @@
+"""The model card of the output: which models were merged, how, and the recipe to repeat it with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Final
+
+import yaml
+
+from resm_kernels._version import __version__
+from resm_kernels.recipe import Recipe
+
+_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def card(recipe: Recipe, title: str) -> Mapping[str, bytes]:
+    """Return README.md, with the hub's metadata, and the recipe as mergekit_config.yml (the name tools look for).
+
+    `base_model` of the metadata lists the models whose names in the recipe have the form of hub ids, such as
+    org/model: a folder of that name, where the recipe was run.
+    """
+    names = list(
+        dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(s.model for s in recipe.sources)])
+    )
+    hub = [part for name in names for part in name.split("+") if _HUB_ID.fullmatch(part)]
+    metadata = {"base_model": hub, "library_name": "transformers", "tags": ["mergekit", "merge", "resm-kernels"]}
+    method = recipe.method
+    base = f", with {_link(recipe.base_model)} as the base model" if recipe.base_model else ""
+    merged = [name for name in names if name != recipe.base_model]
+    text = f"""---
+{yaml.safe_dump(metadata, sort_keys=False).strip()}
+---
+# {title}
+
+A merge of pre-trained language models, made with resm-kernels {__version__}.
+
+## Method
+
+[{method.title}]({method.reference}){base}.
+
+## Models
+
+{chr(10).join(f"* {_link(name)}" for name in merged)}
+
+## Recipe
+
+```yaml
+{recipe.text.strip()}
+```
+"""
+    return {"README.md": text.encode(), "mergekit_config.yml": f"{recipe.text.strip()}\n".encode()}
+
+
+def _link(name: str) -> str:
+    return " + ".join(f"[{p}](https://huggingface.co/{p})" if _HUB_ID.fullmatch(p) else p for p in name.split("+"))

@@ -1,0 +1,75 @@
+"""What can be told to be wrong with models before a tensor is read: other architectures, quantised weights, heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.engine.models import MergeError, Model
+from resm_kernels.ops._library import FLOAT_DTYPES
+
+HEAD: Final = "lm_head.weight"
+_EMBEDDINGS: Final = ("model.embed_tokens.weight", "transformer.wte.weight", "language_model.model.embed_tokens.weight")
+
+
+def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
+    """Refuse quantised models, and (unless `mixed`) models of another architecture than the first."""
+    reference = models[0]
+    for model in models:
+        quantization = model.config.get("quantization_config")
+        if quantization:
+            kind = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
+            raise CheckpointError(
+                f"{model.folder}: is quantised ({kind}); dequantise it first, merging needs full weights"
+            )
+        for key in ("model_type", "architectures"):
+            got, needed = model.config.get(key), reference.config.get(key)
+            if got != needed and None not in (got, needed) and not mixed:
+                raise MergeError(
+                    f"{model.folder}: another architecture: {key} is {got!r}, need {needed!r} as in {reference.folder}"
+                )
+
+
+def _tie_flag(config: Mapping[str, Any]) -> bool | None:
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
+            return bool(part["tie_word_embeddings"])
+    return None
+
+
+def check_tied(models: Sequence[Model]) -> bool:
+    """True if the output leaves the head out; an error if that would lose a head that is not the embedding."""
+    reference = models[0]
+    storing = [m for m in models if HEAD in m.reader.tensors]
+    flag = _tie_flag(reference.config)
+    if not storing or (flag is not True and len(storing) == len(models)):
+        return False
+    lacking = next((m for m in models if m not in storing), None)
+    if flag is False and lacking is not None:
+        raise MergeError(
+            f"{lacking.folder}: tensor {HEAD!r} is missing, {storing[0].folder} stores it and "
+            f"{reference.folder / 'config.json'} says tie_word_embeddings: false"
+        )
+    for model in storing:
+        embedding = next((e for e in _EMBEDDINGS if e in model.reader.tensors), None)
+        if embedding is None or not model.reader.same_bytes(HEAD, embedding):
+            others = f", and {lacking.folder} stores none" if lacking is not None else ""
+            raise MergeError(
+                f"{model.folder}: tensor {HEAD!r} differs from {embedding or _EMBEDDINGS[0]!r} although the models' "
+                f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){others}; if the head "
+                "is separate on purpose, set that to false and store it in every model"
+            )
+    return True
+
+
+def check_weights(models: Sequence[Model]) -> None:
+    """Refuse tensors whose names say weight and whose dtype says that they are packed."""
+    for model in models:
+        for info in model.reader.tensors.values():
+            last = info.name.rsplit(".", 1)[-1]
+            if info.dtype not in FLOAT_DTYPES and ("weight" in last or last in ("qzeros", "g_idx")):
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} holds quantised weights ({info.dtype}); dequantise the model "
+                    "first, merging needs F64, F32, F16 or BF16 weights"
+                )

@@ -1,0 +1,147 @@
+"""The output's tokenizer, built from the models' with transformers, and the vocabularies that it joins."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.engine.models import Model, OpenedModels
+from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
+
+SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
+
+
+@dataclass(frozen=True)
+class OutputTokenizer:
+    """A tokenizer and what is needed to merge vocabularies for it.
+
+    Attributes:
+        tokens: Token → row of the output's embedding.
+        rows: Rows of the output's embedding: one more than the largest, padded as the recipe says.
+        known: Of each model folder: token → row of that model's embedding; tokens beyond its last row are not in it.
+        special: Names such as `eos_token_id` and their values in this tokenizer; None for tokens that it has not.
+        files: The files that make it: name → content.
+    """
+
+    tokens: Mapping[str, int]
+    rows: int
+    known: Mapping[Path, Mapping[str, int]]
+    special: Mapping[str, int | None]
+    files: Mapping[str, bytes]
+
+
+def vocabulary_size(config: Mapping[str, Any]) -> int | None:
+    """What a config.json says about the rows of the embedding; None if it says nothing."""
+    for part in (config, config.get("text_config")):
+        if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int):
+            return int(part["vocab_size"])
+    return None
+
+
+def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: bool = False) -> OutputTokenizer:
+    """Build the tokenizer that the recipe's `tokenizer` or `tokenizer_source` asks for.
+
+    `base` and a model's name take that tokenizer. `union` takes the base model's (the first model's without one) and
+    adds what the others have besides, in the recipe's order and by row: first plain tokens, then added ones, each with
+    the settings of the first model that has it. Tokens whose row is beyond a model's embedding are not taken from it.
+    Tokens that `tokens` names are added where they are missing.
+
+    Raises:
+        RecipeError: transformers is not installed, or a model has no tokenizer that it can load.
+    """
+    entry = recipe.output_tokenizer
+    assert entry is not None
+    folder = models.reference.base_folder if entry.source in (BASE, UNION) else _folder(recipe, models, entry.source)
+    loader = _Loader(trust_remote_code)
+    loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
+    known = {m.base_folder: _used(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
+    tokenizer = loader.load(folder)
+    if entry.source == UNION:
+        _add_union(tokenizer, list(loaded.values()), list(known.values()))
+    vocabulary = tokenizer.get_vocab()
+    for token in entry.tokens:
+        if token not in vocabulary:
+            tokenizer.add_tokens(token)
+    tokens = tokenizer.get_vocab()
+    _check_fits(tokens, entry.source, models.reference)
+    multiple = entry.pad_to_multiple_of or 1
+    return OutputTokenizer(
+        tokens=tokens,
+        rows=-(-(max(tokens.values()) + 1) // multiple) * multiple,
+        known=known,
+        special={name: getattr(tokenizer, name, None) for name in SPECIAL_IDS},
+        files=_saved(tokenizer),
+    )
+
+
+def _folder(recipe: Recipe, models: OpenedModels, name: str) -> Path:
+    """The folder of a tokenizer: one of the recipe's models, or any other folder."""
+    opened = next((model for source, model in models.of.items() if source.is_model(name)), None)
+    where = "tokenizer_source" if recipe.tokenizer_source is not None else "tokenizer.source"
+    return model_folder(name, where) if opened is None else opened.base_folder
+
+
+class _Loader:
+    def __init__(self, trust_remote_code: bool) -> None:
+        try:
+            from transformers import AutoTokenizer
+        except ImportError as error:
+            raise RecipeError(
+                "tokenizer: merging vocabularies needs transformers, which is not installed: "
+                "pip install 'resm-kernels[tokenizers]'"
+            ) from error
+        self._class: Any = AutoTokenizer
+        self._trust = trust_remote_code
+
+    def load(self, folder: Path) -> Any:
+        try:
+            return self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its tokenizer classes do
+            reason = str(error).strip().partition("\n")[0]
+            raise RecipeError(
+                f"tokenizer: {folder} has none that transformers can load ({reason}); every model needs its tokenizer "
+                "files where vocabularies are merged"
+            ) from error
+
+
+def _used(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+    """The tokens that have a row in the model's embedding."""
+    size = vocabulary_size(config)
+    return {token: row for token, row in vocabulary.items() if size is None or row < size}
+
+
+def _add_union(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]) -> None:
+    plain: dict[str, None] = {}
+    added: dict[str, Any] = {}
+    for other, rows in zip(loaded, known, strict=True):
+        own = {token.content: token for token in other.added_tokens_decoder.values()}
+        for token in sorted(rows, key=lambda t: rows[t]):
+            if token in own:
+                added.setdefault(token, own[token])
+            else:
+                plain.setdefault(token)
+    present = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in plain if token not in present and token not in added])
+    tokenizer.add_tokens(list(added.values()))
+
+
+def _check_fits(tokens: Mapping[str, int], source: str, reference: Model) -> None:
+    size = vocabulary_size(reference.config)
+    if source == BASE and size is not None and (beyond := [t for t, row in tokens.items() if row >= size]):
+        ends = f"{len(beyond)} tokens ({beyond[0]!r}, …)"
+        raise CheckpointError(
+            f"{reference.base_folder}: its tokenizer has {ends} beyond the embedding's {size} rows; need a tokenizer "
+            "that fits its model, or tokenizer: {source: union}, which leaves them out"
+        )
+
+
+def _saved(tokenizer: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        files = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+        return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(files)}

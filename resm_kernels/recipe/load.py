@@ -1,0 +1,112 @@
+"""`load_recipe`: a file or a mapping in, a checked recipe out, or an error that names file, line and key."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from resm_kernels.methods._registry import did_you_mean
+from resm_kernels.recipe.errors import Location, ProblemAt, RecipeError, dotted
+from resm_kernels.recipe.schema import ModelEntry, ModuleEntry, Recipe, SliceEntry, SourceEntry
+from resm_kernels.recipe.tokens import TokenEntry, TokenizerEntry
+
+_ENTRIES: Final[Mapping[str | int, type[BaseModel]]] = {
+    "models": ModelEntry,
+    "slices": SliceEntry,
+    "sources": SourceEntry,
+    "modules": ModuleEntry,
+    "tokenizer": TokenizerEntry,
+    "tokens": TokenEntry,
+}
+
+
+def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+    """Return a checked recipe from a YAML file's path or a mapping of the same structure.
+
+    Raises:
+        RecipeError: The file cannot be read, is not YAML, or states something unknown, unsupported or out of range.
+    """
+    if isinstance(source, Recipe):
+        return source
+    if isinstance(source, Mapping):
+        return _validate(dict(source), "recipe", None, None)
+    name = os.fspath(source)
+    try:
+        text = Path(name).expanduser().read_text(encoding="utf-8")
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{name}:{mark.line + 1}" if mark else name
+        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    if not isinstance(data, dict):
+        raise RecipeError(f"{name}: got {type(data).__name__}, need a mapping with merge_method and models")
+    _refuse_duplicate_keys(root, name)
+    return _validate(data, name, root, text)
+
+
+def _validate(data: dict[str, Any], name: str, root: yaml.Node | None, text: str | None) -> Recipe:
+    try:
+        return Recipe.model_validate(data).written_as(data if text is None else text)
+    except ValidationError as error:
+        # A misspelt key also makes the right one missing: the misspelling is the news.
+        found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = [_describe(problem) for problem in found]
+    location, message = problems[0]
+    line = _line(root, location)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise RecipeError(": ".join(filter(None, (f"{name}:{line}" if line else name, dotted(location), message))) + more)
+
+
+def _describe(problem: Any) -> tuple[Location, str]:
+    location: Location = problem["loc"]
+    cause = problem.get("ctx", {}).get("error")
+    if isinstance(cause, ProblemAt):
+        return cause.location, str(cause)
+    if problem["type"] == "extra_forbidden":
+        entry = next((_ENTRIES[key] for key in reversed(location[:-1]) if key in _ENTRIES), Recipe)
+        known = tuple(entry.model_fields)
+        return location, f"unknown key{did_you_mean(location[-1], known)}; known: {', '.join(known)}"
+    if problem["type"] == "missing":
+        return location, "missing"
+    if cause is not None:
+        return location, str(cause)
+    return location, f"got {problem['input']!r}: {problem['msg']}"
+
+
+def _line(node: yaml.Node | None, location: Location) -> int | None:
+    """Line (from 1) of the deepest part of `location` that the file has."""
+    line = None
+    for part in location:
+        if isinstance(node, yaml.MappingNode):
+            pairs = [(key, value) for key, value in node.value if key.value == str(part)]
+            if not pairs:
+                break
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return line
+
+
+def _refuse_duplicate_keys(node: yaml.Node | None, name: str) -> None:
+    # YAML readers keep the last of two equal keys in silence; half of what the author wrote would be ignored.
+    if isinstance(node, yaml.MappingNode):
+        seen: dict[str, int] = {}
+        for key, value in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key.value, str) and seen.setdefault(key.value, line) != line:
+                raise RecipeError(f"{name}:{line}: key {key.value!r} is already set in line {seen[key.value]}")
+            _refuse_duplicate_keys(value, name)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            _refuse_duplicate_keys(item, name)
