@@ -27,6 +27,7 @@ OPS = {
     "delta_stats",
     "gram_matrix",
     "gram_product",
+    "inner_products",
     "low_rank_update",
     "magnitude_threshold",
     "project",
