@@ -9,9 +9,11 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
+
+from resm_kernels.flags import translate
 
 app = typer.Typer(
     add_completion=False,
@@ -38,7 +40,7 @@ ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Thr
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing line.")]
 
 
-@app.command()
+@app.command(epilog="mergekit-yaml's options are understood too (docs/recipes.md).")
 def merge(
     recipe: RecipeArgument,
     out: Annotated[Path, typer.Argument(help="Folder of the merged model.", show_default=False)],
@@ -50,13 +52,24 @@ def merge(
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu, cuda, cuda:N, or auto, a GPU if there is one.")
     ] = "cpu",
+    copy_tokenizer: Annotated[
+        bool, typer.Option(help="Copy the tokenizer's files if the recipe does not ask for a tokenizer of its own.")
+    ] = True,
+    write_model_card: Annotated[bool, typer.Option(help="Write README.md and the recipe beside the weights.")] = True,
+    allow_crimes: Annotated[
+        bool, typer.Option(help="Merge models of different architectures if their tensors fit.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
     from resm_kernels.engine import merge_checkpoints
 
+    sources = {"mixed_architectures": allow_crimes, "trust_remote_code": trust_remote_code}
     if dry_run:
-        _dry_run(recipe, out, max_shard_size=max_shard_size, overwrite=overwrite, memory_limit=memory_limit)
+        _dry_run(recipe, out, max_shard_size=max_shard_size, overwrite=overwrite, memory_limit=memory_limit, **sources)
         return
     from rich.console import Console
 
@@ -72,6 +85,9 @@ def merge(
             threads=threads,
             device=device,
             progress=progress,
+            copy_tokenizer=copy_tokenizer,
+            model_card=write_model_card,
+            **sources,
         )
     if not quiet:
         typer.echo(closing_line(report))
@@ -217,7 +233,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:
-        app()
+        app(_arguments(sys.argv[1:]))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except Exception as error:
@@ -229,6 +245,20 @@ def main() -> None:
         _fail(f"{kind}{error}{hint}", 1)
 
 
-def _fail(message: str, code: int) -> None:
+def _arguments(given: list[str]) -> list[str]:
+    """The command line with mergekit-yaml's options of `merge` put in our words."""
+    command = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
+    if given[command : command + 1] != ["merge"]:
+        return given
+    try:
+        ours, notes = translate(given[command + 1 :])
+    except ValueError as error:
+        _fail(str(error), 2)
+    for note in notes:
+        print(f"no effect: {note}", file=sys.stderr)
+    return [*given[: command + 1], *ours]
+
+
+def _fail(message: str, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(code)

@@ -17,7 +17,7 @@ from resm_kernels.checkpoint.format import format_bytes
 
 if TYPE_CHECKING:
     from resm_kernels.engine import MergePlan, MergeReport, TensorStats
-    from resm_kernels.recipe import Setting
+    from resm_kernels.recipe import Part, Setting, Slice
 
 _LINE_EVERY: Final = 10.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
@@ -30,9 +30,9 @@ def describe_plan(plan: MergePlan, out: str, free: int) -> str:
         f"method        {plan.method.name} ({plan.method.title})",
         f"base          {recipe.base_model or 'none'}",
     ]
-    for entry in recipe.experts:
-        own = ", ".join(f"{name} = {_setting(value)}" for name, value in entry.parameters.items())
-        lines.append(f"expert        {entry.model}{f'  ({own})' if own else ''}")
+    for part in recipe.parts:
+        for piece in part.slices:
+            lines += _describe_slice(part, piece)
     for parameter in plan.method.parameters:
         if parameter.name in recipe.parameters:
             lines.append(f"parameter     {parameter.name} = {_setting(recipe.parameters[parameter.name])}")
@@ -50,6 +50,17 @@ def describe_plan(plan: MergePlan, out: str, free: int) -> str:
         f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
     ]
     return "\n".join(lines)
+
+
+def _describe_slice(part: Part, piece: Slice) -> list[str]:
+    lines = [f"module        {part.name}"] if part.name is not None and piece is part.slices[0] else []
+    for source in piece.experts:
+        own = [f"{name} = {_setting(value)}" for name, value in source.parameters.items()]
+        if source.layers is not None:
+            own.insert(0, f"layers {source.layers[0]} to {source.layers[1] - 1}")
+        notes = ", ".join(own)
+        lines.append(f"expert        {source.model}{f'  ({notes})' if notes else ''}")
+    return lines
 
 
 def _setting(setting: Setting) -> str:

@@ -28,6 +28,7 @@ LAYERS = [
     {"lora"},
     {"engine"},
     {"report", "plot"},
+    {"flags"},
     {"cli", "__main__"},
 ]
 HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn")

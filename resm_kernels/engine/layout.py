@@ -159,8 +159,8 @@ class _PartPlanner:
         folder = self._models.of[source].folder
         where = f"{dotted(source.location)}.layer_range"
         if len(stacks) != 1:
-            advice = f"({', '.join(stacks)}); name the modules apart, under modules" if stacks else ""
-            raise RecipeError(f"{where}: {folder} has {len(stacks)} stacks of layers{advice}; need one")
+            found = f"{len(stacks)} stacks of layers ({', '.join(stacks)}); list its modules apart, under modules"
+            raise RecipeError(f"{where}: {folder} has {found if stacks else 'no layers, need some'}")
         assert source.layers is not None
         if any(number not in layers for number in range(*source.layers)):
             last = max(layers) + 1

@@ -67,6 +67,10 @@ def merge_checkpoints(
     threads: int | None = None,
     device: str | torch.device = "cpu",
     progress: Progress | None = None,
+    copy_tokenizer: bool = True,
+    model_card: bool = True,
+    mixed_architectures: bool = False,
+    trust_remote_code: bool = False,
 ) -> MergeReport:
     """Merge model folders as the recipe says and write the result to the folder `out`.
 
@@ -85,15 +89,26 @@ def merge_checkpoints(
         device: Where to compute: "cpu", "cuda", "cuda:N", or "auto", the first GPU that torch sees, else the CPU. A GPU
             holds one tensor's inputs, result and workspace at a time.
         progress: Called as `progress(bytes done, bytes in all)` after each tensor, in the calling thread.
+        copy_tokenizer: Copy the tokenizer's files if the recipe does not ask for a tokenizer of its own.
+        model_card: Write README.md, which says what was merged and how, and the recipe as mergekit_config.yml.
+        mixed_architectures: Merge models of different architectures if their tensors have the same names and shapes.
+        trust_remote_code: Run code that models bring along to load their tokenizers, where vocabularies are merged.
 
     Raises:
         RecipeError, CheckpointError, MergeError: All are ValueErrors; the message names file, tensor and need.
         ValueError: A device that there is not.
     """
     started, place = time.perf_counter(), device_of(device)
-    with plan_merge(recipe, max_shard_size=max_shard_size, memory_limit=memory_limit) as plan:
+    with plan_merge(
+        recipe,
+        max_shard_size=max_shard_size,
+        memory_limit=memory_limit,
+        mixed_architectures=mixed_architectures,
+        trust_remote_code=trust_remote_code,
+    ) as plan:
         folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
-        with _threads(threads), CheckpointWriter(folder, plan.output, plan.auxiliary_files()) as writer:
+        files = plan.auxiliary_files(copy_tokenizer=copy_tokenizer, model_card=folder.name if model_card else None)
+        with _threads(threads), CheckpointWriter(folder, plan.output, files) as writer:
             timings = Pipeline(
                 jobs=plan.jobs,
                 window=plan.window,

@@ -1,0 +1,94 @@
+"""mergekit-yaml's options on our command line: those that are ours under another name, and those without a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Flag:
+    """One of mergekit's options.
+
+    Attributes:
+        names: Its spellings.
+        note: Why it changes nothing; empty if it does.
+        takes_value: True if a value follows it.
+        ours: The option of ours that it stands for; a value that follows it is passed on.
+        refused: Why it cannot be had; empty if it can.
+    """
+
+    names: tuple[str, ...]
+    note: str = ""
+    takes_value: bool = False
+    ours: tuple[str, ...] = ()
+    refused: str = ""
+
+
+FLAGS: Final = (
+    Flag(("--cuda",), ours=("--device", "cuda")),
+    Flag(("--no-cuda",), ours=("--device", "cpu")),
+    Flag(("--gpu-rich",), ours=("--device", "cuda")),
+    Flag(("--out-shard-size",), takes_value=True, ours=("--max-shard-size",)),
+    Flag(("--num-threads", "-j"), takes_value=True, ours=("--threads",)),
+    Flag(("--lazy-unpickle", "--no-lazy-unpickle"), "only safetensors are read"),
+    Flag(("--low-cpu-memory", "--no-low-cpu-memory"), "memory is bounded by --memory-limit"),
+    Flag(("--read-to-gpu", "--no-read-to-gpu"), "reading is the pipeline's business"),
+    Flag(("--multi-gpu", "--no-multi-gpu"), "GPUs are chosen by --device"),
+    Flag(("--transformers-cache",), "models are local folders, nothing is downloaded", takes_value=True),
+    Flag(("--lora-merge-cache",), "adapters are applied as they are read", takes_value=True),
+    Flag(("--lora-merge-dtype",), "adapters are applied in fp32 or better", takes_value=True),
+    Flag(("--clone-tensors", "--no-clone-tensors"), "a layer may always be used more than once"),
+    Flag(("--async-write", "--no-async-write"), "writing is always asynchronous"),
+    Flag(("--write-threads",), "one thread keeps up with the disk", takes_value=True),
+    Flag(("--safe-serialization",), "the output is always safetensors"),
+    Flag(("-v", "-vv", "-vvv"), "there is no log; --dry-run shows the plan"),
+    Flag(("--no-quiet",), "this is the default"),
+    Flag(("--no-unsafe-truncate-embeddings",), "this is the default"),
+    Flag(("--no-safe-serialization",), refused="the output is always safetensors"),
+    Flag(
+        ("--unsafe-truncate-embeddings",),
+        refused="cutting embeddings mixes up tokens; set tokenizer_source: base or union in the recipe",
+    ),
+)
+_BY_NAME: Final = {name: flag for flag in FLAGS for name in flag.names}
+_UNITS: Final = {"K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the command line in our options, and notes about those of mergekit's that change nothing here.
+
+    Raises:
+        ValueError: An option that cannot be had, or one that lacks its value.
+    """
+    ours: list[str] = []
+    notes: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        flag = _BY_NAME.get(name)
+        if argument == "--":
+            return [*ours, argument, *rest], notes
+        if flag is None:
+            ours.append(argument)
+            continue
+        if flag.refused:
+            raise ValueError(f"{name}: {flag.refused}")
+        if flag.takes_value and not equals:
+            found = next(rest, None)
+            if found is None:
+                raise ValueError(f"{name}: missing value")
+            value = found
+        if flag.note:
+            notes.append(f"{name}: {flag.note}")
+        ours += flag.ours
+        if flag.ours and flag.takes_value:
+            ours.append(_bytes(value) if name == "--out-shard-size" else value)
+    return ours, notes
+
+
+def _bytes(size: str) -> str:
+    """mergekit's B is a billion, not a byte."""
+    unit = _UNITS.get(size[-1:].upper())
+    return size if unit is None or not size[:-1].isdecimal() else str(int(size[:-1]) * unit)
