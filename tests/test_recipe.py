@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from resm_kernels.methods import get
-from resm_kernels.recipe import RecipeError, load_recipe, model_folder, parse_setting, tensor_depths
+from resm_kernels.recipe import RecipeError, load_recipe, model_folder, parse_setting
 
 SLICE = {"sources": [{"model": "b", "layer_range": [0, 2]}, {"model": "x", "layer_range": [0, 2]}]}
 WEIGHT = get("ties").parameter("weight")
@@ -108,26 +108,6 @@ def test_whole_recipe_resolves_as_in_mergekit() -> None:
                 for m in theirs.models
             ]
             assert ours.tensor_parameters(tensor, depth)["weight"] == expected
-
-
-def test_depth_counts_each_stack_of_layers_apart() -> None:
-    names = [
-        "model.embed_tokens.weight",
-        "model.layers.0.mlp.experts.7.w1",
-        "model.layers.1.a",
-        "model.layers.4.a",
-        "vision.blocks.0.a",
-        "transformer.h.2.attn.c",
-        "layers.0.x",
-    ]
-    depths = tensor_depths(names)
-    assert [depths[n] for n in names] == [0.0, 0.0, 0.25, 1.0, 1.0, 1.0, 1.0]
-
-
-def test_depth_is_mergekits() -> None:
-    # mergekit's planner: t = layer / (layers − 1), 1 for a single layer, 0 outside the layers
-    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(5)] + ["lm_head.weight"]
-    assert list(tensor_depths(names).values()) == [0.0, 0.25, 0.5, 0.75, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16", "float64", "torch.bfloat16"])

@@ -168,8 +168,14 @@ def test_problems_with_slices_name_their_place(family: Family) -> None:
         (slices_of([{"model": "x"}]), r"slices\[0\].sources\[0\].layer_range: missing"),
         (slices_of([source(a, 0, 1)], base_modle="x"), r"base_modle: unknown key, did you mean 'base_model'"),
         (slices_of([source(a, 0, 1) | {"wieght": 1}]), r"sources\[0\].wieght: unknown key.*layer_range, parameters"),
-        (slices_of([source(a, 0, 1, wieght=1)]), r"slices\[0\].sources\[0\].parameters.wieght: .*did you mean 'weight'"),
-        (slices_of([source(a, 0, 1)], merge_method="ties"), r"slices\[0\].base_model: missing; ties merges differences"),
+        (
+            slices_of([source(a, 0, 1, wieght=1)]),
+            r"slices\[0\].sources\[0\].parameters.wieght: .*did you mean 'weight'",
+        ),
+        (
+            slices_of([source(a, 0, 1)], merge_method="ties"),
+            r"slices\[0\].base_model: missing; ties merges differences",
+        ),
         (
             slices_of([source(a, 0, 1)], merge_method="ties", base_model=str(b)),
             r"slices\[0\].sources: the base model .*expert1' is not among them; list it with the layer_range",
@@ -187,7 +193,9 @@ def test_problems_with_slices_name_their_place(family: Family) -> None:
 def test_models_that_do_not_fit_in_a_slice(family: Family) -> None:
     a, b = family.folders[:2]
     family.change(1, **{"model__layers__2__mlp__up_proj__weight": None})
-    with pytest.raises(MergeError, match=r"expert1: has no tensor for 'model.layers.0.mlp.up_proj.weight' of .*expert0"):
+    with pytest.raises(
+        MergeError, match=r"expert1: has no tensor for 'model.layers.0.mlp.up_proj.weight' of .*expert0"
+    ):
         merge_checkpoints(slices_of([source(a, 0, 1), source(b, 2, 3)]), family.out)
     with pytest.raises(MergeError, match=r"expert0: tensor 'model.layers.0.mlp.up_proj.weight' has none in .*expert1"):
         merge_checkpoints(slices_of([source(b, 2, 3), source(a, 0, 1)]), family.out)

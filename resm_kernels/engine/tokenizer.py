@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -9,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.engine.models import Model, OpenedModels
+from resm_kernels.checkpoint import CheckpointError, json_bytes
+from resm_kernels.engine.models import OpenedModels
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
 
 SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
@@ -46,9 +47,10 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: bool = False) -> OutputTokenizer:
     """Build the tokenizer that the recipe's `tokenizer` or `tokenizer_source` asks for.
 
-    `base` and a model's name take that tokenizer. `union` takes the base model's (the first model's without one) and
-    adds what the others have besides, in the recipe's order and by row: first plain tokens, then added ones, each with
-    the settings of the first model that has it. Tokens whose row is beyond a model's embedding are not taken from it.
+    `base` and a model's name take that tokenizer, less tokens whose row is beyond that model's embedding. `union`
+    takes the base model's (the first model's without one) and adds what the others have besides, in the recipe's order
+    and by row: first plain tokens, then added ones, each with the settings of the first model that has it, and none
+    whose row is beyond its model's embedding.
     Tokens that `tokens` names are added where they are missing.
 
     Raises:
@@ -60,7 +62,8 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
     loader = _Loader(trust_remote_code)
     loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
     known = {m.base_folder: _used(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
-    tokenizer = loader.load(folder)
+    config = next((m.config for m in models.all() if m.base_folder == folder), {})
+    tokenizer = loader.load(folder, vocabulary_size(config))
     if entry.source == UNION:
         _add_union(tokenizer, list(loaded.values()), list(known.values()))
     vocabulary = tokenizer.get_vocab()
@@ -68,7 +71,6 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
         if token not in vocabulary:
             tokenizer.add_tokens(token)
     tokens = tokenizer.get_vocab()
-    _check_fits(tokens, entry.source, models.reference)
     multiple = entry.pad_to_multiple_of or 1
     return OutputTokenizer(
         tokens=tokens,
@@ -98,15 +100,67 @@ class _Loader:
         self._class: Any = AutoTokenizer
         self._trust = trust_remote_code
 
-    def load(self, folder: Path) -> Any:
+    def load(self, folder: Path, size: int | None = None) -> Any:
+        """Load a tokenizer, without its tokens from row `size` on if that is not None."""
         try:
-            return self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
+            tokenizer = self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(
                 f"tokenizer: {folder} has none that transformers can load ({reason}); every model needs its tokenizer "
                 "files where vocabularies are merged"
             ) from error
+        if size is None or all(row < size for row in tokenizer.get_vocab().values()):
+            return tokenizer
+        with tempfile.TemporaryDirectory() as copy:
+            tokenizer.save_pretrained(copy)
+            if not (Path(copy) / "tokenizer.json").is_file():
+                raise CheckpointError(
+                    f"{folder}: its tokenizer has tokens beyond the embedding's {size} rows and no tokenizer.json to "
+                    "take them out of; need a tokenizer that fits its model"
+                )
+            _cut(Path(copy), size)
+            return self._class.from_pretrained(copy, trust_remote_code=self._trust, local_files_only=True)
+
+
+def _cut(folder: Path, size: int) -> None:
+    """Take the tokens from row `size` on out of a tokenizer's files."""
+    file = folder / "tokenizer.json"
+    data = json.loads(file.read_bytes())
+    model = data["model"]
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: (token, score) by row
+        gone = {token for token, _ in vocabulary[size:]}
+        model["vocab"] = vocabulary[:size]
+    else:
+        gone = {token for token, row in vocabulary.items() if row >= size}
+        model["vocab"] = {token: row for token, row in vocabulary.items() if row < size}
+    gone |= {token["content"] for token in data["added_tokens"] if token["id"] >= size}
+    data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < size]
+    if "merges" in model:
+        pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
+        model["merges"] = [merge for merge, pair in pairs if not gone & {*pair, "".join(pair)}]
+    file.write_bytes(json_bytes(data))
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file():
+            config = json.loads((folder / name).read_bytes())
+            (folder / name).write_bytes(json_bytes(_without(config, gone, size)))
+
+
+def _without(config: Mapping[str, Any], gone: set[str], size: int) -> dict[str, Any]:
+    """A tokenizer's configuration without the special and added tokens that are gone."""
+
+    def is_gone(value: Any) -> bool:
+        text = value.get("content") if isinstance(value, dict) else value
+        return isinstance(text, str) and text in gone
+
+    kept = {key: value for key, value in config.items() if not (key.endswith("_token") and is_gone(value))}
+    for key, value in kept.items():
+        if isinstance(value, list) and key.endswith("_tokens"):
+            kept[key] = [token for token in value if not is_gone(token)]
+    if "added_tokens_decoder" in kept:
+        kept["added_tokens_decoder"] = {row: t for row, t in kept["added_tokens_decoder"].items() if int(row) < size}
+    return kept
 
 
 def _used(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
@@ -128,16 +182,6 @@ def _add_union(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]
     present = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in plain if token not in present and token not in added])
     tokenizer.add_tokens(list(added.values()))
-
-
-def _check_fits(tokens: Mapping[str, int], source: str, reference: Model) -> None:
-    size = vocabulary_size(reference.config)
-    if source == BASE and size is not None and (beyond := [t for t, row in tokens.items() if row >= size]):
-        ends = f"{len(beyond)} tokens ({beyond[0]!r}, …)"
-        raise CheckpointError(
-            f"{reference.base_folder}: its tokenizer has {ends} beyond the embedding's {size} rows; need a tokenizer "
-            "that fits its model, or tokenizer: {source: union}, which leaves them out"
-        )
 
 
 def _saved(tokenizer: Any) -> dict[str, bytes]:

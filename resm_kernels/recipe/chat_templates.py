@@ -42,7 +42,7 @@ _HEADER_IDS: Final = (
 _INST: Final = (
     "{% set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
     "{{ bos_token }}"
-    "{% for message in messages[1:] if system else messages %}"
+    "{% for message in (messages[1:] if system else messages) %}"
     "{% if message['role'] != ('user' if loop.index0 is even else 'assistant') %}"
     "{{ raise_exception('after the system message, user and assistant must take turns') }}"
     "{% endif %}"

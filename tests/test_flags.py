@@ -1,0 +1,75 @@
+"""mergekit-yaml's options on our command line."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import Family, load_model
+from typer.testing import CliRunner
+
+from resm_kernels import cli
+from resm_kernels.flags import FLAGS, translate
+
+
+def test_options_that_are_ours_under_another_name() -> None:
+    given = ["recipe.yml", "out", "--cuda", "--out-shard-size", "5B", "-j", "4", "--out-shard-size=2M", "--overwrite"]
+    ours = "recipe.yml out --device cuda --max-shard-size 5000000000 --threads 4 --max-shard-size 2000000 --overwrite"
+    assert translate(given) == (ours.split(), [])
+    assert translate(["--out-shard-size", "5GB"])[0] == ["--max-shard-size", "5GB"]
+    assert translate(["a", "--", "--cuda"])[0] == ["a", "--", "--cuda"]
+
+
+def test_options_without_a_meaning_are_accepted_with_the_reason() -> None:
+    ours, notes = translate(["--lazy-unpickle", "a", "--transformers-cache", "somewhere", "--write-threads=3", "-vv"])
+    assert ours == ["a"]
+    assert notes == [
+        "--lazy-unpickle: only safetensors are read",
+        "--transformers-cache: models are local folders, nothing is downloaded",
+        "--write-threads: one thread keeps up with the disk",
+        "-vv: there is no log; --dry-run shows the plan",
+    ]
+
+
+def test_every_option_of_mergekit_yaml_is_understood() -> None:
+    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
+    from mergekit.scripts.run_yaml import main
+
+    runner = CliRunner()
+    help_text = runner.invoke(cli.app, ["merge", "--help"], env={"COLUMNS": "200"}).output
+    known = {name for flag in FLAGS for name in flag.names}
+    for parameter in main.params:
+        for name in [*parameter.opts, *parameter.secondary_opts]:
+            if name.startswith("-"):
+                assert name in known or name in help_text, name
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    """Run the command in this process; return its exit code and what it wrote to stderr."""
+    monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return int(exit_.value.code or 0), capsys.readouterr().err
+
+
+def test_command_lines_of_mergekit_users_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    family = Family(tmp_path)
+    (family.base_folder / "tokenizer.json").write_text("{}")
+    recipe = family.recipe_file()
+    given = ["merge", recipe, family.out, "--no-copy-tokenizer", "--lazy-unpickle", "--out-shard-size", "30K", "-q"]
+    code, err = run(monkeypatch, capsys, *given, "--no-write-model-card", "--no-trust-remote-code", "--allow-crimes")
+    assert (code, err) == (0, "no effect: --lazy-unpickle: only safetensors are read\n")
+    assert len(list(family.out.glob("*.safetensors"))) > 2 and len(load_model(family.out)) == 30
+    assert not list(family.out.glob("*tokenizer*")) and not (family.out / "README.md").exists()
+    for flag, why in [
+        ("--unsafe-truncate-embeddings", "tokenizer_source: base"),
+        ("--out-shard-size", "missing value"),
+    ]:
+        code, err = run(monkeypatch, capsys, "merge", recipe, family.out, flag)
+        assert code == 2 and err.startswith(f"error: {flag}: ") and why in err
+    code, err = run(monkeypatch, capsys, "info", "--lazy-unpickle")
+    assert code == 2 and "no effect" not in err
