@@ -137,7 +137,7 @@ def stats(
     checked = load_recipe(recipe)
     with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
         rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress, spectra=spectra)
-    experts = [entry.model for entry in checked.experts]
+    experts = [source.model for source in checked.parts[0].slices[0].experts]
     if json_file is None or str(json_file) != "-":
         # A pipe or a file has no width to fit into: wide enough that no column folds.
         wide = 300 if spectra else 200

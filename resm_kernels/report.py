@@ -41,8 +41,11 @@ def describe_plan(plan: MergePlan, out: str, free: int) -> str:
     copied = sum(job.copied for job in plan.jobs)
     tied = ", output head tied to the embedding" if plan.tied else ""
     dtypes = sorted({str(job.dtype).removeprefix("torch.") for job in plan.jobs})
+    built = plan.tokenizer
+    vocabulary = [] if built is None else [f"vocabulary    {len(built.tokens)} tokens, {built.rows} rows"]
     lines += [
         f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
+        *vocabulary,
         f"to read       {format_bytes(plan.bytes_read)}",
         f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight",
         f"output        {out}: {format_bytes(plan.output.nbytes)} in {len(plan.output.shards)} "

@@ -119,6 +119,9 @@ def test_card_says_what_was_merged_and_how_to_repeat_it(family: Family, monkeypa
     (family.root / "org").mkdir()
     family.folders[0].rename(family.root / "org" / "expert")
     models = [{"model": "org/expert", "parameters": {"density": 0.5}}, {"model": str(family.folders[1])}]
+    notes = family.folders[1] / ".cache" / "huggingface" / "download"
+    notes.mkdir(parents=True)
+    (notes / "config.json.metadata").write_text("0123abc\netag\n1.5\n")
     file = family.recipe_file(models=models)
     file.write_text("# a comment of the author's\n" + file.read_text())
     merge_checkpoints(file, family.out)
@@ -131,7 +134,7 @@ def test_card_says_what_was_merged_and_how_to_repeat_it(family: Family, monkeypa
         __version__,
         f"[TIES](https://arxiv.org/abs/2306.01708), with {family.base_folder} as the base model.",
         "* [org/expert](https://huggingface.co/org/expert)\n",
-        f"* {family.folders[1]}\n",
+        f"* {family.folders[1]} (revision 0123abc)\n",
         "```yaml\n# a comment of the author's\n",
     ):
         assert part in card

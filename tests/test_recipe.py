@@ -182,6 +182,7 @@ def test_errors_in_a_file_name_the_line(tmp_path: Path) -> None:
     ("text", "part"),
     [
         ("merge_method: [", "r.yml:1: not valid YAML"),
+        ("merge_method: ties\n---\nmerge_method: linear\n", "r.yml:3: a second document; merges in several stages"),
         ("- a\n- b\n", "got list, need a mapping"),
         ("", "got NoneType, need a mapping"),
         (

@@ -210,6 +210,18 @@ def test_stats_of_slices(family: Family) -> None:
     recipe = slices_of([source(base, 0, 2), source(a, 0, 2, weight=0.5)], merge_method="ties", base_model=str(base))
     names = [row.name for row in checkpoint_stats(recipe)]
     assert len(names) == 2 * 9 + 3 and "model.layers.1.mlp.up_proj.weight" in names
+    recipe["slices"].append({"sources": [source(base, 0, 1), source(family.folders[1], 0, 1)]})
+    with pytest.raises(MergeError, match="slices: statistics need the same experts everywhere"):
+        checkpoint_stats(recipe)
+
+
+def test_dry_run_shows_slices(family: Family) -> None:
+    from resm_kernels.report import describe_plan
+
+    a, b = family.folders[:2]
+    with plan_merge(slices_of([source(a, 0, 2, weight=0.5)], [source(b, 1, 3)])) as plan:
+        text = describe_plan(plan, "out", 10**9)
+    assert f"expert        {a}  (layers 0 to 1, weight = 0.5)\nexpert        {b}  (layers 1 to 2)" in text
 
 
 # Modules.

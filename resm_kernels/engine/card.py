@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 import yaml
 
 from resm_kernels._version import __version__
+from resm_kernels.engine.models import OpenedModels
 from resm_kernels.recipe import Recipe
 
 _HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def card(recipe: Recipe, title: str) -> Mapping[str, bytes]:
+def card(recipe: Recipe, models: OpenedModels, title: str) -> Mapping[str, bytes]:
     """Return README.md, with the hub's metadata, and the recipe as mergekit_config.yml (the name tools look for).
 
     `base_model` of the metadata lists the models whose names in the recipe have the form of hub ids, such as
-    org/model: a folder of that name, where the recipe was run.
+    org/model: a folder of that name, where the recipe was run. Models that were downloaded from the hub are listed with
+    their revision.
     """
     names = list(
         dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(s.model for s in recipe.sources)])
@@ -27,6 +30,7 @@ def card(recipe: Recipe, title: str) -> Mapping[str, bytes]:
     metadata = {"base_model": hub, "library_name": "transformers", "tags": ["mergekit", "merge", "resm-kernels"]}
     method = recipe.method
     base = f", with {_link(recipe.base_model)} as the base model" if recipe.base_model else ""
+    revisions = {source.model: _revision(model.folder) for source, model in models.of.items()}
     merged = [name for name in names if name != recipe.base_model]
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -41,7 +45,7 @@ A merge of pre-trained language models, made with resm-kernels {__version__}.
 
 ## Models
 
-{chr(10).join(f"* {_link(name)}" for name in merged)}
+{chr(10).join(f"* {_link(name)}{revisions.get(name, '')}" for name in merged)}
 
 ## Recipe
 
@@ -54,3 +58,12 @@ A merge of pre-trained language models, made with resm-kernels {__version__}.
 
 def _link(name: str) -> str:
     return " + ".join(f"[{p}](https://huggingface.co/{p})" if _HUB_ID.fullmatch(p) else p for p in name.split("+"))
+
+
+def _revision(folder: Path) -> str:
+    """The commit of the hub that a folder was downloaded from, as the hub's client has noted it; "" if it has not."""
+    note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
+    found = folder.resolve().name if folder.resolve().parent.name == "snapshots" else ""
+    if note.is_file():
+        found = note.read_text(encoding="utf-8").partition("\n")[0].strip()
+    return f" (revision {found})" if found else ""

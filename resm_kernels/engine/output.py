@@ -65,7 +65,7 @@ def output_files(
         _set_special(generation, tokenizer, tokenizer.known[folder])
         files[_GENERATION] = json_bytes(generation)
     if model_card is not None:
-        files |= card(recipe, model_card)
+        files |= card(recipe, models, model_card)
     return files
 
 

@@ -134,6 +134,9 @@ def checkpoint_stats(
     recipe = load_recipe(recipe)
     if recipe.base_model is None:
         raise MergeError("base_model: missing; statistics are of the differences from a base model")
+    lists = [[source.model for source in piece.experts] for part in recipe.parts for piece in part.slices]
+    if any(names != lists[0] for names in lists):
+        raise MergeError("slices: statistics need the same experts everywhere, got several lists of them")
     if recipe.merge_method != "resm":
         recipe = _as_resm(recipe)
     rows: list[TensorStats] = []

@@ -38,7 +38,13 @@ def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> 
     name = os.fspath(source)
     try:
         text = Path(name).expanduser().read_text(encoding="utf-8")
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        roots = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
+        if len(roots) > 1:
+            raise RecipeError(
+                f"{name}:{roots[1].start_mark.line + 1}: a second document; merges in several stages (mergekit-multi) "
+                "are not supported: put each stage into a file of its own and run them in order"
+            )
+        root = roots[0] if roots else None
         data = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
