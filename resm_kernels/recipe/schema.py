@@ -237,12 +237,14 @@ class Recipe(BaseModel):
         except ValueError as error:
             raise ProblemAt(("merge_method",), str(error)) from None
         self._check_choices()
-        if method.needs_base and self.base_model is None and self.slices is None:
-            raise ProblemAt(("base_model",), f"missing; {method.name} merges differences from a base model")
         for part in self.parts:
-            whole = part.slices[0].sources[0].layers is None
+            sources = part.slices[0].sources
+            if sources[0].layers is not None:
+                continue
+            if method.needs_base and self.base_model is None:
+                raise ProblemAt(("base_model",), f"missing; {method.name} merges differences from a base model")
             averages = not self._merges_differences(self.base_model)
-            if whole and averages and not any(s.is_model(self.reference) for s in part.slices[0].sources):
+            if averages and not any(source.is_model(self.reference) for source in sources):
                 # mergekit averages it in as if it were listed; silence either way would surprise half of the users.
                 message = f"{method.name} averages models: list the base model under models too, or remove base_model"
                 raise ProblemAt(("base_model",), message)
