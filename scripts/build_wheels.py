@@ -38,7 +38,9 @@ def said(*command: object) -> str:
 
 
 def version_of(python: object) -> tuple[int, int] | None:
-    """The interpreter's version; None if it does not run (pyenv has names on PATH that lead nowhere)."""
+    """The interpreter's version; None if there is none or it does not run (pyenv's names on PATH may lead nowhere)."""
+    if shutil.which(str(python)) is None:
+        return None
     found = re.fullmatch(r"(\d+) (\d+)", said(python, "-c", "import sys; print(*sys.version_info[:2])"))
     return (int(found[1]), int(found[2])) if found else None
 

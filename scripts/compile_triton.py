@@ -1,8 +1,8 @@
 """Compiles every Triton kernel ahead of time, with no GPU, and holds registers, spills and shared memory to limits.
 
-For the GPUs of `TARGETS`; a table of what each kernel takes is printed. Fails if a kernel spills or takes more shared
-memory than these GPUs have for a block, or if one that is bound by memory does not read 16 bytes at a
-time on NVIDIA's.
+For the GPUs of `TARGETS`; a table of what each kernel takes is printed. Fails if a kernel spills more than a pair of
+registers or takes more shared memory than these GPUs have for a block, or if one that is bound by memory does not read
+16 bytes at a time on NVIDIA's.
 
     python scripts/compile_triton.py
 """
@@ -38,6 +38,8 @@ from resm_kernels.triton import (
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
 MOST_SHARED = {"cuda": 99 << 10, "hip": 64 << 10}
 """Bytes a block: what the smaller GPUs from sm_80 on have (sm_86, sm_120), and gfx942."""
+MOST_SPILLED = {"cuda": 8, "hip": 0}
+"""Bytes a thread (AMD: registers). At times ptxas parks one or two registers to fit one more block; more is a loss."""
 WIDE = re.compile(r"ld\.global[^;]*\.(v4\.b32|v2\.b64|v4\.b64|v8\.b32)")
 """Loads of 16 bytes or more in PTX."""
 
@@ -132,7 +134,7 @@ def cases() -> Iterator[Case]:
                 {"inner_stride": 1, "HAS_BASE": True, "ENERGY": energy, "BASE": dtype, "EXPERT": dtype}
                 | {"COMPUTE": compute, "PRECISION": "tf32x3", "ROWS": _delta_product.ROWS}
                 | {"COLUMNS": _delta_product.COLUMNS, "INNER": _delta_product.INNER[compute]},
-                {"num_warps": _delta_product.WARPS, "num_stages": _delta_product.STAGES},
+                {"num_warps": _delta_product.WARPS, "num_stages": _delta_product.STAGES, "enable_fp_fusion": True},
             )
     yield Case(
         "delta_stats totals",
@@ -182,7 +184,7 @@ def compiled(case: Case, target: GPUTarget) -> Any:
         if kind.startswith("*") or name in SIZES
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options=case.options)
+    return triton.compile(source, target=target, options={"enable_fp_fusion": False} | case.options)
 
 
 def resources(kernel: Any, target: GPUTarget) -> tuple[int, int]:
@@ -207,6 +209,7 @@ def resources(kernel: Any, target: GPUTarget) -> tuple[int, int]:
 
 def main() -> None:
     failures = []
+    print(f"Triton {triton.__version__}")
     print(f"{'kernel':<36}" + "".join(f"{f'{t.backend} {t.arch}':>26}" for t in TARGETS))
     print(f"{'':<36}" + f"{'registers spills shared':>26}" * len(TARGETS))
     for case in cases():
@@ -215,7 +218,7 @@ def main() -> None:
             kernel = compiled(case, target)
             registers, spills = resources(kernel, target)
             cells.append(f"{registers:>11} {spills:>6} {kernel.metadata.shared:>7}")
-            if spills or kernel.metadata.shared > MOST_SHARED[target.backend]:
+            if spills > MOST_SPILLED[target.backend] or kernel.metadata.shared > MOST_SHARED[target.backend]:
                 failures.append(
                     f"{case.name} on {target.arch}: {spills} spilled, {kernel.metadata.shared} bytes shared"
                 )

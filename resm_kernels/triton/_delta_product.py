@@ -116,5 +116,6 @@ def delta_product(
                 INNER=step,
                 num_warps=WARPS,
                 num_stages=STAGES,
+                enable_fp_fusion=True,
             )
     return Product(out.sum(0) if parts > 1 else out[0], squares.sum() if energy else None)

@@ -137,9 +137,10 @@ def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]
                     BLOCKS=BLOCKS,
                     BINS=BINS,
                     num_warps=WARPS,
+                    enable_fp_fusion=False,
                 )
                 choose_kernel[(found.numel(),)](
-                    found, ranks, frequencies, WIDTH=above - low, BINS=BINS, num_warps=WARPS
+                    found, ranks, frequencies, WIDTH=above - low, BINS=BINS, num_warps=WARPS, enable_fp_fusion=False
                 )
                 above = low
             sizes = found.to(torch.int32).view(torch.float32) if compute == torch.float32 else found.view(torch.float64)

@@ -58,5 +58,6 @@ def random_matrix(n: int, columns: int, seed: int, first_column: int = 0, device
                 ROWS=ROWS,
                 PAIRS=PAIRS,
                 num_warps=WARPS,
+                enable_fp_fusion=False,
             )
     return out
