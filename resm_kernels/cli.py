@@ -50,8 +50,11 @@ def merge(
     memory_limit: MemoryOption = "512MiB",
     threads: ThreadsOption = None,
     device: Annotated[
-        str, typer.Option(help="Where to compute: cpu, cuda, cuda:N, or auto, a GPU if there is one.")
+        str, typer.Option(help="Where to compute: cpu; cuda, cuda:N, cuda:0,cuda:1, cuda:all; auto, a GPU if any.")
     ] = "cpu",
+    device_memory: Annotated[
+        str | None, typer.Option(help="Tensors on each GPU, such as 20GB. Default: 0.8 of what is free there.")
+    ] = None,
     copy_tokenizer: Annotated[
         bool, typer.Option(help="Copy the tokenizer's files if the recipe does not ask for a tokenizer of its own.")
     ] = True,
@@ -69,7 +72,7 @@ def merge(
 
     sources = {"mixed_architectures": allow_crimes, "trust_remote_code": trust_remote_code}
     if dry_run:
-        _dry_run(recipe, out, max_shard_size=max_shard_size, overwrite=overwrite, memory_limit=memory_limit, **sources)
+        _dry_run(recipe, out, max_shard_size, overwrite, memory_limit, device, device_memory, **sources)
         return
     from rich.console import Console
 
@@ -84,6 +87,7 @@ def merge(
             memory_limit=memory_limit,
             threads=threads,
             device=device,
+            device_memory=device_memory,
             progress=progress,
             copy_tokenizer=copy_tokenizer,
             model_card=write_model_card,
@@ -93,15 +97,28 @@ def merge(
         typer.echo(closing_line(report))
 
 
-def _dry_run(recipe: Path, out: Path, *, overwrite: bool, **choices: Any) -> None:
+def _dry_run(
+    recipe: Path,
+    out: Path,
+    max_shard_size: str,
+    overwrite: bool,
+    memory_limit: str,
+    device: str,
+    device_memory: str | None,
+    **sources: bool,
+) -> None:
     from resm_kernels.checkpoint import check_output_folder
     from resm_kernels.checkpoint.writer import free_bytes
     from resm_kernels.engine import plan_merge
+    from resm_kernels.engine.cuda import open_devices
+    from resm_kernels.engine.merge import window_of
     from resm_kernels.report import describe_plan
 
-    with plan_merge(recipe, **choices) as plan:
+    devices = open_devices(device, device_memory)
+    with plan_merge(recipe, max_shard_size=max_shard_size, memory_limit=memory_limit, **sources) as plan:
         folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
-        typer.echo(describe_plan(plan, str(folder), free_bytes(folder)))
+        window = window_of(plan, devices, memory_limit)
+        typer.echo(describe_plan(plan, str(folder), free_bytes(folder), window, devices))
 
 
 @app.command()

@@ -14,17 +14,25 @@ from rich.console import Console
 from rich.table import Table
 
 from resm_kernels.checkpoint.format import format_bytes
+from resm_kernels.engine.device import device_need
 
 if TYPE_CHECKING:
-    from resm_kernels.engine import MergePlan, MergeReport, TensorStats
+    from resm_kernels.engine import MergePlan, MergeReport, TensorStats, Window
+    from resm_kernels.engine.device import Device
     from resm_kernels.recipe import Part, Setting, Slice
 
 _LINE_EVERY: Final = 10.0
 """Seconds between progress lines where there is no terminal to draw a bar on."""
 
 
-def describe_plan(plan: MergePlan, out: str, free: int) -> str:
-    """Return the dry run's text: what would be done, what it would take, nothing of it done."""
+def describe_plan(plan: MergePlan, out: str, free: int, window: Window, devices: Sequence[Device]) -> str:
+    """Return the dry run's text: what would be done, what it would take, nothing of it done.
+
+    Args:
+        plan, window, devices: What would be done, in which memory, on which GPUs.
+        out: The output folder.
+        free: Free disk space there, in bytes.
+    """
     recipe = plan.recipe
     lines = [
         f"method        {plan.method.name} ({plan.method.title})",
@@ -47,7 +55,8 @@ def describe_plan(plan: MergePlan, out: str, free: int) -> str:
         f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
         *vocabulary,
         f"to read       {format_bytes(plan.bytes_read)}",
-        f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight",
+        f"memory bound  {format_bytes(window.bound)} of tensor data in flight",
+        *(_device_line(plan, device) for device in devices),
         f"output        {out}: {format_bytes(plan.output.nbytes)} in {len(plan.output.shards)} "
         f"file{'s' if len(plan.output.shards) > 1 else ''}, {', '.join(dtypes)}",
         f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
@@ -66,6 +75,15 @@ def _describe_slice(part: Part, piece: Slice) -> list[str]:
     return lines
 
 
+def _device_line(plan: MergePlan, device: Device) -> str:
+    line = f"device        {device.name}, {format_bytes(device.memory_limit)} for tensors"
+    if not plan.jobs:
+        return line
+    job = max(plan.jobs, key=device_need)
+    enough = "" if device_need(job) <= device.memory_limit else ": NOT ENOUGH"
+    return f"{line}; the largest takes {format_bytes(device_need(job))} ({job.name}){enough}"
+
+
 def _setting(setting: Setting) -> str:
     parts = []
     for rule in setting.rules:
@@ -75,10 +93,12 @@ def _setting(setting: Setting) -> str:
 
 
 def closing_line(report: MergeReport) -> str:
-    """Return the line that ends a merge: what, how long, where."""
+    """Return the line that ends a merge: what, how long, where, and how busy GPUs were."""
+    busy = ", ".join(f"{use.name} {report.busy_share(use):.0%}" for use in report.devices)
     return (
         f"merged {report.tensors} tensors with {report.method} in {report.seconds:.1f} s "
-        f"({format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written): {report.out}"
+        f"({format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
+        f"{f'; busy: {busy}' if busy else ''}): {report.out}"
     )
 
 

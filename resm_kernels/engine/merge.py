@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from resm_kernels.checkpoint import CheckpointWriter, check_output_folder
-from resm_kernels.engine.device import device_of
+from resm_kernels.checkpoint import CheckpointWriter, check_output_folder, parse_size
+from resm_kernels.engine.cuda import open_devices
+from resm_kernels.engine.device import Device, DeviceUse
 from resm_kernels.engine.models import MergeError
+from resm_kernels.engine.overlap import DevicePipeline, DeviceTimings
 from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergePlan, TensorJob, plan_merge
-from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline
+from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline, Window
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.ops import NonFiniteError
+from resm_kernels.ops._library import Check, check_values, collected_checks
 from resm_kernels.recipe import Recipe
 
 Progress = Callable[[int, int], None]
@@ -36,11 +40,14 @@ class MergeReport:
         bytes_written: Bytes of weight files written.
         seconds: Wall time, from reading the recipe to the final rename.
         read_wait: Seconds of it that computation waited for data.
-        compute: Seconds spent computing.
-        write_wait: Seconds that computation waited for earlier results to be written.
+        compute: Seconds spent computing; with GPUs, the longest that one's thread was in the method.
+        write_wait: Seconds that computation waited for earlier results to be written; with GPUs, also those from the
+            last copy there to the last result written.
         commit: Seconds spent flushing to disk and renaming.
-        memory_bound: Bytes of tensor data that may be in flight at once.
+        memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
         memory_peak: The most that were.
+        device_wait: Seconds that data waited for room on a GPU.
+        devices: What each GPU did; none if the CPU did.
     """
 
     out: Path
@@ -55,6 +62,12 @@ class MergeReport:
     commit: float
     memory_bound: int
     memory_peak: int
+    device_wait: float = 0.0
+    devices: tuple[DeviceUse, ...] = ()
+
+    def busy_share(self, device: DeviceUse) -> float:
+        """Of the wall time, the share in which a copy or a computation was under way on that GPU."""
+        return device.busy / self.seconds
 
 
 def merge_checkpoints(
@@ -66,6 +79,7 @@ def merge_checkpoints(
     memory_limit: str | int = DEFAULT_WINDOW,
     threads: int | None = None,
     device: str | torch.device = "cpu",
+    device_memory: str | int | None = None,
     progress: Progress | None = None,
     copy_tokenizer: bool = True,
     model_card: bool = True,
@@ -84,11 +98,15 @@ def merge_checkpoints(
         max_shard_size: Most bytes of tensor data in one output file ("5GB", "512MiB", or a number of bytes).
         overwrite: Replace `out` if it is a model folder already; the old one goes only when the new one is complete.
         memory_limit: Bytes of tensor data to keep in flight; more only if the largest tensor alone needs more (see
-            `plan_merge(...).window.bound`).
+            `plan_merge(...).window.bound`). With GPUs this memory is pinned, and does not count the method's workspace,
+            which is theirs.
         threads: Threads to compute with; None leaves torch's setting.
-        device: Where to compute: "cpu", "cuda", "cuda:N", or "auto", the first GPU that torch sees, else the CPU. A GPU
-            holds one tensor's inputs, result and workspace at a time.
-        progress: Called as `progress(bytes done, bytes in all)` after each tensor, in the calling thread.
+        device: Where to compute: "cpu"; "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1" or "cuda:all"; "auto", a GPU
+            if torch sees one, else the CPU. GPUs of one kind give the same results however many there are.
+        device_memory: Bytes that tensors under way may take on each GPU, by default 0.8 of what is free there; a tensor
+            that needs more when it is alone is an error.
+        progress: Called as `progress(bytes done, bytes in all)` after each tensor, in the calling thread; with GPUs,
+            when tensors were written.
         copy_tokenizer: Copy the tokenizer's files if the recipe does not ask for a tokenizer of its own.
         model_card: Write README.md, which says what was merged and how, and the recipe as mergekit_config.yml.
         mixed_architectures: Merge models of different architectures if their tensors have the same names and shapes.
@@ -96,9 +114,9 @@ def merge_checkpoints(
 
     Raises:
         RecipeError, CheckpointError, MergeError: All are ValueErrors; the message names file, tensor and need.
-        ValueError: A device that there is not.
+        ValueError: A device that there is not, or more memory than it has.
     """
-    started, place = time.perf_counter(), device_of(device)
+    started, devices = time.perf_counter(), open_devices(device, device_memory)
     with plan_merge(
         recipe,
         max_shard_size=max_shard_size,
@@ -109,13 +127,8 @@ def merge_checkpoints(
         folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
         files = plan.auxiliary_files(copy_tokenizer=copy_tokenizer, model_card=folder.name if model_card else None)
         with _threads(threads), CheckpointWriter(folder, plan.output, files) as writer:
-            timings = Pipeline(
-                jobs=plan.jobs,
-                window=plan.window,
-                compute=lambda job, tensors: compute_tensor(plan, job, tensors, place),
-                write=lambda job, result: writer.write(job.name, result),
-                progress=progress,
-            ).run()
+            pipeline = _pipeline(plan, writer, devices, window_of(plan, devices, memory_limit), progress)
+            timings = pipeline.run()
             computed = time.perf_counter()
             writer.commit()
     finished = time.perf_counter()
@@ -130,35 +143,96 @@ def merge_checkpoints(
         compute=timings.compute,
         write_wait=timings.write_wait,
         commit=finished - computed,
-        memory_bound=plan.window.bound,
+        memory_bound=pipeline.window.bound,
         memory_peak=timings.peak_bytes,
+        device_wait=timings.device_wait if isinstance(timings, DeviceTimings) else 0.0,
+        devices=timings.devices if isinstance(timings, DeviceTimings) else (),
     )
 
 
-def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor], device: torch.device) -> torch.Tensor:
-    """Merge one tensor on a device, turning what the method objects to into an error that names tensor and model.
+def window_of(plan: MergePlan, devices: Sequence[Device], memory_limit: str | int) -> Window:
+    """How a merge on these devices, or with none on the CPU, shares out the CPU's memory."""
+    return Window.staging(plan.jobs, parse_size(memory_limit, "memory_limit")) if devices else plan.window
 
-    The result is on the CPU.
+
+def _pipeline(
+    plan: MergePlan, writer: CheckpointWriter, devices: Sequence[Device], window: Window, progress: Progress | None
+) -> Pipeline:
+    def write(job: Job, result: torch.Tensor) -> None:
+        writer.write(job.name, result)
+
+    if not devices:
+        compute = functools.partial(compute_tensor, plan)
+        return Pipeline(jobs=plan.jobs, window=window, compute=compute, write=write, progress=progress)
+    return DevicePipeline(
+        jobs=plan.jobs,
+        window=window,
+        compute=functools.partial(start_tensor, plan),
+        stays=_is_copied,
+        copy=copied_tensor,
+        write=write,
+        progress=progress,
+        devices=devices,
+    )
+
+
+def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Merge one tensor on the CPU, turning what the method objects to into an error that names tensor and model."""
+    return copied_tensor(job, tensors) if _is_copied(job) else _merged(plan, job, tensors)
+
+
+def start_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[Check]]:
+    """Merge one tensor on a GPU, which need not be done yet; return the result, and what is to be checked when it is.
+
+    Waiting for a check would leave the GPU without work until the next tensor is begun.
     """
+    with collected_checks() as checks:
+        try:
+            result = _merged(plan, job, tensors).contiguous()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:
+            for values, check in checks:  # what is wrong with the input comes before what came of it
+                _judge(job, check, values.cpu())
+            raise
+    return result, [(values, functools.partial(_judge, job, check)) for values, check in checks]
+
+
+def _judge(job: Job, check: Callable[[torch.Tensor], None], values: torch.Tensor) -> None:
+    with _problems_named(job):
+        check(values)
+
+
+def _merged(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
     assert isinstance(job, TensorJob)
-    if job.copied:
-        return _copy_buffer(job, tensors)
-    tensors = [t.to(device) for t in tensors]
     base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
-    try:
+    with _problems_named(job):
         if job.factors is not None:
             result = _merge_factors(plan, job, tensors)
         else:
             result = plan.method(base, experts, out_dtype=job.dtype, **job.parameters)
+        if job.dtype == torch.float16:
+            check_values(torch.isfinite(result).all(), _check_range)
+    return result
+
+
+def _check_range(is_finite: torch.Tensor) -> None:
+    if not bool(is_finite):
+        raise ValueError("merged values exceed float16's range (65504); need out_dtype: bfloat16 or float32")
+
+
+@contextlib.contextmanager
+def _problems_named(job: Job) -> Iterator[None]:
+    assert isinstance(job, TensorJob)
+    try:
+        yield
     except NonFiniteError as error:
-        raise _non_finite(job, error) from error
+        raise MergeError(
+            f"{job.folder(error.index)}: tensor {job.name!r} holds {error.count} NaN or infinite values; the model is "
+            "damaged"
+        ) from error
     except (ValueError, TypeError) as error:
         raise MergeError(f"tensor {job.name!r}: {error}") from error
-    if job.dtype == torch.float16 and not bool(torch.isfinite(result).all()):
-        raise MergeError(
-            f"tensor {job.name!r}: merged values exceed float16's range (65504); need out_dtype: bfloat16 or float32"
-        )
-    return result.cpu()
 
 
 def _merge_factors(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -170,12 +244,14 @@ def _merge_factors(plan: MergePlan, job: TensorJob, tensors: list[torch.Tensor])
     return merge_factors(base, experts, plan.method.name, out_dtype=job.dtype, **job.parameters)
 
 
-def _non_finite(job: TensorJob, error: NonFiniteError) -> MergeError:
-    folder = job.folder(error.index)
-    return MergeError(f"{folder}: tensor {job.name!r} holds {error.count} NaN or infinite values; the model is damaged")
+def _is_copied(job: Job) -> bool:
+    assert isinstance(job, TensorJob)
+    return job.copied
 
 
-def _copy_buffer(job: TensorJob, tensors: list[torch.Tensor]) -> torch.Tensor:
+def copied_tensor(job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+    """The tensor of a job that copies one, which all models must have alike."""
+    assert isinstance(job, TensorJob)
     for folder, tensor in zip(job.folders[1:], tensors[1:], strict=True):
         if not torch.equal(tensor, tensors[0]):
             raise MergeError(

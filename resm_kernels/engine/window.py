@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import mmap
 import threading
 import time
@@ -43,10 +44,16 @@ class Job:
     @property
     def segment(self) -> int:
         """Bytes the inputs take in the ring, each aligned; never none, so that no two segments start together."""
-        return max(sum(_aligned(info.nbytes) for _, info in self.inputs), _ALIGNMENT)
+        return max(sum(aligned(info.nbytes) for _, info in self.inputs), _ALIGNMENT)
+
+    @property
+    def output_segment(self) -> int:
+        """Bytes the result takes in a ring of its own."""
+        return max(aligned(self.output_bytes), _ALIGNMENT)
 
 
-def _aligned(nbytes: int) -> int:
+def aligned(nbytes: int) -> int:
+    """Bytes that so many take in a ring."""
     return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
@@ -81,6 +88,18 @@ class Window:
         ring = min(max(limit - outputs - workspace, largest_input), sum(j.segment for j in jobs))
         return cls(ring, outputs, workspace)
 
+    @classmethod
+    def staging(cls, jobs: Sequence[Job], limit: int) -> Window:
+        """The window for jobs that are computed on GPUs: two rings, in and out, that hold as many tensors each.
+
+        The workspace is the GPU's (`engine.device.DeviceMemory`).
+        """
+        inputs, results = sum(j.segment for j in jobs), sum(j.output_segment for j in jobs)
+        largest_input = max((j.segment for j in jobs), default=0)
+        largest_output = max((j.output_segment for j in jobs), default=0)
+        outputs = max(limit * results // max(inputs + results, 1), largest_output)
+        return cls(min(max(limit - outputs, largest_input), inputs), min(outputs, results), 0)
+
 
 @dataclass
 class Timings:
@@ -92,8 +111,8 @@ class Timings:
     peak_bytes: int = 0
 
 
-class _Ring:
-    """First-in-first-out allocation of contiguous segments in one block of memory."""
+class Ring:
+    """Allocation of contiguous segments in one block of memory, which is theirs again in the order they were given."""
 
     def __init__(self, size: int) -> None:
         self._size = max(size, _ALIGNMENT)
@@ -101,8 +120,9 @@ class _Ring:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):
                 block.madvise(mmap.MADV_HUGEPAGE)
-        self._memory = torch.frombuffer(block, dtype=torch.uint8)
+        self.memory = torch.frombuffer(block, dtype=torch.uint8)
         self._live: deque[tuple[int, int]] = deque()
+        self._freed: set[int] = set()
         self.used = 0
 
     def allocate(self, size: int) -> int | None:
@@ -123,20 +143,27 @@ class _Ring:
         self.used += size
         return start
 
-    def free_oldest(self) -> None:
-        start, end = self._live.popleft()
-        self.used -= end - start
+    def free(self, start: int) -> None:
+        """Give back the segment that starts there; it is used again when all given out before it are back too."""
+        self._freed.add(start)
+        while self._live and self._live[0][0] in self._freed:
+            oldest, end = self._live.popleft()
+            self._freed.remove(oldest)
+            self.used -= end - oldest
+
+    def view(self, start: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
+        nbytes = math.prod(shape) * dtype.itemsize
+        return self.memory[start : start + nbytes].view(dtype).view(shape)
 
     def views(self, start: int, job: Job) -> list[torch.Tensor]:
         tensors = []
         for _, info in job.inputs:
-            piece = self._memory[start : start + info.nbytes]
-            tensors.append(piece.view(info.dtype).view(info.shape))
-            start += _aligned(info.nbytes)
+            tensors.append(self.view(start, info.dtype, info.shape))
+            start += aligned(info.nbytes)
         return tensors
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        return tensor.untyped_storage().data_ptr() == self._memory.untyped_storage().data_ptr()
+        return tensor.untyped_storage().data_ptr() == self.memory.untyped_storage().data_ptr()
 
 
 @dataclass
@@ -162,17 +189,10 @@ class Pipeline:
 
     def run(self) -> Timings:
         """Do all jobs. An exception in any thread, or an interrupt, stops all of them and is raised here."""
-        self._changed = threading.Condition()
-        self._ring = _Ring(self.window.ring)
-        self._ready: deque[list[torch.Tensor]] = deque()
-        self._results: deque[tuple[Job, torch.Tensor]] = deque()
-        self._output_bytes = 0
-        self._workspace = 0
-        self._stopping = False
-        self._failure: BaseException | None = None
+        self._prepare()
         threads = [
-            threading.Thread(target=self._guarded, args=(loop,), name=f"resm-{loop.__name__.strip('_')}", daemon=True)
-            for loop in (self._read_ahead, self._write_behind)
+            threading.Thread(target=self._guarded, args=(loop,), name=f"resm-{name}", daemon=True)
+            for name, loop in self._loops().items()
         ]
         try:
             for thread in threads:
@@ -187,6 +207,20 @@ class Pipeline:
                     thread.join()
         return self.timings
 
+    def _prepare(self) -> None:
+        self._changed = threading.Condition()
+        self._ring = Ring(self.window.ring)
+        self._ready: deque[tuple[int, list[torch.Tensor]]] = deque()
+        self._results: deque[tuple[Job, torch.Tensor]] = deque()
+        self._output_bytes = 0
+        self._workspace = 0
+        self._stopping = False
+        self._failure: BaseException | None = None
+
+    def _loops(self) -> dict[str, Callable[[], None]]:
+        """What other threads do, by the threads' names."""
+        return {"read": self._read_ahead, "write": self._write_behind}
+
     def _compute_all(self) -> None:
         total = sum(j.input_bytes + j.output_bytes for j in self.jobs)
         done = 0
@@ -194,7 +228,7 @@ class Pipeline:
             started = time.perf_counter()
             with self._changed:
                 self._wait_for(lambda: bool(self._ready))
-                tensors = self._ready.popleft()
+                start, tensors = self._ready.popleft()
             self.timings.read_wait += (got := time.perf_counter()) - started
             with self._changed:
                 self._wait_for(functools.partial(self._has_room, job.output_bytes))
@@ -208,7 +242,7 @@ class Pipeline:
             self.timings.compute += time.perf_counter() - begun
             with self._changed:
                 del tensors
-                self._ring.free_oldest()
+                self._ring.free(start)
                 self._workspace = 0
                 if result is None:
                     self._output_bytes -= job.output_bytes
@@ -226,20 +260,25 @@ class Pipeline:
 
     def _read_ahead(self) -> None:
         for job in self.jobs:
-            with self._changed:
-                while (start := self._ring.allocate(job.segment)) is None and not self._stopping:
-                    self._changed.wait()
-                if start is None or self._stopping:
-                    return
-                self._note_peak()
+            start = self._segment_for(job)
+            if start is None:
+                return
             tensors = self._ring.views(start, job)
             for (reader, info), tensor in zip(job.inputs, tensors, strict=True):
                 if self._stopping:
                     return
                 reader.read_into(info, tensor)
             with self._changed:
-                self._ready.append(tensors)
+                self._ready.append((start, tensors))
                 self._changed.notify_all()
+
+    def _segment_for(self, job: Job) -> int | None:
+        """A place in the ring, waited for; None if all is to stop."""
+        with self._changed:
+            while (start := self._ring.allocate(job.segment)) is None and not self._stopping:
+                self._changed.wait()
+            self._note_peak()
+            return None if self._stopping else start
 
     def _write_behind(self) -> None:
         while True:
@@ -266,6 +305,12 @@ class Pipeline:
 
     def _wait_for(self, condition: Callable[[], bool]) -> None:
         self._changed.wait_for(lambda: self._failure is not None or condition())
+        if self._failure is not None:
+            raise self._failure
+
+    def _wait(self) -> None:
+        if self._failure is None:
+            self._changed.wait()
         if self._failure is not None:
             raise self._failure
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import numbers
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final
 
 import numpy as np
@@ -20,6 +22,10 @@ FLOAT_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat
 
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")
 _DISPATCH: Final[dict[str, dict[str, str]]] = {}
+_collecting: Final = threading.local()
+
+Check = tuple[Tensor, Callable[[Tensor], None]]
+"""Values that an op computed, and what raises an error if, on the CPU, they show that its input was bad."""
 
 
 class NonFiniteError(ValueError):
@@ -170,6 +176,46 @@ def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor], where: str =
         count = tensor.numel() - int(torch.isfinite(tensor).sum())
         if count:
             raise NonFiniteError(where + name, index, count)
+
+
+def raise_counted(counts: Tensor, where: Sequence[str]) -> None:
+    """Raise the NonFiniteError of the first input that has NaN or infinity, if one has.
+
+    Args:
+        counts: (L, 1 + T), of each tensor's base and experts, on the CPU.
+        where: Put before the arguments' names in errors, one for each of the L.
+    """
+    for row, place in zip(counts.tolist(), where, strict=True):
+        for i, count in enumerate(row):
+            if count:
+                raise NonFiniteError(place + ("base" if i == 0 else f"experts[{i - 1}]"), i - 1 if i else None, count)
+
+
+def check_values(values: Tensor, check: Callable[[Tensor], None]) -> None:
+    """Call `check` with the values on the CPU: now, or within `collected_checks`, by whoever collects.
+
+    Only for checks whose outcome changes nothing but whether there is an error: reading values from a GPU waits for all
+    that it was asked to do before.
+    """
+    found: list[Check] | None = getattr(_collecting, "checks", None)
+    if found is None:
+        check(values.cpu())
+    else:
+        found.append((values, check))
+
+
+@contextmanager
+def collected_checks() -> Iterator[list[Check]]:
+    """Within it, on the calling thread, `check_values` only notes what is to be checked, in the list that it yields.
+
+    Results are not to be used before all of these have been called, in order.
+    """
+    outer: list[Check] | None = getattr(_collecting, "checks", None)
+    _collecting.checks = []
+    try:
+        yield _collecting.checks
+    finally:
+        _collecting.checks = outer
 
 
 class NativeTensors:

@@ -15,7 +15,8 @@ from resm_kernels.ops._library import (
     NativeTensors,
     check_group,
     check_number,
-    raise_nonfinite,
+    check_values,
+    raise_counted,
     register,
 )
 from resm_kernels.reference.aggregate import RULES
@@ -133,9 +134,8 @@ def _checked(
         limits,
         out_dtype,
     )
-    if check_finite and bool(nonfinite.any()):
-        for i, (base, own) in enumerate(zip(groups, experts, strict=True)):
-            raise_nonfinite(base, own, where.format(i))
+    if check_finite:
+        check_values(nonfinite, lambda counts: raise_counted(counts, [where.format(i) for i in range(len(counts))]))
     return outs
 
 
@@ -157,9 +157,13 @@ def _checked_thresholds(thresholds: Tensor | None, rule: str, n_tensors: int, n_
         raise ValueError(
             f"thresholds: got shape {list(thresholds.shape)}, need one for each expert: {[n_tensors, n_experts]}"
         )
-    if bool(torch.isnan(thresholds).any()) or bool((thresholds < 0).any()):
-        raise ValueError("thresholds: got a negative value or NaN, need magnitudes of at least 0")
+    check_values((thresholds >= 0).all(), _check_magnitudes)
     return thresholds.to(torch.float64)
+
+
+def _check_magnitudes(are: Tensor) -> None:
+    if not bool(are):
+        raise ValueError("thresholds: got a negative value or NaN, need magnitudes of at least 0")
 
 
 def _native(

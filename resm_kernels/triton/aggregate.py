@@ -146,7 +146,7 @@ def aggregate(
             if not launch.programs:
                 continue
             # A copy only where not all tensors are of one kind.
-            picked = slice(None) if len(which) == len(outs) else torch.tensor(which, device=device)
+            picked = slice(None) if len(which) == len(outs) else torch.tensor(which).to(device, non_blocking=True)
             found = nonfinite[picked]
             aggregate_kernel[(launch.programs,)](
                 launch.table,

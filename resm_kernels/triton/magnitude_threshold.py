@@ -112,7 +112,7 @@ def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]
             launch = launch_of([[origins[i], *groups[i]] for i in which], BLOCK * BLOCKS)
             if not launch.programs:
                 continue
-            picked = torch.tensor(which, device=device)
+            picked = torch.tensor(which).to(device, non_blocking=True)  # made there, it would wait for the device
             found = torch.zeros((len(which), n_experts), dtype=torch.int64, device=device)
             ranks, bad = wanted[picked], nonfinite[picked]
             top = above = 31 if compute == torch.float32 else 63

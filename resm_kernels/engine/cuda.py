@@ -1,0 +1,144 @@
+"""GPUs by torch (CUDA, or ROCm under its name): a stream for each queue, events for marks, the CPU's memory pinned."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels.checkpoint import parse_size
+from resm_kernels.checkpoint.format import format_bytes
+from resm_kernels.engine.device import Mark, R, devices_of
+from resm_kernels.engine.models import MergeError
+
+MEMORY_SHARE: Final = 0.8
+"""Of a GPU's free memory, what tensors may take unless told otherwise; the rest is for libraries' own workspaces and
+for what torch's allocator loses to rounding."""
+
+_PORTABLE: Final = 1
+"""cudaHostRegisterPortable: pinned for every GPU."""
+
+
+class _EventMark:
+    """Asked on any thread, whose current GPU may be another one: that must not come to hold a context for it."""
+
+    def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
+        self.event = event
+        self._device = device
+
+    def is_reached(self) -> bool:
+        with torch.cuda.device(self._device):
+            return self.event.query()
+
+    def wait(self) -> None:
+        with torch.cuda.device(self._device):
+            self.event.synchronize()
+
+
+class CudaDevice:
+    """`engine.device.Device` on one GPU.
+
+    Tensors are allocated for the stream that fills them, and are freed after a later mark was reached: no other stream
+    has work on them then, so that none needs to be recorded with the allocator.
+    """
+
+    def __init__(self, device: torch.device, memory_limit: int) -> None:
+        self.name = str(device)
+        self.memory_limit = memory_limit
+        self._device = device
+        self._arriving, self._computing, self._returning = (torch.cuda.Stream(device) for _ in range(3))
+        self._spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._origin = self._record(self._computing)
+
+    @contextlib.contextmanager
+    def pinned(self, memory: Tensor) -> Iterator[None]:
+        runtime = torch.cuda.cudart()
+        with torch.cuda.device(self._device):
+            status = int(runtime.cudaHostRegister(memory.data_ptr(), memory.nbytes, _PORTABLE))
+        if status != 0:
+            raise MergeError(
+                f"memory_limit: {format_bytes(memory.nbytes)} of memory could not be pinned for copies to {self.name} "
+                f"(CUDA error {status}); lower memory_limit, or merge on device: cpu"
+            )
+        try:
+            yield
+        finally:
+            with torch.cuda.device(self._device):
+                torch.cuda.check_error(runtime.cudaHostUnregister(memory.data_ptr()))
+
+    def copy_in(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Mark]:
+        with self._on(self._arriving) as end:
+            copies = [t.to(self._device, non_blocking=True) for t in tensors]
+        return copies, _EventMark(end, self._device)
+
+    def run(self, function: Callable[[list[Tensor]], R], inputs: list[Tensor], arrived: Mark) -> R:
+        assert isinstance(arrived, _EventMark)
+        self._computing.wait_event(arrived.event)
+        with self._on(self._computing):
+            return function(inputs)
+
+    def copy_out(self, result: Tensor, out: Tensor, small: Sequence[Tensor]) -> tuple[list[Tensor], Mark]:
+        self._returning.wait_stream(self._computing)
+        with self._on(self._returning) as end:
+            out.copy_(result, non_blocking=True)
+            values = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in small]
+        return values, _EventMark(end, self._device)
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._device)
+
+    def busy(self) -> float:
+        since = self._origin.elapsed_time
+        return covered([(since(begin), since(end)) for begin, end in self._spans]) / 1000
+
+    @contextlib.contextmanager
+    def _on(self, stream: torch.cuda.Stream) -> Iterator[torch.cuda.Event]:
+        """Work within it goes to that stream of this GPU; yields the event of its end, which counts for `busy`."""
+        end = torch.cuda.Event(enable_timing=True, blocking=True)
+        with torch.cuda.stream(stream):
+            begin = self._record(stream)
+            yield end
+            stream.record_event(end)
+        self._spans.append((begin, end))
+
+    def _record(self, stream: torch.cuda.Stream) -> torch.cuda.Event:
+        event = torch.cuda.Event(enable_timing=True)
+        stream.record_event(event)
+        return event
+
+
+def covered(spans: Sequence[tuple[float, float]]) -> float:
+    """Length of the union of intervals from 0 on, each given by its begin and end."""
+    total = until = 0.0
+    for begin, end in sorted(spans):
+        total += max(end - max(begin, until), 0.0)
+        until = max(until, end)
+    return total
+
+
+def open_devices(device: str | torch.device, memory: str | int | None) -> list[CudaDevice]:
+    """Open the GPUs that `devices_of` finds by that name; none for the CPU.
+
+    Args:
+        device: A name, as for `devices_of`.
+        memory: Bytes for tensors on each; by default `MEMORY_SHARE` of what is free there.
+
+    Raises:
+        ValueError: A device that there is not, no size, or more than a GPU has.
+    """
+    limit = None if memory is None else parse_size(memory, "device_memory")
+    places = [place for place in devices_of(device) if place.type == "cuda"]
+    return [CudaDevice(place, _memory_of(place, limit)) for place in places]
+
+
+def _memory_of(place: torch.device, limit: int | None) -> int:
+    free, total = torch.cuda.mem_get_info(place)
+    if limit is None:
+        unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+        return int(MEMORY_SHARE * (free + unused))
+    if limit > total:
+        raise ValueError(f"device_memory: got {format_bytes(limit)}, but {place} has {format_bytes(total)} in all")
+    return limit
