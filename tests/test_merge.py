@@ -14,6 +14,9 @@ import resm_kernels
 from resm_kernels import NonFiniteError, merge, merge_state_dicts, methods
 from resm_kernels.methods import REQUIRED, Method, Parameter, get, names
 
+AVERAGES = {"linear", "karcher", "passthrough", "nuslerp", "multislerp"}
+"""Methods that need no base; the last two merge differences if there is one."""
+
 
 def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
     assert {"linear", "resm", "task_arithmetic", "ties", "tsvm"} < set(names()) and list(names()) == sorted(names())
@@ -21,7 +24,7 @@ def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
         method = get(name)
         assert isinstance(method, Method) and method.name == name
         assert method.title and method.reference.startswith("https://")
-        assert method.needs_base == (name not in {"linear"})
+        assert method.needs_base == (name not in AVERAGES)
     with pytest.raises(ValueError, match=r"unknown merge method 'tie', did you mean 'ties'\?; known: dc_merge, iso_c"):
         get("tie")
     with pytest.raises(ValueError, match=r"unknown merge method 'xyz'; known"):

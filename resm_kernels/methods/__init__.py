@@ -5,11 +5,20 @@ from __future__ import annotations
 from typing import Final
 
 from resm_kernels.methods._registry import REQUIRED, Method, Parameter, did_you_mean
+from resm_kernels.methods.arcee_fusion import ARCEE_FUSION
 from resm_kernels.methods.dc_merge import DC_MERGE
 from resm_kernels.methods.iso_c import ISO_C
 from resm_kernels.methods.iso_cts import ISO_CTS
+from resm_kernels.methods.karcher import KARCHER
 from resm_kernels.methods.knots import KNOTS
 from resm_kernels.methods.linear import LINEAR
+from resm_kernels.methods.model_stock import MODEL_STOCK
+from resm_kernels.methods.multislerp import MULTISLERP
+from resm_kernels.methods.nearswap import NEARSWAP
+from resm_kernels.methods.nuslerp import NUSLERP
+from resm_kernels.methods.passthrough import PASSTHROUGH
+from resm_kernels.methods.ram import RAM
+from resm_kernels.methods.ramplus_tl import RAMPLUS_TL
 from resm_kernels.methods.resm import RESM
 from resm_kernels.methods.resmerge import RESMERGE
 from resm_kernels.methods.slerp import SLERP
@@ -40,6 +49,15 @@ _METHODS: Final = {
         STAR,
         KNOTS,
         SLERP,
+        NUSLERP,
+        MULTISLERP,
+        KARCHER,
+        MODEL_STOCK,
+        NEARSWAP,
+        RAM,
+        RAMPLUS_TL,
+        ARCEE_FUSION,
+        PASSTHROUGH,
     )
 }
 # What merges task vectors of any number of experts can be calibrated.

@@ -20,7 +20,7 @@ WHOLE_DECOMPOSITION = Parameter(
 """For methods that need all singular values."""
 
 
-def check(base: Tensor, experts: list[Tensor], out_dtype: torch.dtype | None) -> None:
+def check(base: Tensor | None, experts: list[Tensor], out_dtype: torch.dtype | None) -> None:
     """Raise unless the tensors are of one shape and device and all dtypes are ones that merges know."""
     check_group(base, experts)
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:

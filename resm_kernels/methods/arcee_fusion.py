@@ -1,0 +1,90 @@
+"""Arcee Fusion: take over the weights whose change matters most, by a threshold of the changes' own (mergekit)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._blocks import blocks_workspace, merge_elements, over_rows
+from resm_kernels.methods._registry import Method
+from resm_kernels.methods._task_matrices import check
+from resm_kernels.ops._library import raise_nonfinite
+from resm_kernels.ops.magnitude_threshold import magnitude_threshold
+from resm_kernels.reference._delta import compute_dtype
+
+_FLOOR = 1e-8
+"""Added to probabilities, so that their ratios are finite: mergekit's."""
+
+
+def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
+    """θ = θ_1 where the change's importance is at least its median + 1.5·(upper − lower quartile), else θ₀.
+
+    The importance of a weight is |θ_1 − θ₀| times KL(p‖q) of its row, p and q the softmax of the row (the last
+    dimension) of θ_1 and of θ₀, plus 1e-8 each. Quantiles are the ⌊q·(N−1)⌋-th smallest of N; ties are kept.
+
+    Quantiles are exact, by `magnitude_threshold`: mergekit draws them from a random million of larger tensors.
+    Divergences are float64: neighbouring distributions differ by less than fp32 resolves, so that mergekit's
+    fp32 has a noise of 1e-9 in numbers of that size; its float64 agrees with ours.
+
+    Read three times, by plain torch in blocks; importances are kept in fp32 (float64 if an input is). Weights are taken
+    over unchanged and rounded once. Deterministic: the same bits for any number of threads.
+
+    Raises:
+        NonFiniteError: An input has NaN or infinite values.
+    """
+    check(base, experts, out_dtype)
+    wide = compute_dtype(base, *experts)
+
+    def of(rows: list[Tensor]) -> Tensor:
+        origin, own = (t.to(wide) for t in rows)
+        return ((own - origin).abs() * _divergence(own, origin)).to(wide)
+
+    parts = over_rows(of, [base, *experts]) if base.numel() else []
+    if not parts:
+        return base.to(out_dtype or base.dtype, copy=True)
+    importance = torch.cat(parts).reshape(base.shape)
+    del parts
+    if not bool(torch.isfinite(importance).all()):
+        raise_nonfinite(base, experts)
+        raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
+    threshold = _threshold(importance)
+    return merge_elements(
+        lambda origin, own: torch.where(own[1].double() >= threshold, own[0], origin),
+        base,
+        experts,
+        out_dtype,
+        importance,
+    )
+
+
+def _divergence(own: Tensor, origin: Tensor) -> Tensor:
+    """KL(p‖q) of the rows' softmax, (rows, 1) float64."""
+    p, q = (torch.softmax(t.double(), dim=-1).add_(_FLOOR) for t in (own, origin))
+    return (p * torch.log(p / q)).sum(-1, keepdim=True).clamp(min=0)
+
+
+def _threshold(importance: Tensor) -> float:
+    n = importance.numel()
+    quantiles = [n - math.floor(q * (n - 1)) for q in (0.75, 0.5, 0.25)]
+    nothing = torch.zeros(importance.shape, dtype=torch.bfloat16, device=importance.device)
+    upper, median, lower = magnitude_threshold(nothing, [importance] * 3, quantiles).tolist()
+    return float(median + 1.5 * (upper - lower))
+
+
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Importances, in parts and as a whole, and the zeros they are compared with, besides blocks."""
+    return blocks_workspace(shape, n_experts + 4) + 10 * math.prod(shape)
+
+
+ARCEE_FUSION = Method(
+    name="arcee_fusion",
+    title="Arcee Fusion",
+    reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#arcee-fusion-arcee_fusion",
+    needs_base=True,
+    parameters=(),
+    function=arcee_fusion,
+    workspace=_workspace,
+    max_experts=1,
+)

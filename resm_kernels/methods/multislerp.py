@@ -1,0 +1,86 @@
+"""Multi-SLERP: a barycentre of several models on the sphere (Goddard, goddard.blog, 2025; mergekit)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._common import WEIGHT, elementwise_workspace
+from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.methods._task_matrices import check
+from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.ops.inner_products import inner_products
+
+
+def multislerp(
+    base: Tensor | None,
+    experts: list[Tensor],
+    *,
+    weight: list[float],
+    normalize_weights: bool,
+    eps: float,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """θ = (Σ_t w_t·‖x_t‖)·m/‖m‖ with m = Σ_t w_t·u_t, u_t = x_t/(‖x_t‖ + ε), to which a base is added.
+
+    x_t = θ_t, or with a base the task vectors θ_t − θ₀; the w_t are divided by their sum if `normalize_weights`.
+
+    The definition goes on: with μ = m/‖m‖, project the u_t onto the tangent space of the sphere at μ, average there,
+    and follow that average τ back onto the sphere. But
+    τ = Σ_t w_t·(u_t − ⟨u_t, μ⟩·μ) = m − ⟨m, μ⟩·μ = 0, whatever the inputs: what mergekit adds there is rounding. So
+    the result is the above, all of whose coefficients are functions of the inner products ⟨x_s, x_t⟩; for a mean that
+    does follow the sphere see `karcher`.
+
+    One expert is returned as it is. If all x_t are 0, so is their mean (mergekit refuses three and more). Else
+    ‖m‖ < ε gives Σ_t w_t·x_t for two experts, and is an error for more, as in mergekit.
+
+    The inputs are read twice; inner products in float64, θ in fp32 (float64 if an input is), rounded once.
+    Deterministic: the same bits for any number of threads.
+
+    Raises:
+        ValueError: The weights sum to 0, or the weighted directions of three or more experts cancel.
+        NonFiniteError: An input has NaN or infinite values.
+    """
+    check(base, experts, out_dtype)
+    if len(experts) == 1:
+        dtype = out_dtype or (None if base is None else base.dtype)
+        return aggregate(None, experts, [1.0], out_dtype=dtype)
+    if normalize_weights and sum(weight) == 0:
+        raise ValueError("weight: sums to 0, so that nothing can be divided by it; pass normalize_weights=False")
+    weights = torch.tensor(weight, dtype=torch.float64)
+    if normalize_weights:
+        weights = weights / weights.sum()
+    factors = _coefficients(inner_products(base, experts).cpu(), weights, eps)
+    return aggregate(base, experts, factors, out_dtype=out_dtype)
+
+
+def _coefficients(gram: Tensor, weights: Tensor, eps: float) -> Tensor:
+    norms = gram.diagonal().sqrt()
+    if not norms.any():
+        return torch.zeros_like(norms)
+    own = torch.where(norms > 0, weights / (norms + eps).clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    length = float((own @ gram @ own).clamp(min=0).sqrt())
+    if length >= eps and length > 0:
+        return own * (float(norms @ weights) / length)
+    if len(norms) == 2:
+        return weights
+    raise ValueError(
+        f"experts: their directions cancel, the weighted sum of unit vectors has length {length:.3g}; need weights "
+        "for which they do not"
+    )
+
+
+MULTISLERP = Method(
+    name="multislerp",
+    title="Multi-SLERP",
+    reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    needs_base=False,
+    optional_base=True,
+    parameters=(
+        WEIGHT,
+        Parameter("normalize_weights", bool, True, "divide the weights by their sum"),
+        Parameter("eps", float, 1e-8, "added to norms; and a mean shorter than this has no direction", minimum=0.0),
+    ),
+    function=multislerp,
+    workspace=elementwise_workspace,
+)

@@ -1,0 +1,73 @@
+"""NuSLERP: SLERP between two models, or between two task vectors, for whole tensors or vector by vector (mergekit)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._blocks import blocks_workspace, merge_vectors
+from resm_kernels.methods._common import WEIGHT
+from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.methods._sphere import PARALLEL, cosines, great_circle
+from resm_kernels.methods._task_matrices import check
+from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.ops.inner_products import inner_products
+
+
+def nuslerp(
+    base: Tensor | None,
+    experts: list[Tensor],
+    *,
+    weight: list[float],
+    nuslerp_flatten: bool,
+    nuslerp_row_wise: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """θ = sin((1−t)·Ω)/sin Ω · x_1 + sin(t·Ω)/sin Ω · x_2 with t = w_2/(w_1 + w_2), to which a base is added.
+
+    x_t = θ_t, or with a base the task vectors θ_t − θ₀; Ω is the angle between them. t = 1/2 if |w_1 + w_2| < 1e-6.
+    `nuslerp_flatten` takes whole tensors for vectors. Else those along the last dimension are (a matrix' rows, one for
+    each output), or with `nuslerp_row_wise` those along the first (its columns): the names are mergekit's.
+
+    Where sin²Ω ≤ 1e-12 the line is straight, x = (1−t)·x_1 + t·x_2: the same to 2e-13 for parallel vectors, and what
+    opposite ones have in place of a great circle. mergekit decides by 1 − cos²Ω ≤ 1e-16, which in fp32 holds from
+    Ω = 3e-4 down. A vector that is 0 has no direction: Ω = 90°.
+
+    Whole tensors are read twice, vectors once; fp32 (float64 if an input is), rounded once; angles in float64. Vectors
+    are merged by plain torch, a block at a time. Deterministic: the same bits for any number of threads.
+
+    Raises:
+        NonFiniteError: An input has NaN or infinite values.
+    """
+    check(base, experts, out_dtype)
+    total = sum(weight)
+    t = 0.5 if abs(total) < 1e-6 else weight[1] / total
+    if not nuslerp_flatten:
+        along = 0 if nuslerp_row_wise else -1
+        return merge_vectors(functools.partial(_coefficients, t=t), base, experts, out_dtype, along)
+    return aggregate(base, experts, _coefficients(inner_products(base, experts).cpu(), t), out_dtype=out_dtype)
+
+
+def _coefficients(gram: Tensor, t: float) -> Tensor:
+    cosine = cosines(gram)[..., 0, 1]
+    return great_circle(cosine, t, (1 - cosine) * (1 + cosine) <= PARALLEL)
+
+
+NUSLERP = Method(
+    name="nuslerp",
+    title="NuSLERP",
+    reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#nuslerp-nuslerp",
+    needs_base=False,
+    optional_base=True,
+    parameters=(
+        WEIGHT,
+        Parameter("nuslerp_flatten", bool, True, "false: interpolate vector by vector, not the tensor as a whole"),
+        Parameter("nuslerp_row_wise", bool, False, "if not flattened: vectors along the first dimension, not the last"),
+    ),
+    function=nuslerp,
+    workspace=blocks_workspace,
+    min_experts=2,
+    max_experts=2,
+)

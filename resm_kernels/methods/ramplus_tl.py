@@ -1,0 +1,54 @@
+"""RAM+, tensor by tensor: RAM with unique changes scaled up by how much is shared (Yuan et al., arXiv 2601.13572)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._blocks import blocks_workspace, merge_elements, over_elements
+from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.methods._task_matrices import check
+from resm_kernels.methods.ram import EPSILON, changes, shared_mean
+
+
+def ramplus_tl(
+    base: Tensor, experts: list[Tensor], *, r: float, alpha: float, epsilon: float, out_dtype: torch.dtype | None
+) -> Tensor:
+    """As `ram`, but a change that expert t alone has is multiplied by λ_t = 1 + r·min(ρ_t, α).
+
+    ρ_t is how many of the expert's changes it shares with others for one that it does not: scaling makes up for what
+    averaging took from the shared ones. The paper counts over the whole model; counts here are the tensor's own, as in
+    mergekit, whose name for it this is.
+
+    Element-wise, read twice, by plain torch in blocks: fp32 (float64 if an input is), rounded once. Deterministic: the
+    same bits for any number of threads.
+
+    Raises:
+        NonFiniteError: An input has NaN or infinite values.
+    """
+    check(base, experts, out_dtype)
+
+    def count(origin: Tensor, own: list[Tensor]) -> Tensor:
+        _, changed, counts = changes(origin, own, epsilon)
+        return torch.stack([(changed & (counts > 1)).sum(1), (changed & (counts == 1)).sum(1)])
+
+    counted = over_elements(count, base, experts)
+    none = torch.zeros(2, len(experts), dtype=torch.int64, device=base.device)
+    shared, unique = torch.stack([none, *counted]).sum(0).double()
+    factors = 1 + r * (shared / unique.clamp(min=1)).clamp(max=alpha)
+    return merge_elements(lambda origin, own: shared_mean(origin, own, epsilon, factors), base, experts, out_dtype)
+
+
+RAMPLUS_TL = Method(
+    name="ramplus_tl",
+    title="RAM+ (tensor by tensor)",
+    reference="https://arxiv.org/abs/2601.13572",
+    needs_base=True,
+    parameters=(
+        Parameter("r", float, 0.1, "how strongly unique changes are scaled up"),
+        Parameter("alpha", float, 0.2, "most that the ratio of shared to unique changes counts", minimum=0.0),
+        EPSILON,
+    ),
+    function=ramplus_tl,
+    workspace=blocks_workspace,
+)
