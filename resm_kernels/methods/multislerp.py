@@ -11,6 +11,9 @@ from resm_kernels.methods._task_matrices import check
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 
+_ROUNDING = 1e-6
+"""Shorter sums of unit vectors are made of what fp32 inputs were rounded by: they have no direction of their own."""
+
 
 def multislerp(
     base: Tensor | None,
@@ -32,7 +35,8 @@ def multislerp(
     does follow the sphere see `karcher`.
 
     One expert is returned as it is. If all x_t are 0, so is their mean (mergekit refuses three and more). Else
-    ‖m‖ < ε gives Σ_t w_t·x_t for two experts, and is an error for more, as in mergekit.
+    ‖m‖ ≤ ε gives Σ_t w_t·x_t for two experts, and is an error for more, as in mergekit; so does ‖m‖ ≤ 1e-6, where
+    mergekit follows the rounding of its sums.
 
     The inputs are read twice; inner products in float64, θ in fp32 (float64 if an input is), rounded once.
     Deterministic: the same bits for any number of threads.
@@ -60,7 +64,7 @@ def _coefficients(gram: Tensor, weights: Tensor, eps: float) -> Tensor:
         return torch.zeros_like(norms)
     own = torch.where(norms > 0, weights / (norms + eps).clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     length = float((own @ gram @ own).clamp(min=0).sqrt())
-    if length >= eps and length > 0:
+    if length > max(eps, _ROUNDING):
         return own * (float(norms @ weights) / length)
     if len(norms) == 2:
         return weights
