@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from resm_kernels.methods._blocks import blocks_workspace, merge_elements
 from resm_kernels.methods._registry import Method, Parameter
@@ -25,25 +26,26 @@ def ram(base: Tensor, experts: list[Tensor], *, epsilon: float, out_dtype: torch
         NonFiniteError: An input has NaN or infinite values.
     """
     check(base, experts, out_dtype)
-    return merge_elements(lambda origin, own: shared_mean(origin, own, epsilon, None), base, experts, out_dtype)
+
+    def merge(origin: Tensor, own: list[Tensor]) -> Tensor:
+        changes, counts = changes_of(origin, own, epsilon)
+        return origin + in_order(changes) / counts.clamp_(min=1)
+
+    return merge_elements(merge, base, experts, out_dtype)
 
 
-def changes(origin: Tensor, own: list[Tensor], epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The task vectors without what is no change, (T, n); which are changes; and how many experts have one, (n,)."""
-    deltas = torch.stack([e - origin for e in own])
-    changed = deltas.abs() > epsilon
-    return torch.where(changed, deltas, 0.0), changed, changed.sum(0)
+def changes_of(origin: Tensor, own: list[Tensor], epsilon: float) -> tuple[list[Tensor], Tensor]:
+    """Each expert's δ where it counts as a change, else 0; and how many experts have one, as floating point."""
+    changes = [hardshrink(e - origin, epsilon) for e in own]
+    return changes, in_order([change.sign().abs_() for change in changes])
 
 
-def shared_mean(origin: Tensor, own: list[Tensor], epsilon: float, unique_factors: Tensor | None) -> Tensor:
-    """θ of a block; where only one expert has a change, that is multiplied by its factor."""
-    deltas, _, counts = changes(origin, own, epsilon)
-    if unique_factors is not None:
-        deltas = torch.where(counts == 1, deltas * unique_factors.to(deltas.dtype)[:, None], deltas)
-    total = deltas[0]
-    for delta in deltas[1:]:
-        total = total + delta
-    return origin + total / counts.clamp(min=1)
+def in_order(terms: list[Tensor]) -> Tensor:
+    """The terms' sum, in their order."""
+    total = terms[0]
+    for term in terms[1:]:
+        total = total + term
+    return total
 
 
 RAM = Method(

@@ -8,7 +8,7 @@ from torch import Tensor
 from resm_kernels.methods._blocks import blocks_workspace, merge_elements, over_elements
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._task_matrices import check
-from resm_kernels.methods.ram import EPSILON, changes, shared_mean
+from resm_kernels.methods.ram import EPSILON, changes_of, in_order
 
 
 def ramplus_tl(
@@ -29,14 +29,23 @@ def ramplus_tl(
     check(base, experts, out_dtype)
 
     def count(origin: Tensor, own: list[Tensor]) -> Tensor:
-        _, changed, counts = changes(origin, own, epsilon)
-        return torch.stack([(changed & (counts > 1)).sum(1), (changed & (counts == 1)).sum(1)])
+        changes, counts = changes_of(origin, own, epsilon)
+        alone = counts == 1
+        return torch.stack(
+            [torch.stack([change.count_nonzero(), (change * alone).count_nonzero()]) for change in changes]
+        )
 
     counted = over_elements(count, base, experts)
-    none = torch.zeros(2, len(experts), dtype=torch.int64, device=base.device)
-    shared, unique = torch.stack([none, *counted]).sum(0).double()
-    factors = 1 + r * (shared / unique.clamp(min=1)).clamp(max=alpha)
-    return merge_elements(lambda origin, own: shared_mean(origin, own, epsilon, factors), base, experts, out_dtype)
+    none = torch.zeros(len(experts), 2, dtype=torch.int64, device=base.device)
+    changed, unique = torch.stack([none, *counted]).sum(0).double().unbind(1)
+    factors = (1 + r * ((changed - unique) / unique.clamp(min=1)).clamp(max=alpha)).tolist()
+
+    def merge(origin: Tensor, own: list[Tensor]) -> Tensor:
+        changes, counts = changes_of(origin, own, epsilon)
+        scaled = in_order([change * factor for change, factor in zip(changes, factors, strict=True)])
+        return origin + torch.where(counts == 1, scaled, in_order(changes) / counts.clamp(min=1))
+
+    return merge_elements(merge, base, experts, out_dtype)
 
 
 RAMPLUS_TL = Method(
