@@ -44,7 +44,12 @@ def assert_near(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], bound: 
 
 
 class NormContract:
-    """Tests that a module takes over by a subclass with `method`; `parameters` are beside those without a default."""
+    """Tests that a module takes over by a subclass.
+
+    Attributes:
+        method: Its name.
+        parameters: Values beside those that have no default.
+    """
 
     method: str
     parameters: ClassVar[dict[str, Any]] = {}
@@ -116,3 +121,26 @@ class NormContract:
         assert not self.merged(torch.zeros_like(base), nothing).any()
         same = self.merged(base, [base.clone() for _ in experts])
         torch.testing.assert_close(same, base, rtol=3e-7, atol=0)
+
+
+class ScaleFreeContract(NormContract):
+    """Of methods that know no absolute size, under the parameters `scale_free`."""
+
+    scale_free: ClassVar[dict[str, Any]] = {}
+
+    def test_twice_the_inputs_give_twice_the_result(self) -> None:
+        base, experts = group((30, 20), call_of(self.method)[0])
+        for origin in self.bases(base):
+            wanted = 2 * self.merged(origin, experts, **self.scale_free)
+            twice = None if origin is None else 2 * origin
+            assert same_bits(self.merged(twice, [2 * e for e in experts], **self.scale_free), wanted)
+
+
+class SymmetricContract(ScaleFreeContract):
+    """Of methods that do not care for the order of the experts either."""
+
+    def test_order_of_the_experts(self) -> None:
+        base, experts = group((30, 20), 4)
+        for origin in self.bases(base):
+            found, wanted = self.merged(origin, [experts[t] for t in (2, 0, 3, 1)]), self.merged(origin, experts)
+            assert_near(found, wanted, [base, *experts], 4 * 2.0**-24)

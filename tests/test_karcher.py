@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from norm_contract import NormContract, assert_near, mergekit
+from norm_contract import SymmetricContract, assert_near, mergekit
 from torch import Tensor
 
 from resm_kernels import merge
@@ -17,7 +17,7 @@ from resm_kernels import merge
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class TestContract(NormContract):
+class TestContract(SymmetricContract):
     method = "karcher"
 
 

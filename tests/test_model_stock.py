@@ -12,7 +12,7 @@ from checkpoints import Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits, values
-from norm_contract import NormContract, assert_near, mergekit
+from norm_contract import SymmetricContract, assert_near, mergekit
 from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
@@ -22,11 +22,11 @@ from resm_kernels.recipe import RecipeError, load_recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class TestContract(NormContract):
+class TestContract(SymmetricContract):
     method = "model_stock"
 
 
-class TestContractOfFilters(NormContract):
+class TestContractOfFilters(SymmetricContract):
     method = "model_stock"
     parameters: ClassVar = {"filter_wise": True}
 

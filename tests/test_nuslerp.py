@@ -11,7 +11,7 @@ from checkpoints import Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from norm_contract import NormContract, assert_near, mergekit
+from norm_contract import ScaleFreeContract, assert_near, mergekit
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints, plan_merge
@@ -20,16 +20,16 @@ from resm_kernels.recipe import RecipeError, load_recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class TestContract(NormContract):
+class TestContract(ScaleFreeContract):
     method = "nuslerp"
 
 
-class TestContractOfRows(NormContract):
+class TestContractOfRows(ScaleFreeContract):
     method = "nuslerp"
     parameters: ClassVar = {"nuslerp_flatten": False}
 
 
-class TestContractOfColumns(NormContract):
+class TestContractOfColumns(ScaleFreeContract):
     method = "nuslerp"
     parameters: ClassVar = {"nuslerp_flatten": False, "nuslerp_row_wise": True, "weight": [0.2, 0.5]}
 

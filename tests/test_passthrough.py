@@ -8,7 +8,7 @@ import pytest
 import torch
 from checkpoints import Family, load_model
 from inputs import FLOATS, group, same_bits, values
-from norm_contract import NormContract, mergekit
+from norm_contract import ScaleFreeContract, mergekit
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints
@@ -17,7 +17,7 @@ from resm_kernels.recipe import RecipeError, load_recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class TestContract(NormContract):
+class TestContract(ScaleFreeContract):
     method = "passthrough"
 
     def test_zeros_and_equal_tensors(self) -> None:

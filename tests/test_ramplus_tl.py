@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, same_bits
-from norm_contract import NormContract, assert_near, mergekit
+from norm_contract import SymmetricContract, assert_near, mergekit
 
 from resm_kernels import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class TestContract(NormContract):
+class TestContract(SymmetricContract):
     method = "ramplus_tl"
+    scale_free: ClassVar = {"epsilon": 0.0}
 
 
 @given(

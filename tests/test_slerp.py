@@ -12,7 +12,7 @@ from checkpoints import LAYERS, Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import FLOATS, group, randn, same_bits, values
-from norm_contract import NormContract, assert_near, mergekit
+from norm_contract import ScaleFreeContract, assert_near, mergekit
 from torch import Tensor
 
 from resm_kernels import merge
@@ -22,7 +22,7 @@ from resm_kernels.recipe import RecipeError, load_recipe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-class TestContract(NormContract):
+class TestContract(ScaleFreeContract):
     method = "slerp"
     parameters: ClassVar = {"t": 0.3}
 

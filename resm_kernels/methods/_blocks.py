@@ -28,7 +28,7 @@ _ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}
 
 
 def over_elements(visit: Callable[[Tensor, list[Tensor]], R], base: Tensor, experts: list[Tensor]) -> list[R]:
-    """visit(θ₀, [θ_1 …]) of every block of elements, flat and in the compute dtype, in their order."""
+    """visit(θ₀, [θ_1 …]) of every block of elements, flat and in the compute dtype, in their order: no tensors."""
     inputs = [t.reshape(-1) for t in (base, *experts)]
     wide = compute_dtype(*inputs)
 
@@ -58,11 +58,11 @@ def merge_elements(
     into, inputs = out.view(-1), [t.reshape(-1) for t in (base, *experts)]
     wide, beside = compute_dtype(*inputs), [t.reshape(-1) for t in others]
 
-    def of(start: int, stop: int) -> Tensor:
+    def of(start: int, stop: int) -> bool:
         origin, *own = (t[start:stop].to(wide) for t in inputs)
         into[start:stop] = _rounded(merge(origin, own + [t[start:stop] for t in beside]), out.dtype)
         extremes = [bound for t in (origin, *own) for bound in t.aminmax()]  # faster than a look at each value
-        return torch.isfinite(torch.stack(extremes)).all()
+        return bool(torch.isfinite(torch.stack(extremes)).all())
 
     _refuse_nonfinite(_run_blocks(of, base.numel(), 1, base.device), base, experts)
     return out
@@ -94,7 +94,7 @@ def merge_vectors(
     origin, own, into = None if base is None else vectors(base), [vectors(e) for e in experts], vectors(out)
     wide = compute_dtype(*experts, *([] if base is None else [base]))
 
-    def of(start: int, stop: int) -> Tensor:
+    def of(start: int, stop: int) -> bool:
         block = [e[start:stop].to(wide) for e in own]
         start_from = None if origin is None else origin[start:stop].to(wide)
         gram = inner_products(start_from, block, rows=True, check_finite=False)
@@ -105,17 +105,25 @@ def merge_vectors(
             total = term if total is None else total + term
         assert total is not None
         into[start:stop] = _rounded(total if start_from is None else start_from + total, out.dtype)
-        return torch.isfinite(torch.diagonal(gram, dim1=-2, dim2=-1)).all()
+        return bool(torch.isfinite(torch.diagonal(gram, dim1=-2, dim2=-1)).all())
 
     _refuse_nonfinite(_run_blocks(of, len(into), into[0].numel(), first.device), base, experts)
     return out
 
 
-def over_rows(visit: Callable[[list[Tensor]], R], tensors: list[Tensor]) -> list[R]:
-    """visit of every block of rows, vectors along the last dimension, as they are stored."""
-    n = tensors[0].shape[-1] if tensors[0].ndim else 1
-    inputs = [t.reshape(-1, n) for t in tensors]
-    return _run_blocks(lambda start, stop: visit([t[start:stop] for t in inputs]), len(inputs[0]), n, inputs[0].device)
+def map_rows(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """function([θ_1 …]) of every block of rows, vectors along the last dimension, each as it is stored."""
+    out = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
+    if out.numel() == 0:
+        return out
+    n = out.shape[-1] if out.ndim else 1
+    into, *inputs = (t.reshape(-1, n) for t in (out, *tensors))
+
+    def of(start: int, stop: int) -> None:
+        into[start:stop] = function([t[start:stop] for t in inputs])
+
+    _run_blocks(of, len(into), n, out.device)
+    return out
 
 
 def blocks_workspace(shape: tuple[int, ...], n_experts: int) -> int:
@@ -127,12 +135,14 @@ def blocks_workspace(shape: tuple[int, ...], n_experts: int) -> int:
 
 
 def _run_blocks(of: Callable[[int, int], R], count: int, size: int, device: torch.device) -> list[R]:
+    """What `of` makes of count vectors of that size, block by block: plain values, for tensors that outlive their block
+    would leave holes in the heap."""
     step = max(1, _ELEMENTS.get(device.type, _ELEMENTS["cpu"]) // max(1, size))
     return run([functools.partial(of, i, min(i + step, count)) for i in range(0, count, step)], device)
 
 
-def _refuse_nonfinite(finite: list[Tensor], base: Tensor | None, experts: list[Tensor]) -> None:
-    if finite and not bool(torch.stack(finite).all()):
+def _refuse_nonfinite(finite: list[bool], base: Tensor | None, experts: list[Tensor]) -> None:
+    if not all(finite):
         raise_nonfinite(base, experts)
         raise ValueError("experts: a difference to the base, or a sum of squares, is too large")
 

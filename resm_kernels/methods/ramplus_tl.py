@@ -28,16 +28,13 @@ def ramplus_tl(
     """
     check(base, experts, out_dtype)
 
-    def count(origin: Tensor, own: list[Tensor]) -> Tensor:
+    def count(origin: Tensor, own: list[Tensor]) -> list[tuple[int, int]]:
         changes, counts = changes_of(origin, own, epsilon)
         alone = counts == 1
-        return torch.stack(
-            [torch.stack([change.count_nonzero(), (change * alone).count_nonzero()]) for change in changes]
-        )
+        return [(int(change.count_nonzero()), int((change * alone).count_nonzero())) for change in changes]
 
-    counted = over_elements(count, base, experts)
-    none = torch.zeros(len(experts), 2, dtype=torch.int64, device=base.device)
-    changed, unique = torch.stack([none, *counted]).sum(0).double().unbind(1)
+    counted = torch.tensor(over_elements(count, base, experts), dtype=torch.int64).reshape(-1, len(experts), 2)
+    changed, unique = counted.sum(0).double().unbind(1)
     factors = (1 + r * ((changed - unique) / unique.clamp(min=1)).clamp(max=alpha)).tolist()
 
     def merge(origin: Tensor, own: list[Tensor]) -> Tensor:
