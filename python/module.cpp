@@ -21,6 +21,7 @@ namespace {
 using Pointers = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 using Codes = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
 using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Laws = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
 using Numbers = py::array_t<double, py::array::c_style | py::array::forcecast>;
 
 // These checks guard memory only: a caller of resm_kernels.ops never meets them.
@@ -63,6 +64,14 @@ T* at(uint64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+SparsityOptions sparsity_of(uint64_t lower, uint64_t upper, const Pointers& masks, const Groups& groups) {
+  require(masks.size() == 0 || masks.size() == static_cast<py::ssize_t>(groups.experts.size()),
+          "need one mask for each expert, or none");
+  SparsityOptions options{at<const double>(lower), at<const double>(upper), {}};
+  for (py::ssize_t i = 0; i < masks.size(); ++i) options.masks.push_back(at<const uint8_t>(masks.at(i)));
+  return options;
+}
+
 void py_delta_stats(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
                     const Codes& expert_dtypes, const Lengths& lengths, double eps, double eps_rel, double kappa,
                     uint64_t moments, uint64_t counts, uint64_t bin_counts, uint64_t bin_sums, int threads) {
@@ -88,14 +97,22 @@ void py_magnitude_threshold(const Pointers& bases, const Codes& base_dtypes, con
 
 void py_aggregate(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
                   const Pointers& outs, const Codes& out_dtypes, const Lengths& lengths, const Numbers& weights,
-                  double scale, int rule, bool normalize, uint64_t thresholds, uint64_t nonfinite, int threads) {
+                  uint64_t rescale, double scale, int rule, bool normalize, int vote, double min_divisor,
+                  uint64_t lower, uint64_t upper, const Pointers& masks, uint64_t nonfinite, int threads) {
   const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
   const std::vector<Array> into = arrays(outs, out_dtypes, lengths, 1, "outs");
   require(into.size() == groups.lengths.size(), "need one output for each length");
   require(weights.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one weight for each expert");
   require(rule == 0 || rule == 1, "unknown rule");
-  const AggregateOptions options{weights.data(), at<const double>(thresholds), scale, static_cast<resm::Rule>(rule),
-                                 normalize};
+  require(vote >= 0 && vote <= 2, "unknown vote");
+  const AggregateOptions options{weights.data(),
+                                 at<const double>(rescale),
+                                 scale,
+                                 static_cast<resm::Rule>(rule),
+                                 normalize,
+                                 static_cast<resm::Vote>(vote),
+                                 min_divisor,
+                                 sparsity_of(lower, upper, masks, groups)};
   py::gil_scoped_release unlocked;
   aggregate(groups, options, into, at<int64_t>(nonfinite), threads);
 }
@@ -105,6 +122,47 @@ void py_inner_products(const Pointers& bases, const Codes& base_dtypes, const Po
   const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
   py::gil_scoped_release unlocked;
   inner_products(groups, at<double>(grams), threads);
+}
+
+// What masks and sums are of: one base and its experts.
+Groups one_group(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
+                 const Lengths& lengths) {
+  Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
+  require(groups.size() == 1 && groups.bases.size() == 1, "need one base");
+  return groups;
+}
+
+void py_kept_moments(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                     const Codes& expert_dtypes, const Lengths& lengths, uint64_t lower, uint64_t upper,
+                     const Pointers& masks, uint64_t moments, int threads) {
+  const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
+  const SparsityOptions sparsity = sparsity_of(lower, upper, masks, groups);
+  py::gil_scoped_release unlocked;
+  kept_moments(groups, sparsity, at<double>(moments), threads);
+}
+
+void py_random_mask(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                    const Codes& expert_dtypes, const Lengths& lengths, int64_t row, const Laws& lowest,
+                    const Laws& steps, uint64_t seed, const Pointers& masks, int threads) {
+  const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
+  require(row > 0 && groups.lengths[0] % row == 0, "need whole rows");
+  require(lowest.size() == groups.n_experts && steps.size() == groups.n_experts, "need a law for each expert");
+  require(masks.size() == groups.n_experts, "need a mask for each expert");
+  RandomMaskOptions options{row, seed, {}, {}};
+  for (int t = 0; t < groups.n_experts; ++t) {
+    options.laws.push_back({lowest.at(t), steps.at(t)});
+    options.masks.push_back(at<uint8_t>(masks.at(t)));
+  }
+  py::gil_scoped_release unlocked;
+  random_mask(groups, options, threads);
+}
+
+void py_variance_mask(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
+                      const Codes& expert_dtypes, const Lengths& lengths, double density, uint64_t variances,
+                      uint64_t mask, int threads) {
+  const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
+  py::gil_scoped_release unlocked;
+  variance_mask(groups, density, at<void>(variances), at<uint8_t>(mask), threads);
 }
 
 DeltaMatrix matrix_of(const Groups& groups, int64_t m, int64_t n) {
@@ -234,6 +292,9 @@ PYBIND11_MODULE(_native, m) {
   m.def("magnitude_threshold", &py_magnitude_threshold);
   m.def("aggregate", &py_aggregate);
   m.def("inner_products", &py_inner_products);
+  m.def("kept_moments", &py_kept_moments);
+  m.def("random_mask", &py_random_mask);
+  m.def("variance_mask", &py_variance_mask);
   m.def("random_matrix", &py_random_matrix);
   m.def("sketch", &py_sketch);
   m.def("project", &py_project);

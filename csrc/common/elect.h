@@ -8,11 +8,33 @@ namespace resm {
 
 enum class Rule : int32_t { sum = 0, ties = 1 };
 
+// What the experts' votes for a sign are: w·δ, δ, or the sign of w·δ.
+enum class Vote : int32_t { weighted = 0, unweighted = 1, count = 2 };
+
 // Trim: what lies below the threshold counts as no change. NaN is below everything; callers refuse it elsewhere.
 template <class C>
 RESM_HD C trim(C delta, C threshold) {
   const C magnitude = delta < C(0) ? -delta : delta;
   return magnitude >= threshold ? delta : C(0);
+}
+
+// The same with an upper threshold, above which deltas count as outliers.
+template <class C>
+RESM_HD C trim(C delta, C lower, C upper) {
+  const C magnitude = delta < C(0) ? -delta : delta;
+  return (magnitude >= lower) & (magnitude <= upper) ? delta : C(0);
+}
+
+template <class C>
+RESM_HD C sign_of(C x) {
+  return x > C(0) ? C(1) : x < C(0) ? C(-1) : C(0);
+}
+
+// What a normalised election divides by.
+template <class C>
+RESM_HD C divisor_of(C agreeing_weights, C least) {
+  const C divisor = agreeing_weights == C(0) ? C(1) : agreeing_weights;
+  return divisor < least ? least : divisor;
 }
 
 // Does a weighted delta have the elected sign? Zero has none. (Select, then compare: loops over this vectorise.)

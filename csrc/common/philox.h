@@ -7,7 +7,7 @@
 namespace resm {
 
 // The counter's last word tells uses of one seed apart, so that they stay independent.
-enum class RandomStream : uint32_t { sketch = 0 };
+enum class RandomStream : uint32_t { sketch = 0, mask = 1 };
 
 // What the rounds need of a type of words, here of one; vectors of them bring their own. Words are the lower halves of
 // 64 bits, the upper ones hold anything.

@@ -6,6 +6,7 @@
 #include <mutex>
 
 #include "cpu/chunks.h"
+#include "cpu/sparsity.h"
 
 namespace resm::cpu {
 namespace {
@@ -18,8 +19,8 @@ struct Scratch {
 };
 
 template <class C>
-void merge_chunk(const Groups& groups, const Chunk& chunk, const Election<C>& election, const Array& out,
-                 Scratch<C>& scratch) {
+void merge_chunk(const Groups& groups, const Chunk& chunk, Election<C> election, BlockSparsity<C>& sparsity,
+                 const Array& out, Scratch<C>& scratch) {
   const auto& k = kernels().of<C>();
   const Array* base = groups.base(chunk.group);
   C* base_block = base == nullptr ? nullptr : scratch.blocks[0];
@@ -34,17 +35,20 @@ void merge_chunk(const Groups& groups, const Chunk& chunk, const Election<C>& el
     if (base != nullptr) k.load(*base, begin, n, base_block);
     for (int t = 0; t < groups.n_experts; ++t)
       k.load(groups.experts_of(chunk.group)[t], begin, n, scratch.blocks[2 + t]);
-    // TIES trims NaN away and overwrites the experts: look at the inputs first. A sum shows what its terms were.
-    if (election.rule == Rule::ties) count_nonfinite(n);
+    election.sparsity = sparsity.at(begin);
+    // What is left out may be NaN, and elections overwrite the experts: look at the inputs first. A sum shows what its
+    // terms were.
+    const bool shows = election.rule == Rule::sum && !election.sparsity.any();
+    if (!shows) count_nonfinite(n);
     const bool finite = k.aggregate(base_block, scratch.blocks[2], n, election, merged);
-    if (election.rule != Rule::ties && !finite) count_nonfinite(n);
+    if (shows && !finite) count_nonfinite(n);
     k.store(merged, begin, n, out);
   });
 }
 
 // Can the chunk be merged without converting blocks? See Kernels::sum_bf16.
-bool is_plain_sum(const Groups& groups, int64_t group, Rule rule, DType out) {
-  bool plain = rule == Rule::sum && groups.n_experts <= 4 && out == DType::bf16 && groups.base(group) != nullptr &&
+bool is_plain_sum(const Groups& groups, int64_t group, const Election<float>& election, DType out) {
+  bool plain = election.rule == Rule::sum && groups.n_experts <= 4 && out == DType::bf16 && groups.base(group) != nullptr &&
                groups.base(group)->dtype == DType::bf16;
   for (int t = 0; t < groups.n_experts; ++t) plain = plain && groups.experts_of(group)[t].dtype == DType::bf16;
   return plain;
@@ -79,12 +83,17 @@ template <class C>
 void merge_groups(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
                   int64_t* nonfinite, int threads) {
   const int n_experts = groups.n_experts;
-  std::vector<C> weights(groups.experts.size()), thresholds(groups.experts.size()), weight_sums(groups.size());
-  for (size_t i = 0; i < weights.size(); ++i) {
+  const size_t n_weights = groups.experts.size();
+  const bool late = options.rule == Rule::ties && options.vote == Vote::unweighted;
+  std::vector<C> factors(n_weights), weights(n_weights), weight_sums(groups.size());
+  for (size_t i = 0; i < n_weights; ++i) {
+    const double scale = options.rescale == nullptr ? 1.0 : options.rescale[i];
+    factors[i] = static_cast<C>(late ? scale : options.weights[i] * scale);
     weights[i] = static_cast<C>(options.weights[i]);
     weight_sums[i / n_experts] += weights[i];
-    if (options.thresholds != nullptr) thresholds[i] = static_cast<C>(options.thresholds[i]);
   }
+  const Thresholds<C> limits(options.sparsity, n_weights);
+  const bool is_sparse = !limits.lower.empty() || !options.sparsity.masks.empty();
   std::vector<Chunk> chunks;
   for (int64_t g = 0; g < groups.size(); ++g)
     if (groups.is_double(g) == (sizeof(C) == 8)) add_chunks(groups, g, chunks);
@@ -92,15 +101,22 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
   parallel_for(static_cast<int64_t>(chunks.size()), threads, [&] { return Scratch<C>(n_experts); },
                [&](int64_t i, Scratch<C>& scratch) {
                  const int64_t g = chunks[i].group, at = g * n_experts;
-                 const C* limits = options.thresholds == nullptr ? nullptr : thresholds.data() + at;
-                 const Election<C> election{n_experts,        weights.data() + at,          limits,
-                                            weight_sums[g],   static_cast<C>(options.scale), options.rule,
-                                            options.normalize};
+                 BlockSparsity<C> sparsity(options.sparsity, limits, at, n_experts);
+                 const Election<C> election{n_experts,
+                                            factors.data() + at,
+                                            weights.data() + at,
+                                            weight_sums[g],
+                                            static_cast<C>(options.scale),
+                                            options.rule,
+                                            options.normalize,
+                                            {},
+                                            options.vote,
+                                            static_cast<C>(options.min_divisor)};
                  if constexpr (sizeof(C) == 4)
-                   if (is_plain_sum(groups, g, options.rule, outs[g].dtype) &&
+                   if (!is_sparse && is_plain_sum(groups, g, election, outs[g].dtype) &&
                        sum_chunk(groups, chunks[i], election, outs[g]))
                      return;
-                 merge_chunk<C>(groups, chunks[i], election, outs[g], scratch);
+                 merge_chunk<C>(groups, chunks[i], election, sparsity, outs[g], scratch);
                  const std::lock_guard<std::mutex> lock(counting);
                  for (int t = 0; t <= n_experts; ++t) nonfinite[g * (1 + n_experts) + t] += scratch.nonfinite[t];
                });

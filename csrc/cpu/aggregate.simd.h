@@ -21,50 +21,67 @@ template <bool kHasBase, class C>
 void add_all_weighted(const C* base, const C* experts, int n, const Election<C>& election, C* total) {
   int t = 0;
   for (; t + 4 <= election.n_experts; t += 4)
-    add_weighted<4, kHasBase>(base, experts + t * kBlock, n, election.weights + t, total);
-  const C *rest = experts + t * kBlock, *weights = election.weights + t;
+    add_weighted<4, kHasBase>(base, experts + t * kBlock, n, election.factors + t, total);
+  const C *rest = experts + t * kBlock, *weights = election.factors + t;
   if (election.n_experts - t == 3) return add_weighted<3, kHasBase>(base, rest, n, weights, total);
   if (election.n_experts - t == 2) return add_weighted<2, kHasBase>(base, rest, n, weights, total);
   if (election.n_experts - t == 1) add_weighted<1, kHasBase>(base, rest, n, weights, total);
 }
 
-// Turns an expert's values into w·trim(Δ) in place and adds them to total.
-template <bool kHasBase, bool kTrims, class C>
-void weigh(const C* __restrict base, C* __restrict expert, int n, C weight, C threshold, C* __restrict total) {
-  for (int i = 0; i < n; ++i) {
-    C value = kHasBase ? expert[i] - base[i] : expert[i];
-    if (kTrims) value = trim(value, threshold);
-    expert[i] = value * weight;
-    total[i] = total[i] + expert[i];
+// Turns an expert's values into f·Δ of what stays in place and adds them to total.
+template <bool kHasBase, bool kTrims, bool kMasks, class C>
+void weigh(const C* __restrict base, C* __restrict expert, int n, const Election<C>& election, int t,
+           C* __restrict total) {
+  const C factor = election.factors[t];
+  const C lower = kTrims ? election.sparsity.lower[t] : C(0), upper = kTrims ? election.sparsity.upper[t] : C(0);
+  // Blocks are padded: the last lanes hold zeros.
+  for (int begin = 0; begin < n; begin += kLanes) {
+    const uint32_t bits = kMasks ? mask_of_lanes(election.sparsity.masks[t] + begin / 8) : 0;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      const int i = begin + lane;
+      C value = kHasBase ? expert[i] - base[i] : expert[i];
+      if (kTrims) value = trim(value, lower, upper);
+      if (kMasks) value = (bits >> lane) & 1u ? value : C(0);
+      expert[i] = value * factor;
+      total[i] = total[i] + expert[i];
+    }
   }
 }
 
-template <class C>
+template <bool kHasBase, class C>
 void weigh_all(const C* base, C* experts, int n, const Election<C>& election, C* total) {
-  const bool trims = election.thresholds != nullptr;
-  const auto step = base == nullptr ? (trims ? weigh<false, true, C> : weigh<false, false, C>)
-                                    : (trims ? weigh<true, true, C> : weigh<true, false, C>);
-  for (int t = 0; t < election.n_experts; ++t)
-    step(base, experts + t * kBlock, n, election.weights[t], trims ? election.thresholds[t] : C(0), total);
+  const bool masks = election.sparsity.masks != nullptr;
+  const auto step = election.sparsity.trims() ? (masks ? weigh<kHasBase, true, true, C> : weigh<kHasBase, true, false, C>)
+                                              : (masks ? weigh<kHasBase, false, true, C> : weigh<kHasBase, false, false, C>);
+  for (int t = 0; t < election.n_experts; ++t) step(base, experts + t * kBlock, n, election, t, total);
 }
 
 template <class C>
+void count_votes(const C* __restrict experts, int n, int n_experts, C* __restrict total) {
+  for (int i = 0; i < n; ++i) total[i] = C(0);
+  for (int t = 0; t < n_experts; ++t)
+    for (int i = 0; i < n; ++i) total[i] = total[i] + sign_of(experts[t * kBlock + i]);
+}
+
+// kLate: the weights are not in the experts' values yet.
+template <bool kLate, class C>
 void elect(const C* __restrict experts, int n, const Election<C>& election, C* __restrict total,
            C* __restrict divisor) {
   C agreeing[kBlock];
   for (int i = 0; i < n; ++i) agreeing[i] = divisor[i] = C(0);
   for (int t = 0; t < election.n_experts; ++t) {
-    const C* __restrict weighted = experts + t * kBlock;
+    const C* __restrict values = experts + t * kBlock;
     const C weight = election.weights[t];
     for (int i = 0; i < n; ++i) {
-      const bool counts = agrees(weighted[i], total[i]);
-      agreeing[i] = agreeing[i] + (counts ? weighted[i] : C(0));
+      const bool counts = agrees(values[i], total[i]);
+      const C weighted = kLate ? values[i] * weight : values[i];
+      agreeing[i] = agreeing[i] + (counts ? weighted : C(0));
       divisor[i] = divisor[i] + (counts ? weight : C(0));
     }
   }
   for (int i = 0; i < n; ++i) {
     total[i] = agreeing[i];
-    divisor[i] = divisor[i] == C(0) ? C(1) : divisor[i];
+    divisor[i] = divisor_of(divisor[i], election.min_divisor);
   }
 }
 
@@ -80,7 +97,7 @@ bool sum_bf16(const uint16_t* __restrict base, const uint16_t* const* experts, i
   for (int i = 0; i < n; ++i) {
     const float origin = float_from_bf16(base[i]);
     float total = -0.0f;
-    for (int t = 0; t < kCount; ++t) total = total + (float_from_bf16(e[t][i]) - origin) * election.weights[t];
+    for (int t = 0; t < kCount; ++t) total = total + (float_from_bf16(e[t][i]) - origin) * election.factors[t];
     nonfinite += key_of(total) >= kInfinityKey<float> ? 1 : 0;
     out[i] = bf16_from_float(origin + total / divisor * election.scale);
   }
@@ -101,15 +118,21 @@ template <class C>
 bool aggregate(const C* __restrict base, C* __restrict experts, int n, const Election<C>& election,
                C* __restrict merged) {
   C total[kBlock], divisor[kBlock];
-  for (int i = 0; i < n; ++i) total[i] = C(-0.0);  // the zero to which adding x gives x, -0.0 included
+  for (int i = 0; i < kBlock; ++i) total[i] = C(-0.0);  // the zero to which adding x gives x, -0.0 included
   bool finite = false;
+  if (election.rule == Rule::ties || election.sparsity.any())
+    base == nullptr ? weigh_all<false>(base, experts, n, election, total)
+                    : weigh_all<true>(base, experts, n, election, total);
   if (election.rule == Rule::ties) {
-    weigh_all(base, experts, n, election, total);
-    elect(experts, n, election, total, divisor);
+    if (election.vote == Vote::count) count_votes(experts, n, election.n_experts, total);
+    election.vote == Vote::unweighted ? elect<true>(experts, n, election, total, divisor)
+                                      : elect<false>(experts, n, election, total, divisor);
   } else {
-    base == nullptr ? add_all_weighted<false>(base, experts, n, election, total)
-                    : add_all_weighted<true>(base, experts, n, election, total);
-    finite = count_nonfinite(total, n) == 0;  // each input has a term in it, and none that is not finite can cancel
+    if (!election.sparsity.any()) {
+      base == nullptr ? add_all_weighted<false>(base, experts, n, election, total)
+                      : add_all_weighted<true>(base, experts, n, election, total);
+      finite = count_nonfinite(total, n) == 0;  // each input has a term in it, and none that is not finite can cancel
+    }
     if (election.normalize)
       for (int i = 0; i < n; ++i) divisor[i] = election.weight_sum;
   }

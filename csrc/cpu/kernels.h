@@ -12,6 +12,7 @@
 
 #include "common/dtype.h"
 #include "common/elect.h"
+#include "common/masks.h"
 #include "cpu/symmetric_eigen.h"
 
 namespace resm::cpu {
@@ -94,15 +95,34 @@ struct Bounds {
   C low, high, small;  // outliers are < low or > high; small are |d| <= small
 };
 
+// What of the deltas stays: |δ| from lower[t] to upper[t] whose bit of masks[t] is set. Null: all.
+template <class C>
+struct Sparsity {
+  const C* lower;
+  const C* upper;               // null just as lower is
+  const uint8_t* const* masks;  // from the block's first element on
+
+  bool trims() const { return lower != nullptr; }
+  bool any() const { return lower != nullptr || masks != nullptr; }
+};
+
 template <class C>
 struct Election {
   int n_experts;
-  const C* weights;
-  const C* thresholds;  // null: trim nothing
+  const C* factors;  // of the deltas
+  const C* weights;  // that the divisor adds up; with unweighted votes also factors, once these are counted
   C weight_sum;
   C scale;
   Rule rule;
   bool normalize;
+  Sparsity<C> sparsity;
+  Vote vote;
+  C min_divisor;
+};
+
+// Sums of |δ|, of the kept |δ| and of their squares, one per lane.
+struct KeptSums {
+  double all[kLanes], kept[kLanes], kept_sq[kLanes];
 };
 
 // Rows of Δ = expert − base as a product takes them: `columns` elements from begin + r·stride on for each row r.
@@ -162,8 +182,8 @@ struct BlockKernels {
   // Counts keys; those strictly between low and high go to `between` (room for kBlock + kLanes): returns how many.
   int (*bracket)(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<C>* between,
                  BracketCounts& counts);
-  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten by ties. True if the
-  // result shows that all inputs are finite; false says nothing.
+  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten by ties and by what is
+  // sparse. True if the result shows that all inputs are finite; false says nothing.
   bool (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
   // Of low_rank_update, see low_rank_update.simd.h.
   void (*add_update)(const C* left, const C* right, int depth, bool fresh, C* sums, int64_t stride);
@@ -171,6 +191,21 @@ struct BlockKernels {
   // Adds the products of every pair s <= t of n_experts blocks of kBlock, base subtracted where there is one, to that
   // pair's kLanes of `sums`, pairs (0, 0), (0, 1), … first; `experts` is overwritten.
   void (*inner_products)(const C* base, C* experts, int n, int n_experts, double* sums);
+  // Of expert t of what `sparsity` tells.
+  void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
+  void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
+  // How many of n keys are less than, and how many are equal to key.
+  void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
+  // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.
+  int (*variance)(const C* base, const C* experts, int n, int n_experts, C* to);
+  // Bits of i below n of which values[i] is at least `least`, whole bytes.
+  void (*mask_from)(const C* values, int n, C least, uint8_t* mask);
+};
+
+struct MaskKernels {
+  // Runs first_run … of a mask whose elements stay with limit/2^32, and the words they are drawn with.
+  void (*random_bits)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint8_t* mask);
+  void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words);
 };
 
 struct Kernels {
@@ -185,6 +220,7 @@ struct Kernels {
                    uint16_t* out);
   BlockKernels<double> f64;
   ProductKernels products;
+  MaskKernels masks;
   EigenKernels eigen;
 
   template <class C>

@@ -9,10 +9,14 @@
 #include "cpu/lanes.simd.h"
 #include "cpu/delta_stats.simd.h"
 #include "cpu/magnitude_threshold.simd.h"
+#include "cpu/sparsity.simd.h"
 #include "cpu/aggregate.simd.h"
 #include "cpu/inner_products.simd.h"
+#include "cpu/kept_moments.simd.h"
+#include "cpu/variance_mask.simd.h"
 #include "cpu/gemm.simd.h"
 #include "cpu/random_matrix.simd.h"
+#include "cpu/random_mask.simd.h"
 #include "cpu/sketch.simd.h"
 #include "cpu/project.simd.h"
 #include "cpu/gram_product.simd.h"
@@ -27,8 +31,9 @@ namespace resm::cpu::RESM_ISA {
 
 template <class C>
 constexpr BlockKernels<C> block_kernels() {
-  return {load<C>,      store<C>,     count_nonfinite<C>, moments<C>,    outliers<C>,      histogram<C>,
-          bracket<C>,   aggregate<C>, add_update<C>,      add_scaled<C>, inner_products<C>};
+  return {load<C>,      store<C>,     count_nonfinite<C>, moments<C>,    outliers<C>,       histogram<C>,
+          bracket<C>,   aggregate<C>, add_update<C>,      add_scaled<C>, inner_products<C>, kept_sums<C>,
+          keys<C>,      count_keys<C>, variance<C>,       mask_from<C>};
 }
 
 extern const Kernels table;
@@ -40,6 +45,7 @@ const Kernels table = {RESM_ISA_NAME,
                        block_kernels<double>(),
                        {delta_tile, random_rows, add_sketch, add_projection, add_image, add_preimage,
                         block_energy, widen_panel, add_panel_gram},
+                       {random_bits, random_words},
                        eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

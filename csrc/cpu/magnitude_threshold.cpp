@@ -109,9 +109,15 @@ class Selection {
   void for_deltas(const Chunk& chunk, int first, int last, Scratch<C>& scratch, Visit visit) const {
     const auto& kernel = kernels().of<C>();
     for_blocks(chunk, [&](int64_t begin, int n) {
-      kernel.load(*groups_.base(group_), begin, n, scratch.blocks[0]);
+      if (const Array* base = groups_.base(group_))
+        kernel.load(*base, begin, n, scratch.blocks[0]);
+      else
+        std::fill_n(scratch.blocks[0], kBlock, C(0));
+      const Array* experts = groups_.experts_of(group_);
       for (int t = first; t < last; ++t) {
-        kernel.load(groups_.experts_of(group_)[t], begin, n, scratch.blocks[1]);
+        // Two ranks of one expert are asked for as two experts that are the same.
+        if (t == first || experts[t].data != experts[t - 1].data || experts[t].dtype != experts[t - 1].dtype)
+          kernel.load(experts[t], begin, n, scratch.blocks[1]);
         visit(t, scratch.blocks[0], scratch.blocks[1], n);
       }
     });

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "cpu/sparsity.h"
 
 namespace resm::cpu {
 
@@ -40,11 +41,14 @@ void delta_stats(const Groups& groups, const StatsOptions& options, double* mome
 void magnitude_threshold(const Groups& groups, const int64_t* k, double* thresholds, int64_t* nonfinite, int threads);
 
 struct AggregateOptions {
-  const double* weights;     // (L, T)
-  const double* thresholds;  // (L, T), or null
+  const double* weights;  // (L, T)
+  const double* rescale;  // (L, T), or null
   double scale;
   Rule rule;
   bool normalize;
+  Vote vote;
+  double min_divisor;
+  SparsityOptions sparsity;
 };
 
 // outs: L arrays of the groups' lengths; nonfinite: (L, 1 + T).
@@ -54,6 +58,22 @@ void aggregate(const Groups& groups, const AggregateOptions& options, const std:
 // grams: (L, T, T), the sums over a group's elements of the products of each two experts, base subtracted where there
 // is one.
 void inner_products(const Groups& groups, double* grams, int threads);
+
+// moments: (T, 3) sums of |δ|, of the kept |δ| and of their squares, of one group.
+void kept_moments(const Groups& groups, const SparsityOptions& sparsity, double* moments, int threads);
+
+// Masks of one group, `row` elements of which are ranked together; one law, seed's key and mask an expert.
+struct RandomMaskOptions {
+  int64_t row;
+  uint64_t seed;
+  std::vector<MaskLaw> laws;
+  std::vector<uint8_t*> masks;
+};
+void random_mask(const Groups& groups, const RandomMaskOptions& options, int threads);
+
+// mask: of the ⌊density·(how many are not 0)⌋ largest variances over the experts of one group, and what ties with them.
+// variances: room for as many floats (doubles) as the group has elements.
+void variance_mask(const Groups& groups, double density, void* variances, uint8_t* mask, int threads);
 
 // Δ = expert − base, m rows of n elements; base may be null.
 struct DeltaMatrix {

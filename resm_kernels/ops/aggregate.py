@@ -1,8 +1,9 @@
-"""θ = θ₀ + λ·Σ_t w_t·rule(Δ_t), in fp32 with one rounding at the end."""
+"""θ = θ₀ + λ·rule(w_t·r_t·sparse(Δ_t)), in fp32 with one rounding at the end."""
 
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,7 +20,8 @@ from resm_kernels.ops._library import (
     raise_counted,
     register,
 )
-from resm_kernels.reference.aggregate import RULES
+from resm_kernels.ops._sparsity import Thresholds, check_masks, check_thresholds
+from resm_kernels.reference.aggregate import ELECTIONS, RULES
 from resm_kernels.reference.aggregate import aggregate as _reference
 
 Weights = Sequence[float] | Tensor
@@ -35,19 +37,31 @@ def aggregate(
     scale: float = 1.0,
     rule: str = "sum",
     normalize: bool = False,
-    thresholds: Sequence[float] | Tensor | None = None,
+    thresholds: Thresholds = None,
+    upper_thresholds: Thresholds = None,
+    masks: Sequence[Tensor] | None = None,
+    rescale: Sequence[float] | Tensor | None = None,
+    election: str = "weighted",
+    min_divisor: float | None = None,
     out_dtype: torch.dtype | None = None,
     check_finite: bool = True,
 ) -> Tensor:
     """Merge T experts into one tensor, θ = θ₀ + λ·m, element by element.
 
-    With Δ_t = θ_t − θ₀ and weights w_t, the rules are
+    One pass over the inputs composes five choices; each has its own argument, and Δ_t = θ_t − θ₀ (without a base
+    θ_t) is never written down. Element by element,
 
-    - ``sum``: m = Σ_t w_t·Δ_t, divided by Σ_t w_t if `normalize` (task arithmetic, arXiv 2212.04089; without a base,
-      Δ_t = θ_t: the weighted average of models, arXiv 2203.05482);
-    - ``ties``: δ_t = Δ_t where |Δ_t| ≥ τ_t, else 0; elected sign s = + where Σ_t w_t·δ_t ≥ 0, else −;
-      m = Σ over the t with sign(w_t·δ_t) = s of w_t·δ_t, divided by the Σ of those w_t if `normalize`, where that is
-      not 0 (arXiv 2306.01708 in mergekit's weighted form).
+    1. what stays: δ_t = Δ_t where τ_t ≤ |Δ_t| ≤ κ_t (`thresholds`, `upper_thresholds`) and bit i of `masks[t]` is set,
+       else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv 2311.03099), DELLA (arXiv
+       2406.11617) and SCE (arXiv 2408.07990) by masks, which `random_mask` and `variance_mask` make;
+    2. its size: δ_t·r_t (`rescale`: 1/density as DARE has it, or Σ|Δ_t|/Σ|δ_t| from `kept_moments`, mergekit's);
+    3. the rule. ``sum``: m = Σ_t w_t·r_t·δ_t (task arithmetic, arXiv 2212.04089; without a base the weighted average of
+       models, arXiv 2203.05482). ``ties`` (arXiv 2306.01708): s = + where Σ_t v_t ≥ 0, else −; m = the Σ of the
+       w_t·r_t·δ_t whose vote v_t has sign s;
+    4. the votes of ``ties`` (`election`): v_t = w_t·r_t·δ_t (``weighted``: mergekit), r_t·δ_t (``unweighted``: peft,
+       SCE) or the sign of w_t·r_t·δ_t (``count``);
+    5. the divisor (`normalize`): Σ_t w_t for ``sum``; for ``ties`` the Σ of the w_t that had sign s, or 1 where that is
+       0, or `min_divisor` where it is less.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64; None for none. A tensor that is not contiguous is copied.
@@ -56,9 +70,17 @@ def aggregate(
         scale: λ.
         rule: "sum" or "ties".
         normalize: Divide by the weights, see above.
-        thresholds: τ_1 … τ_T of ``ties``, as `magnitude_threshold` returns them; None trims nothing.
+        thresholds: τ_1 … τ_T, as `magnitude_threshold` returns them; None trims nothing.
+        upper_thresholds: κ_1 … κ_T; None for no bound.
+        masks: One for each expert (the same tensor may serve several), as `random_mask` and `variance_mask` return
+            them: uint8, element i of a flattened tensor is bit i mod 8 of byte ⌊i/8⌋. None keeps all.
+        rescale: r_1 … r_T; None for 1. r_t·w_t is rounded once to the dtype of the arithmetic (with election
+            ``unweighted`` each is).
+        election: What the experts' votes are; rule ``ties`` only.
+        min_divisor: The least that a normalised ``ties`` divides by; None (default) for no bound.
         out_dtype: The result's dtype; base's (without a base the first expert's) if None.
-        check_finite: Refuse NaN and infinity in base and experts (the default; costs nothing).
+        check_finite: Refuse NaN and infinity in base and experts, also where they are left out (the default; costs
+            nothing).
 
     Returns:
         θ, contiguous, of base's shape. Arithmetic is fp32 (float64 if any input is float64) in the order of the
@@ -71,8 +93,27 @@ def aggregate(
     Determinism: the same bits for any number of threads, block size and instruction set.
     """
     bases = None if base is None else [base]
-    limits = None if thresholds is None else torch.as_tensor(thresholds, dtype=torch.float64)[None]
-    return _checked(bases, [experts], "", [weights], scale, rule, normalize, limits, out_dtype, check_finite)[0]
+    limits, upper = (
+        None if t is None else torch.as_tensor(t, dtype=torch.float64)[None] for t in (thresholds, upper_thresholds)
+    )
+    scales = None if rescale is None else torch.as_tensor(rescale, dtype=torch.float64)[None]
+    return _checked(
+        bases,
+        [experts],
+        "",
+        [weights],
+        scale,
+        rule,
+        normalize,
+        limits,
+        out_dtype,
+        check_finite,
+        upper,
+        None if masks is None else [masks],
+        scales,
+        election,
+        min_divisor,
+    )[0]
 
 
 def aggregate_list(
@@ -84,11 +125,35 @@ def aggregate_list(
     rule: str = "sum",
     normalize: bool = False,
     thresholds: Tensor | None = None,
+    upper_thresholds: Tensor | None = None,
+    masks: Sequence[Sequence[Tensor]] | None = None,
+    rescale: Tensor | None = None,
+    election: str = "weighted",
+    min_divisor: float | None = None,
     out_dtype: torch.dtype | None = None,
     check_finite: bool = True,
 ) -> list[Tensor]:
-    """`aggregate` of L tensors in one call: `experts[l]`, `weights[l]` and `thresholds[l]` belong to `bases[l]`."""
-    return _checked(bases, experts, "tensor {}: ", weights, scale, rule, normalize, thresholds, out_dtype, check_finite)
+    """`aggregate` of L tensors in one call: `experts[l]`, `weights[l]`, `masks[l]` belong to `bases[l]`.
+
+    So do rows of `thresholds`, `upper_thresholds` and `rescale`, which are of shape (L, T).
+    """
+    return _checked(
+        bases,
+        experts,
+        "tensor {}: ",
+        weights,
+        scale,
+        rule,
+        normalize,
+        thresholds,
+        out_dtype,
+        check_finite,
+        upper_thresholds,
+        masks,
+        rescale,
+        election,
+        min_divisor,
+    )
 
 
 def _checked(
@@ -102,11 +167,16 @@ def _checked(
     thresholds: Tensor | None,
     out_dtype: torch.dtype | None,
     check_finite: bool,
+    upper_thresholds: Tensor | None,
+    masks: Sequence[Sequence[Tensor]] | None,
+    rescale: Tensor | None,
+    election: str,
+    min_divisor: float | None,
 ) -> list[Tensor]:
-    if rule not in RULES:
-        near = difflib.get_close_matches(str(rule), RULES, n=1)
-        hint = f", did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"rule: got {rule!r}, need one of {', '.join(RULES)}{hint}")
+    _check_choice("rule", rule, RULES)
+    _check_choice("election", election, ELECTIONS)
+    if rule == RULES[0] and (election != ELECTIONS[0] or min_divisor is not None):
+        raise ValueError(f"{'election' if min_divisor is None else 'min_divisor'}: rule {rule!r} elects nothing")
     if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
         raise TypeError(f"out_dtype: got {out_dtype}, need one of {', '.join(map(str, FLOAT_DTYPES))}")
     groups: list[Tensor | None] = [None] * len(experts) if bases is None else list(bases)
@@ -122,7 +192,14 @@ def _checked(
         if len(own) != n_experts:
             raise ValueError(f"{where.format(i)}experts: got {len(own)}, need {n_experts} as for tensor 0")
         flat_weights += _checked_weights(weights[i], n_experts, normalize and rule == "sum", where.format(i))
-    limits = _checked_thresholds(thresholds, rule, len(experts), n_experts)
+    shape = (len(experts), n_experts)
+    limits = check_thresholds("thresholds", thresholds, shape)
+    upper = check_thresholds("upper_thresholds", upper_thresholds, shape)
+    scales = None if rescale is None else _checked_rescale(rescale, shape)
+    if masks is not None and len(masks) != len(experts):
+        raise ValueError(f"masks: got those of {len(masks)} tensors, need as many as tensors, {len(experts)}")
+    for i, own in enumerate(masks or ()):
+        check_masks(own, experts[i], where.format(i))
     outs, nonfinite = torch.ops.resm_kernels.aggregate(
         [] if bases is None else list(bases),
         [expert for own in experts for expert in own],
@@ -133,6 +210,11 @@ def _checked(
         bool(normalize),
         limits,
         out_dtype,
+        upper,
+        None if masks is None else [mask for own in masks for mask in own],
+        scales,
+        election,
+        None if min_divisor is None else check_number("min_divisor", min_divisor),
     )
     if check_finite:
         check_values(nonfinite, lambda counts: raise_counted(counts, [where.format(i) for i in range(len(counts))]))
@@ -148,22 +230,17 @@ def _checked_weights(weights: Weights, n_experts: int, divides: bool, where: str
     return values
 
 
-def _checked_thresholds(thresholds: Tensor | None, rule: str, n_tensors: int, n_experts: int) -> Tensor | None:
-    if thresholds is None:
-        return None
-    if rule != "ties":
-        raise ValueError(f"thresholds: rule {rule!r} trims nothing, need None")
-    if tuple(thresholds.shape) != (n_tensors, n_experts):
-        raise ValueError(
-            f"thresholds: got shape {list(thresholds.shape)}, need one for each expert: {[n_tensors, n_experts]}"
-        )
-    check_values((thresholds >= 0).all(), _check_magnitudes)
-    return thresholds.to(torch.float64)
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name}: got {value!r}, need one of {', '.join(choices)}{hint}")
 
 
-def _check_magnitudes(are: Tensor) -> None:
-    if not bool(are):
-        raise ValueError("thresholds: got a negative value or NaN, need magnitudes of at least 0")
+def _checked_rescale(rescale: Tensor, shape: tuple[int, int]) -> Tensor:
+    if tuple(rescale.shape) != shape:
+        raise ValueError(f"rescale: got shape {list(rescale.shape)}, need one for each expert: {list(shape)}")
+    return rescale.to(torch.float64)
 
 
 def _native(
@@ -176,12 +253,19 @@ def _native(
     normalize: bool,
     thresholds: Tensor | None,
     out_dtype: torch.dtype | None,
+    upper_thresholds: Tensor | None = None,
+    masks: list[Tensor] | None = None,
+    rescale: Tensor | None = None,
+    election: str = ELECTIONS[0],
+    min_divisor: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     assert _extension.native is not None
     firsts = bases or experts[::n_experts]
     outs = [torch.empty(t.shape, dtype=out_dtype or t.dtype) for t in firsts]
     nonfinite = torch.empty((len(outs), 1 + n_experts), dtype=torch.int64)
-    limits = None if thresholds is None else thresholds.cpu().contiguous()
+    numbers = [None if t is None else t.cpu().contiguous() for t in (thresholds, upper_thresholds, rescale)]
+    lower, upper, scales = (0 if t is None else t.data_ptr() for t in numbers)
+    kept = [mask.contiguous() for mask in masks or ()]
     b, e, o = NativeTensors(bases), NativeTensors(experts), NativeTensors(outs)
     _extension.native.aggregate(
         b.pointers,
@@ -192,10 +276,15 @@ def _native(
         o.dtypes,
         o.lengths,
         np.array(weights, dtype=np.float64),
+        scales,
         scale,
         RULES.index(rule),
         normalize,
-        0 if limits is None else limits.data_ptr(),
+        ELECTIONS.index(election),
+        -math.inf if min_divisor is None else min_divisor,
+        lower,
+        upper,
+        np.array([mask.data_ptr() for mask in kept], dtype=np.uint64),
         nonfinite.data_ptr(),
         torch.get_num_threads(),
     )
@@ -212,9 +301,20 @@ def _native_cuda(
     normalize: bool,
     thresholds: Tensor | None,
     out_dtype: torch.dtype | None,
+    upper_thresholds: Tensor | None = None,
+    masks: list[Tensor] | None = None,
+    rescale: Tensor | None = None,
+    election: str = ELECTIONS[0],
+    min_divisor: float | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     assert _extension.native is not None
     device = experts[0].device
+    given = {"upper_thresholds": upper_thresholds is not None, "masks": bool(masks), "rescale": rescale is not None}
+    given |= {"election": election != ELECTIONS[0], "min_divisor": min_divisor is not None}
+    given |= {"thresholds": rule == RULES[0] and thresholds is not None}
+    if any(given.values()):
+        names = ", ".join(name for name, is_given in given.items() if is_given)
+        raise ValueError(f"{names}: the CUDA kernel of aggregate has none; install triton, or merge on the CPU")
     if n_experts > CUDA_MAX_EXPERTS:
         raise ValueError(f"experts: got {n_experts}, need at most {CUDA_MAX_EXPERTS} on CUDA; merge them on the CPU")
     with torch.cuda.device(device):
@@ -244,7 +344,8 @@ def _native_cuda(
 register(
     "aggregate",
     "(Tensor[] bases, Tensor[] experts, float[] weights, int n_experts, float scale, str rule, bool normalize,"
-    " Tensor? thresholds, ScalarType? out_dtype) -> (Tensor[] outs, Tensor nonfinite)",
+    " Tensor? thresholds, ScalarType? out_dtype, Tensor? upper_thresholds=None, Tensor[]? masks=None,"
+    " Tensor? rescale=None, str election='weighted', float? min_divisor=None) -> (Tensor[] outs, Tensor nonfinite)",
     reference=_reference,
     cpu=_native,
     cuda=_native_cuda,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-SKETCH_STREAM = 0
+SKETCH_STREAM, MASK_STREAM = 0, 1
 """The counter's last word, which tells uses of one seed apart (RandomStream of csrc/common/philox.h)."""
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57

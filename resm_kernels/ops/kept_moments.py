@@ -1,0 +1,103 @@
+"""How much of each task vector a sparsification keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, check_group, register
+from resm_kernels.ops._sparsity import Thresholds, check_masks, check_thresholds
+from resm_kernels.reference.kept_moments import kept_moments as _reference
+
+
+class KeptMoments(NamedTuple):
+    """Sums over the elements of each Δ_t, float64 of shape (T,).
+
+    Attributes:
+        sum_abs: Σ|Δ_t|.
+        kept_sum_abs: Σ|δ_t| of what is kept.
+        kept_sum_sq: Σδ_t² of what is kept.
+    """
+
+    sum_abs: Tensor
+    kept_sum_abs: Tensor
+    kept_sum_sq: Tensor
+
+
+def kept_moments(
+    base: Tensor,
+    experts: Sequence[Tensor],
+    *,
+    thresholds: Thresholds = None,
+    upper_thresholds: Thresholds = None,
+    masks: Sequence[Tensor] | None = None,
+) -> KeptMoments:
+    """Sum |δ| and δ² of what `aggregate` keeps with the same thresholds and masks, in one pass.
+
+    Σ|Δ_t|/Σ|δ_t| is the factor that restores the L1 norm of a sparsified task vector (mergekit's `rescale`); Σδ_t²/N is
+    the mean square that SCE weighs experts by (arXiv 2408.07990).
+
+    Args:
+        base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
+        experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
+        thresholds, upper_thresholds, masks: What is kept, see `aggregate`; None keeps all.
+
+    Returns:
+        The sums, float64, of Δ formed in fp32 (float64 if any input is float64). NaN and infinity show in them.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
+
+    Determinism: on one kind of device the same bits for any number of threads and instruction set; between kinds the
+    order of float64 additions differs.
+    """
+    check_group(base, experts)
+    shape = (len(experts),)
+    limits = [
+        check_thresholds(name, None if t is None else torch.as_tensor(t, dtype=torch.float64), shape)
+        for name, t in (("thresholds", thresholds), ("upper_thresholds", upper_thresholds))
+    ]
+    if masks is not None:
+        check_masks(masks, experts)
+    found = torch.ops.resm_kernels.kept_moments(base, list(experts), *limits, list(masks or ()))
+    return KeptMoments(*found.unbind(1))
+
+
+def _native(
+    base: Tensor,
+    experts: list[Tensor],
+    thresholds: Tensor | None,
+    upper_thresholds: Tensor | None,
+    masks: list[Tensor],
+) -> Tensor:
+    assert _extension.native is not None
+    moments = torch.empty((len(experts), 3), dtype=torch.float64)
+    limits = [None if t is None else t.cpu().contiguous() for t in (thresholds, upper_thresholds)]
+    kept = [mask.contiguous() for mask in masks]
+    b, e = NativeTensors([base]), NativeTensors(experts)
+    _extension.native.kept_moments(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        b.lengths,
+        *(0 if t is None else t.data_ptr() for t in limits),
+        np.array([mask.data_ptr() for mask in kept], dtype=np.uint64),
+        moments.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return moments
+
+
+register(
+    "kept_moments",
+    "(Tensor base, Tensor[] experts, Tensor? thresholds, Tensor? upper_thresholds, Tensor[] masks) -> Tensor",
+    reference=_reference,
+    cpu=_native,
+    triton=True,
+)

@@ -1,0 +1,105 @@
+"""Which elements of task vectors survive a random drop, as bit masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, check_group, check_number, check_whole, register
+from resm_kernels.ops.random_matrix import MAX_SEED
+from resm_kernels.reference._masks import mask_bytes
+from resm_kernels.reference.random_mask import probability_law, row_length
+from resm_kernels.reference.random_mask import random_mask as _reference
+
+Shares = float | Sequence[float]
+
+
+def random_mask(
+    base: Tensor, experts: Sequence[Tensor], density: Shares, epsilon: Shares = 0.0, *, seed: int = 0
+) -> list[Tensor]:
+    """Draw which elements of each Δ_t = θ_t − θ₀ stay: DARE's Bernoulli mask, or DELLA's, which favours large ones.
+
+    An element is kept with probability q = p − ε + 2ε·(rank − 1)/(n − 1), independently of all others; p is `density`,
+    ε `epsilon`, and rank the element's from 1, the smallest |δ|, to n in its row of n elements (those along the last
+    dimension; all of a vector). Elements of equal |δ| have the mean of their ranks, so that q depends on no order.
+    ε = 0 is DARE (arXiv 2311.03099), whose inputs are not read; ε > 0 is DELLA's MagPrune (arXiv 2406.11617, where the
+    drop probability 1 − q spans p_drop ± ε/2; this ε is mergekit's, half of that span). Rows of one element have q = p;
+    p ≥ 1 keeps all and p ≤ 0 nothing, whatever ε.
+
+    q is ⌊2⁶²·(p − ε)⌋ + ⌊⌊2⁶²·ε⌋/(n − 1)⌋·(2·#{less} + #{equal} − 1) in units of 2⁻⁶², in integers, of which the 32
+    highest bits below the point are compared with 32 random ones: an expected density is right to 2⁻³¹. They are word
+    ⌊i/32⌋ mod 4 of Philox4x32-10 (Salmon et al., SC 2011) at counter (j mod 2³², ⌊j/2³²⌋, t, 1), j = 32·⌊i/128⌋ + i mod
+    32, for element i of the flattened tensor of expert t; the key is the seed. So a mask depends on seed, expert and
+    element alone, and those of different experts, and of different seeds, are independent.
+
+    Args:
+        base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied where ε > 0.
+        experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
+        density: p, from 0 to 1, for all experts or one for each.
+        epsilon: ε, from 0, with 0 < p − ε and p + ε < 1 where 0 < p < 1; for all experts or one for each.
+        seed: The key, from 0 to 2⁶³ − 1; tensors of one model need keys of their own.
+
+    Returns:
+        T masks for `aggregate` and `kept_moments`: uint8, 16·⌈N/128⌉ bytes; element i is bit i mod 8 of byte ⌊i/8⌋, and
+        bits past the tensor are 0.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
+
+    NaN and infinity are ranked as the largest; `aggregate` refuses them.
+
+    Determinism: the same bits on every device and instruction set, for any number of threads.
+    """
+    check_group(base, experts)
+    densities, spans = _each("density", density, len(experts)), _each("epsilon", epsilon, len(experts))
+    for p, e in zip(densities, spans, strict=True):
+        if p > 1:
+            raise ValueError(f"density: got {p}, need a share from 0 to 1")
+        if 0 < p < 1 and e > 0 and (p + e >= 1 or p - e <= 0):
+            raise ValueError(f"epsilon: got {e} with density {p}, need density ± epsilon between 0 and 1")
+    masks: list[Tensor] = torch.ops.resm_kernels.random_mask(
+        base, list(experts), densities, spans, check_whole("seed", seed, MAX_SEED)
+    )
+    return masks
+
+
+def _each(name: str, value: Shares, n_experts: int) -> list[float]:
+    given = list(value) if isinstance(value, (list, tuple)) else [value] * n_experts
+    if len(given) != n_experts:
+        raise ValueError(f"{name}: got {len(given)} values, need one for each of the {n_experts} experts")
+    return [check_number(name, v, minimum=0.0) for v in given]
+
+
+def _native(base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int) -> list[Tensor]:
+    assert _extension.native is not None
+    columns = max(row_length(base), 1)
+    laws = [probability_law(p, e, columns) for p, e in zip(density, epsilon, strict=True)]
+    masks = [torch.empty(mask_bytes(base.numel()), dtype=torch.uint8) for _ in experts]
+    b, e = NativeTensors([base]), NativeTensors(experts)
+    _extension.native.random_mask(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        b.lengths,
+        columns,
+        np.array([lowest for lowest, _ in laws], dtype=np.uint64),
+        np.array([step for _, step in laws], dtype=np.uint64),
+        seed,
+        np.array([mask.data_ptr() for mask in masks], dtype=np.uint64),
+        torch.get_num_threads(),
+    )
+    return masks
+
+
+register(
+    "random_mask",
+    "(Tensor base, Tensor[] experts, float[] density, float[] epsilon, int seed) -> Tensor[]",
+    reference=_reference,
+    cpu=_native,
+    triton=True,
+)

@@ -1,0 +1,75 @@
+"""Which elements the experts differ in most: SCE's selection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from resm_kernels import _extension
+from resm_kernels.ops._library import NativeTensors, check_group, check_number, register
+from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.reference._masks import mask_bytes
+from resm_kernels.reference.variance_mask import variance_mask as _reference
+
+
+def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Tensor:
+    """Mask of the elements whose δ varies most over the experts, the "select" of SCE (arXiv 2408.07990).
+
+    With v_i = Σ_t (δ_ti − mean_i)²/T, the mask keeps v_i ≥ τ, τ the k-th largest variance and k = ⌊density·#{v_i ≠ 0}⌋:
+    at least k elements, for all tied with the k-th stay, which depends on no order. k = 0 keeps nothing.
+
+    Args:
+        base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
+        experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
+        density: From 0 to 1.
+
+    Returns:
+        One mask, see `aggregate`, whose argument `masks` takes it once for each expert.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
+
+    The variance is accumulated in float64 by Welford's updates in the order of the experts (which find 0 exactly where
+    all δ are the same) and rounded to the dtype of Δ, fp32 (float64 if any input is float64).
+
+    Memory: the variances, four bytes an element (eight in float64), and what `magnitude_threshold` takes. NaN counts as
+    no variance or the largest; `aggregate` refuses it.
+
+    Determinism: exact, hence the same for any number of threads, block size and device.
+    """
+    check_group(base, experts)
+    share = check_number("density", density, minimum=0.0)
+    if share > 1:
+        raise ValueError(f"density: got {share}, need a share from 0 to 1")
+    mask: Tensor = torch.ops.resm_kernels.variance_mask(base, list(experts), share)
+    return mask
+
+
+def _native(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
+    assert _extension.native is not None
+    mask = torch.empty(mask_bytes(base.numel()), dtype=torch.uint8)
+    variances = torch.empty(base.numel(), dtype=compute_dtype(base, *experts))
+    b, e = NativeTensors([base]), NativeTensors(experts)
+    _extension.native.variance_mask(
+        b.pointers,
+        b.dtypes,
+        e.pointers,
+        e.dtypes,
+        b.lengths,
+        density,
+        variances.data_ptr(),
+        mask.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return mask
+
+
+register(
+    "variance_mask",
+    "(Tensor base, Tensor[] experts, float density) -> Tensor",
+    reference=_reference,
+    cpu=_native,
+    triton=True,
+)

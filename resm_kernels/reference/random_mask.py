@@ -1,0 +1,59 @@
+"""Definition of `random_mask`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.reference._masks import RUN, packed
+from resm_kernels.reference._philox import MASK_STREAM, philox
+
+_WORD = 0xFFFFFFFF
+FRACTION = 62
+"""Bits after the point of the fixed-point probabilities; the 30 lowest are dropped before the comparison."""
+
+
+def random_mask(
+    base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int
+) -> list[Tensor]:
+    """See `resm_kernels.ops.random_mask`."""
+    masks = []
+    for t, expert in enumerate(experts):
+        lowest, step = probability_law(density[t], epsilon[t], row_length(expert))
+        ranks = doubled_ranks(base, experts, t) if step else torch.zeros_like(expert, dtype=torch.int64)
+        kept = random_words(expert.numel(), t, seed, expert.device) < ((lowest + ranks.reshape(-1) * step) >> 30)
+        masks.append(packed(kept))
+    return masks
+
+
+def probability_law(density: float, epsilon: float, columns: int) -> tuple[int, int]:
+    """A and S of the probability (A + S·m)/2^62 that an element of doubled rank m is kept."""
+    if density >= 1 or density <= 0:
+        return (1 << FRACTION) if density >= 1 else 0, 0
+    if columns < 2 or epsilon == 0:
+        return int(density * 2.0**FRACTION), 0
+    return int((density - epsilon) * 2.0**FRACTION), int(epsilon * 2.0**FRACTION) // (columns - 1)
+
+
+def row_length(tensor: Tensor) -> int:
+    """Elements that are ranked together: those of the last dimension."""
+    return tensor.shape[-1] if tensor.dim() else 1
+
+
+def doubled_ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
+    """m = 2·#{|δ| less} + #{|δ| equal} − 1 of every element of Δ_t within its row: twice its mean rank, from 0."""
+    dtype = compute_dtype(base, *experts)
+    size = (experts[t].to(dtype) - base.to(dtype)).abs()
+    rows = size.reshape(-1, row_length(size))
+    ordered = rows.sort(dim=-1).values
+    below = torch.searchsorted(ordered, rows)
+    return (below + torch.searchsorted(ordered, rows, right=True) - 1).reshape(size.shape)
+
+
+def random_words(numel: int, expert: int, seed: int, device: torch.device) -> Tensor:
+    """32 random bits for each element: word ⌊i/32⌋ mod 4 of counter 32·⌊i/128⌋ + i mod 32."""
+    counters = torch.arange(-(-numel // RUN) * 32, device=device)
+    fixed = torch.zeros_like(counters)
+    words = philox((counters & _WORD, counters >> 32, fixed + expert, fixed + MASK_STREAM), seed)
+    return torch.stack(words).reshape(4, -1, 32).transpose(0, 1).reshape(-1)[:numel]
