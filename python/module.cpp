@@ -8,11 +8,11 @@
 #include <string>
 
 #include "cpu/ops.h"
-#if defined(RESM_WITH_CUDA)
-#include "cuda/ops.h"
-#endif
 
 namespace py = pybind11;
+#if defined(RESM_WITH_CUDA)
+void define_cuda_ops(py::module_& m);  // cuda.cpp
+#endif
 using resm::DType;
 using namespace resm::cpu;
 
@@ -232,45 +232,6 @@ int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64
   return static_cast<int>(symmetric_eigen(at<const T>(a), n, k, at<T>(values), at<T>(vectors), threads));
 }
 
-#if defined(RESM_WITH_CUDA)
-void py_aggregate_cuda(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                       const Codes& expert_dtypes, const Pointers& outs, const Codes& out_dtypes,
-                       const Lengths& lengths, const Numbers& weights, double scale, int rule, bool normalize,
-                       const Numbers& thresholds, uint64_t nonfinite, uint64_t stream) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  const std::vector<Array> into = arrays(outs, out_dtypes, lengths, 1, "outs");
-  const int n_experts = groups.n_experts;
-  require(into.size() == groups.lengths.size(), "need one output for each length");
-  require(n_experts <= resm::cuda::kMaxExperts, "too many experts for one launch");
-  require(weights.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one weight for each expert");
-  require(thresholds.size() == 0 || thresholds.size() == weights.size(), "need one threshold for each expert");
-  require(rule == 0 || rule == 1, "unknown rule");
-  for (int64_t g = 0; g < groups.size(); ++g) {
-    const bool in_double = groups.is_double(g);
-    resm::cuda::Merge merge{};
-    if (groups.base(g) != nullptr) merge.base = {groups.base(g)->data, groups.base(g)->dtype};
-    merge.out = {into[g].data, into[g].dtype};
-    merge.length = groups.lengths[g];
-    merge.n_experts = n_experts;
-    merge.rule = static_cast<resm::Rule>(rule);
-    merge.normalize = normalize;
-    merge.trims = thresholds.size() != 0 && merge.rule == resm::Rule::ties;
-    merge.scale = scale;
-    for (int t = 0; t < n_experts; ++t) {
-      const Array& expert = groups.experts_of(g)[t];
-      const double weight = weights.at(g * n_experts + t);
-      merge.experts[t] = {expert.data, expert.dtype};
-      merge.weights[t] = weight;
-      // Summed in the compute type, as on the CPU.
-      merge.weight_sum = in_double ? merge.weight_sum + weight
-                                   : static_cast<float>(merge.weight_sum) + static_cast<float>(weight);
-      merge.thresholds[t] = merge.trims ? thresholds.at(g * n_experts + t) : 0.0;
-    }
-    resm::cuda::aggregate(merge, in_double, at<int64_t>(nonfinite) + g * (1 + n_experts), stream);
-  }
-}
-#endif
-
 py::dict build_facts() {
   py::dict facts;
   facts["isa"] = kernels().isa;
@@ -304,7 +265,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("symmetric_eigen_f32", &py_symmetric_eigen<float>);
   m.def("symmetric_eigen_f64", &py_symmetric_eigen<double>);
 #if defined(RESM_WITH_CUDA)
-  m.def("aggregate_cuda", &py_aggregate_cuda);
+  define_cuda_ops(m);
 #endif
   m.def("build_facts", &build_facts, "Instruction sets, compiler and CUDA architectures of this build.");
   m.def("use_isa", [](const std::string& name) {

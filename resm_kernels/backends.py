@@ -16,8 +16,9 @@ def backends() -> dict[str, Any]:
 
     Returns:
         A dictionary of plain values: ``native`` (available, reason if not, instruction set in use, compiler,
-        CUDA architectures built in), ``ops`` (for each op and device type, "native" or "reference"), ``threads``,
-        ``torch`` and ``triton`` (versions; None if absent), ``gpu`` (names of the visible devices).
+        CUDA architectures built in), ``ops`` (for each op and device type what runs: "native" on CPUs, "triton" or
+        "cuda" on GPUs, "reference" where there are no kernels), ``threads``, ``torch`` and ``triton`` (versions; None
+        if absent), ``gpu`` (names of the visible devices).
     """
     native = _extension.native
     facts = {} if native is None else dict(native.build_facts())

@@ -1,99 +1,367 @@
-"""Ops and methods on a GPU: the same bits as on the CPU for `aggregate`, the documented tolerance for the rest.
+"""CUDA kernels against the reference and the CPU's: every dtype, rule and form, many tensors in a launch.
 
-Without a GPU these are skipped; `make gpu` sets RESM_REQUIRE_GPU, which turns the skip into a failure.
+Where there is no GPU the same source runs on the CPU, compiled by a C++ compiler, with threads and blocks in either
+order. Nothing here has a tolerance but sums: those of delta_stats are float64, in another order than the reference's.
 """
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
+import inspect
+import math
+from types import ModuleType
 
 import pytest
 import torch
-from checkpoints import Family, load_model
-from inputs import call_of
+from cuda_device import DEVICE, cuda_kernels  # noqa: F401  (a fixture)
+from hypothesis import given
+from hypothesis import strategies as st
+from inputs import FLOATS, generator, group, randn, same_bits, values
+from torch import Tensor
 
-import resm_kernels
-from resm_kernels.engine import merge_checkpoints
-from resm_kernels.ops import aggregate, delta_stats, magnitude_threshold
+from resm_kernels import _extension, ops
+from resm_kernels.cuda import _launch
+from resm_kernels.cuda import aggregate as aggregate_host
+from resm_kernels.cuda import delta_stats as delta_stats_host
+from resm_kernels.cuda import magnitude_threshold as magnitude_threshold_host
+from resm_kernels.cuda.aggregate import CHUNK, aggregate
+from resm_kernels.cuda.delta_stats import delta_stats
+from resm_kernels.cuda.magnitude_threshold import magnitude_threshold
+from resm_kernels.ops._library import FLOAT_DTYPES
+from resm_kernels.reference import aggregate as reference_aggregate
+from resm_kernels.reference import delta_stats as reference_delta_stats
+from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
 
-if not torch.cuda.is_available():
-    if os.environ.get("RESM_REQUIRE_GPU"):
-        pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
-    pytest.skip("torch sees no GPU here; run `make gpu` on a machine that has one", allow_module_level=True)
+pytestmark = [pytest.mark.usefixtures("cuda_kernels"), pytest.mark.usefixtures("one_thread")]
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
+LENGTHS = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5, 0)
+SAMPLE = {torch.float32: 8192, torch.float64: 4096}
+"""By the dtype of arithmetic: tensors up to this size are sampled whole, larger ones as much."""
 
-
-def group(shape: tuple[int, ...], dtype: torch.dtype, n_experts: int = 3) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    generator = torch.Generator().manual_seed(0)
-    base = torch.randn(shape, generator=generator, dtype=torch.float64)
-    steps = [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.1 for _ in range(n_experts)]
-    return base.to(dtype), [(base + step).to(dtype) for step in steps]
+Groups = tuple[list[Tensor], list[Tensor]]
 
 
-def on_gpu(base: torch.Tensor, experts: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    return base.cuda(), [e.cuda() for e in experts]
+def groups(dtype: torch.dtype, n_experts: int, lengths: tuple[int, ...] = LENGTHS, kind: str = "weights") -> Groups:
+    """Bases and all experts of tensors of these lengths."""
+    made = [group((n,), n_experts, kind, base_dtype=dtype, seed=10 * i) for i, n in enumerate(lengths)]
+    return [base.to(DEVICE) for base, _ in made], [e.to(DEVICE) for _, own in made for e in own]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy that is contiguous and one element off any alignment."""
+    room = tensor.new_empty(tensor.numel() + 1)
+    room[1:] = tensor.flatten()
+    return room[1:].view(tensor.shape)
+
+
+def check_aggregate(bases: list[Tensor], experts: list[Tensor], n_experts: int, rule: str) -> None:
+    n_tensors = len(experts) // n_experts
+    weights = [float(w) for w in randn(n_tensors * n_experts, seed=3)]
+    limits = randn(n_tensors, n_experts, seed=4, dtype=torch.float64).abs().mul(2e-3).to(DEVICE)
+    # torch rounds float64 to half types twice: see test_float64_is_rounded_once.
+    wide = any(t.dtype == torch.float64 for t in (*bases, *experts))
+    for out_dtype in (torch.float64, torch.float32) if wide else (None, torch.bfloat16, torch.float16, torch.float64):
+        for thresholds in (None, limits) if rule == "ties" else (None,):
+            for normalize in (False, True):
+                call = (bases, experts, weights, n_experts, 0.7, rule, normalize, thresholds, out_dtype)
+                found, wanted = aggregate(*call), reference_aggregate.aggregate(*call)
+                assert same_bits(found[1].cpu(), wanted[1].cpu())
+                for a, b in zip(found[0], wanted[0], strict=True):
+                    assert a.is_contiguous() and same_bits(a.cpu(), b.cpu())
+
+
+def check_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> None:
+    found = magnitude_threshold(bases, experts, k)
+    for a, b in zip(found, reference_magnitude_threshold.magnitude_threshold(bases, experts, k), strict=True):
+        assert same_bits(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("rule", ["sum", "ties"])
-@pytest.mark.parametrize("shape", [(7, 5), (300, 257), (0,), ()], ids=["small", "odd", "empty", "small scalar"])
-def test_aggregate_has_the_bits_of_the_cpu(dtype: torch.dtype, rule: str, shape: tuple[int, ...]) -> None:
-    base, experts = group(shape, dtype)
-    thresholds = [0.05, 0.1, 0.0] if rule == "ties" else None
-    options = {"rule": rule, "normalize": True, "thresholds": thresholds, "scale": 0.7}
-    weights = [0.5, 0.3, 0.2]
-    on_cpu = aggregate(base, experts, weights, **options)
-    assert torch.equal(aggregate(*on_gpu(base, experts), weights, **options).cpu(), on_cpu)
-    without = {**options, "thresholds": None}
-    on_cpu = aggregate(None, experts, weights, **without)
-    assert torch.equal(aggregate(None, on_gpu(base, experts)[1], weights, **without).cpu(), on_cpu)
+@pytest.mark.parametrize("with_base", [False, True])
+def test_aggregate_small_has_the_references_bits(dtype: torch.dtype, rule: str, with_base: bool) -> None:
+    for n_experts in (1, 3):
+        bases, experts = groups(dtype, n_experts, LENGTHS if n_experts == 3 else (257, 8))
+        check_aggregate(bases if with_base else [], experts, n_experts, rule)
 
 
-def test_aggregate_small_refuses_nan() -> None:
-    base, experts = on_gpu(*group((7, 5), torch.float32))
-    experts[1][3, 2] = float("nan")
-    with pytest.raises(resm_kernels.NonFiniteError, match=r"experts\[1\]"):
-        aggregate(base, experts, [1.0, 1.0, 1.0])
+def test_aggregate_takes_any_number_of_experts() -> None:
+    bases, experts = groups(torch.bfloat16, 70, (300, 64))
+    check_aggregate(bases, experts, 70, "ties")
 
 
-def test_aggregate_runs_on_the_current_stream() -> None:
-    base, experts = on_gpu(*group((1024, 1024), torch.bfloat16))
-    want = aggregate(base, experts, [1.0, 1.0, 1.0])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        found = aggregate(base, experts, [1.0, 1.0, 1.0])
-    torch.cuda.current_stream().wait_stream(stream)
-    assert torch.equal(found, want)
+@pytest.mark.parametrize("kind", ["ties", "subnormal", "huge", "zeros"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_aggregate_small_of_unusual_values(kind: str, dtype: torch.dtype) -> None:
+    bases, experts = groups(dtype, 2, (264, 35), kind)
+    for rule in ("sum", "ties"):
+        check_aggregate(bases, experts, 2, rule)
 
 
-def test_statistics_and_thresholds_small() -> None:
-    base, experts = group((64, 33), torch.bfloat16)
-    on_cpu, found = delta_stats(base, experts), delta_stats(*on_gpu(base, experts))
-    torch.testing.assert_close(found.sum_sq.cpu(), on_cpu.sum_sq, rtol=1e-6, atol=0)
-    assert torch.equal(found.n_zero.cpu(), on_cpu.n_zero)
-    assert torch.equal(magnitude_threshold(*on_gpu(base, experts), 500).cpu(), magnitude_threshold(base, experts, 500))
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_views_off_any_alignment_small(dtype: torch.dtype) -> None:
+    bases, experts = groups(dtype, 2, (CHUNK + 24, 64))
+    bases, experts = [shifted(bases[0]), bases[1]], [*experts[:2], shifted(experts[2]), experts[3]]
+    check_aggregate(bases, experts, 2, "sum")
+    check_threshold(bases, experts, [500, 8000, 3, 60])
+    check_stats(bases, experts, 1e-3, 0.0, 2.0)
 
 
-@pytest.mark.parametrize("method", ["ties", "resm"])
-def test_merged_checkpoints_agree_with_the_cpu(method: str, tmp_path: Path) -> None:
-    family = Family(tmp_path)
-    merge_checkpoints(family.recipe(method), family.out, device="cpu")
-    on_cpu = load_model(family.out)
-    merge_checkpoints(family.recipe(method), family.out, device="cuda", overwrite=True)
-    found = load_model(family.out)
-    assert found.keys() == on_cpu.keys()
-    for name, tensor in on_cpu.items():
-        assert (found[name].double() - tensor.double()).norm() <= 2.0**-8 * tensor.double().norm()
+def test_mixed_dtypes_and_layouts_small() -> None:
+    base = values((90, 140), "weights", torch.float32, 0).to(DEVICE)
+    experts = [base.bfloat16(), base.double() * 1.5, (base + 1e-3).half()]
+    other = values((90, 140), "weights", torch.bfloat16, 5).to(DEVICE)
+    third = [(other * 2).float(), other.half(), other]
+    bases, flat = [base.mT.contiguous().mT, other, other], [*experts, *third, other * 2, other, other * 0.5]
+    for rule in ("sum", "ties"):
+        check_aggregate(bases, flat, 3, rule)
+    check_threshold(bases, flat, [2000, 1, 6000, 12600, 0, 40, 2, 9, 77])
+    check_stats(bases, flat, 0.0, 0.3, 1.5)
 
 
-@pytest.mark.parametrize("method", resm_kernels.methods.names())
-def test_methods_agree_with_the_cpu(method: str) -> None:
-    n_experts, given = call_of(method)
-    base, experts = group((64, 48), torch.float32)
-    on_cpu = resm_kernels.merge(base, experts[:n_experts], method, **given)
-    found = resm_kernels.merge(*on_gpu(base, experts[:n_experts]), method, **given)
-    assert found.device.type == "cuda"
-    assert (found.cpu() - on_cpu).norm() <= 1e-5 * (on_cpu - base).norm()
+@pytest.mark.skipif(_extension.native is None, reason="the native kernels are not built")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_float64_is_rounded_once(dtype: torch.dtype) -> None:
+    (base,), experts = groups(torch.float64, 2, (3000,))
+    found = aggregate([base], experts, [0.5, 0.7], 2, 1.0, "sum", False, None, dtype)[0][0]
+    assert same_bits(found.cpu(), ops.aggregate(base.cpu(), [e.cpu() for e in experts], [0.5, 0.7], out_dtype=dtype))
+    tie = torch.tensor([1 + 2.0**-8 + 2.0**-40, 1 + 2.0**-11 + 2.0**-40], dtype=torch.float64, device=DEVICE)
+    up = aggregate([], [tie], [1.0], 1, 1.0, "sum", False, None, dtype)[0][0]
+    assert float(up[0 if dtype == torch.bfloat16 else 1]) > 1 + torch.finfo(dtype).eps / 2
+
+
+@pytest.mark.skipif(_extension.native is None, reason="the native kernels are not built")
+def test_results_are_those_of_the_cpu_kernels() -> None:
+    bases, experts = groups(torch.bfloat16, 3, (30_000,))
+    base, own = bases[0].cpu(), [e.cpu() for e in experts]
+    limits = magnitude_threshold(bases, experts, [6000] * 3)[0]
+    assert torch.equal(limits[0].cpu(), ops.magnitude_threshold(base, own, 6000))
+    merged = aggregate(bases, experts, [1.0, 0.5, -2.0], 3, 1.5, "ties", True, limits, None)[0][0]
+    wanted = ops.aggregate(base, own, [1.0, 0.5, -2.0], scale=1.5, rule="ties", normalize=True, thresholds=limits[0])
+    assert same_bits(merged.cpu(), wanted)
+    _, counts, bin_counts, bin_sums = delta_stats(bases, experts, 1e-4, 0.0, 3.0, True)
+    stats = ops.delta_stats(base, own, eps=1e-4, histogram=True)
+    assert torch.equal(counts[0, :, 2].cpu(), stats.n_outlier)
+    assert torch.equal(bin_counts[0].cpu(), stats.histogram_counts)
+    assert torch.equal(bin_sums[0].cpu(), stats.histogram_sum_abs)
+
+
+def test_nothing_small_is_merged_to_nothing() -> None:
+    assert aggregate([], [], [], 1, 1.0, "sum", False, None, None)[0] == []
+    assert delta_stats([], [], 0.0, 0.0, 3.0, True)[2].shape == (0, 0, 256)
+    assert magnitude_threshold([], [], [])[0].shape == (0, 0)
+    empty = torch.zeros(0, device=DEVICE)
+    assert aggregate([empty], [empty], [1.0], 1, 1.0, "sum", False, None, None)[0][0].shape == (0,)
+    assert delta_stats([empty], [empty], 0.0, 0.0, 3.0, False)[1].tolist() == [[[0, 0, 0, 0, 0]]]
+    assert magnitude_threshold([empty], [empty], [0])[0].tolist() == [[math.inf]]
+
+
+def test_values_that_are_not_finite_are_counted_small() -> None:
+    bases, experts = groups(torch.bfloat16, 2)
+    large = len(bases) - 2  # a tensor that is not sampled whole
+    experts[2 * large + 1][[3, 700, 2051, -1]] = torch.tensor([math.nan, math.inf, -math.inf, math.nan]).to(experts[0])
+    bases[1][0] = math.nan
+    _, found = aggregate(bases, experts, [1.0] * len(experts), 2, 1.0, "ties", False, None, None)
+    assert found[1, 0] == 1 and found[large, 2] == 4 and int(found.sum()) == 5
+    moments, stats, bins, sums = delta_stats(bases, experts, 0.0, 0.0, None, True)
+    assert stats[1, :, 3].tolist() == [1, 1] and stats[large, :, 3].tolist() == [0, 4] and int(stats[..., 3].sum()) == 6
+    assert bool(moments[large, 1, :4].isnan().all()) and bool(moments[large, 0].isfinite().all())
+    assert torch.equal(bins[..., -1], stats[..., 3]) and torch.equal(sums[..., -1].isinf(), stats[..., 3] > 0)
+    thresholds, bad = magnitude_threshold(bases, experts, [min(b.numel(), 4) for b in bases for _ in range(2)])
+    assert torch.equal(bad, stats[..., 3])
+    assert not thresholds[large, 1].isfinite() and bool(thresholds[large, 0].isfinite())
+
+
+def check_stats(bases: list[Tensor], experts: list[Tensor], eps: float, eps_rel: float, kappa: float | None) -> None:
+    wanted = reference_delta_stats.delta_stats(bases, experts, eps, eps_rel, kappa, True)
+    found = delta_stats(bases, experts, eps, eps_rel, kappa, True)
+    assert torch.equal(found[1], wanted[1]) and torch.equal(found[2], wanted[2])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-13, atol=1e-14)
+    wide = any(t.dtype == torch.float64 for t in (*bases, *experts))
+    torch.testing.assert_close(found[3], wanted[3], rtol=2.0**-23 if wide else 0, atol=0)
+    plain = delta_stats(bases, experts, eps, eps_rel, kappa, False)
+    again = delta_stats(bases, experts, eps, eps_rel, kappa, True)
+    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(found, again, strict=True))
+    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(found[:2], plain[:2], strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("eps", "eps_rel", "kappa"), [(0.0, 0.0, 2.0), (1e-3, 0.0, None), (1e-9, 0.5, 1.0)])
+def test_delta_stats_small(dtype: torch.dtype, eps: float, eps_rel: float, kappa: float | None) -> None:
+    bases, experts = groups(dtype, 2, (0, 1, 37, 3000))
+    check_stats(bases, experts, eps, eps_rel, kappa)
+
+
+def test_delta_stats_of_several_chunks() -> None:
+    bases, experts = groups(torch.float16, 2, (50_001, 40))
+    check_stats(bases, experts, 0.0, 0.0, 3.0)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("kind", ["weights", "ties", "subnormal", "zeros"])
+def test_magnitude_threshold_small_is_exact(dtype: torch.dtype, kind: str) -> None:
+    bases, experts = groups(dtype, 2, (0, 1, 1000, 8192, 8193, 12_345), kind)
+    for share in (0.01, 0.6):
+        check_threshold(bases, experts, [math.ceil(share * e.numel()) for e in experts])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_magnitude_threshold_of_every_rank(dtype: torch.dtype) -> None:
+    n = 20_000
+    bases, experts = groups(dtype, 2, (n,))
+    for k in (0, 1, 2, 3, 9, n // 2, n - 2, n - 1):
+        check_threshold(bases, experts, [k, n - k])
+
+
+@given(
+    data=st.data(),
+    n=st.sampled_from([1, 2, 100, 8192, 8193, 9001]),
+    levels=st.sampled_from([1, 2, 5, 1000, 2**30]),
+    dtype=st.sampled_from(FLOATS),
+)
+def test_magnitude_threshold_splits_the_tensor_at_k(
+    data: st.DataObject, n: int, levels: int, dtype: torch.dtype
+) -> None:
+    k = data.draw(st.integers(1, n))
+    g = generator(data.draw(st.integers(0, 99)))
+    d = (torch.randint(-levels, levels + 1, (n,), generator=g).double() / levels).to(DEVICE, dtype)
+    threshold = float(magnitude_threshold([torch.zeros_like(d)], [d], [k])[0])
+    size = d.double().abs()
+    assert int((size >= threshold).sum()) >= k > int((size > threshold).sum())
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """Where the answers of each call of magnitude_threshold were looked for: 0 nowhere else, 1 buffer, 2 tensor."""
+    seen: list[list[int]] = []
+    empty = torch.empty
+    made: list[Tensor] = []
+
+    def recorded(*args: object, **keywords: object) -> Tensor:
+        tensor: Tensor = empty(*args, **keywords)  # type: ignore[arg-type]
+        if tensor.shape[-1:] == (magnitude_threshold_host.SELECTION_WORDS,):
+            made.append(tensor)
+        return tensor
+
+    def call(*arguments: object) -> None:
+        _launch.call(*arguments)  # type: ignore[arg-type]
+        seen.append(made[-1][..., 6].flatten().tolist())
+
+    monkeypatch.setattr(torch, "empty", recorded)
+    monkeypatch.setattr(magnitude_threshold_host, "call", call)
+    return seen
+
+
+def places(n: int, count: int) -> Tensor:
+    """Where a tensor of n elements is sampled, as csrc/cuda/magnitude_threshold.cu has it."""
+    mask = 2**64 - 1
+    found = []
+    for i in range(count):
+        begin = i * (n // count) + min(i, n % count)
+        x = 0x9E3779B97F4A7C15 * (i + 1) & mask
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+        found.append(begin + (x ^ x >> 31) % (n // count + (i < n % count)))
+    return torch.tensor(found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bracket_and_buffer_do_what_they_are_for(sources: list[list[int]], dtype: torch.dtype) -> None:
+    n = 5 * SAMPLE[dtype] + 77
+    base = torch.zeros(n, dtype=dtype, device=DEVICE)
+    usual = randn(n, seed=1, dtype=dtype).to(DEVICE)
+    for k in (n // 100, n // 5, n // 2):
+        check_threshold([base], [usual], [k])
+    assert sources == [[1]] * 3
+    # What the sample shows is not what there is: the bracket misses, or far more lies inside than there is room for.
+    at = places(n, SAMPLE[dtype])
+    misleading = usual.clone()
+    misleading[at] = 100 + torch.arange(len(at), dtype=dtype, device=DEVICE)
+    check_threshold([base], [misleading], [n // 2])
+    crowded = usual.abs().clamp(max=1) + 1
+    crowded[at] = torch.arange(len(at), dtype=dtype, device=DEVICE) / len(at) * 4
+    check_threshold([base], [crowded], [n // 2])
+    assert sources[3:] == [[2], [2]]
+    # Ties at the bracket's ends need no buffer.
+    tied = (usual * 2).round()
+    check_threshold([base], [tied], [n // 5])
+    assert sources[5:] == [[0]]
+
+
+def test_samples_are_drawn_where_the_tests_think(sources: list[list[int]]) -> None:
+    """Of 0 everywhere but at the places, the bracket of the median of the places is all there is."""
+    n, count = 3 * SAMPLE[torch.float32] + 5, SAMPLE[torch.float32]
+    d = torch.zeros(n)
+    d[places(n, count)] = 1.0
+    check_threshold([torch.zeros(n, device=DEVICE)], [d.to(DEVICE)], [count])
+    # k/N = 1/3: the sample, all 1, puts the bracket at [1, 1], where the answer is.
+    assert sources == [[0]]
+    check_threshold([torch.zeros(n, device=DEVICE)], [d.to(DEVICE)], [count + 1])
+    assert sources[1:] == [[2]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bits_depend_on_neither_chunks_nor_company(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    bases, experts = groups(dtype, 2, (9000, 31, 17_003))
+    call = (bases, experts, [0.5, 1.0] * 3, 2, 1.0, "ties", True, None, None)
+    ks = [900, 1, 3, 31, 17_000, 4000]
+    merged, limits = aggregate(*call)[0], magnitude_threshold(bases, experts, ks)[0]
+    for i in range(3):
+        own = slice(2 * i, 2 * i + 2)
+        alone = aggregate([bases[i]], experts[own], [0.5, 1.0], *call[3:])[0][0]
+        assert same_bits(alone, merged[i])
+        assert torch.equal(magnitude_threshold([bases[i]], experts[own], ks[own])[0][0], limits[i])
+        for a, b in zip(
+            delta_stats([bases[i]], experts[own], 0.0, 0.1, 3.0, True),
+            delta_stats(bases, experts, 0.0, 0.1, 3.0, True),
+            strict=True,
+        ):
+            assert same_bits(a[0], b[i])
+    for chunk in (8, 1000, 65_536):
+        monkeypatch.setattr(aggregate_host, "CHUNK", max(chunk, 256))
+        monkeypatch.setattr(magnitude_threshold_host, "CHUNK", max(chunk, 256))
+        assert all(same_bits(a, b) for a, b in zip(aggregate(*call)[0], merged, strict=True))
+        assert torch.equal(magnitude_threshold(bases, experts, ks)[0], limits)
+
+
+def test_outputs_stay_within_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every tensor that the hosts allocate lies between guards, which no kernel may touch."""
+    guard, kept = 64, []
+
+    def guarded(shape: object, *, dtype: torch.dtype, device: object) -> Tensor:
+        size = torch.Size([shape] if isinstance(shape, int) else shape)  # type: ignore[arg-type]
+        room = torch.full((size.numel() + 2 * guard,), 77, dtype=dtype, device=device)  # type: ignore[call-overload]
+        kept.append(room)
+        return room[guard:-guard].view(size)
+
+    bases, experts = groups(torch.float16, 2, (9001, 5, 16_400))
+    monkeypatch.setattr(torch, "empty", guarded)
+    monkeypatch.setattr(torch, "zeros", lambda *a, **k: guarded(*a, **k).zero_())
+    aggregate(bases, experts, [1.0, 2.0] * 3, 2, 1.0, "ties", True, None, torch.float32)
+    delta_stats(bases, experts, 0.0, 0.1, 3.0, True)
+    magnitude_threshold(bases, experts, [4000, 1, 2, 5, 9000, 30])
+    assert len(kept) > 10
+    assert all(bool((room[:guard] == 77).all()) and bool((room[-guard:] == 77).all()) for room in kept)
+
+
+@pytest.mark.parametrize("module", [aggregate_host, delta_stats_host, magnitude_threshold_host])
+def test_hosts_take_what_the_schema_says(module: ModuleType) -> None:
+    op = module.__name__.rpartition(".")[2]
+    definition = {"aggregate": reference_aggregate, "delta_stats": reference_delta_stats}.get(
+        op, reference_magnitude_threshold
+    )
+    assert list(inspect.signature(vars(module)[op]).parameters) == list(
+        inspect.signature(vars(definition)[op]).parameters
+    )
+
+
+def test_codes_of_dtypes_are_the_extensions() -> None:
+    assert {dtype: i for i, dtype in enumerate(FLOAT_DTYPES)} == _launch.DTYPE_CODES
+
+
+def test_errors_are_told() -> None:
+    """A launch that cannot be made is an exception with the op's name, not a wrong result."""
+    bases, experts = groups(torch.float32, 1, (64,))
+    launch = aggregate_host.launch_of([[bases[0], bases[0], experts[0]]], 8)
+    object.__setattr__(launch, "programs", 2**31)
+    with pytest.raises(RuntimeError, match="aggregate on CUDA: a launch has at most 2147483647 blocks"):
+        _launch.call("aggregate", launch, 1, bases[0].device, 1, 0, 0, 0, 0, None, None, 1.0, 0, 0, None)

@@ -19,7 +19,8 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 LAYERS = [
     {"_version", "_extension"},
     {"reference"},
-    {"triton"},
+    {"_launch"},
+    {"triton", "cuda"},
     {"ops"},
     {"backends", "linalg"},
     {"methods"},
@@ -55,11 +56,31 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 
 
 def test_no_kernel_without_an_op() -> None:
-    shared = {"kernels", "block", "lanes", "chunks", "threads", "ops", "gemm", "tiles", "tridiagonal"}
-    for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference", "resm_kernels/triton"):
+    shared = {
+        "kernels",
+        "block",
+        "lanes",
+        "chunks",
+        "threads",
+        "ops",
+        "gemm",
+        "tiles",
+        "tridiagonal",
+        "table",
+        "select",
+    }
+    for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference", "resm_kernels/triton", "resm_kernels/cuda"):
         for path in (ROOT / folder).iterdir():
             stem = path.name.split(".")[0]
             assert path.is_dir() or stem.startswith("_") or stem in shared | set(OPS), path
+
+
+def test_cuda_kernels_have_hosts_are_built_and_listed() -> None:
+    kernels = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    assert kernels == {path.stem for path in (PACKAGE / "cuda").glob("[a-z]*.py")}
+    built, listed = (ROOT / "CMakeLists.txt").read_text(), (ROOT / "python/cuda.cpp").read_text()
+    for stem in kernels:
+        assert f"csrc/cuda/{stem}.cu" in built and f"&{stem}_cuda" in listed
 
 
 def test_imports_point_downward() -> None:

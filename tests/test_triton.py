@@ -15,8 +15,7 @@ from inputs import FLOATS, randn, same_bits, values
 from torch import Tensor
 from triton_device import DEVICE
 
-from resm_kernels.ops import dispatch_table
-from resm_kernels.ops._library import _in_triton
+from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import gram_product as reference_gram_product
@@ -238,13 +237,13 @@ def test_ops_on_a_gpu_are_called_as_their_schema_says() -> None:
     """What torch's dispatcher calls for CUDA tensors, here with those that there are."""
     bases, experts = groups(torch.float32, 2)
     call = (bases, experts, [1.0] * len(experts), 2, 0.5, "sum", False, None, None)
-    for a, b in zip(_in_triton("aggregate")(*call)[0], reference_aggregate.aggregate(*call)[0], strict=True):
+    for a, b in zip(gpu_kernel("aggregate", "triton")(*call)[0], reference_aggregate.aggregate(*call)[0], strict=True):
         assert same_bits(a.cpu(), b.cpu())
-    omega = _in_triton("random_matrix")(5, 4, 3, 1, device=torch.device(DEVICE))
+    omega = gpu_kernel("random_matrix", "triton")(5, 4, 3, 1, device=torch.device(DEVICE))
     assert same_bits(omega.cpu(), reference_random_matrix.random_matrix(5, 4, 3, 1))
     products = ("sketch", "project", "gram_product", "low_rank_update")
     for op in ("aggregate", "delta_stats", "magnitude_threshold", "inner_products", "random_matrix", *products):
-        assert dispatch_table()[op]["CUDA"] == "triton"
+        assert has_gpu_kernel(op, "triton")
         definition = inspect.signature(importlib.import_module(f"resm_kernels.reference.{op}").__dict__[op])
         kernel = inspect.signature(importlib.import_module(f"resm_kernels.triton.{op}").__dict__[op])
         assert list(kernel.parameters) == list(definition.parameters)

@@ -16,7 +16,7 @@ namespace resm {
 enum class DType : int32_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 constexpr int kDTypes = 4;
 
-constexpr int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+RESM_HD constexpr int64_t item_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 template <class To, class From>
 RESM_HD To bits_as(From from) {

@@ -37,6 +37,19 @@ RESM_HD C divisor_of(C agreeing_weights, C least) {
   return divisor < least ? least : divisor;
 }
 
+// How one expert takes part, for kernels that go element by element.
+template <class C>
+struct Share {
+  C weight, threshold;
+  bool trims;
+
+  // What the expert adds at an element.
+  RESM_HD C of(C value, C origin) const {
+    const C delta = value - origin;
+    return (trims ? trim(delta, threshold) : delta) * weight;
+  }
+};
+
 // Does a weighted delta have the elected sign? Zero has none. (Select, then compare: loops over this vectorise.)
 template <class C>
 RESM_HD bool agrees(C weighted, C elected_total) {

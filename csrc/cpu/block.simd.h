@@ -57,9 +57,6 @@ void store(const C* __restrict block, int64_t begin, int n, const Array& to) {
 }
 
 template <class C>
-constexpr Key<C> kInfinityKey = sizeof(C) == 4 ? Key<C>(0x7f800000u) : Key<C>(0x7ff0000000000000u);
-
-template <class C>
 int64_t count_nonfinite(const C* block, int n) {
   Key<C> found = 0;
   for (int i = 0; i < n; ++i) found += key_of(block[i]) >= kInfinityKey<C> ? 1 : 0;

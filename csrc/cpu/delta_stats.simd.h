@@ -139,17 +139,6 @@ void outliers_bf16(const float* base, const uint16_t* expert, int n, bool count_
   outliers_of_block<false>(base, Bf16{expert}, n, bounds, into);
 }
 
-// The float with the exponent of |d| that the bins know, and as many leading bits as it holds.
-RESM_HD uint32_t histogram_key(float d) { return key_of(d); }
-RESM_HD uint32_t histogram_key(double d) {
-  const uint64_t key = key_of(d);
-  if (key >= kInfinityKey<double>) return 0x7f800000u;
-  const int64_t exponent = int64_t(key >> 52) - 1023 + 127;
-  if (exponent <= 0) return 0;
-  const uint32_t leading = uint32_t(key >> 29) & 0x7fffffu;
-  return exponent > 254 ? 0x7f7fffffu : (uint32_t(exponent) << 23) | leading;
-}
-
 // One addition a value: see PackedBin. Neighbours often share a bin; interleaved copies keep an addition from waiting
 // for the one before it.
 template <class C>

@@ -8,10 +8,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "common/dtype.h"
 #include "common/elect.h"
+#include "common/histogram.h"
+#include "common/key.h"
 #include "common/masks.h"
 #include "cpu/symmetric_eigen.h"
 
@@ -20,7 +21,6 @@ namespace resm::cpu {
 constexpr int kBlock = 512;       // small enough that the blocks of several experts stay in the first-level cache
 constexpr int kLanes = 16;        // independent partial sums of a block
 constexpr int kPad = 4 * kLanes;  // blocks are filled up with zeros to a multiple of this
-constexpr int kHistogramBins = 256;
 constexpr int kHistogramCopies = 8;
 constexpr int64_t kChunk = 65536;  // elements a task works on
 
@@ -42,14 +42,6 @@ constexpr int kUpdatePanel = 192 / sizeof(T);  // columns of R that lie together
 template <class T>
 constexpr int kUpdateDepth = 1024 / sizeof(T);  // products that are added up before their sum is added to the output's
 
-// The bit pattern of |d|: an integer in the same order.
-template <class C>
-using Key = std::conditional_t<sizeof(C) == 4, uint32_t, uint64_t>;
-template <class C>
-RESM_HD Key<C> key_of(C d) {
-  return bits_as<Key<C>>(d) & (~Key<C>(0) >> 1);
-}
-
 struct Array {
   void* data;
   DType dtype;
@@ -70,19 +62,6 @@ struct Outliers {
   int32_t found[kLanes], smalls[kLanes];
 };
 
-// One counter of the histogram: how many values above 48 bits of their summed keys. All keys of a bin have the same
-// exponent field, so that the sum of the keys gives the sum of the significands, and with it exactly that of |d|.
-struct PackedBin {
-  static constexpr int kSumBits = 48;
-  static RESM_HD uint64_t one(uint32_t key) { return (uint64_t(1) << kSumBits) + key; }
-  static int64_t count(uint64_t packed) { return static_cast<int64_t>(packed >> kSumBits); }
-  // In units of the last place of the bin's floats.
-  static uint64_t significands(uint64_t packed, int bin) {
-    const uint64_t n = packed >> kSumBits, keys = packed & ((uint64_t(1) << kSumBits) - 1);
-    const uint64_t hidden = bin == 0 ? 0 : 1;  // subnormals have no hidden bit
-    return keys - n * (static_cast<uint64_t>(bin) << 23) + n * (hidden << 23);
-  }
-};
 static_assert(kChunk / kHistogramCopies + kBlock < (1 << 16), "a chunk's counts must fit above the sums");
 
 // How the keys of |d| lie to a bracket low <= high.

@@ -21,15 +21,6 @@ constexpr int kRunLength = 8;      // neighbours taken at each: they come with t
 constexpr int kDigitBits = 11;
 constexpr int64_t kMostCandidates = 8;  // give the bracket up when more than 1/8 of a tensor lies inside
 
-uint64_t hash(uint64_t x) {  // splitmix64's finaliser
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-
-template <class C>
-constexpr int key_bits() { return sizeof(C) * 8 - 1; }
-
 // Narrows `prefix` by the digit that holds the rank-th largest of the keys counted in `histogram`; rank becomes the
 // rank within that digit.
 template <class C>
@@ -44,7 +35,7 @@ Key<C> take_digit(const std::vector<int64_t>& histogram, Key<C> prefix, int shif
 template <class C, class Count>
 Key<C> radix_select(int64_t rank, Count count) {
   Key<C> prefix = 0;
-  for (int shift = key_bits<C>(); shift > 0;) {
+  for (int shift = kKeyBits<C>; shift > 0;) {
     const int bits = std::min(kDigitBits, shift);
     shift -= bits;
     std::vector<int64_t> histogram(size_t(1) << bits, 0);
@@ -56,7 +47,7 @@ Key<C> radix_select(int64_t rank, Count count) {
 
 template <class C>
 bool has_prefix(Key<C> key, Key<C> prefix, int shift, int bits) {
-  return shift + bits == key_bits<C>() || (key >> (shift + bits)) == (prefix >> (shift + bits));
+  return shift + bits == kKeyBits<C> || (key >> (shift + bits)) == (prefix >> (shift + bits));
 }
 
 template <class C>

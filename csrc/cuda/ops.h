@@ -1,36 +1,38 @@
-// The CUDA ops as python/module.cpp calls them. Everything is enqueued on the given stream of the current device.
+// The CUDA ops: what python/cuda.cpp gives to Python, and what the tests call where they are compiled for the host.
+//
+// Every argument is an int64_t or a double, so that any foreign function interface calls them: addresses of device
+// memory, counts, dtypes as common/dtype.h codes them, flags. All is enqueued on `stream` of the current device, and
+// nothing waits. They return null, or the text of what went wrong, which holds until the thread's next call.
+//
+// `table` is as cuda/table.h describes it, of n_tensors tensors in 2^steps rows, whose chunks of `chunk` elements (a
+// multiple of 8) make up `blocks` blocks. All tensors of a launch have the same dtypes; in_double chooses float64
+// arithmetic. L is n_tensors, T is n_experts. "Zeroed" memory is zeroed by the caller.
 #pragma once
 
 #include <cstdint>
 
-#include "common/dtype.h"
-#include "common/elect.h"
+extern "C" {
 
-namespace resm::cuda {
+// Addresses of a tensor: out, base if base_dtype is not -1, experts. weights, thresholds (0: trim nothing): (L, T)
+// float64. nonfinite: (L, 1 + T) int64, zeroed; base first.
+const char* aggregate_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
+                           int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t out_dtype,
+                           int64_t in_double, int64_t weights, int64_t thresholds, double scale, int64_t rule,
+                           int64_t normalize, int64_t nonfinite, int64_t stream);
 
-constexpr int kMaxExperts = 64;  // what fits into a kernel's 4 KiB of parameters
+// Addresses of a tensor: base, experts. kappa < 0: no outliers. moments: (L, T, 5) float64 and counts: (L, T, 5) int64,
+// zeroed. rows: (blocks, T, 8) float64. bin_counts (0: no histogram), significands: (L, T, 256) int64, zeroed;
+// bin_sums: (L, T, 256) float64. chunk < 65536.
+const char* delta_stats_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
+                             int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double, double eps,
+                             double eps_rel, double kappa, int64_t moments, int64_t counts, int64_t rows,
+                             int64_t bin_counts, int64_t significands, int64_t bin_sums, int64_t stream);
 
-struct Array {
-  void* data;
-  DType dtype;
-};
-
-struct Merge {
-  Array base;  // data null: no base
-  Array out;
-  int64_t length;
-  int32_t n_experts;
-  Rule rule;
-  bool normalize, trims;
-  double scale, weight_sum;
-  Array experts[kMaxExperts];
-  double weights[kMaxExperts];
-  double thresholds[kMaxExperts];
-};
-static_assert(sizeof(Merge) <= 4096, "kernel parameters are limited to 4 KiB");
-
-// nonfinite: 1 + n_experts counters on the device, zeroed by the caller; base first. Throws std::runtime_error with
-// CUDA's own message if the launch fails.
-void aggregate(const Merge& merge, bool in_double, int64_t* nonfinite, uintptr_t stream);
-
-}  // namespace resm::cuda
+// Addresses of a tensor: base, experts, buffer. The buffer has room for length/16 keys (of 4 bytes, 8 in double) of
+// every expert, those of expert 0 first. longest: the greatest length. k, nonfinite: (L, T) int64, the latter zeroed;
+// thresholds: (L, T) float64. selections: (L, T, 9) int64; frequencies: (L, T, 2048) int64, zeroed.
+const char* magnitude_threshold_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
+                                     int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
+                                     int64_t longest, int64_t k, int64_t selections, int64_t frequencies,
+                                     int64_t thresholds, int64_t nonfinite, int64_t stream);
+}

@@ -48,13 +48,12 @@ def register(
     *,
     reference: Callable[..., Any],
     cpu: Callable[..., Any],
-    cuda: Callable[..., Any] | None = None,
-    triton: bool = False,
+    gpu: Sequence[str] = (),
 ) -> None:
     """Define `resm_kernels::name`, and choose what runs where.
 
-    The reference serves every device, and tracing; kernels replace it on the devices they are for. On GPUs that is
-    resm_kernels.triton where `triton` says that there is one and Triton is installed, else `cuda` if it was built.
+    The reference serves every device, and tracing; kernels replace it on the devices they are for. On GPUs that is the
+    first of `gpu` ("triton", "cuda": packages of kernels, see `gpu_kernel`) that this installation has.
     Nothing but its keyword `device` tells where an op without tensor arguments is to run.
     """
     _LIBRARY.define(name + schema)
@@ -63,21 +62,28 @@ def register(
     if _extension.native is not None:
         on_cpu, _DISPATCH[name]["CPU"] = cpu, "native"
         _LIBRARY.impl(name, cpu, "CPU")
-    if triton and importlib.util.find_spec("triton") is not None:
-        on_gpu, _DISPATCH[name]["CUDA"] = _in_triton(name), "triton"
-    elif cuda is not None and hasattr(_extension.native, f"{name}_cuda"):
-        on_gpu, _DISPATCH[name]["CUDA"] = cuda, "native"
+    for backend in gpu:
+        if has_gpu_kernel(name, backend):
+            on_gpu, _DISPATCH[name]["CUDA"] = gpu_kernel(name, backend), backend
+            break
     if on_gpu is not reference:
         _LIBRARY.impl(name, on_gpu, "CUDA")
     if "Tensor" not in schema.partition("->")[0]:
         _LIBRARY.impl(name, _by_device(reference, on_cpu, on_gpu), "BackendSelect")
 
 
-def _in_triton(name: str) -> Callable[..., Any]:
-    """The op's Triton kernels, imported with Triton when a tensor first needs them."""
+def has_gpu_kernel(name: str, backend: str) -> bool:
+    """Whether an op's kernels of a backend can be called: Triton is installed; the CUDA kernels were built."""
+    if backend == "triton":
+        return importlib.util.find_spec("triton") is not None
+    return hasattr(_extension.native, f"{name}_cuda")
+
+
+def gpu_kernel(name: str, backend: str) -> Callable[..., Any]:
+    """An op's kernels of one backend, "triton" or "cuda", whichever `register` chose; imported when first called."""
 
     def call(*args: Any, **keywords: Any) -> Any:
-        return getattr(importlib.import_module(f"resm_kernels.triton.{name}"), name)(*args, **keywords)
+        return getattr(importlib.import_module(f"resm_kernels.{backend}.{name}"), name)(*args, **keywords)
 
     return call
 

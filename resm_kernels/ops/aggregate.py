@@ -25,8 +25,6 @@ from resm_kernels.reference.aggregate import ELECTIONS, RULES
 from resm_kernels.reference.aggregate import aggregate as _reference
 
 Weights = Sequence[float] | Tensor
-CUDA_MAX_EXPERTS = 64
-"""kMaxExperts of csrc/cuda/ops.h."""
 
 
 def aggregate(
@@ -291,56 +289,6 @@ def _native(
     return outs, nonfinite
 
 
-def _native_cuda(
-    bases: list[Tensor],
-    experts: list[Tensor],
-    weights: list[float],
-    n_experts: int,
-    scale: float,
-    rule: str,
-    normalize: bool,
-    thresholds: Tensor | None,
-    out_dtype: torch.dtype | None,
-    upper_thresholds: Tensor | None = None,
-    masks: list[Tensor] | None = None,
-    rescale: Tensor | None = None,
-    election: str = ELECTIONS[0],
-    min_divisor: float | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    assert _extension.native is not None
-    device = experts[0].device
-    given = {"upper_thresholds": upper_thresholds is not None, "masks": bool(masks), "rescale": rescale is not None}
-    given |= {"election": election != ELECTIONS[0], "min_divisor": min_divisor is not None}
-    given |= {"thresholds": rule == RULES[0] and thresholds is not None}
-    if any(given.values()):
-        names = ", ".join(name for name, is_given in given.items() if is_given)
-        raise ValueError(f"{names}: the CUDA kernel of aggregate has none; install triton, or merge on the CPU")
-    if n_experts > CUDA_MAX_EXPERTS:
-        raise ValueError(f"experts: got {n_experts}, need at most {CUDA_MAX_EXPERTS} on CUDA; merge them on the CPU")
-    with torch.cuda.device(device):
-        firsts = bases or experts[::n_experts]
-        outs = [torch.empty(t.shape, dtype=out_dtype or t.dtype, device=device) for t in firsts]
-        nonfinite = torch.zeros((len(outs), 1 + n_experts), dtype=torch.int64, device=device)
-        b, e, o = NativeTensors(bases), NativeTensors(experts), NativeTensors(outs)
-        _extension.native.aggregate_cuda(
-            b.pointers,
-            b.dtypes,
-            e.pointers,
-            e.dtypes,
-            o.pointers,
-            o.dtypes,
-            o.lengths,
-            np.array(weights, dtype=np.float64),
-            scale,
-            RULES.index(rule),
-            normalize,
-            np.array([] if thresholds is None else thresholds.flatten().tolist(), dtype=np.float64),
-            nonfinite.data_ptr(),
-            torch.cuda.current_stream(device).cuda_stream,
-        )
-    return outs, nonfinite
-
-
 register(
     "aggregate",
     "(Tensor[] bases, Tensor[] experts, float[] weights, int n_experts, float scale, str rule, bool normalize,"
@@ -348,6 +296,5 @@ register(
     " Tensor? rescale=None, str election='weighted', float? min_divisor=None) -> (Tensor[] outs, Tensor nonfinite)",
     reference=_reference,
     cpu=_native,
-    cuda=_native_cuda,
-    triton=True,
+    gpu=("triton", "cuda"),  # not measured against each other yet
 )

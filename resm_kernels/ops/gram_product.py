@@ -97,5 +97,5 @@ register(
     "(Tensor? base, Tensor expert, Tensor x) -> (Tensor y, Tensor z, Tensor energy)",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

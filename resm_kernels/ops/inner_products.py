@@ -118,5 +118,5 @@ register(
     "(Tensor[] bases, Tensor[] experts, int n_experts, bool rows) -> Tensor",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

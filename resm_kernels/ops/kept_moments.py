@@ -99,5 +99,5 @@ register(
     "(Tensor base, Tensor[] experts, Tensor? thresholds, Tensor? upper_thresholds, Tensor[] masks) -> Tensor",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

@@ -110,5 +110,5 @@ register(
     "(Tensor base, Tensor left, Tensor right, float scale, ScalarType? out_dtype) -> Tensor",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

@@ -69,5 +69,5 @@ register(
     "(Tensor? base, Tensor expert, Tensor q) -> Tensor",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

@@ -101,5 +101,5 @@ register(
     "(Tensor base, Tensor[] experts, float[] density, float[] epsilon, int seed) -> Tensor[]",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

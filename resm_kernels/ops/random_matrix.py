@@ -77,5 +77,5 @@ register(
     "(int n, int columns, int seed, int first_column, *, Device device) -> Tensor",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

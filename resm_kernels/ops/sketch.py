@@ -108,5 +108,5 @@ register(
     "(Tensor? base, Tensor expert, int columns, int seed, int first_column) -> Tensor",
     reference=_reference,
     cpu=_native,
-    triton=True,
+    gpu=("triton",),
 )

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resm_kernels._launch import kinds, launch_of, of_one_dtype, on_device
 from resm_kernels.reference.aggregate import RULES
 from resm_kernels.triton._device import chunk_of, is_finite, load_as, store_from
-from resm_kernels.triton._launch import DTYPES, kinds, launch_of, of_one_dtype, on_device
+from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, WARPS = 1024, 4
 """Elements and warps of a program: a thread has 16 bytes of bf16, the widest access."""

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resm_kernels._launch import kinds, launch_of, of_one_dtype, on_device
 from resm_kernels.reference.inner_products import vectors_of
 from resm_kernels.triton._device import chunk_of, load_as
-from resm_kernels.triton._launch import DTYPES, kinds, launch_of, of_one_dtype, on_device
+from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, BLOCKS, WARPS = 2048, 8, 8
 """Elements at a time, how often a program takes as many, and its warps."""

@@ -10,11 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from resm_kernels._launch import on_device
 from resm_kernels.reference._delta import compute_dtype
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
 from resm_kernels.triton._delta_product import precision
 from resm_kernels.triton._device import load_as, store_from
-from resm_kernels.triton._launch import DTYPES, on_device
+from resm_kernels.triton._dtypes import DTYPES
 
 ROWS, COLUMNS, INNER, GROUP, WARPS, STAGES = 128, 64, 32, 8, 8, 3
 """Rows and columns of a program's tile, how much of the sum it takes at a time, rows of tiles that are neighbours, its

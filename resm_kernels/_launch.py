@@ -1,4 +1,4 @@
-"""What the kernels' hosts share: dtypes, and one table for the tensors of a launch."""
+"""What the hosts of GPU kernels share: one table for the tensors of a launch, and which tensors can share one."""
 
 from __future__ import annotations
 
@@ -8,17 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from resm_kernels.reference._delta import compute_dtype
 
-DTYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 _VECTOR = 16
 """Bytes of the widest access."""
 
@@ -32,12 +25,14 @@ class Launch:
             addresses[l][i], i over what belongs to tensor l.
         programs: Of all tensors.
         steps: Of a binary search in firsts.
+        block: Elements of a chunk.
         aligned: Whether all addresses are multiples of 16 bytes.
     """
 
     table: Tensor
     programs: int
     steps: int
+    block: int
     aligned: bool
 
 
@@ -52,7 +47,7 @@ def launch_of(groups: Sequence[Sequence[Tensor]], block: int) -> Launch:
     table = np.concatenate([firsts, np.array(lengths, dtype=np.int64), np.array(addresses, dtype=np.int64)])
     aligned = all(address % _VECTOR == 0 for address in addresses)
     device = groups[0][0].device
-    return Launch(torch.from_numpy(table).to(device, non_blocking=True), sum(chunks), steps, aligned)
+    return Launch(torch.from_numpy(table).to(device, non_blocking=True), sum(chunks), steps, block, aligned)
 
 
 def kinds(
@@ -75,5 +70,5 @@ def of_one_dtype(experts: Sequence[Tensor]) -> list[Tensor]:
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make that the tensors'."""
+    """Kernels are launched on the current device: make that the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

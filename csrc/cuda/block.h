@@ -1,0 +1,240 @@
+// What the kernels are written in: a kernel is a sequence of phases over the threads of a block, each of which ends with
+// a barrier. On a GPU a phase is every thread at once; compiled by a C++ compiler, it is a loop over the threads, so
+// that tests run the same source on any machine. There the order of threads and blocks can be turned round, and shared
+// memory starts as garbage: a phase that relies on what another thread does in it, or on zeros, does not pass.
+#pragma once
+
+#include <climits>
+#include <cstdint>
+#include <cstring>
+#include <string>
+
+#include "common/dtype.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#define RESM_DEVICE __device__ __forceinline__
+#define RESM_UNROLL _Pragma("unroll")  // so that an array stays in registers
+#else
+#include <stdexcept>
+#define RESM_DEVICE inline
+#define RESM_UNROLL
+#endif
+
+namespace resm::cuda {
+
+constexpr int kWarp = 32;
+
+#if defined(__CUDACC__)
+
+// A variable that keeps its value from phase to phase, one for each thread.
+template <class T, int kThreads>
+class PerThread {
+ public:
+  RESM_DEVICE T& operator[](int) { return value_; }
+
+ private:
+  T value_{};
+};
+
+template <int kThreads>
+class Block {
+ public:
+  RESM_DEVICE int64_t index() const { return blockIdx.x; }
+
+  template <class Phase>
+  RESM_DEVICE void each(Phase phase) const {
+    phase(static_cast<int>(threadIdx.x));
+    __syncthreads();
+  }
+
+  // Each warp's first thread gets what its values combine to: 16 apart, then 8, 4, 2, 1.
+  template <class T, class Combine>
+  RESM_DEVICE void combine_in_warps(PerThread<T, kThreads>& own, Combine combine) const {
+    for (int apart = kWarp / 2; apart > 0; apart /= 2)
+      own[0] = combine(own[0], __shfl_down_sync(~0u, own[0], apart));
+  }
+
+  // Each thread's value becomes the sum of those of the threads before it in its warp; `sums` gets the warps' sums.
+  template <class T>
+  RESM_DEVICE void sum_before_in_warps(PerThread<T, kThreads>& own, T* sums) const {
+    const int lane = threadIdx.x % kWarp;
+    T including = own[0];
+    for (int apart = 1; apart < kWarp; apart *= 2) {
+      const T other = __shfl_up_sync(~0u, including, apart);
+      if (lane >= apart) including += other;
+    }
+    if (lane == kWarp - 1) sums[threadIdx.x / kWarp] = including;
+    own[0] = including - own[0];
+    __syncthreads();
+  }
+};
+
+// Returns what was there before.
+template <class T>
+RESM_DEVICE T atomic_add(T* to, T value) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA adds words of 32 and 64 bits");
+  if constexpr (sizeof(T) == 4)
+    return static_cast<T>(atomicAdd(reinterpret_cast<unsigned int*>(to), static_cast<unsigned int>(value)));
+  else
+    return static_cast<T>(
+        atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
+}
+
+// 16 bytes, at an address that is a multiple of 16. What is read is not written by the same kernel.
+RESM_DEVICE uint4 read16(const void* from, int which) { return __ldg(static_cast<const uint4*>(from) + which); }
+RESM_DEVICE void write16(void* to, int which, uint4 value) { static_cast<uint4*>(to)[which] = value; }
+
+// A multiprocessor is to hold kResident blocks: that limits the registers of a thread.
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident) run_kernel(const __grid_constant__ Kernel kernel) {
+  __shared__ typename Kernel::Shared shared;
+  kernel(Block<Kernel::kThreads>(), shared);
+}
+
+#else
+
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline bool backwards = false;  // the order of threads and blocks
+
+template <class Visit>
+void in_order(int64_t n, Visit visit) {
+  for (int64_t i = 0; i < n; ++i) visit(backwards ? n - 1 - i : i);
+}
+
+template <class T, int kThreads>
+class PerThread {
+ public:
+  T& operator[](int thread) { return values_[thread]; }
+
+ private:
+  T values_[kThreads] = {};
+};
+
+template <int kThreads>
+class Block {
+ public:
+  explicit Block(int64_t index) : index_(index) {}
+  int64_t index() const { return index_; }
+
+  template <class Phase>
+  void each(Phase phase) const {
+    in_order(kThreads, [&](int64_t thread) { phase(static_cast<int>(thread)); });
+  }
+
+  template <class T, class Combine>
+  void combine_in_warps(PerThread<T, kThreads>& own, Combine combine) const {
+    for (int first = 0; first < kThreads; first += kWarp)
+      for (int apart = kWarp / 2; apart > 0; apart /= 2)
+        for (int lane = first; lane < first + apart; ++lane) own[lane] = combine(own[lane], own[lane + apart]);
+  }
+
+  template <class T>
+  void sum_before_in_warps(PerThread<T, kThreads>& own, T* sums) const {
+    for (int first = 0; first < kThreads; first += kWarp) {
+      T before = 0;
+      for (int lane = 0; lane < kWarp; ++lane) {
+        const T value = own[first + lane];
+        own[first + lane] = before;
+        before += value;
+      }
+      sums[first / kWarp] = before;
+    }
+  }
+
+ private:
+  int64_t index_;
+};
+
+template <class T>
+T atomic_add(T* to, T value) {
+  const T before = *to;
+  *to = before + value;
+  return before;
+}
+
+inline void check_16_bytes(const void* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
+    throw std::logic_error("access of 16 bytes at an address that is no multiple of 16");
+}
+inline uint4 read16(const void* from, int which) {
+  check_16_bytes(from);
+  uint4 value;
+  memcpy(&value, static_cast<const char*>(from) + 16 * which, sizeof value);
+  return value;
+}
+inline void write16(void* to, int which, uint4 value) {
+  check_16_bytes(to);
+  memcpy(static_cast<char*>(to) + 16 * which, &value, sizeof value);
+}
+
+#endif
+
+// What the threads' values combine to, in an order that is always the same; every thread gets it. `scratch` is in
+// shared memory.
+template <class T, int kThreads, class Combine>
+RESM_DEVICE T combined(const Block<kThreads>& block, PerThread<T, kThreads>& own, T (&scratch)[kThreads / kWarp],
+                       Combine combine) {
+  block.combine_in_warps(own, combine);
+  block.each([&](int thread) {
+    if (thread % kWarp == 0) scratch[thread / kWarp] = own[thread];
+  });
+  T total = scratch[0];
+  for (int warp = 1; warp < kThreads / kWarp; ++warp) total = combine(total, scratch[warp]);
+  block.each([](int) {});  // before scratch is written again
+  return total;
+}
+
+template <class T, int kThreads>
+RESM_DEVICE T sum_of(const Block<kThreads>& block, PerThread<T, kThreads>& own, T (&scratch)[kThreads / kWarp]) {
+  return combined(block, own, scratch, [](T a, T b) { return a + b; });
+}
+
+template <class T, int kThreads>
+RESM_DEVICE T largest_of(const Block<kThreads>& block, PerThread<T, kThreads>& own, T (&scratch)[kThreads / kWarp]) {
+  return combined(block, own, scratch, [](T a, T b) { return a > b ? a : b; });
+}
+
+// Each thread's value becomes the sum of those of the threads before it.
+template <class T, int kThreads>
+RESM_DEVICE void sum_before(const Block<kThreads>& block, PerThread<T, kThreads>& own,
+                            T (&scratch)[kThreads / kWarp]) {
+  block.sum_before_in_warps(own, scratch);
+  block.each([&](int thread) {
+    for (int warp = 0; warp < thread / kWarp; ++warp) own[thread] += scratch[warp];
+  });
+}
+
+// Enqueues a block of `kernel` for each of 0 … blocks − 1. The text of the error, null if there was none.
+template <class Kernel>
+const char* launch(const char* name, const Kernel& kernel, int64_t blocks, [[maybe_unused]] int64_t stream) {
+  thread_local std::string error;
+  error.clear();
+  if (blocks > INT_MAX) {
+    error = "a launch has at most 2147483647 blocks, this one needs " + std::to_string(blocks) + "; merge fewer tensors";
+  } else if (blocks > 0) {
+#if defined(__CUDACC__)
+    run_kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);
+    const cudaError_t status = cudaGetLastError();
+    if (status != cudaSuccess) error = cudaGetErrorString(status);
+#else
+    try {
+      in_order(blocks, [&](int64_t index) {
+        typename Kernel::Shared shared;
+        memset(static_cast<void*>(&shared), 0xa5, sizeof shared);
+        kernel(Block<Kernel::kThreads>(index), shared);
+      });
+    } catch (const std::logic_error& mistake) {
+      error = mistake.what();
+    }
+#endif
+  }
+  if (error.empty()) return nullptr;
+  error = std::string("resm_kernels: ") + name + " on CUDA: " + error;
+  return error.c_str();
+}
+
+}  // namespace resm::cuda

@@ -1,0 +1,83 @@
+// What magnitude_threshold knows of each tensor and expert, and how a digit of its answer is found.
+#pragma once
+
+#include "cuda/table.h"
+
+namespace resm::cuda {
+
+constexpr int kDigitBits = 11;
+constexpr int kDigits = 1 << kDigitBits;
+
+// Where the answer is still to be looked for.
+enum class Source : int64_t { none = 0, buffer, tensor };
+
+// What is known of one tensor and expert. Plain 64-bit words: tests read them.
+struct Selection {
+  uint64_t low, high;                       // the bracket, keys
+  int64_t above, at_high, between, at_low;  // how many keys are there
+  Source source;
+  int64_t rank;     // of the answer, from 1, among the source's keys that begin like it
+  uint64_t prefix;  // how the answer less origin_of begins, as far as that is known
+};
+static_assert(sizeof(Selection) == 9 * 8, "see ops.h");
+
+// What is taken off the source's keys, and how many bits then are left.
+template <class C>
+RESM_DEVICE Key<C> origin_of(const Selection& s) {
+  return s.source == Source::buffer ? static_cast<Key<C>>(s.low) : Key<C>(0);
+}
+template <class C>
+RESM_DEVICE int bits_of(const Selection& s) {
+  if (s.source != Source::buffer) return kKeyBits<C>;
+  int bits = 0;
+  for (uint64_t range = s.high - s.low; range != 0; range >>= 1) ++bits;
+  return bits;
+}
+
+// Where digit number `digit` of keys of so many bits begins, from the top; 0 and no bits once all are found.
+struct Digit {
+  int low, bits;
+
+  RESM_DEVICE static Digit of(int key_bits, int digit) {
+    const int top = key_bits - digit * kDigitBits;
+    if (top <= 0) return {0, 0};
+    return top > kDigitBits ? Digit{top - kDigitBits, kDigitBits} : Digit{0, top};
+  }
+};
+
+// Where find_digit works and puts what it found.
+template <int kThreads>
+struct DigitSearch {
+  int64_t sums[kThreads / kWarp];
+  int64_t digit, rank;
+};
+
+// The digit that the rank-th largest of the keys counted in `frequencies` has, and its rank among those that share it:
+// every thread gets them.
+template <class T, int kThreads>
+RESM_DEVICE void find_digit(const Block<kThreads>& block, const T* frequencies, int64_t rank,
+                            DigitSearch<kThreads>& shared) {
+  constexpr int kOwn = kDigits / kThreads;
+  PerThread<int64_t, kThreads> before, own;
+  block.each([&](int thread) {
+    const int last = kDigits - 1 - thread * kOwn;  // thread 0 has the largest digits
+    own[thread] = 0;
+    for (int i = 0; i < kOwn; ++i) own[thread] += frequencies[last - i];
+    before[thread] = own[thread];
+    if (thread == 0) {
+      shared.digit = 0;  // of no keys at all
+      shared.rank = rank;
+    }
+  });
+  sum_before(block, before, shared.sums);
+  block.each([&](int thread) {
+    int64_t left = rank - before[thread];
+    if (left <= 0 || left > own[thread]) return;
+    int digit = kDigits - 1 - thread * kOwn;
+    for (; frequencies[digit] < left; --digit) left -= frequencies[digit];
+    shared.digit = digit;
+    shared.rank = left;
+  });
+}
+
+}  // namespace resm::cuda
