@@ -1,7 +1,8 @@
 """Kernels and whole spectral merges on a GPU, against the device's own copy, torch.svd_lowrank and torch.linalg.svd.
 
 Rates are bytes that must be read and written once over seconds; shares are of a copy's rate in the same run. Every case
-is checked before it is timed; one that fails is reported, and the others go on.
+is checked before it is timed; one that fails is reported, and the others go on. Where an op has kernels in Triton and
+in CUDA both are timed: `gpu=` in resm_kernels/ops/<op>.py names the one to use first, and these figures decide which.
 
     python benchmarks/bench_gpu.py --json benchmarks/results/gpu.json
 """
@@ -15,6 +16,7 @@ import statistics
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,12 @@ import resm_kernels
 from resm_kernels.linalg import truncated_svd
 from resm_kernels.ops import (
     aggregate,
-    aggregate_list,
     delta_stats,
-    delta_stats_list,
     gram_product,
     magnitude_threshold,
     random_matrix,
 )
+from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
 
 SHAPE, N_EXPERTS = (4096, 14336), 3
 LAYERS = {"q, o": ((4096, 4096), 2), "k, v": ((1024, 4096), 2), "up, gate, down": ((4096, 14336), 3)}
@@ -76,56 +77,67 @@ class Bench:
         rate = n_bytes / ms / 1e9
         return {"name": name, "ms": ms, "TB/s": rate, "share of copy": rate / self.copy}
 
-    def elementwise(self) -> Iterator[Row]:
+    def elementwise(self, backend: str) -> Iterator[Row]:
+        """One large tensor, by the kernels of one backend."""
+        merge, stats, select = (gpu_kernel(op, backend) for op in ("aggregate", "delta_stats", "magnitude_threshold"))
         base, experts = inputs(SHAPE)
-        weights, k = [1.0] * N_EXPERTS, base.numel() // 5
+        weights, k = [1.0] * N_EXPERTS, [base.numel() // 5] * N_EXPERTS
         read = (1 + N_EXPERTS) * base.nbytes
-        part, parts = base[:64].cpu(), [e[:64].cpu() for e in experts]
+        part, parts = base[:64], [e[:64] for e in experts]
+        on_cpu = part.cpu(), [e.cpu() for e in parts]
         for rule, limits in (("sum", None), ("ties", [1e-3] * N_EXPERTS)):
+            thresholds = None if limits is None else torch.tensor([limits], dtype=torch.float64, device="cuda")
 
-            def merge(rule: str = rule, limits: list[float] | None = limits) -> Tensor:
-                return aggregate(base, experts, weights, rule=rule, thresholds=limits, check_finite=False)
+            def merged(rule: str = rule, thresholds: Tensor | None = thresholds) -> Tensor:
+                return merge([base], experts, weights, N_EXPERTS, 1.0, rule, False, thresholds, None)[0][0]
 
-            on_cpu = aggregate(part, parts, weights, rule=rule, thresholds=limits)
-            assert torch.equal(merge()[:64].cpu(), on_cpu), f"{rule}: differs from the CPU"
-            yield self.row(f"aggregate {rule}", merge, read + base.nbytes)
-        for kappa in (None, 3.0):
-            wanted = delta_stats(part, parts, kappa=kappa)
-            found = delta_stats(base[:64], [e[:64] for e in experts], kappa=kappa)
-            assert torch.equal(found.n_outlier.cpu(), wanted.n_outlier), "delta_stats: differs from the CPU"
-            passes = "one read" if kappa is None else "with outliers"
+            wanted = aggregate(*on_cpu, weights, rule=rule, thresholds=limits)
+            assert torch.equal(merged()[:64].cpu(), wanted), f"{backend}, {rule}: differs from the CPU"
+            yield self.row(f"aggregate {rule}, {backend}", merged, read + base.nbytes)
+        for name, kappa, histogram in (
+            ("one read", None, False),
+            ("with outliers", 3.0, False),
+            ("with histogram", None, True),
+        ):
+            counts = stats([part], parts, 0.0, 0.0, kappa, histogram)[1]
+            outliers = delta_stats(*on_cpu, kappa=kappa).n_outlier
+            assert torch.equal(counts[0, :, 2].cpu(), outliers), f"{backend}, delta_stats: differs from the CPU"
             yield self.row(
-                f"delta_stats, {passes}",
-                lambda kappa=kappa: delta_stats(base, experts, kappa=kappa, check_finite=False),
+                f"delta_stats, {name}, {backend}",
+                lambda kappa=kappa, histogram=histogram: stats([base], experts, 0.0, 0.0, kappa, histogram),
                 read,
             )
-        wanted = magnitude_threshold(part, parts, 1000)
-        assert torch.equal(magnitude_threshold(base[:64], [e[:64] for e in experts], 1000).cpu(), wanted)
-        yield self.row("magnitude_threshold", lambda: magnitude_threshold(base, experts, k, check_finite=False), read)
+        for share in (0.01, 0.2, 0.5):
+            few = [int(share * part.numel())] * N_EXPERTS
+            wanted = magnitude_threshold(*on_cpu, few[0])
+            assert torch.equal(select([part], parts, few)[0][0].cpu(), wanted), f"{backend}: differs from the CPU"
+            many = [int(share * base.numel())] * N_EXPERTS
+            name = f"magnitude_threshold of {share:.0%}, {backend}"
+            yield self.row(name, lambda many=many: select([base], experts, many), read)
 
         def ties() -> Tensor:
-            limits = magnitude_threshold(base, experts, k, check_finite=False)
-            return aggregate(base, experts, weights, rule="ties", thresholds=limits, check_finite=False)
+            thresholds = select([base], experts, k)[0]
+            return merge([base], experts, weights, N_EXPERTS, 1.0, "ties", True, thresholds, None)[0][0]
 
-        yield self.row("ties, threshold and merge", ties, read + base.nbytes)
+        yield self.row(f"ties, threshold and merge, {backend}", ties, read + base.nbytes)
 
-    def small_tensors(self) -> Iterator[Row]:
+    def small_tensors(self, backend: str) -> Iterator[Row]:
         """A shard of 200 tensors of 4 K to 1 M elements in one call."""
         sizes = [1 << (12 + i % 9) for i in range(200)]
         made = [inputs((n,), seed=i) for i, n in enumerate(sizes)]
-        bases, experts = [b for b, _ in made], [e for _, e in made]
-        weights = [[1.0] * N_EXPERTS] * len(sizes)
+        bases, experts = [b for b, _ in made], [e for _, own in made for e in own]
+        weights, k = [1.0] * len(experts), [e.numel() // 5 for e in experts]
         written = 2 * sum(sizes)
-        yield self.row(
-            "aggregate_list, 200 tensors",
-            lambda: aggregate_list(bases, experts, weights, check_finite=False),
-            written * (2 + N_EXPERTS),
-        )
-        yield self.row(
-            "delta_stats_list, 200 tensors",
-            lambda: delta_stats_list(bases, experts, kappa=None, check_finite=False),
-            written * (1 + N_EXPERTS),
-        )
+        calls: dict[str, tuple[Any, ...]] = {
+            "aggregate": (bases, experts, weights, N_EXPERTS, 1.0, "sum", False, None, None),
+            "delta_stats": (bases, experts, 0.0, 0.0, None, False),
+            "magnitude_threshold": (bases, experts, k),
+        }
+        for op, arguments in calls.items():
+            kernel = gpu_kernel(op, backend)
+            n_bytes = written * (1 + N_EXPERTS + (op == "aggregate"))
+            name = f"{op}, 200 tensors, {backend}"
+            yield self.row(name, lambda kernel=kernel, arguments=arguments: kernel(*arguments), n_bytes)
 
     def products(self) -> Iterator[Row]:
         base, experts = inputs(SHAPE)
@@ -206,7 +218,13 @@ def main() -> None:
         sys.exit("torch sees no GPU here: nothing to measure")
     bench, failures = Bench(arguments.quick), []
     rows: list[Row] = [{"name": "copy", "TB/s": bench.copy, "share of copy": 1.0}]
-    for part in (bench.elementwise, bench.small_tensors, bench.products, bench.decompositions, bench.merges):
+    parts: dict[str, Callable[[], Iterator[Row]]] = {}
+    for backend in ("triton", "cuda"):
+        if has_gpu_kernel("aggregate", backend):
+            parts[f"elementwise, {backend}"] = partial(bench.elementwise, backend)
+            parts[f"small tensors, {backend}"] = partial(bench.small_tensors, backend)
+    parts |= {"products": bench.products, "decompositions": bench.decompositions, "merges": bench.merges}
+    for name, part in parts.items():
         try:
             for row in part():
                 rows.append(row)
@@ -214,7 +232,7 @@ def main() -> None:
                 print(f"{row['name']:<56}", "  ".join(cells), flush=True)
         except Exception:
             traceback.print_exc()
-            failures.append(part.__name__)
+            failures.append(name)
         torch.cuda.empty_cache()
     if arguments.json:
         facts = resm_kernels.backends()

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles csrc/cuda for every architecture of CMakeLists.txt, and fails if a kernel spills registers.
+# Compiles csrc/cuda for every architecture of CMakeLists.txt, prints what they take, and fails if one spills.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! command -v nvcc >/dev/null; then
@@ -14,8 +14,24 @@ PATH="$PWD/.venv/bin:$PATH"
 cmake --fresh -G Ninja -S . -B build/cuda -DRESM_CUDA=ON -DRESM_WERROR=ON \
   -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
 cmake --build build/cuda --verbose >"$log" 2>&1 || { tail -n 40 "$log"; exit 1; }
-grep -E "Compiling entry function|registers|spill" "$log" | sed 's/^ptxas info *: //'
-if grep -E "[1-9][0-9]* bytes spill" "$log" >/dev/null; then
+# One line a kernel: architecture, registers, shared memory, name with its dtypes (codes of csrc/common/dtype.h, -1 mixed).
+report() {
+  c++filt <"$log" | awk '
+    /Compiling entry function/ {
+      name = $0; sub(/.*run_kernel</, "", name); sub(/>\(.*/, "", name)
+      gsub(/resm::cuda::|\(anonymous namespace\)::/, "", name)
+      arch = $0; sub(/.*for ./, "", arch); sub(/.$/, "", arch)
+    }
+    /bytes stack frame/ { stack = $1; spilled = $5 + $9 }
+    / Used [0-9]+ registers/ {
+      shared = match($0, /[0-9]+ bytes smem/) ? substr($0, RSTART, RLENGTH) + 0 : 0
+      printf "%-7s %4d registers %6d bytes shared%s  %s\n", arch, $5, shared, stack + spilled ? "  SPILLS" : "", name
+    }'
+}
+report | sort
+# A stack frame is an array that does not fit, or cannot be kept in, registers: as slow as a spill. Static shared memory
+# above 48 KiB, and more registers than kResident blocks of a kernel leave (csrc/cuda/block.h), do not compile.
+if report | grep -q SPILLS; then
   echo "error: a kernel spills registers" >&2
   exit 1
 fi

@@ -27,7 +27,7 @@ struct Aggregate {
   RESM_DEVICE Share<C> share(int64_t tensor, int t) const {
     const int64_t at = tensor * n_experts + t;
     const bool trims = thresholds != nullptr;
-    return {static_cast<C>(weights[at]), trims ? static_cast<C>(thresholds[at]) : C(0), trims};
+    return {static_cast<C>(constant(weights + at)), trims ? static_cast<C>(constant(thresholds + at)) : C(0), trims};
   }
 
   // What a thread knows of kWidth elements from i on.

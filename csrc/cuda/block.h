@@ -81,6 +81,10 @@ RESM_DEVICE T atomic_add(T* to, T value) {
         atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
 }
 
+// What no kernel writes while this one runs: the compiler need not read it again after a store.
+template <class T>
+RESM_DEVICE T constant(const T* from) { return __ldg(from); }
+
 // 16 bytes, at an address that is a multiple of 16. What is read is not written by the same kernel.
 RESM_DEVICE uint4 read16(const void* from, int which) { return __ldg(static_cast<const uint4*>(from) + which); }
 RESM_DEVICE void write16(void* to, int which, uint4 value) { static_cast<uint4*>(to)[which] = value; }
@@ -155,6 +159,9 @@ T atomic_add(T* to, T value) {
   *to = before + value;
   return before;
 }
+
+template <class T>
+T constant(const T* from) { return *from; }
 
 inline void check_16_bytes(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0)

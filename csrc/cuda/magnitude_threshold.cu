@@ -67,7 +67,7 @@ RESM_DEVICE double value_of(Key<C> key) {
 template <class C>
 struct Sample : Problem<C> {
   using P = Problem<C>;
-  static constexpr int kThreads = cuda::kThreads, kResident = 1;
+  static constexpr int kThreads = 1024, kResident = 1;  // one block a tensor: as many reads at once as can be
   struct Shared {
     Key<C> keys[kSample<C>];
     uint32_t frequencies[kDigits];

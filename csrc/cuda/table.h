@@ -56,18 +56,18 @@ struct Table {
     int64_t index;  // among the tensor's chunks
 
     RESM_DEVICE Array array(int which, DType dtype) const {
-      return {reinterpret_cast<char*>(addresses[which]), dtype};
+      return {reinterpret_cast<char*>(constant(addresses + which)), dtype};
     }
 
     // The elements from begin to here can be read 16 bytes at a time, of the first `arrays` of the tensor.
     RESM_DEVICE int64_t wide_end(int arrays) const {
       int64_t bits = 0;
-      for (int which = 0; which < arrays; ++which) bits |= addresses[which];
+      for (int which = 0; which < arrays; ++which) bits |= constant(addresses + which);
       return bits % 16 == 0 ? begin + (end - begin) / kVector * kVector : begin;
     }
   };
 
-  RESM_DEVICE int64_t length(int64_t tensor) const { return entries[(int64_t(1) << steps) + tensor]; }
+  RESM_DEVICE int64_t length(int64_t tensor) const { return constant(entries + (int64_t(1) << steps) + tensor); }
   RESM_DEVICE const int64_t* addresses(int64_t tensor) const {
     return entries + (int64_t(1) << steps) + n_tensors + tensor * per_tensor;
   }
@@ -77,9 +77,9 @@ struct Table {
     int64_t tensor = 0;
     for (int step = steps - 1; step >= 0; --step) {
       const int64_t middle = tensor + (int64_t(1) << step);
-      if (entries[middle] <= block) tensor = middle;
+      if (constant(entries + middle) <= block) tensor = middle;
     }
-    const int64_t index = block - entries[tensor], begin = index * chunk, all = length(tensor);
+    const int64_t index = block - constant(entries + tensor), begin = index * chunk, all = length(tensor);
     return {tensor, begin, begin + chunk < all ? begin + chunk : all, all, addresses(tensor), index};
   }
 };

@@ -73,10 +73,10 @@ def register(
 
 
 def has_gpu_kernel(name: str, backend: str) -> bool:
-    """Whether an op's kernels of a backend can be called: Triton is installed; the CUDA kernels were built."""
+    """Whether an op's kernels run here: Triton is installed; those of CUDA were built, and torch is not for ROCm."""
     if backend == "triton":
         return importlib.util.find_spec("triton") is not None
-    return hasattr(_extension.native, f"{name}_cuda")
+    return hasattr(_extension.native, f"{name}_cuda") and torch.version.hip is None
 
 
 def gpu_kernel(name: str, backend: str) -> Callable[..., Any]:
