@@ -281,10 +281,33 @@ def test_bracket_and_buffer_do_what_they_are_for(sources: list[list[int]], dtype
     crowded[at] = torch.arange(len(at), dtype=dtype, device=DEVICE) / len(at) * 4
     check_threshold([base], [crowded], [n // 2])
     assert sources[3:] == [[2], [2]]
+    # A little too much for the buffer: a run of near neighbours of the answer, none of them sampled.
+    room = n // magnitude_threshold_host.BUFFER_SHARE
+    median = float(usual.abs().median())
+    free = torch.ones(n, dtype=torch.bool, device=DEVICE)
+    free[at] = False
+    run = free.nonzero().flatten()[: int(0.8 * room)]
+    full = usual.clone()
+    full[run] = median * (1 + 1e-3 * (torch.arange(len(run), dtype=dtype, device=DEVICE) / len(run) - 0.5))
+    check_threshold([base], [full], [n // 2])
+    assert sources[5:] == [[2]]
     # Ties at the bracket's ends need no buffer.
     tied = (usual * 2).round()
     check_threshold([base], [tied], [n // 5])
-    assert sources[5:] == [[0]]
+    assert sources[6:] == [[0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_brackets_that_just_miss_on_either_side(sources: list[list[int]], dtype: torch.dtype) -> None:
+    n = 5 * SAMPLE[dtype] + 77
+    base = torch.zeros(n, dtype=dtype, device=DEVICE)
+    at = places(n, SAMPLE[dtype])
+    for factor in (0.85, 0.9, 0.93, 0.95, 1.05, 1.07, 1.1, 1.15):
+        biased = randn(n, seed=1, dtype=dtype)
+        biased[at] *= factor
+        check_threshold([base], [biased.to(DEVICE)], [n // 2])
+    missed = [where == [2] for where in sources]
+    assert missed[0] and missed[-1] and not all(missed)
 
 
 def test_samples_are_drawn_where_the_tests_think(sources: list[list[int]]) -> None:
