@@ -59,8 +59,19 @@ cuda: $(VENV)/.test
 	scripts/compile_cuda.sh
 
 # Compiles the Triton kernels for NVIDIA's and AMD's GPUs, printing registers, spills and shared memory; needs no GPU.
+# TRITON=3.9.0 does so with that version beside the pinned one, and runs the kernels' tests with it too.
+ifdef TRITON
+triton: build/triton/$(TRITON)
+	PYTHONPATH=$< $(BIN)/python scripts/compile_triton.py
+	PYTHONPATH=$< $(BIN)/python -m pytest tests/test_triton.py
+else
 triton: $(VENV)/.test
 	$(BIN)/python scripts/compile_triton.py
+endif
+
+# The interpreter of Triton 3.6 needs numpy < 2.4.
+build/triton/%: | $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$* 'numpy<2.4'
 
 # On a machine with a GPU: build with what is installed, GPU tests with skips as failures, memory checker, benchmarks.
 # QUICK=1 takes fewer rounds and a smaller model.
