@@ -81,7 +81,7 @@ def cases() -> Iterator[Case]:
                 delta_stats.chunks_kernel,
                 table | {"limits": "*fp64", "moments": "*fp64", "rows": "*fp64"},
                 of | sizes | {"SECOND": second, "OUTLIERS": True},
-                {"num_warps": delta_stats.WARPS},
+                {"num_warps": delta_stats.WARPS, "enable_fp_fusion": True},
                 is_wide=True,
             )
         yield Case(

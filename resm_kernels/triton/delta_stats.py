@@ -254,7 +254,7 @@ def delta_stats(
                         BLOCKS=BLOCKS,
                         FIELDS=FIELDS,
                         num_warps=WARPS,
-                        enable_fp_fusion=False,
+                        enable_fp_fusion=True,
                     )
                 totals_kernel[(len(which) * n_experts,)](
                     launch.table,
