@@ -120,6 +120,8 @@ class LateDevice:
             self._check_pinned([out])
             if any(t() is None for t in inputs):
                 self.problems.append("an input was freed before what was computed of it was back")
+            for value in values:
+                value.is_back = True  # type: ignore[attr-defined]
             for source, target in zip(held, (out, *values), strict=True):
                 tensor = source()
                 if tensor is None:
@@ -153,6 +155,11 @@ class LateDevice:
         with self._lock:
             while not copy.done:
                 self._do(copy.queue.popleft())
+
+    def allocate_for_a_while(self, nbytes: int) -> None:
+        """Note the bytes that a computation takes beside its inputs and its result."""
+        with self._lock:
+            self.peak = max(self.peak, self._live + nbytes)
 
     def _do(self, copy: Copy) -> None:
         copy.action()

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine import MergeError, Window
-from resm_kernels.engine.device import device_need
+from resm_kernels.engine.device import DeviceMemory, device_need
 from resm_kernels.engine.overlap import DevicePipeline
-from resm_kernels.engine.window import Job, Pipeline
+from resm_kernels.engine.window import Job, Pipeline, Ring
 from resm_kernels.ops._library import Check
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -70,6 +70,7 @@ def started(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
 
 
 def check_sum(job: Job, total: Tensor) -> None:
+    assert total.is_back  # not the device's own
     if "bad" in job.name or not torch.isfinite(total).all():
         raise MergeError(f"{job.name} is bad")
 
@@ -131,7 +132,12 @@ def test_results_are_the_cpus_whatever_the_devices_and_their_timing(sizes, host,
     memory = max(map(device_need, jobs)) + slack
     devices = [LateDevice(f"cuda:{i}", memory, lags=own) for i, own in enumerate(lags)]
     seen: list[tuple[int, int]] = []
-    run = Run(jobs, devices, limit, progress=lambda done, total: seen.append((done, total)))
+
+    def compute(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
+        devices[int(threading.current_thread().name[-1])].allocate_for_a_while(job.workspace)
+        return started(job, tensors)
+
+    run = Run(jobs, devices, limit, compute, progress=lambda done, total: seen.append((done, total)))
     timings = run()
     assert [name for name, _ in run.written] == [job.name for job in jobs]
     for (_, found), (_, tensor) in zip(run.written, wanted, strict=True):
@@ -197,6 +203,17 @@ def test_a_device_takes_tensors_while_they_fit(most: int) -> None:
     (use,) = Run(jobs, [device], compute=compute)().devices
     assert device.most == most
     assert use.memory_peak == device.memory_limit - 100
+
+
+def test_the_largest_workspace_under_way_is_kept_free() -> None:
+    large, small = make_jobs([(100, 2, 5000), (100, 2, 0)])
+    memory = DeviceMemory(device_need(large) + 500)
+    memory.take(large)
+    assert not memory.has_room(small)  # large may not have been merged yet
+    assert memory.could_hold(small)
+    memory.give_back(large)
+    assert memory.has_room(small)
+    assert (memory.held, memory.peak) == (0, device_need(large))
 
 
 def test_a_tensor_that_fits_nowhere_is_named_before_anything_begins() -> None:
@@ -342,6 +359,28 @@ def test_memory_that_cannot_be_pinned_is_an_error_before_anything_is_read() -> N
 
     Run(jobs, [Unpinnable()]).fails(MergeError, "could not be pinned", written=0)
     assert read == []
+
+
+@given(
+    size=st.integers(64, 2000),
+    steps=st.lists(st.tuples(st.integers(1, 700), st.integers(0, 5), st.booleans()), max_size=40),
+)
+def test_segments_of_a_ring_never_overlap_in_whatever_order_they_come_back(size, steps) -> None:
+    ring, live = Ring(size), {}
+    for wanted, which, give_back in steps:
+        if give_back and live:
+            start = list(live)[which % len(live)]
+            del live[start]
+            ring.free(start)
+        elif wanted <= size and (start := ring.allocate(wanted)) is not None:
+            assert 0 <= start <= size - wanted
+            assert all(start + wanted <= s or s + n <= start for s, n in live.items())
+            live[start] = wanted
+        assert sum(live.values()) <= ring.used <= size
+    for start in list(live):
+        ring.free(start)
+    assert ring.used == 0
+    assert ring.allocate(size) == 0
 
 
 def test_staging_window_shares_out_its_bytes_by_what_goes_in_and_out() -> None:

@@ -249,7 +249,6 @@ class DevicePipeline(Pipeline):
                 self._changed.notify_all()
             if flight.error is not None:
                 return
-            del flight  # or the last one's tensors would stay while this waits for the next
 
     def _run(self, lane: _Lane, flight: _Flight) -> None:
         assert flight.arrived is not None
@@ -303,7 +302,6 @@ class DevicePipeline(Pipeline):
                 self._outputs.free(flight.place)
                 self._written += 1
                 self._changed.notify_all()
-            del flight
 
     def _is_back(self, flight: _Flight) -> bool:
         return flight.error is not None or flight.returned is not None or flight.lane is None
