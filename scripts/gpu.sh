@@ -26,14 +26,17 @@ facts = resm_kernels.backends()
 print(facts)
 assert facts['native']['cuda'] and facts['gpu'], 'need a build with CUDA and a visible GPU'"
 export RESM_REQUIRE_GPU=1
-step "GPU tests" "$python" -m pytest tests/test_gpu.py tests/test_cuda.py tests/test_triton.py -q
+step "GPU tests" "$python" -m pytest tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py tests/test_triton.py -q
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_gpu.py tests/test_cuda.py -q -k "small"
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py -q -k "small"
   done
   step "memcheck, Triton" compute-sanitizer --error-exitcode 1 "$python" -m pytest tests/test_triton.py -q -k "aggregate_of_mixed or not_finite or of_nothing"
 else
   echo "skipped: no compute-sanitizer on this machine"
 fi
 step "benchmarks" "$python" benchmarks/bench_gpu.py --json benchmarks/results/gpu.json $quick
+layers=4
+[ "$quick" = --quick ] && layers=1
+step "benchmark from files" "$python" benchmarks/bench_gpu_checkpoint.py --layers $layers --json benchmarks/results/gpu_checkpoint.json
 exit $failed

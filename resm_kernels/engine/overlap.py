@@ -125,9 +125,9 @@ class DevicePipeline(Pipeline):
         for device in self.devices:
             self._held.callback(device.synchronize)
 
-    def _loops(self) -> dict[str, Callable[[], None]]:
-        lanes = {f"merge-{lane.device.name}": functools.partial(self._serve, lane) for lane in self._lanes}
-        return super()._loops() | lanes
+    def _loops(self) -> list[tuple[str, Callable[[], None]]]:
+        lanes = [(f"merge-{lane.device.name}", functools.partial(self._serve, lane)) for lane in self._lanes]
+        return [*super()._loops(), *lanes]
 
     def _compute_all(self) -> None:
         for job in self.jobs:

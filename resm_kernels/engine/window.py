@@ -192,7 +192,7 @@ class Pipeline:
         self._prepare()
         threads = [
             threading.Thread(target=self._guarded, args=(loop,), name=f"resm-{name}", daemon=True)
-            for name, loop in self._loops().items()
+            for name, loop in self._loops()
         ]
         try:
             for thread in threads:
@@ -217,9 +217,9 @@ class Pipeline:
         self._stopping = False
         self._failure: BaseException | None = None
 
-    def _loops(self) -> dict[str, Callable[[], None]]:
-        """What other threads do, by the threads' names."""
-        return {"read": self._read_ahead, "write": self._write_behind}
+    def _loops(self) -> list[tuple[str, Callable[[], None]]]:
+        """Names of other threads, and what they do."""
+        return [("read", self._read_ahead), ("write", self._write_behind)]
 
     def _compute_all(self) -> None:
         total = sum(j.input_bytes + j.output_bytes for j in self.jobs)
