@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import Family, save_model
 from late_device import LateDevice
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from resm_kernels import cli
@@ -126,6 +127,25 @@ def test_merged_files_are_the_cpus(family: Family, gpus: Any, method: str, count
         assert all(use.memory_peak <= use.memory_limit == 800_000_000 for use in report.devices)
         assert report.busy_share(report.devices[0]) == 0.25 / report.seconds
     assert [d.problems for d in devices] == [[]] * 2 * count
+
+
+def test_adapters_are_merged_through_their_factors(family: Family, gpus: Any) -> None:
+    module, models = "model.layers.0.self_attn.q_proj", []
+    for i in range(2):
+        folder, generator = family.root / f"adapter{i}", torch.Generator().manual_seed(i)
+        parts = {"A": torch.randn(3, 32, generator=generator), "B": torch.randn(32, 3, generator=generator)}
+        folder.mkdir()
+        weights = {f"base_model.model.{module}.lora_{part}.weight": parts[part] for part in parts}
+        save_file(weights, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 6}')
+        models.append({"model": str(folder)})
+    recipe = family.recipe("tsvm", models=models)
+    merge_checkpoints(recipe, family.out)
+    wanted = files(family.out)
+    gpus(2)
+    merge_checkpoints(recipe, family.out, device="cuda:all", overwrite=True)
+    assert files(family.out) == wanted
+    assert wanted["model.safetensors"] != files(family.base_folder)["model.safetensors"]
 
 
 def test_non_finite_values_and_overflow_are_named_though_they_are_seen_late(family: Family, gpus: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -336,6 +337,39 @@ def test_a_failure_of_reading_or_writing_or_an_interrupt_stops_all(error: BaseEx
     Run(jobs, devices, limit=1000, progress=progress).fails(type(error))
 
 
+@given(
+    stage=st.sampled_from(["read", "copy_in", "run", "copy_out", "write", "progress"]),
+    at=st.integers(0, 11),
+    count=st.integers(1, 3),
+    lag=st.sampled_from([0, 2, 1000]),
+    limit=st.sampled_from([1, 2000, 1 << 20]),
+)
+def test_a_failure_anywhere_ends_all_with_that_error_and_no_gap(stage, at, count, lag, limit) -> None:
+    reader = Stored()
+    jobs = make_jobs([(40 + i, 2, 100 * i) for i in range(12)], reader, host=[5])
+    fail = failing(stage, at, ArithmeticError(stage))
+    reader.fail = lambda name: fail("read")
+    memory = 2 * max(map(device_need, jobs))
+    run = Run(
+        jobs,
+        [LateDevice(f"cuda:{i}", memory, lags=(lag, i), fail=fail) for i in range(count)],
+        limit,
+        write=lambda job, result: fail("write") or run.written.append((job.name, result.clone())),
+        progress=lambda done, total: fail("progress"),
+    )
+    # Eleven jobs go to devices; progress may report all at once.
+    if at == 11 and stage in ("copy_in", "run", "copy_out"):
+        run()
+        assert len(run.written) == len(jobs)
+    elif stage == "progress" and at > 0:
+        with contextlib.suppress(ArithmeticError):
+            run()
+    else:
+        run.fails(ArithmeticError, stage)
+    for job, (_, result) in zip(jobs, run.written, strict=False):
+        assert torch.equal(result, merged(job, [reader.tensors[info.name] for _, info in job.inputs]))
+
+
 def test_a_result_of_another_size_is_refused() -> None:
     def compute(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
         return started(job, tensors)[0].double(), []
@@ -389,5 +423,8 @@ def test_staging_window_shares_out_its_bytes_by_what_goes_in_and_out() -> None:
     assert window.workspace == 0
     assert 199_000 < window.bound <= 200_000
     assert math.isclose(window.ring / window.outputs, jobs[0].segment / jobs[0].output_segment, rel_tol=0.3)
+    uneven = make_jobs([0, (82, 4, 0)])
+    need = uneven[1].segment + uneven[1].output_segment
+    assert Window.staging(uneven, need).bound == need  # whatever the shares
     tight = Window.staging(jobs, 1)
     assert tight.bound == max(j.segment for j in jobs) + max(j.output_segment for j in jobs)

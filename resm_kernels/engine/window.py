@@ -97,7 +97,8 @@ class Window:
         inputs, results = sum(j.segment for j in jobs), sum(j.output_segment for j in jobs)
         largest_input = max((j.segment for j in jobs), default=0)
         largest_output = max((j.output_segment for j in jobs), default=0)
-        outputs = max(limit * results // max(inputs + results, 1), largest_output)
+        share = limit * results // max(inputs + results, 1)
+        outputs = max(min(share, limit - largest_input), largest_output)
         return cls(min(max(limit - outputs, largest_input), inputs), min(outputs, results), 0)
 
 
