@@ -9,7 +9,7 @@ from resm_kernels.linalg._randomized import block_for, iterations_for
 
 # Nanoseconds on one thread of a Zen 4 core: products of 1024² matrices by torch, eigenproblems as in
 # benchmarks/bench_symmetric_eigen.py; only ratios matter.
-# A GPU's own are wanted where it chooses: products are far cheaper there against eigenproblems.
+# A GPU's own are wanted where it chooses between the two; with an accuracy it does not, see `_products.only_products`.
 RATES: Final = {
     "fp32 product": 1 / 105,  # a flop
     "float64 product": 1 / 48,  # a flop

@@ -13,6 +13,7 @@ from resm_kernels import _extension
 from resm_kernels.linalg._threads import run
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.gram_matrix import gram_matrix
+from resm_kernels.ops.project import project
 from resm_kernels.ops.symmetric_eigen import symmetric_eigen
 from resm_kernels.reference._delta import compute_dtype
 
@@ -58,6 +59,19 @@ def matmul_tasks(a: Tensor, b: Tensor, out: Tensor) -> list[Callable[[], None]]:
 
 def _panel(a: Tensor, b: Tensor, out: Tensor) -> None:
     torch.mm(a.to(b.dtype), b, out=out)
+
+
+def only_products(device: torch.device) -> bool:
+    """Whether to do with matrix products alone what an accuracy allows.
+
+    A GPU's eigensolvers are slow, and the host has to wait for them.
+    """
+    return device.type != "cpu"
+
+
+def single_matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a·b in fp32 and with its accuracy on every device: on a GPU torch's own products have that or speed."""
+    return project(None, b, a.mT)
 
 
 def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ class Subspace:
         core: C = QᵀΔP, (k, k).
         right: P, (n, k), orthonormal columns.
         error: Certificate: ‖Δ − QCPᵀ‖_F / ‖Δ‖_F is at most this (and not much less); 0 for Δ = 0.
-        method: The route that found it: "gram", "exact" or "randomized".
+        method: The route that found it: "gram", "exact", "randomized" or "projector".
         reason: Why that route, in words.
     """
 

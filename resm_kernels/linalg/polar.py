@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -10,7 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram, gram_list, matmul, matmul_list
+from resm_kernels.linalg import _products
+from resm_kernels.linalg._products import (
+    eigen_list,
+    frobenius_norm,
+    gram,
+    gram_list,
+    matmul,
+    matmul_list,
+    single_matmul,
+)
 from resm_kernels.ops._library import NonFiniteError
 
 RANK_TOLERANCE = 1e-6
@@ -30,7 +40,7 @@ class PolarFactors(NamedTuple):
     """polar(x) = basis · rotationᵀ, both (·, c).
 
     With `accuracy` 0 basis and rotation are orthonormal, but for columns of x's null space, which are 0 in the basis.
-    Where an `accuracy` allowed fp32, they are x itself and (xᵀx)^(−1/2).
+    Where an `accuracy` allowed fp32, they are x itself and (xᵀx)^(−1/2), or polar(x) and the identity.
     """
 
     basis: Tensor
@@ -96,7 +106,8 @@ def polar_factors(
             float64's, unless an accuracy allows fp32.
         accuracy: Errors ‖polar(x) − basis·rotationᵀ‖₂ that may be made for speed, in fp32 of fp32 blocks. An error E
             of the Gram matrix moves the factor's direction of eigenvalue λ by ‖E‖/2λ; where the smallest λ makes that
-            too much, everything is done as for 0 (default).
+            too much, everything is done as for 0 (default). On a GPU polar(x) then comes from matrix products alone,
+            and the host waits once, for how far it is from orthonormal.
 
     Returns:
         Basis and rotation of each.
@@ -104,7 +115,8 @@ def polar_factors(
     found: dict[int, PolarFactors] = {}
     if accuracy > 0 and dtype == torch.float32:
         single = [i for i, blocks in enumerate(matrices) if all(block.dtype == torch.float32 for block in blocks)]
-        factors = _single_factors([matrices[i] for i in single], accuracy)
+        alone = _products.only_products(matrices[0][0].device)
+        factors = (_iterated_factors if alone else _single_factors)([matrices[i] for i in single], accuracy)
         found = {i: own for i, own in zip(single, factors, strict=True) if own is not None}
     rest = [i for i in range(len(matrices)) if i not in found]
     found |= dict(zip(rest, _exact_factors([matrices[i] for i in rest], dtype), strict=True))
@@ -122,6 +134,27 @@ def _single_factors(matrices: Sequence[Sequence[Tensor]], accuracy: float) -> li
     for i, root in zip(scaled, gram_list([x.mT for x in scaled.values()], None), strict=True):
         found[i] = PolarFactors(torch.cat(list(matrices[i]), 1), root)
     return found
+
+
+def _iterated_factors(matrices: Sequence[Sequence[Tensor]], accuracy: float) -> list[PolarFactors | None]:
+    """polar(x) in fp32 by `quintics`; None where that left it far from orthonormal, x being too near to dependent."""
+    iterated = [_iterated(blocks, accuracy) for blocks in matrices]
+    far = torch.stack([deviation for _, deviation in iterated]).tolist() if iterated else []
+    near = [deviation <= min(accuracy, 0.1) for deviation in far]
+    return [factors if fits else None for (factors, _), fits in zip(iterated, near, strict=True)]
+
+
+def _iterated(blocks: Sequence[Tensor], accuracy: float) -> tuple[PolarFactors, Tensor]:
+    """polar([Q_1 … Q_T]) of orthonormal fp32 blocks, and its deviation ‖xᵀx − I‖_F, on their device."""
+    x = torch.cat(list(blocks), 1)
+    # Its singular values are at most √T. Those whose errors would exceed the accuracy do not get to 1.
+    size = math.sqrt(len(blocks)) * (1 + 1e-4)
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    x = x / size
+    for a, b, c in _quintics(min(_SINGLE / min(accuracy, 0.1) / size, 0.5)):
+        g = single_matmul(x.mT, x)
+        x = single_matmul(x, single_matmul(g, g).mul_(c).add_(g, alpha=b).add_(identity, alpha=a))
+    return PolarFactors(x, identity), torch.linalg.matrix_norm(single_matmul(x.mT, x) - identity)
 
 
 def _exact_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[PolarFactors]:
@@ -213,6 +246,9 @@ def quintics(lowest: float) -> list[tuple[float, float, float]]:
             return steps
         low = a * low + b * low**3 + c * low**5
         high = 2 - low
+
+
+_quintics = functools.cache(quintics)
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[float, float, float]:

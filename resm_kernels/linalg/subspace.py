@@ -10,12 +10,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from resm_kernels.linalg import _products
 from resm_kernels.linalg._cost import SMALLEST_ACCURACY, gram_cost, randomized_cost
 from resm_kernels.linalg._delta import Delta
 from resm_kernels.linalg._products import frobenius_norm, matmul
+from resm_kernels.linalg._projector import project_dominant
 from resm_kernels.linalg._randomized import MOST_ITERATIONS, OutOfRangeError, Pair, randomized
 from resm_kernels.linalg._single import SLACK, single_gram_list
 from resm_kernels.linalg.decompose import Subspace, decompose_counted, finite_norm, mirrored
+from resm_kernels.linalg.polar import RANK_TOLERANCE
 
 DECOMPOSITIONS = ("auto", "gram", "exact", "randomized")
 _SINGLE = (1e-35, 1e38)
@@ -63,8 +66,10 @@ def subspaces(
         ranks: For each how many directions to keep: a number (more than min(m, n) counts as that), or a function of
             all singular values (float64, descending), which rules out "randomized".
         method: "gram" and "exact" as for `decompose`, in float64. "randomized": block Krylov iteration in fp32. "auto"
-            (default): "gram" for accuracy 0; else whichever of "gram" and "randomized" a cost model of measured rates
-            (linalg/_cost.py) calls cheaper, and "gram" where "randomized" missed the accuracy.
+            (default): "gram" for accuracy 0; else on the CPU whichever of "gram" and "randomized" a cost model of
+            measured rates (linalg/_cost.py) calls cheaper, and "gram" where "randomized" missed the accuracy; on other
+            devices "projector", spectral projectors by matrix products alone in fp32, and "gram" in float64 for those
+            whose measured residual, or condition, misses: the host asks for these figures once, all together.
         accuracy: What may be given up for speed: ‖ΔᵀQ − PCᵀ‖_F / ‖Δ‖_F up to this, a relative backward error. The
             subspaces found are the exact dominant ones of a matrix that is so far from Δ. A bf16 checkpoint is itself
             that kind of perturbation: rounding a weight of 0.02 shifts it by 3.5e-5 rms, which is 0.17 of a task
@@ -76,7 +81,7 @@ def subspaces(
         seed: Of the random sketch.
 
     Returns:
-        One Subspace each, in float64 from "gram" and "exact", fp32 from "randomized", which says how it was found.
+        One Subspace each, in float64 from "gram" and "exact", fp32 from the others, which says how it was found.
         Directions below the numerical rank (`RANK_TOLERANCE`) are left out, so that it may have fewer than asked for.
 
     Raises:
@@ -121,7 +126,8 @@ def subspaces_of(
     numbers = [min(k, m, n) for k in ranks if isinstance(k, int)]
     chosen, tolerated, reason = method, 0.0, "asked for"
     if method == "auto":
-        chosen, tolerated, reason = _choose(m, n, numbers, len(ranks), accuracy, oversampling, power_iterations)
+        device = deltas[0].expert.device
+        chosen, tolerated, reason = _choose(m, n, numbers, len(ranks), accuracy, oversampling, power_iterations, device)
     found: list[Subspace | None] = [None] * len(deltas)
     reasons = [reason] * len(deltas)
     if chosen == "randomized":
@@ -134,8 +140,12 @@ def subspaces_of(
                 if method == "randomized":
                     raise ValueError(str(error)) from None
                 reasons[i] = error.reason
+    if chosen == "projector":
+        for i, s in enumerate(_projected([delta.matrix for delta in deltas], numbers, accuracy, reason, seed)):
+            found[i] = s if isinstance(s, Subspace) else None
+            reasons[i] = reason if isinstance(s, Subspace) else s
     rest = [i for i, s in enumerate(found) if s is None]
-    chosen = "gram" if chosen == "randomized" else chosen
+    chosen = "gram" if chosen in ("randomized", "projector") else chosen
     dense = _dense(deltas, ranks, rest, chosen, tolerated, reasons)
     return [s or dense[i] for i, s in enumerate(found)]
 
@@ -172,6 +182,7 @@ def _choose(
     accuracy: float,
     oversampling: int | None,
     power_iterations: int | None,
+    device: torch.device,
 ) -> tuple[str, float, str]:
     """The cheaper route, what accuracy "gram" may give up for fp32, and why."""
     if min(m, n) == 0:
@@ -182,10 +193,46 @@ def _choose(
         return "gram", 0.0, f"accuracy {accuracy:g} needs float64"
     if min(numbers) >= min(m, n):
         return "gram", 0.0, "all directions are kept: what is given up is all the error there is"
+    if _products.only_products(device) and power_iterations is None:
+        return "projector", 0.0, f"products alone on {device.type}"
     gram = sum(gram_cost(m, n, k, accuracy) for k in numbers)
     randomized = sum(randomized_cost(m, n, k, accuracy, oversampling, power_iterations) for k in numbers)
     reason = f"cost model: randomized {randomized / gram:.2g} of gram"
     return ("randomized", 0.0, reason) if randomized < gram else ("gram", accuracy, reason)
+
+
+def _projected(
+    matrices: Sequence[Tensor], ranks: Sequence[int], accuracy: float, reason: str, seed: int
+) -> list[Subspace | str]:
+    """What spectral projectors find of each matrix, or in words why that is not good enough."""
+    found: list[Subspace | str] = [_nothing(a, 0.0, "projector", reason) for a in matrices]
+    some = [i for i, k in enumerate(ranks) if k > 0]
+    tall = [a if a.shape[0] >= a.shape[1] else a.mT for a in (matrices[i] for i in some)]
+    pairs = [project_dominant(a, ranks[i], seed) for a, i in zip(tall, some, strict=True)]
+    # All that the host asks for, after everything is under way.
+    figures = torch.stack([pair.figures for pair in pairs]).tolist() if pairs else []
+    for i, a, pair, (norm, residual, lost, condition) in zip(some, tall, pairs, figures, strict=True):
+        if norm == 0 or not math.isfinite(norm):
+            norm = finite_norm(matrices[i], f"matrices[{i}]", i)
+        if norm == 0:
+            continue
+        if not _SINGLE[0] <= norm <= _SINGLE[1]:
+            found[i] = f"{reason}; in float64, as the norm {norm:.1e} is beyond the range of fp32"
+            continue
+        if not condition < 1 / RANK_TOLERANCE:
+            found[i] = f"{reason}; in float64, as there may be fewer directions"
+            continue
+        if not residual <= accuracy:
+            found[i] = f"{reason}; in float64, as the residual {residual:.1e} is not within {accuracy:g}"
+            continue
+        s = Subspace(pair.left, pair.core, pair.right, math.sqrt(max(lost, 0.0) + SLACK), "projector", reason)
+        if lost <= 10 * SLACK:
+            s = replace(s, error=_certificate(Delta(None, a), norm, s))
+        found[i] = s if a is matrices[i] else mirrored(s)
+    for i, k in enumerate(ranks):
+        if k == 0:
+            found[i] = _nothing(matrices[i], finite_norm(matrices[i], f"matrices[{i}]", i), "projector", reason)
+    return found
 
 
 class _UnreachableError(ValueError):

@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg import DECOMPOSITIONS, Subspace, polar_factors
+from resm_kernels.linalg import DECOMPOSITIONS, Subspace, _products, polar_factors
 from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._registry import Parameter
 from resm_kernels.ops.aggregate import aggregate
@@ -62,9 +62,9 @@ def orthogonalized_sum(
 ) -> LowRank:
     """polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ in `dtype`, as factors of rank Σ_t k_t.
 
-    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first, which goes to the shorter basis.
-    F and W are orthonormal, so that forming the products in fp32 rounds M by a few units of fp32, whatever the conditions of
-    Q and P; where `accuracy` allows Q and (QᵀQ)^(−1/2) in their place, by that times the conditions.
+    With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first, which goes to the shorter
+    basis. F and W are orthonormal, so that forming the products in fp32 rounds M by a few units of fp32, whatever the
+    conditions of Q and P; where `accuracy` allows Q and (QᵀQ)^(−1/2) in their place, by that times the conditions.
 
     Args:
         parts: One subspace for each expert, Σ_t k_t ≤ min(m, n).
@@ -86,9 +86,9 @@ def orthogonalized_sum(
 
 
 def _times(core: Tensor, x: Tensor) -> Tensor:
-    """core·x, by rows where the core is diagonal."""
+    """core·x, by rows where the core is diagonal and that can be seen without waiting."""
     diagonal = core.diagonal()
-    if int(core.count_nonzero()) == int(diagonal.count_nonzero()):
+    if not _products.only_products(core.device) and int(core.count_nonzero()) == int(diagonal.count_nonzero()):
         return x * diagonal.to(x.dtype)[:, None]
     return matmul(core.to(x.dtype), x)
 
