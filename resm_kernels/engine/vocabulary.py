@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -19,7 +20,13 @@ from resm_kernels.lora import AdapterReader
 from resm_kernels.recipe import Recipe, RecipeError, TokenSource, same_place
 
 CHUNK: Final = 1 << 24
-"""Bytes of rows that are read at a time where their dtype has to change."""
+"""Bytes of rows that are read at a time."""
+
+_GAP: Final = 1 << 16
+"""Bytes between two rows that are rather read than skipped."""
+
+_MEANS: Final = 1 << 8
+"""Means that are formed at a time."""
 
 Place = tuple[int, int]
 """A row of a model: its number among `_Rows`, and the row."""
@@ -42,6 +49,7 @@ class Vocabulary:
         self._entries = entry.tokens
         self._base = recipe.base_model
         self._named = {same_place(source.model): model for source, model in models.of.items()}
+        self._rows_of: dict[Path, list[int]] = {}
         self._named[same_place(recipe.reference)] = models.reference
 
     def inputs(self, tensor: OutputTensor) -> tuple[tuple[CheckpointReader, TensorInfo], ...]:
@@ -70,11 +78,13 @@ class Vocabulary:
 
     def _own(self, model: Model) -> list[int]:
         """For each row of the output the model's own row, −1 where it has none."""
-        known = self.tokenizer.known[model.base_folder]
-        own = [-1] * self.tokenizer.rows
-        for token, row in self.tokenizer.tokens.items():
-            own[row] = known.get(token, -1)
-        return own
+        if model.base_folder not in self._rows_of:
+            known = self.tokenizer.known[model.base_folder]
+            own = [-1] * self.tokenizer.rows
+            for token, row in self.tokenizer.tokens.items():
+                own[row] = known.get(token, -1)
+            self._rows_of[model.base_folder] = own
+        return self._rows_of[model.base_folder]
 
     def _from(self, source: TokenSource, token: str, tensor: OutputTensor, rows: _Rows) -> tuple[Place, ...]:
         """The row that the recipe names for a token; none for zeros."""
@@ -127,30 +137,40 @@ class _Rows:
         self.tensors.append((reader, info))
         return len(self.tensors) - 1
 
-    def read(self, i: int, first: int, last: int, out: Tensor, formed: dict[int, Tensor]) -> None:
-        """Fill `out` with rows [first, last) of tensor `i`, in its own dtype or a wider one.
+    def add(
+        self, i: int, rows: Tensor, to: Tensor, out: Tensor, formed: dict[int, Tensor], *, first_time: bool
+    ) -> None:
+        """Add rows of tensor `i` to the rows `to` of `out`, which has its dtype or a wider one; `to` has no row twice.
 
+        The first time all of `out` is zero.
+
+        They are read in the order in which they lie in the file, with what is between two that are close together.
         `formed` keeps tensors that an adapter forms, which can only be read whole, for the next call.
         """
         reader, info = self.tensors[i]
         if isinstance(reader, AdapterReader) and reader.is_adapted(info.name):
             if i not in formed:
                 formed[i] = reader.read(info.name)
-            out.copy_(formed[i][first:last])
+            out.index_add_(0, to, formed[i][rows].to(out.dtype))
             return
-        row = info.nbytes // info.shape[0]
-        step = last - first if out.dtype == info.dtype else max(CHUNK // max(row, 1), 1)
-        for start in range(first, last, step):
-            end = min(start + step, last)
+        nbytes = info.nbytes // info.shape[0]
+        rows, order = rows.sort(stable=True)
+        to = to[order]
+        for first, last in _pieces(rows, _GAP // max(nbytes, 1) + 1, max(CHUNK // max(nbytes, 1), 1)):
+            start, end = int(rows[first]), int(rows[last - 1]) + 1
             shape = (end - start, *info.shape[1:])
-            part = replace(info, shape=shape, offset=info.offset + start * row, nbytes=(end - start) * row)
-            target = out[start - first : end - first]
-            if out.dtype == info.dtype:
-                reader.read_into(part, target)
+            part = replace(info, shape=shape, offset=info.offset + start * nbytes, nbytes=(end - start) * nbytes)
+            here = int(to[first])
+            together = end - start == last - first and bool((to[first:last] - rows[first:last] == here - start).all())
+            if together and first_time and out.dtype == info.dtype:
+                reader.read_into(part, out[here : here + last - first])
+                continue
+            piece = torch.empty(shape, dtype=info.dtype)
+            reader.read_into(part, piece)
+            if together:
+                out[here : here + last - first] += piece
             else:
-                piece = torch.empty(shape, dtype=info.dtype)
-                reader.read_into(part, piece)
-                target.copy_(piece)
+                out.index_add_(0, to[first:last], piece[rows[first:last] - start].to(out.dtype))
 
 
 class AlignedReader(CheckpointReader):
@@ -170,51 +190,55 @@ class AlignedReader(CheckpointReader):
     def __init__(self, rows: _Rows, i: int, kept: Sequence[int], foreign: Mapping[int, tuple[Place, ...]]) -> None:
         reader, info = rows.tensors[i]
         self.folder = reader.folder
-        self._rows, self._number, self._foreign = rows, i, foreign
-        self._kept = torch.tensor(kept, dtype=torch.int64)
-        self._padding = [row for row, old in enumerate(kept) if old < 0 and row not in foreign]
-        involved = {info.dtype, *(rows.tensors[j][1].dtype for places in foreign.values() for j, _ in places)}
+        self._rows = rows
+        self._padding = torch.tensor([row for row, old in enumerate(kept) if old < 0 and row not in foreign])
+        means = {row: len(places) for row, places in foreign.items() if len(places) > 1}
+        self._means, self._counts = torch.tensor(list(means)), torch.tensor(list(means.values()))
+        moves = [(i, old, row) for row, old in enumerate(kept) if old >= 0]
+        moves += [(j, place, row) for row, places in foreign.items() for j, place in places]
+        numbers, places, to = torch.tensor(moves, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        used = sorted(numbers.unique().tolist(), key=lambda j: (j != i, j))  # its own first: they are most
+        self._moves = {j: (places[numbers == j], to[numbers == j]) for j in used}
+        involved = {rows.tensors[j][1].dtype for j in {i, *self._moves}}
         wide = torch.float64 if torch.float64 in involved else torch.float32
-        dtype = wide if self._padding or any(foreign.values()) else info.dtype
+        dtype = wide if len(self._padding) or any(foreign.values()) else info.dtype
         shape = (len(kept), *info.shape[1:])
         nbytes = dtype.itemsize * len(kept) * (info.numel // info.shape[0])
         self.tensors = MappingProxyType({info.name: replace(info, dtype=dtype, shape=shape, nbytes=nbytes)})
 
     @property
     def workspace(self) -> int:
-        """Bytes that reading takes beside the result."""
+        """Bytes that reading takes beside the result: a piece, its rows in a wider dtype, and what adapters form."""
         adapted = [
             info.nbytes
             for reader, info in self._rows.tensors
             if isinstance(reader, AdapterReader) and reader.is_adapted(info.name)
         ]
-        return 2 * CHUNK + sum(adapted)
+        return 5 * CHUNK + 2 * sum(adapted)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the aligned tensor."""
-        out = buffer.view(-1).view(torch.uint8).view(info.dtype).view(info.shape)
+        out = buffer.view(-1).view(torch.uint8).view(info.dtype).view(info.shape).zero_()
         formed: dict[int, Tensor] = {}
-        for first, last in _runs(self._kept):
-            start = int(self._kept[first])
-            self._rows.read(self._number, start, start + last - first, out[first:last], formed)
-        for row, places in self._foreign.items():
-            total = torch.zeros(info.shape[1:], dtype=info.dtype)
-            piece = torch.empty((1, *info.shape[1:]), dtype=info.dtype)
-            for i, place in places:
-                self._rows.read(i, place, place + 1, piece, formed)
-                total += piece[0]
-            out[row] = total / max(len(places), 1)
-        if self._padding:
-            out[self._padding] = 0
+        for n, (i, (rows, to)) in enumerate(self._moves.items()):
+            self._rows.add(i, rows, to, out, formed, first_time=n == 0)
+        if len(self._means):
+            counts = self._counts.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
+            for part, count in zip(self._means.split(_MEANS), counts.split(_MEANS), strict=True):
+                out[part] = out[part] / count
+        if len(self._padding):
             step = max(CHUNK // max(info.nbytes // info.shape[0], 1), 1)
-            total = sum((part.double().sum(0) for part in out.split(step)), torch.zeros(()).double())
+            total = torch.zeros(info.shape[1:], dtype=torch.float64)
+            for part in out.split(step):
+                total += part.sum(0, dtype=torch.float64)
             out[self._padding] = (total / (len(out) - len(self._padding))).to(info.dtype)
 
 
-def _runs(kept: Tensor) -> list[tuple[int, int]]:
-    """[first, last) of the stretches where each row's own row is one more than the one before."""
-    if len(kept) == 0:
-        return []
-    breaks = torch.nonzero((kept[1:] != kept[:-1] + 1) | (kept[1:] < 0) | (kept[:-1] < 0)).flatten() + 1
-    edges = [0, *breaks.tolist(), len(kept)]
-    return [(a, b) for a, b in itertools.pairwise(edges) if int(kept[a]) >= 0]
+def _pieces(rows: Tensor, gap: int, longest: int) -> Iterator[tuple[int, int]]:
+    """[first, last) of stretches of sorted rows with less than `gap` between two, and less than `longest` in all."""
+    edges = [0, *(torch.nonzero(rows.diff() >= gap).flatten() + 1).tolist(), len(rows)]
+    for first, last in itertools.pairwise(edges):
+        while first < last:
+            end = int(torch.searchsorted(rows[first:last], rows[first] + longest)) + first
+            yield first, end
+            first = end
