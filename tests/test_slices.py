@@ -76,6 +76,16 @@ def test_last_slice_gives_norm_and_head(family: Family) -> None:
         assert torch.equal(merged[name], family.experts[1][name])
 
 
+def test_all_sources_of_the_last_slice_make_norm_and_head(family: Family) -> None:
+    # mergekit 0.1.5 leaves out those beyond the number of the first slice's sources.
+    a, b = family.folders[:2]
+    slices = [{"sources": [source(a, 0, 1)]}, {"sources": [source(a, 1, 2), source(b, 1, 2)]}]
+    merge_checkpoints({"merge_method": "linear", "slices": slices}, family.out)
+    name = "lm_head.weight"
+    expected = merge_state_dicts(None, [{name: e[name]} for e in family.experts[:2]], "linear")
+    assert torch.equal(load_model(family.out)[name], expected[name])
+
+
 GRADIENT = [{"filter": "mlp", "value": [0.1, 0.5, 0.9]}, {"filter": "layers.2.self_attn", "value": 2}, {"value": 0.3}]
 
 

@@ -1,0 +1,168 @@
+"""Recipes of every structure that mergekit's examples and guides show, merged and compared with mergekit's result."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoints import Family, load_model
+
+from resm_kernels.engine import merge_checkpoints
+
+# The models of a family: B is the base, X, Y and Z its experts.
+STRUCTURES = {
+    # Whole models that are averaged, each with a weight of its own (examples/linear.yml).
+    "linear": """
+        models:
+          - {model: X, parameters: {weight: 1.0}}
+          - {model: Y, parameters: {weight: 0.3}}
+          - {model: Z, parameters: {weight: 0.5}}
+        merge_method: linear
+        dtype: float32
+    """,
+    # Gradients and filters of single models, and the base model apart (examples/ties.yml).
+    "ties, gradients": """
+        models:
+          - model: X
+            parameters: {density: [1, 0.7, 0.1], weight: 1.0}
+          - model: Y
+            parameters: {density: 0.5, weight: [0, 0.3, 0.7, 1]}
+          - model: Z
+            parameters:
+              density: 0.33
+              weight: [{filter: mlp, value: 0.5}, {value: 0}]
+        merge_method: ties
+        base_model: B
+        parameters: {normalize: true}
+        dtype: float32
+    """,
+    # Layers of two models put one after the other (examples/orcamini-platy-44layer.yml).
+    "stack": """
+        slices:
+          - sources: [{model: X, layer_range: [0, 2]}]
+          - sources: [{model: Y, layer_range: [1, 3]}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+    # The beginning of one model.
+    "prune": """
+        slices: [{sources: [{model: X, layer_range: [0, 2]}]}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+    # Layers taken twice, the second time with parts of them scaled to nothing (depth up-scaling that begins as it was).
+    "stack, scaled": """
+        slices:
+          - sources: [{model: X, layer_range: [0, 2]}]
+          - sources:
+              - model: X
+                layer_range: [1, 2]
+                parameters:
+                  scale: [{filter: o_proj, value: 0.0}, {filter: down_proj, value: 0.0}, {value: 1.0}]
+          - sources: [{model: X, layer_range: [2, 3]}]
+        merge_method: passthrough
+        dtype: float32
+    """,
+    # A gradient over the layers of a slice (examples/gradient-slerp.yml).
+    "slerp, slices": """
+        slices:
+          - sources:
+              - {model: X, layer_range: [0, 3]}
+              - {model: Y, layer_range: [0, 3]}
+        merge_method: slerp
+        base_model: X
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+            - value: 0.5
+        dtype: float32
+    """,
+    # The same models whole.
+    "slerp, models": """
+        models: [{model: X}, {model: Y}]
+        merge_method: slerp
+        base_model: X
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+            - value: 0.5
+        dtype: float32
+    """,
+    # Task vectors on a sphere, and a base among the sources of a slice.
+    "nuslerp, slices": """
+        slices:
+          - sources:
+              - {model: B, layer_range: [0, 3]}
+              - {model: X, layer_range: [0, 3], parameters: {weight: [0.2, 0.8]}}
+              - {model: Y, layer_range: [0, 3], parameters: {weight: 0.6}}
+        merge_method: nuslerp
+        base_model: B
+        dtype: float32
+    """,
+    # The recipe's base gives only config and tokenizer to layers that are stacked.
+    "stack, base": """
+        base_model: B
+        slices:
+          - sources: [{model: X, layer_range: [0, 1]}]
+          - sources: [{model: Y, layer_range: [0, 2]}]
+        merge_method: passthrough
+        out_dtype: float32
+    """,
+    # Several sources in some slices only; weights by slice.
+    "linear, slices": """
+        slices:
+          - sources: [{model: X, layer_range: [1, 3]}, {model: Y, layer_range: [1, 3]}]
+            parameters: {weight: [0.25, 0.75], normalize: false}
+          - sources: [{model: X, layer_range: [0, 1]}]
+            parameters: {weight: 1}
+        merge_method: linear
+        dtype: float32
+    """,
+    "modules": """
+        modules:
+          default:
+            slices:
+              - sources: [{model: X, layer_range: [0, 2]}, {model: Y, layer_range: [1, 3]}]
+            parameters: {weight: [{filter: mlp, value: 2}, {value: 1}]}
+        merge_method: linear
+        dtype: float32
+    """,
+}
+
+
+def named(structure: Any, folders: dict[str, str]) -> Any:
+    """The structure with folders for the models' letters."""
+    if isinstance(structure, dict):
+        return {key: named(value, folders) for key, value in structure.items()}
+    if isinstance(structure, list):
+        return [named(value, folders) for value in structure]
+    return folders.get(structure, structure) if isinstance(structure, str) else structure
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_equals_mergekit(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    family = Family(tmp_path, dtype=torch.float32)
+    letters = dict(zip("BXYZ", map(str, [family.base_folder, *family.folders]), strict=True))
+    recipe = named(yaml.safe_load(STRUCTURES[name]), letters)
+    file = tmp_path / "recipe.yml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    merge_checkpoints(file, family.out)
+    theirs = tmp_path / "mergekit"
+    options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
+    run_merge(MergeConfiguration.model_validate(recipe), str(theirs), options)
+    ours, expected = load_model(family.out), load_model(theirs)
+    assert set(ours) == set(expected)
+    for tensor, values in expected.items():
+        torch.testing.assert_close(ours[tensor], values, rtol=2e-6, atol=2e-8, msg=lambda m, t=tensor: f"{t}: {m}")
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (family.out, theirs)]
+    assert configs[0]["num_hidden_layers"] == configs[1]["num_hidden_layers"]
