@@ -75,6 +75,15 @@ def test_is_the_papers_formula() -> None:
     torch.testing.assert_close(merge(base, experts, "model_stock"), wanted, rtol=1e-12, atol=1e-13)
 
 
+def test_equals_fusion_bench_for_two_experts() -> None:
+    theirs = pytest.importorskip("fusion_bench.method.model_stock.model_stock", reason="fusion-bench is the oracle")
+    base, experts = group((40, 30), 2)
+    zero, one, two = ({"w": t} for t in (base, *experts))
+    ratio_of = theirs.compute_ratio(theirs.compute_angle(one, two, zero, ignore_keys=[]), k=2)
+    wanted = theirs.merge_weights(one, two, zero, ratio_of)["w"]
+    assert_near(merge(base, experts, "model_stock"), wanted, [base, *experts], 8 * 2.0**-24)
+
+
 def test_equal_experts_are_the_result_and_perpendicular_ones_leave_the_base() -> None:
     base, (expert,) = group((200,), 1, base_dtype=torch.bfloat16)
     assert torch.equal(merge(base, [expert, expert, expert], "model_stock"), expert)

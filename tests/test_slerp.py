@@ -55,6 +55,14 @@ def test_equals_mergekit(seed: int, shape: tuple[int, ...], near: float, t: floa
         assert_near(found, wanted, [base, other], (4 + 16 * slope) * 2.0**-24 * (1 + abs(t)))
 
 
+@pytest.mark.parametrize("near", [0.0, 0.5, 60.0])
+def test_equals_fusion_bench(near: float) -> None:
+    theirs = pytest.importorskip("fusion_bench.method.slerp.slerp_utils", reason="fusion-bench is the oracle")
+    other = randn(40, 30, seed=1)
+    base = randn(40, 30, seed=0) + near * other
+    assert_near(merge(base, [other], "slerp", t=0.3), theirs.slerp(0.3, base, other), [base, other], 64 * 2.0**-24)
+
+
 @pytest.mark.parametrize("t", [0.0, 0.25, 0.5, 1.0])
 def test_is_the_formula_rounded_once(t: float) -> None:
     a, b = randn(40, 30, seed=0), randn(40, 30, seed=1)

@@ -16,14 +16,15 @@ _SINGULAR = 1e-6
 
 
 def model_stock(base: Tensor, experts: list[Tensor], *, filter_wise: bool, out_dtype: torch.dtype | None) -> Tensor:
-    """θ = θ₀ + (t/T)·Σ_t Δ_t with t = T·cos Ω/(1 + (T−1)·cos Ω), Ω the angle between task vectors (eq. 4 there).
+    """θ = θ₀ + (t/T)·Σ_t Δ_t with t = T·cos Ω/(1 + (T−1)·cos Ω), Ω the angle between task vectors.
 
     cos Ω is the mean of cos ∠(Δ_s, Δ_t) over all pairs; of the whole tensor, or with `filter_wise` of each vector along
     the last dimension apart (a matrix' rows, one for each output). A task vector that is 0 has cosines of 0. Where
     |1 + (T−1)·cos Ω| < 1e-6 there is no finite t, and the base stays, as in mergekit.
 
     mergekit holds the product of two norms above 1e-6, which makes the cosines of task vectors shorter than 1e-3
-    smaller than they are; here they do not depend on the vectors' lengths.
+    smaller than they are; here they do not depend on the vectors' lengths. fusion-bench averages angles, not cosines:
+    the same for two experts.
 
     Whole tensors are read twice, vectors once; fp32 (float64 if an input is), rounded once; angles in float64. Vectors
     are merged by plain torch, a block at a time. Deterministic: the same bits for any number of threads.

@@ -17,8 +17,8 @@ def ramplus_tl(
     """As `ram`, but a change that expert t alone has is multiplied by λ_t = 1 + r·min(ρ_t, α).
 
     ρ_t is how many of the expert's changes it shares with others for one that it does not: scaling makes up for what
-    averaging took from the shared ones. The paper counts over the whole model; counts here are the tensor's own, as in
-    mergekit, whose name for it this is.
+    averaging took from the shared ones. Counts are the tensor's own, which is what mergekit's name ("tensor-local")
+    says.
 
     Element-wise, read twice, by plain torch in blocks: fp32 (float64 if an input is), rounded once. Deterministic: the
     same bits for any number of threads.
