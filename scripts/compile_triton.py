@@ -97,7 +97,7 @@ def cases() -> Iterator[Case]:
                 inner_products.chunks_kernel,
                 table | {"sums": "*fp64"},
                 of | {"HAS_BASE": with_base, "BLOCK": inner_products.BLOCK, "BLOCKS": inner_products.BLOCKS},
-                {"num_warps": inner_products.WARPS},
+                {"num_warps": inner_products.WARPS, "enable_fp_fusion": True},
                 is_wide=True,
             )
         own = magnitude_threshold

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from resm_kernels.linalg import polar
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._frobenius import inner_products
 from resm_kernels.methods._registry import Method
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
 from resm_kernels.methods._task_matrices import check, weighted_sum
+from resm_kernels.ops.inner_products import inner_products
 
 
 def iso_c(
@@ -44,7 +44,7 @@ def iso_c(
         return averaged(base, experts, weight, lambda_, out_dtype)
     total = weighted_sum(base, experts, weight)
     merged = polar(total) if total.shape[0] >= total.shape[1] else polar(total.mT).mT.contiguous()
-    mean = float(inner_products([merged, total])[0, 1]) / min(base.shape)
+    mean = float(inner_products(None, [merged, total])[0, 1]) / min(base.shape)
     del total
     return join(base, merged.mul_(mean), lambda_, out_dtype)
 

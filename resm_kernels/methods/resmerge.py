@@ -10,10 +10,10 @@ from torch import Tensor
 from resm_kernels.linalg import Subspace, subspace
 from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._frobenius import inner_products
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
 from resm_kernels.methods._task_matrices import check, delta
+from resm_kernels.ops.inner_products import inner_products
 
 _ACCURACY = 1e-4
 """Backward error allowed to heads by "auto"; what a head loses stays in its residual."""
@@ -72,7 +72,7 @@ def resmerge(
         head = subspace(matrix, rank, method=decomposition, accuracy=_ACCURACY)
         heads.append(head)
         residuals.append(matrix.sub_(_product(head, 1.0).to(matrix.dtype)))
-    of_heads, of_residuals = _head_products(heads).cpu(), inner_products(residuals).cpu()
+    of_heads, of_residuals = _head_products(heads).cpu(), inner_products(None, residuals).cpu()
     least = _ZERO**2 * float((of_heads.diagonal() + of_residuals.diagonal()).amax())
     shares = _residual_shares(of_residuals, least, beta_min, beta_max, confidence)
     anchor = math.sqrt(max(float(shares @ of_residuals @ shares), 0.0))

@@ -13,10 +13,10 @@ from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._frobenius import inner_products
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import is_spectral, join
 from resm_kernels.methods._task_matrices import check
+from resm_kernels.ops.inner_products import inner_products
 
 _PREFIX = "inner_"
 _DIRECTIONS = 256
@@ -74,7 +74,7 @@ def calibrate(merged: Tensor, deltas: Sequence[Tensor], alpha: float = 1.0) -> T
 
 def _counts(left: Tensor, merged: Tensor, delta: Tensor) -> Tensor:
     """s_r of one expert for the directions that are `left`'s columns."""
-    least = RANK_TOLERANCE**2 * float(inner_products([delta])[0, 0])
+    least = RANK_TOLERANCE**2 * float(inner_products(None, [delta])[0, 0])
 
     def of(start: int) -> Tensor:
         directions = left[:, start : start + _DIRECTIONS].mT

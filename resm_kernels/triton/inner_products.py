@@ -127,6 +127,7 @@ def inner_products(bases: list[Tensor], experts: list[Tensor], n_experts: int, r
                 BLOCK=BLOCK,
                 BLOCKS=BLOCKS,
                 num_warps=WARPS,
+                enable_fp_fusion=True,  # products of fp32 values are exact either way
             )
             totals_kernel[(found.numel(),)](
                 launch.table,
@@ -137,6 +138,7 @@ def inner_products(bases: list[Tensor], experts: list[Tensor], n_experts: int, r
                 CHUNK=BLOCK * BLOCKS,
                 ROWS=ROWS,
                 num_warps=WARPS,
+                enable_fp_fusion=False,
             )
             grams[picked] = found
     return grams
