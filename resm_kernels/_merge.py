@@ -18,6 +18,8 @@ def merge(
     method: str = "resm",
     *,
     out_dtype: torch.dtype | None = None,
+    name: str = "",
+    seed: int = 0,
     **parameters: Any,
 ) -> Tensor:
     """Merge one weight tensor of several experts.
@@ -27,6 +29,9 @@ def merge(
         experts: θ_1 … θ_T of base's shape and device; bf16, fp16, fp32 or float64, mixed at will.
         method: A name from `resm_kernels.methods.names()`, such as resm, tsvm or ties.
         out_dtype: The result's dtype; base's by default.
+        name: The tensor's name, which methods that draw random numbers (DARE, DELLA) derive them from: tensors of one
+            model need names of their own.
+        seed: Whole number that they are derived from as well; the same seed and name give the same result anywhere.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
             `lambda_`. Per-expert ones take one value for all or a sequence.
 
@@ -43,7 +48,7 @@ def merge(
         >>> merge(base, experts, method="resm", lambda_=0.7).shape
         torch.Size([64, 32])
     """
-    return get(method)(base, experts, out_dtype=out_dtype, **parameters)
+    return get(method)(base, experts, out_dtype=out_dtype, name=name, seed=seed, **parameters)
 
 
 def merge_state_dicts(
@@ -52,6 +57,7 @@ def merge_state_dicts(
     method: str = "resm",
     *,
     out_dtype: torch.dtype | None = None,
+    seed: int = 0,
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge whole state dictionaries tensor by tensor; see `merge`.
@@ -76,7 +82,7 @@ def merge_state_dicts(
     for key, value in first.items():
         own = [expert[key] for expert in experts]
         if value.is_floating_point():
-            merged[key] = _named(key, chosen, None if base is None else value, own, out_dtype, parameters)
+            merged[key] = _named(key, chosen, None if base is None else value, own, out_dtype, seed, parameters)
             continue
         for name, model in models[1:]:
             if model[key].dtype != value.dtype or not torch.equal(model[key], value):
@@ -86,11 +92,17 @@ def merge_state_dicts(
 
 
 def _named(
-    key: str, method: Any, base: Tensor | None, experts: list[Tensor], out_dtype: Any, parameters: dict[str, Any]
+    key: str,
+    method: Any,
+    base: Tensor | None,
+    experts: list[Tensor],
+    out_dtype: Any,
+    seed: int,
+    parameters: dict[str, Any],
 ) -> Tensor:
     """Merge one tensor; errors say which."""
     try:
-        return method(base, experts, out_dtype=out_dtype, **parameters)
+        return method(base, experts, out_dtype=out_dtype, name=key, seed=seed, **parameters)
     except NonFiniteError as error:
         raise NonFiniteError(f"{key}: {error.argument}", error.index, error.count) from error
     except (ValueError, TypeError) as error:

@@ -65,6 +65,9 @@ def merge(
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
     ] = False,
+    random_seed: Annotated[
+        int, typer.Option("--random-seed", help="What methods that draw random numbers (DARE, DELLA) derive them from.")
+    ] = 0,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
@@ -88,6 +91,7 @@ def merge(
             threads=threads,
             device=device,
             device_memory=device_memory,
+            random_seed=random_seed,
             progress=progress,
             copy_tokenizer=copy_tokenizer,
             model_card=write_model_card,

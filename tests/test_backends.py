@@ -28,12 +28,15 @@ OPS = {
     "gram_matrix",
     "gram_product",
     "inner_products",
+    "kept_moments",
     "low_rank_update",
     "magnitude_threshold",
     "project",
+    "random_mask",
     "random_matrix",
     "sketch",
     "symmetric_eigen",
+    "variance_mask",
 }
 
 IN_TRITON = {path.stem for path in (Path(__file__).parent.parent / "resm_kernels/triton").glob("[a-z]*.py")}
@@ -61,7 +64,12 @@ torch.save({"merged": merged, "stats": stats}, sys.argv[2])
 print(json.dumps(resm_kernels.backends()))
 """
 
-GIVEN = {"ties": {"density": 0.3, "weight": [1.0, 0.5]}, "task_arithmetic": {"lambda_": 0.7}}
+GIVEN = {
+    "ties": {"density": 0.3, "weight": [1.0, 0.5]},
+    "task_arithmetic": {"lambda_": 0.7},
+    "della": {"density": 0.5},
+    "sce": {"select_topk": 0.3},
+}
 
 
 def test_backends_describes_this_installation() -> None:

@@ -21,20 +21,27 @@ from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import gram_product as reference_gram_product
 from resm_kernels.reference import inner_products as reference_inner_products
+from resm_kernels.reference import kept_moments as reference_kept_moments
 from resm_kernels.reference import low_rank_update as reference_low_rank_update
 from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
 from resm_kernels.reference import project as reference_project
+from resm_kernels.reference import random_mask as reference_random_mask
 from resm_kernels.reference import random_matrix as reference_random_matrix
 from resm_kernels.reference import sketch as reference_sketch
+from resm_kernels.reference import variance_mask as reference_variance_mask
+from resm_kernels.reference._masks import packed
 from resm_kernels.triton.aggregate import BLOCK, aggregate
 from resm_kernels.triton.delta_stats import delta_stats
 from resm_kernels.triton.gram_product import gram_product
 from resm_kernels.triton.inner_products import inner_products
+from resm_kernels.triton.kept_moments import kept_moments
 from resm_kernels.triton.low_rank_update import low_rank_update
 from resm_kernels.triton.magnitude_threshold import magnitude_threshold
 from resm_kernels.triton.project import project
+from resm_kernels.triton.random_mask import random_mask
 from resm_kernels.triton.random_matrix import random_matrix
 from resm_kernels.triton.sketch import sketch
+from resm_kernels.triton.variance_mask import variance_mask
 
 LENGTHS = (1, 37, BLOCK, 2 * BLOCK + 5)
 
@@ -67,6 +74,54 @@ def test_aggregate_has_the_references_bits(dtype: torch.dtype, rule: str, normal
             assert same_bits(found[1].cpu(), wanted[1].cpu())
             for a, b in zip(found[0], wanted[0], strict=True):
                 assert a.dtype == b.dtype and same_bits(a.cpu(), b.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rule, election", [("sum", "weighted"), ("ties", "unweighted"), ("ties", "count")])
+@pytest.mark.parametrize("trims, masked", [(False, True), (True, False), (True, True)])
+def test_aggregate_of_sparse_deltas(dtype: torch.dtype, rule: str, election: str, trims: bool, masked: bool) -> None:
+    bases, experts = groups(dtype, 2)
+    weights = [float(w) for w in randn(len(experts), seed=3)]
+    size = randn(len(bases), 2, seed=4, dtype=torch.float64).abs().to(DEVICE)
+    limits = (size * 1e-3, size * 5e-3) if trims else (None, None)
+    masks = [packed(randn(e.numel(), seed=i) > 0).to(DEVICE) for i, e in enumerate(experts)] if masked else None
+    least = 0.5 if rule == "ties" else None
+    call = (bases, experts, weights, 2, 0.7, rule, True, limits[0], None, limits[1], masks, size + 1, election, least)
+    found, wanted = aggregate(*call), reference_aggregate.aggregate(*call)
+    assert same_bits(found[1].cpu(), wanted[1].cpu())
+    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(found[0], wanted[0], strict=True))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7, 129), (3, 1, 40)], ids=str)
+def test_random_mask_has_the_references_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    base = values(shape, "ties", dtype, 1).to(DEVICE)
+    experts = [base + values(shape, "weights", dtype, t).to(DEVICE) for t in range(4)]
+    for epsilon, seed in (([0.0] * 4, 2**63 - 1), ([0.0, 0.2, 0.1, 0.3], 1)):
+        call = (base, experts, [0.0, 0.5, 0.25, 1.0], epsilon, seed)
+        found, wanted = random_mask(*call), reference_random_mask.random_mask(*call)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_variance_mask_has_the_references_bits(dtype: torch.dtype) -> None:
+    for n, kind in ((0, "weights"), (1031, "ties")):
+        base, experts = group(n, dtype, 3, seed=n, kind=kind)
+        wanted = reference_variance_mask.variance_mask(base, experts, 0.3)
+        assert torch.equal(variance_mask(base, experts, 0.3), wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_kept_moments(dtype: torch.dtype) -> None:
+    for n in (0, 37, 5000):
+        base, experts = group(n, dtype, 2, seed=n)
+        masks = [packed(randn(n, seed=t) > 0).to(DEVICE) for t in range(2)]
+        low, high = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in ([1e-3, 0.0], [2e-3, math.inf]))
+        for limits in ((None, None), (low, high), (None, high)):
+            for own in (None, masks):
+                wanted = reference_kept_moments.kept_moments(base, experts, *limits, own)
+                found = kept_moments(base, experts, *limits, own)
+                torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
 
 
 def test_aggregate_of_mixed_dtypes_views_and_two_dimensions() -> None:
@@ -243,7 +298,8 @@ def test_ops_on_a_gpu_are_called_as_their_schema_says() -> None:
     omega = gpu_kernel("random_matrix", "triton")(5, 4, 3, 1, device=torch.device(DEVICE))
     assert same_bits(omega.cpu(), reference_random_matrix.random_matrix(5, 4, 3, 1))
     products = ("sketch", "project", "gram_product", "low_rank_update")
-    for op in ("aggregate", "delta_stats", "magnitude_threshold", "inner_products", "random_matrix", *products):
+    statistics = ("delta_stats", "magnitude_threshold", "inner_products", "kept_moments")
+    for op in ("aggregate", "random_matrix", "random_mask", "variance_mask", *statistics, *products):
         assert dispatch_table()[op]["CUDA"] in ("triton", "cuda")
         definition = inspect.signature(importlib.import_module(f"resm_kernels.reference.{op}").__dict__[op])
         kernel = inspect.signature(importlib.import_module(f"resm_kernels.triton.{op}").__dict__[op])

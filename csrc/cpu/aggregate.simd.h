@@ -36,15 +36,13 @@ void weigh(const C* __restrict base, C* __restrict expert, int n, const Election
   const C lower = kTrims ? election.sparsity.lower[t] : C(0), upper = kTrims ? election.sparsity.upper[t] : C(0);
   // Blocks are padded: the last lanes hold zeros.
   for (int begin = 0; begin < n; begin += kLanes) {
-    const uint32_t bits = kMasks ? mask_of_lanes(election.sparsity.masks[t] + begin / 8) : 0;
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const int i = begin + lane;
-      C value = kHasBase ? expert[i] - base[i] : expert[i];
-      if (kTrims) value = trim(value, lower, upper);
-      if (kMasks) value = (bits >> lane) & 1u ? value : C(0);
-      expert[i] = value * factor;
-      total[i] = total[i] + expert[i];
-    }
+    Lanes<C> value = Lanes<C>::load(expert + begin);
+    if (kHasBase) value = value.minus(Lanes<C>::load(base + begin));
+    if (kTrims) value = trimmed(value, lower, upper);
+    if (kMasks) value = masked(value, mask_of_lanes(election.sparsity.masks[t] + begin / 8));
+    value = value.times(Lanes<C>::all(factor));
+    value.store(expert + begin);
+    Lanes<C>::load(total + begin).plus(value).store(total + begin);
   }
 }
 

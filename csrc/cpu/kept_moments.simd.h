@@ -11,15 +11,10 @@ void add_kept(const C* __restrict base, const C* __restrict expert, int n, const
   const C lower = kTrims ? sparsity.lower[t] : C(0), upper = kTrims ? sparsity.upper[t] : C(0);
   // Blocks are padded with zeros, which add nothing.
   for (int begin = 0; begin < n; begin += kLanes) {
-    const uint32_t bits = kMasks ? mask_of_lanes(sparsity.masks[t] + begin / 8) : 0;
     const Lanes<C> size = Lanes<C>::load(expert + begin).minus(Lanes<C>::load(base + begin)).magnitude();
-    C kept[kLanes];
-    size.store(kept);
-    for (int lane = 0; lane < kLanes; ++lane) {
-      if (kTrims) kept[lane] = trim(kept[lane], lower, upper);
-      if (kMasks) kept[lane] = (bits >> lane) & 1u ? kept[lane] : C(0);
-    }
-    const Lanes<C> rest = Lanes<C>::load(kept);
+    Lanes<C> rest = size;
+    if (kTrims) rest = trimmed(rest, lower, upper);
+    if (kMasks) rest = masked(rest, mask_of_lanes(sparsity.masks[t] + begin / 8));
     all.add(size);
     sums.add(rest);
     squares.add_square(rest);

@@ -80,6 +80,7 @@ def merge_checkpoints(
     threads: int | None = None,
     device: str | torch.device = "cpu",
     device_memory: str | int | None = None,
+    random_seed: int = 0,
     progress: Progress | None = None,
     copy_tokenizer: bool = True,
     model_card: bool = True,
@@ -105,6 +106,8 @@ def merge_checkpoints(
             if torch sees one, else the CPU. GPUs of one kind give the same results however many there are.
         device_memory: Bytes that tensors under way may take on each GPU, by default 0.8 of what is free there; a tensor
             that needs more when it is alone is an error.
+        random_seed: Whole number that methods which draw random numbers (DARE, DELLA) derive them from, together with
+            each tensor's name: neither order nor device changes what is drawn.
         progress: Called as `progress(bytes done, bytes in all)` after each tensor, in the calling thread; with GPUs,
             when tensors were written.
         copy_tokenizer: Copy the tokenizer's files if the recipe does not ask for a tokenizer of its own.
@@ -127,7 +130,8 @@ def merge_checkpoints(
         folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
         files = plan.auxiliary_files(copy_tokenizer=copy_tokenizer, model_card=folder.name if model_card else None)
         with _threads(threads), CheckpointWriter(folder, plan.output, files) as writer:
-            pipeline = _pipeline(plan, writer, devices, window_of(plan, devices, memory_limit), progress)
+            window = window_of(plan, devices, memory_limit)
+            pipeline = _pipeline(plan, random_seed, writer, devices, window, progress)
             timings = pipeline.run()
             computed = time.perf_counter()
             writer.commit()
@@ -156,18 +160,23 @@ def window_of(plan: MergePlan, devices: Sequence[Device], memory_limit: str | in
 
 
 def _pipeline(
-    plan: MergePlan, writer: CheckpointWriter, devices: Sequence[Device], window: Window, progress: Progress | None
+    plan: MergePlan,
+    seed: int,
+    writer: CheckpointWriter,
+    devices: Sequence[Device],
+    window: Window,
+    progress: Progress | None,
 ) -> Pipeline:
     def write(job: Job, result: torch.Tensor) -> None:
         writer.write(job.name, result)
 
     if not devices:
-        compute = functools.partial(compute_tensor, plan)
+        compute = functools.partial(compute_tensor, plan, seed)
         return Pipeline(jobs=plan.jobs, window=window, compute=compute, write=write, progress=progress)
     return DevicePipeline(
         jobs=plan.jobs,
         window=window,
-        compute=functools.partial(start_tensor, plan),
+        compute=functools.partial(start_tensor, plan, seed),
         stays=_is_copied,
         copy=copied_tensor,
         write=write,
@@ -176,19 +185,19 @@ def _pipeline(
     )
 
 
-def compute_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+def compute_tensor(plan: MergePlan, seed: int, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
     """Merge one tensor on the CPU, turning what the method objects to into an error that names tensor and model."""
-    return copied_tensor(job, tensors) if _is_copied(job) else _merged(plan, job, tensors)
+    return copied_tensor(job, tensors) if _is_copied(job) else _merged(plan, seed, job, tensors)
 
 
-def start_tensor(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[Check]]:
+def start_tensor(plan: MergePlan, seed: int, job: Job, tensors: list[torch.Tensor]) -> tuple[torch.Tensor, list[Check]]:
     """Merge one tensor on a GPU, which need not be done yet; return the result, and what is to be checked when it is.
 
     Waiting for a check would leave the GPU without work until the next tensor is begun.
     """
     with collected_checks() as checks:
         try:
-            result = _merged(plan, job, tensors).contiguous()
+            result = _merged(plan, seed, job, tensors).contiguous()
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -203,14 +212,14 @@ def _judge(job: Job, check: Callable[[torch.Tensor], None], values: torch.Tensor
         check(values)
 
 
-def _merged(plan: MergePlan, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+def _merged(plan: MergePlan, seed: int, job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
     assert isinstance(job, TensorJob)
     base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
     with _problems_named(job):
         if job.factors is not None:
             result = _merge_factors(plan, job, tensors)
         else:
-            result = plan.method(base, experts, out_dtype=job.dtype, **job.parameters)
+            result = plan.method(base, experts, out_dtype=job.dtype, name=job.name, seed=seed, **job.parameters)
         if job.dtype == torch.float16:
             check_values(torch.isfinite(result).all(), _check_range)
     return result

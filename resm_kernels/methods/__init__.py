@@ -6,7 +6,13 @@ from typing import Final
 
 from resm_kernels.methods._registry import REQUIRED, Method, Parameter, did_you_mean
 from resm_kernels.methods.arcee_fusion import ARCEE_FUSION
+from resm_kernels.methods.breadcrumbs import BREADCRUMBS
+from resm_kernels.methods.breadcrumbs_ties import BREADCRUMBS_TIES
+from resm_kernels.methods.dare_linear import DARE_LINEAR
+from resm_kernels.methods.dare_ties import DARE_TIES
 from resm_kernels.methods.dc_merge import DC_MERGE
+from resm_kernels.methods.della import DELLA
+from resm_kernels.methods.della_linear import DELLA_LINEAR
 from resm_kernels.methods.iso_c import ISO_C
 from resm_kernels.methods.iso_cts import ISO_CTS
 from resm_kernels.methods.karcher import KARCHER
@@ -21,6 +27,7 @@ from resm_kernels.methods.ram import RAM
 from resm_kernels.methods.ramplus_tl import RAMPLUS_TL
 from resm_kernels.methods.resm import RESM
 from resm_kernels.methods.resmerge import RESMERGE
+from resm_kernels.methods.sce import SCE
 from resm_kernels.methods.slerp import SLERP
 from resm_kernels.methods.star import STAR
 from resm_kernels.methods.svc import post_processor
@@ -39,6 +46,13 @@ _METHODS: Final = {
         TASK_ARITHMETIC,
         LINEAR,
         TIES,
+        DARE_LINEAR,
+        DARE_TIES,
+        DELLA,
+        DELLA_LINEAR,
+        BREADCRUMBS,
+        BREADCRUMBS_TIES,
+        SCE,
         WUDI,
         SWUDI,
         DC_MERGE,

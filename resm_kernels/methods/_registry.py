@@ -6,6 +6,7 @@ One `Method` per module of this package; `get` finds it by the name that recipes
 from __future__ import annotations
 
 import difflib
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ class Parameter:
         doc: One line for help texts and errors: meaning, unit, why this default.
         per_expert: True if each expert has its own value.
         minimum, maximum: Inclusive bounds of a number.
+        ignored: True if it is accepted, because recipes made for mergekit have it, and changes nothing.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Parameter:
     per_expert: bool = False
     minimum: float | None = None
     maximum: float | None = None
+    ignored: bool = False
 
     @property
     def keyword(self) -> str:
@@ -106,6 +109,7 @@ class Method:
         function: `function(base, experts, *, out_dtype, **parameters)`; per-expert parameters arrive as lists.
         workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
             inputs and its output.
+        draws: True if it draws random numbers; then `function` takes `seed`, the 64-bit key to draw with.
     """
 
     name: str
@@ -118,6 +122,7 @@ class Method:
     optional_base: bool = False
     min_experts: int = 1
     max_experts: int | None = None
+    draws: bool = False
 
     def check_count(self, n_experts: int) -> None:
         """Raise a ValueError unless the method merges that many experts."""
@@ -138,17 +143,29 @@ class Method:
         )
 
     def resolve(self, n_experts: int, given: dict[str, Any]) -> dict[str, Any]:
-        """Check `given` (by keyword), fill in defaults, and spread per-expert scalars over the experts."""
+        """Check `given` (by keyword), fill in defaults, and spread per-expert scalars over the experts.
+
+        What is ignored is checked and left out.
+        """
         by_keyword = {p.keyword: p for p in self.parameters}
         for keyword in given:
             if keyword not in by_keyword:
                 self.parameter(keyword)  # raises, naming the nearest
                 raise TypeError(f"{self.name}: pass {keyword!r} as {self.parameter(keyword).keyword!r}")
-        return {k: _resolve_one(p, given.get(k, p.default), n_experts) for k, p in by_keyword.items()}
+        values = {k: _resolve_one(p, given.get(k, p.default), n_experts) for k, p in by_keyword.items()}
+        return {k: value for k, value in values.items() if not by_keyword[k].ignored}
 
     def __call__(
-        self, base: Tensor | None, experts: Sequence[Tensor], *, out_dtype: Any = None, **given: Any
+        self,
+        base: Tensor | None,
+        experts: Sequence[Tensor],
+        *,
+        out_dtype: Any = None,
+        name: str = "",
+        seed: int = 0,
+        **given: Any,
     ) -> Tensor:
+        """Merge one tensor; `name` and `seed` decide what a method draws that draws random numbers."""
         if isinstance(experts, Tensor) or len(experts) == 0:
             raise ValueError(
                 f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
@@ -160,7 +177,17 @@ class Method:
             raise ValueError(f"experts: {error}") from None
         if self.needs_base and base is None:
             raise ValueError(f"base: got None, but {self.name} merges task vectors and needs the base tensor")
-        return self.function(base, list(experts), out_dtype=out_dtype, **self.resolve(len(experts), given))
+        parameters = self.resolve(len(experts), given)
+        if self.draws:
+            parameters["seed"] = tensor_key(seed, name)
+        return self.function(base, list(experts), out_dtype=out_dtype, **parameters)
+
+
+def tensor_key(seed: int, name: str) -> int:
+    """A 63-bit key of one tensor's random numbers, unrelated to those of other seeds and other names."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed: got {seed!r}, need a whole number")
+    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little") >> 1
 
 
 def _resolve_one(parameter: Parameter, value: Any, n_experts: int) -> Any:

@@ -96,6 +96,7 @@ def svc(
     alpha: float,
     lambda_: float,
     spectral: bool,
+    seed: int,
     out_dtype: torch.dtype | None,
     **given: Any,
 ) -> Tensor:
@@ -118,10 +119,10 @@ def svc(
     passed = _inner_parameters(method, given)
     calibrated = is_spectral(base, 1, spectral) and base.numel() > 0
     if not calibrated and lambda_ == 1:
-        return method(base, experts, out_dtype=out_dtype, **passed)
+        return method(base, experts, out_dtype=out_dtype, seed=seed, **passed)
     base64 = base.double()
     own = [expert.to(torch.float64, copy=True) for expert in experts]
-    merged = method(base64, own, out_dtype=torch.float64, **passed).sub_(base64)
+    merged = method(base64, own, out_dtype=torch.float64, seed=seed, **passed).sub_(base64)
     if calibrated:
         merged = calibrate(merged, [expert.sub_(base64) for expert in own], alpha)
     return join(base, merged, lambda_, out_dtype)
@@ -134,6 +135,8 @@ def _inner_parameters(method: Method, given: Mapping[str, Any]) -> dict[str, Any
         if value is None or (isinstance(value, list) and all(v is None for v in value)):
             continue
         parameter = method.parameter(key.removeprefix(_PREFIX))
+        if parameter.ignored:
+            raise ValueError(f"{key}: {method.name} takes {parameter.name!r} from recipes and ignores it")
         if isinstance(value, list):
             value = [parameter.default if v is None else v for v in value]
             if not parameter.per_expert:
@@ -151,7 +154,7 @@ def _passed_through(inners: Sequence[Method]) -> tuple[Parameter, ...]:
     """
     found: dict[str, list[tuple[str, Parameter]]] = {}
     for method in inners:
-        for parameter in method.parameters:
+        for parameter in (p for p in method.parameters if not p.ignored):
             found.setdefault(parameter.name, []).append((method.name, parameter))
     passed = []
     for name, owners in found.items():
@@ -205,4 +208,5 @@ def post_processor(inners: Sequence[Method]) -> Method:
         ),
         function=functools.partial(svc, inners=by_name),
         workspace=workspace,
+        draws=any(method.draws for method in inners),
     )

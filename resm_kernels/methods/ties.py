@@ -7,7 +7,7 @@ from torch import Tensor
 
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.methods._sparsify import INT8_MASK, merge_kept, rescale_parameter
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 
@@ -20,27 +20,29 @@ def ties(
     normalize: bool,
     lambda_: float,
     out_dtype: torch.dtype | None,
+    rescale: bool = False,
 ) -> Tensor:
     """θ = θ₀ + λ·m with m elected as in `resm_kernels.ops.aggregate`, rule ``ties``.
 
     Of each Δ_t the k = max(1, ⌊density·N⌋) largest by magnitude are kept, and all that tie with the k-th: a rule that
     depends on no order of elements, where a sort keeps an arbitrary part of the ties. density 0 keeps nothing.
     Signs are elected on the weighted deltas and the sum is divided by the weights that agree (mergekit); peft
-    elects before weighting and divides by the count.
+    elects before weighting and divides by the count. With `rescale` what is kept has the L1 norm of all of Δ_t.
     """
-    thresholds = None
+    kept_of_all = {}
     if any(d < 1 for d in density):
         kept = [_kept(d, experts[0].numel()) for d in density]
         # Finiteness is checked by aggregate, which reads the same values.
-        thresholds = magnitude_threshold(base, experts, kept, check_finite=False)
-    return aggregate(
+        kept_of_all = {"thresholds": magnitude_threshold(base, experts, kept, check_finite=False)}
+    return merge_kept(
         base,
         experts,
-        weight,
-        scale=lambda_,
+        kept_of_all,
         rule="ties",
+        weight=weight,
         normalize=normalize,
-        thresholds=thresholds,
+        lambda_=lambda_,
+        rescale=rescale,
         out_dtype=out_dtype,
     )
 
@@ -68,7 +70,9 @@ TIES = Method(
             maximum=1.0,
         ),
         Parameter("normalize", bool, True, "divide by the sum of the weights whose sign agrees"),
+        rescale_parameter(False),
         LAMBDA,
+        INT8_MASK,
     ),
     function=ties,
     workspace=elementwise_workspace,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from resm_kernels.methods._registry import Method
@@ -11,7 +13,7 @@ from resm_kernels.methods.resm import RESM
 _SHARED = ("weight", "lambda", "decomposition", "accuracy", "spectral")
 
 
-def tsvm(base: Tensor, experts: list[Tensor], **given: object) -> Tensor:
+def tsvm(base: Tensor, experts: list[Tensor], **given: Any) -> Tensor:
     """RESM with its two additions switched off: every expert keeps k = ⌊r/T⌋ directions and has the same weight.
 
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code. Directions below the

@@ -32,7 +32,7 @@ def _check_magnitudes(name: str, are: Tensor) -> None:
 def check_masks(masks: Sequence[Tensor], experts: Sequence[Tensor], where: str = "") -> None:
     """Raise unless there is one mask for each expert, on its device, with a bit for each of its elements."""
     if isinstance(masks, Tensor) or len(masks) != len(experts):
-        got = "a tensor" if isinstance(masks, Tensor) else len(masks)
+        got = "a tensor" if isinstance(masks, Tensor) else str(len(masks))
         raise ValueError(f"{where}masks: got {got}, need one for each of the {len(experts)} experts")
     for t, (mask, expert) in enumerate(zip(masks, experts, strict=True)):
         need = mask_bytes(expert.numel())

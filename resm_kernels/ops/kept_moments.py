@@ -64,7 +64,7 @@ def kept_moments(
     ]
     if masks is not None:
         check_masks(masks, experts)
-    found = torch.ops.resm_kernels.kept_moments(base, list(experts), *limits, list(masks or ()))
+    found = torch.ops.resm_kernels.kept_moments(base, list(experts), *limits, None if masks is None else list(masks))
     return KeptMoments(*found.unbind(1))
 
 
@@ -73,12 +73,12 @@ def _native(
     experts: list[Tensor],
     thresholds: Tensor | None,
     upper_thresholds: Tensor | None,
-    masks: list[Tensor],
+    masks: list[Tensor] | None,
 ) -> Tensor:
     assert _extension.native is not None
     moments = torch.empty((len(experts), 3), dtype=torch.float64)
     limits = [None if t is None else t.cpu().contiguous() for t in (thresholds, upper_thresholds)]
-    kept = [mask.contiguous() for mask in masks]
+    kept = [mask.contiguous() for mask in masks or ()]
     b, e = NativeTensors([base]), NativeTensors(experts)
     _extension.native.kept_moments(
         b.pointers,
@@ -96,7 +96,7 @@ def _native(
 
 register(
     "kept_moments",
-    "(Tensor base, Tensor[] experts, Tensor? thresholds, Tensor? upper_thresholds, Tensor[] masks) -> Tensor",
+    "(Tensor base, Tensor[] experts, Tensor? thresholds, Tensor? upper_thresholds, Tensor[]? masks) -> Tensor",
     reference=_reference,
     cpu=_native,
     gpu=("triton",),

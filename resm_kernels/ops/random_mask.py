@@ -68,7 +68,7 @@ def random_mask(
 
 
 def _each(name: str, value: Shares, n_experts: int) -> list[float]:
-    given = list(value) if isinstance(value, (list, tuple)) else [value] * n_experts
+    given = [value] * n_experts if isinstance(value, (int, float)) else list(value)
     if len(given) != n_experts:
         raise ValueError(f"{name}: got {len(given)} values, need one for each of the {n_experts} experts")
     return [check_number(name, v, minimum=0.0) for v in given]

@@ -13,7 +13,7 @@ def kept_moments(
     experts: list[Tensor],
     thresholds: Tensor | None,
     upper_thresholds: Tensor | None,
-    masks: list[Tensor],
+    masks: list[Tensor] | None,
 ) -> Tensor:
     """See `resm_kernels.ops.kept_moments`."""
     every = [d.double().abs() for d in kept_deltas(base, experts, None, None, None)]

@@ -60,6 +60,13 @@ def bf16_bits(value):
 
 
 @triton.jit
+def bit_of(address, offsets, mask):
+    """Whether the elements' bits in a mask of bits are set; False where masked."""
+    bytes_ = tl.load(address.to(tl.pointer_type(tl.uint8)) + offsets // 8, mask=mask, other=0)
+    return ((bytes_.to(tl.int32) >> (offsets % 8).to(tl.int32)) & 1) != 0
+
+
+@triton.jit
 def is_finite(value):
     return tl.abs(value) < float("inf")
 

@@ -1,0 +1,88 @@
+"""Linear DARE: drop at random, rescale, add up (Yu et al., Language Models are Super Mario, arXiv 2311.03099)."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._common import LAMBDA, WEIGHT
+from resm_kernels.methods._registry import Method, Parameter
+from resm_kernels.methods._sparsify import (
+    DENSITY,
+    INT8_MASK,
+    kept_at_random,
+    masked_workspace,
+    merge_kept,
+    normalize_parameter,
+    rescale_parameter,
+)
+
+RESCALE_BY = Parameter(
+    "rescale_by",
+    ("l1", "density"),
+    "l1",
+    "what `rescale` means: l1 restores the L1 norm (mergekit), density divides by the density (the paper, peft)",
+)
+
+
+def dare(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    rule: str,
+    weight: list[float],
+    density: list[float],
+    normalize: bool,
+    rescale: bool,
+    rescale_by: str,
+    lambda_: float,
+    seed: int,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """θ = θ₀ + λ·rule(w_t·r_t·m_t∘Δ_t), m_t ~ Bernoulli(density_t) for each element of each expert.
+
+    r_t = Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", mergekit's; 1/density_t by "density", the paper's 1/(1 − p) and
+    peft's; 1 without `rescale`. The two differ by the chance of one draw: about 1/√(density·N) of r_t. `seed` is the
+    key of `resm_kernels.ops.random_mask`, so that no order, device or number of threads changes what is dropped.
+    """
+    kept = kept_at_random(base, experts, density, 0.0, seed)
+    factors: bool | list[float] = rescale
+    if rescale and rescale_by == "density":
+        factors = [1 / d if d > 0 else 1.0 for d in density]
+    return merge_kept(
+        base,
+        experts,
+        kept,
+        rule=rule,
+        weight=weight,
+        normalize=normalize,
+        lambda_=lambda_,
+        rescale=factors,
+        out_dtype=out_dtype,
+    )
+
+
+def dare_parameters(normalize: bool) -> tuple[Parameter, ...]:
+    return (
+        WEIGHT,
+        DENSITY,
+        normalize_parameter(normalize),
+        rescale_parameter(True),
+        RESCALE_BY,
+        LAMBDA,
+        INT8_MASK,
+    )
+
+
+DARE_LINEAR = Method(
+    name="dare_linear",
+    title="Linear DARE",
+    reference="https://arxiv.org/abs/2311.03099",
+    needs_base=True,
+    parameters=dare_parameters(normalize=False),
+    function=functools.partial(dare, rule="sum"),
+    workspace=masked_workspace,
+    draws=True,
+)

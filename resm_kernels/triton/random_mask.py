@@ -1,0 +1,94 @@
+"""random_mask on a GPU: Philox in registers, bits packed by a sum over lanes, the reference's bits.
+
+Ranks within rows come from torch's sort, in groups of rows that bound what it allocates; uniform masks read nothing.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resm_kernels._launch import on_device
+from resm_kernels.reference._masks import RUN, mask_bytes
+from resm_kernels.reference._philox import MASK_STREAM
+from resm_kernels.reference.random_mask import doubled_ranks, probability_law, row_length
+
+RUNS, WARPS = 32, 4
+"""Runs of a program, and its warps."""
+RANKED_AT_ONCE = 1 << 24
+"""Elements that are sorted at a time, or one row."""
+
+
+@triton.jit
+def _pack(words, out, ranks, lowest, step, first, length, WORD: tl.constexpr, RANKED: tl.constexpr, RUNS: tl.constexpr):
+    """Bits of word WORD of 32 counters of each run: 32 elements in four bytes."""
+    runs = first + tl.arange(0, RUNS)[:, None]
+    lanes = tl.arange(0, 32)[None, :]
+    elements = runs * 128 + WORD * 32 + lanes
+    limits = tl.zeros([RUNS, 32], tl.int64) + lowest
+    if RANKED:
+        limits += step * tl.load(ranks + elements, mask=elements < length, other=0).to(tl.int64)
+    kept = (words.to(tl.int64) < (limits >> 30)) & (elements < length)
+    bits = tl.sum(tl.where(kept, tl.full([RUNS, 32], 1, tl.int64) << lanes, 0), 1)
+    places = first + tl.arange(0, RUNS)
+    tl.store(out + places * 4 + WORD, bits.to(tl.uint32).to(tl.int32, bitcast=True), mask=places * 128 < length)
+
+
+@triton.jit
+def random_mask_kernel(
+    out, ranks, seed, lowest, step, expert, length, STREAM: tl.constexpr, RANKED: tl.constexpr, RUNS: tl.constexpr
+):
+    """out: int32 words of the mask; counter (32·run + lane, expert, stream) serves four elements of the run."""
+    first = tl.program_id(0).to(tl.int64) * RUNS
+    counters = (first + tl.arange(0, RUNS)[:, None]) * 32 + tl.arange(0, 32)[None, :]
+    low, high = (counters & 0xFFFFFFFF).to(tl.uint32), (counters >> 32).to(tl.uint32)
+    zeros = tl.zeros([RUNS, 32], tl.uint32)
+    x0, x1, x2, x3 = tl.philox(seed, low, high, (zeros + expert).to(tl.uint32), zeros + STREAM)
+    _pack(x0, out, ranks, lowest, step, first, length, 0, RANKED, RUNS)
+    _pack(x1, out, ranks, lowest, step, first, length, 1, RANKED, RUNS)
+    _pack(x2, out, ranks, lowest, step, first, length, 2, RANKED, RUNS)
+    _pack(x3, out, ranks, lowest, step, first, length, 3, RANKED, RUNS)
+
+
+def random_mask(
+    base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int
+) -> list[Tensor]:
+    """See `resm_kernels.ops.random_mask` and its reference, whose arguments these are."""
+    masks = []
+    with on_device(base.device):
+        for t, expert in enumerate(experts):
+            lowest, step = probability_law(density[t], epsilon[t], row_length(expert))
+            mask = torch.zeros(mask_bytes(expert.numel()), dtype=torch.uint8, device=expert.device)
+            masks.append(mask)
+            if not expert.numel():
+                continue
+            ranks = _ranks(base, experts, t) if step else mask
+            random_mask_kernel[(triton.cdiv(expert.numel(), RUN * RUNS),)](
+                mask.view(torch.int32),
+                ranks,
+                seed,
+                lowest,
+                step,
+                t,
+                expert.numel(),
+                STREAM=MASK_STREAM,
+                RANKED=step > 0,
+                RUNS=RUNS,
+                num_warps=WARPS,
+            )
+    return masks
+
+
+def _ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
+    """The doubled ranks of Δ_t, int32 if they fit."""
+    columns = row_length(base)
+    dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
+    ranks = torch.empty(base.shape, dtype=dtype, device=base.device).reshape(-1, columns)
+    rows = max(1, RANKED_AT_ONCE // columns)
+    tensors = [tensor.reshape(-1, columns) for tensor in (base, *experts)]
+    for start in range(0, ranks.shape[0], rows):
+        origin, *own = (tensor[start : start + rows] for tensor in tensors)
+        ranks[start : start + rows] = doubled_ranks(origin, own, t)
+    return ranks

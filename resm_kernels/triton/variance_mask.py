@@ -1,0 +1,82 @@
+"""variance_mask on a GPU: variances in a temporary, the selection of magnitude_threshold, then the bits."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from resm_kernels._launch import launch_of, of_one_dtype, on_device
+from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.reference._masks import RUN, mask_bytes
+from resm_kernels.triton._device import load_as
+from resm_kernels.triton._dtypes import DTYPES
+from resm_kernels.triton.magnitude_threshold import magnitude_threshold
+
+BLOCK, RUNS, WARPS = 1024, 32, 4
+"""Elements of a program that finds variances, runs of one that makes bits, and warps."""
+
+
+@triton.jit
+def variance_kernel(
+    base, addresses, out, length,
+    T: tl.constexpr, BASE: tl.constexpr, EXPERT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Welford's updates in float64, in the order of the experts; addresses: (T,) int64."""
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offsets < length
+    origin = load_as(base, offsets, inside, True, BASE, False, COMPUTE)
+    first = load_as(tl.load(addresses), offsets, inside, True, EXPERT, False, COMPUTE)
+    mean = (first - origin).to(tl.float64)
+    squares = tl.zeros([BLOCK], tl.float64)
+    for t in tl.static_range(1, T):
+        value = load_as(tl.load(addresses + t), offsets, inside, True, EXPERT, False, COMPUTE)
+        delta = (value - origin).to(tl.float64)
+        change = delta - mean
+        mean = mean + change / (t + 1)
+        squares = squares + change * (delta - mean)
+    tl.store(out + offsets, (squares / T).to(COMPUTE), mask=inside)
+
+
+@triton.jit
+def bits_kernel(values, threshold, out, length, RUNS: tl.constexpr):
+    """Bits of the values that are at least the threshold (one float64), 128 elements a run."""
+    words = tl.program_id(0).to(tl.int64) * RUNS * 4 + tl.arange(0, RUNS * 4)
+    lanes = tl.arange(0, 32)[None, :]
+    elements = words[:, None] * 32 + lanes
+    inside = elements < length
+    kept = inside & (tl.load(values + elements, mask=inside, other=0.0).to(tl.float64) >= tl.load(threshold))
+    bits = tl.sum(tl.where(kept, tl.full([RUNS * 4, 32], 1, tl.int64) << lanes, 0), 1)
+    tl.store(out + words, bits.to(tl.uint32).to(tl.int32, bitcast=True), mask=words * 32 < length)
+
+
+def variance_mask(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
+    """See `resm_kernels.ops.variance_mask` and its reference, whose arguments these are."""
+    n, device, dtype = base.numel(), base.device, compute_dtype(base, *experts)
+    mask = torch.zeros(mask_bytes(n), dtype=torch.uint8, device=device)
+    if not n:
+        return mask
+    own, origin = of_one_dtype(experts), base.contiguous()
+    spread = torch.empty(n, dtype=dtype, device=device)
+    with on_device(device):
+        addresses = launch_of([own], BLOCK).table[2:]
+        variance_kernel[(triton.cdiv(n, BLOCK),)](
+            origin,
+            addresses,
+            spread,
+            n,
+            T=len(own),
+            BASE=DTYPES[base.dtype],
+            EXPERT=DTYPES[own[0].dtype],
+            COMPUTE=DTYPES[dtype],
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=False,
+        )
+        k = int(int(torch.count_nonzero(spread)) * density)
+        threshold, _ = magnitude_threshold([torch.zeros_like(spread)], [spread], [k])
+        bits_kernel[(triton.cdiv(n, RUN * RUNS),)](
+            spread, threshold, mask.view(torch.int32), n, RUNS=RUNS, num_warps=WARPS
+        )
+    return mask
