@@ -1,0 +1,114 @@
+"""dare_linear: what mergekit computes where its draws are our masks; the paper's rescaling; what decides the masks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import Family, load_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import group, randn, same_bits
+from mergekit_oracle import (
+    SHAPES,
+    assert_agrees,
+    mergekit_with_our_masks,
+    our_keywords,
+    shared_parameters,
+    terms_of,
+)
+
+from resm_kernels import merge, merge_state_dicts
+from resm_kernels.engine import merge_checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def check_against_mergekit(
+    method: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype, n_experts: int, normalize: bool, rescale: bool,
+    scale: float, density: list[float],
+) -> None:  # fmt: skip
+    base, experts = group(shape, n_experts, base_dtype=dtype, seed=seed)
+    parameters = shared_parameters(n_experts, seed, normalize, rescale, scale) | {"density": density[:n_experts]}
+    found = merge(base, experts, method, **our_keywords(parameters))
+    wanted, masks, probabilities = mergekit_with_our_masks(method, base, experts, **parameters)
+    assert all(bool((p == d).all()) for p, d in zip(probabilities, (d for d in density if d < 1), strict=False))
+    terms = terms_of(base, experts, masks, parameters["weight"])
+    assert_agrees(found, wanted, base, terms, parameters, method == "dare_ties")
+
+
+arguments = {
+    "seed": st.integers(0, 10**6),
+    "shape": SHAPES,
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "n_experts": st.integers(1, 4),
+    "normalize": st.booleans(),
+    "rescale": st.booleans(),
+    "scale": st.floats(-2.0, 2.0),
+    "density": st.lists(st.sampled_from([0.0, 0.125, 0.5, 0.875, 1.0]), min_size=4, max_size=4),
+}
+
+
+@given(**arguments)
+@settings(max_examples=100)
+def test_equals_mergekit_with_the_same_masks(**drawn: object) -> None:
+    check_against_mergekit("dare_linear", **drawn)  # type: ignore[arg-type]
+
+
+def test_division_by_the_density_is_unbiased_and_what_peft_does() -> None:
+    utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is the peer compared")
+    base, expert = torch.zeros(1000, 1000), torch.ones(1000, 1000)
+    for density in (0.1, 0.7):
+        found = merge(base, [expert], "dare_linear", density=density, rescale_by="density")
+        theirs = utils.dare_linear([expert], torch.ones(1), density)
+        assert found.unique().tolist() == pytest.approx(theirs.unique().tolist(), rel=1e-6)
+        assert float(found.double().mean()) == pytest.approx(1.0, abs=6 * ((1 / density - 1) / 1e6) ** 0.5)
+
+
+def test_rescaling_restores_the_l1_norm() -> None:
+    base, expert = torch.zeros(200, 30, dtype=torch.float64), randn(200, 30, seed=1, dtype=torch.float64)
+    found = merge(base, [expert], "dare_linear", density=0.3)
+    assert float(found.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
+    plain = merge(base, [expert], "dare_linear", density=0.3, rescale=False)
+    assert torch.equal(plain[plain != 0], expert[plain != 0])
+
+
+def test_everything_kept_is_task_arithmetic() -> None:
+    base, experts = group((40, 30), 3, base_dtype=torch.bfloat16)
+    weight = [0.5, 1.0, -0.25]
+    wanted = merge(base, experts, "task_arithmetic", weight=weight)
+    assert same_bits(merge(base, experts, "dare_linear", weight=weight, seed=3), wanted)
+
+
+def test_seed_and_name_decide_what_is_dropped() -> None:
+    base, experts = group((40, 30), 2)
+    first = merge(base, experts, "dare_linear", density=0.5)
+    assert same_bits(merge(base, experts, "dare_linear", density=0.5, seed=0, name=""), first)
+    for other in ({"seed": 1}, {"seed": -1}, {"name": "a"}, {"seed": 1, "name": "a"}):
+        assert not same_bits(merge(base, experts, "dare_linear", density=0.5, **other), first)
+    with pytest.raises(ValueError, match="seed: got 'x', need a whole number"):
+        merge(base, experts, "dare_linear", seed="x")  # type: ignore[arg-type]
+
+
+def test_tensors_of_a_model_are_dropped_apart() -> None:
+    base, (expert,) = group((40, 30), 1)
+    models = {"a.weight": base, "b.weight": base}, [{"a.weight": expert, "b.weight": expert}]
+    found = merge_state_dicts(*models, "dare_linear", density=0.5, seed=7)
+    assert not same_bits(found["a.weight"], found["b.weight"])
+    assert same_bits(found["b.weight"], merge(base, [expert], "dare_linear", density=0.5, seed=7, name="b.weight"))
+
+
+def test_checkpoints_depend_on_the_seed_alone(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    recipe = family.recipe("dare_linear", parameters={"density": 0.5})
+
+    def merged(**choices: object) -> dict[str, torch.Tensor]:
+        merge_checkpoints(recipe, family.out, overwrite=True, **choices)  # type: ignore[arg-type]
+        return load_model(family.out)
+
+    first = merged(random_seed=5)
+    again = merged(random_seed=5, max_shard_size=2000, memory_limit=4000, threads=2)
+    other = merged(random_seed=6)
+    assert all(same_bits(again[name], tensor) for name, tensor in first.items())
+    assert not all(same_bits(other[name], tensor) for name, tensor in first.items())

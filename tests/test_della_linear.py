@@ -1,0 +1,81 @@
+"""della_linear: mergekit's probabilities, and what it computes where its draws are our masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import group, randn, same_bits
+from mergekit_oracle import assert_agrees, mergekit_with_our_masks, our_keywords, shared_parameters, terms_of
+
+from resm_kernels import merge
+from resm_kernels.reference.random_mask import doubled_ranks, probability_law
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def check_against_mergekit(
+    method: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype, n_experts: int, normalize: bool, rescale: bool,
+    scale: float, density: list[float], epsilon: float,
+) -> None:  # fmt: skip
+    base, experts = group(shape, n_experts, base_dtype=dtype, seed=seed)
+    parameters = shared_parameters(n_experts, seed, normalize, rescale, scale) | {"density": density[:n_experts]}
+    found = merge(base, experts, method, epsilon=epsilon, **our_keywords(parameters))
+    wanted, masks, _ = mergekit_with_our_masks(method, base, experts, epsilon, **parameters)
+    terms = terms_of(base, experts, masks, parameters["weight"])
+    assert_agrees(found, wanted, base, terms, parameters, method == "della")
+
+
+arguments = {
+    "seed": st.integers(0, 10**6),
+    "shape": st.sampled_from([(2,), (7, 5), (33, 17)]),
+    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
+    "n_experts": st.integers(1, 4),
+    "normalize": st.booleans(),
+    "rescale": st.booleans(),
+    "scale": st.floats(-2.0, 2.0),
+    "density": st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0]), min_size=4, max_size=4),
+    "epsilon": st.floats(0.01, 0.3),
+}
+
+
+@given(**arguments)
+@settings(max_examples=100)
+def test_equals_mergekit_with_the_same_masks(**drawn: object) -> None:
+    check_against_mergekit("della_linear", **drawn)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("shape", [(50,), (2,), (20, 30)], ids=str)
+def test_probabilities_are_mergekits_where_no_magnitudes_tie(shape: tuple[int, ...]) -> None:
+    base, experts = torch.zeros(shape), [randn(*shape, seed=t) for t in (1, 2)]
+    given = {"weight": [1.0, 1.0], "density": [0.5, 0.3]}
+    _, _, wanted = mergekit_with_our_masks("della_linear", base, experts, 0.2, **given)
+    for t, density in enumerate(given["density"]):
+        lowest, step = probability_law(density, 0.2, shape[-1])
+        found = (lowest + step * doubled_ranks(base, experts, t)).double() / 2.0**62
+        torch.testing.assert_close(found, wanted[t].double(), rtol=0, atol=2.0**-21)
+
+
+def test_large_changes_are_kept_more_often() -> None:
+    expert = randn(300, 400, seed=1)
+    found = merge(torch.zeros_like(expert), [expert], "della_linear", density=0.5, epsilon=0.4, rescale=False)
+    kept = found != 0
+    large = expert.abs() > expert.abs().median()
+    # Means of the halves' probabilities: 0.5 ± 0.2, within six standard deviations of 60 000 draws.
+    assert float(kept[large].float().mean()) == pytest.approx(0.7, abs=6 * 0.5 / 60000**0.5)
+    assert float(kept[~large].float().mean()) == pytest.approx(0.3, abs=6 * 0.5 / 60000**0.5)
+
+
+def test_without_epsilon_it_is_dare_and_with_everything_kept_task_arithmetic() -> None:
+    base, experts = group((40, 30), 3, base_dtype=torch.bfloat16)
+    given = {"weight": [0.5, 1.0, -0.25], "seed": 4}
+    dare = merge(base, experts, "dare_linear", density=0.6, **given)
+    assert same_bits(merge(base, experts, "della_linear", density=0.6, epsilon=0.0, **given), dare)
+    wanted = merge(base, experts, "task_arithmetic", **given)
+    assert same_bits(merge(base, experts, "della_linear", **given), wanted)
+
+
+def test_probabilities_out_of_range_are_refused_by_name() -> None:
+    with pytest.raises(ValueError, match=r"epsilon: got 0.15 with density 0.9, need density ± epsilon between 0 and 1"):
+        merge(torch.zeros(3), [torch.ones(3)], "della_linear", density=0.9)
