@@ -30,9 +30,12 @@ from resm_kernels.triton import (
     aggregate,
     delta_stats,
     inner_products,
+    kept_moments,
     low_rank_update,
     magnitude_threshold,
+    random_mask,
     random_matrix,
+    variance_mask,
 )
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
@@ -63,17 +66,35 @@ def cases() -> Iterator[Case]:
     table = {"table": "*i64", "n_tensors": "i32"}
     for dtype, compute in kinds:
         of = {"BASE": dtype, "EXPERT": dtype, "COMPUTE": compute, "ALIGNED": True, "T": 3, "STEPS": 3}
-        for ties in (False, True):
+        for rule, masks in (("sum", False), ("ties", False), ("sum", True), ("ties", True)):
+            numbers = ("factors", "weights", "lower", "upper", "scale")
             yield Case(
-                f"aggregate {'ties' if ties else 'sum'} {dtype}",
+                f"aggregate {rule}{' of masks' if masks else ''} {dtype}",
                 aggregate.aggregate_kernel,
-                table | {"weights": "*fp64", "thresholds": "*fp64", "nonfinite": "*i64", "scale": "*fp64"},
+                table | dict.fromkeys(numbers, "*fp64") | {"nonfinite": "*i64"},
                 of
-                | {"TIES": ties, "NORMALIZE": ties, "HAS_BASE": True, "TRIMS": ties, "OUT": dtype}
+                | {"TIES": rule == "ties", "NORMALIZE": rule == "ties", "HAS_BASE": True, "OUT": dtype}
+                | {"VOTE": "weighted", "TRIMS": rule == "ties" and not masks, "MASKS": masks}
                 | {"BLOCK": aggregate.BLOCK},
                 {"num_warps": aggregate.WARPS, "enable_fp_fusion": False},
                 is_wide=True,
             )
+        pointers = {"base": f"*{_short(dtype)}", "expert": f"*{_short(dtype)}", "length": "i32"}
+        yield Case(
+            f"kept_moments {dtype}",
+            kept_moments.kept_moments_kernel,
+            pointers | {"mask": "*u8", "lower": "*fp64", "upper": "*fp64", "parts": "*fp64", "part": "i32"},
+            {"TRIMS": True, "MASKS": True, "BASE": dtype, "EXPERT": dtype, "COMPUTE": compute}
+            | {"BLOCK": kept_moments.BLOCK},
+            {"num_warps": kept_moments.WARPS},
+        )
+        yield Case(
+            f"variance_mask {dtype}",
+            variance_mask.variance_kernel,
+            {"base": f"*{_short(dtype)}", "addresses": "*i64", "out": f"*{_short(compute)}", "length": "i32"},
+            {"T": 3, "BASE": dtype, "EXPERT": dtype, "COMPUTE": compute, "BLOCK": variance_mask.BLOCK},
+            {"num_warps": variance_mask.WARPS, "enable_fp_fusion": False},
+        )
         sizes = {"BLOCK": delta_stats.BLOCK, "BLOCKS": delta_stats.BLOCKS, "FIELDS": delta_stats.FIELDS}
         for second in (False, True):
             yield Case(
@@ -136,6 +157,22 @@ def cases() -> Iterator[Case]:
                 | {"COLUMNS": _delta_product.COLUMNS, "INNER": _delta_product.INNER[compute]},
                 {"num_warps": _delta_product.WARPS, "num_stages": _delta_product.STAGES, "enable_fp_fusion": True},
             )
+    yield Case(
+        "variance_mask bits",
+        variance_mask.bits_kernel,
+        {"values": "*fp32", "threshold": "*fp64", "out": "*i32", "length": "i32"},
+        {"RUNS": variance_mask.RUNS},
+        {"num_warps": variance_mask.WARPS},
+    )
+    for ranked in (False, True):
+        yield Case(
+            f"random_mask{' by rank' if ranked else ''}",
+            random_mask.random_mask_kernel,
+            {"out": "*i32", "ranks": "*i32", "seed": "i64", "lowest": "i64", "step": "i64", "expert": "i32"}
+            | {"length": "i32"},
+            {"STREAM": 1, "RANKED": ranked, "RUNS": random_mask.RUNS},
+            {"num_warps": random_mask.WARPS},
+        )
     yield Case(
         "delta_stats totals",
         delta_stats.totals_kernel,

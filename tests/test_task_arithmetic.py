@@ -87,6 +87,20 @@ def test_lambda_zero_and_no_change_return_the_base() -> None:
     assert same_bits(merge(base, [base, base], "task_arithmetic", weight=[3, -7]), base)
 
 
+def test_what_mergekit_ignores_is_ignored() -> None:
+    base, experts = group((400,), 2)
+    more = {"density": [0.1, 0.2], "rescale": True, "int8_mask": True}
+    assert same_bits(merge(base, experts, "task_arithmetic", **more), merge(base, experts, "task_arithmetic"))
+    with pytest.raises(ValueError, match="density: got 2 values, need one for each of the 1 experts"):
+        merge(base, experts[:1], "task_arithmetic", **more)
+
+
+def test_weights_that_sum_to_nothing_do_not_divide() -> None:
+    base, experts = group((400,), 2)
+    found = merge(base, experts, "task_arithmetic", weight=[1.0, -1.0], normalize=True)
+    assert torch.equal(found, mergekit_task_arithmetic(base, experts, [1.0, -1.0], True, 1.0))
+
+
 def test_base_is_needed() -> None:
     with pytest.raises(ValueError, match="base: got None, but task_arithmetic merges task vectors"):
         merge(None, [torch.zeros(3)], "task_arithmetic")

@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits, values
+from mergekit_oracle import assert_agrees, mergekit, our_keywords, terms_of
 from torch import Tensor
 
 from resm_kernels import merge
@@ -93,6 +94,20 @@ def test_without_ties_every_position_equals_mergekit() -> None:
     found = merge(base, experts, "ties", weight=[1.0, 0.5, 0.7], density=density)
     wanted = mergekit_ties(base, experts, [1.0, 0.5, 0.7], density, True, 1.0)
     assert int((found != wanted).sum()) <= 4
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_rescaling_is_mergekits(normalize: bool) -> None:
+    base, experts = randn(20, 30, seed=0), [randn(20, 30, seed=t) for t in (1, 2, 3)]
+    parameters = {"weight": [1.0, 0.5, 0.7], "density": [0.2, 0.6, 1.0], "normalize": normalize, "rescale": True}
+    parameters |= {"lambda": 0.7, "int8_mask": True}
+    terms = []
+    for expert, w, d in zip(experts, parameters["weight"], parameters["density"], strict=True):
+        size = (expert - base).abs()
+        kept = size >= size.flatten().sort(descending=True).values[int(d * size.numel()) - 1]
+        terms += terms_of(base, [expert], [kept], [w])
+    found = merge(base, experts, "ties", **our_keywords(parameters))
+    assert_agrees(found, mergekit("ties", base, experts, **parameters), base, terms, parameters, True)
 
 
 def test_all_tied_values_are_kept_whatever_their_order() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 
 from resm_kernels.methods._registry import Method
-from resm_kernels.methods._sparsify import masked_workspace
-from resm_kernels.methods.della_linear import della, della_parameters
+from resm_kernels.methods.della_linear import della, della_parameters, ranked_workspace
 
 DELLA = Method(
     name="della",
@@ -15,6 +14,6 @@ DELLA = Method(
     needs_base=True,
     parameters=della_parameters(normalize=True),
     function=functools.partial(della, rule="ties"),
-    workspace=masked_workspace,
+    workspace=ranked_workspace,
     draws=True,
 )

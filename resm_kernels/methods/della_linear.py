@@ -58,6 +58,11 @@ def della(
     )
 
 
+def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """That of masked methods, and for a row at a time its keys, buckets, random words and undecided places."""
+    return masked_workspace(shape, n_experts) + 24 * (shape[-1] if shape else 1)
+
+
 def della_parameters(normalize: bool) -> tuple[Parameter, ...]:
     return (
         WEIGHT,
@@ -77,6 +82,6 @@ DELLA_LINEAR = Method(
     needs_base=True,
     parameters=della_parameters(normalize=False),
     function=functools.partial(della, rule="sum"),
-    workspace=masked_workspace,
+    workspace=ranked_workspace,
     draws=True,
 )
