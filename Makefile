@@ -39,7 +39,8 @@ lint: $(VENV)/.lint
 # Medians, and ratios to floors and peers timed in the same run, into benchmarks/results. Wants a quiet machine.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/bench_checkpoint.py --json benchmarks/results/checkpoint.json
+	$(BIN)/python benchmarks/bench_elementwise.py --json benchmarks/results/elementwise.json
+	$(BIN)/python benchmarks/bench_checkpoint.py --methods ties breadcrumbs dare_ties della linear --json benchmarks/results/checkpoint.json
 
 # Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test

@@ -56,6 +56,9 @@ class Size:
 
 PARAMETERS: Final[dict[str, dict[str, float]]] = {
     "ties": {"weight": 1.0, "density": 0.5},
+    "breadcrumbs": {"weight": 1.0, "density": 0.5, "gamma": 0.01},
+    "dare_ties": {"weight": 1.0, "density": 0.5},
+    "della": {"weight": 1.0, "density": 0.5, "epsilon": 0.15},
     "task_arithmetic": {"weight": 1.0},
     "linear": {"weight": 1.0},
     "resm": {},

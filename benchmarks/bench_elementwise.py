@@ -1,0 +1,238 @@
+"""Element-wise merge methods against mergekit 0.1.5 on one tensor: time, growth, accuracy.
+
+One weight of 4096 × 4096 in bf16 and experts a small normal step away. Every method runs as its users run it, in
+bf16 (rivals compute in bf16, this library in fp32), caches emptied before each call, ours and mergekit's in turn. The
+floor is to read all inputs once and write the result once, timed in the same run with torch's sum and fill.
+
+Growth: 1 to 16 experts of 4 M elements, 3 experts of 1 to 16 M elements, and whole merges of models with 2 to 8 layers,
+each in a process of its own for its peak memory.
+
+Accuracy: the error against float64 relative to the merged delta, ‖θ − θ*‖ / ‖θ* − θ₀‖, with θ* the tool's own result
+in float64 on the same inputs: what is compared is arithmetic, not definitions. "rounding" is what rounding θ* to bf16
+costs, which no tool can avoid. mergekit's random drops are made the same in every dtype by drawing them in float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from shutil import rmtree
+from typing import Any, Final
+from unittest import mock
+
+import torch
+import yaml
+from bench_checkpoint import Size, make_models, run
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import resm_kernels
+from resm_kernels import methods
+
+SIZE: Final = 4096
+PARAMETERS: Final[dict[str, dict[str, float]]] = {
+    "linear": {"weight": 1.0},
+    "task_arithmetic": {"weight": 0.5},
+    "ties": {"weight": 0.5, "density": 0.5},
+    "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
+    "breadcrumbs_ties": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
+    "dare_linear": {"weight": 0.5, "density": 0.5},
+    "dare_ties": {"weight": 0.5, "density": 0.5},
+    "della": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
+    "della_linear": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
+    "sce": {"select_topk": 0.1},
+    "model_stock": {},
+    "slerp": {"t": 0.3},
+    "nuslerp": {"weight": 0.5},
+    "multislerp": {"weight": 0.5},
+    "karcher": {},
+    "nearswap": {"t": 1e-3},
+    "ram": {},
+    "arcee_fusion": {},
+    "passthrough": {},
+}
+EXPERTS: Final = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2, "passthrough": 1}
+"""How many a method takes, where that is not any number: then 3."""
+RANDOM: Final = ("dare_linear", "dare_ties", "della", "della_linear")
+
+
+def tensors(numel: int, experts: int) -> tuple[Tensor, list[Tensor]]:
+    """A bf16 base and experts a small normal step away, as fine-tuning leaves them."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (numel // SIZE, SIZE)
+    base = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
+    steps = (torch.randn(shape, generator=generator).mul_(1e-3) for _ in range(experts))
+    return base, [step.add_(base).bfloat16() for step in steps]
+
+
+def ours(name: str, base: Tensor, experts: list[Tensor]) -> Tensor:
+    origin = base if methods.get(name).needs_base else None
+    return resm_kernels.merge(origin, experts, name, **PARAMETERS[name])
+
+
+def mergekit(name: str, base: Tensor, experts: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+    from mergekit.merge_methods import get, merge_tensors
+
+    has_base = get(name).spec.contract.base.value == "required"
+    inputs = [base, *experts] if has_base else experts
+    return merge_tensors(inputs, name, parameters=PARAMETERS[name], base_index=0 if has_base else None, dtype=dtype)
+
+
+def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, in turn, after one warm-up, with nothing of the inputs in any cache."""
+    sweep = torch.ones(2**26, dtype=torch.int64)
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    for measured in [False] + [True] * rounds:
+        for name, call in calls.items():
+            sweep.sum()
+            gc.collect()
+            started = time.perf_counter()
+            call()
+            if measured:
+                samples[name].append(time.perf_counter() - started)
+    return {name: statistics.median(own) for name, own in samples.items()}
+
+
+def floor(base: Tensor, experts: list[Tensor], with_base: bool) -> Callable[[], object]:
+    """Reads every input and writes one output."""
+    inputs = [t.view(torch.int64) for t in ([base] if with_base else []) + experts]
+    out = torch.empty_like(inputs[0])
+
+    def once() -> None:
+        for tensor in inputs:
+            tensor.sum()
+        out.fill_(1)
+
+    return once
+
+
+def speed(names: list[str], rounds: int, rival_rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for name in names:
+        base, experts = tensors(SIZE * SIZE, EXPERTS.get(name, 3))
+        with_base = methods.get(name).needs_base
+        own = medians(
+            {
+                "ours": lambda n=name, b=base, e=experts: ours(n, b, e),
+                "floor": floor(base, experts, with_base),
+            },
+            rounds,
+        )
+        rival = medians({"mergekit": lambda n=name, b=base, e=experts: mergekit(n, b, e)}, rival_rounds)
+        rows.append({"method": name, "experts": len(experts), **own, **rival, "ratio": rival["mergekit"] / own["ours"]})
+    return rows
+
+
+def growth(names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Seconds against bytes read and written."""
+    rows = []
+    sizes = [(t, 4) for t in (1, 2, 4, 8, 16)] + [(3, n) for n in (1, 4, 16)]
+    for name in names:
+        for count, millions in sizes:
+            base, experts = tensors(millions << 20, count)
+            seconds = medians({"ours": lambda n=name, b=base, e=experts: ours(n, b, e)}, rounds)["ours"]
+            nbytes = (count + 1 + methods.get(name).needs_base) * base.nbytes
+            rows.append(
+                {"method": name, "experts": count, "elements": base.numel(), "seconds": seconds, "bytes": nbytes}
+            )
+    return rows
+
+
+def memory(names: list[str], cache: Path) -> list[dict[str, Any]]:
+    """Peak resident memory of whole merges of 20 to 74 tensors."""
+    rows = []
+    for layers in (2, 4, 8):
+        folders = make_models(cache / f"layers-{layers}", Size(layers=layers, vocabulary=4000))
+        for name in names:
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:
+                recipe, out = Path(scratch, "recipe.yml"), Path(scratch, "out")
+                models = [{"model": str(f.absolute()), "parameters": PARAMETERS[name]} for f in folders[1:]]
+                origin = {"base_model": str(folders[0].absolute())} if methods.get(name).needs_base else {}
+                recipe.write_text(
+                    yaml.safe_dump({"merge_method": name, **origin, "models": models, "dtype": "bfloat16"})
+                )
+                command = [sys.executable, "-m", "resm_kernels", "merge", str(recipe), str(out), "--quiet"]
+                seconds, peak = run(command, Path(scratch, "log"))
+                rmtree(out)
+            rows.append({"method": name, "layers": layers, "seconds": seconds, "peak_bytes": peak})
+    return rows
+
+
+@contextmanager
+def one_generator() -> Iterator[None]:
+    """torch.bernoulli drawing the same in every dtype."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(chances: Tensor) -> Tensor:
+        drawn = torch.rand(chances.shape, generator=generator, dtype=torch.float64)
+        return (drawn < chances).to(chances.dtype)
+
+    with mock.patch("torch.bernoulli", draw):
+        yield
+
+
+def accuracy(names: list[str]) -> list[dict[str, Any]]:
+    rows = []
+    for name in names:
+        base, experts = tensors(1 << 20, EXPERTS.get(name, 3))
+        wide = base.double(), [e.double() for e in experts]
+        row: dict[str, Any] = {"method": name}
+        for tool, merge in (("ours", ours), ("mergekit", mergekit)):
+            with one_generator():
+                exact = merge(name, *wide)
+            for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+                with one_generator():
+                    found = merge(name, base.to(dtype), [e.to(dtype) for e in experts]).double()
+                row[f"{tool} {label}"] = float((found - exact).norm() / (exact - wide[0]).norm())
+            row[f"{tool} rounding"] = float((exact.bfloat16().double() - exact).norm() / (exact - wide[0]).norm())
+        rows.append(row)
+    return rows
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key, justify="left" if key == "method" else "right")
+    for row in rows:
+        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+    Console(width=140).print(table)
+
+
+def main() -> None:
+    """Parse arguments, run, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [name for name in PARAMETERS if name in methods.names()]
+    parser.add_argument("--methods", nargs="+", default=known, choices=known)
+    parser.add_argument("--rounds", type=int, default=11, help="times each of ours is called (default: 11)")
+    parser.add_argument("--rival-rounds", type=int, default=2, help="times mergekit is called (default: 2)")
+    parser.add_argument("--parts", nargs="+", default=["speed", "growth", "memory", "accuracy"])
+    parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where models are kept")
+    parser.add_argument("--json", type=Path, help="also write the results here")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    any_number = [name for name in options.methods if name not in EXPERTS]
+    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "speed": lambda: speed(options.methods, options.rounds, options.rival_rounds),
+        "growth": lambda: growth(any_number, options.rounds),
+        "memory": lambda: memory(any_number, options.cache),
+        "accuracy": lambda: accuracy(options.methods),
+    }
+    for part in options.parts:
+        found[part] = parts[part]()
+        show(part, found[part])
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
