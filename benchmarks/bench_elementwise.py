@@ -141,9 +141,8 @@ def growth(names: list[str], rounds: int) -> list[dict[str, Any]]:
             base, experts = tensors(millions << 20, count)
             seconds = medians({"ours": lambda n=name, b=base, e=experts: ours(n, b, e)}, rounds)["ours"]
             nbytes = (count + 1 + methods.get(name).needs_base) * base.nbytes
-            rows.append(
-                {"method": name, "experts": count, "elements": base.numel(), "seconds": seconds, "bytes": nbytes}
-            )
+            sizes_and_time = {"elements": base.numel(), "seconds": seconds, "bytes": nbytes}
+            rows.append({"method": name, "experts": count, **sizes_and_time, "GB/s": nbytes / seconds / 1e9})
     return rows
 
 
@@ -157,9 +156,8 @@ def memory(names: list[str], cache: Path) -> list[dict[str, Any]]:
                 recipe, out = Path(scratch, "recipe.yml"), Path(scratch, "out")
                 models = [{"model": str(f.absolute()), "parameters": PARAMETERS[name]} for f in folders[1:]]
                 origin = {"base_model": str(folders[0].absolute())} if methods.get(name).needs_base else {}
-                recipe.write_text(
-                    yaml.safe_dump({"merge_method": name, **origin, "models": models, "dtype": "bfloat16"})
-                )
+                keys = {"merge_method": name, **origin, "models": models, "dtype": "bfloat16"}
+                recipe.write_text(yaml.safe_dump(keys))
                 command = [sys.executable, "-m", "resm_kernels", "merge", str(recipe), str(out), "--quiet"]
                 seconds, peak = run(command, Path(scratch, "log"))
                 rmtree(out)

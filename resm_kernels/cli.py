@@ -125,6 +125,21 @@ def _dry_run(
         typer.echo(describe_plan(plan, str(folder), free_bytes(folder), window, devices))
 
 
+@app.command(
+    "mergekit", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+)
+def run_mergekit(
+    context: typer.Context,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Run mergekit's own methods on these kernels too.")
+    ] = False,
+) -> None:
+    """Run mergekit-yaml (RECIPE OUT and its options) with this library's merge methods registered."""
+    from resm_kernels.mergekit import run
+
+    run(context.args, replace=replace)
+
+
 @app.command()
 def stats(
     recipe: RecipeArgument,

@@ -32,7 +32,6 @@ FLAGS: Final = (
     Flag(("--gpu-rich",), ours=("--device", "cuda")),
     Flag(("--out-shard-size",), takes_value=True, ours=("--max-shard-size",)),
     Flag(("--num-threads", "-j"), takes_value=True, ours=("--threads",)),
-    Flag(("--random-seed",), "no merge method here draws at random", takes_value=True),
     Flag(("--lazy-unpickle", "--no-lazy-unpickle"), "only safetensors are read"),
     Flag(("--low-cpu-memory", "--no-low-cpu-memory"), "memory is bounded by --memory-limit"),
     Flag(("--read-to-gpu", "--no-read-to-gpu"), "reading is the pipeline's business"),

@@ -24,7 +24,7 @@ LAYERS = [
     {"ops"},
     {"backends", "linalg"},
     {"methods"},
-    {"_merge"},
+    {"_merge", "mergekit"},
     {"recipe", "checkpoint"},
     {"lora"},
     {"engine"},

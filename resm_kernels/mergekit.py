@@ -1,0 +1,152 @@
+"""This library's methods inside mergekit: registered under their own names and, on request, behind its built-in ones.
+
+mergekit plans, reads and writes; the arithmetic is this library's.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Final, Literal, Optional
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from resm_kernels.methods import REQUIRED, Method, Parameter, get, names
+
+FIRST_VERSION: Final = "0.1.5"
+"""The first mergekit that has this plug-in interface."""
+
+
+def register(*, replace: bool = False) -> tuple[str, ...]:
+    """Make this library's merge methods known to mergekit, in this process.
+
+    mergekit does not look for plug-ins: call this before it reads a recipe, or run
+    ``resm-kernels mergekit RECIPE OUT``. Results are rounded once, to the dtype in which mergekit hands over the tensors
+    (a recipe's `dtype`, else the widest of the models').
+
+    Args:
+        replace: Also run the methods that mergekit has itself on these kernels, with mergekit's parameters and
+            defaults. Not by default: in bf16 results differ by what mergekit's own bf16 arithmetic loses, in fp32 in
+            the last bits; DARE and DELLA draw other masks, from the seed that mergekit-yaml's --random-seed sets.
+
+    Returns:
+        Names of the methods that run on this library's kernels. A second call changes nothing but what `replace` adds.
+
+    Raises:
+        ImportError: mergekit is missing, or too old to have this interface.
+        ValueError: Another plug-in has taken one of the names.
+    """
+    registry = _interface("merge_methods.registry")._METHODS
+    ours = []
+    for name in names():
+        method, known = get(name), registry.get(name)
+        if known is None:
+            registry[name] = _plug_in(method, _spec(method))
+        elif not isinstance(implementation := getattr(known, "implementation", known), _Implementation):
+            if not implementation.__module__.startswith("mergekit."):
+                raise ValueError(
+                    f"{name}: another plug-in ({implementation.__module__}) has registered this name with mergekit"
+                )
+            if not replace:
+                continue
+            registry[name] = _plug_in(method, known.spec)
+        ours.append(name)
+    return tuple(ours)
+
+
+def run(arguments: Sequence[str], *, replace: bool = False) -> None:
+    """Run mergekit-yaml with this library's methods registered.
+
+    Args:
+        arguments: What mergekit-yaml takes: the recipe, the output folder, its options.
+        replace: As for `register`.
+
+    Raises:
+        ImportError, ValueError: As `register`.
+        SystemExit: With mergekit-yaml's status.
+    """
+    register(replace=replace)
+    _interface("scripts.run_yaml").main.main(args=list(arguments), prog_name="resm-kernels mergekit")
+
+
+def _interface(module: str) -> Any:
+    """A module of mergekit, or an ImportError that says what to install."""
+    try:
+        return importlib.import_module(f"mergekit.{module}")
+    except ImportError as error:
+        try:
+            found = f"version {importlib.metadata.version('mergekit')}"
+        except importlib.metadata.PackageNotFoundError:
+            found = "none"
+        raise ImportError(
+            f"mergekit: got {found}, need {FIRST_VERSION} or later (pip install 'mergekit>={FIRST_VERSION}'): {error}"
+        ) from error
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    """A method as mergekit calls it: the inputs of one output tensor, and its own names of the parameters."""
+
+    method: Method
+
+    def __call__(self, group: Any, /, **parameters: Any) -> Tensor:
+        base = group.base if self.method.needs_base or self.method.optional_base else None
+        experts = group.entries if base is None else group.non_base
+        if not experts:
+            return group.base.tensor.clone()
+        given = {}
+        for parameter in self.method.parameters:
+            if parameter.name in parameters:
+                value = parameters.pop(parameter.name)
+                given[parameter.keyword] = value.values_for(experts) if parameter.per_expert else value
+        if unknown := sorted(parameters):
+            raise TypeError(f"{self.method.name}: this mergekit has a parameter {unknown[0]!r} that is not known here")
+        # mergekit's own inputs may still record gradients, which no method here does.
+        with torch.no_grad():
+            return self.method(
+                None if base is None else base.tensor,
+                [e.tensor for e in experts],
+                name=group.metadata.name or "",
+                seed=torch.initial_seed(),
+                **given,
+            )
+
+
+def _plug_in(method: Method, spec: Any) -> Any:
+    return _interface("merge_methods.base").FunctionalGroupMergeMethod(spec, _Implementation(method))
+
+
+def _spec(method: Method) -> Any:
+    kinds = _interface("merge_methods.base")
+    policy = "REQUIRED" if method.needs_base else "OPTIONAL" if method.optional_base else "IGNORED"
+    least, most = method.min_experts, method.max_experts
+    return kinds.MergeMethodSpec(
+        name=method.name,
+        pretty_name=method.title,
+        reference_url=method.reference,
+        parameters=tuple(_parameter_spec(p, method) for p in method.parameters),
+        contract=kinds.InputContract(base=kinds.BasePolicy[policy], min_non_base=least, max_non_base=most),
+    )
+
+
+def _parameter_spec(parameter: Parameter, method: Method) -> Any:
+    kinds = _interface("merge_methods.base")
+    scope = kinds.ParameterScope.SHARED
+    if parameter.per_expert:
+        base_aware = method.needs_base or method.optional_base
+        scope = kinds.ParameterScope.NON_BASE if base_aware else kinds.ParameterScope.INPUT
+    kind: Any = Literal[parameter.kind] if isinstance(parameter.kind, tuple) else parameter.kind
+    if parameter.minimum is not None or parameter.maximum is not None:
+        # Checked when mergekit reads the recipe, before it reads models.
+        kind = Annotated[kind, Field(ge=parameter.minimum, le=parameter.maximum)]
+    return kinds.ParameterSpec(
+        name=parameter.name,
+        value_type=Optional[kind] if parameter.default is None else kind,  # noqa: UP045 (kind is a value)
+        scope=scope,
+        default=kinds.MISSING if parameter.default is REQUIRED else parameter.default,
+        description=parameter.doc,
+    )
