@@ -119,7 +119,7 @@ def test_merged_files_are_the_cpus(family: Family, gpus: Any, method: str, count
     wanted = files(family.out)
     devices = gpus(count)
     for limit in (1, "512MiB"):
-        out = family.root / f"out {limit}"
+        out = family.root / str(limit) / family.out.name  # the model card names it
         report = merge_checkpoints(recipe, out, device="cuda:all", memory_limit=limit, max_shard_size="40kB")
         assert files(out) == wanted
         assert sum(use.tensors for use in report.devices) == report.tensors - 1  # position_ids stay here

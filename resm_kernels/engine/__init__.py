@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from resm_kernels.engine.device import DeviceUse
 from resm_kernels.engine.merge import MergeReport, merge_checkpoints
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
@@ -10,6 +11,7 @@ from resm_kernels.engine.window import DEFAULT_WINDOW, Window
 
 __all__ = [
     "DEFAULT_WINDOW",
+    "DeviceUse",
     "MergeError",
     "MergePlan",
     "MergeReport",

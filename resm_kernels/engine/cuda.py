@@ -92,7 +92,8 @@ class CudaDevice:
 
     def busy(self) -> float:
         since = self._origin.elapsed_time
-        return covered([(since(begin), since(end)) for begin, end in self._spans]) / 1000
+        with torch.cuda.device(self._device):
+            return covered([(since(begin), since(end)) for begin, end in self._spans]) / 1000
 
     @contextlib.contextmanager
     def _on(self, stream: torch.cuda.Stream) -> Iterator[torch.cuda.Event]:
