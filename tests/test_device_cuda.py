@@ -121,7 +121,12 @@ def wide_family(root: Path, rows: int) -> dict[str, object]:
     for name in ("base", "a", "b"):
         weights = {f"w{i}": torch.randn(rows, 2048, generator=generator).bfloat16() for i in range(4)}
         folders.append(str(save_model(root / name, weights)))
-    return {"merge_method": "ties", "base_model": folders[0], "models": [{"model": f} for f in folders[1:]]}
+    return {
+        "merge_method": "ties",
+        "base_model": folders[0],
+        "models": [{"model": f} for f in folders[1:]],
+        "parameters": {"density": 0.5},
+    }
 
 
 def test_tensors_take_no_more_memory_than_is_reported(tmp_path: Path) -> None:
