@@ -88,6 +88,32 @@ def test_backends_describes_this_installation() -> None:
         assert "reference" in native["reason"]
 
 
+# A build with CUDA kernels, as far as choosing among kernels is concerned.
+WITH_CUDA = """
+import importlib.util, json, sys, types
+native = types.ModuleType("resm_kernels._native")
+for op in ("aggregate", "delta_stats", "magnitude_threshold"):
+    setattr(native, op + "_cuda", None)
+sys.modules["resm_kernels._native"] = native
+find = importlib.util.find_spec
+with_triton = json.loads(sys.argv[1])
+importlib.util.find_spec = lambda name, *a: with_triton or None if name == "triton" else find(name, *a)
+from resm_kernels.ops import dispatch_table
+print(json.dumps({op: row["CUDA"] for op, row in dispatch_table().items()}))
+"""
+
+
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_gpus_run_the_first_kernels_that_are_there(with_triton: bool) -> None:
+    command = [sys.executable, "-c", WITH_CUDA, json.dumps(with_triton)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    first = "triton" if with_triton else "cuda"
+    assert (found["aggregate"], found["delta_stats"], found["magnitude_threshold"]) == (first, first, "cuda")
+    assert found["sketch"] == ("triton" if with_triton else "reference")
+
+
 def test_dispatch_table_is_a_copy() -> None:
     dispatch_table()["aggregate"]["CPU"] = "changed"
     assert dispatch_table()["aggregate"]["CPU"] != "changed"
