@@ -244,7 +244,7 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
     def call(*arguments: object) -> None:
         _launch.call(*arguments)  # type: ignore[arg-type]
-        seen.append(made[-1][..., 6].flatten().tolist())
+        seen.append(made[-1][..., 7].flatten().tolist())
 
     monkeypatch.setattr(torch, "empty", recorded)
     monkeypatch.setattr(magnitude_threshold_host, "call", call)

@@ -15,10 +15,12 @@
 #include <cuda_runtime.h>
 #define RESM_DEVICE __device__ __forceinline__
 #define RESM_UNROLL _Pragma("unroll")  // so that an array stays in registers
+#define RESM_ROLLED _Pragma("unroll 1")
 #else
 #include <stdexcept>
 #define RESM_DEVICE inline
 #define RESM_UNROLL
+#define RESM_ROLLED
 #endif
 
 namespace resm::cuda {

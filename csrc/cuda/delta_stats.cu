@@ -106,7 +106,7 @@ struct Moments {
           for (int i = thread; i < kHistogramBins * kCopies; i += kThreads) shared.bins[i] = 0;
         });
       block.each([&](int thread) {
-        for_deltas<C, Kind::kWide, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
+        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
           add(delta, thread, sums[thread], shared);
         });
       });
@@ -162,7 +162,7 @@ struct Outliers {
       const double small_up_to = relative > limits.eps ? relative : limits.eps;
       PerThread<Sums, kThreads> sums;
       block.each([&](int thread) {
-        for_deltas<C, Kind::kWide, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
+        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
           for (const C d : delta) {
             const double wide = d, size = bits_as<C>(key_of(d));
             const bool outlier = counts && (wide > above || wide < below);

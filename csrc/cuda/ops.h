@@ -30,7 +30,7 @@ const char* delta_stats_cuda(int64_t table, int64_t n_tensors, int64_t steps, in
 
 // Addresses of a tensor: base, experts, buffer. The buffer has room for length/16 keys (of 4 bytes, 8 in double) of
 // every expert, those of expert 0 first. longest: the greatest length. k, nonfinite: (L, T) int64, the latter zeroed;
-// thresholds: (L, T) float64. selections: (L, T, 9) int64; frequencies: (L, T, 2048) int64, zeroed.
+// thresholds: (L, T) float64. selections: (L, T, 10) int64; frequencies: (L, T, 2048) int64, zeroed.
 const char* magnitude_threshold_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
                                      int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
                                      int64_t longest, int64_t k, int64_t selections, int64_t frequencies,

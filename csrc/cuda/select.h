@@ -13,13 +13,14 @@ enum class Source : int64_t { none = 0, buffer, tensor };
 
 // What is known of one tensor and expert. Plain 64-bit words: tests read them.
 struct Selection {
-  uint64_t low, high;                       // the bracket, keys
-  int64_t above, at_high, between, at_low;  // how many keys are there
+  uint64_t low, high;                              // the bracket, keys
+  int64_t below_low, to_low, below_high, to_high;  // how many keys are less than an end, or at most as much
+  int64_t between;                                 // how many are collected, or would be if there were room
   Source source;
   int64_t rank;     // of the answer, from 1, among the source's keys that begin like it
   uint64_t prefix;  // how the answer less origin_of begins, as far as that is known
 };
-static_assert(sizeof(Selection) == 9 * 8, "see ops.h");
+static_assert(sizeof(Selection) == 10 * 8, "see ops.h");
 
 // What is taken off the source's keys, and how many bits then are left.
 template <class C>

@@ -21,6 +21,7 @@ template <class C, int kKind>
 struct Dtypes {
   using Compute = C;
   static constexpr bool kWide = kKind != kMixed;
+  static constexpr int kBytes = kKind == static_cast<int>(DType::f32) ? 4 : 2;  // of an element, where kWide
   DType base_code, expert_code;
 
   RESM_DEVICE DType base() const { return kKind == kMixed ? base_code : static_cast<DType>(kKind); }
@@ -62,6 +63,7 @@ struct Table {
     // The elements from begin to here can be read 16 bytes at a time, of the first `arrays` of the tensor.
     RESM_DEVICE int64_t wide_end(int arrays) const {
       int64_t bits = 0;
+      RESM_ROLLED
       for (int which = 0; which < arrays; ++which) bits |= constant(addresses + which);
       return bits % 16 == 0 ? begin + (end - begin) / kVector * kVector : begin;
     }
@@ -75,6 +77,7 @@ struct Table {
   // The chunk of a block: firsts[tensor] <= block < firsts[tensor + 1].
   RESM_DEVICE Chunk chunk_of(int64_t block) const {
     int64_t tensor = 0;
+    RESM_ROLLED
     for (int step = steps - 1; step >= 0; --step) {
       const int64_t middle = tensor + (int64_t(1) << step);
       if (constant(entries + middle) <= block) tensor = middle;
@@ -106,26 +109,44 @@ RESM_DEVICE void store_one(const Array& to, int64_t i, C value) {
   }
 }
 
-// values[0 … kCount − 1] = elements i … i + kCount − 1; kVector of fp32 or a half type at an address that is a multiple of
-// 16, or one.
+// kVector elements of fp32 or a half type as they come from memory, from an address that is a multiple of 16. Apart from
+// `widen`, so that several reads can be under way before the first is waited for.
+template <int kBytes>
+struct Raw {
+  uint4 words[kBytes * kVector / 16];
+};
+
+template <int kBytes>
+RESM_DEVICE Raw<kBytes> read_vector(const Array& from, int64_t i) {
+  Raw<kBytes> raw;
+  for (int k = 0; k < kBytes * kVector / 16; ++k) raw.words[k] = read16(from.data + i * kBytes, k);
+  return raw;
+}
+
+template <class C, int kBytes>
+RESM_DEVICE void widen(const Raw<kBytes>& raw, DType dtype, C (&values)[kVector]) {
+  RESM_UNROLL
+  for (int j = 0; j < kVector; ++j) {
+    const uint4& four = raw.words[j * kBytes / 16];
+    const int at = j * kBytes % 16 / 4;
+    const uint32_t word = at == 0 ? four.x : at == 1 ? four.y : at == 2 ? four.z : four.w;
+    const auto half = static_cast<uint16_t>(word >> (j % 2 * 16));
+    if constexpr (kBytes == 4)
+      values[j] = C(bits_as<float>(word));
+    else
+      values[j] = C(dtype == DType::f16 ? float_from_f16(half) : float_from_bf16(half));
+  }
+}
+
+// values[0 … kCount − 1] = elements i …: kVector as above, or one.
 template <class C, int kCount>
 RESM_DEVICE void load(const Array& from, int64_t i, C (&values)[kCount]) {
-  if constexpr (kCount == 1) {
+  if constexpr (kCount == 1)
     values[0] = load_one<C>(from, i);
-  } else if (from.dtype == DType::f32) {
-    for (int k = 0; k < 2; ++k) {
-      const uint4 raw = read16(from.data + i * 4, k);
-      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-      for (int j = 0; j < 4; ++j) values[4 * k + j] = C(bits_as<float>(words[j]));
-    }
-  } else {
-    const uint4 raw = read16(from.data + i * 2, 0);
-    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
-    for (int j = 0; j < kVector; ++j) {
-      const auto half = static_cast<uint16_t>(words[j / 2] >> (j % 2 * 16));
-      values[j] = C(from.dtype == DType::f16 ? float_from_f16(half) : float_from_bf16(half));
-    }
-  }
+  else if (from.dtype == DType::f32)
+    widen(read_vector<4>(from, i), from.dtype, values);
+  else
+    widen(read_vector<2>(from, i), from.dtype, values);
 }
 
 // The reverse of `load`, rounded once. `to` need not have the dtype of what was loaded.
@@ -153,25 +174,35 @@ RESM_DEVICE void store(const Array& to, int64_t i, const C (&values)[kCount]) {
 
 // Calls visit(Δ), Δ = expert − base, for a thread's share of a chunk, kVector values at a time up to wide_end and then one
 // by one. Of vectors, two of each array are on their way from memory at once.
-template <class C, bool kWide, int kThreads, class Visit>
+template <class Kind, int kThreads, class Visit>
 RESM_DEVICE void for_deltas(const Table::Chunk& chunk, int64_t wide_end, const Array& base, const Array& expert,
                             int thread, Visit visit) {
-  constexpr int kAhead = 2;
-  constexpr int64_t kStride = int64_t(kThreads) * kVector;
-  if constexpr (kWide)
+  using C = typename Kind::Compute;
+  if constexpr (Kind::kWide) {
+    constexpr int kAhead = 2;
+    constexpr int64_t kStride = int64_t(kThreads) * kVector;
+    using Vector = Raw<Kind::kBytes>;
+    RESM_ROLLED
     for (int64_t i = chunk.begin + int64_t(thread) * kVector; i < wide_end; i += kAhead * kStride) {
-      C origin[kAhead][kVector], delta[kAhead][kVector];
-      for (int ahead = 0; ahead < kAhead; ++ahead)
-        if (i + ahead * kStride < wide_end) {
-          load(base, i + ahead * kStride, origin[ahead]);
-          load(expert, i + ahead * kStride, delta[ahead]);
-        }
-      for (int ahead = 0; ahead < kAhead; ++ahead)
-        if (i + ahead * kStride < wide_end) {
-          for (int j = 0; j < kVector; ++j) delta[ahead][j] = delta[ahead][j] - origin[ahead][j];
-          visit(delta[ahead]);
-        }
+      Vector bases[kAhead], experts[kAhead];
+      RESM_UNROLL
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        // What lies beyond the end is read from where there is something, and not used.
+        const int64_t at = i + ahead * kStride < wide_end ? i + ahead * kStride : i;
+        bases[ahead] = read_vector<Kind::kBytes>(base, at);
+        experts[ahead] = read_vector<Kind::kBytes>(expert, at);
+      }
+      RESM_UNROLL
+      for (int ahead = 0; ahead < kAhead; ++ahead) {
+        if (i + ahead * kStride >= wide_end) continue;
+        C origin[kVector], delta[kVector];
+        widen(bases[ahead], base.dtype, origin);
+        widen(experts[ahead], expert.dtype, delta);
+        for (int j = 0; j < kVector; ++j) delta[j] = delta[j] - origin[j];
+        visit(delta);
+      }
     }
+  }
   for (int64_t i = wide_end + thread; i < chunk.end; i += kThreads) {
     C delta[1] = {load_one<C>(expert, i) - load_one<C>(base, i)};
     visit(delta);

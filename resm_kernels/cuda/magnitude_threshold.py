@@ -14,7 +14,7 @@ DIGITS = 2048
 """Values of a digit."""
 BUFFER_SHARE = 16
 """A buffer has room for one of so many |δ|: for those that the sample's bracket leaves undecided."""
-SELECTION_WORDS = 9
+SELECTION_WORDS = 10
 """64-bit words of what is known of a tensor and expert."""
 
 
