@@ -24,14 +24,17 @@ _WHOLE: Final = 6
 """From one in so many directions on G is formed whole; fewer are sought in a part of the space, for fewer products."""
 _HEAD: Final = 8
 """One in so many of the directions kept are found beforehand, so that the largest do not drown the others in fp32."""
-_HEAD_STEPS: Final = (3, 2)
-_PART_STEPS: Final = (4, 12)
+_HEAD_STEPS: Final = (3, 6)
+_PART_STEPS: Final = (4, 20)
 """Of power iterations: plain steps, then shifted ones."""
 _SEPARATION: Final = math.log((math.sqrt(5) - 1) ** 2) / 2
 """What two steps, X² and 2X − X², magnify distances by between eigenvalues that they leave undecided, as a logarithm:
 (2x)·(2 − 2x²) at the fixed point x = (√5 − 1)/2 of both; the half of it."""
 _GROWTH: Final = {torch.float32: 24, torch.float64: 36}
-"""Steps before that, which double small eigenvalues, and after it, till all are decided; float64 has float64 of whole spectra."""
+"""Steps before that, which double small eigenvalues, and after it, till all are decided; more of whole spectra."""
+_STRIPS: Final = 4
+_STRIP: Final = 512
+"""Of rows of a square: four leave out three eighths of the products; lower ones would not fill a GPU."""
 _DECIDED: Final = 1e-2
 """Σ x·(1 − x) of the eigenvalues from which on steps would add rounding errors to them and nothing else."""
 
@@ -87,7 +90,7 @@ def project_dominant(matrix: Tensor, rank: int, seed: int) -> Projected:
 
 
 def _in_whole(delta: Tensor, rank: int, seed: int) -> Tensor:
-    head = _power_basis(delta, -(-rank // _HEAD), _HEAD_STEPS, seed)
+    head = _power_basis(delta, math.ceil(rank / _HEAD), _HEAD_STEPS, seed)
     image = single_matmul(delta, head)
     sizes = torch.linalg.vector_norm(image, dim=0)
     # Directions found only roughly are about as large as the last, and hardly shrunk: those that stand out are right.
@@ -148,8 +151,17 @@ def _projector(g: Tensor, rank: int) -> Tensor:
 
 
 def _square(x: Tensor) -> Tensor:
-    """x² of a symmetric matrix."""
-    return project(None, x, x) if x.dtype == torch.float32 else matmul(x, x)
+    """x² of a symmetric matrix; of a large one in fp32 the part up to the diagonal, strip by strip, and its mirror."""
+    if x.dtype != torch.float32:
+        return matmul(x, x)
+    out, zero = torch.empty_like(x), torch.zeros_like(x)
+    size = max(math.ceil(len(x) / _STRIPS), _STRIP)
+    for i in range(0, len(x), size):
+        j = min(i + size, len(x))
+        # Rows of a symmetric matrix are its columns, and need no copy.
+        out[i:j, :j] = low_rank_update(zero.view(-1)[: (j - i) * j].view(j - i, j), x[i:j], x[:j])
+        out[:i, i:j] = out[i:j, :i].mT
+    return out
 
 
 def _cholesky_qr(x: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:
