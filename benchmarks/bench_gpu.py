@@ -29,7 +29,9 @@ from resm_kernels.ops import (
     aggregate,
     delta_stats,
     gram_product,
+    low_rank_update,
     magnitude_threshold,
+    project,
     random_matrix,
 )
 from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
@@ -151,6 +153,22 @@ class Bench:
             )
             yield row | {"TFLOP/s": 4 * base.numel() * columns / row["ms"] / 1e9}
 
+    def large_products(self) -> Iterator[Row]:
+        """What spectral projectors are made of: the square of a symmetric fp32 matrix, by whatever could do it."""
+        x = torch.randn(SHAPE[0], SHAPE[0], device="cuda")
+        x, zero = x + x.mT, torch.zeros_like(x)
+        wanted, flops = x.double() @ x.double(), 2 * SHAPE[0] ** 3
+        ways = {
+            "project": lambda: project(None, x, x),
+            "low_rank_update": lambda: low_rank_update(zero, x, x),
+            "torch.mm": lambda: torch.mm(x, x),
+            "torch.mm in float64": lambda: torch.mm(x.double(), x.double()),
+        }
+        for name, way in ways.items():
+            error = float((way() - wanted).norm() / wanted.norm())
+            row = self.row(f"square of {SHAPE[0]}², {name}", way, 2 * x.nbytes)
+            yield row | {"TFLOP/s": flops / row["ms"] / 1e9, "error": error}
+
     def decompositions(self) -> Iterator[Row]:
         """Rank 32 and 512 of one task vector with σ_i ~ i^−0.7: errors above the optimum, and times."""
         m, n = SHAPE
@@ -225,7 +243,8 @@ def main() -> None:
         if has_gpu_kernel("aggregate", backend):
             parts[f"elementwise, {backend}"] = partial(bench.elementwise, backend)
             parts[f"small tensors, {backend}"] = partial(bench.small_tensors, backend)
-    parts |= {"products": bench.products, "decompositions": bench.decompositions, "merges": bench.merges}
+    parts |= {"products": bench.products, "large products": bench.large_products}
+    parts |= {"decompositions": bench.decompositions, "merges": bench.merges}
     for name, part in parts.items():
         try:
             for row in part():

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from checkpoints import Family, load_model
+from inputs import call_of, power_law, with_spectrum
 
 import resm_kernels
 from resm_kernels.engine import merge_checkpoints
+from resm_kernels.linalg import subspaces
+from resm_kernels.linalg._projector import project_dominant
 from resm_kernels.ops import aggregate, delta_stats, dispatch_table, magnitude_threshold
 from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
 
@@ -135,8 +138,24 @@ def test_merged_checkpoints_agree_with_the_cpu(method: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("method", resm_kernels.methods.names())
 def test_methods_agree_with_the_cpu(method: str) -> None:
-    base, experts = group((64, 48), torch.float32)
-    on_cpu = resm_kernels.merge(base, experts, method)
-    found = resm_kernels.merge(*on_gpu(base, experts), method)
+    n_experts, given = call_of(method)
+    base, experts = group((64, 48), torch.float32, n_experts)
+    on_cpu = resm_kernels.merge(base, experts, method, **given)
+    found = resm_kernels.merge(*on_gpu(base, experts), method, **given)
     assert found.device.type == "cuda"
     assert (found.cpu() - on_cpu).norm() <= 1e-5 * (on_cpu - base).norm()
+
+
+@pytest.mark.parametrize("rank", [4, 42])
+def test_subspaces_by_products_alone(rank: int) -> None:
+    matrix = with_spectrum(160, 128, power_law(128, 0.7), seed=1).float().cuda()
+    on_cpu = project_dominant(matrix.cpu(), rank, seed=0)
+    subspaces([matrix], [rank], accuracy=1e-3)  # kernels are compiled, libraries set up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = project_dominant(matrix, rank, seed=0)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert found.figures[1] <= 1e-3 and abs(found.figures[2].cpu() - on_cpu.figures[2]) <= 1e-5
+    (s,) = subspaces([matrix], [rank], accuracy=1e-3)
+    assert s.method == "projector" and s.error**2 <= float(on_cpu.figures[2]) + 1e-5

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resm_kernels import merge
 from resm_kernels.linalg import _products, _projector, polar_factors, subspaces
 from resm_kernels.linalg._projector import project_dominant
+from resm_kernels.methods._spectral import join, orthogonalized_sum
 from resm_kernels.ops import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +102,17 @@ def test_what_it_cannot_do_goes_the_exact_way(alone: None, monkeypatch: pytest.M
         subspaces([repeated, flat], [6, 6], accuracy=ACCURACY)
 
 
+@pytest.mark.parametrize("n", [20, 60])  # 8 directions are sought in the whole space, and in a part of it
+@pytest.mark.parametrize("top", [0, 3])
+def test_equal_singular_values_on_both_sides_of_the_cut(alone: None, n: int, top: int) -> None:
+    values = torch.where(torch.arange(n) < top, 2.0, 1.0).double()
+    matrix = ((orthonormal(90, n, 1) * values) @ orthonormal(n, n, 2).mT).float()
+    s = subspaces([matrix], [8], accuracy=ACCURACY)[0]
+    kept = float(values[:8].square().sum() / values.square().sum())
+    assert s.core.shape == (8, 8)
+    assert abs(float(s.core.double().square().sum() / values.square().sum()) - kept) <= 1e-5
+
+
 def test_scales_by_powers_of_two_change_no_digit(alone: None) -> None:
     matrix = with_spectrum(90, 60, power_law(60, 0.7), seed=1).float()
     wanted = subspaces([matrix], [20], accuracy=ACCURACY)[0]
@@ -115,10 +127,10 @@ def test_scales_by_powers_of_two_change_no_digit(alone: None) -> None:
 
 @pytest.mark.parametrize("n", [1, 7, 64, 101])
 def test_squares_are_mirrored(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    monkeypatch.setattr(_projector, "_STRIP", 16)
+    monkeypatch.setattr(_products, "_STRIP", 16)
     x = randn(n, n, seed=1)
     x = x + x.mT
-    square = _projector._square(x)
+    square = _products.square_of(x)
     assert torch.equal(square, square.mT)
     assert distance(square, x.double() @ x.double()) <= SINGLE * n * float(x.abs().amax()) ** 2
 
@@ -168,12 +180,12 @@ class NoReads(TorchDispatchMode):
 
 def test_the_host_waits_for_figures_alone(alone: None) -> None:
     matrices = [with_spectrum(90, 60, power_law(60, 0.7), seed=t).float() for t in range(2)]
-    blocks = [[orthonormal(90, 10, t).float() for t in range(2)]]
     polar_module._quintics(min(polar_module._SINGLE / ACCURACY / math.sqrt(2) / (1 + 1e-4), 0.5))  # the host's own
     with NoReads():
-        for s in subspaces(matrices, [20, 2], accuracy=ACCURACY):
-            assert s.method == "projector"
-        polar_factors(blocks, torch.float32, ACCURACY)
+        parts = subspaces(matrices, [20, 2], accuracy=ACCURACY)
+        merged = orthogonalized_sum(parts, [1.0, 0.5], torch.float32, ACCURACY)
+        assert join(torch.zeros(90, 60), merged, 0.7, torch.bfloat16).shape == (90, 60)
+    assert [s.method for s in parts] == ["projector", "projector"]
     # Of meta tensors there is nothing to read.
     for rank in (2, 20):
         assert project_dominant(torch.empty(90, 60, device="meta"), rank, seed=0).figures.shape == (4,)

@@ -13,6 +13,7 @@ from resm_kernels import _extension
 from resm_kernels.linalg._threads import run
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.gram_matrix import gram_matrix
+from resm_kernels.ops.low_rank_update import low_rank_update
 from resm_kernels.ops.project import project
 from resm_kernels.ops.symmetric_eigen import symmetric_eigen
 from resm_kernels.reference._delta import compute_dtype
@@ -24,6 +25,8 @@ _PANEL, _BLOCK = 256, 192
 _LEAST, _LEAST_BLOCK = 1 << 23, 32
 # Elements up to which torch works on one thread anyway.
 _SERIAL = 1 << 15
+# Strips of a square, and their least height: four leave out three eighths of the products, lower ones fill no GPU.
+_STRIPS, _STRIP = 4, 512
 # Rows converted to the product's dtype at a time.
 _CHUNK = 2048
 
@@ -72,6 +75,19 @@ def only_products(device: torch.device) -> bool:
 def single_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a·b in fp32 and with its accuracy on every device: on a GPU torch's own products have that or speed."""
     return project(None, b, a.mT)
+
+
+def square_of(x: Tensor) -> Tensor:
+    """x² of a symmetric matrix; of a large one in fp32 the part up to the diagonal, strip by strip, and its mirror."""
+    if x.dtype != torch.float32:
+        return matmul(x, x)
+    out, zero = torch.empty_like(x), torch.zeros_like(x)
+    size = max(math.ceil(len(x) / _STRIPS), _STRIP)
+    for i, j in _ranges(len(x), size):
+        # Rows of a symmetric matrix are its columns, and need no copy.
+        out[i:j, :j] = low_rank_update(zero.view(-1)[: (j - i) * j].view(j - i, j), x[i:j], x[:j])
+        out[:i, i:j] = out[i:j, :i].mT
+    return out
 
 
 def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import matmul, single_matmul
+from resm_kernels.linalg._products import matmul, single_matmul, square_of
 from resm_kernels.ops.gram_matrix import gram_matrix
 from resm_kernels.ops.low_rank_update import low_rank_update
 from resm_kernels.ops.project import project
@@ -31,10 +31,7 @@ _SEPARATION: Final = math.log((math.sqrt(5) - 1) ** 2) / 2
 """What two steps, X² and 2X − X², magnify distances by between eigenvalues that they leave undecided, as a logarithm:
 (2x)·(2 − 2x²) at the fixed point x = (√5 − 1)/2 of both; the half of it."""
 _GROWTH: Final = {torch.float32: 24, torch.float64: 36}
-"""Steps before that, which double small eigenvalues, and after it, till all are decided; more of whole spectra."""
-_STRIPS: Final = 4
-_STRIP: Final = 512
-"""Of rows of a square: four leave out three eighths of the products; lower ones would not fill a GPU."""
+"""Steps before that, which double small eigenvalues, and after it, till all are decided; float64 gets whole spectra."""
 _DECIDED: Final = 1e-2
 """Σ x·(1 − x) of the eigenvalues from which on steps would add rounding errors to them and nothing else."""
 
@@ -65,7 +62,7 @@ def project_dominant(matrix: Tensor, rank: int, seed: int) -> Projected:
     alone; what they did not separate shows in `figures`.
     """
     # Powers of two change no digit.
-    exponent = torch.frexp(matrix.abs().amax()).exponent
+    exponent = torch.frexp(torch.linalg.vector_norm(matrix, math.inf)).exponent
     delta = torch.ldexp(matrix, -exponent).float().contiguous()
     n = delta.shape[1]
     width = rank + max(rank // 2, 16)
@@ -134,34 +131,20 @@ def _power_basis(delta: Tensor, columns: int, steps: tuple[int, int], seed: int)
 
 def _projector(g: Tensor, rank: int) -> Tensor:
     """The projector on the dominant eigenvectors of a positive semidefinite matrix, in its dtype."""
-    square = _square(g)
+    square = square_of(g)
     # (Σ λ⁴)^(1/4) is at least the largest eigenvalue, and not much more.
     largest = torch.linalg.matrix_norm(square).sqrt()
     x, square = g / largest, square / largest.square()
     for step in range(_GROWTH[g.dtype] + math.ceil(math.log(max(rank, 2)) / _SEPARATION)):
         if step:
-            square = _square(x)
+            square = square_of(x)
         trace, of_square = (y.diagonal().sum(dtype=torch.float64) for y in (x, square))
         too_many = trace > rank
         open_ = (trace - of_square > _DECIDED) | ((trace - rank).abs() > 0.5)
         sign = torch.where(too_many, 1.0, -1.0) * open_
         x = x * torch.where(open_, torch.where(too_many, 0.0, 2.0), 1.0).to(x.dtype) + square * sign.to(x.dtype)
-    square = _square(x)
+    square = square_of(x)
     return 3 * square - 2 * (single_matmul(x, square) if x.dtype == torch.float32 else matmul(x, square))
-
-
-def _square(x: Tensor) -> Tensor:
-    """x² of a symmetric matrix; of a large one in fp32 the part up to the diagonal, strip by strip, and its mirror."""
-    if x.dtype != torch.float32:
-        return matmul(x, x)
-    out, zero = torch.empty_like(x), torch.zeros_like(x)
-    size = max(math.ceil(len(x) / _STRIPS), _STRIP)
-    for i in range(0, len(x), size):
-        j = min(i + size, len(x))
-        # Rows of a symmetric matrix are its columns, and need no copy.
-        out[i:j, :j] = low_rank_update(zero.view(-1)[: (j - i) * j].view(j - i, j), x[i:j], x[:j])
-        out[:i, i:j] = out[i:j, :i].mT
-    return out
 
 
 def _cholesky_qr(x: Tensor, passes: int = 2) -> tuple[Tensor, Tensor]:

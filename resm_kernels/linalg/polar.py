@@ -20,6 +20,7 @@ from resm_kernels.linalg._products import (
     matmul,
     matmul_list,
     single_matmul,
+    square_of,
 )
 from resm_kernels.ops._library import NonFiniteError
 
@@ -153,7 +154,7 @@ def _iterated(blocks: Sequence[Tensor], accuracy: float) -> tuple[PolarFactors, 
     x = x / size
     for a, b, c in _quintics(min(_SINGLE / min(accuracy, 0.1) / size, 0.5)):
         g = single_matmul(x.mT, x)
-        x = single_matmul(x, single_matmul(g, g).mul_(c).add_(g, alpha=b).add_(identity, alpha=a))
+        x = single_matmul(x, square_of(g).mul_(c).add_(g, alpha=b).add_(identity, alpha=a))
     return PolarFactors(x, identity), torch.linalg.matrix_norm(single_matmul(x.mT, x) - identity)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import _products
-from resm_kernels.linalg._cost import SMALLEST_ACCURACY, gram_cost, randomized_cost
+from resm_kernels.linalg._cost import LOOSE, SMALLEST_ACCURACY, gram_cost, randomized_cost
 from resm_kernels.linalg._delta import Delta
 from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg._projector import project_dominant
@@ -68,8 +68,8 @@ def subspaces(
         method: "gram" and "exact" as for `decompose`, in float64. "randomized": block Krylov iteration in fp32. "auto"
             (default): "gram" for accuracy 0; else on the CPU whichever of "gram" and "randomized" a cost model of
             measured rates (linalg/_cost.py) calls cheaper, and "gram" where "randomized" missed the accuracy; on other
-            devices "projector", spectral projectors by matrix products alone in fp32, and "gram" in float64 for those
-            whose measured residual, or condition, misses: the host asks for these figures once, all together.
+            devices up to 1e-2 "projector", spectral projectors by matrix products alone in fp32, and "gram" in float64
+            for those whose measured residual, or condition, misses: the host asks for these figures once, together.
         accuracy: What may be given up for speed: ‖ΔᵀQ − PCᵀ‖_F / ‖Δ‖_F up to this, a relative backward error. The
             subspaces found are the exact dominant ones of a matrix that is so far from Δ. A bf16 checkpoint is itself
             that kind of perturbation: rounding a weight of 0.02 shifts it by 3.5e-5 rms, which is 0.17 of a task
@@ -193,7 +193,7 @@ def _choose(
         return "gram", 0.0, f"accuracy {accuracy:g} needs float64"
     if min(numbers) >= min(m, n):
         return "gram", 0.0, "all directions are kept: what is given up is all the error there is"
-    if _products.only_products(device) and power_iterations is None:
+    if _products.only_products(device) and power_iterations is None and accuracy <= LOOSE:
         return "projector", 0.0, f"products alone on {device.type}"
     gram = sum(gram_cost(m, n, k, accuracy) for k in numbers)
     randomized = sum(randomized_cost(m, n, k, accuracy, oversampling, power_iterations) for k in numbers)
