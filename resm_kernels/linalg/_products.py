@@ -56,8 +56,15 @@ def matmul_list(pairs: Sequence[tuple[Tensor, Tensor]], dtype: torch.dtype | Non
 def matmul_tasks(a: Tensor, b: Tensor, out: Tensor) -> list[Callable[[], None]]:
     """The tasks of out = a·b, in the dtype of `out`."""
     b = b.to(out.dtype)
-    rows = max(_PANEL, _LEAST // max(b.numel(), 1))
+    rows = _panel_rows(a, b)
     return [functools.partial(_panel, a[i:j], b, out[i:j]) for i, j in _ranges(a.shape[0], rows)]
+
+
+def _panel_rows(a: Tensor, b: Tensor) -> int:
+    """Rows of a product's panels; all of them where a device shares out its work by itself and none are converted."""
+    if a.device.type != "cpu" and a.dtype == b.dtype:
+        return max(a.shape[0], 1)
+    return max(_PANEL, _LEAST // max(b.numel(), 1))
 
 
 def _panel(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -93,7 +100,7 @@ def square_of(x: Tensor) -> Tensor:
 def minus_product(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x − a·b, all of one dtype."""
     out = torch.empty_like(x)
-    rows = max(_PANEL, _LEAST // max(b.numel(), 1))
+    rows = _panel_rows(a, b)
     parts = [(x[i:j], a[i:j], out[i:j]) for i, j in _ranges(x.shape[0], rows)]
     _run([functools.partial(_minus_panel, own, left, b, to) for own, left, to in parts], [out])
     return out
