@@ -12,6 +12,8 @@ import pytest
 import torch
 from inputs import FLOATS, call_of, group, same_bits
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from resm_kernels import NonFiniteError, merge
 from resm_kernels.methods import get
@@ -43,16 +45,34 @@ def assert_near(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], bound: 
     assert bool(((found.double() - wanted.double()).abs() <= bound * size).all())
 
 
+class Made(TorchDispatchMode):
+    """The largest memory, in bytes, of a tensor that an op makes, but for those given."""
+
+    def __init__(self, given: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.largest = 0
+        self._known = {t.untyped_storage().data_ptr() for t in given}
+
+    def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return made
+
+
 class NormContract:
     """Tests that a module takes over by a subclass.
 
     Attributes:
         method: Its name.
         parameters: Values beside those that have no default.
+        held: Bytes an element of the largest tensor beside inputs and result; 0: that is a block's.
     """
 
     method: str
     parameters: ClassVar[dict[str, Any]] = {}
+    held = 0
 
     def merged(self, base: Tensor | None, experts: Sequence[Tensor], **keywords: Any) -> Tensor:
         return merge(base, experts, self.method, **(call_of(self.method)[1] | self.parameters | keywords))
@@ -92,6 +112,13 @@ class NormContract:
         for way in every_way():
             found = [self.merged(origin, experts) for origin in self.bases(base)]
             assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True)), way
+
+    def test_nothing_of_a_tensors_size_is_held(self) -> None:
+        base, experts = group((900, 901), call_of(self.method)[0], base_dtype=torch.float32)
+        for origin in self.bases(base):
+            with Made([base, *experts]) as made:
+                result = self.merged(origin, experts, out_dtype=torch.bfloat16)
+            assert made.largest <= max(result.nbytes, self.held * base.numel())
 
     def test_views_are_merged_as_their_copies(self) -> None:
         base, experts = group((33, 21), call_of(self.method)[0])

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 class TestContract(NormContract):
     method = "arcee_fusion"
+    held = 4  # importances
 
 
 def importance(base: Tensor, other: Tensor) -> Tensor:
