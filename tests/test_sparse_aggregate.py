@@ -1,4 +1,4 @@
-"""aggregate of sparsified deltas: the bits of its reference, for every choice of what stays, its size, vote and divisor."""
+"""aggregate of sparsified deltas has the bits of its reference: what stays, its size, votes and divisors, composed."""
 
 from __future__ import annotations
 
