@@ -56,11 +56,11 @@ def test_equals_mergekit_with_the_same_masks(**drawn: object) -> None:
     check_against_mergekit("dare_linear", **drawn)  # type: ignore[arg-type]
 
 
-def test_division_by_the_density_is_unbiased_and_what_peft_does() -> None:
+def test_division_by_the_probability_is_unbiased_and_what_peft_does() -> None:
     utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is the peer compared")
     base, expert = torch.zeros(1000, 1000), torch.ones(1000, 1000)
     for density in (0.1, 0.7):
-        found = merge(base, [expert], "dare_linear", density=density, rescale_by="density")
+        found = merge(base, [expert], "dare_linear", density=density, rescale_by="probability")
         theirs = utils.dare_linear([expert], torch.ones(1), density)
         assert found.unique().tolist() == pytest.approx(theirs.unique().tolist(), rel=1e-6)
         assert float(found.double().mean()) == pytest.approx(1.0, abs=6 * ((1 / density - 1) / 1e6) ** 0.5)

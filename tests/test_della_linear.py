@@ -57,6 +57,39 @@ def test_probabilities_are_mergekits_where_no_magnitudes_tie(shape: tuple[int, .
         torch.testing.assert_close(found, wanted[t].double(), rtol=0, atol=2.0**-21)
 
 
+@pytest.mark.parametrize("shape", [(50,), (20, 30), (9, 300)], ids=str)
+@pytest.mark.parametrize("method", ["della_linear", "della"])
+def test_division_by_the_probability_is_the_authors(method: str, shape: tuple[int, ...]) -> None:
+    """Their formula, δ/q where kept, with mergekit's q and our masks."""
+    base, experts = randn(*shape, seed=0), [randn(*shape, seed=t) for t in (1, 2)]
+    given = {"weight": [1.0, 0.5], "density": [0.5, 0.3], "normalize": False, "lambda": 0.7}
+    _, masks, probabilities = mergekit_with_our_masks(method, base, experts, 0.2, **given)
+    found = merge(base, experts, method, epsilon=0.2, rescale_by="probability", **our_keywords(given))
+    deltas = [
+        w * torch.where(mask, (e - base).double() / q.double(), 0.0)
+        for w, e, mask, q in zip(given["weight"], experts, masks, probabilities, strict=True)
+    ]
+    total = deltas[0] + deltas[1]
+    if method == "della":
+        agreeing = [torch.where(d * total > 0, d, 0.0) for d in deltas]
+        total = agreeing[0] + agreeing[1]
+    # q is at least 0.1 and mergekit's is off by 2⁻²¹.
+    bound = 2.0**-17 * (base.abs().double() + deltas[0].abs() + deltas[1].abs())
+    assert bool(((found.double() - (base.double() + 0.7 * total)).abs() <= bound).all())
+
+
+def test_groups_of_rows_are_of_no_consequence(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = group((37, 51), 2, base_dtype=torch.bfloat16)
+    given = {"density": 0.5, "rescale_by": "probability", "weight": [1.0, -0.5]}
+    whole = merge(base, experts, "della_linear", **given)
+    monkeypatch.setattr("resm_kernels.methods.della_linear.RANKED_AT_ONCE", 500)
+    assert same_bits(merge(base, experts, "della_linear", **given), whole)
+    assert merge(torch.tensor(1.0), [torch.tensor(2.0)], "della", density=0.5, rescale_by="probability").shape == ()
+    experts[1][3, 3] = torch.nan
+    with pytest.raises(ValueError, match=r"experts\[1\]: got 1 NaN"):
+        merge(base, experts, "della_linear", **given)
+
+
 def test_large_changes_are_kept_more_often() -> None:
     expert = randn(300, 400, seed=1)
     found = merge(torch.zeros_like(expert), [expert], "della_linear", density=0.5, epsilon=0.4, rescale=False)

@@ -49,6 +49,13 @@ EPSILON = Parameter(
     maximum=0.5,
 )
 
+RESCALE_BY = Parameter(
+    "rescale_by",
+    ("l1", "probability"),
+    "l1",
+    "what `rescale` means: l1 restores the L1 norm (mergekit), probability divides by that of being kept (the papers)",
+)
+
 
 def normalize_parameter(default: bool) -> Parameter:
     return Parameter("normalize", bool, default, "divide by the sum of the weights (of those that agree in sign)")
@@ -77,18 +84,22 @@ def merge_kept(
     factors: Tensor | list[float] | None = rescale if isinstance(rescale, list) else None
     if not isinstance(rescale, list) and rescale and kept:
         factors = restored_norms(base, experts, kept)
-    divides = normalize and (rule == "ties" or abs(float(np.array(weight, dtype=np.float32).sum())) >= SMALLEST_SUM)
     return aggregate(
         base,
         experts,
         weight,
         scale=lambda_,
         rule=rule,
-        normalize=divides,
+        normalize=normalize and divides(rule, weight),
         rescale=factors,
         out_dtype=out_dtype,
         **kept,
     )
+
+
+def divides(rule: str, weight: list[float]) -> bool:
+    """False where weights that are not elected sum to nothing."""
+    return rule == "ties" or abs(float(np.array(weight, dtype=np.float32).sum())) >= SMALLEST_SUM
 
 
 def restored_norms(base: Tensor, experts: list[Tensor], kept: dict[str, Any]) -> Tensor:

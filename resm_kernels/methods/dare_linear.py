@@ -12,18 +12,12 @@ from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._sparsify import (
     DENSITY,
     INT8_MASK,
+    RESCALE_BY,
     kept_at_random,
     masked_workspace,
     merge_kept,
     normalize_parameter,
     rescale_parameter,
-)
-
-RESCALE_BY = Parameter(
-    "rescale_by",
-    ("l1", "density"),
-    "l1",
-    "what `rescale` means: l1 restores the L1 norm (mergekit), density divides by the density (the paper, peft)",
 )
 
 
@@ -43,13 +37,13 @@ def dare(
 ) -> Tensor:
     """θ = θ₀ + λ·rule(w_t·r_t·m_t∘Δ_t), m_t ~ Bernoulli(density_t) for each element of each expert.
 
-    r_t = Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", mergekit's; 1/density_t by "density", the paper's 1/(1 − p) and
+    r_t = Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", mergekit's; 1/density_t by "probability", the paper's 1/(1 − p) and
     peft's; 1 without `rescale`. The two differ by the chance of one draw: about 1/√(density·N) of r_t. `seed` is the
     key of `resm_kernels.ops.random_mask`, so that no order, device or number of threads changes what is dropped.
     """
     kept = kept_at_random(base, experts, density, 0.0, seed)
     factors: bool | list[float] = rescale
-    if rescale and rescale_by == "density":
+    if rescale and rescale_by == "probability":
         factors = [1 / d if d > 0 else 1.0 for d in density]
     return merge_kept(
         base,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 from torch import Tensor
@@ -13,12 +14,24 @@ from resm_kernels.methods._sparsify import (
     DENSITY,
     EPSILON,
     INT8_MASK,
+    RESCALE_BY,
+    divides,
     kept_at_random,
     masked_workspace,
     merge_kept,
     normalize_parameter,
     rescale_parameter,
 )
+from resm_kernels.methods._spectral import join
+from resm_kernels.ops._library import raise_nonfinite
+from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.ops.random_mask import random_mask
+from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.reference._masks import unpacked
+from resm_kernels.reference.random_mask import FRACTION, doubled_ranks, probability_law, row_length
+
+RANKED_AT_ONCE = 1 << 20
+"""Elements whose task vectors lie in memory at a time, where each is divided by its own probability."""
 
 
 def della(
@@ -31,6 +44,7 @@ def della(
     epsilon: list[float],
     normalize: bool,
     rescale: bool,
+    rescale_by: str,
     lambda_: float,
     seed: int,
     out_dtype: torch.dtype | None,
@@ -39,12 +53,19 @@ def della(
 
     The probability rises from density − ε for a row's smallest |δ| to density + ε for its largest, evenly over the
     ranks (`resm_kernels.ops.random_mask`, which also says what ties and rows are); density ≥ 1 keeps all. r_t =
-    Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale`, as in mergekit, else 1. The authors' own code divides each element by its own
-    probability instead, and ranks as mergekit does; its ε, like this one, is half of the paper's span.
+    Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", as in mergekit. By "probability", the paper's 1/(1 − p) and the authors'
+    code, each element is divided by its own probability of being kept, which leaves its expectation as it was; that
+    takes ranks by sorting, in groups of rows whose task vectors are formed in memory, and with them most of mergekit's
+    time. Without `rescale` r_t = 1.
 
     Raises:
         ValueError: density ± epsilon is not between 0 and 1 where density is.
     """
+    if rescale and rescale_by == "probability" and base.numel() and any(d < 1 for d in density):
+        masks = random_mask(base, experts, density, epsilon, seed=seed)
+        return _merge_by_probability(
+            base, experts, masks, density, epsilon, rule, weight, normalize, lambda_, out_dtype or base.dtype
+        )
     return merge_kept(
         base,
         experts,
@@ -58,9 +79,42 @@ def della(
     )
 
 
+def _merge_by_probability(
+    base: Tensor,
+    experts: list[Tensor],
+    masks: list[Tensor],
+    density: list[float],
+    epsilon: list[float],
+    rule: str,
+    weight: list[float],
+    normalize: bool,
+    lambda_: float,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    raise_nonfinite(base, experts)  # aggregate is to see what is kept alone
+    columns, dtype = row_length(base), compute_dtype(base, *experts)
+    laws = [probability_law(d, e, columns) for d, e in zip(density, epsilon, strict=True)]
+    origin, *own = (tensor.reshape(-1, columns) for tensor in (base, *experts))
+    merged = torch.empty(origin.shape, dtype=out_dtype, device=base.device)
+    rows = max(1, RANKED_AT_ONCE // columns // 8) * 8  # masks of eight rows are whole bytes
+    for start in range(0, origin.shape[0], rows):
+        here, *there = (tensor[start : start + rows] for tensor in (origin, *own))
+        deltas = []
+        for t, expert in enumerate(there):
+            lowest, step = laws[t]
+            probability = (lowest + step * doubled_ranks(here, there, t)).double() / 2.0**FRACTION
+            kept = unpacked(masks[t][start * columns // 8 :], here.shape)
+            delta = (expert.to(dtype) - here.to(dtype)) / probability.to(dtype)
+            deltas.append(torch.where(kept, delta, 0.0))
+        change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and divides(rule, weight))
+        merged[start : start + rows] = join(here, change, lambda_, out_dtype)
+    return merged.reshape(base.shape)
+
+
 def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """That of masked methods, and for a row at a time its keys, buckets, random words and undecided places."""
-    return masked_workspace(shape, n_experts) + 24 * (shape[-1] if shape else 1)
+    """That of masked methods, and of ranking rows: sorted ones, eight at least, with task vectors and mask as bytes."""
+    at_once = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
+    return masked_workspace(shape, n_experts) + min(at_once, math.prod(shape)) * (64 + 8 * n_experts)
 
 
 def della_parameters(normalize: bool) -> tuple[Parameter, ...]:
@@ -70,6 +124,7 @@ def della_parameters(normalize: bool) -> tuple[Parameter, ...]:
         EPSILON,
         normalize_parameter(normalize),
         rescale_parameter(True),
+        RESCALE_BY,
         LAMBDA,
         INT8_MASK,
     )

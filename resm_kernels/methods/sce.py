@@ -28,11 +28,11 @@ def sce(
 ) -> Tensor:
     """θ = θ₀ + Σ over the t of the elected sign of w_t·δ_t, divided by the Σ of those w_t (at least 1e-6, as mergekit).
 
-    Select: δ_t is Δ_t where its variance over the experts is among the ⌊select_topk·(how many are not 0)⌋ largest, with
-    what ties with the last of them, else 0 (`resm_kernels.ops.variance_mask`). Calculate: w_t = e_t/Σ_s e_s with e_t =
-    Σδ_t²/N over this tensor; all the same where Σ_s e_s < `min_energy`, in absolute terms. That is mergekit's guard:
-    task vectors of less than 1e-3 root mean square in all, and most are of less, are weighed alike; 0 is the paper's
-    rule. Erase: signs are elected by Σ_t δ_t, before weighting.
+    Select: δ_t is Δ_t where its variance over the experts is among the ⌊select_topk·(how many are not 0)⌋ largest,
+    with what ties with the last of them, else 0 (`resm_kernels.ops.variance_mask`). Calculate: w_t = e_t/Σ_s e_s with
+    e_t = Σδ_t²/N over this tensor; all the same where Σ_s e_s < `min_energy`, in absolute terms. That is mergekit's
+    guard: task vectors of less than 1e-3 root mean square in all are weighed alike; 0 is the paper's rule. Erase:
+    signs are elected by Σ_t δ_t, before weighting.
     """
     kept: dict[str, Any] = {}
     if select_topk < 1:

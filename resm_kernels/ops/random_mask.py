@@ -26,8 +26,8 @@ def random_mask(
     An element is kept with probability q = p − ε + 2ε·(rank − 1)/(n − 1), independently of all others; p is `density`,
     ε `epsilon`, and rank the element's from 1, the smallest |δ|, to n in its row of n elements (those along the last
     dimension; all of a vector). Elements of equal |δ| have the mean of their ranks, so that q depends on no order.
-    ε = 0 is DARE (arXiv 2311.03099), whose inputs are not read; ε > 0 is DELLA's MagPrune (arXiv 2406.11617, where the
-    drop probability 1 − q spans p_drop ± ε/2; this ε is mergekit's, half of that span). Rows of one element have q = p;
+    ε = 0 is DARE (arXiv 2311.03099), whose inputs are not read; ε > 0 is DELLA's MagPrune (arXiv 2406.11617; ε as in
+    mergekit and the authors' code, half of the span of q). Rows of one element have q = p;
     p ≥ 1 keeps all and p ≤ 0 nothing, whatever ε.
 
     q is ⌊2⁶²·(p − ε)⌋ + ⌊⌊2⁶²·ε⌋/(n − 1)⌋·(2·#{less} + #{equal} − 1) in units of 2⁻⁶², in integers, of which the 32
