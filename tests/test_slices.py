@@ -212,6 +212,10 @@ def test_models_that_do_not_fit_in_a_slice(family: Family) -> None:
     family.change(1, **{"model__layers__2__mlp__up_proj__weight": torch.zeros(40, 32)})
     with pytest.raises(MergeError, match=r"expert1: .*has shape \(40, 32\), need \(48, 32\) as in .*expert0"):
         merge_checkpoints(slices_of([source(a, 0, 3)], [source(b, 2, 3)]), family.out)
+    other = {name.replace("model.layers", "transformer.h"): t for name, t in family.experts[1].items()}
+    save_model(b, other)
+    with pytest.raises(MergeError, match=r"expert1: .*is in layers named 'transformer.h.', need 'model.layers.' as in"):
+        merge_checkpoints(slices_of([source(a, 0, 3)], [source(b, 2, 3)]), family.out)
     assert family.leftovers() == []
 
 
@@ -230,7 +234,7 @@ def test_dry_run_shows_slices(family: Family) -> None:
 
     a, b = family.folders[:2]
     with plan_merge(slices_of([source(a, 0, 2, weight=0.5)], [source(b, 1, 3)])) as plan:
-        text = describe_plan(plan, "out", 10**9)
+        text = describe_plan(plan, "out", 10**9, plan.window, ())
     assert f"expert        {a}  (layers 0 to 1, weight = 0.5)\nexpert        {b}  (layers 1 to 2)" in text
 
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 import yaml
 from checkpoints import fine_tuned, llama_config, load_model, random_weights, save_model
+from hypothesis import given
+from hypothesis import strategies as st
 
-from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge
+from resm_kernels.checkpoint import CheckpointReader
+from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge, vocabulary
 from resm_kernels.recipe import RecipeError, load_recipe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
@@ -163,6 +166,66 @@ def test_rows_that_are_only_moved_keep_their_bits_and_dtype(tmp_path: Path) -> N
     assert torch.equal(ours[EMBEDDING][tokens["word5"]], half.bfloat16())
     # "other" is the second model's alone: the first is given that row, so that the mean is the row itself.
     assert torch.equal(ours[EMBEDDING][tokens["other"]], family.row(2, "other"))
+
+
+@given(st.data())
+def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    """Any mixture of own rows, other models' rows, means, zeros and padding, read in pieces of any size."""
+    dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
+    heights = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
+    shapes = data.draw(st.sampled_from([(), (3,)]))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    tensors = [torch.randn((n, *shapes), generator=generator).to(data.draw(dtypes)) for n in heights]
+    folder = tmp_path_factory.mktemp("rows")
+    readers = []
+    for i, tensor in enumerate(tensors):
+        readers.append(CheckpointReader(save_model(folder / str(i), {EMBEDDING: tensor})))
+    place = st.integers(0, len(tensors) - 1).flatmap(lambda i: st.tuples(st.just(i), st.integers(0, heights[i] - 1)))
+    places = st.lists(place, max_size=3, unique_by=lambda p: p[0]).map(tuple)
+    kinds = st.integers(0, heights[0] - 1) | places | st.just(None)
+    rows = data.draw(st.lists(kinds, min_size=1, max_size=20).filter(lambda r: any(row is not None for row in r)))
+    if data.draw(st.booleans()):
+        rows = [*range(heights[0]), *rows]
+    with pytest.MonkeyPatch.context() as patch:
+        for name, least in (("CHUNK", 1), ("_GAP", 0), ("_MEANS", 1)):
+            patch.setattr(vocabulary, name, data.draw(st.integers(least, 40)))
+        kept = [row if isinstance(row, int) else -1 for row in rows]
+        foreign = {i: row for i, row in enumerate(rows) if isinstance(row, tuple)}
+        held = vocabulary._Rows([(reader, reader.tensors[EMBEDDING]) for reader in readers])
+        found = vocabulary.AlignedReader(held, 0, kept, foreign).read(EMBEDDING)
+    double = [tensor.double() for tensor in tensors]
+    expected = torch.zeros((len(rows), *shapes), dtype=torch.float64)
+    for i, row in enumerate(rows):
+        if isinstance(row, int):
+            expected[i] = double[0][row]
+        elif row:
+            expected[i] = sum(double[j][k] for j, k in row) / len(row)
+    padding = [i for i, row in enumerate(rows) if row is None]
+    if padding:
+        expected[padding] = expected.sum(0) / (len(rows) - len(padding))
+    exact = found.dtype == tensors[0].dtype and not padding and not any(len(places) > 1 for places in foreign.values())
+    torch.testing.assert_close(found.double(), expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+    for reader in readers:
+        reader.close()
+
+
+def test_forced_means_have_the_same_bits_in_all_models(family: Vocabularies) -> None:
+    """So that differences from the base are exactly zero there."""
+    with plan_merge(family.recipe(tokenizer={"tokens": {"word4": {"force": True}}})) as plan:
+        (job,) = (job for job in plan.jobs if job.name == EMBEDDING)
+        assert plan.tokenizer is not None
+        row = plan.tokenizer.tokens["word4"]
+        found = [reader.read(info.name)[row] for reader, info in job.inputs]
+    # The base has the token, so that its row is what models without it would take.
+    assert all(torch.equal(values, family.row(0, "word4")) for values in found)
+    models = [{"model": str(folder)} for folder in family.folders]
+    recipe = {"merge_method": "linear", "models": models, "tokenizer": {"tokens": {"word4": {"force": True}}}}
+    with plan_merge(recipe) as plan:
+        (job,) = (job for job in plan.jobs if job.name == EMBEDDING)
+        found = [reader.read(info.name)[row] for reader, info in job.inputs]
+    assert all(torch.equal(values, found[0]) for values in found)
+    mean = sum(family.row(i, "word4").double() for i in range(3)) / 3
+    torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=1e-8)
 
 
 def test_result_depends_on_neither_window_nor_threads(family: Vocabularies) -> None:

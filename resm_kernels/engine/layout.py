@@ -100,6 +100,7 @@ class _PartPlanner:
         self._part = part
         self._models = models
         self._stored: dict[Source, Mapping[str, TensorInfo]] = {}
+        self._stack_name: str | None = None
         self.origins: list[LayerOrigin] = []
         for source in (s for piece in part.slices for s in piece.sources):
             tensors = models.of[source].reader.tensors
@@ -145,6 +146,12 @@ class _PartPlanner:
             for inputs in self._aligned(piece, names):
                 place = layer_place(inputs[0])
                 assert place is not None
+                if self._stack_name not in (None, place.stack):
+                    raise MergeError(
+                        f"{self._models.of[lead].folder}: tensor {inputs[0]!r} is in layers named {place.stack!r}, "
+                        f"need {self._stack_name!r} as in the first slice ({dotted(lead.location)})"
+                    )
+                self._stack_name = place.stack
                 name = f"{place.stack}{number}{place.rest}"
                 yield OutputTensor(name, piece, inputs, layer_depth(i, count), self._models.of[lead])
 

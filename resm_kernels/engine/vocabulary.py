@@ -194,12 +194,11 @@ class AlignedReader(CheckpointReader):
         self._padding = torch.tensor([row for row, old in enumerate(kept) if old < 0 and row not in foreign])
         means = {row: len(places) for row, places in foreign.items() if len(places) > 1}
         self._means, self._counts = torch.tensor(list(means)), torch.tensor(list(means.values()))
-        moves = [(i, old, row) for row, old in enumerate(kept) if old >= 0]
-        moves += [(j, place, row) for row, places in foreign.items() for j, place in places]
-        numbers, places, to = torch.tensor(moves, dtype=torch.int64).reshape(-1, 3).unbind(1)
-        used = sorted(numbers.unique().tolist(), key=lambda j: (j != i, j))  # its own first: they are most
-        self._moves = {j: (places[numbers == j], to[numbers == j]) for j in used}
-        involved = {rows.tensors[j][1].dtype for j in {i, *self._moves}}
+        own = [(i, old, row) for row, old in enumerate(kept) if old >= 0]
+        others = [(j, place, row) for row, places in foreign.items() for j, place in places]
+        # Others in one order for all models, so that a mean has the same bits in each.
+        self._moves = [*_by_tensor(own), *_by_tensor(others)]
+        involved = {rows.tensors[j][1].dtype for j in {i, *(j for j, *_ in self._moves)}}
         wide = torch.float64 if torch.float64 in involved else torch.float32
         dtype = wide if len(self._padding) or any(foreign.values()) else info.dtype
         shape = (len(kept), *info.shape[1:])
@@ -220,7 +219,7 @@ class AlignedReader(CheckpointReader):
         """Fill `buffer` with the aligned tensor."""
         out = buffer.view(-1).view(torch.uint8).view(info.dtype).view(info.shape).zero_()
         formed: dict[int, Tensor] = {}
-        for n, (i, (rows, to)) in enumerate(self._moves.items()):
+        for n, (i, rows, to) in enumerate(self._moves):
             self._rows.add(i, rows, to, out, formed, first_time=n == 0)
         if len(self._means):
             counts = self._counts.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
@@ -232,6 +231,13 @@ class AlignedReader(CheckpointReader):
             for part in out.split(step):
                 total += part.sum(0, dtype=torch.float64)
             out[self._padding] = (total / (len(out) - len(self._padding))).to(info.dtype)
+
+
+def _by_tensor(moves: list[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(tensor, row, to) one by one → each tensor with all its rows and where they go."""
+    numbers, rows, to = torch.tensor(moves, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    for i in numbers.unique().tolist():
+        yield i, rows[numbers == i], to[numbers == i]
 
 
 def _pieces(rows: Tensor, gap: int, longest: int) -> Iterator[tuple[int, int]]:
