@@ -294,6 +294,61 @@ def test_modules_are_merged_apart(tmp_path: Path) -> None:
         merge_checkpoints(recipe, family.out, overwrite=True)
 
 
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mistral3": {
+        "architectures": ["Mistral3ForConditionalGeneration"],
+        "text_config": {"model_type": "mistral", "num_hidden_layers": 3},
+        "vision_config": {"model_type": "pixtral", "num_hidden_layers": 2},
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForConditionalGeneration"],
+        "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 3},
+        "vision_config": {"model_type": "siglip_vision_model", "num_hidden_layers": 2},
+    },
+    "t5": {"architectures": ["T5ForConditionalGeneration"], "num_layers": 2, "num_decoder_layers": 3},
+}
+
+
+def synthetic(folder: Path, kind: str, seed: int) -> Path:
+    """A model with all tensors that mergekit knows the architecture to have, of small shapes that mean nothing."""
+    from mergekit.architecture import arch_info_for_config
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(kind, **CONFIGS[kind])
+    architecture = arch_info_for_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    names = [weight.name for weight in architecture.all_weights(config) if not weight.optional]
+    weights = {name: torch.randn(4, generator=generator) for name in names}
+    return save_model(folder, weights, {"model_type": kind} | CONFIGS[kind])
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_modules_equal_mergekits(tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
+    family = Family(tmp_path, experts=1)
+    x, y = (synthetic(tmp_path / name, kind, i) for i, name in enumerate("xy"))
+    stacked = {
+        "slices": [{"sources": [source(x, 0, 2), source(y, 1, 3)]}, {"sources": [source(y, 0, 3, weight=2)]}],
+        "parameters": {"weight": [0.25, 0.75]},
+    }
+    both = {"models": [{"model": str(x)}, {"model": str(y), "parameters": {"weight": [1, 3]}}]}
+    names = (
+        ("decoder", "encoder", "shared") if kind == "t5" else ("text_decoder", "vision_tower", "multi_modal_projector")
+    )
+    modules = {names[0]: stacked, names[1]: both, names[2]: both}
+    recipe = {"merge_method": "linear", "modules": modules, "parameters": {"weight": 1}, "dtype": "float32"}
+    merge_checkpoints(recipe, family.out)
+    theirs = tmp_path / "mergekit"
+    ours, expected = load_model(family.out), by_mergekit(recipe, theirs)
+    assert set(ours) == set(expected)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    key = "num_decoder_layers" if kind == "t5" else "num_hidden_layers"
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (family.out, theirs)]
+    layers = [config.get("text_config", config)[key] for config in configs]
+    assert layers == [5, 5]
+
+
 def test_plain_models_have_one_module(family: Family) -> None:
     recipe = family.recipe("ties", dtype="float32", parameters={"density": 0.6})
     merge_checkpoints(recipe, family.out)
