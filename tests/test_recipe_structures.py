@@ -37,7 +37,7 @@ STRUCTURES = {
               weight: [{filter: mlp, value: 0.5}, {value: 0}]
         merge_method: ties
         base_model: B
-        parameters: {normalize: true}
+        parameters: {normalize: true, int8_mask: true}
         dtype: float32
     """,
     # Layers of two models put one after the other (examples/orcamini-platy-44layer.yml).
