@@ -118,6 +118,14 @@ def test_output_dtype_is_out_dtype_else_dtype(dtype: str) -> None:
     assert load_recipe(recipe()).output_dtype is None
 
 
+def test_models_in_the_form_of_mappings() -> None:
+    spaced = {"model": {"path": "a b"}, "lora": {"path": "c", "revision": "main"}}
+    loaded = load_recipe(recipe(base_model={"model": "b"}, models=[{"model": spaced}, {"model": {"model": "x"}}]))
+    assert loaded.base_model == "b" and [e.model for e in loaded.experts] == ["a b+c@main", "x"]
+    assert "models[0].model: unknown key 'loras', did you mean 'lora'" in refusal(models=[{"model": {"loras": "x"}}])
+    assert "base_model: model: got 3, need a path" in refusal(base_model={"model": 3})
+
+
 def test_base_model_among_the_models_is_no_expert() -> None:
     models = [{"model": "./b"}, {"model": "x"}, {"model": "x"}]
     assert [e.model for e in load_recipe(recipe(models=models)).experts] == ["x", "x"]

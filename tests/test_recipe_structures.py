@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from checkpoints import Family, load_model
+from checkpoints import LAYERS, Family, load_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from resm_kernels.engine import merge_checkpoints
 
@@ -145,19 +148,19 @@ def named(structure: Any, folders: dict[str, str]) -> Any:
     return folders.get(structure, structure) if isinstance(structure, str) else structure
 
 
-@pytest.mark.parametrize("name", STRUCTURES)
-def test_equals_mergekit(tmp_path: Path, name: str) -> None:
+def assert_equal_to_mergekit(family: Family, structure: Any) -> None:
+    """Merge with both: every tensor agrees to fp32's rounding, and the config states as many layers."""
     pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
 
-    family = Family(tmp_path, dtype=torch.float32)
     letters = dict(zip("BXYZ", map(str, [family.base_folder, *family.folders]), strict=True))
-    recipe = named(yaml.safe_load(STRUCTURES[name]), letters)
-    file = tmp_path / "recipe.yml"
+    recipe = named(structure, letters)
+    file = family.root / "recipe.yml"
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    merge_checkpoints(file, family.out)
-    theirs = tmp_path / "mergekit"
+    merge_checkpoints(file, family.out, overwrite=True)
+    theirs = family.root / "mergekit"
+    shutil.rmtree(theirs, ignore_errors=True)
     options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
     run_merge(MergeConfiguration.model_validate(recipe), str(theirs), options)
     ours, expected = load_model(family.out), load_model(theirs)
@@ -166,3 +169,50 @@ def test_equals_mergekit(tmp_path: Path, name: str) -> None:
         torch.testing.assert_close(ours[tensor], values, rtol=2e-6, atol=2e-8, msg=lambda m, t=tensor: f"{t}: {m}")
     configs = [json.loads((folder / "config.json").read_text()) for folder in (family.out, theirs)]
     assert configs[0]["num_hidden_layers"] == configs[1]["num_hidden_layers"]
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_equals_mergekit(tmp_path: Path, name: str) -> None:
+    assert_equal_to_mergekit(Family(tmp_path, dtype=torch.float32), yaml.safe_load(STRUCTURES[name]))
+
+
+numbers = st.floats(0.125, 2, width=16)
+gradients = numbers | st.lists(numbers, min_size=1, max_size=4)
+filters = st.sampled_from(["mlp", "layers.1", "self_attn.q", "norm", "embed", "*"])
+values = gradients | st.lists(st.fixed_dictionaries({"filter": filters, "value": gradients}), min_size=1, max_size=2)
+
+
+@st.composite
+def stacked(draw: st.DrawFn) -> dict[str, Any]:
+    """Any recipe with slices of linear or task_arithmetic, with weights at any level."""
+    needs_base = draw(st.booleans())
+
+    def parameters(**keys: Any) -> dict[str, Any]:
+        return {"parameters": {key: draw(value) for key, value in keys.items()}} if draw(st.booleans()) else {}
+
+    slices = []
+    for _ in range(draw(st.integers(1, 3))):
+        length = draw(st.integers(1, 3))
+        # mergekit leaves sources of the last norm and head out if the last slice has more than the first.
+        most = len(slices[0]["sources"]) - needs_base if slices else 3
+        experts = draw(st.permutations("XYZ"))[: draw(st.integers(1, most))]
+        sources = [{"model": name} | parameters(weight=values) for name in experts]
+        if needs_base:
+            sources.insert(draw(st.integers(0, len(sources))), {"model": "B"})
+        for source in sources:
+            first = draw(st.integers(0, LAYERS - length))
+            source["layer_range"] = [first, first + length]
+        slices.append({"sources": sources} | parameters(weight=values, normalize=st.booleans()))
+    method = {"merge_method": "task_arithmetic", "base_model": "B"} if needs_base else {"merge_method": "linear"}
+    return method | {"slices": slices, "parameters": {"weight": draw(gradients)}, "dtype": "float32"}
+
+
+def test_any_slices_equal_mergekits(tmp_path: Path) -> None:
+    family = Family(tmp_path, dtype=torch.float32)
+
+    @settings(max_examples=15)
+    @given(stacked())
+    def agree(recipe: dict[str, Any]) -> None:
+        assert_equal_to_mergekit(family, recipe)
+
+    agree()

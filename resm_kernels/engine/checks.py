@@ -8,9 +8,9 @@ from typing import Any, Final
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.engine.models import MergeError, Model
 from resm_kernels.ops._library import FLOAT_DTYPES
+from resm_kernels.recipe import is_before_layers, is_vocabulary
 
 HEAD: Final = "lm_head.weight"
-_EMBEDDINGS: Final = ("model.embed_tokens.weight", "transformer.wte.weight", "language_model.model.embed_tokens.weight")
 
 
 def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
@@ -52,11 +52,12 @@ def check_tied(models: Sequence[Model]) -> bool:
             f"{reference.folder / 'config.json'} says tie_word_embeddings: false"
         )
     for model in storing:
-        embedding = next((e for e in _EMBEDDINGS if e in model.reader.tensors), None)
+        embedding = next((n for n in model.reader.tensors if is_vocabulary(n) and is_before_layers(n)), None)
         if embedding is None or not model.reader.same_bytes(HEAD, embedding):
+            named = "the embedding" if embedding is None else repr(embedding)
             others = f", and {lacking.folder} stores none" if lacking is not None else ""
             raise MergeError(
-                f"{model.folder}: tensor {HEAD!r} differs from {embedding or _EMBEDDINGS[0]!r} although the models' "
+                f"{model.folder}: tensor {HEAD!r} differs from {named} although the models' "
                 f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){others}; if the head "
                 "is separate on purpose, set that to false and store it in every model"
             )

@@ -41,6 +41,24 @@ def _parse_dtype(data: Any) -> str:
     return name
 
 
+def _parse_model(data: Any) -> Any:
+    """A model's name, also in the form of mappings that mergekit writes where a path has spaces or quotes."""
+    if not isinstance(data, Mapping):
+        return data
+    known = ("model", "lora")
+    for key in data:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r}{did_you_mean(key, known)}; need {', '.join(known)}, or a name")
+    return "+".join(_parse_path(key, data[key]) for key in known if data.get(key) is not None)
+
+
+def _parse_path(key: str, data: Any) -> str:
+    path, revision = (data.get("path"), data.get("revision")) if isinstance(data, Mapping) else (data, None)
+    if not isinstance(path, str):
+        raise ValueError(f"{key}: got {data!r}, need a path, or a mapping with path and revision")
+    return path if revision is None else f"{path}@{revision}"
+
+
 def _parse_range(data: Any) -> tuple[int, int]:
     whole = isinstance(data, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in data)
     if not whole or len(data) != 2 or not 0 <= data[0] < data[1]:
@@ -57,6 +75,7 @@ _Parameters = Annotated[
     dict[str, Annotated[Setting, PlainValidator(parse_setting)]],
     BeforeValidator(lambda data: {} if data is None else data),
 ]
+_Model = Annotated[str, BeforeValidator(_parse_model)]
 _Dtype = Annotated[str, BeforeValidator(_parse_dtype)]
 _CLOSED: Final = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,7 +85,7 @@ class ModelEntry(BaseModel):
 
     model_config = _CLOSED
 
-    model: str
+    model: _Model
     parameters: _Parameters = {}
 
 
@@ -75,7 +94,7 @@ class SourceEntry(BaseModel):
 
     model_config = _CLOSED
 
-    model: str
+    model: _Model
     layer_range: Annotated[tuple[int, int], PlainValidator(_parse_range)]
     parameters: _Parameters = {}
 
@@ -86,7 +105,7 @@ class SliceEntry(BaseModel):
     model_config = _CLOSED
 
     sources: Annotated[list[SourceEntry], Field(min_length=1)]
-    base_model: str | None = None
+    base_model: _Model | None = None
     residual_weight: Annotated[None, PlainValidator(_no_effect)] = None
     parameters: _Parameters = {}
 
@@ -110,11 +129,11 @@ class Recipe(BaseModel):
     models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
     modules: Annotated[dict[str, ModuleEntry], Field(min_length=1)] | None = None
-    base_model: str | None = None
+    base_model: _Model | None = None
     parameters: _Parameters = {}
     dtype: _Dtype | None = None
     out_dtype: _Dtype | None = None
-    tokenizer_source: str | None = None
+    tokenizer_source: _Model | None = None
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
 
