@@ -25,7 +25,7 @@ def register(*, replace: bool = False) -> tuple[str, ...]:
     """Make this library's merge methods known to mergekit, in this process.
 
     mergekit does not look for plug-ins: call this before it reads a recipe, or run
-    ``resm-kernels mergekit RECIPE OUT``. Results are rounded once, to the dtype in which mergekit hands over the tensors
+    ``resm-kernels mergekit RECIPE OUT``. Results are rounded once, to the dtype that mergekit hands the tensors over in
     (a recipe's `dtype`, else the widest of the models').
 
     Args:

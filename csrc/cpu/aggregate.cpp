@@ -48,8 +48,9 @@ void merge_chunk(const Groups& groups, const Chunk& chunk, Election<C> election,
 
 // Can the chunk be merged without converting blocks? See Kernels::sum_bf16.
 bool is_plain_sum(const Groups& groups, int64_t group, const Election<float>& election, DType out) {
-  bool plain = election.rule == Rule::sum && groups.n_experts <= 4 && out == DType::bf16 && groups.base(group) != nullptr &&
-               groups.base(group)->dtype == DType::bf16;
+  const Array* base = groups.base(group);
+  bool plain = election.rule == Rule::sum && groups.n_experts <= 4 && out == DType::bf16 &&
+               (base == nullptr || base->dtype == DType::bf16);
   for (int t = 0; t < groups.n_experts; ++t) plain = plain && groups.experts_of(group)[t].dtype == DType::bf16;
   return plain;
 }
@@ -61,8 +62,9 @@ bool sum_chunk(const Groups& groups, const Chunk& chunk, const Election<float>& 
   for_blocks(chunk, [&](int64_t begin, int n) {
     for (int t = 0; t < groups.n_experts; ++t)
       experts[t] = static_cast<const uint16_t*>(groups.experts_of(chunk.group)[t].data) + begin;
-    const auto* base = static_cast<const uint16_t*>(groups.base(chunk.group)->data) + begin;
-    finite &= kernels().sum_bf16(base, experts, n, election, static_cast<uint16_t*>(out.data) + begin);
+    const Array* base = groups.base(chunk.group);
+    const uint16_t* origin = base == nullptr ? nullptr : static_cast<const uint16_t*>(base->data) + begin;
+    finite &= kernels().sum_bf16(origin, experts, n, election, static_cast<uint16_t*>(out.data) + begin);
   });
   return finite;
 }

@@ -85,7 +85,7 @@ void elect(const C* __restrict experts, int n, const Election<C>& election, C* _
 
 // The whole of rule sum where everything is bf16, without a trip through scratch; the same operations in the same order
 // as below. True if the result shows that all inputs are finite.
-template <int kCount>
+template <int kCount, bool kHasBase>
 bool sum_bf16(const uint16_t* __restrict base, const uint16_t* const* experts, int n, const Election<float>& election,
               uint16_t* __restrict out) {
   const uint16_t* __restrict e[4] = {experts[0], experts[kCount > 1 ? 1 : 0], experts[kCount > 2 ? 2 : 0],
@@ -93,23 +93,34 @@ bool sum_bf16(const uint16_t* __restrict base, const uint16_t* const* experts, i
   const float divisor = election.normalize ? election.weight_sum : 1.0f;
   uint32_t nonfinite = 0;
   for (int i = 0; i < n; ++i) {
-    const float origin = float_from_bf16(base[i]);
+    const float origin = kHasBase ? float_from_bf16(base[i]) : 0.0f;
     float total = -0.0f;
-    for (int t = 0; t < kCount; ++t) total = total + (float_from_bf16(e[t][i]) - origin) * election.factors[t];
+    for (int t = 0; t < kCount; ++t) {
+      const float value = float_from_bf16(e[t][i]);
+      total = total + (kHasBase ? value - origin : value) * election.factors[t];
+    }
     nonfinite += key_of(total) >= kInfinityKey<float> ? 1 : 0;
-    out[i] = bf16_from_float(origin + total / divisor * election.scale);
+    const float merged = total / divisor * election.scale;
+    out[i] = bf16_from_float(kHasBase ? origin + merged : merged);
   }
   return nonfinite == 0;
 }
 
+template <bool kHasBase>
+bool sum_any_bf16(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
+                  uint16_t* out) {
+  switch (election.n_experts) {
+    case 1: return sum_bf16<1, kHasBase>(base, experts, n, election, out);
+    case 2: return sum_bf16<2, kHasBase>(base, experts, n, election, out);
+    case 3: return sum_bf16<3, kHasBase>(base, experts, n, election, out);
+    default: return sum_bf16<4, kHasBase>(base, experts, n, election, out);
+  }
+}
+
 bool sum_bf16_of(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                  uint16_t* out) {
-  switch (election.n_experts) {
-    case 1: return sum_bf16<1>(base, experts, n, election, out);
-    case 2: return sum_bf16<2>(base, experts, n, election, out);
-    case 3: return sum_bf16<3>(base, experts, n, election, out);
-    default: return sum_bf16<4>(base, experts, n, election, out);
-  }
+  return base == nullptr ? sum_any_bf16<false>(base, experts, n, election, out)
+                         : sum_any_bf16<true>(base, experts, n, election, out);
 }
 
 template <class C>

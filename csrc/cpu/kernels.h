@@ -194,7 +194,7 @@ struct Kernels {
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);
-  // `aggregate` of rule sum with a base and one to four experts, all and the output bf16: writes n results.
+  // `aggregate` of rule sum with or without a base and one to four experts, all and the output bf16: writes n results.
   bool (*sum_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                    uint16_t* out);
   BlockKernels<double> f64;
