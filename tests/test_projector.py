@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from inputs import experts_with_spectra, orthonormal, power_law, randn, relative, same_bits, with_spectrum
 from subspace_contract import SINGLE, distance, product, stepped
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -59,6 +61,27 @@ def test_finds_the_dominant_subspaces(alpha: float, rank: int) -> None:
     assert residual <= ACCURACY
     best = float(power_law(N, alpha)[:rank].square().sum()) / float(power_law(N, alpha).square().sum())
     assert -1e-6 <= best - float(core.square().sum()) / size**2 <= ACCURACY**2 + 1e-6
+
+
+@given(
+    m=st.integers(4, 60),  # of a smaller one the random matrix may be all zeros
+    n=st.integers(4, 60),
+    alpha=st.floats(0.3, 2.0),
+    fill=st.floats(0.05, 0.95),
+    seed=st.integers(0, 1000),
+)
+def test_any_size(m: int, n: int, alpha: float, fill: float, seed: int) -> None:
+    m, n = max(m, n), min(m, n)
+    rank = max(1, int(fill * n))
+    matrix = with_spectrum(m, n, power_law(n, alpha), seed).float()
+    found = project_dominant(matrix, rank, seed)
+    left, core, right = (x.double() for x in found[:3])
+    assert float(found.figures[1]) <= ACCURACY
+    assert distance(left.mT @ left, torch.eye(rank)) <= SINGLE
+    assert distance(right.mT @ right, torch.eye(rank)) <= SINGLE
+    values = power_law(n, alpha)
+    kept = (core.square().sum() - values[:rank].square().sum()) / values.square().sum()
+    assert abs(float(kept)) <= ACCURACY**2 + 1e-6
 
 
 @pytest.mark.parametrize("rank", RANKS)
