@@ -75,9 +75,9 @@ build/triton/%: | $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$* 'numpy<2.4'
 
 # On a machine with a GPU: build with what is installed, GPU tests with skips as failures, memory checker, benchmarks.
-# QUICK=1 takes fewer rounds and a smaller model.
+# QUICK=1 takes fewer rounds and a smaller model; DRY=1 does what can be done without a GPU.
 gpu:
-	scripts/gpu.sh $(if $(QUICK),--quick)
+	scripts/gpu.sh $(if $(DRY),--dry-run,$(if $(QUICK),--quick))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info resm_kernels/*.so

@@ -5,6 +5,9 @@ is checked before it is timed; one that fails is reported, and the others go on.
 in CUDA both are timed: `gpu=` in resm_kernels/ops/<op>.py names the one to use first, and these figures decide which.
 
     python benchmarks/bench_gpu.py --json benchmarks/results/gpu.json
+
+--dry-run does all of it on small CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1), so that what is wrong with
+this file shows where there is no GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import json
 import math
 import statistics
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,59 +41,87 @@ from resm_kernels.ops import (
 )
 from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
 
-SHAPE, N_EXPERTS = (4096, 14336), 3
-LAYERS = {"q, o": ((4096, 4096), 2), "k, v": ((1024, 4096), 2), "up, gate, down": ((4096, 14336), 3)}
-"""Shapes of a Llama-3-8B layer's matrices, and how many there are of each."""
+N_EXPERTS = 3
 Row = dict[str, Any]
 
 
-def milliseconds(function: Callable[[], object], rounds: int) -> float:
-    """Median by device events, after three calls that are not counted."""
-    times = []
-    for i in range(rounds + 3):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        function()
-        end.record()
-        end.synchronize()
-        if i >= 3:
-            times.append(begin.elapsed_time(end))
-    return statistics.median(times)
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: one large weight, a layer's matrices and how many there are of each, small tensors, ranks."""
+
+    shape: tuple[int, int] = (4096, 14336)
+    layers: Mapping[str, tuple[tuple[int, int], int]] = field(
+        default_factory=lambda: {
+            "q, o": ((4096, 4096), 2),
+            "k, v": ((1024, 4096), 2),
+            "up, gate, down": ((4096, 14336), 3),
+        }
+    )
+    small: Sequence[int] = tuple(1 << (12 + i % 9) for i in range(200))
+    ranks: tuple[int, int] = (32, 512)
+    columns: Sequence[int] = (16, 48, 64, 128)
 
 
-def inputs(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """A bf16 base and experts a small random step away."""
-    generator = torch.Generator("cuda").manual_seed(seed)
-    base = (torch.randn(shape, device="cuda", generator=generator) * 0.02).bfloat16()
-    steps = [torch.randn(shape, device="cuda", generator=generator) * 1e-3 for _ in range(N_EXPERTS)]
-    return base, [(base.float() + step).bfloat16() for step in steps]
+TINY = Sizes((128, 192), {"q, o": ((64, 64), 2), "up, gate, down": ((64, 96), 3)}, (5, 4096), (4, 16), (16,))
 
 
 class Bench:
-    """Rounds of a timing, and the rate of a copy in TB/s."""
+    """Where, how often and on what sizes it is measured, and the rate of a copy in TB/s."""
 
-    def __init__(self, quick: bool):
-        self.rounds, self.quick = (10 if quick else 50), quick
-        base, experts = inputs(SHAPE)
+    def __init__(self, device: str, rounds: int, sizes: Sizes):
+        self.device, self.rounds, self.sizes = device, rounds, sizes
+        base, experts = self.inputs(sizes.shape)
         sources, copies = [base, *experts], [torch.empty_like(base) for _ in range(1 + N_EXPERTS)]
-        ms = milliseconds(lambda: [c.copy_(s) for c, s in zip(copies, sources, strict=True)], self.rounds)
+        ms = self.milliseconds(lambda: [c.copy_(s) for c, s in zip(copies, sources, strict=True)])
         self.copy = 2 * (1 + N_EXPERTS) * base.nbytes / ms / 1e9
 
+    def milliseconds(self, function: Callable[[], object], rounds: int | None = None, warm_up: int = 3) -> float:
+        """Median by device events, after some calls that are not counted."""
+        times, warm_up = [], 0 if self.device == "cpu" else warm_up
+        for i in range((rounds or self.rounds) + warm_up):
+            stop = self.started()
+            function()
+            if i >= warm_up:
+                times.append(stop())
+        return statistics.median(times)
+
+    def started(self) -> Callable[[], float]:
+        """Begin to take the time; the function that is returned ends it, and returns milliseconds."""
+        if self.device == "cpu":
+            since = time.perf_counter()
+            return lambda: 1e3 * (time.perf_counter() - since)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+
+        def stop() -> float:
+            end.record()
+            end.synchronize()
+            return begin.elapsed_time(end)
+
+        return stop
+
+    def inputs(self, shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, list[Tensor]]:
+        """A bf16 base and experts a small random step away."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        base = (torch.randn(shape, device=self.device, generator=generator) * 0.02).bfloat16()
+        steps = [torch.randn(shape, device=self.device, generator=generator) * 1e-3 for _ in range(N_EXPERTS)]
+        return base, [(base.float() + step).bfloat16() for step in steps]
+
     def row(self, name: str, function: Callable[[], object], n_bytes: int) -> Row:
-        ms = milliseconds(function, self.rounds)
+        ms = self.milliseconds(function)
         rate = n_bytes / ms / 1e9
         return {"name": name, "ms": ms, "TB/s": rate, "share of copy": rate / self.copy}
 
     def elementwise(self, backend: str) -> Iterator[Row]:
         """One large tensor, by the kernels of one backend."""
         merge, stats, select = (gpu_kernel(op, backend) for op in ("aggregate", "delta_stats", "magnitude_threshold"))
-        base, experts = inputs(SHAPE)
+        base, experts = self.inputs(self.sizes.shape)
         weights, k = [1.0] * N_EXPERTS, [base.numel() // 5] * N_EXPERTS
         read = (1 + N_EXPERTS) * base.nbytes
         part, parts = base[:64], [e[:64] for e in experts]
         on_cpu = part.cpu(), [e.cpu() for e in parts]
         for rule, limits in (("sum", None), ("ties", [1e-3] * N_EXPERTS)):
-            thresholds = None if limits is None else torch.tensor([limits], dtype=torch.float64, device="cuda")
+            thresholds = None if limits is None else torch.tensor([limits], dtype=torch.float64, device=self.device)
 
             def merged(rule: str = rule, thresholds: Tensor | None = thresholds) -> Tensor:
                 return merge([base], experts, weights, N_EXPERTS, 1.0, rule, False, thresholds, None)[0][0]
@@ -125,8 +158,8 @@ class Bench:
 
     def small_tensors(self, backend: str) -> Iterator[Row]:
         """A shard of 200 tensors of 4 K to 1 M elements in one call."""
-        sizes = [1 << (12 + i % 9) for i in range(200)]
-        made = [inputs((n,), seed=i) for i, n in enumerate(sizes)]
+        sizes = self.sizes.small
+        made = [self.inputs((n,), seed=i) for i, n in enumerate(sizes)]
         bases, experts = [b for b, _ in made], [e for _, own in made for e in own]
         weights, k = [1.0] * len(experts), [e.numel() // 5 for e in experts]
         written = 2 * sum(sizes)
@@ -138,13 +171,13 @@ class Bench:
         for op, arguments in calls.items():
             kernel = gpu_kernel(op, backend)
             n_bytes = written * (1 + N_EXPERTS + (op == "aggregate"))
-            name = f"{op}, 200 tensors, {backend}"
+            name = f"{op}, {len(sizes)} tensors, {backend}"
             yield self.row(name, lambda kernel=kernel, arguments=arguments: kernel(*arguments), n_bytes)
 
     def products(self) -> Iterator[Row]:
-        base, experts = inputs(SHAPE)
-        for columns in (16, 48, 64, 128):
-            x = random_matrix(SHAPE[1], columns, device="cuda")
+        base, experts = self.inputs(self.sizes.shape)
+        for columns in self.sizes.columns:
+            x = random_matrix(self.sizes.shape[1], columns, device=self.device)
             y = gram_product(base, experts[0], x).y
             wanted = (experts[0].double() - base.double()) @ x.double()
             assert float((y - wanted).norm() / wanted.norm()) < 1e-6, "gram_product: less exact than fp32"
@@ -155,9 +188,10 @@ class Bench:
 
     def large_products(self) -> Iterator[Row]:
         """What spectral projectors are made of: the square of a symmetric fp32 matrix, by whatever could do it."""
-        x = torch.randn(SHAPE[0], SHAPE[0], device="cuda")
+        size = self.sizes.shape[0]
+        x = torch.randn(size, size, device=self.device)
         x, zero = x + x.mT, torch.zeros_like(x)
-        wanted, flops = x.double() @ x.double(), 2 * SHAPE[0] ** 3
+        wanted, flops = x.double() @ x.double(), 2 * size**3
         ways = {
             "project": lambda: project(None, x, x),
             "low_rank_update": lambda: low_rank_update(zero, x, x),
@@ -166,26 +200,22 @@ class Bench:
         }
         for name, way in ways.items():
             error = float((way() - wanted).norm() / wanted.norm())
-            row = self.row(f"square of {SHAPE[0]}², {name}", way, 2 * x.nbytes)
+            row = self.row(f"square of {size}², {name}", way, 2 * x.nbytes)
             yield row | {"TFLOP/s": flops / row["ms"] / 1e9, "error": error}
 
     def decompositions(self) -> Iterator[Row]:
         """Rank 32 and 512 of one task vector with σ_i ~ i^−0.7: errors above the optimum, and times."""
-        m, n = SHAPE
-        generator = torch.Generator("cuda").manual_seed(1)
-        left = torch.linalg.qr(torch.randn(m, m, device="cuda", generator=generator)).Q
-        right = torch.linalg.qr(torch.randn(n, m, device="cuda", generator=generator)).Q
-        values = torch.arange(1, m + 1, device="cuda", dtype=torch.float64) ** -0.7
+        m, n = self.sizes.shape
+        generator = torch.Generator(self.device).manual_seed(1)
+        left = torch.linalg.qr(torch.randn(m, m, device=self.device, generator=generator)).Q
+        right = torch.linalg.qr(torch.randn(n, m, device=self.device, generator=generator)).Q
+        values = torch.arange(1, m + 1, device=self.device, dtype=torch.float64) ** -0.7
         delta = (left * values.float()) @ right.mT
         total = float(values.square().sum())
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        torch.linalg.svd(delta, full_matrices=False)
-        end.record()
-        end.synchronize()
-        yield {"name": "torch.linalg.svd", "ms": begin.elapsed_time(end)}
-        rounds, self.rounds = self.rounds, 5
-        for k in (32, 512):
+        ms = self.milliseconds(lambda: torch.linalg.svd(delta, full_matrices=False), 1, warm_up=0)
+        yield {"name": "torch.linalg.svd", "ms": ms}
+        rounds, self.rounds = self.rounds, min(5, self.rounds)
+        for k in self.sizes.ranks:
             best = math.sqrt(total - float(values[:k].square().sum()))
 
             def excess(u: Tensor, s: Tensor, v: Tensor, best: float = best) -> float:
@@ -212,10 +242,10 @@ class Bench:
 
     def merges(self) -> Iterator[Row]:
         """RESM of one Llama-3-8B layer's matrices with three experts, times 32 layers; how many went the exact way."""
-        self_rounds, self.rounds = self.rounds, 1 if self.quick else 3
+        rounds, self.rounds = self.rounds, 1 if self.rounds < 50 else 3
         total = 0.0
-        for name, (shape, count) in LAYERS.items():
-            base, experts = inputs(shape)
+        for name, (shape, count) in self.sizes.layers.items():
+            base, experts = self.inputs(shape)
             row = self.row(
                 f"resm, {name} {shape[0]}×{shape[1]}",
                 lambda base=base, experts=experts: resm_kernels.merge(base, experts, "resm"),
@@ -225,7 +255,7 @@ class Bench:
             matrices = [e.float() - base.float() for e in experts]
             found = subspaces(matrices, [min(shape) // N_EXPERTS] * N_EXPERTS, accuracy=1e-3)
             yield row | {"exact": sum(s.method != "projector" for s in found)}
-        self.rounds = self_rounds
+        self.rounds = rounds
         yield {"name": "resm, all layers of Llama-3-8B", "ms": total}
 
 
@@ -233,13 +263,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="also write the rows there")
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--dry-run", action="store_true", help="everything once, small, on the CPU")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
+    if not arguments.dry_run and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: nothing to measure")
-    bench, failures = Bench(arguments.quick), []
+    bench = Bench("cpu", 1, TINY) if arguments.dry_run else Bench("cuda", 10 if arguments.quick else 50, Sizes())
+    failures: list[str] = []
     rows: list[Row] = [{"name": "copy", "TB/s": bench.copy, "share of copy": 1.0}]
     parts: dict[str, Callable[[], Iterator[Row]]] = {}
-    for backend in ("triton", "cuda"):
+    # The interpreter's are Triton's; tests/test_cuda.py runs the CUDA kernels without a GPU.
+    for backend in ("triton",) if arguments.dry_run else ("triton", "cuda"):
         if has_gpu_kernel("aggregate", backend):
             parts[f"elementwise, {backend}"] = partial(bench.elementwise, backend)
             parts[f"small tensors, {backend}"] = partial(bench.small_tensors, backend)
@@ -254,7 +287,8 @@ def main() -> None:
         except Exception:
             traceback.print_exc()
             failures.append(name)
-        torch.cuda.empty_cache()
+        if bench.device == "cuda":
+            torch.cuda.empty_cache()
     if arguments.json:
         facts = resm_kernels.backends()
         record = {"gpu": facts["gpu"], "torch": facts["torch"], "triton": facts["triton"], "ops": facts["ops"]}

@@ -5,7 +5,9 @@ folder, then merges them, whole, from files to files. An expert's task vector is
 bench_checkpoint.py. The yardstick is reading the same files once, with the same reader into one buffer, in the same
 run. All files have just been written: both read from the page cache, if the machine has the memory.
 
-    python benchmarks/bench_gpu_checkpoint.py --json benchmarks/results/gpu_checkpoint.json
+    python benchmarks/bench_gpu_checkpoint.py --json benchmarks/results/gpu.json
+
+The record goes beside what bench_gpu.py wrote to the same file.
 """
 
 from __future__ import annotations
@@ -156,7 +158,8 @@ def main() -> None:
         record = {"gpu": facts["gpu"], "torch": facts["torch"], "triton": facts["triton"], "ops": facts["ops"]}
         record |= {"size": vars(size), "device": options.device, "memory_limit": options.memory_limit, "rows": rows}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
+        options.json.write_text(json.dumps(kept | {"checkpoint": record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

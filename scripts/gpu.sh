@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, with what is installed (no network): build, tests, memory checker, benchmarks.
-# A step that fails does not hide the ones after it; the exit status says whether all passed. `gpu.sh --quick` takes less.
+# A step that fails does not hide the ones after it; the exit status says whether all passed. `gpu.sh --quick` takes less;
+# `gpu.sh --dry-run` does what can be done without a GPU: it builds, collects the tests, and goes through the benchmarks on
+# small CPU tensors, in Triton's interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 arch=${RESM_CUDA_ARCHITECTURES:-90-real}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
-quick=${1:-}  # --quick: fewer rounds, smaller models
+mode=${1:-}  # --quick: fewer rounds, smaller models
+tests=(tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py tests/test_triton.py)
+results=benchmarks/results/gpu.json
 step() {
   echo "== $1"
   shift
@@ -20,23 +24,30 @@ build() {
     cmake --build build/gpu && install build/gpu/_native*.so resm_kernels/
 }
 step "build for $arch" build
+if [ "$mode" = --dry-run ]; then
+  step "GPU tests, collected" "$python" -m pytest "${tests[@]}" -q --collect-only
+  step "benchmarks, dry run" env TRITON_INTERPRET=1 "$python" benchmarks/bench_gpu.py --dry-run --json build/gpu/dry.json
+  step "benchmark from files, dry run" "$python" benchmarks/bench_gpu_checkpoint.py --device cpu --layers 1 --hidden 64 \
+    --intermediate 96 --vocabulary 100 --runs 1 --json build/gpu/dry.json
+  exit $failed
+fi
 step "the extension and the GPU are live" "$python" -c "
 import resm_kernels
 facts = resm_kernels.backends()
 print(facts)
 assert facts['native']['cuda'] and facts['gpu'], 'need a build with CUDA and a visible GPU'"
 export RESM_REQUIRE_GPU=1
-step "GPU tests" "$python" -m pytest tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py tests/test_triton.py -q
+step "GPU tests" "$python" -m pytest "${tests[@]}" -q
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py -q -k "small"
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest "${tests[@]:0:3}" -q -k "small"
   done
   step "memcheck, Triton" compute-sanitizer --error-exitcode 1 "$python" -m pytest tests/test_triton.py -q -k "aggregate_of_mixed or not_finite or of_nothing"
 else
   echo "skipped: no compute-sanitizer on this machine"
 fi
-step "benchmarks" "$python" benchmarks/bench_gpu.py --json benchmarks/results/gpu.json $quick
+step "benchmarks" "$python" benchmarks/bench_gpu.py --json "$results" $mode
 layers=4
-[ "$quick" = --quick ] && layers=1
-step "benchmark from files" "$python" benchmarks/bench_gpu_checkpoint.py --layers $layers --json benchmarks/results/gpu_checkpoint.json
+[ "$mode" = --quick ] && layers=1
+step "benchmark from files" "$python" benchmarks/bench_gpu_checkpoint.py --layers $layers --json "$results"
 exit $failed
