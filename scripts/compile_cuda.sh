@@ -14,7 +14,8 @@ PATH="$PWD/.venv/bin:$PATH"
 cmake --fresh -G Ninja -S . -B build/cuda -DRESM_CUDA=ON -DRESM_WERROR=ON \
   -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
 cmake --build build/cuda --verbose >"$log" 2>&1 || { tail -n 40 "$log"; exit 1; }
-# One line a kernel: architecture, registers, shared memory, name with its dtypes (codes of csrc/common/dtype.h, -1 mixed).
+# A line for each kernel: architecture, registers, shared memory, name with dtypes (codes of csrc/common/dtype.h; -1:
+# mixed).
 report() {
   c++filt <"$log" | awk '
     /Compiling entry function/ {

@@ -386,5 +386,5 @@ def test_errors_are_told() -> None:
     bases, experts = groups(torch.float32, 1, (64,))
     launch = aggregate_host.launch_of([[bases[0], bases[0], experts[0]]], 8)
     object.__setattr__(launch, "programs", 2**31)
-    with pytest.raises(RuntimeError, match="aggregate on CUDA: a launch has at most 2147483647 blocks"):
+    with pytest.raises(RuntimeError, match="aggregate on CUDA: a launch has at most 2147483647 blocks, got 2147483648"):
         _launch.call("aggregate", launch, 1, bases[0].device, 1, 0, 0, 0, 0, None, None, 1.0, 0, 0, None)

@@ -1,7 +1,7 @@
-// What the kernels are written in: a kernel is a sequence of phases over the threads of a block, each of which ends with
-// a barrier. On a GPU a phase is every thread at once; compiled by a C++ compiler, it is a loop over the threads, so
-// that tests run the same source on any machine. There the order of threads and blocks can be turned round, and shared
-// memory starts as garbage: a phase that relies on what another thread does in it, or on zeros, does not pass.
+// What the kernels are written in: a kernel is a sequence of phases over the threads of a block, each of which ends
+// with a barrier. On a GPU a phase is every thread at once; compiled by a C++ compiler, it is a loop over the threads,
+// so that tests run the same source on any machine. There the order of threads and blocks can be turned round, and
+// shared memory starts as garbage, which brings out phases that rely on other threads' work in them, or on zeros.
 #pragma once
 
 #include <climits>
@@ -93,7 +93,8 @@ RESM_DEVICE void write16(void* to, int which, uint4 value) { static_cast<uint4*>
 
 // A multiprocessor is to hold kResident blocks: that limits the registers of a thread.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident) run_kernel(const __grid_constant__ Kernel kernel) {
+__global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
+    run_kernel(const __grid_constant__ Kernel kernel) {
   __shared__ typename Kernel::Shared shared;
   kernel(Block<Kernel::kThreads>(), shared);
 }
@@ -223,7 +224,7 @@ const char* launch(const char* name, const Kernel& kernel, int64_t blocks, [[may
   thread_local std::string error;
   error.clear();
   if (blocks > INT_MAX) {
-    error = "a launch has at most 2147483647 blocks, this one needs " + std::to_string(blocks) + "; merge fewer tensors";
+    error = "a launch has at most 2147483647 blocks, got " + std::to_string(blocks) + "; merge fewer tensors at a time";
   } else if (blocks > 0) {
 #if defined(__CUDACC__)
     run_kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);

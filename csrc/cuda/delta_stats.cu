@@ -1,7 +1,7 @@
 // delta_stats on the GPU: sums in float64, chunk by chunk, added up in a fixed order.
 //
-// Sums and histogram of every chunk; their totals; then, of what needs the moments first (outliers, a relative epsilon),
-// again both. The histogram is counted in integers, whose sums have no order.
+// Sums and histogram of every chunk; their totals; then, of what needs the moments first (outliers, a relative
+// epsilon), again both. The histogram is counted in integers, whose sums have no order.
 #include <cmath>
 
 #include "common/histogram.h"

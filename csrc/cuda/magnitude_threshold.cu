@@ -8,19 +8,20 @@
 //    many ties of half-precision weights mostly are), and collects those strictly between in a buffer.
 // 3. Decide: the counts say where the answer lies: at an end; in the buffer; or, if the bracket missed it or the buffer
 //    overflowed, anywhere in the tensor.
-// 4. Count, Choose: digit by digit of eleven bits, from histograms of the buffer, or of the whole tensor. What is decided
-//    already returns at once; the host waits for nothing.
+// 4. Count, Choose: digit by digit of eleven bits, from histograms of the buffer, or of the whole tensor. What is
+//    decided already returns at once; the host waits for nothing.
 //
 // The number found depends on neither the sample nor the order of the buffer. Sizes, for a share p = k/N:
 // - The rank of the answer in the sample, how many of its keys are above, is a sum of independent trials, one for each
 //   part; its mean is n·p and its variance at most n·p(1 − p). The bracket lies z standard deviations on either side,
 //   and a few more ranks where the share is so small that the rank is no normal variable.
-// - A collected key costs about 14 bytes of traffic (written once, read two or three times), and 2·z·sqrt(p(1 − p)/n) of
-//   all keys are collected; a miss costs three reads of the tensor, about 8 bytes a key, and has the probability that a
-//   normal variable exceeds z. With n = 8192, p = 0.2 the sum of both is least at z = 2.8; z = 3 misses one time in 370.
+// - A collected key costs about 14 bytes of traffic (written once, read two or three times), and 2·z·sqrt(p(1 − p)/n)
+//   of all keys are collected; a miss costs three reads of the tensor, about 8 bytes a key of bf16, and has the
+//   probability that a normal variable is off by more than z. With n = 8192, p = 0.2 the sum of both is least at
+//   z = 2.8; z = 3 misses one time in 370.
 // - n is what 32 KiB of shared memory hold: 8192 keys, 4096 in float64.
-// - The keys between two sampled ranks 2m apart are a share of 2m/n of all, give or take sqrt(2m)/n: at the most (p = 1/2)
-//   3.4 % ± 0.2 %, in float64 4.8 % ± 0.3 %. Buffers have room for 1/16, 6.25 %.
+// - The keys between two sampled ranks 2m apart are a share of 2m/n of all, give or take sqrt(2m)/n: at the most
+//   (p = 1/2) 3.4 % ± 0.2 %, in float64 4.8 % ± 0.3 %. Buffers have room for 1/16, 6.25 %.
 #include <cmath>
 
 #include "cuda/ops.h"

@@ -109,8 +109,8 @@ RESM_DEVICE void store_one(const Array& to, int64_t i, C value) {
   }
 }
 
-// kVector elements of fp32 or a half type as they come from memory, from an address that is a multiple of 16. Apart from
-// `widen`, so that several reads can be under way before the first is waited for.
+// kVector elements of fp32 or a half type as they come from memory, from an address that is a multiple of 16. Apart
+// from `widen`, so that several reads can be under way before the first is waited for.
 template <int kBytes>
 struct Raw {
   uint4 words[kBytes * kVector / 16];
@@ -172,8 +172,8 @@ RESM_DEVICE void store(const Array& to, int64_t i, const C (&values)[kCount]) {
   }
 }
 
-// Calls visit(Δ), Δ = expert − base, for a thread's share of a chunk, kVector values at a time up to wide_end and then one
-// by one. Of vectors, two of each array are on their way from memory at once.
+// Calls visit(Δ), Δ = expert − base, for a thread's share of a chunk, kVector values at a time up to wide_end and then
+// one by one. Of vectors, two of each array are on their way from memory at once.
 template <class Kind, int kThreads, class Visit>
 RESM_DEVICE void for_deltas(const Table::Chunk& chunk, int64_t wide_end, const Array& base, const Array& expert,
                             int thread, Visit visit) {
