@@ -30,6 +30,8 @@ from resm_kernels.ops._library import FLOAT_DTYPES
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
+from resm_kernels.reference._masks import packed
+from resm_kernels.reference.aggregate import ELECTIONS
 
 pytestmark = [pytest.mark.usefixtures("cuda_kernels"), pytest.mark.usefixtures("one_thread")]
 
@@ -69,6 +71,12 @@ def check_aggregate(bases: list[Tensor], experts: list[Tensor], n_experts: int, 
                     assert a.is_contiguous() and same_bits(a.cpu(), b.cpu())
 
 
+def random_masks(experts: list[Tensor], seed: int = 6) -> list[Tensor]:
+    """A mask for each tensor, which keeps half of it; those after the first are off any alignment."""
+    made = [packed(randn(e.numel(), seed=seed + i) > 0).to(DEVICE) for i, e in enumerate(experts)]
+    return [*made[:1], *map(shifted, made[1:])]
+
+
 def check_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> None:
     found = magnitude_threshold(bases, experts, k)
     for a, b in zip(found, reference_magnitude_threshold.magnitude_threshold(bases, experts, k), strict=True):
@@ -82,6 +90,41 @@ def test_aggregate_small_has_the_references_bits(dtype: torch.dtype, rule: str, 
     for n_experts in (1, 3):
         bases, experts = groups(dtype, n_experts, LENGTHS if n_experts == 3 else (257, 8))
         check_aggregate(bases if with_base else [], experts, n_experts, rule)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(("rule", "election"), [("sum", "weighted"), *(("ties", e) for e in ELECTIONS)], ids=str)
+def test_aggregate_small_of_sparse_deltas(dtype: torch.dtype, rule: str, election: str) -> None:
+    lengths = (257, 0, 5, CHUNK + 13, 64)
+    bases, experts = groups(dtype, 3, lengths)
+    shape, device = (len(lengths), 3), experts[0].device
+    lower = randn(*shape, seed=4, dtype=torch.float64).abs().mul(4e-4).to(device)
+    upper = lower + 1e-3
+    rescale = randn(*shape, seed=5, dtype=torch.float64).add(2.0).to(device)
+    weights = [float(w) for w in randn(len(experts), seed=3)]
+    weights[:2] = [0.0, -0.0]
+    masks, least = random_masks(experts), None if rule == "sum" else 0.4
+    for own, below, above, kept, scales in (
+        (bases, None, None, masks, None),
+        (bases, lower, upper, masks, rescale),
+        (bases, lower, None, None, rescale),
+        (bases, None, upper, None, None),
+        (bases, None, None, None, rescale),
+        ([], lower, upper, masks, rescale),
+    ):
+        for normalize in (False, True):
+            settings = (rule, normalize, below, None, above, kept, scales, election, least if normalize else None)
+            found = aggregate(own, experts, weights, 3, 0.7, *settings)
+            wanted = reference_aggregate.aggregate(own, experts, weights, 3, 0.7, *settings)
+            assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(found[0], wanted[0], strict=True))
+            assert same_bits(found[1].cpu(), wanted[1].cpu())
+
+
+def test_votes_of_weights_that_are_nothing_keep_the_sign_of_zero() -> None:
+    zero, one = torch.tensor([-0.0], device=DEVICE), torch.tensor([-1.0], device=DEVICE)
+    settings = ([0.0], 1, 1.0, "ties", False, None, None, None, None, None, "unweighted")
+    assert same_bits(aggregate([zero], [one], *settings)[0][0].cpu(), zero.cpu())
+    assert same_bits(reference_aggregate.aggregate([zero], [one], *settings)[0][0].cpu(), zero.cpu())
 
 
 def test_aggregate_takes_any_number_of_experts() -> None:
@@ -166,6 +209,10 @@ def test_values_that_are_not_finite_are_counted_small() -> None:
     assert stats[1, :, 3].tolist() == [1, 1] and stats[large, :, 3].tolist() == [0, 4] and int(stats[..., 3].sum()) == 6
     assert bool(moments[large, 1, :4].isnan().all()) and bool(moments[large, 0].isfinite().all())
     assert torch.equal(bins[..., -1], stats[..., 3]) and torch.equal(sums[..., -1].isinf(), stats[..., 3] > 0)
+    # What is left out is counted too.
+    nothing = [torch.zeros_like(mask) for mask in random_masks(experts)]
+    _, left_out = aggregate(bases, experts, [1.0] * len(experts), 2, 1.0, "sum", False, None, None, None, nothing)
+    assert torch.equal(left_out, found)
     thresholds, bad = magnitude_threshold(bases, experts, [min(b.numel(), 4) for b in bases for _ in range(2)])
     assert torch.equal(bad, stats[..., 3])
     assert not thresholds[large, 1].isfinite() and bool(thresholds[large, 0].isfinite())
@@ -386,5 +433,6 @@ def test_errors_are_told() -> None:
     bases, experts = groups(torch.float32, 1, (64,))
     launch = aggregate_host.launch_of([[bases[0], bases[0], experts[0]]], 8)
     object.__setattr__(launch, "programs", 2**31)
+    numbers = (None, None, None, None, 0, 1.0, 0, 0, 0, 0.0, None)
     with pytest.raises(RuntimeError, match="aggregate on CUDA: a launch has at most 2147483647 blocks, got 2147483648"):
-        _launch.call("aggregate", launch, 1, bases[0].device, 1, 0, 0, 0, 0, None, None, 1.0, 0, 0, None)
+        _launch.call("aggregate", launch, 1, bases[0].device, 1, 0, 0, 0, 0, *numbers)

@@ -97,6 +97,13 @@ def test_elections_differ_by_what_a_vote_is() -> None:
     assert [float(aggregate(base, experts, weights, rule="ties", election=e)) for e in ELECTIONS] == [3.0, 3.0, -2.0]
 
 
+def test_elected_terms_of_no_weight_keep_the_sign_of_zero() -> None:
+    base, expert = torch.tensor([-0.0]), torch.tensor([-1.0])
+    assert same_bits(aggregate(base, [expert], [0.0], rule="ties", election="unweighted"), base)
+    (wanted,), _ = reference([base], [expert], [0.0], 1, 1.0, "ties", False, None, None, election="unweighted")
+    assert same_bits(wanted, base)
+
+
 def test_least_divisor() -> None:
     base, expert = torch.zeros(2), torch.tensor([1.0, 0.0])
     options: dict[str, Any] = {"rule": "ties", "normalize": True}

@@ -92,6 +92,12 @@ def test_aggregate_of_sparse_deltas(dtype: torch.dtype, rule: str, election: str
     assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(found[0], wanted[0], strict=True))
 
 
+def test_aggregate_keeps_the_sign_of_zero() -> None:
+    zero, one = torch.tensor([-0.0], device=DEVICE), torch.tensor([-1.0], device=DEVICE)
+    settings = ([0.0], 1, 1.0, "ties", False, None, None, None, None, None, "unweighted")
+    assert same_bits(aggregate([zero], [one], *settings)[0][0].cpu(), zero.cpu())
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (7, 129), (3, 1, 40)], ids=str)
 def test_random_mask_has_the_references_bits(dtype: torch.dtype, shape: tuple[int, ...]) -> None:

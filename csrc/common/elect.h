@@ -8,7 +8,7 @@ namespace resm {
 
 enum class Rule : int32_t { sum = 0, ties = 1 };
 
-// What the experts' votes for a sign are: w·δ, δ, or the sign of w·δ.
+// What the experts' votes for a sign are: w·r·δ, r·δ, or the sign of w·r·δ.
 enum class Vote : int32_t { weighted = 0, unweighted = 1, count = 2 };
 
 // Trim: what lies below the threshold counts as no change. NaN is below everything; callers refuse it elsewhere.
@@ -37,23 +37,34 @@ RESM_HD C divisor_of(C agreeing_weights, C least) {
   return divisor < least ? least : divisor;
 }
 
-// How one expert takes part, for kernels that go element by element.
+// One expert's term at an element, for kernels that go element by element: what stays of its delta, times its factor.
 template <class C>
-struct Share {
-  C weight, threshold;
+struct Term {
+  C factor, lower, upper;
   bool trims;
 
-  // What the expert adds at an element.
-  RESM_HD C of(C value, C origin) const {
+  RESM_HD C of(C value, C origin, bool kept) const {
     const C delta = value - origin;
-    return (trims ? trim(delta, threshold) : delta) * weight;
+    return (kept ? (trims ? trim(delta, lower, upper) : delta) : C(0)) * factor;
   }
 };
 
-// Does a weighted delta have the elected sign? Zero has none. (Select, then compare: loops over this vectorise.)
+// What a term adds to the votes for a sign.
 template <class C>
-RESM_HD bool agrees(C weighted, C elected_total) {
-  const C towards = elected_total >= C(0) ? weighted : -weighted;
+RESM_HD C vote_of(C term, Vote vote) {
+  return vote == Vote::count ? sign_of(term) : term;
+}
+
+// What a term whose vote was for the elected sign adds to the result: unweighted votes get their weight only now.
+template <class C>
+RESM_HD C elected_term(C term, C weight, Vote vote) {
+  return vote == Vote::unweighted ? term * weight : term;
+}
+
+// Does a term have the elected sign? Zero has none. (Select, then compare: loops over this vectorise.)
+template <class C>
+RESM_HD bool agrees(C term, C votes) {
+  const C towards = votes >= C(0) ? term : -term;
   return towards > C(0);
 }
 

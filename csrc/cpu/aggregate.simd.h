@@ -66,7 +66,10 @@ template <bool kLate, class C>
 void elect(const C* __restrict experts, int n, const Election<C>& election, C* __restrict total,
            C* __restrict divisor) {
   C agreeing[kBlock];
-  for (int i = 0; i < n; ++i) agreeing[i] = divisor[i] = C(0);
+  for (int i = 0; i < n; ++i) {
+    agreeing[i] = C(-0.0);  // late weights may make −0.0 of the first that agrees
+    divisor[i] = C(0);
+  }
   for (int t = 0; t < election.n_experts; ++t) {
     const C* __restrict values = experts + t * kBlock;
     const C weight = election.weights[t];

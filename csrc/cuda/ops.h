@@ -13,12 +13,15 @@
 
 extern "C" {
 
-// Addresses of a tensor: out, base if base_dtype is not -1, experts. weights, thresholds (0: trim nothing): (L, T)
-// float64. nonfinite: (L, 1 + T) int64, zeroed; base first.
+// Addresses of a tensor: out, base if base_dtype is not -1, experts, a mask of bits for each of them if masked. factors
+// (of the deltas), weights (that divisors add up, and that unweighted votes get once they are counted), lower, upper
+// (both 0: trim nothing): (L, T) float64. rule, vote: as common/elect.h codes them. nonfinite: (L, 1 + T) int64, zeroed;
+// base first.
 const char* aggregate_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
                            int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t out_dtype,
-                           int64_t in_double, int64_t weights, int64_t thresholds, double scale, int64_t rule,
-                           int64_t normalize, int64_t nonfinite, int64_t stream);
+                           int64_t in_double, int64_t factors, int64_t weights, int64_t lower, int64_t upper,
+                           int64_t masked, double scale, int64_t rule, int64_t normalize, int64_t vote,
+                           double min_divisor, int64_t nonfinite, int64_t stream);
 
 // Addresses of a tensor: base, experts. kappa < 0: no outliers. moments: (L, T, 5) float64 and counts: (L, T, 5) int64,
 // zeroed. rows: (blocks, T, 8) float64. bin_counts (0: no histogram), significands: (L, T, 256) int64, zeroed;

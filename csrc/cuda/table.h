@@ -209,6 +209,11 @@ RESM_DEVICE void for_deltas(const Table::Chunk& chunk, int64_t wide_end, const A
   }
 }
 
+// The byte that holds the bit of element i in a mask of bits, which is address `which` of a tensor.
+RESM_DEVICE uint32_t mask_byte(const int64_t* addresses, int which, int64_t i) {
+  return constant(reinterpret_cast<const uint8_t*>(constant(addresses + which)) + i / 8);
+}
+
 template <class C, int kCount>
 RESM_DEVICE int count_nonfinite(const C (&values)[kCount]) {
   Key<C> largest = 0;

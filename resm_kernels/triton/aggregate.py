@@ -89,7 +89,6 @@ def _merge(
             tl.atomic_add(nonfinite + 1 + t, _count_nonfinite(value))
     if TIES:
         positive = total >= 0
-        total = tl.zeros([BLOCK], COMPUTE)
         divisor = tl.zeros([BLOCK], COMPUTE)
         for t in tl.static_range(T):
             value = load_as(tl.load(addresses + first + t), offsets, inside, MASKED, EXPERT, ALIGNED, COMPUTE)
@@ -99,7 +98,8 @@ def _merge(
             agrees = tl.where(positive, weighted > 0, weighted < 0)
             if VOTE == "unweighted":
                 weighted = weighted * weight
-            total += tl.where(agrees, weighted, 0.0)
+            weighted = tl.where(agrees, weighted, 0.0)
+            total = weighted if t == 0 else total + weighted
             divisor += tl.where(agrees, weight, 0.0)
         divisor = tl.where(divisor == 0, 1.0, divisor)
         least = tl.load(scale + 1).to(COMPUTE)
