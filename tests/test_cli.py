@@ -48,6 +48,16 @@ def test_merge_writes_the_model_and_says_so(family: Family, run) -> None:
     assert run("merge", family.recipe_file(), family.out, "--overwrite", "--quiet") == (0, "", "")
 
 
+def test_random_seed_decides_what_is_dropped(family: Family, run) -> None:
+    recipe = str(family.recipe_file("dare_ties", parameters={"density": 0.5}))
+    found = []
+    for seed in ("1", "1", "2"):
+        assert run("merge", recipe, str(family.out), "--overwrite", "--random-seed", seed)[0] == 0
+        found.append(load_model(family.out))
+    same = [all(torch.equal(found[0][name], other[name]) for name in other) for other in found]
+    assert same == [True, True, False]
+
+
 def test_module_runs_as_a_process(family: Family) -> None:
     command = [sys.executable, "-m", "resm_kernels", "merge", str(family.recipe_file("linear")), str(family.out)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -55,8 +55,8 @@ def della(
     ranks (`resm_kernels.ops.random_mask`, which also says what ties and rows are); density ≥ 1 keeps all. r_t =
     Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", as in mergekit. By "probability", the paper's 1/(1 − p) and the authors'
     code, each element is divided by its own probability of being kept, which leaves its expectation as it was; that
-    takes ranks by sorting, in groups of rows whose task vectors are formed in memory, and with them most of mergekit's
-    time. Without `rescale` r_t = 1.
+    takes ranks by sorting, in groups of rows whose task vectors are formed in memory, and about as long as mergekit.
+    Without `rescale` r_t = 1.
 
     Raises:
         ValueError: density ± epsilon is not between 0 and 1 where density is.
