@@ -145,7 +145,7 @@ void py_random_mask(const Pointers& bases, const Codes& base_dtypes, const Point
                     const Codes& expert_dtypes, const Lengths& lengths, int64_t row, const Laws& lowest,
                     const Laws& steps, uint64_t seed, const Pointers& masks, int threads) {
   const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
-  require(row > 0 && groups.lengths[0] % row == 0, "need whole rows");
+  require(row > 0 && row <= INT32_MAX && groups.lengths[0] % row == 0, "need whole rows of less than 2^31 elements");
   require(lowest.size() == groups.n_experts && steps.size() == groups.n_experts, "need a law for each expert");
   require(masks.size() == groups.n_experts, "need a mask for each expert");
   RandomMaskOptions options{row, seed, {}, {}};

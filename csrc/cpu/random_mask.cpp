@@ -18,14 +18,15 @@ constexpr int64_t kRunsAtOnce = 512;
 
 template <class C>
 struct RowScratch {
+  // Of the lowest and of the highest rank in the bucket: below 2^32 where ranks matter, since no element is kept surely.
   struct Limits {
-    uint64_t low, high;  // of the lowest and of the highest rank in the bucket
+    uint32_t low, high;
   };
 
   Blocks<C> blocks{2};
   std::vector<Key<C>> keys, by_bucket;
   std::vector<uint32_t> words;
-  std::vector<int64_t> starts, places, undecided;
+  std::vector<uint32_t> starts, places, undecided;  // half of what the first-level cache holds, with the limits
   std::vector<Limits> limits;
   std::vector<bool> sorted;
   std::vector<uint8_t> kept;
@@ -43,8 +44,8 @@ void keep_row(const MaskLaw& law, int64_t n, const uint32_t* words, RowScratch<C
   for (size_t b = 0; b < buckets; ++b) s.starts[b + 1] += s.starts[b];
   s.limits.resize(buckets);
   for (size_t b = 0; b < buckets; ++b) {
-    const int64_t first = s.starts[b], last = std::max(first, s.starts[b + 1] - 1);
-    s.limits[b] = {law.limit(2 * static_cast<uint64_t>(first)), law.limit(2 * static_cast<uint64_t>(last))};
+    const uint64_t first = s.starts[b], last = std::max<uint64_t>(first + 1, s.starts[b + 1]) - 1;
+    s.limits[b] = {static_cast<uint32_t>(law.limit(2 * first)), static_cast<uint32_t>(law.limit(2 * last))};
   }
   s.places.assign(s.starts.begin(), s.starts.end() - 1);
   s.by_bucket.resize(n);
@@ -55,7 +56,7 @@ void keep_row(const MaskLaw& law, int64_t n, const uint32_t* words, RowScratch<C
     s.by_bucket[s.places[b]++] = s.keys[i];
     kept[i] = words[i] < s.limits[b].low ? 1 : 0;
     // Every index is written, and stays if it is undecided: no branch to guess.
-    s.undecided[found] = i;
+    s.undecided[found] = static_cast<uint32_t>(i);
     found += (kept[i] == 0) & (words[i] < s.limits[b].high) ? 1 : 0;
   }
   s.sorted.assign(buckets, false);
@@ -78,17 +79,17 @@ void keep_row(const MaskLaw& law, int64_t n, const uint32_t* words, RowScratch<C
       less = same.first - begin;
       equal = same.second - same.first;
     }
-    const auto rank = static_cast<uint64_t>(2 * (s.starts[b] + less) + equal - 1);
+    const auto rank = static_cast<uint64_t>(2 * (int64_t(s.starts[b]) + less) + equal - 1);
     kept[i] = words[i] < law.limit(rank) ? 1 : 0;
   }
 }
 
-// kept holds n bytes of 0 or 1 and zeros up to the next multiple of 8.
+// The bits of n bytes of 0 or 1, n a multiple of 8. The product moves bit 8·j of eight bytes to bit 56 + j.
 void pack(const uint8_t* kept, int64_t n, uint8_t* mask) {
   for (int64_t i = 0; i < n; i += 8) {
-    uint8_t bits = 0;
-    for (int j = 0; j < 8; ++j) bits = static_cast<uint8_t>(bits | kept[i + j] << j);
-    mask[i / 8] = bits;
+    uint64_t eight = 0;
+    for (int j = 0; j < 8; ++j) eight |= uint64_t(kept[i + j]) << (8 * j);
+    mask[i / 8] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);
   }
 }
 

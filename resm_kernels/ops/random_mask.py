@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from resm_kernels.reference._masks import mask_bytes
 from resm_kernels.reference.random_mask import probability_law, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
 
+MAX_ROW: Final = 2**31 - 1
+"""Elements of a row that ranks are counted in."""
 Shares = float | Sequence[float]
 
 
@@ -38,7 +41,7 @@ def random_mask(
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied where ε > 0.
-        experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
+        experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes. Rows have less than 2³¹ elements.
         density: p, from 0 to 1, for all experts or one for each.
         epsilon: ε, from 0, with 0 < p − ε and p + ε < 1 where 0 < p < 1; for all experts or one for each.
         seed: The key, from 0 to 2⁶³ − 1; tensors of one model need keys of their own.
@@ -55,6 +58,8 @@ def random_mask(
     Determinism: the same bits on every device and instruction set, for any number of threads.
     """
     check_group(base, experts)
+    if row_length(base) > MAX_ROW:
+        raise ValueError(f"base: got rows of {row_length(base)} elements, need at most {MAX_ROW}")
     densities, spans = _each("density", density, len(experts)), _each("epsilon", epsilon, len(experts))
     for p, e in zip(densities, spans, strict=True):
         if p > 1:
