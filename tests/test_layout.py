@@ -24,7 +24,7 @@ LAYERS = [
     {"ops"},
     {"backends", "linalg"},
     {"methods"},
-    {"_merge", "mergekit"},
+    {"_merge", "mergekit", "peft"},
     {"recipe", "checkpoint"},
     {"lora"},
     {"engine"},

@@ -1,0 +1,136 @@
+"""Drop-in twins of peft.utils.merge_utils: its arguments and definitions, no sort, arithmetic in fp32.
+
+    peft.tuners.lora.model.ties = resm_kernels.peft.ties  # add_weighted_adapter(combination_type="ties") then runs here
+
+Differences from peft 0.21: all of a task tensor's values that tie with the k-th largest are kept, where its top-k keeps
+an arbitrary part of them; random drops come from `ops.random_mask`, whose key is drawn from torch's default generator;
+arithmetic is fp32 with one rounding (float64 for float64 tensors), where peft's is the tensors' own. A density of 1 or
+more prunes nothing, in silence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from resm_kernels.methods._blocks import merge_elements
+from resm_kernels.ops import aggregate, magnitude_threshold, random_mask
+from resm_kernels.reference._delta import compute_dtype
+
+SignMethod = Literal["total", "frequency"]
+
+
+def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Σ_t w_t·δ_t (arXiv 2212.04089).
+
+    Args:
+        task_tensors: δ_1 … δ_T, of one shape.
+        weights: w_1 … w_T.
+    """
+    return aggregate(None, task_tensors, weights)
+
+
+def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """Σ_t w_t·trim(δ_t): of each task tensor the ⌊density·N⌋ largest magnitudes, and what ties with the last.
+
+    Args:
+        task_tensors, weights: As for `task_arithmetic`.
+        density: Share of each task tensor kept, from 0.
+    """
+    return aggregate(None, task_tensors, weights, thresholds=_thresholds(task_tensors, density))
+
+
+def ties(
+    task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: SignMethod = "total"
+) -> Tensor:
+    """TIES (arXiv 2306.01708) as peft defines it: signs are elected before weighting, and counts divide.
+
+    Per element the mean of those w_t·trim(δ_t) whose trim(δ_t) has the elected sign; 0 where none has.
+
+    Args:
+        task_tensors, weights, density: As for `magnitude_prune`.
+        majority_sign_method: "total" elects the sign of Σ_t trim(δ_t), "frequency" that of Σ_t sign(trim(δ_t)); + for
+            0.
+    """
+    limits = _thresholds(task_tensors, density)
+    pruned = list(task_tensors)
+    if limits is not None:
+        pruned = [
+            aggregate(None, [d], [1.0], thresholds=[t]) for d, t in zip(task_tensors, limits.tolist(), strict=True)
+        ]
+    return _disjoint_merge(pruned, weights, majority_sign_method, task_tensors[0].dtype)
+
+
+def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
+    """Σ_t w_t·m_t∘δ_t/density, m_t drawn to keep each element with that probability (DARE, arXiv 2311.03099).
+
+    Args:
+        task_tensors, weights: As for `task_arithmetic`.
+        density: The probability, above 0.
+    """
+    masks = _masks(task_tensors, density)
+    shares = torch.as_tensor(weights, dtype=torch.float64) / min(density, 1.0)
+    return aggregate(None, task_tensors, shares, masks=masks)
+
+
+def dare_ties(
+    task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: SignMethod = "total"
+) -> Tensor:
+    """`ties` of the task tensors that DARE leaves, m_t∘δ_t/density.
+
+    Args:
+        task_tensors, weights, density: As for `dare_linear`.
+        majority_sign_method: As for `ties`.
+    """
+    masks = _masks(task_tensors, density)
+    pruned = list(task_tensors)
+    if masks is not None:
+        # Not rounded to the tensors' own dtype in between.
+        wide = compute_dtype(*task_tensors)
+        pruned = [
+            aggregate(None, [d], [1.0 / density], masks=[m], out_dtype=wide)
+            for d, m in zip(task_tensors, masks, strict=True)
+        ]
+    return _disjoint_merge(pruned, weights, majority_sign_method, task_tensors[0].dtype)
+
+
+def _check_density(density: float, least: str) -> None:
+    if not density >= 0 or (least == "above 0" and density == 0):
+        raise ValueError(f"density: got {density!r}, need a share {least}")
+
+
+def _thresholds(task_tensors: Sequence[Tensor], density: float) -> Tensor | None:
+    _check_density(density, "of at least 0")
+    if density >= 1:
+        return None
+    return magnitude_threshold(torch.zeros_like(task_tensors[0]), task_tensors, int(density * task_tensors[0].numel()))
+
+
+def _masks(task_tensors: Sequence[Tensor], density: float) -> list[Tensor] | None:
+    _check_density(density, "above 0")
+    if density >= 1:
+        return None
+    seed = int(torch.randint(2**62, ()))
+    return random_mask(task_tensors[0], task_tensors, density, seed=seed)
+
+
+def _disjoint_merge(pruned: Sequence[Tensor], weights: Tensor, method: SignMethod, dtype: torch.dtype) -> Tensor:
+    if method not in ("total", "frequency"):
+        raise ValueError(f"majority_sign_method: got {method!r}, need total or frequency")
+    factors = [float(w) for w in weights]
+    if len(factors) != len(pruned):
+        raise ValueError(f"weights: got {len(factors)}, need one for each of the {len(pruned)} task tensors")
+
+    def merged(_: Tensor, deltas: list[Tensor]) -> Tensor:
+        signs = torch.stack([d.sign() for d in deltas])
+        votes = signs.sum(0) if method == "frequency" else torch.stack(deltas).sum(0)
+        agree = signs == torch.where(votes >= 0, 1.0, -1.0).to(votes.dtype)
+        total = torch.zeros_like(deltas[0])
+        for own, weight, agrees in zip(deltas, factors, agree, strict=True):
+            total += torch.where(agrees, own * weight, 0.0)
+        return total / agree.sum(0).clamp(min=1)
+
+    return merge_elements(merged, pruned[0], list(pruned), dtype)
