@@ -28,4 +28,5 @@ void define_cuda_ops(py::module_& m) {
   m.def("aggregate_cuda", raising(&aggregate_cuda));
   m.def("delta_stats_cuda", raising(&delta_stats_cuda));
   m.def("magnitude_threshold_cuda", raising(&magnitude_threshold_cuda));
+  m.def("random_mask_cuda", raising(&random_mask_cuda));
 }

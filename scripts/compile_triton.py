@@ -86,7 +86,7 @@ def cases() -> Iterator[Case]:
             pointers | {"mask": "*u8", "lower": "*fp64", "upper": "*fp64", "parts": "*fp64", "part": "i32"},
             {"TRIMS": True, "MASKS": True, "BASE": dtype, "EXPERT": dtype, "COMPUTE": compute}
             | {"BLOCK": kept_moments.BLOCK},
-            {"num_warps": kept_moments.WARPS},
+            {"num_warps": kept_moments.WARPS, "enable_fp_fusion": False},
         )
         yield Case(
             f"variance_mask {dtype}",
@@ -110,7 +110,7 @@ def cases() -> Iterator[Case]:
             delta_stats.histogram_kernel,
             table | {"bin_counts": "*i64", "bin_sums": "*fp64"},
             of | {"BLOCK": delta_stats.HISTOGRAM_BLOCK, "BINS": delta_stats.HISTOGRAM_BINS},
-            {"num_warps": delta_stats.HISTOGRAM_WARPS},
+            {"num_warps": delta_stats.HISTOGRAM_WARPS, "enable_fp_fusion": False},
         )
         for with_base in (False, True):
             yield Case(
@@ -130,7 +130,7 @@ def cases() -> Iterator[Case]:
             of
             | {"FIRST": True, "LOW": low, "ABOVE": 63 if dtype == tl.float64 else 31}
             | {"BLOCK": own.BLOCK, "BLOCKS": own.BLOCKS, "BINS": own.BINS},
-            {"num_warps": own.WARPS},
+            {"num_warps": own.WARPS, "enable_fp_fusion": False},
         )
         if dtype != tl.float64:
             for by_rows in (False, True):
@@ -143,7 +143,7 @@ def cases() -> Iterator[Case]:
                     | {"right_row" if by_rows else "right_step": "i32"},
                     {"right_step" if by_rows else "right_row": 1, "BASE": dtype, "OUT": dtype, "PRECISION": "tf32x3"}
                     | {"ROWS": own.ROWS, "COLUMNS": own.COLUMNS, "INNER": own.INNER, "GROUP": own.GROUP},
-                    {"num_warps": own.WARPS, "num_stages": own.STAGES},
+                    {"num_warps": own.WARPS, "num_stages": own.STAGES, "enable_fp_fusion": True},
                 )
         for energy in (False, True):
             yield Case(
@@ -162,7 +162,7 @@ def cases() -> Iterator[Case]:
         variance_mask.bits_kernel,
         {"values": "*fp32", "threshold": "*fp64", "out": "*i32", "length": "i32"},
         {"RUNS": variance_mask.RUNS},
-        {"num_warps": variance_mask.WARPS},
+        {"num_warps": variance_mask.WARPS, "enable_fp_fusion": False},
     )
     for ranked in (False, True):
         yield Case(
@@ -171,7 +171,7 @@ def cases() -> Iterator[Case]:
             {"out": "*i32", "ranks": "*i32", "seed": "i64", "lowest": "i64", "step": "i64", "expert": "i32"}
             | {"length": "i32"},
             {"STREAM": 1, "RANKED": ranked, "RUNS": random_mask.RUNS},
-            {"num_warps": random_mask.WARPS},
+            {"num_warps": random_mask.WARPS, "enable_fp_fusion": False},
         )
     yield Case(
         "delta_stats totals",
@@ -179,28 +179,28 @@ def cases() -> Iterator[Case]:
         {"table": "*i64", "rows": "*fp64", "moments": "*fp64", "counts": "*i64"},
         {"SECOND": False, "SMALL": False, "STEPS": 3, "T": 3, "CHUNK": delta_stats.BLOCK * delta_stats.BLOCKS}
         | {"FIELDS": delta_stats.FIELDS, "ROWS": delta_stats.ROWS},
-        {"num_warps": delta_stats.WARPS},
+        {"num_warps": delta_stats.WARPS, "enable_fp_fusion": False},
     )
     yield Case(
         "inner_products totals",
         inner_products.totals_kernel,
         {"table": "*i64", "sums": "*fp64", "grams": "*fp64"},
         {"STEPS": 3, "T": 3, "CHUNK": inner_products.BLOCK * inner_products.BLOCKS, "ROWS": inner_products.ROWS},
-        {"num_warps": inner_products.WARPS},
+        {"num_warps": inner_products.WARPS, "enable_fp_fusion": False},
     )
     yield Case(
         "magnitude_threshold choose",
         magnitude_threshold.choose_kernel,
         {"found": "*i64", "ranks": "*i64", "frequencies": "*i64"},
         {"WIDTH": 11, "BINS": magnitude_threshold.BINS},
-        {"num_warps": magnitude_threshold.WARPS},
+        {"num_warps": magnitude_threshold.WARPS, "enable_fp_fusion": False},
     )
     yield Case(
         "random_matrix",
         random_matrix.random_matrix_kernel,
         {"out": "*fp32", "seed": "i64", "n": "i32", "columns": "i32", "first_column": "i32"},
         {"STREAM": 0, "ROWS": random_matrix.ROWS, "PAIRS": random_matrix.PAIRS},
-        {"num_warps": random_matrix.WARPS},
+        {"num_warps": random_matrix.WARPS, "enable_fp_fusion": False},
     )
 
 
@@ -221,7 +221,7 @@ def compiled(case: Case, target: GPUTarget) -> Any:
         if kind.startswith("*") or name in SIZES
     }
     source = ASTSource(fn=case.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    return triton.compile(source, target=target, options={"enable_fp_fusion": False} | case.options)
+    return triton.compile(source, target=target, options=case.options)
 
 
 def resources(kernel: Any, target: GPUTarget) -> tuple[int, int]:

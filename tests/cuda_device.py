@@ -8,13 +8,17 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from inputs import group
+from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.cuda import _launch
+from resm_kernels.cuda.aggregate import CHUNK
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -22,6 +26,43 @@ FLAGS = ["-std=c++17", "-Og", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", 
 
 if DEVICE == "cpu" and os.environ.get("RESM_REQUIRE_GPU"):
     pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
+
+LENGTHS = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5, 0)
+GUARD = 64
+
+Groups = tuple[list[Tensor], list[Tensor]]
+
+
+def groups(dtype: torch.dtype, n_experts: int, lengths: tuple[int, ...] = LENGTHS, kind: str = "weights") -> Groups:
+    """Bases and all experts of tensors of these lengths."""
+    made = [group((n,), n_experts, kind, base_dtype=dtype, seed=10 * i) for i, n in enumerate(lengths)]
+    return [base.to(DEVICE) for base, _ in made], [e.to(DEVICE) for _, own in made for e in own]
+
+
+def shifted(tensor: Tensor) -> Tensor:
+    """A copy that is contiguous and one element off any alignment."""
+    room = tensor.new_empty(tensor.numel() + 1)
+    room[1:] = tensor.flatten()
+    return room[1:].view(tensor.shape)
+
+
+@contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Every tensor that the hosts allocate within it lies between guards, which no kernel may touch."""
+    kept: list[Tensor] = []
+
+    def guarded(shape: object, *, dtype: torch.dtype, device: object) -> Tensor:
+        size = torch.Size([shape] if isinstance(shape, int) else shape)  # type: ignore[arg-type]
+        room = torch.full((size.numel() + 2 * GUARD,), 77, dtype=dtype, device=device)  # type: ignore[call-overload]
+        kept.append(room)
+        return room[GUARD:-GUARD].view(size)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "empty", guarded)
+        patch.setattr(torch, "zeros", lambda *a, **k: guarded(*a, **k).zero_())
+        yield
+    assert kept
+    assert all(bool((room[:GUARD] == 77).all()) and bool((room[-GUARD:] == 77).all()) for room in kept)
 
 
 class OnHost:

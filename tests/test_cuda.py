@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import inspect
 import math
-from types import ModuleType
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
-from cuda_device import DEVICE, cuda_kernels  # noqa: F401  (a fixture)
+from cuda_device import DEVICE, LENGTHS, cuda_kernels, groups, guarded_memory, shifted  # noqa: F401  (a fixture)
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import FLOATS, generator, group, randn, same_bits, values
+from inputs import FLOATS, generator, randn, same_bits, values
 from torch import Tensor
 
 from resm_kernels import _extension, ops
 from resm_kernels.cuda import _launch
 from resm_kernels.cuda import aggregate as aggregate_host
-from resm_kernels.cuda import delta_stats as delta_stats_host
 from resm_kernels.cuda import magnitude_threshold as magnitude_threshold_host
 from resm_kernels.cuda.aggregate import CHUNK, aggregate
 from resm_kernels.cuda.delta_stats import delta_stats
@@ -30,29 +30,11 @@ from resm_kernels.ops._library import FLOAT_DTYPES
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
-from resm_kernels.reference._masks import packed
-from resm_kernels.reference.aggregate import ELECTIONS
 
 pytestmark = [pytest.mark.usefixtures("cuda_kernels"), pytest.mark.usefixtures("one_thread")]
 
-LENGTHS = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5, 0)
 SAMPLE = {torch.float32: 8192, torch.float64: 4096}
 """By the dtype of arithmetic: tensors up to this size are sampled whole, larger ones as much."""
-
-Groups = tuple[list[Tensor], list[Tensor]]
-
-
-def groups(dtype: torch.dtype, n_experts: int, lengths: tuple[int, ...] = LENGTHS, kind: str = "weights") -> Groups:
-    """Bases and all experts of tensors of these lengths."""
-    made = [group((n,), n_experts, kind, base_dtype=dtype, seed=10 * i) for i, n in enumerate(lengths)]
-    return [base.to(DEVICE) for base, _ in made], [e.to(DEVICE) for _, own in made for e in own]
-
-
-def shifted(tensor: Tensor) -> Tensor:
-    """A copy that is contiguous and one element off any alignment."""
-    room = tensor.new_empty(tensor.numel() + 1)
-    room[1:] = tensor.flatten()
-    return room[1:].view(tensor.shape)
 
 
 def check_aggregate(bases: list[Tensor], experts: list[Tensor], n_experts: int, rule: str) -> None:
@@ -71,12 +53,6 @@ def check_aggregate(bases: list[Tensor], experts: list[Tensor], n_experts: int, 
                     assert a.is_contiguous() and same_bits(a.cpu(), b.cpu())
 
 
-def random_masks(experts: list[Tensor], seed: int = 6) -> list[Tensor]:
-    """A mask for each tensor, which keeps half of it; those after the first are off any alignment."""
-    made = [packed(randn(e.numel(), seed=seed + i) > 0).to(DEVICE) for i, e in enumerate(experts)]
-    return [*made[:1], *map(shifted, made[1:])]
-
-
 def check_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> None:
     found = magnitude_threshold(bases, experts, k)
     for a, b in zip(found, reference_magnitude_threshold.magnitude_threshold(bases, experts, k), strict=True):
@@ -90,41 +66,6 @@ def test_aggregate_small_has_the_references_bits(dtype: torch.dtype, rule: str, 
     for n_experts in (1, 3):
         bases, experts = groups(dtype, n_experts, LENGTHS if n_experts == 3 else (257, 8))
         check_aggregate(bases if with_base else [], experts, n_experts, rule)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("rule", "election"), [("sum", "weighted"), *(("ties", e) for e in ELECTIONS)], ids=str)
-def test_aggregate_small_of_sparse_deltas(dtype: torch.dtype, rule: str, election: str) -> None:
-    lengths = (257, 0, 5, CHUNK + 13, 64)
-    bases, experts = groups(dtype, 3, lengths)
-    shape, device = (len(lengths), 3), experts[0].device
-    lower = randn(*shape, seed=4, dtype=torch.float64).abs().mul(4e-4).to(device)
-    upper = lower + 1e-3
-    rescale = randn(*shape, seed=5, dtype=torch.float64).add(2.0).to(device)
-    weights = [float(w) for w in randn(len(experts), seed=3)]
-    weights[:2] = [0.0, -0.0]
-    masks, least = random_masks(experts), None if rule == "sum" else 0.4
-    for own, below, above, kept, scales in (
-        (bases, None, None, masks, None),
-        (bases, lower, upper, masks, rescale),
-        (bases, lower, None, None, rescale),
-        (bases, None, upper, None, None),
-        (bases, None, None, None, rescale),
-        ([], lower, upper, masks, rescale),
-    ):
-        for normalize in (False, True):
-            settings = (rule, normalize, below, None, above, kept, scales, election, least if normalize else None)
-            found = aggregate(own, experts, weights, 3, 0.7, *settings)
-            wanted = reference_aggregate.aggregate(own, experts, weights, 3, 0.7, *settings)
-            assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(found[0], wanted[0], strict=True))
-            assert same_bits(found[1].cpu(), wanted[1].cpu())
-
-
-def test_votes_of_weights_that_are_nothing_keep_the_sign_of_zero() -> None:
-    zero, one = torch.tensor([-0.0], device=DEVICE), torch.tensor([-1.0], device=DEVICE)
-    settings = ([0.0], 1, 1.0, "ties", False, None, None, None, None, None, "unweighted")
-    assert same_bits(aggregate([zero], [one], *settings)[0][0].cpu(), zero.cpu())
-    assert same_bits(reference_aggregate.aggregate([zero], [one], *settings)[0][0].cpu(), zero.cpu())
 
 
 def test_aggregate_takes_any_number_of_experts() -> None:
@@ -209,10 +150,6 @@ def test_values_that_are_not_finite_are_counted_small() -> None:
     assert stats[1, :, 3].tolist() == [1, 1] and stats[large, :, 3].tolist() == [0, 4] and int(stats[..., 3].sum()) == 6
     assert bool(moments[large, 1, :4].isnan().all()) and bool(moments[large, 0].isfinite().all())
     assert torch.equal(bins[..., -1], stats[..., 3]) and torch.equal(sums[..., -1].isinf(), stats[..., 3] > 0)
-    # What is left out is counted too.
-    nothing = [torch.zeros_like(mask) for mask in random_masks(experts)]
-    _, left_out = aggregate(bases, experts, [1.0] * len(experts), 2, 1.0, "sum", False, None, None, None, nothing)
-    assert torch.equal(left_out, found)
     thresholds, bad = magnitude_threshold(bases, experts, [min(b.numel(), 4) for b in bases for _ in range(2)])
     assert torch.equal(bad, stats[..., 3])
     assert not thresholds[large, 1].isfinite() and bool(thresholds[large, 0].isfinite())
@@ -393,33 +330,18 @@ def test_bits_depend_on_neither_chunks_nor_company(dtype: torch.dtype, monkeypat
         assert torch.equal(magnitude_threshold(bases, experts, ks)[0], limits)
 
 
-def test_outputs_stay_within_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every tensor that the hosts allocate lies between guards, which no kernel may touch."""
-    guard, kept = 64, []
-
-    def guarded(shape: object, *, dtype: torch.dtype, device: object) -> Tensor:
-        size = torch.Size([shape] if isinstance(shape, int) else shape)  # type: ignore[arg-type]
-        room = torch.full((size.numel() + 2 * guard,), 77, dtype=dtype, device=device)  # type: ignore[call-overload]
-        kept.append(room)
-        return room[guard:-guard].view(size)
-
+def test_outputs_stay_within_their_tensors() -> None:
     bases, experts = groups(torch.float16, 2, (9001, 5, 16_400))
-    monkeypatch.setattr(torch, "empty", guarded)
-    monkeypatch.setattr(torch, "zeros", lambda *a, **k: guarded(*a, **k).zero_())
-    aggregate(bases, experts, [1.0, 2.0] * 3, 2, 1.0, "ties", True, None, torch.float32)
-    delta_stats(bases, experts, 0.0, 0.1, 3.0, True)
-    magnitude_threshold(bases, experts, [4000, 1, 2, 5, 9000, 30])
-    assert len(kept) > 10
-    assert all(bool((room[:guard] == 77).all()) and bool((room[-guard:] == 77).all()) for room in kept)
+    with guarded_memory():
+        aggregate(bases, experts, [1.0, 2.0] * 3, 2, 1.0, "ties", True, None, torch.float32)
+        delta_stats(bases, experts, 0.0, 0.1, 3.0, True)
+        magnitude_threshold(bases, experts, [4000, 1, 2, 5, 9000, 30])
 
 
-@pytest.mark.parametrize("module", [aggregate_host, delta_stats_host, magnitude_threshold_host])
-def test_hosts_take_what_the_schema_says(module: ModuleType) -> None:
-    op = module.__name__.rpartition(".")[2]
-    definition = {"aggregate": reference_aggregate, "delta_stats": reference_delta_stats}.get(
-        op, reference_magnitude_threshold
-    )
-    assert list(inspect.signature(vars(module)[op]).parameters) == list(
+@pytest.mark.parametrize("op", sorted(path.stem for path in Path(aggregate_host.__file__).parent.glob("[a-z]*.py")))
+def test_hosts_take_what_the_schema_says(op: str) -> None:
+    host, definition = (import_module(f"resm_kernels.{where}.{op}") for where in ("cuda", "reference"))
+    assert list(inspect.signature(vars(host)[op]).parameters) == list(
         inspect.signature(vars(definition)[op]).parameters
     )
 

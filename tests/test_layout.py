@@ -72,6 +72,17 @@ def test_cuda_kernels_have_hosts_are_built_and_listed() -> None:
         assert f"csrc/cuda/{stem}.cu" in built and f"&{stem}_cuda" in listed
 
 
+def test_triton_launches_say_whether_products_are_contracted() -> None:
+    """The default differs from one version of Triton to the next, and with it the bits."""
+    launches = 0
+    for path in (PACKAGE / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            options = {k.arg for k in node.keywords} if isinstance(node, ast.Call) else set()
+            launches += "num_warps" in options
+            assert "num_warps" not in options or "enable_fp_fusion" in options, (path, node.lineno)
+    assert launches >= 10
+
+
 def test_imports_point_downward() -> None:
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
     for path in PACKAGE.rglob("*.py"):

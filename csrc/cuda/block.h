@@ -16,11 +16,13 @@
 #define RESM_DEVICE __device__ __forceinline__
 #define RESM_UNROLL _Pragma("unroll")  // so that an array stays in registers
 #define RESM_ROLLED _Pragma("unroll 1")
+#define RESM_UNROLL_TWICE _Pragma("unroll 2")
 #else
 #include <stdexcept>
 #define RESM_DEVICE inline
 #define RESM_UNROLL
 #define RESM_ROLLED
+#define RESM_UNROLL_TWICE
 #endif
 
 namespace resm::cuda {

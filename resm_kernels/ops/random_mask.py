@@ -106,5 +106,5 @@ register(
     "(Tensor base, Tensor[] experts, float[] density, float[] epsilon, int seed) -> Tensor[]",
     reference=_reference,
     cpu=_native,
-    gpu=("triton",),
+    gpu=("triton", "cuda"),  # not measured against each other yet
 )

@@ -13,6 +13,9 @@ _WORD = 0xFFFFFFFF
 FRACTION = 62
 """Bits after the point of the fixed-point probabilities; the 30 lowest are dropped before the comparison."""
 
+RANKED_AT_ONCE = 1 << 24
+"""Elements whose ranks are found at a time by `ranks_of`, or one row."""
+
 
 def random_mask(
     base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int
@@ -49,6 +52,19 @@ def doubled_ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
     ordered = rows.sort(dim=-1).values
     below = torch.searchsorted(ordered, rows)
     return (below + torch.searchsorted(ordered, rows, right=True) - 1).reshape(size.shape)
+
+
+def ranks_of(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
+    """The doubled ranks of Δ_t for kernels, int32 if they fit; found a few rows at a time, which bounds what sorts take."""
+    columns = row_length(base)
+    dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
+    ranks = torch.empty(base.shape, dtype=dtype, device=base.device).view(-1, columns)
+    at_once = max(1, RANKED_AT_ONCE // columns)
+    tensors = [tensor.reshape(-1, columns) for tensor in (base, *experts)]
+    for start in range(0, ranks.shape[0], at_once):
+        origin, *own = (tensor[start : start + at_once] for tensor in tensors)
+        ranks[start : start + at_once] = doubled_ranks(origin, own, t)
+    return ranks
 
 
 def random_words(numel: int, expert: int, seed: int, device: torch.device) -> Tensor:

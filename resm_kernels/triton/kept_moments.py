@@ -80,5 +80,6 @@ def kept_moments(
                 COMPUTE=compute,
                 BLOCK=BLOCK,
                 num_warps=WARPS,
+                enable_fp_fusion=False,
             )
     return parts.sum(0)

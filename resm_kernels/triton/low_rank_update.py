@@ -88,5 +88,6 @@ def low_rank_update(base: Tensor, left: Tensor, right: Tensor, scale: float, out
                 GROUP=GROUP,
                 num_warps=WARPS,
                 num_stages=STAGES,
+                enable_fp_fusion=True,
             )
     return out

@@ -13,12 +13,10 @@ from torch import Tensor
 from resm_kernels._launch import on_device
 from resm_kernels.reference._masks import RUN, mask_bytes
 from resm_kernels.reference._philox import MASK_STREAM
-from resm_kernels.reference.random_mask import doubled_ranks, probability_law, row_length
+from resm_kernels.reference.random_mask import probability_law, ranks_of, row_length
 
 RUNS, WARPS = 32, 4
 """Runs of a program, and its warps."""
-RANKED_AT_ONCE = 1 << 24
-"""Elements that are sorted at a time, or one row."""
 
 
 @triton.jit
@@ -64,7 +62,7 @@ def random_mask(
             masks.append(mask)
             if not expert.numel():
                 continue
-            ranks = _ranks(base, experts, t) if step else mask
+            ranks = ranks_of(base, experts, t) if step else mask
             random_mask_kernel[(triton.cdiv(expert.numel(), RUN * RUNS),)](
                 mask.view(torch.int32),
                 ranks,
@@ -77,18 +75,6 @@ def random_mask(
                 RANKED=step > 0,
                 RUNS=RUNS,
                 num_warps=WARPS,
+                enable_fp_fusion=False,
             )
     return masks
-
-
-def _ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
-    """The doubled ranks of Δ_t, int32 if they fit."""
-    columns = row_length(base)
-    dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
-    ranks = torch.empty(base.shape, dtype=dtype, device=base.device).reshape(-1, columns)
-    rows = max(1, RANKED_AT_ONCE // columns)
-    tensors = [tensor.reshape(-1, columns) for tensor in (base, *experts)]
-    for start in range(0, ranks.shape[0], rows):
-        origin, *own = (tensor[start : start + rows] for tensor in tensors)
-        ranks[start : start + rows] = doubled_ranks(origin, own, t)
-    return ranks

@@ -77,6 +77,6 @@ def variance_mask(base: Tensor, experts: list[Tensor], density: float) -> Tensor
         k = int(int(torch.count_nonzero(spread)) * density)
         threshold, _ = magnitude_threshold([torch.zeros_like(spread)], [spread], [k])
         bits_kernel[(triton.cdiv(n, RUN * RUNS),)](
-            spread, threshold, mask.view(torch.int32), n, RUNS=RUNS, num_warps=WARPS
+            spread, threshold, mask.view(torch.int32), n, RUNS=RUNS, num_warps=WARPS, enable_fp_fusion=False
         )
     return mask
