@@ -27,6 +27,9 @@ auto raising(const char* (*op)(Arguments...)) {
 void define_cuda_ops(py::module_& m) {
   m.def("aggregate_cuda", raising(&aggregate_cuda));
   m.def("delta_stats_cuda", raising(&delta_stats_cuda));
+  m.def("kept_moments_cuda", raising(&kept_moments_cuda));
   m.def("magnitude_threshold_cuda", raising(&magnitude_threshold_cuda));
   m.def("random_mask_cuda", raising(&random_mask_cuda));
+  m.def("variance_mask_cuda", raising(&variance_mask_cuda));
+  m.def("variances_cuda", raising(&variances_cuda));
 }

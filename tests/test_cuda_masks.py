@@ -10,11 +10,16 @@ from cuda_device import DEVICE, cuda_kernels, groups, guarded_memory, shifted  #
 from inputs import FLOATS, randn, same_bits, values
 from torch import Tensor
 
+from resm_kernels.cuda import kept_moments as kept_moments_host
 from resm_kernels.cuda import random_mask as random_mask_host
 from resm_kernels.cuda.aggregate import CHUNK, aggregate
+from resm_kernels.cuda.kept_moments import kept_moments
 from resm_kernels.cuda.random_mask import random_mask
+from resm_kernels.cuda.variance_mask import variance_mask
 from resm_kernels.reference import aggregate as reference_aggregate
+from resm_kernels.reference import kept_moments as reference_kept_moments
 from resm_kernels.reference import random_mask as reference_random_mask
+from resm_kernels.reference import variance_mask as reference_variance_mask
 from resm_kernels.reference._masks import packed
 from resm_kernels.reference.aggregate import ELECTIONS
 
@@ -91,9 +96,57 @@ def test_random_mask_small_of_ranks_that_need_64_bits(monkeypatch: pytest.Monkey
     assert torch.equal(random_mask(base, experts, [0.5], [0.3], 1)[0], wanted)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_kept_moments_small(dtype: torch.dtype) -> None:
+    for n in (0, 37, kept_moments_host.CHUNK + 13):
+        (base,), experts = groups(dtype, 2, (n,))
+        masks = random_masks(experts)
+        low, high = (torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in ([1e-3, 0.0], [2e-3, math.inf]))
+        for limits in ((None, None), (low, high), (None, high), (low, None)):
+            for own in (None, masks):
+                wanted = reference_kept_moments.kept_moments(base, experts, *limits, own)
+                found = kept_moments(base, experts, *limits, own)
+                torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
+                assert same_bits(found, kept_moments(base, experts, *limits, own))
+
+
+def test_kept_moments_of_mixed_dtypes_views_and_values_that_are_not_finite() -> None:
+    base = shifted(values((300,), "weights", torch.float32, 0).to(DEVICE))
+    experts = [base.bfloat16(), base.double() * 1.5, (base + 1e-3).half()]
+    found = kept_moments(base, experts, None, None, None)
+    wanted = reference_kept_moments.kept_moments(base, experts, None, None, None)
+    torch.testing.assert_close(found, wanted, rtol=1e-13, atol=0)
+    experts[1][7] = math.inf
+    assert kept_moments(base, experts, None, None, None).isinf().tolist() == [[False] * 3, [True] * 3, [False] * 3]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_variance_mask_small_has_the_references_bits(dtype: torch.dtype) -> None:
+    sample = 8192  # what magnitude_threshold sorts out without a bracket
+    for n, n_experts, kind in (
+        (0, 2, "weights"),
+        (5, 1, "weights"),
+        (1031, 3, "ties"),
+        (2 * sample + 13, 3, "weights"),
+    ):
+        (base,), experts = groups(dtype, n_experts, (n,), kind)
+        for density in (0.0, 0.3, 1.0):
+            wanted = reference_variance_mask.variance_mask(base, experts, density)
+            assert torch.equal(variance_mask(base, experts, density), wanted)
+
+
+def test_variance_mask_of_mixed_dtypes_and_views() -> None:
+    base = shifted(values((300,), "weights", torch.float32, 0).to(DEVICE))
+    for experts in ([base.bfloat16(), base.half()], [shifted(base * 1.1), base * 0.9], [base.double() * 1.5, base]):
+        wanted = reference_variance_mask.variance_mask(base, experts, 0.4)
+        assert torch.equal(variance_mask(base, experts, 0.4), wanted)
+
+
 def test_outputs_stay_within_their_tensors() -> None:
     bases, experts = groups(torch.float16, 2, (9001,))
     masks = random_masks(experts)
     with guarded_memory():
         aggregate(bases, experts, [1.0, 2.0], 2, 1.0, "sum", True, None, None, None, masks)
         random_mask(bases[0], experts, [0.5, 0.5], [0.0, 0.2], 1)
+        kept_moments(bases[0], experts, None, None, masks)
+        variance_mask(bases[0], experts, 0.5)

@@ -37,16 +37,22 @@ RESM_HD C divisor_of(C agreeing_weights, C least) {
   return divisor < least ? least : divisor;
 }
 
+// What thresholds, if it trims, and the bit of a mask leave of a delta.
+template <class C>
+struct Trim {
+  C lower, upper;
+  bool trims;
+
+  RESM_HD C of(C delta, bool kept) const { return kept ? (trims ? trim(delta, lower, upper) : delta) : C(0); }
+};
+
 // One expert's term at an element, for kernels that go element by element: what stays of its delta, times its factor.
 template <class C>
 struct Term {
-  C factor, lower, upper;
-  bool trims;
+  C factor;
+  Trim<C> stays;
 
-  RESM_HD C of(C value, C origin, bool kept) const {
-    const C delta = value - origin;
-    return (kept ? (trims ? trim(delta, lower, upper) : delta) : C(0)) * factor;
-  }
+  RESM_HD C of(C value, C origin, bool kept) const { return stays.of(value - origin, kept) * factor; }
 };
 
 // What a term adds to the votes for a sign.

@@ -33,8 +33,8 @@ struct Aggregate {
   }
   RESM_DEVICE Term<C> term(int64_t tensor, int t) const {
     const C factor = number(factors, tensor, t);
-    if (!kSparse || lower == nullptr) return {factor, C(0), C(0), false};
-    return {factor, number(lower, tensor, t), number(upper, tensor, t), true};
+    if (!kSparse || lower == nullptr) return {factor, {C(0), C(0), false}};
+    return {factor, {number(lower, tensor, t), number(upper, tensor, t), true}};
   }
 
   // What a thread knows of kWidth elements from i on.

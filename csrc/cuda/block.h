@@ -210,6 +210,18 @@ RESM_DEVICE T largest_of(const Block<kThreads>& block, PerThread<T, kThreads>& o
   return combined(block, own, scratch, [](T a, T b) { return a > b ? a : b; });
 }
 
+// What n numbers, `stride` apart, and 0 combine to, in an order that depends on n only; every thread gets it.
+template <class T, int kThreads, class Combine>
+RESM_DEVICE T combined_rows(const Block<kThreads>& block, const T* rows, int64_t n, int64_t stride,
+                            T (&scratch)[kThreads / kWarp], Combine combine) {
+  PerThread<T, kThreads> own;
+  block.each([&](int thread) {
+    own[thread] = 0;
+    for (int64_t i = thread; i < n; i += kThreads) own[thread] = combine(rows[i * stride], own[thread]);
+  });
+  return combined(block, own, scratch, combine);
+}
+
 // Each thread's value becomes the sum of those of the threads before it.
 template <class T, int kThreads>
 RESM_DEVICE void sum_before(const Block<kThreads>& block, PerThread<T, kThreads>& own,

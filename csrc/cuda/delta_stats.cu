@@ -106,7 +106,7 @@ struct Moments {
           for (int i = thread; i < kHistogramBins * kCopies; i += kThreads) shared.bins[i] = 0;
         });
       block.each([&](int thread) {
-        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
+        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta, int64_t) {
           add(delta, thread, sums[thread], shared);
         });
       });
@@ -162,7 +162,7 @@ struct Outliers {
       const double small_up_to = relative > limits.eps ? relative : limits.eps;
       PerThread<Sums, kThreads> sums;
       block.each([&](int thread) {
-        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
+        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta, int64_t) {
           for (const C d : delta) {
             const double wide = d, size = bits_as<C>(key_of(d));
             const bool outlier = counts && (wide > above || wide < below);
@@ -208,15 +208,11 @@ struct Totals {
     const int64_t tensor = block.index() / n_experts, t = block.index() % n_experts;
     const int64_t n_chunks = (table.length(tensor) + table.chunk - 1) / table.chunk;
     const double* rows = outcome.rows + (table.entries[tensor] * n_experts + t) * kFields + field;
-    PerThread<double, kThreads> own;
-    block.each([&](int thread) {
-      own[thread] = 0;
-      for (int64_t chunk = thread; chunk < n_chunks; chunk += kThreads) {
-        const double value = rows[chunk * n_experts * kFields];
-        own[thread] = !largest ? own[thread] + value : value > own[thread] ? value : own[thread];
-      }
-    });
-    return largest ? largest_of(block, own, shared.sums) : sum_of(block, own, shared.sums);
+    const int64_t stride = n_experts * kFields;
+    // The largest passes over NaN.
+    if (largest)
+      return combined_rows(block, rows, n_chunks, stride, shared.sums, [](double a, double b) { return a > b ? a : b; });
+    return combined_rows(block, rows, n_chunks, stride, shared.sums, [](double a, double b) { return a + b; });
   }
 
   RESM_DEVICE void histogram(const Block<kThreads>& block) const {

@@ -231,7 +231,7 @@ struct Bracket : Problem<typename Kind::Compute> {
       });
       PerThread<Counts, kThreads> counts;
       block.each([&](int thread) {
-        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta) {
+        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta, int64_t) {
           take(delta, low, high, counts[thread], shared, selection, buffer, capacity);
         });
       });
@@ -328,7 +328,7 @@ struct Count : Problem<C> {
           return;
         }
         for_deltas<Dtypes<C, kMixed>, kThreads>(chunk, chunk.begin, base, expert, thread,
-                                                [&](const auto& delta) { count(key_of(delta[0])); });
+                                                [&](const auto& delta, int64_t) { count(key_of(delta[0])); });
       });
       block.each([&](int thread) {
         for (int i = thread; i < kDigits; i += kThreads)

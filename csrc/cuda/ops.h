@@ -39,9 +39,28 @@ const char* magnitude_threshold_cuda(int64_t table, int64_t n_tensors, int64_t s
                                      int64_t longest, int64_t k, int64_t selections, int64_t frequencies,
                                      int64_t thresholds, int64_t nonfinite, int64_t stream);
 
+// Addresses of the tensor: base, experts, a mask of bits for each of them if masked. lower, upper (both 0: trim nothing):
+// (T,) float64. rows: (blocks, T, 3) float64; moments: (T, 3) float64.
+const char* kept_moments_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
+                              int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
+                              int64_t lower, int64_t upper, int64_t masked, int64_t rows, int64_t moments,
+                              int64_t stream);
+
 // Addresses of a tensor: its mask, and its elements' doubled ranks, of rank_bytes (4 or 8) each; none if that is 0.
 // Lengths in the table, and chunks, which are multiples of 16, are bytes of masks; length is elements.
 const char* random_mask_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
                              int64_t length, int64_t rank_bytes, int64_t seed, int64_t expert, int64_t lowest,
                              int64_t step, int64_t stream);
+
+// variance_mask in two steps. Addresses of the tensor: variances (float32, or float64 if in_double), base, experts.
+// nonzero: one int64, zeroed.
+const char* variances_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
+                           int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
+                           int64_t nonzero, int64_t stream);
+
+// Address of the tensor: its mask, whose bytes are the length in the table and chunks. length: of the variances, as
+// above; threshold: one float64.
+const char* variance_mask_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
+                               int64_t length, int64_t in_double, int64_t variances, int64_t threshold,
+                               int64_t stream);
 }

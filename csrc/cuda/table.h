@@ -172,8 +172,8 @@ RESM_DEVICE void store(const Array& to, int64_t i, const C (&values)[kCount]) {
   }
 }
 
-// Calls visit(Δ), Δ = expert − base, for a thread's share of a chunk, kVector values at a time up to wide_end and then
-// one by one. Of vectors, two of each array are on their way from memory at once.
+// Calls visit(Δ, i), Δ = expert − base from element i on, for a thread's share of a chunk, kVector values at a time up to
+// wide_end and then one by one. Of vectors, two of each array are on their way from memory at once.
 template <class Kind, int kThreads, class Visit>
 RESM_DEVICE void for_deltas(const Table::Chunk& chunk, int64_t wide_end, const Array& base, const Array& expert,
                             int thread, Visit visit) {
@@ -199,13 +199,13 @@ RESM_DEVICE void for_deltas(const Table::Chunk& chunk, int64_t wide_end, const A
         widen(bases[ahead], base.dtype, origin);
         widen(experts[ahead], expert.dtype, delta);
         for (int j = 0; j < kVector; ++j) delta[j] = delta[j] - origin[j];
-        visit(delta);
+        visit(delta, i + ahead * kStride);
       }
     }
   }
   for (int64_t i = wide_end + thread; i < chunk.end; i += kThreads) {
     C delta[1] = {load_one<C>(expert, i) - load_one<C>(base, i)};
-    visit(delta);
+    visit(delta, i);
   }
 }
 

@@ -20,10 +20,14 @@ SELECTION_WORDS = 10
 
 def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> tuple[Tensor, Tensor]:
     """See `resm_kernels.ops.magnitude_threshold` and its reference, whose arguments and results these are."""
-    n_experts = len(experts) // len(bases) if bases else 0
     device = bases[0].device if bases else torch.device("cpu")
-    shape = (len(bases), n_experts)
-    wanted = torch.tensor(k, dtype=torch.int64).reshape(shape).to(device, non_blocking=True)
+    wanted = torch.tensor(k, dtype=torch.int64).reshape(len(bases), len(experts) // max(len(bases), 1))
+    return selected(bases, experts, wanted.to(device, non_blocking=True))
+
+
+def selected(bases: list[Tensor], experts: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """magnitude_threshold of ranks (L, T), int64, that lie on the device."""
+    n_experts, device, shape = wanted.shape[1], wanted.device, wanted.shape
     thresholds = torch.empty(shape, dtype=torch.float64, device=device)
     nonfinite = torch.zeros(shape, dtype=torch.int64, device=device)
     groups = [of_one_dtype(experts[i * n_experts : (i + 1) * n_experts]) for i in range(len(bases))]

@@ -55,7 +55,7 @@ def doubled_ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
 
 
 def ranks_of(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
-    """The doubled ranks of Δ_t for kernels, int32 if they fit; found a few rows at a time, which bounds what sorts take."""
+    """The doubled ranks of Δ_t, int32 if they fit, for kernels; some rows at a time, which bounds what sorts take."""
     columns = row_length(base)
     dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
     ranks = torch.empty(base.shape, dtype=dtype, device=base.device).view(-1, columns)
