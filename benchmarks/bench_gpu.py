@@ -34,10 +34,13 @@ from resm_kernels.ops import (
     aggregate,
     delta_stats,
     gram_product,
+    kept_moments,
     low_rank_update,
     magnitude_threshold,
     project,
+    random_mask,
     random_matrix,
+    variance_mask,
 )
 from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
 
@@ -155,6 +158,43 @@ class Bench:
             return merge([base], experts, weights, N_EXPERTS, 1.0, "ties", True, thresholds, None)[0][0]
 
         yield self.row(f"ties, threshold and merge, {backend}", ties, read + base.nbytes)
+
+    def masks(self, backend: str) -> Iterator[Row]:
+        """Masks of one large tensor, and what is done with them, by the kernels of one backend."""
+        ops = ("random_mask", "variance_mask", "kept_moments", "aggregate")
+        draw, select, sums, merge = (gpu_kernel(op, backend) for op in ops)
+        base, experts = self.inputs(self.sizes.shape)
+        weights, density = [1.0] * N_EXPERTS, [0.5] * N_EXPERTS
+        read, bits = (1 + N_EXPERTS) * base.nbytes, base.numel() // 8
+        part, parts = base[:64], [e[:64] for e in experts]
+        on_cpu = part.cpu(), [e.cpu() for e in parts]
+        for epsilon, n_bytes in ((0.0, N_EXPERTS * bits), (0.2, read + N_EXPERTS * bits)):
+            law = (density, [epsilon] * N_EXPERTS, 1)
+            for found, wanted in zip(draw(part, parts, *law), random_mask(*on_cpu, 0.5, epsilon, seed=1), strict=True):
+                assert torch.equal(found.cpu(), wanted), f"{backend}, random_mask: differs from the CPU"
+            name = f"random_mask{', by rank' if epsilon else ''}, {backend}"
+            yield self.row(name, lambda law=law: draw(base, experts, *law), n_bytes)
+        found = select(part, parts, 0.3).cpu()
+        assert torch.equal(found, variance_mask(*on_cpu, 0.3)), f"{backend}, variance_mask: differs from the CPU"
+        yield self.row(f"variance_mask, {backend}", lambda: select(base, experts, 0.3), read + bits)
+        masks = draw(base, experts, density, [0.0] * N_EXPERTS, 1)
+        own = [mask[: part.numel() // 8] for mask in masks]
+        kept = kept_moments(*on_cpu, masks=[mask.cpu() for mask in own])
+        close = torch.allclose(sums(part, parts, None, None, own).cpu(), torch.stack(kept, 1), rtol=1e-12)
+        assert close, f"{backend}, kept_moments: differs from the CPU"
+        read += N_EXPERTS * bits
+        yield self.row(f"kept_moments of masks, {backend}", lambda: sums(base, experts, None, None, masks), read)
+        rescale = torch.full((1, N_EXPERTS), 2.0, dtype=torch.float64, device=self.device)
+        for rule in ("sum", "ties"):
+
+            def merged(rule: str = rule) -> Tensor:
+                call = ([base], experts, weights, N_EXPERTS, 1.0, rule, False, None, None)
+                return merge(*call, None, masks, rescale)[0][0]
+
+            options = {"rule": rule, "masks": [mask.cpu() for mask in own], "rescale": [2.0] * N_EXPERTS}
+            wanted = aggregate(*on_cpu, weights, **options)
+            assert torch.equal(merged()[:64].cpu(), wanted), f"{backend}, {rule} of masks: differs from the CPU"
+            yield self.row(f"aggregate {rule} of masks, {backend}", merged, read + base.nbytes)
 
     def small_tensors(self, backend: str) -> Iterator[Row]:
         """A shard of 200 tensors of 4 K to 1 M elements in one call."""
@@ -275,6 +315,7 @@ def main() -> None:
     for backend in ("triton",) if arguments.dry_run else ("triton", "cuda"):
         if has_gpu_kernel("aggregate", backend):
             parts[f"elementwise, {backend}"] = partial(bench.elementwise, backend)
+            parts[f"masks, {backend}"] = partial(bench.masks, backend)
             parts[f"small tensors, {backend}"] = partial(bench.small_tensors, backend)
     parts |= {"products": bench.products, "large products": bench.large_products}
     parts |= {"decompositions": bench.decompositions, "merges": bench.merges}

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import Family, load_model
 from inputs import call_of, power_law, with_spectrum
+from torch.utils._pytree import tree_leaves
 
 import resm_kernels
 from resm_kernels.engine import merge_checkpoints
@@ -70,42 +72,52 @@ BACKENDS = [
 ]
 
 
+def arguments(op: str, base: torch.Tensor, experts: list[torch.Tensor]) -> tuple[Any, ...]:
+    """What an op's kernels are called with for one tensor; half of it is masked where the op takes masks."""
+    masks = [torch.full((base.numel() // 8,), 0x5A, dtype=torch.uint8, device="cuda") for _ in experts]
+    limits = torch.full((1, 3), 0.05, dtype=torch.float64, device="cuda")
+    several: dict[str, tuple[Any, ...]] = {
+        "aggregate": ([1.0] * 3, 3, 1.0, "ties", True, limits, None, None, masks, limits, "unweighted", 0.5),
+        "delta_stats": (0.0, 0.5, 3.0, True),
+        "magnitude_threshold": ([1000, 2000, 500],),
+    }
+    if op in several:
+        return ([base], experts, *several[op])
+    one: dict[str, tuple[Any, ...]] = {
+        "kept_moments": (limits[0], None, masks),
+        "random_mask": ([0.5] * 3, [0.0, 0.0, 0.2], 1),
+        "variance_mask": (0.3,),
+    }
+    return (base, experts, *one[op])
+
+
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_ops_run_on_the_current_stream(op: str, backend: str) -> None:
     base, experts = on_gpu(*group((1024, 1024), torch.bfloat16))
-    arguments = {
-        "aggregate": ([1.0] * 3, 3, 1.0, "sum", False, None, None),
-        "delta_stats": (0.0, 0.0, 3.0, False),
-        "magnitude_threshold": ([1000, 2000, 500_000],),
-    }[op]
     call = gpu_kernel(op, backend)
-    wanted = call([base], experts, *arguments)
+    wanted = call(*arguments(op, base, experts))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         late = torch.empty_like(base)
         torch.cuda._sleep(100_000_000)  # so that what runs elsewhere runs too early
         late.copy_(base)
-        found = call([late], experts, *arguments)
+        found = call(*arguments(op, late, experts))
     torch.cuda.current_stream().wait_stream(stream)
-    for a, b in zip(found, wanted, strict=True):
-        assert torch.equal(a[0], b[0])
+    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("op", IN_CUDA)
 def test_cuda_kernels_do_not_make_the_host_wait(op: str) -> None:
     base, experts = on_gpu(*group((256, 256), torch.bfloat16))
-    arguments = {
-        "aggregate": ([1.0] * 3, 3, 1.0, "ties", True, None, None),
-        "delta_stats": (0.0, 0.5, 3.0, True),
-        "magnitude_threshold": ([1000, 2000, 500],),
-    }[op]
+    given = arguments(op, base, experts)
     call = gpu_kernel(op, "cuda")
-    call([base], experts, *arguments)
+    call(*given)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call([base], experts, *arguments)
+        call(*given)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -86,7 +86,8 @@ struct Aggregate {
     template <bool kElected>
     RESM_DEVICE void add_all() {
       int t = 0;
-      if constexpr (kWidth > 1)
+      // From cache, 32 bytes on their way are enough: two experts of a half type, one of fp32.
+      if constexpr (kWidth > 1 && (!kElected || Kind::kBytes == 2))
         for (; t + 2 <= merge.n_experts; t += 2) add<2, kElected>(t);
       for (; t < merge.n_experts; ++t) add<1, kElected>(t);
     }

@@ -13,7 +13,7 @@ constexpr int kSums = 3;  // of |δ|, of the kept |δ| and of their squares
 template <class Kind>
 struct Chunks {
   using C = typename Kind::Compute;
-  static constexpr int kThreads = cuda::kThreads, kResident = 3;
+  static constexpr int kThreads = cuda::kThreads, kResident = 2;
   struct Shared {
     double sums[kWarps];
   };
