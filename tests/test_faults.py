@@ -173,11 +173,13 @@ def test_failure_in_a_thread_is_raised_with_its_cause(
 
 def test_terminated_process_leaves_nothing(family: Family) -> None:
     script = (
-        "import sys, time\n"
+        "import signal, sys, time\n"
         "import resm_kernels.engine.merge as m\n"
         "from resm_kernels import cli\n"
         "def slow(*_): print('computing', flush=True); time.sleep(60)\n"
         "m.compute_tensor = slow\n"
+        # A shell's background jobs, and what they start, ignore it otherwise.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "cli.main()\n"
     )
     command = [sys.executable, "-c", script, "merge", str(family.recipe_file()), str(family.out), "--quiet"]
