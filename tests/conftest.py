@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -19,6 +20,11 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("reproducible")
+
+if not torch.cuda.is_available():
+    # Triton's kernels then run in its interpreter, which is chosen when Triton is first imported, be it by another
+    # package: before any test module is.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 ISAS: list[str] = [] if _extension.native is None else list(_extension.native.build_facts()["isas"])
 

@@ -1,4 +1,4 @@
-"""Where Triton kernels run in tests: on a GPU, or on the CPU through Triton's interpreter."""
+"""Where Triton kernels run in tests: on a GPU, or on the CPU through Triton's interpreter (see conftest.py)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,6 @@ import torch
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if not torch.cuda.is_available():
-    if os.environ.get("RESM_REQUIRE_GPU"):
-        pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
-    # Read when a kernel is defined, those of Triton's own library when it is first imported.
-    os.environ["TRITON_INTERPRET"] = "1"
+if not torch.cuda.is_available() and os.environ.get("RESM_REQUIRE_GPU"):
+    pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
