@@ -11,14 +11,8 @@ enum class Rule : int32_t { sum = 0, ties = 1 };
 // What the experts' votes for a sign are: w·r·δ, r·δ, or the sign of w·r·δ.
 enum class Vote : int32_t { weighted = 0, unweighted = 1, count = 2 };
 
-// Trim: what lies below the threshold counts as no change. NaN is below everything; callers refuse it elsewhere.
-template <class C>
-RESM_HD C trim(C delta, C threshold) {
-  const C magnitude = delta < C(0) ? -delta : delta;
-  return magnitude >= threshold ? delta : C(0);
-}
-
-// The same with an upper threshold, above which deltas count as outliers.
+// Trim: what lies below the lower threshold, or above the upper one, counts as no change. NaN is below everything;
+// callers refuse it elsewhere.
 template <class C>
 RESM_HD C trim(C delta, C lower, C upper) {
   const C magnitude = delta < C(0) ? -delta : delta;
