@@ -178,6 +178,7 @@ def aggregate(
         for given, bound in ((thresholds, 0.0), (upper_thresholds, math.inf))
     )
     own_masks = [[] if masks is None else masks[i * n_experts : (i + 1) * n_experts] for i in range(len(outs))]
+    own_masks = [[mask.contiguous() for mask in own] for own in own_masks]
     with on_device(device):
         for (*dtypes, compute), which in kinds(origins, groups, outs).items():
             launch = launch_of([[outs[i], *origins[i : i + 1], *groups[i], *own_masks[i]] for i in which], BLOCK)
