@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cpu/memory.h"
 #include "cpu/ops.h"
 
 namespace py = pybind11;
@@ -267,6 +268,11 @@ PYBIND11_MODULE(_native, m) {
 #if defined(RESM_WITH_CUDA)
   define_cuda_ops(m);
 #endif
+  py::class_<Memory>(m, "Memory", py::buffer_protocol(), "Bytes for a large output.")
+      .def(py::init<size_t>())
+      .def_buffer([](Memory& memory) {
+        return py::buffer_info(static_cast<uint8_t*>(memory.data()), static_cast<py::ssize_t>(memory.bytes()));
+      });
   m.def("build_facts", &build_facts, "Instruction sets, compiler and CUDA architectures of this build.");
   m.def("use_isa", [](const std::string& name) {
     require(use_isa(name.c_str()), "this processor or build has no instruction set '" + name + "'");

@@ -1,8 +1,4 @@
 // aggregate: every element is read once, merged in registers and scratch, rounded once and written.
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <mutex>
 
 #include "cpu/chunks.h"
@@ -69,17 +65,6 @@ bool sum_chunk(const Groups& groups, const Chunk& chunk, const Election<float>& 
   return finite;
 }
 
-// A fresh output of many megabytes costs more in page faults than in arithmetic: 2 MiB pages make them 512 times fewer.
-// Only a hint, so that its failure (no such pages here) is no error.
-void prefer_huge_pages([[maybe_unused]] const Array& out, [[maybe_unused]] int64_t length) {
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = uintptr_t(2) << 20;
-  const auto begin = reinterpret_cast<uintptr_t>(out.data), end = begin + length * item_size(out.dtype);
-  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage, last = end / kHugePage * kHugePage;
-  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-#endif
-}
-
 // Merges the groups whose compute type is C.
 template <class C>
 void merge_groups(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
@@ -129,7 +114,6 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
 void aggregate(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
                int64_t* nonfinite, int threads) {
   std::fill(nonfinite, nonfinite + groups.size() * (1 + groups.n_experts), int64_t(0));
-  for (int64_t g = 0; g < groups.size(); ++g) prefer_huge_pages(outs[g], groups.lengths[g]);
   merge_groups<float>(groups, options, outs, nonfinite, threads);
   merge_groups<double>(groups, options, outs, nonfinite, threads);
 }

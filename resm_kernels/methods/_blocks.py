@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resm_kernels.linalg._threads import run
 from resm_kernels.methods._common import elementwise_workspace
-from resm_kernels.ops._library import raise_nonfinite
+from resm_kernels.ops._library import empty, raise_nonfinite
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 from resm_kernels.reference._delta import compute_dtype
@@ -54,7 +54,7 @@ def merge_elements(
     Raises:
         NonFiniteError: base or an expert has NaN or infinite values.
     """
-    out = torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
+    out = empty(base.shape, out_dtype or base.dtype, base.device)
     into, inputs = out.view(-1), [t.reshape(-1) for t in (base, *experts)]
     wide, beside = compute_dtype(*inputs), [t.reshape(-1) for t in others]
 
@@ -84,7 +84,7 @@ def merge_vectors(
         dim: −1 or 0; a tensor of less than two dimensions is one vector.
     """
     first = experts[0] if base is None else base
-    out = torch.empty(first.shape, dtype=out_dtype or first.dtype, device=first.device)
+    out = empty(first.shape, out_dtype or first.dtype, first.device)
     if first.numel() == 0:
         return out
 
@@ -113,7 +113,7 @@ def merge_vectors(
 
 def map_rows(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     """function([θ_1 …]) of every block of rows, vectors along the last dimension, each as it is stored."""
-    out = torch.empty(tensors[0].shape, dtype=dtype, device=tensors[0].device)
+    out = empty(tensors[0].shape, dtype, tensors[0].device)
     if out.numel() == 0:
         return out
     n = out.shape[-1] if out.ndim else 1

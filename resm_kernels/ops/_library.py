@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import numbers
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +23,8 @@ FLOAT_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat
 
 _LIBRARY: Final = torch.library.Library(NAMESPACE, "DEF")
 _DISPATCH: Final[dict[str, dict[str, str]]] = {}
+_CPU: Final = torch.device("cpu")
+_LARGE: Final = 2 << 20  # bytes: one huge page
 _collecting: Final = threading.local()
 
 Check = tuple[Tensor, Callable[[Tensor], None]]
@@ -222,6 +225,20 @@ def collected_checks() -> Iterator[list[Check]]:
         yield _collecting.checks
     finally:
         _collecting.checks = outer
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
+    """A tensor of no particular values for a result, as `torch.empty` makes it.
+
+    On the CPU large ones lie in memory that earlier ones lay in, if there is such, else on huge pages: clearing fresh
+    small pages takes longer than an element-wise merge (csrc/cpu/memory.h). Their storage cannot be resized.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes < _LARGE or device.type != "cpu" or _extension.native is None:
+        return torch.empty(shape, dtype=dtype, device=device)
+    storage = torch.frombuffer(_extension.native.Memory(nbytes), dtype=torch.uint8).untyped_storage()
+    strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+    return torch.empty(0, dtype=dtype).set_(storage, 0, tuple(shape), tuple(strides))
 
 
 class NativeTensors:

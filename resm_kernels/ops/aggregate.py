@@ -17,6 +17,7 @@ from resm_kernels.ops._library import (
     check_group,
     check_number,
     check_values,
+    empty,
     raise_counted,
     register,
 )
@@ -259,7 +260,7 @@ def _native(
 ) -> tuple[list[Tensor], Tensor]:
     assert _extension.native is not None
     firsts = bases or experts[::n_experts]
-    outs = [torch.empty(t.shape, dtype=out_dtype or t.dtype) for t in firsts]
+    outs = [empty(t.shape, out_dtype or t.dtype) for t in firsts]
     nonfinite = torch.empty((len(outs), 1 + n_experts), dtype=torch.int64)
     numbers = [None if t is None else t.cpu().contiguous() for t in (thresholds, upper_thresholds, rescale)]
     lower, upper, scales = (0 if t is None else t.data_ptr() for t in numbers)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import FLOAT_DTYPES, NativeTensors, check_group, check_number, register
+from resm_kernels.ops._library import FLOAT_DTYPES, NativeTensors, check_group, check_number, empty, register
 from resm_kernels.reference._delta import compute_dtype
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
 
@@ -79,7 +79,7 @@ def _check_factor(name: str, factor: Tensor, base: Tensor, side: int) -> None:
 
 def _native(base: Tensor, left: Tensor, right: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:
     assert _extension.native is not None
-    out = torch.empty(base.shape, dtype=out_dtype or base.dtype)
+    out = empty(base.shape, out_dtype or base.dtype)
     dtype = compute_dtype(base, left)
     (m, n), k = base.shape, left.shape[1]
     left, right = left.to(dtype).contiguous(), right.to(dtype)

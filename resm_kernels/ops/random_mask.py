@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, check_number, check_whole, register
+from resm_kernels.ops._library import NativeTensors, check_group, check_number, check_whole, empty, register
 from resm_kernels.ops.random_matrix import MAX_SEED
 from resm_kernels.reference._masks import mask_bytes
 from resm_kernels.reference.random_mask import probability_law, row_length
@@ -83,7 +83,7 @@ def _native(base: Tensor, experts: list[Tensor], density: list[float], epsilon: 
     assert _extension.native is not None
     columns = max(row_length(base), 1)
     laws = [probability_law(p, e, columns) for p, e in zip(density, epsilon, strict=True)]
-    masks = [torch.empty(mask_bytes(base.numel()), dtype=torch.uint8) for _ in experts]
+    masks = [empty((mask_bytes(base.numel()),), torch.uint8) for _ in experts]
     b, e = NativeTensors([base]), NativeTensors(experts)
     _extension.native.random_mask(
         b.pointers,
