@@ -77,6 +77,25 @@ def test_every_dtype_has_the_reference_bits(dtype: torch.dtype) -> None:
         check_against_reference(base, experts, rule, election, normalize=True, min_divisor=least, **options)
 
 
+@pytest.mark.parametrize("rule, election", RULES)
+@pytest.mark.parametrize("count", range(1, 6))
+def test_bf16_has_the_reference_bits_on_every_instruction_set(
+    every_way: Callable[[], Iterator[str]], count: int, rule: str, election: str
+) -> None:
+    """Up to four experts are merged in registers, more by way of blocks, and so are what is over of sixteen."""
+    for kind, normalize, sparse in itertools.product(("weights", "ties", "zeros"), (False, True), (False, True)):
+        base, experts = group((3 * BLOCK + 37,), count, kind, base_dtype=torch.bfloat16)
+        weights, limits = [0.7, -0.3, 1.1, 0.0, 2.0][:count], torch.full((1, count), 5e-4, dtype=torch.float64)
+        masks, least = masks_of(base, count) if sparse else None, 0.5 if rule == "ties" else None
+        numbers = (limits if sparse else None, None, limits * 4 if sparse else None, masks, None, election, least)
+        (wanted,), _ = reference([base], experts, weights, count, 0.8, rule, normalize, *numbers)
+        for way in every_way():
+            found, nonfinite = torch.ops.resm_kernels.aggregate(
+                [base], experts, weights, count, 0.8, rule, normalize, *numbers
+            )
+            assert same_bits(found[0], wanted) and not nonfinite.any(), (way, kind, normalize, sparse)
+
+
 def test_hand_computed() -> None:
     base = torch.zeros(4)
     a, b = torch.tensor([1.0, -4.0, 2.0, 3.0]), torch.tensor([-3.0, 1.0, 4.0, -1.0])
@@ -139,8 +158,9 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(
         assert same_bits(found, wanted), way
 
 
-def test_values_that_are_not_finite_are_refused_where_they_are_left_out() -> None:
-    base, experts = group((BLOCK + 9,), 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_values_that_are_not_finite_are_refused_where_they_are_left_out(dtype: torch.dtype) -> None:
+    base, experts = group((BLOCK + 9,), 2, base_dtype=dtype)
     experts[1][3] = math.nan
     nothing = [packed(torch.zeros(BLOCK + 9) > 0)] * 2
     for rule, options in (("sum", {"masks": nothing}), ("ties", {"masks": nothing}), ("sum", {"thresholds": [9, 9]})):

@@ -42,27 +42,30 @@ void merge_chunk(const Groups& groups, const Chunk& chunk, Election<C> election,
   });
 }
 
-// Can the chunk be merged without converting blocks? See Kernels::sum_bf16.
-bool is_plain_sum(const Groups& groups, int64_t group, const Election<float>& election, DType out) {
+// Can the group be merged without a trip through scratch? See Kernels::aggregate_bf16.
+bool is_all_bf16(const Groups& groups, int64_t group, const Election<float>& election, bool is_sparse, DType out) {
   const Array* base = groups.base(group);
-  bool plain = election.rule == Rule::sum && groups.n_experts <= 4 && out == DType::bf16 &&
-               (base == nullptr || base->dtype == DType::bf16);
-  for (int t = 0; t < groups.n_experts; ++t) plain = plain && groups.experts_of(group)[t].dtype == DType::bf16;
-  return plain;
+  bool all = groups.n_experts <= 4 && out == DType::bf16 &&
+             (base == nullptr ? election.rule == Rule::sum && !is_sparse : base->dtype == DType::bf16);
+  for (int t = 0; t < groups.n_experts; ++t) all = all && groups.experts_of(group)[t].dtype == DType::bf16;
+  return all;
 }
 
-// False if something in the chunk may not be finite: then merge_chunk counts what.
-bool sum_chunk(const Groups& groups, const Chunk& chunk, const Election<float>& election, const Array& out) {
+// Merges the chunk, or, if something in it may not be finite, nothing that counts: returns where it is yet to begin.
+int64_t merge_bf16_chunk(const Groups& groups, const Chunk& chunk, Election<float> election,
+                         BlockSparsity<float>& sparsity, const Array& out) {
+  const Array* base = groups.base(chunk.group);
   const uint16_t* experts[4] = {};
   bool finite = true;
-  for_blocks(chunk, [&](int64_t begin, int n) {
+  const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kLanes * kLanes;
+  for_blocks({chunk.group, chunk.begin, whole}, [&](int64_t begin, int n) {
     for (int t = 0; t < groups.n_experts; ++t)
       experts[t] = static_cast<const uint16_t*>(groups.experts_of(chunk.group)[t].data) + begin;
-    const Array* base = groups.base(chunk.group);
     const uint16_t* origin = base == nullptr ? nullptr : static_cast<const uint16_t*>(base->data) + begin;
-    finite &= kernels().sum_bf16(origin, experts, n, election, static_cast<uint16_t*>(out.data) + begin);
+    election.sparsity = sparsity.at(begin);
+    finite &= kernels().aggregate_bf16(origin, experts, n, election, static_cast<uint16_t*>(out.data) + begin);
   });
-  return finite;
+  return finite ? whole : chunk.begin;
 }
 
 // Merges the groups whose compute type is C.
@@ -99,11 +102,12 @@ void merge_groups(const Groups& groups, const AggregateOptions& options, const s
                                             {},
                                             options.vote,
                                             static_cast<C>(options.min_divisor)};
+                 Chunk rest = chunks[i];
                  if constexpr (sizeof(C) == 4)
-                   if (!is_sparse && is_plain_sum(groups, g, election, outs[g].dtype) &&
-                       sum_chunk(groups, chunks[i], election, outs[g]))
-                     return;
-                 merge_chunk<C>(groups, chunks[i], election, sparsity, outs[g], scratch);
+                   if (is_all_bf16(groups, g, election, is_sparse, outs[g].dtype))
+                     rest.begin = merge_bf16_chunk(groups, rest, election, sparsity, outs[g]);
+                 if (rest.begin == rest.end) return;
+                 merge_chunk<C>(groups, rest, election, sparsity, outs[g], scratch);
                  const std::lock_guard<std::mutex> lock(counting);
                  for (int t = 0; t <= n_experts; ++t) nonfinite[g * (1 + n_experts) + t] += scratch.nonfinite[t];
                });

@@ -86,44 +86,85 @@ void elect(const C* __restrict experts, int n, const Election<C>& election, C* _
   }
 }
 
-// The whole of rule sum where everything is bf16, without a trip through scratch; the same operations in the same order
-// as below. True if the result shows that all inputs are finite.
-template <int kCount, bool kHasBase>
-bool sum_bf16(const uint16_t* __restrict base, const uint16_t* const* experts, int n, const Election<float>& election,
-              uint16_t* __restrict out) {
-  const uint16_t* __restrict e[4] = {experts[0], experts[kCount > 1 ? 1 : 0], experts[kCount > 2 ? 2 : 0],
-                                     experts[kCount > 3 ? 3 : 0]};
-  const float divisor = election.normalize ? election.weight_sum : 1.0f;
-  uint32_t nonfinite = 0;
-  for (int i = 0; i < n; ++i) {
-    const float origin = kHasBase ? float_from_bf16(base[i]) : 0.0f;
-    float total = -0.0f;
+// What merge_bf16 is compiled for, beside the number of experts.
+enum class Form { model_sum, delta_sum, sparse_sum, weighted_vote, unweighted_vote, count_vote };
+
+// The same operations in the same order as the loops over blocks, in registers from the inputs to the output.
+template <int kCount, Form kForm>
+bool merge_bf16(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
+                uint16_t* out) {
+  using L = Lanes<float>;
+  constexpr bool kHasBase = kForm != Form::model_sum, kTies = kForm >= Form::weighted_vote;
+  const bool trims = election.sparsity.trims(), masks = election.sparsity.masks != nullptr;
+  const bool shows = !kTies && kForm != Form::sparse_sum;  // a sum shows what its terms were
+  const L zero = L::all(0.0f), one = L::all(1.0f);
+  L doubt = zero;  // NaN where something is not finite
+  for (int i = 0; i < n; i += kLanes) {
+    const L origin = kHasBase ? L::load_bf16(base + i) : zero;
+    if (!shows) doubt = doubt.plus(origin.minus(origin));
+    L terms[kCount], total = L::all(-0.0f);
     for (int t = 0; t < kCount; ++t) {
-      const float value = float_from_bf16(e[t][i]);
-      total = total + (kHasBase ? value - origin : value) * election.factors[t];
+      L value = L::load_bf16(experts[t] + i);
+      if (!shows) doubt = doubt.plus(value.minus(value));
+      if (kHasBase) value = value.minus(origin);
+      if (!shows && trims) value = trimmed(value, election.sparsity.lower[t], election.sparsity.upper[t]);
+      if (!shows && masks) value = masked(value, mask_of_lanes(election.sparsity.masks[t] + i / 8));
+      terms[t] = value.times(L::all(election.factors[t]));
+      total = total.plus(terms[t]);
     }
-    nonfinite += key_of(total) >= kInfinityKey<float> ? 1 : 0;
-    const float merged = total / divisor * election.scale;
-    out[i] = bf16_from_float(kHasBase ? origin + merged : merged);
+    if (shows) doubt = doubt.plus(total.minus(total));
+    L divisor = L::all(election.weight_sum);
+    if (kTies) {
+      L votes = total;
+      if (kForm == Form::count_vote) {
+        votes = zero;
+        for (int t = 0; t < kCount; ++t)
+          votes = votes.plus(one.in(terms[t].above(zero), L::all(-1.0f).in(zero.above(terms[t]), zero)));
+      }
+      const auto towards = votes.at_least(zero);
+      total = L::all(-0.0f);
+      divisor = zero;
+      for (int t = 0; t < kCount; ++t) {
+        const L weight = L::all(election.weights[t]);
+        const auto agrees = terms[t].in(towards, zero.minus(terms[t])).above(zero);
+        total = total.plus((kForm == Form::unweighted_vote ? terms[t].times(weight) : terms[t]).in(agrees, zero));
+        divisor = divisor.plus(weight.in(agrees, zero));
+      }
+      if (election.normalize) {
+        const L least = L::all(election.min_divisor);
+        divisor = divisor.in(divisor.above(zero), divisor.in(zero.above(divisor), one));
+        divisor = least.in(least.above(divisor), divisor);
+      }
+    }
+    if (election.normalize) total = total.over(divisor);
+    total = total.times(L::all(election.scale));
+    (kHasBase ? origin.plus(total) : total).store_bf16(out + i);
   }
-  return nonfinite == 0;
+  return doubt.all_finite();
 }
 
-template <bool kHasBase>
-bool sum_any_bf16(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
-                  uint16_t* out) {
+template <Form kForm>
+bool merge_some_bf16(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
+                     uint16_t* out) {
   switch (election.n_experts) {
-    case 1: return sum_bf16<1, kHasBase>(base, experts, n, election, out);
-    case 2: return sum_bf16<2, kHasBase>(base, experts, n, election, out);
-    case 3: return sum_bf16<3, kHasBase>(base, experts, n, election, out);
-    default: return sum_bf16<4, kHasBase>(base, experts, n, election, out);
+    case 1: return merge_bf16<1, kForm>(base, experts, n, election, out);
+    case 2: return merge_bf16<2, kForm>(base, experts, n, election, out);
+    case 3: return merge_bf16<3, kForm>(base, experts, n, election, out);
+    default: return merge_bf16<4, kForm>(base, experts, n, election, out);
   }
 }
 
-bool sum_bf16_of(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
-                 uint16_t* out) {
-  return base == nullptr ? sum_any_bf16<false>(base, experts, n, election, out)
-                         : sum_any_bf16<true>(base, experts, n, election, out);
+bool aggregate_bf16(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
+                    uint16_t* out) {
+  if (base == nullptr) return merge_some_bf16<Form::model_sum>(base, experts, n, election, out);
+  if (election.rule == Rule::sum)
+    return election.sparsity.any() ? merge_some_bf16<Form::sparse_sum>(base, experts, n, election, out)
+                                   : merge_some_bf16<Form::delta_sum>(base, experts, n, election, out);
+  switch (election.vote) {
+    case Vote::weighted: return merge_some_bf16<Form::weighted_vote>(base, experts, n, election, out);
+    case Vote::unweighted: return merge_some_bf16<Form::unweighted_vote>(base, experts, n, election, out);
+    default: return merge_some_bf16<Form::count_vote>(base, experts, n, election, out);
+  }
 }
 
 template <class C>

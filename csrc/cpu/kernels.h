@@ -194,9 +194,10 @@ struct Kernels {
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);
-  // `aggregate` of rule sum with or without a base and one to four experts, all and the output bf16: writes n results.
-  bool (*sum_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
-                   uint16_t* out);
+  // `aggregate` of one to four experts, all tensors bf16, without a base for plain sums alone: writes n results, n a
+  // multiple of kLanes. False if an input may not be finite.
+  bool (*aggregate_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
+                         uint16_t* out);
   BlockKernels<double> f64;
   ProductKernels products;
   MaskKernels masks;

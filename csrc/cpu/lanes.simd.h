@@ -15,6 +15,20 @@ template <class C>
 struct Lanes {
   C v[kLanes];
 
+  // Lanes of which something holds.
+  struct Where {
+    bool v[kLanes];
+    static RESM_HD Where bits(uint32_t set) {
+      Where r;
+      for (int i = 0; i < kLanes; ++i) r.v[i] = (set >> i) & 1u;
+      return r;
+    }
+    RESM_HD Where operator&(const Where& o) const {
+      Where r;
+      for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] & o.v[i];
+      return r;
+    }
+  };
   struct Counts {
     int32_t v[kLanes] = {};
     static RESM_HD Counts load(const int32_t* p) {
@@ -74,6 +88,30 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] * o.v[i];
     return r;
   }
+  RESM_HD Lanes over(const Lanes& o) const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] / o.v[i];
+    return r;
+  }
+  RESM_HD Where above(const Lanes& o) const {
+    Where r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] > o.v[i];
+    return r;
+  }
+  RESM_HD Where at_least(const Lanes& o) const {
+    Where r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] >= o.v[i];
+    return r;
+  }
+  // This in those lanes, o in the others.
+  RESM_HD Lanes in(const Where& where, const Lanes& o) const {
+    Lanes r;
+    for (int i = 0; i < kLanes; ++i) r.v[i] = where.v[i] ? v[i] : o.v[i];
+    return r;
+  }
+  RESM_HD void store_bf16(uint16_t* p) const {
+    for (int i = 0; i < kLanes; ++i) p[i] = bf16_from_float(before_half(v[i]));
+  }
   RESM_HD bool all_finite() const { return count_nonfinite(v, kLanes) == 0; }
   // Of magnitudes: is every lane zero or within the limits?
   RESM_HD bool all_zero_or_within(C low, C high) const {
@@ -115,6 +153,11 @@ template <>
 struct Lanes<float> {
   __m512 v;
 
+  struct Where {
+    __mmask16 v;
+    static RESM_HD Where bits(uint32_t set) { return {static_cast<__mmask16>(set)}; }
+    RESM_HD Where operator&(const Where& o) const { return {static_cast<__mmask16>(v & o.v)}; }
+  };
   struct Counts {
     __m512i v = _mm512_setzero_si512();
     static RESM_HD Counts load(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
@@ -156,6 +199,18 @@ struct Lanes<float> {
   RESM_HD Lanes minus(const Lanes& o) const { return {_mm512_sub_ps(v, o.v)}; }
   RESM_HD Lanes plus(const Lanes& o) const { return {_mm512_add_ps(v, o.v)}; }
   RESM_HD Lanes times(const Lanes& o) const { return {_mm512_mul_ps(v, o.v)}; }
+  RESM_HD Lanes over(const Lanes& o) const { return {_mm512_div_ps(v, o.v)}; }
+  RESM_HD Where above(const Lanes& o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_GT_OQ)}; }
+  RESM_HD Where at_least(const Lanes& o) const { return {_mm512_cmp_ps_mask(v, o.v, _CMP_GE_OQ)}; }
+  RESM_HD Lanes in(const Where& where, const Lanes& o) const { return {_mm512_mask_mov_ps(o.v, where.v, v)}; }
+  RESM_HD void store_bf16(uint16_t* p) const {
+    const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+    const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+    const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+    const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
+    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
+  }
   RESM_HD bool all_finite() const {
     return _mm512_cmp_ps_mask(_mm512_abs_ps(v), _mm512_set1_ps(__FLT_MAX__), _CMP_LE_OQ) == 0xffff;
   }
@@ -182,6 +237,16 @@ template <>
 struct Lanes<float> {
   __m256 a, b;
 
+  struct Where {
+    __m256 a, b;
+    static RESM_HD Where bits(uint32_t set) { return {half(set), half(set >> 8)}; }
+    static RESM_HD __m256 half(uint32_t set) {
+      const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), places);
+      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(own, places));
+    }
+    RESM_HD Where operator&(const Where& o) const { return {_mm256_and_ps(a, o.a), _mm256_and_ps(b, o.b)}; }
+  };
   struct Counts {
     __m256i a = _mm256_setzero_si256(), b = _mm256_setzero_si256();
     static RESM_HD Counts load(const int32_t* p) {
@@ -239,6 +304,29 @@ struct Lanes<float> {
   RESM_HD Lanes minus(const Lanes& o) const { return {_mm256_sub_ps(a, o.a), _mm256_sub_ps(b, o.b)}; }
   RESM_HD Lanes plus(const Lanes& o) const { return {_mm256_add_ps(a, o.a), _mm256_add_ps(b, o.b)}; }
   RESM_HD Lanes times(const Lanes& o) const { return {_mm256_mul_ps(a, o.a), _mm256_mul_ps(b, o.b)}; }
+  RESM_HD Lanes over(const Lanes& o) const { return {_mm256_div_ps(a, o.a), _mm256_div_ps(b, o.b)}; }
+  RESM_HD Where above(const Lanes& o) const {
+    return {_mm256_cmp_ps(a, o.a, _CMP_GT_OQ), _mm256_cmp_ps(b, o.b, _CMP_GT_OQ)};
+  }
+  RESM_HD Where at_least(const Lanes& o) const {
+    return {_mm256_cmp_ps(a, o.a, _CMP_GE_OQ), _mm256_cmp_ps(b, o.b, _CMP_GE_OQ)};
+  }
+  RESM_HD Lanes in(const Where& where, const Lanes& o) const {
+    return {_mm256_blendv_ps(o.a, a, where.a), _mm256_blendv_ps(o.b, b, where.b)};
+  }
+  RESM_HD void store_bf16(uint16_t* p) const {
+    const auto half = [](__m256 x) {
+      const __m256i bits = _mm256_castps_si256(x), high = _mm256_srli_epi32(bits, 16);
+      const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+      const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+      const __m256i quiet = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+      const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+      return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, nan);
+    };
+    // Packing goes by halves of the registers, which the permutation undoes.
+    const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half(a), half(b)), 0xd8);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
+  }
   RESM_HD bool all_finite() const {
     const __m256 most = _mm256_set1_ps(__FLT_MAX__);
     const Lanes size = magnitude();
