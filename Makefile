@@ -40,7 +40,6 @@ lint: $(VENV)/.lint
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
 	$(BIN)/python benchmarks/bench_elementwise.py --json benchmarks/results/elementwise.json
-	$(BIN)/python benchmarks/bench_checkpoint.py --methods ties breadcrumbs dare_ties della linear --json benchmarks/results/checkpoint.json
 
 # Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test

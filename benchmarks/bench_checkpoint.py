@@ -37,6 +37,7 @@ from rich.table import Table
 
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
 from resm_kernels.linalg._products import matmul
+from resm_kernels.methods import get
 
 EXPERTS: Final = 3
 ALPHA: Final = 0.7
@@ -172,12 +173,15 @@ def floor(folders: list[Path], out: Path) -> dict[str, float]:
     return {"read_seconds": read, "write_seconds": time.perf_counter() - started}
 
 
-def compare(method: str, folders: list[Path], runs: int, rival: Path | None) -> dict[str, Any]:
+def compare(
+    method: str, folders: list[Path], runs: int, rival: Path | None, parameters: dict[str, float] | None = None
+) -> dict[str, Any]:
     """Run both commands on one recipe, in turn; return medians, peaks and the ratio."""
+    parameters = PARAMETERS[method] if parameters is None else parameters
     recipe = {
         "merge_method": method,
-        **({} if method == "linear" else {"base_model": str(folders[0].absolute())}),
-        "models": [{"model": str(f.absolute()), "parameters": PARAMETERS[method]} for f in folders[1:]],
+        **({"base_model": str(folders[0].absolute())} if get(method).needs_base else {}),
+        "models": [{"model": str(f.absolute()), "parameters": parameters} for f in folders[1:]],
         "dtype": "bfloat16",
     }
     with tempfile.TemporaryDirectory(dir=folders[0].parent) as scratch:
@@ -191,7 +195,7 @@ def compare(method: str, folders: list[Path], runs: int, rival: Path | None) -> 
             for name, command in commands.items():
                 measured[name].append(run(command, log))
                 rmtree(out)
-        result: dict[str, Any] = {"method": method, "parameters": PARAMETERS[method]}
+        result: dict[str, Any] = {"method": method, "parameters": parameters}
         for name, samples in measured.items():
             seconds = [s for s, _ in samples]
             result[name] = {
@@ -230,13 +234,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="times each command runs (default: 3)")
     parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-250m"), help="where the models are kept")
     parser.add_argument("--no-rival", action="store_true", help="measure resm-kernels alone")
-    parser.add_argument(
-        "--json",
-        type=Path,
-        nargs="?",
-        const=Path("benchmarks/results/checkpoint.json"),
-        help="also write the results (default file: benchmarks/results/checkpoint.json)",
-    )
+    parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     rival = Path(sys.executable).parent / "mergekit-yaml"
     if not options.no_rival and not rival.exists():

@@ -4,6 +4,8 @@ One weight of 4096 × 4096 in bf16 and experts a small normal step away. Every m
 bf16 (rivals compute in bf16, this library in fp32), caches emptied before each call, ours and mergekit's in turn. The
 floor is to read all inputs once and write the result once, timed in the same run with torch's sum and fill.
 
+Whole processes: both command lines on the 250 M-parameter model of bench_checkpoint, in turn.
+
 Growth: 1 to 16 experts of 4 M elements, 3 experts of 1 to 16 M elements, and whole merges of models with 2 to 8 layers,
 each in a process of its own for its peak memory.
 
@@ -19,18 +21,16 @@ import gc
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, Final
 from unittest import mock
 
 import torch
-import yaml
-from bench_checkpoint import Size, make_models, run
+from bench_checkpoint import OURS, RIVAL, Size, compare, make_models
+from bench_checkpoint import PARAMETERS as COMMAND_LINES
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -136,13 +136,27 @@ def growth(names: list[str], rounds: int) -> list[dict[str, Any]]:
     """Seconds against bytes read and written."""
     rows = []
     sizes = [(t, 4) for t in (1, 2, 4, 8, 16)] + [(3, n) for n in (1, 4, 16)]
-    for name in names:
-        for count, millions in sizes:
-            base, experts = tensors(millions << 20, count)
+    for count, millions in sizes:
+        base, experts = tensors(millions << 20, count)
+        for name in (name for name in names if methods.get(name).min_experts <= count):
             seconds = medians({"ours": lambda n=name, b=base, e=experts: ours(n, b, e)}, rounds)["ours"]
             nbytes = (count + 1 + methods.get(name).needs_base) * base.nbytes
             sizes_and_time = {"elements": base.numel(), "seconds": seconds, "bytes": nbytes}
             rows.append({"method": name, "experts": count, **sizes_and_time, "GB/s": nbytes / seconds / 1e9})
+    return sorted(rows, key=lambda row: names.index(row["method"]))
+
+
+def process(names: list[str], runs: int, cache: Path) -> list[dict[str, Any]]:
+    """Whole merges of the 250 M-parameter model by both command lines; see bench_checkpoint."""
+    folders = make_models(cache / "llama-250m")
+    rival = Path(sys.executable).parent / "mergekit-yaml"
+    rows = []
+    for name in (name for name in names if name in COMMAND_LINES):
+        found = compare(name, folders, runs, rival)
+        times = {tool: found[key]["median_seconds"] for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
+        peaks = {f"{tool} GB": found[key]["peak_bytes"] / 1e9 for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
+        lowest = sum(found["floor"].values())
+        rows.append({"method": name, **times, "floor": lowest, "ratio": found["ratio"], **peaks})
     return rows
 
 
@@ -152,17 +166,10 @@ def memory(names: list[str], cache: Path) -> list[dict[str, Any]]:
     for layers in (2, 4, 8):
         folders = make_models(cache / f"layers-{layers}", Size(layers=layers, vocabulary=4000))
         for name in names:
-            with tempfile.TemporaryDirectory(dir=cache) as scratch:
-                recipe, out = Path(scratch, "recipe.yml"), Path(scratch, "out")
-                models = [{"model": str(f.absolute()), "parameters": PARAMETERS[name]} for f in folders[1:]]
-                origin = {"base_model": str(folders[0].absolute())} if methods.get(name).needs_base else {}
-                keys = {"merge_method": name, **origin, "models": models, "dtype": "bfloat16"}
-                recipe.write_text(yaml.safe_dump(keys))
-                command = [sys.executable, "-m", "resm_kernels", "merge", str(recipe), str(out), "--quiet"]
-                seconds, peak = run(command, Path(scratch, "log"))
-                rmtree(out)
-            rows.append({"method": name, "layers": layers, "seconds": seconds, "peak_bytes": peak})
-    return rows
+            found = compare(name, folders, 1, None, PARAMETERS[name])[OURS]
+            peak = found["peak_bytes"]
+            rows.append({"method": name, "layers": layers, "seconds": found["median_seconds"], "peak_bytes": peak})
+    return sorted(rows, key=lambda row: names.index(row["method"]))
 
 
 @contextmanager
@@ -212,7 +219,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=known, choices=known)
     parser.add_argument("--rounds", type=int, default=11, help="times each of ours is called (default: 11)")
     parser.add_argument("--rival-rounds", type=int, default=2, help="times mergekit is called (default: 2)")
-    parser.add_argument("--parts", nargs="+", default=["speed", "growth", "memory", "accuracy"])
+    parser.add_argument("--runs", type=int, default=2, help="times each whole process runs (default: 2)")
+    parser.add_argument("--parts", nargs="+", default=["speed", "process", "growth", "memory", "accuracy"])
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where models are kept")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
@@ -221,7 +229,8 @@ def main() -> None:
     found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "speed": lambda: speed(options.methods, options.rounds, options.rival_rounds),
-        "growth": lambda: growth(any_number, options.rounds),
+        "process": lambda: process(options.methods, options.runs, options.cache),
+        "growth": lambda: growth(any_number, min(options.rounds, 5)),
         "memory": lambda: memory(any_number, options.cache),
         "accuracy": lambda: accuracy(options.methods),
     }

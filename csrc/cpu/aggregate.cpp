@@ -45,7 +45,7 @@ void merge_chunk(const Groups& groups, const Chunk& chunk, Election<C> election,
 // Can the group be merged without a trip through scratch? See Kernels::aggregate_bf16.
 bool is_all_bf16(const Groups& groups, int64_t group, const Election<float>& election, bool is_sparse, DType out) {
   const Array* base = groups.base(group);
-  bool all = groups.n_experts <= 4 && out == DType::bf16 &&
+  bool all = groups.n_experts <= kMostAtOnce && out == DType::bf16 &&
              (base == nullptr ? election.rule == Rule::sum && !is_sparse : base->dtype == DType::bf16);
   for (int t = 0; t < groups.n_experts; ++t) all = all && groups.experts_of(group)[t].dtype == DType::bf16;
   return all;
@@ -55,7 +55,7 @@ bool is_all_bf16(const Groups& groups, int64_t group, const Election<float>& ele
 int64_t merge_bf16_chunk(const Groups& groups, const Chunk& chunk, Election<float> election,
                          BlockSparsity<float>& sparsity, const Array& out) {
   const Array* base = groups.base(chunk.group);
-  const uint16_t* experts[4] = {};
+  const uint16_t* experts[kMostAtOnce] = {};
   bool finite = true;
   const int64_t whole = chunk.begin + (chunk.end - chunk.begin) / kLanes * kLanes;
   for_blocks({chunk.group, chunk.begin, whole}, [&](int64_t begin, int n) {

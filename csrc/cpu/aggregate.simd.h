@@ -89,11 +89,13 @@ void elect(const C* __restrict experts, int n, const Election<C>& election, C* _
 // What merge_bf16 is compiled for, beside the number of experts.
 enum class Form { model_sum, delta_sum, sparse_sum, weighted_vote, unweighted_vote, count_vote };
 
-// The same operations in the same order as the loops over blocks, in registers from the inputs to the output.
+// The same operations in the same order as the loops over blocks, in registers from the inputs to the output; kCount 0
+// is any number up to kMostAtOnce, whose terms wait in the first-level cache.
 template <int kCount, Form kForm>
 bool merge_bf16(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                 uint16_t* out) {
   using L = Lanes<float>;
+  const int count = kCount > 0 ? kCount : election.n_experts;
   constexpr bool kHasBase = kForm != Form::model_sum, kTies = kForm >= Form::weighted_vote;
   const bool trims = election.sparsity.trims(), masks = election.sparsity.masks != nullptr;
   const bool shows = !kTies && kForm != Form::sparse_sum;  // a sum shows what its terms were
@@ -102,8 +104,8 @@ bool merge_bf16(const uint16_t* base, const uint16_t* const* experts, int n, con
   for (int i = 0; i < n; i += kLanes) {
     const L origin = kHasBase ? L::load_bf16(base + i) : zero;
     if (!shows) doubt = doubt.plus(origin.minus(origin));
-    L terms[kCount], total = L::all(-0.0f);
-    for (int t = 0; t < kCount; ++t) {
+    L terms[kCount > 0 ? kCount : kMostAtOnce], total = L::all(-0.0f);
+    for (int t = 0; t < count; ++t) {
       L value = L::load_bf16(experts[t] + i);
       if (!shows) doubt = doubt.plus(value.minus(value));
       if (kHasBase) value = value.minus(origin);
@@ -118,13 +120,13 @@ bool merge_bf16(const uint16_t* base, const uint16_t* const* experts, int n, con
       L votes = total;
       if (kForm == Form::count_vote) {
         votes = zero;
-        for (int t = 0; t < kCount; ++t)
+        for (int t = 0; t < count; ++t)
           votes = votes.plus(one.in(terms[t].above(zero), L::all(-1.0f).in(zero.above(terms[t]), zero)));
       }
       const auto towards = votes.at_least(zero);
       total = L::all(-0.0f);
       divisor = zero;
-      for (int t = 0; t < kCount; ++t) {
+      for (int t = 0; t < count; ++t) {
         const L weight = L::all(election.weights[t]);
         const auto agrees = terms[t].in(towards, zero.minus(terms[t])).above(zero);
         total = total.plus((kForm == Form::unweighted_vote ? terms[t].times(weight) : terms[t]).in(agrees, zero));
@@ -150,7 +152,8 @@ bool merge_some_bf16(const uint16_t* base, const uint16_t* const* experts, int n
     case 1: return merge_bf16<1, kForm>(base, experts, n, election, out);
     case 2: return merge_bf16<2, kForm>(base, experts, n, election, out);
     case 3: return merge_bf16<3, kForm>(base, experts, n, election, out);
-    default: return merge_bf16<4, kForm>(base, experts, n, election, out);
+    case 4: return merge_bf16<4, kForm>(base, experts, n, election, out);
+    default: return merge_bf16<0, kForm>(base, experts, n, election, out);
   }
 }
 

@@ -24,6 +24,8 @@ constexpr int kPad = 4 * kLanes;  // blocks are filled up with zeros to a multip
 constexpr int kHistogramCopies = 8;
 constexpr int64_t kChunk = 65536;  // elements a task works on
 
+constexpr int kMostAtOnce = 16;    // experts that aggregate_bf16 takes
+
 // Of products with Δ (gemm.simd.h):
 constexpr int kDepth = 256;        // products that are added up before their sum is added to the output
 constexpr int kStripRows = 24;     // rows of the left operand that lie together
@@ -194,7 +196,7 @@ struct Kernels {
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);
-  // `aggregate` of one to four experts, all tensors bf16, without a base for plain sums alone: writes n results, n a
+  // `aggregate` of at most kMostAtOnce experts, all tensors bf16, without a base for plain sums alone: writes n results, n a
   // multiple of kLanes. False if an input may not be finite.
   bool (*aggregate_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                          uint16_t* out);
