@@ -101,6 +101,16 @@ struct Election {
   C min_divisor;
 };
 
+// A monotone map of keys to cells: even ones hold one key alone (0 the key 0), odd ones what lies between two of those,
+// or before the first but 0, or beyond the last.
+template <class C>
+struct KeyGrid {
+  Key<C> first;  // a multiple of 2^shift, as far apart as the even cells' keys are from there on
+  int shift, steps;
+
+  int cells() const { return 2 * steps + 2; }
+};
+
 // Sums of |δ|, of the kept |δ| and of their squares, one per lane.
 struct KeptSums {
   double all[kLanes], kept[kLanes], kept_sq[kLanes];
@@ -175,6 +185,8 @@ struct BlockKernels {
   // Of expert t of what `sparsity` tells.
   void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
   void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
+  // The cell of each key, and how many more are in each.
+  void (*count_cells)(const Key<C>* keys, int64_t n, const KeyGrid<C>& grid, uint16_t* cells, uint32_t* counts);
   // How many of n keys are less than, and how many are equal to key.
   void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
   // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.
@@ -186,7 +198,10 @@ struct BlockKernels {
 struct MaskKernels {
   // Runs first_run … of a mask whose elements stay with limit/2^32, and the words they are drawn with.
   void (*random_bits)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint8_t* mask);
-  void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words);
+  void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint32_t* words,
+                       uint8_t* mask);
+  // Indices of the n words from low up to, but not with, high (room for n + kLanes): returns how many.
+  int64_t (*words_between)(const uint32_t* words, int64_t n, uint32_t low, uint32_t high, uint32_t* places);
 };
 
 struct Kernels {

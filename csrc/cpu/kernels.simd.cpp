@@ -33,7 +33,7 @@ template <class C>
 constexpr BlockKernels<C> block_kernels() {
   return {load<C>,      store<C>,     count_nonfinite<C>, moments<C>,    outliers<C>,       histogram<C>,
           bracket<C>,   aggregate<C>, add_update<C>,      add_scaled<C>, inner_products<C>, kept_sums<C>,
-          keys<C>,      count_keys<C>, variance<C>,       mask_from<C>};
+          keys<C>,      count_cells<C>, count_keys<C>,    variance<C>,   mask_from<C>};
 }
 
 extern const Kernels table;
@@ -45,7 +45,7 @@ const Kernels table = {RESM_ISA_NAME,
                        block_kernels<double>(),
                        {delta_tile, random_rows, add_sketch, add_projection, add_image, add_preimage,
                         block_energy, widen_panel, add_panel_gram},
-                       {random_bits, random_words},
+                       {random_bits, random_words, words_between},
                        eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

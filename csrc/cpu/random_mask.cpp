@@ -1,8 +1,8 @@
 // random_mask: uniform masks are drawn as they are; for others the ranks within rows are found without sorting them.
 //
-// A row's keys of |δ| go into buckets by their highest bits. What a bucket says of a rank is enough for nearly all
-// elements, as their random numbers lie far from every limit that is still possible; the others' ranks are counted
-// among the keys of their bucket.
+// A row's keys of |δ| are counted in the cells of a grid, every other of which holds one key alone. Most random numbers
+// lie outside the limits of all ranks; for the others the cell says of the rank all there is to know, or enough. Those
+// few for which it does not are compared with the row.
 #include <algorithm>
 #include <numeric>
 
@@ -11,91 +11,92 @@
 namespace resm::cpu {
 namespace {
 
-constexpr int kMostBucketBits = 11, kFewestBucketBits = 4;
-constexpr int64_t kMostCounted = 1024;     // keys of a bucket that is not sorted first
+constexpr int kOctaves = 8;  // of magnitudes that the grid resolves: what lies below them is few
+constexpr int kFewestStepBits = 4, kMostStepBits = 12;
+constexpr int64_t kSampled = 64;           // keys of a row by the largest of which the grid is placed
+constexpr int64_t kMostCounted = 128;      // elements of a row that are compared with all of it; more: it is sorted
 constexpr int64_t kElementsAtOnce = 8192;  // of the rows that a task works on, or more
 constexpr int64_t kRunsAtOnce = 512;
 
 template <class C>
 struct RowScratch {
-  // Of the lowest and of the highest rank in the bucket: below 2^32 where ranks matter, since no element is kept surely.
-  struct Limits {
-    uint32_t low, high;
-  };
-
   Blocks<C> blocks{2};
-  std::vector<Key<C>> keys, by_bucket;
-  std::vector<uint32_t> words;
-  std::vector<uint32_t> starts, places, undecided;  // half of what the first-level cache holds, with the limits
-  std::vector<Limits> limits;
-  std::vector<bool> sorted;
-  std::vector<uint8_t> kept;
+  std::vector<Key<C>> keys, sorted;
+  std::vector<uint32_t> words, counts, open;
+  std::vector<uint16_t> cells;
 };
 
-// kept[i] = 1 where element i of the row stays; keys and words are the row's.
+// Where the keys of a row lie, so that few share a cell. It shows in no result.
 template <class C>
-void keep_row(const MaskLaw& law, int64_t n, const uint32_t* words, RowScratch<C>& s, uint8_t* kept) {
-  int bits = kFewestBucketBits;
-  while (bits < kMostBucketBits && (int64_t(1) << bits) < n) ++bits;
-  const int shift = static_cast<int>(sizeof(C)) * 8 - 1 - bits;
-  const size_t buckets = size_t(1) << bits;
-  s.starts.assign(buckets + 1, 0);
-  for (int64_t i = 0; i < n; ++i) ++s.starts[(s.keys[i] >> shift) + 1];
-  for (size_t b = 0; b < buckets; ++b) s.starts[b + 1] += s.starts[b];
-  s.limits.resize(buckets);
-  for (size_t b = 0; b < buckets; ++b) {
-    const uint64_t first = s.starts[b], last = std::max<uint64_t>(first + 1, s.starts[b + 1]) - 1;
-    s.limits[b] = {static_cast<uint32_t>(law.limit(2 * first)), static_cast<uint32_t>(law.limit(2 * last))};
+KeyGrid<C> grid_of(const std::vector<Key<C>>& keys) {
+  const auto n = static_cast<int64_t>(keys.size());
+  constexpr int kExponentAt = sizeof(C) == 4 ? 23 : 52;
+  int bits = kFewestStepBits;
+  while (bits < kMostStepBits && (int64_t(4) << bits) < n) ++bits;
+  KeyGrid<C> grid;
+  grid.steps = 1 << bits;
+  grid.shift = kExponentAt + 3 - bits;
+  static_assert(kOctaves == 1 << 3, "steps of a power of two");
+  Key<C> largest = 0;
+  for (int64_t i = 0; i < n; i += ceil_div(n, kSampled)) largest = std::max(largest, keys[i]);
+  const Key<C> top = (largest + (Key<C>(1) << (kExponentAt - 1))) >> grid.shift;
+  grid.first = top > Key<C>(grid.steps) ? (top - Key<C>(grid.steps)) << grid.shift : 0;
+  return grid;
+}
+
+// Sets the bits from `at` on of the elements of the row that stay and whose words are not below every limit; keys and
+// words are the row's.
+template <class C>
+void keep_row(const MaskLaw& law, const uint32_t* words, RowScratch<C>& s, uint8_t* mask, int64_t at) {
+  const auto& kernel = kernels().of<C>();
+  const auto n = static_cast<int64_t>(s.keys.size());
+  const uint64_t least = law.limit(0), most = law.limit(2 * uint64_t(n - 1));
+  int64_t open = kernels().masks.words_between(words, n, static_cast<uint32_t>(least), static_cast<uint32_t>(most),
+                                               s.open.data());
+  const KeyGrid<C> grid = grid_of<C>(s.keys);
+  s.counts.assign(grid.cells() + 1, 0);
+  kernel.count_cells(s.keys.data(), n, grid, s.cells.data(), s.counts.data() + 1);
+  for (int cell = 0; cell < grid.cells(); ++cell) s.counts[cell + 1] += s.counts[cell];
+  const auto keep = [&](int64_t i, bool kept) { mask[(at + i) / 8] |= static_cast<uint8_t>(int(kept) << (at + i) % 8); };
+  int64_t undecided = 0;
+  for (int64_t j = 0; j < open; ++j) {
+    const uint32_t i = s.open[j], cell = s.cells[i], word = words[i];
+    const uint64_t less = s.counts[cell], others = s.counts[cell + 1] - less - 1, mixed = cell % 2;
+    const uint64_t lowest = 2 * less + (mixed ? 0 : others), highest = lowest + (mixed ? 2 * others : 0);
+    const bool kept = word < law.limit(lowest);
+    keep(i, kept);
+    s.open[undecided] = i;  // overwritten unless undecided: no branch to guess
+    undecided += !kept & (word < law.limit(highest)) ? 1 : 0;
   }
-  s.places.assign(s.starts.begin(), s.starts.end() - 1);
-  s.by_bucket.resize(n);
-  s.undecided.resize(n + 1);
-  int64_t found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const size_t b = s.keys[i] >> shift;
-    s.by_bucket[s.places[b]++] = s.keys[i];
-    kept[i] = words[i] < s.limits[b].low ? 1 : 0;
-    // Every index is written, and stays if it is undecided: no branch to guess.
-    s.undecided[found] = static_cast<uint32_t>(i);
-    found += (kept[i] == 0) & (words[i] < s.limits[b].high) ? 1 : 0;
+  const bool sorts = undecided > kMostCounted;
+  if (sorts) {
+    s.sorted = s.keys;
+    std::sort(s.sorted.begin(), s.sorted.end());
   }
-  s.sorted.assign(buckets, false);
-  int64_t zeros = -1;  // unchanged weights are many, and all equal
-  for (int64_t j = 0; j < found; ++j) {
-    const int64_t i = s.undecided[j];
-    const Key<C> key = s.keys[i];
-    const size_t b = key >> shift;
-    auto *begin = s.by_bucket.data() + s.starts[b], *end = s.by_bucket.data() + s.starts[b + 1];
+  for (int64_t j = 0; j < undecided; ++j) {
+    const uint32_t i = s.open[j];
     int64_t less = 0, equal = 0;
-    if (key == 0) {
-      if (zeros < 0) zeros = std::count(begin, end, Key<C>(0));
-      equal = zeros;
-    } else if (end - begin <= kMostCounted) {
-      kernels().of<C>().count_keys(begin, end - begin, key, less, equal);
-    } else {
-      if (!s.sorted[b]) std::sort(begin, end);
-      s.sorted[b] = true;
-      const auto same = std::equal_range(begin, end, key);
-      less = same.first - begin;
+    if (sorts) {
+      const auto same = std::equal_range(s.sorted.begin(), s.sorted.end(), s.keys[i]);
+      less = same.first - s.sorted.begin();
       equal = same.second - same.first;
+    } else {
+      kernel.count_keys(s.keys.data(), n, s.keys[i], less, equal);
     }
-    const auto rank = static_cast<uint64_t>(2 * (int64_t(s.starts[b]) + less) + equal - 1);
-    kept[i] = words[i] < law.limit(rank) ? 1 : 0;
+    keep(i, words[i] < law.limit(static_cast<uint64_t>(2 * less + equal - 1)));
   }
 }
 
-// The bits of n bytes of 0 or 1, n a multiple of 8. The product moves bit 8·j of eight bytes to bit 56 + j.
-void pack(const uint8_t* kept, int64_t n, uint8_t* mask) {
-  for (int64_t i = 0; i < n; i += 8) {
-    uint64_t eight = 0;
-    for (int j = 0; j < 8; ++j) eight |= uint64_t(kept[i + j]) << (8 * j);
-    mask[i / 8] = static_cast<uint8_t>((eight * 0x0102040810204080u) >> 56);
-  }
+// Nothing lies past the tensor.
+void end_mask(uint8_t* mask, int64_t length) {
+  if (length % 8 != 0) mask[length / 8] &= static_cast<uint8_t>((1u << length % 8) - 1);
+  std::fill(mask + ceil_div(length, 8), mask + ceil_div(length, kRun) * kRunBytes, uint8_t(0));
 }
 
 template <class C>
 void keep_by_rank(const Groups& groups, int t, const RandomMaskOptions& options, int threads) {
-  const int64_t row = options.row, rows = groups.lengths[0] / row;
+  const int64_t length = groups.lengths[0], row = options.row, rows = length / row;
+  const MaskLaw& law = options.laws[t];
   // Tasks begin on whole runs.
   const int64_t aligned = kRun / std::gcd(row, int64_t(kRun));
   const int64_t at_once = ceil_div(ceil_div(kElementsAtOnce, row), aligned) * aligned;
@@ -104,19 +105,22 @@ void keep_by_rank(const Groups& groups, int t, const RandomMaskOptions& options,
     const int64_t begin = task * at_once * row, n = std::min(at_once, rows - task * at_once) * row;
     const int64_t runs = ceil_div(n, kRun);
     s.words.resize(runs * kRun);
-    s.kept.assign(runs * kRun, 0);
     s.keys.resize(row);
-    kernels().masks.random_words(options.seed, static_cast<uint32_t>(t), begin / kRun, runs, s.words.data());
+    s.cells.resize(row);
+    s.open.resize(row + kLanes);
+    uint8_t* mask = options.masks[t] + begin / 8;
+    kernels().masks.random_words(options.seed, static_cast<uint32_t>(t), begin / kRun, runs, law.limit(0),
+                                 s.words.data(), mask);
     for (int64_t r = 0; r < n; r += row) {
       for_blocks({0, begin + r, begin + r + row}, [&](int64_t from, int count) {
         kernel.load(*groups.base(0), from, count, s.blocks[0]);
         kernel.load(groups.experts_of(0)[t], from, count, s.blocks[1]);
         kernel.keys(s.blocks[0], s.blocks[1], count, s.keys.data() + (from - begin - r));
       });
-      keep_row(options.laws[t], row, s.words.data() + r, s, s.kept.data() + r);
+      keep_row(law, s.words.data() + r, s, mask, r);
     }
-    pack(s.kept.data(), runs * kRun, options.masks[t] + begin / 8);
   });
+  end_mask(options.masks[t], length);
 }
 
 void keep_uniformly(int64_t length, int t, const RandomMaskOptions& options, int threads) {
@@ -127,8 +131,7 @@ void keep_uniformly(int64_t length, int t, const RandomMaskOptions& options, int
     kernels().masks.random_bits(options.seed, static_cast<uint32_t>(t), first, count, limit,
                                 options.masks[t] + first * kRunBytes);
   });
-  uint8_t* mask = options.masks[t];  // nothing lies past the tensor
-  for (int64_t i = length; i < runs * kRun; ++i) mask[i / 8] = static_cast<uint8_t>(mask[i / 8] & ~(1u << i % 8));
+  end_mask(options.masks[t], length);
 }
 
 }  // namespace

@@ -47,16 +47,63 @@ void random_bits(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs
   });
 }
 
-void random_words(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words) {
+// As random_bits, and the words themselves.
+void random_words(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint32_t* words,
+                  uint8_t* mask) {
+  const Words most = Words::all(limit);
+  uint32_t bits[4] = {};
   draw(seed, expert, first_run, runs, [&](int64_t run, int c, const Words(&x)[4]) {
-    for (int w = 0; w < 4; ++w) store_words(x[w], words + run * kRun + w * kRunCounters + c);
+    for (int w = 0; w < 4; ++w) {
+      store_words(x[w], words + run * kRun + w * kRunCounters + c);
+      bits[w] = (c == 0 ? 0u : bits[w]) | below(x[w], most) << c;
+    }
+    if (c + Words::kWidth == kRunCounters) memcpy(mask + run * kRunBytes, bits, sizeof bits);
   });
 }
 
-// Keys of |δ|, and of equal value and lesser ones among keys.
+int64_t words_between(const uint32_t* __restrict words, int64_t n, uint32_t low, uint32_t high,
+                      uint32_t* __restrict places) {
+  int64_t found = 0, i = 0;
+#if defined(__AVX512F__)
+  const __m512i lowest = _mm512_set1_epi32(static_cast<int>(low));
+  const __m512i span = _mm512_set1_epi32(static_cast<int>(high - low));
+  __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  for (; i + kLanes <= n; i += kLanes) {
+    const __mmask16 hit =
+        _mm512_cmplt_epu32_mask(_mm512_sub_epi32(_mm512_loadu_si512(words + i), lowest), span);
+    _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(hit, at));
+    found += __builtin_popcount(hit);
+    at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes));
+  }
+#endif
+  // Every place is written, and stays if it is between: no branch to guess.
+  for (; i < n; ++i) {
+    places[found] = static_cast<uint32_t>(i);
+    found += words[i] - low < high - low ? 1 : 0;
+  }
+  return found;
+}
+
+// Keys of |δ|, their cells, and how many of them are equal to or less than one.
 template <class C>
 void keys(const C* __restrict base, const C* __restrict expert, int n, Key<C>* __restrict to) {
   for (int i = 0; i < n; ++i) to[i] = key_of(C(expert[i] - base[i]));
+}
+
+template <class C>
+void count_cells(const Key<C>* __restrict keys, int64_t n, const KeyGrid<C>& grid, uint16_t* __restrict cells,
+                 uint32_t* __restrict counts) {
+  using Signed = std::make_signed_t<Key<C>>;  // keys have no sign, and these compare on every instruction set
+  const auto first = static_cast<Signed>(grid.first);
+  const Signed least = first + 1, last = (Signed(grid.steps) << grid.shift) + 1, part = (Signed(1) << grid.shift) - 1;
+  for (int64_t i = 0; i < n; ++i) {
+    const auto key = static_cast<Signed>(keys[i]);
+    const Signed above = (key > least ? key : least) - first;
+    const Signed within = above < last ? above : last;
+    const Signed place = key == 0 ? 0 : within;
+    cells[i] = static_cast<uint16_t>((place >> grid.shift) + ((place + part) >> grid.shift));
+  }
+  for (int64_t i = 0; i < n; ++i) ++counts[cells[i]];
 }
 
 template <class C>
