@@ -101,14 +101,20 @@ struct Election {
   C min_divisor;
 };
 
-// A monotone map of keys to cells: even ones hold one key alone (0 the key 0), odd ones what lies between two of those,
-// or before the first but 0, or beyond the last.
+// A monotone map of keys to 2^(bits + 1) cells: even ones hold one key alone (the first one 0, the others those that are
+// 2^shift apart from `first` on), odd ones what lies between two of those, or before the first but 0, or past the last.
 template <class C>
 struct KeyGrid {
-  Key<C> first;  // a multiple of 2^shift, as far apart as the even cells' keys are from there on
-  int shift, steps;
+  Key<C> first;
+  int shift, bits;
 
-  int cells() const { return 2 * steps + 2; }
+  int cells() const { return 2 << bits; }
+};
+
+// Of the lowest and of the highest rank that elements of a range of cells may have.
+constexpr int kCellRanges = 32;
+struct RankLimits {
+  uint32_t least[kCellRanges], most[kCellRanges];
 };
 
 // Sums of |δ|, of the kept |δ| and of their squares, one per lane.
@@ -198,10 +204,11 @@ struct BlockKernels {
 struct MaskKernels {
   // Runs first_run … of a mask whose elements stay with limit/2^32, and the words they are drawn with.
   void (*random_bits)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint8_t* mask);
-  void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint32_t* words,
-                       uint8_t* mask);
-  // Indices of the n words from low up to, but not with, high (room for n + kLanes): returns how many.
-  int64_t (*words_between)(const uint32_t* words, int64_t n, uint32_t low, uint32_t high, uint32_t* places);
+  void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words);
+  // bits: which of n elements have words below the least limit of the range their cell is in; open: the indices of the
+  // others that are below the most (room for n + kLanes): returns how many.
+  int64_t (*keep_by_range)(const uint16_t* cells, const uint32_t* words, int64_t n, int cells_of_range,
+                           const RankLimits& limits, uint8_t* bits, uint32_t* open);
 };
 
 struct Kernels {

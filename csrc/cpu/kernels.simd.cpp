@@ -45,7 +45,7 @@ const Kernels table = {RESM_ISA_NAME,
                        block_kernels<double>(),
                        {delta_tile, random_rows, add_sketch, add_projection, add_image, add_preimage,
                         block_energy, widen_panel, add_panel_gram},
-                       {random_bits, random_words, words_between},
+                       {random_bits, random_words, keep_by_range},
                        eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

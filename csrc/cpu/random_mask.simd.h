@@ -47,39 +47,46 @@ void random_bits(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs
   });
 }
 
-// As random_bits, and the words themselves.
-void random_words(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint32_t* words,
-                  uint8_t* mask) {
-  const Words most = Words::all(limit);
-  uint32_t bits[4] = {};
+void random_words(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words) {
   draw(seed, expert, first_run, runs, [&](int64_t run, int c, const Words(&x)[4]) {
-    for (int w = 0; w < 4; ++w) {
-      store_words(x[w], words + run * kRun + w * kRunCounters + c);
-      bits[w] = (c == 0 ? 0u : bits[w]) | below(x[w], most) << c;
-    }
-    if (c + Words::kWidth == kRunCounters) memcpy(mask + run * kRunBytes, bits, sizeof bits);
+    for (int w = 0; w < 4; ++w) store_words(x[w], words + run * kRun + w * kRunCounters + c);
   });
 }
 
-int64_t words_between(const uint32_t* __restrict words, int64_t n, uint32_t low, uint32_t high,
-                      uint32_t* __restrict places) {
-  int64_t found = 0, i = 0;
+int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restrict words, int64_t n,
+                      int cells_of_range, const RankLimits& limits, uint8_t* __restrict bits,
+                      uint32_t* __restrict open) {
+  const int shift = __builtin_ctz(static_cast<unsigned>(cells_of_range));
+  int64_t found = 0, begin = 0;
 #if defined(__AVX512F__)
-  const __m512i lowest = _mm512_set1_epi32(static_cast<int>(low));
-  const __m512i span = _mm512_set1_epi32(static_cast<int>(high - low));
+  static_assert(kCellRanges == 2 * kLanes, "two registers");
+  const __m512i least[2] = {_mm512_loadu_si512(limits.least), _mm512_loadu_si512(limits.least + kLanes)};
+  const __m512i most[2] = {_mm512_loadu_si512(limits.most), _mm512_loadu_si512(limits.most + kLanes)};
   __m512i at = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  for (; i + kLanes <= n; i += kLanes) {
-    const __mmask16 hit =
-        _mm512_cmplt_epu32_mask(_mm512_sub_epi32(_mm512_loadu_si512(words + i), lowest), span);
-    _mm512_storeu_si512(places + found, _mm512_maskz_compress_epi32(hit, at));
+  for (; begin + kLanes <= n; begin += kLanes) {
+    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(cells + begin)));
+    const __m512i range = _mm512_srl_epi32(wide, _mm_cvtsi32_si128(shift));
+    const __m512i drawn = _mm512_loadu_si512(words + begin);
+    const __mmask16 kept = _mm512_cmplt_epu32_mask(drawn, _mm512_permutex2var_epi32(least[0], range, least[1]));
+    const __mmask16 maybe = _mm512_cmplt_epu32_mask(drawn, _mm512_permutex2var_epi32(most[0], range, most[1]));
+    const auto hit = static_cast<__mmask16>(maybe & ~kept);
+    memcpy(bits + begin / 8, &kept, sizeof kept);
+    _mm512_storeu_si512(open + found, _mm512_maskz_compress_epi32(hit, at));
     found += __builtin_popcount(hit);
     at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes));
   }
 #endif
-  // Every place is written, and stays if it is between: no branch to guess.
-  for (; i < n; ++i) {
-    places[found] = static_cast<uint32_t>(i);
-    found += words[i] - low < high - low ? 1 : 0;
+  // Every index is written, and stays if it is open: no branch to guess.
+  for (; begin < n; begin += 8) {
+    unsigned eight = 0;
+    for (int64_t i = begin; i < n && i < begin + 8; ++i) {
+      const int range = cells[i] >> shift;
+      const unsigned kept = words[i] < limits.least[range] ? 1 : 0;
+      eight |= kept << (i - begin);
+      open[found] = static_cast<uint32_t>(i);
+      found += (words[i] < limits.most[range] ? 1 : 0) & (kept ^ 1);
+    }
+    bits[begin / 8] = static_cast<uint8_t>(eight);
   }
   return found;
 }
@@ -95,7 +102,8 @@ void count_cells(const Key<C>* __restrict keys, int64_t n, const KeyGrid<C>& gri
                  uint32_t* __restrict counts) {
   using Signed = std::make_signed_t<Key<C>>;  // keys have no sign, and these compare on every instruction set
   const auto first = static_cast<Signed>(grid.first);
-  const Signed least = first + 1, last = (Signed(grid.steps) << grid.shift) + 1, part = (Signed(1) << grid.shift) - 1;
+  const Signed least = first + 1, last = (((Signed(1) << grid.bits) - 1) << grid.shift) + 1,
+               part = (Signed(1) << grid.shift) - 1;
   for (int64_t i = 0; i < n; ++i) {
     const auto key = static_cast<Signed>(keys[i]);
     const Signed above = (key > least ? key : least) - first;
