@@ -191,8 +191,10 @@ struct BlockKernels {
   // Of expert t of what `sparsity` tells.
   void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
   void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
-  // The cell of each key, and how many more are in each.
-  void (*count_cells)(const Key<C>* keys, int64_t n, const KeyGrid<C>& grid, uint16_t* cells, uint32_t* counts);
+  // The cell of each key; below[c]: how many are in cells before c, up to the number of cells. counts: scratch for two
+  // numbers a cell.
+  void (*count_cells)(const Key<C>* keys, int64_t n, const KeyGrid<C>& grid, uint16_t* cells, uint32_t* counts,
+                      uint32_t* below);
   // How many of n keys are less than, and how many are equal to key.
   void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
   // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.

@@ -22,7 +22,7 @@ template <class C>
 struct RowScratch {
   Blocks<C> blocks{2};
   std::vector<Key<C>> keys, sorted;
-  std::vector<uint32_t> words, counts, open;
+  std::vector<uint32_t> words, counts, below, open;
   std::vector<uint16_t> cells;
   std::vector<uint8_t> bits;
 
@@ -50,15 +50,15 @@ void keep_row(const MaskLaw& law, const uint32_t* words, RowScratch<C>& s, uint8
   const auto& kernel = kernels().of<C>();
   const auto n = static_cast<int64_t>(s.keys.size());
   const KeyGrid<C> grid = grid_of<C>(s.keys);
-  s.counts.assign(grid.cells() + 1, 0);
-  kernel.count_cells(s.keys.data(), n, grid, s.cells.data(), s.counts.data() + 1);
-  uint32_t below = 0;
-  for (uint32_t& count : s.counts) count = below += count;
+  const int cells = grid.cells();
+  s.counts.resize(2 * cells);
+  s.below.resize(cells + 1);
+  kernel.count_cells(s.keys.data(), n, grid, s.cells.data(), s.counts.data(), s.below.data());
 
-  const int cells_of_range = grid.cells() / kCellRanges;
+  const int cells_of_range = cells / kCellRanges;
   RankLimits limits;
   for (int range = 0; range < kCellRanges; ++range) {
-    const uint64_t less = s.counts[range * cells_of_range], up_to = s.counts[(range + 1) * cells_of_range];
+    const uint64_t less = s.below[range * cells_of_range], up_to = s.below[(range + 1) * cells_of_range];
     limits.least[range] = static_cast<uint32_t>(law.limit(2 * less));
     limits.most[range] = up_to > less ? static_cast<uint32_t>(law.limit(2 * up_to - 2)) : 0;
   }
@@ -69,7 +69,7 @@ void keep_row(const MaskLaw& law, const uint32_t* words, RowScratch<C>& s, uint8
   int64_t undecided = 0;
   for (int64_t j = 0; j < open; ++j) {
     const uint32_t i = s.open[j], cell = s.cells[i], word = words[i];
-    const uint64_t less = s.counts[cell], others = s.counts[cell + 1] - less - 1;
+    const uint64_t less = s.below[cell], others = s.below[cell + 1] - less - 1;
     const bool is_mixed = cell % 2 != 0;
     const bool kept = word < law.limit(2 * less + (is_mixed ? 0 : others));
     keep(i, kept);

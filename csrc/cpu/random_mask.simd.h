@@ -97,9 +97,32 @@ void keys(const C* __restrict base, const C* __restrict expert, int n, Key<C>* _
   for (int i = 0; i < n; ++i) to[i] = key_of(C(expert[i] - base[i]));
 }
 
+// below[i] = sum of the first i of n, a multiple of kLanes, of each table, up to i = n.
+RESM_HD void add_up(const uint32_t* __restrict one, const uint32_t* __restrict other, int n,
+                    uint32_t* __restrict below) {
+  below[0] = 0;
+#if defined(__AVX512F__)
+  const __m512i zero = _mm512_setzero_si512();
+  __m512i before = zero;
+  for (int i = 0; i < n; i += kLanes) {
+    __m512i sum = _mm512_add_epi32(_mm512_loadu_si512(one + i), _mm512_loadu_si512(other + i));
+    sum = _mm512_add_epi32(sum, _mm512_alignr_epi32(sum, zero, 15));
+    sum = _mm512_add_epi32(sum, _mm512_alignr_epi32(sum, zero, 14));
+    sum = _mm512_add_epi32(sum, _mm512_alignr_epi32(sum, zero, 12));
+    sum = _mm512_add_epi32(sum, _mm512_alignr_epi32(sum, zero, 8));
+    sum = _mm512_add_epi32(sum, before);
+    _mm512_storeu_si512(below + i + 1, sum);
+    before = _mm512_permutexvar_epi32(_mm512_set1_epi32(15), sum);
+  }
+#else
+  uint32_t sum = 0;
+  for (int i = 0; i < n; ++i) below[i + 1] = sum += one[i] + other[i];
+#endif
+}
+
 template <class C>
 void count_cells(const Key<C>* __restrict keys, int64_t n, const KeyGrid<C>& grid, uint16_t* __restrict cells,
-                 uint32_t* __restrict counts) {
+                 uint32_t* __restrict counts, uint32_t* __restrict below) {
   using Signed = std::make_signed_t<Key<C>>;  // keys have no sign, and these compare on every instruction set
   const auto first = static_cast<Signed>(grid.first);
   const Signed least = first + 1, last = (((Signed(1) << grid.bits) - 1) << grid.shift) + 1,
@@ -111,7 +134,17 @@ void count_cells(const Key<C>* __restrict keys, int64_t n, const KeyGrid<C>& gri
     const Signed place = key == 0 ? 0 : within;
     cells[i] = static_cast<uint16_t>((place >> grid.shift) + ((place + part) >> grid.shift));
   }
-  for (int64_t i = 0; i < n; ++i) ++counts[cells[i]];
+  // Neighbours count in tables of their own: of equal ones none waits for the other's sum.
+  const int n_cells = grid.cells();
+  uint32_t* __restrict others = counts + n_cells;
+  memset(counts, 0, 2 * n_cells * sizeof *counts);
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2) {
+    ++counts[cells[i]];
+    ++others[cells[i + 1]];
+  }
+  if (i < n) ++counts[cells[i]];
+  add_up(counts, others, n_cells, below);
 }
 
 template <class C>
