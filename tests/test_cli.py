@@ -200,6 +200,34 @@ def test_info_as_text_and_json(run) -> None:
     assert {"version", "native", "ops", "threads", "torch", "gpu", "cpu"} <= set(facts)
 
 
+def test_help_and_wrong_usage_come_without_torch() -> None:
+    script = (
+        "import sys\n"
+        "from resm_kernels import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as exit_: code = exit_.code\n"
+        "heavy = [m for m in ('torch', 'numpy', 'yaml', 'resm_kernels.ops') if m in sys.modules]\n"
+        "assert not heavy, heavy\n"
+        "sys.exit(code)\n"
+    )
+    for arguments, code in ((["--help"], 0), (["merge", "--help"], 0), (["merge"], 2), (["mrege"], 2), (["stats"], 2)):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.returncode == code, done.stderr
+
+
+def test_what_was_loaded_is_no_concern_of_the_garbage_collector(family: Family) -> None:
+    script = (
+        "import gc, sys\n"
+        "from resm_kernels import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "assert gc.isenabled() and gc.get_freeze_count() > 100_000, gc.get_freeze_count()\n"
+    )
+    command = [sys.executable, "-c", script, "merge", str(family.recipe_file("linear")), str(family.out)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_command_imports_neither_transformers_nor_more_than_it_needs(family: Family) -> None:
     script = (
         "import sys\n"

@@ -22,7 +22,7 @@ LAYERS = [
     {"_launch"},
     {"triton", "cuda"},
     {"ops"},
-    {"backends", "linalg"},
+    {"_backends", "linalg"},
     {"methods"},
     {"_merge", "mergekit", "peft"},
     {"recipe", "checkpoint"},
@@ -112,6 +112,18 @@ def test_import_stays_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_front_door_loads_what_is_asked_for() -> None:
+    code = (
+        "import resm_kernels, sys\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert set(resm_kernels.__all__) <= set(dir(resm_kernels))\n"
+        "assert all(getattr(resm_kernels, name) is not None for name in resm_kernels.__all__)\n"
+        "assert resm_kernels.merge is sys.modules['resm_kernels._merge'].merge\n"
+        "assert callable(resm_kernels.backends) and not hasattr(resm_kernels, 'nothing')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
 
 def test_files_stay_readable() -> None:
