@@ -292,6 +292,21 @@ def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
             writer.write("a", torch.zeros(2))
 
 
+def test_writer_flushes_as_it_goes_and_everything_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log, flush = [], os.fsync
+    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 100)
+    monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.fstat(fd).st_ino), flush(fd)))
+    plan = plan_output([(f"t{i}", torch.float32, (10,)) for i in range(7)], 200)  # 5 and 2 tensors of 40 bytes
+    with CheckpointWriter(tmp_path / "out", plan, {"config.json": b"{}"}) as writer:
+        for i, flushes in enumerate([0, 0, 1, 1, 1, 1, 1]):
+            writer.write(f"t{i}", torch.zeros(10))
+            assert len(log) == flushes
+        writer.commit()
+    written = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
+    assert len(written) == 4 and log[0] == written[plan.shards[0].filename]
+    assert set(written.values()) <= set(log[1:]) and log[-1] == tmp_path.stat().st_ino
+
+
 def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, {"a": torch.zeros(2), "old": torch.zeros(1)}, shard=8)

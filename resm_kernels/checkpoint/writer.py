@@ -9,6 +9,7 @@ import math
 import os
 import secrets
 import shutil
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_v
 from resm_kernels.checkpoint.reader import SINGLE_FILE
 
 INDEX_FILE: Final = "model.safetensors.index.json"
+FLUSH_BYTES: Final = 64 * 2**20
+"""Bytes after which a file is flushed to disk, so that little is left to wait for in the end, when nothing else goes on
+meanwhile."""
 _NO_FALLOCATE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -139,7 +143,8 @@ class CheckpointWriter:
 
     Use as a context manager: entering makes a hidden sibling folder `.NAME.partial-<random>`, reserves the disk space
     of all shards and writes their headers; `commit` flushes everything to disk and renames. Leaving without `commit`,
-    for whatever reason, removes the hidden folder. `write` may be called in any order, from several threads.
+    for whatever reason, removes the hidden folder. `write` may be called in any order, from several threads; what is
+    written goes to the disk meanwhile.
 
     Args:
         out: Final folder, as `check_output_folder` returned it.
@@ -157,6 +162,8 @@ class CheckpointWriter:
         self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
         self._partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         self._descriptors: list[int] = []
+        self._lock = threading.Lock()
+        self._unflushed = [0] * len(plan.shards)
         self._pending = set(plan.slots)
         self._committed = False
 
@@ -190,7 +197,17 @@ class CheckpointWriter:
             raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}")
         with self._clear_errors():
             write_fully(self._descriptors[slot.shard], byte_view(tensor.contiguous()), slot.offset)
+            if self._is_flush_due(slot):
+                os.fsync(self._descriptors[slot.shard])
         self._pending.remove(name)
+
+    def _is_flush_due(self, slot: Slot) -> bool:
+        with self._lock:
+            self._unflushed[slot.shard] += slot.nbytes
+            due = self._unflushed[slot.shard] >= FLUSH_BYTES
+            if due:
+                self._unflushed[slot.shard] = 0
+            return due
 
     def commit(self) -> None:
         """Flush everything to disk and give the folder its final name; an old one is replaced only now."""
