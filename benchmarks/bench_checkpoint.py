@@ -144,6 +144,8 @@ def make_models(cache: Path, size: Size = Size()) -> list[Path]:
 def run(command: list[str], log: Path) -> tuple[float, int]:
     """Run a process to its end; return seconds and its peak resident memory in bytes."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+    # Installed packages have their bytecode; a checkout may write its own, or would be compiled anew in each run.
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with open(log, "wb") as stream:
         started = time.perf_counter()
         actions = [(os.POSIX_SPAWN_DUP2, stream.fileno(), 1), (os.POSIX_SPAWN_DUP2, stream.fileno(), 2)]
