@@ -35,7 +35,7 @@ def family(tmp_path: Path) -> Family:
 
 
 def test_small_copies_there_and_back_from_pinned_memory() -> None:
-    device, ring = CudaDevice(GPU, 1 << 30), Ring(1 << 16)
+    device, ring = CudaDevice(GPU, 1 << 30), Ring(1 << 16, 0)
     values = torch.randn(1000)
     with device.pinned(ring.memory):
         assert ring.memory.is_pinned()

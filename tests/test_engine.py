@@ -13,9 +13,9 @@ import yaml
 from checkpoints import LAYERS, Family, llama_config, load_model, random_weights, save_model
 
 from resm_kernels import merge_state_dicts
-from resm_kernels.checkpoint import CheckpointReader
+from resm_kernels.checkpoint import CheckpointReader, TensorInfo
 from resm_kernels.engine import MergeError, Window, checkpoint_stats, merge_checkpoints, plan_merge
-from resm_kernels.engine.window import Job, Pipeline
+from resm_kernels.engine.window import READ_AHEAD, Job, Pipeline, Ring
 
 
 @pytest.fixture
@@ -210,6 +210,31 @@ def test_reader_runs_ahead_only_as_far_as_the_ring_goes(family: Family) -> None:
     assert same(written, family.base)
     assert max(seen) <= window.bound <= 60_000
     assert max(seen) > 2 * max(j.segment for j in jobs) - 1
+
+
+def test_window_reads_only_so_far_ahead_however_much_memory_it_may_take() -> None:
+    info = TensorInfo("t", torch.bfloat16, (1 << 24,), Path("file"), 0, 1 << 25)
+    jobs = [Job(str(i), ((None, info),) * 4, info.nbytes, 0) for i in range(9)]  # type: ignore[arg-type]
+    assert Window.fit(jobs, 1 << 40) == Window(jobs[0].segment + READ_AHEAD, 2 * info.nbytes, 0)
+    assert Window.fit(jobs[:1], 1 << 40).ring == jobs[0].segment  # no more than there is to read
+    assert Window.fit(jobs, 7 << 25).ring == 5 << 25  # within the limit, of which two outputs are to be had
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")
+@pytest.mark.parametrize(("uses", "huge"), [(31, False), (32, True)])
+def test_memory_of_a_ring_is_private_and_has_huge_pages_if_it_is_used_often(uses: int, huge: bool) -> None:
+    ring = Ring(1 << 24, uses << 24)
+    at, found = ring.memory.data_ptr(), False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *rest = line.split()
+        if not first.endswith(":"):
+            start, end = (int(text, 16) for text in first.split("-"))
+            found = start <= at < end
+            assert not found or rest[0] == "rw-p"  # shared memory has no huge pages
+        elif found and first == "VmFlags:":
+            assert ("hg" in rest) == huge
+            return
+    pytest.fail("the ring is not mapped")
 
 
 def test_stats_describe_every_tensor(family: Family) -> None:

@@ -20,7 +20,7 @@ from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine import MergeError, Window
 from resm_kernels.engine.device import DeviceMemory, device_need
 from resm_kernels.engine.overlap import DevicePipeline
-from resm_kernels.engine.window import READ_AHEAD, Job, Pipeline, Ring
+from resm_kernels.engine.window import Job, Pipeline, Ring
 from resm_kernels.ops._library import Check
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
@@ -400,7 +400,7 @@ def test_memory_that_cannot_be_pinned_is_an_error_before_anything_is_read() -> N
     steps=st.lists(st.tuples(st.integers(1, 700), st.integers(0, 5), st.booleans()), max_size=40),
 )
 def test_segments_of_a_ring_never_overlap_in_whatever_order_they_come_back(size, steps) -> None:
-    ring, live = Ring(size), {}
+    ring, live = Ring(size, 0), {}
     for wanted, which, give_back in steps:
         if give_back and live:
             start = list(live)[which % len(live)]
@@ -428,24 +428,3 @@ def test_staging_window_shares_out_its_bytes_by_what_goes_in_and_out() -> None:
     assert Window.staging(uneven, need).bound == need  # whatever the shares
     tight = Window.staging(jobs, 1)
     assert tight.bound == max(j.segment for j in jobs) + max(j.output_segment for j in jobs)
-
-
-def test_window_reads_only_so_far_ahead_however_much_memory_it_may_take() -> None:
-    info = TensorInfo("t", torch.bfloat16, (1 << 24,), Path("file"), 0, 1 << 25)
-    jobs = [Job(str(i), ((None, info),) * 4, info.nbytes, 0) for i in range(9)]  # type: ignore[arg-type]
-    assert Window.fit(jobs, 1 << 40) == Window(jobs[0].segment + READ_AHEAD, 2 * info.nbytes, 0)
-    assert Window.fit(jobs[:1], 1 << 40).ring == jobs[0].segment  # no more than there is to read
-    assert Window.fit(jobs, 7 << 25).ring == 5 << 25  # within the limit, of which two outputs are to be had
-
-
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
-def test_memory_of_a_ring_is_private_as_huge_pages_have_to_be() -> None:
-    ring = Ring(1 << 24)
-    at = ring.memory.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, permissions, *_ = line.split()
-        first, end = (int(text, 16) for text in span.split("-"))
-        if first <= at < end:
-            assert permissions == "rw-p"
-            return
-    pytest.fail("the ring is not mapped")

@@ -114,7 +114,7 @@ class DevicePipeline(Pipeline):
 
     def _prepare(self) -> None:
         super()._prepare()
-        self._outputs = Ring(self.window.outputs)
+        self._outputs = Ring(self.window.outputs, sum(job.output_segment for job in self.jobs))
         self._lanes = [_Lane(device) for device in self.devices]
         self._lent: deque[tuple[int, Mark]] = deque()
         self._aloft: deque[_Flight] = deque()
