@@ -166,6 +166,18 @@ struct ProductKernels {
   void (*add_panel_gram)(const double* a, const double* b, int depth, double* sum);
 };
 
+// low <= high, and the next number after high.
+template <class C>
+struct ValueBracket {
+  C low, high, above_high;
+};
+
+// How many of a block's values are at least high, how many of these are above it, and which are from low on below it.
+struct BracketPlaces {
+  int from_high = 0, above_high = 0, between = 0;
+  uint16_t places[kBlock];
+};
+
 template <class C>
 struct BlockKernels {
   // block[i] = element begin + i of the array; elements from n to the next multiple of kPad are zero.
@@ -199,8 +211,9 @@ struct BlockKernels {
   void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
   // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.
   int (*variance)(const C* base, const C* experts, int n, int n_experts, C* to);
-  // Bits of i below n of which values[i] is at least `least`, whole bytes.
-  void (*mask_from)(const C* values, int n, C least, uint8_t* mask);
+  // Bits of i below n of which values[i], blocks padded to kLanes, is at least bracket.high, and how the rest lies to it:
+  // whole pairs of bytes.
+  void (*split_values)(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketPlaces& found);
 };
 
 struct MaskKernels {

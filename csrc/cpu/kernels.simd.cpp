@@ -33,7 +33,7 @@ template <class C>
 constexpr BlockKernels<C> block_kernels() {
   return {load<C>,      store<C>,     count_nonfinite<C>, moments<C>,    outliers<C>,       histogram<C>,
           bracket<C>,   aggregate<C>, add_update<C>,      add_scaled<C>, inner_products<C>, kept_sums<C>,
-          keys<C>,      count_cells<C>, count_keys<C>,    variance<C>,   mask_from<C>};
+          keys<C>,      count_cells<C>, count_keys<C>,    variance<C>,   split_values<C>};
 }
 
 extern const Kernels table;

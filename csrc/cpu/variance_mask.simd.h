@@ -3,36 +3,70 @@
 
 namespace resm::cpu::RESM_ISA {
 
-// Welford's updates in double, in the order of the experts: all δ the same give 0 exactly.
-template <class C>
-int variance(const C* __restrict base, const C* __restrict experts, int n, int n_experts, C* __restrict to) {
-  double mean[kBlock], squares[kBlock];
-  for (int i = 0; i < n; ++i) {
-    mean[i] = double(C(experts[i] - base[i]));
-    squares[i] = 0;
-  }
-  for (int t = 1; t < n_experts; ++t) {
-    const C* __restrict expert = experts + t * kBlock;
-    for (int i = 0; i < n; ++i) {
-      const double delta = double(C(expert[i] - base[i])), change = delta - mean[i];
-      mean[i] = mean[i] + change / double(t + 1);
-      squares[i] = squares[i] + change * (delta - mean[i]);
-    }
-  }
+// Welford's updates in double, in the order of the experts: all δ the same give 0 exactly. kCount experts, or n_experts.
+template <int kCount, class C>
+int variance_of(const C* __restrict base, const C* __restrict experts, int n, int n_experts, C* __restrict to) {
+  const int count = kCount > 0 ? kCount : n_experts;
   Key<C> found = 0;
   for (int i = 0; i < n; ++i) {
-    to[i] = C(squares[i] / double(n_experts));
+    double mean = double(C(experts[i] - base[i])), squares = 0;
+    for (int t = 1; t < count; ++t) {
+      const double delta = double(C(experts[t * kBlock + i] - base[i])), change = delta - mean;
+      mean = mean + change / double(t + 1);
+      squares = squares + change * (delta - mean);
+    }
+    to[i] = C(squares / double(count));
     found += key_of(to[i]) != 0 ? 1 : 0;
   }
   return static_cast<int>(found);
 }
 
 template <class C>
-void mask_from(const C* __restrict values, int n, C least, uint8_t* __restrict mask) {
-  for (int begin = 0; begin < n; begin += 8) {
-    uint32_t bits = 0;
-    for (int i = begin; i < n && i < begin + 8; ++i) bits |= (values[i] >= least ? 1u : 0u) << (i - begin);
-    mask[begin / 8] = static_cast<uint8_t>(bits);
+int variance(const C* base, const C* experts, int n, int n_experts, C* to) {
+  switch (n_experts) {
+    case 2: return variance_of<2>(base, experts, n, n_experts, to);
+    case 3: return variance_of<3>(base, experts, n, n_experts, to);
+    case 4: return variance_of<4>(base, experts, n, n_experts, to);
+    case 5: return variance_of<5>(base, experts, n, n_experts, to);
+    default: return variance_of<0>(base, experts, n, n_experts, to);
+  }
+}
+
+// Bits of kLanes values that are at least a limit. The generic form is what the others must equal.
+template <class C>
+RESM_HD uint32_t at_least(const C* values, C least) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= (values[lane] >= least ? 1u : 0u) << lane;
+  return bits;
+}
+#if defined(__AVX512F__)
+template <>
+RESM_HD uint32_t at_least(const float* values, float least) {
+  return _mm512_cmp_ps_mask(_mm512_loadu_ps(values), _mm512_set1_ps(least), _CMP_GE_OQ);
+}
+#elif defined(__AVX2__)
+template <>
+RESM_HD uint32_t at_least(const float* values, float least) {
+  const auto half = [&](const float* from) {
+    return static_cast<uint32_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(_mm256_loadu_ps(from), _mm256_set1_ps(least), _CMP_GE_OQ)));
+  };
+  return half(values) | half(values + 8) << 8;
+}
+#endif
+
+template <class C>
+void split_values(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketPlaces& found) {
+  for (int begin = 0; begin < n; begin += kLanes) {
+    const uint32_t valid = n - begin >= kLanes ? 0xffffu : (1u << (n - begin)) - 1;
+    const uint32_t beyond = at_least(values + begin, bracket.high) & valid;
+    const uint32_t above = at_least(values + begin, bracket.above_high) & valid;
+    const auto bits = static_cast<uint16_t>(beyond);
+    memcpy(mask + begin / 8, &bits, sizeof bits);
+    found.from_high += __builtin_popcount(beyond);
+    found.above_high += __builtin_popcount(above);
+    for (uint32_t rest = at_least(values + begin, bracket.low) & valid & ~beyond; rest != 0; rest &= rest - 1)
+      found.places[found.between++] = static_cast<uint16_t>(begin + __builtin_ctz(rest));
   }
 }
 
