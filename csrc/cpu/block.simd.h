@@ -3,8 +3,17 @@
 
 namespace resm::cpu::RESM_ISA {
 
+// Asks for the block after this one: by the time it is loaded, all of an op's arithmetic has passed.
+RESM_HD void prefetch_next(const Array& from, int64_t begin, int n) {
+  if (n != kBlock) return;
+  const int64_t bytes = kBlock * item_size(from.dtype);
+  const char* next = static_cast<const char*>(from.data) + begin * item_size(from.dtype) + bytes;
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+}
+
 template <class C>
 void load(const Array& from, int64_t begin, int n, C* __restrict block) {
+  prefetch_next(from, begin, n);
   switch (from.dtype) {
     case DType::f32: {
       const float* p = static_cast<const float*>(from.data) + begin;
