@@ -33,35 +33,53 @@ int bracket(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<
 
 #if defined(__AVX512F__)
 
+// How some keys lie to a bracket, as masks.
+struct Placed {
+  __mmask16 above_high, from_high, above_low, from_low;
+};
+
 template <>
 int bracket<float>(const float* base, const float* expert, int n, uint32_t low, uint32_t high, uint32_t* between,
                    BracketCounts& counts) {
   const __m512i lowest = _mm512_set1_epi32(static_cast<int>(low));
   const __m512i highest = _mm512_set1_epi32(static_cast<int>(high));
   const __m512i infinity = _mm512_set1_epi32(0x7f800000);
-  Lanes<float>::Counts above_high, from_high, above_low, from_low, nonfinite;
+  __m512i largest = _mm512_setzero_si512();
+  Lanes<float>::Counts above_high, from_high, above_low, from_low;
   int found = 0;
-  for (int i = 0; i < n; i += kLanes) {
-    const auto valid = static_cast<__mmask16>(n - i >= kLanes ? 0xffff : (1 << (n - i)) - 1);
-    const auto d = Lanes<float>::load(expert + i).minus(Lanes<float>::load(base + i)).magnitude();
-    const __m512i keys = _mm512_castps_si512(d.v);
-    const __mmask16 beyond = _mm512_mask_cmpge_epu32_mask(valid, keys, highest);
-    const __mmask16 over = _mm512_mask_cmpgt_epu32_mask(valid, keys, lowest);
-    above_high.add(_mm512_mask_cmpgt_epu32_mask(valid, keys, highest));
-    from_high.add(beyond);
-    above_low.add(over);
-    from_low.add(_mm512_mask_cmpge_epu32_mask(valid, keys, lowest));
-    nonfinite.add(_mm512_mask_cmpge_epu32_mask(valid, keys, infinity));
-    const auto hit = static_cast<__mmask16>(over & ~beyond);
-    if (hit == 0) continue;
+  const auto keys_at = [&](int i) {
+    return _mm512_castps_si512(Lanes<float>::load(expert + i).minus(Lanes<float>::load(base + i)).magnitude().v);
+  };
+  const auto add = [&](__m512i keys, const Placed& placed) {
+    above_high.add(placed.above_high);
+    from_high.add(placed.from_high);
+    above_low.add(placed.above_low);
+    from_low.add(placed.from_low);
+    // Always written, and stays if it is between: no branch to guess.
+    const auto hit = static_cast<__mmask16>(placed.above_low & ~placed.from_high);
     _mm512_storeu_si512(between + found, _mm512_maskz_compress_epi32(hit, keys));
     found += __builtin_popcount(hit);
+  };
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m512i keys = keys_at(i);
+    largest = _mm512_max_epu32(largest, keys);
+    add(keys, {_mm512_cmpgt_epu32_mask(keys, highest), _mm512_cmpge_epu32_mask(keys, highest),
+               _mm512_cmpgt_epu32_mask(keys, lowest), _mm512_cmpge_epu32_mask(keys, lowest)});
+  }
+  if (i < n) {
+    const auto valid = static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512i keys = keys_at(i);
+    largest = _mm512_mask_max_epu32(largest, valid, largest, keys);
+    add(keys, {_mm512_mask_cmpgt_epu32_mask(valid, keys, highest), _mm512_mask_cmpge_epu32_mask(valid, keys, highest),
+               _mm512_mask_cmpgt_epu32_mask(valid, keys, lowest), _mm512_mask_cmpge_epu32_mask(valid, keys, lowest)});
   }
   counts.above_high += above_high.total();
   counts.from_high += from_high.total();
   counts.above_low += above_low.total();
   counts.from_low += from_low.total();
-  counts.nonfinite += nonfinite.total();
+  if (_mm512_cmpge_epu32_mask(largest, infinity) != 0)
+    for (i = 0; i < n; ++i) counts.nonfinite += key_of(expert[i] - base[i]) >= kInfinityKey<float> ? 1 : 0;
   return found;
 }
 
