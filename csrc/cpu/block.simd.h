@@ -8,7 +8,7 @@ RESM_HD void prefetch_next(const Array& from, int64_t begin, int n) {
   if (n != kBlock) return;
   const int64_t bytes = kBlock * item_size(from.dtype);
   const char* next = static_cast<const char*>(from.data) + begin * item_size(from.dtype) + bytes;
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i);
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(next + i, 0, 2);
 }
 
 template <class C>
