@@ -72,6 +72,22 @@ def test_rows_of_many_equal_magnitudes_have_the_reference_bits() -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, reference(base, experts, [0.5] * 2, [0.4] * 2, 3), strict=True))
 
 
+@pytest.mark.parametrize("row", [64, 333, 5000])
+def test_magnitudes_however_they_lie_have_the_reference_bits(row: int) -> None:
+    """Close together (all in one cell, which takes a sort), octaves apart, with outliers above or zeros below."""
+    steps = torch.randint(0, 3000, (4, row), generator=torch.Generator().manual_seed(1))
+    close = 1 + steps * 2.0**-23
+    apart = 2.0 ** (steps % 200 - 100.0)
+    outliers = torch.where(steps < 40, 1e30, randn(4, row, seed=2))
+    mostly_zero = torch.where(steps < 40, randn(4, row, seed=3), 0.0)
+    experts = [close, apart, outliers, mostly_zero]
+    for dtype in (torch.float32, torch.float64):
+        base = torch.zeros(4, row, dtype=dtype)
+        found = random_mask(base, experts, 0.5, 0.45, seed=7)
+        wanted = reference(base, experts, [0.5] * 4, [0.45] * 4, 7)
+        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), dtype
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 0.15])
 def test_bits_depend_on_neither_threads_nor_instruction_set(
     every_way: Callable[[], Iterator[str]], epsilon: float

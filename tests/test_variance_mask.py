@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import CHUNK, FLOATS, group, values
+from inputs import CHUNK, FLOATS, group, randn, values
 
 from resm_kernels.ops import variance_mask
 from resm_kernels.reference._masks import unpacked
@@ -26,6 +26,22 @@ def test_every_shape_has_the_reference_bits(shape: tuple[int, ...], dtype: torch
         base, experts = group(shape, n_experts, kind, base_dtype=dtype, expert_dtypes=[dtype, torch.bfloat16])
         for density in (0.0, 0.1, 0.7, 1.0):
             assert torch.equal(variance_mask(base, experts, density), reference(base, experts, density))
+
+
+@pytest.mark.parametrize("kind", ["few", "many equal", "huge", "sorted", "one"])
+def test_variances_that_samples_mislead_about_have_the_reference_bits(kind: str) -> None:
+    base = torch.zeros(CHUNK + 3)
+    steps = torch.arange(CHUNK + 3)
+    second = {
+        "few": torch.where(steps % 9973 == 0, steps / CHUNK, 0.0),
+        "many equal": torch.where(steps % 3 == 0, randn(CHUNK + 3, seed=1), 0.5),
+        "huge": randn(CHUNK + 3, seed=2) * 1e30,  # variances overflow
+        "sorted": steps.float(),
+        "one": torch.where(steps == CHUNK, 1.0, 0.0),
+    }[kind]
+    for density in (0.0, 1e-5, 0.1, 0.5, 0.9, 0.9999, 1.0):
+        found = variance_mask(base, [base, second], density)
+        assert torch.equal(found, reference(base, [base, second], density)), density
 
 
 @given(seed=st.integers(0, 10**6), n_experts=st.integers(1, 6), density=st.floats(0.0, 1.0))

@@ -101,8 +101,9 @@ struct Election {
   C min_divisor;
 };
 
-// A monotone map of keys to 2^(bits + 1) cells: even ones hold one key alone (the first one 0, the others those that are
-// 2^shift apart from `first` on), odd ones what lies between two of those, or before the first but 0, or past the last.
+// A monotone map of keys to 2^(bits + 1) cells: even ones hold one key alone (the first one 0, the others those that
+// are 2^shift apart from `first` on), odd ones what lies between two of those, or before the first but 0, or past the
+// last.
 template <class C>
 struct KeyGrid {
   Key<C> first;
@@ -211,8 +212,8 @@ struct BlockKernels {
   void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
   // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.
   int (*variance)(const C* base, const C* experts, int n, int n_experts, C* to);
-  // Bits of i below n of which values[i], blocks padded to kLanes, is at least bracket.high, and how the rest lies to it:
-  // whole pairs of bytes.
+  // Bits of i below n of which values[i], blocks padded to kLanes, is at least bracket.high, in whole pairs of bytes;
+  // and how the others lie to the bracket.
   void (*split_values)(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketPlaces& found);
 };
 
@@ -233,8 +234,8 @@ struct Kernels {
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);
-  // `aggregate` of at most kMostAtOnce experts, all tensors bf16, without a base for plain sums alone: writes n results, n a
-  // multiple of kLanes. False if an input may not be finite.
+  // `aggregate` of at most kMostAtOnce experts, all tensors bf16, without a base for plain sums alone: writes n
+  // results, n a multiple of kLanes. False if an input may not be finite.
   bool (*aggregate_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                          uint16_t* out);
   BlockKernels<double> f64;

@@ -1,8 +1,8 @@
 // variance_mask: one pass, in which a sample's bracket of the threshold decides on nearly all elements.
 //
-// Those whose variances lie in the bracket are decided when all have been seen, for the rank depends on how many are not
-// 0. Should the bracket miss, or too much lie in it, variances go to memory, where the threshold is then found without a
-// sort. Both ways give the same mask, so that nothing about the sample shows in the result.
+// Those whose variances lie in the bracket are decided when all have been seen, for the rank depends on how many are
+// not 0. Should the bracket miss, or too much lie in it, variances go to memory, where the threshold is then found
+// without a sort. Both ways give the same mask, so that nothing about the sample shows in the result.
 #include <algorithm>
 #include <cmath>
 #include <functional>
@@ -17,7 +17,9 @@ namespace {
 constexpr int kSampleRuns = 4096, kRunLength = 8;  // neighbours come with the same cache line
 constexpr int64_t kMostCandidates = 8;             // give the bracket up when more than 1/8 of a tensor lies inside
 
-int64_t rank_of(int64_t nonzero, double density) { return static_cast<int64_t>(static_cast<double>(nonzero) * density); }
+int64_t rank_of(int64_t nonzero, double density) {
+  return static_cast<int64_t>(static_cast<double>(nonzero) * density);
+}
 
 template <class C>
 class VarianceSelection {

@@ -3,7 +3,8 @@
 
 namespace resm::cpu::RESM_ISA {
 
-// Welford's updates in double, in the order of the experts: all δ the same give 0 exactly. kCount experts, or n_experts.
+// Welford's updates in double, in the order of the experts: all δ the same give 0 exactly. Of kCount experts, or of
+// n_experts.
 template <int kCount, class C>
 int variance_of(const C* __restrict base, const C* __restrict experts, int n, int n_experts, C* __restrict to) {
   const int count = kCount > 0 ? kCount : n_experts;
