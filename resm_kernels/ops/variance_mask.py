@@ -34,10 +34,9 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
     The variance is accumulated in float64 by Welford's updates in the order of the experts (which find 0 exactly where
     all δ are the same) and rounded to the dtype of Δ, fp32 (float64 if any input is float64).
 
-    Memory: on CPU what a bracket of a percent or two of the elements takes; where a sample does not bracket the
-    threshold, and on GPUs, the variances, four bytes an element (eight in float64), and what `magnitude_threshold` takes.
-    NaN counts as
-    no variance or the largest; `aggregate` refuses it.
+    Memory: on CPU what lies in a bracket of the threshold, a percent or two of the elements; where a sample does not
+    bracket it, and on GPUs, the variances, four bytes an element (eight in float64), and what `magnitude_threshold`
+    takes. NaN counts as no variance or the largest; `aggregate` refuses it.
 
     Determinism: exact, hence the same for any number of threads, block size and device.
     """
