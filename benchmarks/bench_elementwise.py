@@ -62,7 +62,8 @@ PARAMETERS: Final[dict[str, dict[str, float]]] = {
 }
 EXPERTS: Final = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2, "passthrough": 1}
 """How many a method takes, where that is not any number: then 3."""
-RANDOM: Final = ("dare_linear", "dare_ties", "della", "della_linear")
+PARTS: Final = ("process", "memory", "speed", "growth", "accuracy")
+"""In this order: a process that has held much memory hands its own peak down to those it starts."""
 
 
 def tensors(numel: int, experts: int) -> tuple[Tensor, list[Tensor]]:
@@ -220,7 +221,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=11, help="times each of ours is called (default: 11)")
     parser.add_argument("--rival-rounds", type=int, default=2, help="times mergekit is called (default: 2)")
     parser.add_argument("--runs", type=int, default=2, help="times each whole process runs (default: 2)")
-    parser.add_argument("--parts", nargs="+", default=["speed", "process", "growth", "memory", "accuracy"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where models are kept")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
@@ -234,7 +235,7 @@ def main() -> None:
         "memory": lambda: memory(any_number, options.cache),
         "accuracy": lambda: accuracy(options.methods),
     }
-    for part in options.parts:
+    for part in sorted(options.parts, key=PARTS.index):
         found[part] = parts[part]()
         show(part, found[part])
         if options.json is not None:
