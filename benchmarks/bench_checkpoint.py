@@ -180,11 +180,14 @@ def compare(
 ) -> dict[str, Any]:
     """Run both commands on one recipe, in turn; return medians, peaks and the ratio."""
     parameters = PARAMETERS[method] if parameters is None else parameters
-    with_base = get(method).needs_base
+    chosen = get(method)
+    with_base = chosen.needs_base
+    of_each = {key: value for key, value in parameters.items() if chosen.parameter(key).per_expert}
     recipe = {
         "merge_method": method,
         **({"base_model": str(folders[0].absolute())} if with_base else {}),
-        "models": [{"model": str(f.absolute()), "parameters": parameters} for f in folders[1:]],
+        "models": [{"model": str(f.absolute()), "parameters": of_each} for f in folders[1:]],
+        "parameters": {key: value for key, value in parameters.items() if key not in of_each},
         "dtype": "bfloat16",
     }
     with tempfile.TemporaryDirectory(dir=folders[0].parent) as scratch:
