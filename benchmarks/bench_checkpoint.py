@@ -20,6 +20,7 @@ import contextlib
 import json
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -141,20 +142,29 @@ def make_models(cache: Path, size: Size = Size()) -> list[Path]:
     return folders
 
 
+LAUNCHER: Final = """
+import os, sys, time
+started = time.perf_counter()
+actions = [(os.POSIX_SPAWN_DUP2, 2, 1)]
+_, status, usage = os.wait4(os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=actions), 0)
+print(time.perf_counter() - started, usage.ru_maxrss)
+sys.exit(os.waitstatus_to_exitcode(status) != 0)
+"""
+"""A process starts with the peak memory of the one that starts it: this one has little."""
+
+
 def run(command: list[str], log: Path) -> tuple[float, int]:
     """Run a process to its end; return seconds and its peak resident memory in bytes."""
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
     # Installed packages have their bytecode; a checkout may write its own, or would be compiled anew in each run.
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     with open(log, "wb") as stream:
-        started = time.perf_counter()
-        actions = [(os.POSIX_SPAWN_DUP2, stream.fileno(), 1), (os.POSIX_SPAWN_DUP2, stream.fileno(), 2)]
-        pid = os.posix_spawn(command[0], command, environment, file_actions=actions)
-        _, status, usage = os.wait4(pid, 0)
-        seconds = time.perf_counter() - started
-    if status != 0:
+        line = [sys.executable, "-S", "-c", LAUNCHER, *command]
+        done = subprocess.run(line, env=environment, stdout=subprocess.PIPE, stderr=stream, text=True)
+    if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)} failed:\n{log.read_text(errors='replace')[-2000:]}")
-    return seconds, usage.ru_maxrss * 1024
+    seconds, peak = done.stdout.split()
+    return float(seconds), int(peak) * 1024
 
 
 def floor(folders: list[Path], out: Path) -> dict[str, float]:

@@ -63,7 +63,7 @@ PARAMETERS: Final[dict[str, dict[str, float]]] = {
 EXPERTS: Final = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2, "passthrough": 1}
 """How many a method takes, where that is not any number: then 3."""
 PARTS: Final = ("process", "memory", "speed", "growth", "accuracy")
-"""In this order: a process that has held much memory hands its own peak down to those it starts."""
+"""In this order: whole processes have the machine's memory to themselves."""
 
 
 def tensors(numel: int, experts: int) -> tuple[Tensor, list[Tensor]]:

@@ -57,7 +57,7 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 
 def test_no_kernel_without_an_op() -> None:
     on_cpu = {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
-    on_cpu |= {"sparsity"}
+    on_cpu |= {"sparsity", "sample"}
     shared = on_cpu | {"table", "select"}
     for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference", "resm_kernels/triton", "resm_kernels/cuda"):
         for path in (ROOT / folder).iterdir():

@@ -12,12 +12,11 @@
 #include <mutex>
 
 #include "cpu/chunks.h"
+#include "cpu/sample.h"
 
 namespace resm::cpu {
 namespace {
 
-constexpr int kSampleRuns = 4096;  // places of the sample, hashed so that no structure of a tensor meets them
-constexpr int kRunLength = 8;      // neighbours taken at each: they come with the same cache line
 constexpr int kDigitBits = 11;
 constexpr int64_t kMostCandidates = 8;  // give the bracket up when more than 1/8 of a tensor lies inside
 
@@ -84,7 +83,7 @@ class Selection {
   }
 
   void run(double* thresholds, int64_t* nonfinite) {
-    if (numel_ > kSampleRuns * kRunLength) bracket_by_sample();
+    if (numel_ > kMostRuns * kRunLength) bracket_by_sample();
     pass();
     for (int t = 0; t < groups_.n_experts; ++t) {
       nonfinite[t] = tallies_[t].counts.nonfinite;
@@ -115,18 +114,22 @@ class Selection {
   }
 
   void bracket_by_sample() {
-    Scratch<C> scratch;
-    std::vector<std::vector<Key<C>>> samples(groups_.n_experts);
-    for (int run = 0; run < kSampleRuns; ++run) {
-      const uint64_t last = static_cast<uint64_t>(numel_ - kRunLength);
-      const auto begin = static_cast<int64_t>(hash(0x9e3779b97f4a7c15u * (run + 1)) % (last + 1));
+    const int64_t runs = sample_runs(numel_);
+    std::vector<std::vector<Key<C>>> samples(groups_.n_experts, std::vector<Key<C>>(runs * kRunLength));
+    const auto take = [&](int64_t run, Scratch<C>& scratch) {
+      const int64_t begin = sampled_run(run, numel_);
       for_deltas({group_, begin, begin + kRunLength}, 0, groups_.n_experts, scratch,
                  [&](int t, const C* base, const C* expert, int n) {
-                   for (int i = 0; i < n; ++i)
-                     samples[t].push_back(key_of(C(expert[i] - base[i])));
+                   for (int i = 0; i < n; ++i) samples[t][run * kRunLength + i] = key_of(C(expert[i] - base[i]));
                  });
-    }
-    for (int t = 0; t < groups_.n_experts; ++t) narrow(samples[t], t);
+    };
+    parallel_for(ceil_div(runs, kRunsAtOnce), threads_, [] { return Scratch<C>(); },
+                 [&](int64_t task, Scratch<C>& scratch) {
+                   const int64_t last = std::min(runs, (task + 1) * kRunsAtOnce);
+                   for (int64_t run = task * kRunsAtOnce; run < last; ++run) take(run, scratch);
+                 });
+    parallel_for(groups_.n_experts, threads_, [] { return 0; },
+                 [&](int64_t t, int) { narrow(samples[t], static_cast<int>(t)); });
   }
 
   // Four standard deviations of the sampled rank on either side; past the sample's ends the bracket stays open.
@@ -141,7 +144,7 @@ class Selection {
   }
 
   void pass() {
-    const int64_t limit = std::max<int64_t>(numel_ / kMostCandidates, kSampleRuns * kRunLength);
+    const int64_t limit = std::max<int64_t>(numel_ / kMostCandidates, kMostRuns * kRunLength);
     parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return Scratch<C>(); },
                  [&](int64_t i, Scratch<C>& scratch) {
                    std::vector<Tally<C>> own(groups_.n_experts);

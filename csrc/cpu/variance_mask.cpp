@@ -10,11 +10,11 @@
 #include <mutex>
 
 #include "cpu/chunks.h"
+#include "cpu/sample.h"
 
 namespace resm::cpu {
 namespace {
 
-constexpr int kSampleRuns = 4096, kRunLength = 8;  // neighbours come with the same cache line
 constexpr int64_t kMostCandidates = 8;             // give the bracket up when more than 1/8 of a tensor lies inside
 
 int64_t rank_of(int64_t nonzero, double density) {
@@ -30,7 +30,7 @@ class VarianceSelection {
   }
 
   void run(C* variances) {
-    if (length_ <= kSampleRuns * kRunLength || !select_by_sample()) select_in_memory(variances);
+    if (length_ <= kMostRuns * kRunLength || !select_by_sample()) select_in_memory(variances);
     std::fill(mask_ + ceil_div(length_, 8), mask_ + ceil_div(length_, kRun) * kRunBytes, uint8_t(0));
   }
 
@@ -66,9 +66,8 @@ class VarianceSelection {
   ValueBracket<C> bracket() const {
     const Scratch scratch(groups_.n_experts);
     std::vector<C> sample;
-    for (int run = 0; run < kSampleRuns; ++run) {
-      const auto last = static_cast<uint64_t>(length_ - kRunLength);
-      const auto begin = static_cast<int64_t>(hash(0x9e3779b97f4a7c15u * (run + 1)) % (last + 1));
+    for (int64_t run = 0; run < sample_runs(length_); ++run) {
+      const int64_t begin = sampled_run(run, length_);
       variance_at(begin, kRunLength, scratch, scratch.blocks[1]);
       for (int i = 0; i < kRunLength; ++i)
         if (scratch.blocks[1][i] > C(0)) sample.push_back(scratch.blocks[1][i]);

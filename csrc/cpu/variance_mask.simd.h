@@ -3,21 +3,42 @@
 
 namespace resm::cpu::RESM_ISA {
 
-// Welford's updates in double, in the order of the experts: all δ the same give 0 exactly. Of kCount experts, or of
-// n_experts.
+// Welford's updates in double, in the order of the experts: all δ the same give 0 exactly.
 template <int kCount, class C>
-int variance_of(const C* __restrict base, const C* __restrict experts, int n, int n_experts, C* __restrict to) {
-  const int count = kCount > 0 ? kCount : n_experts;
+int variance_of(const C* __restrict base, const C* __restrict experts, int n, C* __restrict to) {
   Key<C> found = 0;
   for (int i = 0; i < n; ++i) {
     double mean = double(C(experts[i] - base[i])), squares = 0;
-    for (int t = 1; t < count; ++t) {
+    for (int t = 1; t < kCount; ++t) {
       const double delta = double(C(experts[t * kBlock + i] - base[i])), change = delta - mean;
       mean = mean + change / double(t + 1);
       squares = squares + change * (delta - mean);
     }
-    to[i] = C(squares / double(count));
+    to[i] = C(squares / double(kCount));
     found += key_of(to[i]) != 0 ? 1 : 0;
+  }
+  return static_cast<int>(found);
+}
+
+// Any number of experts: the sums of kLanes elements stay in registers while these go by. Blocks are padded.
+template <class C>
+int variance_of_many(const C* base, const C* experts, int n, int n_experts, C* to) {
+  Key<C> found = 0;
+  for (int begin = 0; begin < n; begin += kLanes) {
+    double mean[kLanes], squares[kLanes] = {};
+    for (int i = 0; i < kLanes; ++i) mean[i] = double(C(experts[begin + i] - base[begin + i]));
+    for (int t = 1; t < n_experts; ++t) {
+      const C* expert = experts + t * kBlock + begin;
+      for (int i = 0; i < kLanes; ++i) {
+        const double delta = double(C(expert[i] - base[begin + i])), change = delta - mean[i];
+        mean[i] = mean[i] + change / double(t + 1);
+        squares[i] = squares[i] + change * (delta - mean[i]);
+      }
+    }
+    for (int i = 0; i < kLanes && begin + i < n; ++i) {
+      to[begin + i] = C(squares[i] / double(n_experts));
+      found += key_of(to[begin + i]) != 0 ? 1 : 0;
+    }
   }
   return static_cast<int>(found);
 }
@@ -25,11 +46,11 @@ int variance_of(const C* __restrict base, const C* __restrict experts, int n, in
 template <class C>
 int variance(const C* base, const C* experts, int n, int n_experts, C* to) {
   switch (n_experts) {
-    case 2: return variance_of<2>(base, experts, n, n_experts, to);
-    case 3: return variance_of<3>(base, experts, n, n_experts, to);
-    case 4: return variance_of<4>(base, experts, n, n_experts, to);
-    case 5: return variance_of<5>(base, experts, n, n_experts, to);
-    default: return variance_of<0>(base, experts, n, n_experts, to);
+    case 2: return variance_of<2>(base, experts, n, to);
+    case 3: return variance_of<3>(base, experts, n, to);
+    case 4: return variance_of<4>(base, experts, n, to);
+    case 5: return variance_of<5>(base, experts, n, to);
+    default: return variance_of_many(base, experts, n, n_experts, to);
   }
 }
 
