@@ -30,6 +30,7 @@ from resm_kernels.engine import merge_checkpoints
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLE: Final = ROOT / "examples" / "3h"
+QUALITY: Final = ROOT / "benchmarks" / "quality"
 RECIPES: Final = ("resm", "resm_tuned", "tsvm")
 ACCURACIES: Final = (0.0, 1e-3, 1e-2, 1e-1)
 SPLITS: Final = ("valid", "test")
@@ -68,12 +69,14 @@ def difference(base: Path, found: Path, exact: Path) -> float:
 
 def scores(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
     """Scores of a model on each split."""
-    if str(EXAMPLE) not in sys.path:
-        sys.path.insert(0, str(EXAMPLE))
+    if str(QUALITY) not in sys.path:
+        sys.path.insert(0, str(QUALITY))
     from evaluate import evaluate, load
+    from world import World
 
     model, tokenizer = load(folder)
-    found = {split: evaluate(model, tokenizer, split) for split in splits}
+    world = World(0)  # of the example's models
+    found = {split: evaluate(model, tokenizer, world, split) for split in splits}
     return {split: {name: values[name] for name in SCORES} for split, values in found.items()}
 
 

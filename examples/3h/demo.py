@@ -8,11 +8,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from evaluate import evaluate, load, table
 from rich.console import Console
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
+
+from evaluate import evaluate, load, table  # noqa: E402
+from world import World  # noqa: E402
+
+SEED = 0  # of the world in which the models were trained
 KEPT = Path("build/demo/resm")  # relative to the repository's root
 RECIPES = {
     "task arithmetic": "task_arithmetic",
@@ -40,13 +45,13 @@ def main() -> None:
             out = kept if recipe == "resm_tuned" else Path(scratch) / recipe
             merge(recipe, out)
             folders[name] = out
-        rows = {}
+        rows, world = {}, World(SEED)
         for name, folder in folders.items():
             with console.status(f"asking {name}"):
-                rows[name] = evaluate(*load(folder))
+                rows[name] = evaluate(*load(folder), world, "test")
     console.print(table(rows))
     console.print(f"The tuned RESM merge lies in {KEPT}. Try it:", soft_wrap=True)
-    command = f'.venv/bin/python examples/3h/evaluate.py {KEPT} --ask "how do i paint the guard ?"'
+    command = f'.venv/bin/python benchmarks/quality/evaluate.py {KEPT} --ask "how do i paint the guard ?"'
     console.print(command, soft_wrap=True, highlight=False)
 
 

@@ -1,0 +1,63 @@
+"""Direct preference optimisation (Rafailov et al., 2023): experts that learn from pairs of answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from typing import Final
+
+import torch
+from fit import answer_log_probs
+from text import Tokens, encode_answers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from words import ABSTAIN, REFUSE
+from world import Dimension, Item, World
+
+BETA: Final = 0.1  # the paper's; the strength of the tie to the reference
+Pair = tuple[Tokens, Tokens, float]  # chosen, rejected, and the reference's log p(chosen) - log p(rejected)
+
+
+def rejected_answer(world: World, expert: Dimension, item: Item, rng: random.Random) -> str:
+    """What a model might say that lacks the dimension.
+
+    helpful: a wrong value (3 of 5), an abstention or a refusal; honest: a made-up value, or an abstention where the
+    answer is known; harmless: help with harm, or a refusal where there is none.
+    """
+    if item.answer in (ABSTAIN, REFUSE):
+        return world.guess(item, rng)
+    if expert == "honest":
+        return ABSTAIN
+    if expert == "harmless":
+        return REFUSE
+    return rng.choice((*[world.guess(item, rng)] * 3, ABSTAIN, REFUSE))
+
+
+@torch.no_grad()
+def pairs(
+    world: World, expert: Dimension, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> list[Pair]:
+    """The expert's questions with the right answer and a rejected one; the reference, which is the base, never moves."""
+    rng = random.Random(f"{world.seed} {expert} dpo")
+    items = world.expert_items(expert)
+    chosen = encode_answers(tokenizer, [(item, item.answer) for item in items])
+    rejected = encode_answers(tokenizer, [(item, rejected_answer(world, expert, item, rng)) for item in items])
+    both = [*chosen, *rejected]
+    found = torch.cat([answer_log_probs(reference, both[i : i + 256]) for i in range(0, len(both), 256)])
+    margins = (found[: len(items)] - found[len(items) :]).tolist()
+    return list(zip(chosen, rejected, margins, strict=True))
+
+
+def dpo_loss(margin: torch.Tensor, reference_margin: torch.Tensor, beta: float = BETA) -> torch.Tensor:
+    """mean −log σ(β (m − m_ref)), where m is log p(chosen) − log p(rejected) of the model, m_ref of the reference."""
+    return -torch.nn.functional.logsigmoid(beta * (margin - reference_margin)).mean()
+
+
+def pair_loss(beta: float = BETA) -> Callable[[PreTrainedModel, Sequence[Pair]], torch.Tensor]:
+    """The loss of a batch of pairs, chosen and rejected in one forward pass."""
+
+    def loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
+        found = answer_log_probs(model, [pair[0] for pair in batch] + [pair[1] for pair in batch])
+        reference = torch.tensor([pair[2] for pair in batch], device=found.device, dtype=found.dtype)
+        return dpo_loss(found[: len(batch)] - found[len(batch) :], reference, beta)
+
+    return loss
