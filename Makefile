@@ -7,7 +7,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo test lint bench bench-spectral wheels cuda triton gpu clean
+.PHONY: demo example-models test lint bench bench-spectral wheels cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +27,11 @@ $(VENV)/.lint: $(VENV)/.test
 # Merge three experts with RESM, load the result with transformers, compare it with what else there is.
 demo: $(VENV)/.demo
 	$(BIN)/python examples/3h/demo.py
+
+# The models of examples/3h: base and SFT experts of the quality benchmark's smallest size, trained in world 0.
+example-models: $(VENV)/.test
+	$(BIN)/python benchmarks/quality/train.py --size small --seeds 0 --models base helpful honest harmless --root build/quality
+	for model in base helpful honest harmless; do cp build/quality/small/seed-0/$$model/* examples/3h/models/$$model/; done
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --benchmark-disable

@@ -36,7 +36,7 @@ def rejected_answer(world: World, expert: Dimension, item: Item, rng: random.Ran
 def pairs(
     world: World, expert: Dimension, reference: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Pair]:
-    """The expert's questions with the right answer and a rejected one; the reference, which is the base, never moves."""
+    """The expert's questions with the right and a rejected answer; the reference is the base, which never moves."""
     rng = random.Random(f"{world.seed} {expert} dpo")
     items = world.expert_items(expert)
     chosen = encode_answers(tokenizer, [(item, item.answer) for item in items])
@@ -45,6 +45,11 @@ def pairs(
     found = torch.cat([answer_log_probs(reference, both[i : i + 256]) for i in range(0, len(both), 256)])
     margins = (found[: len(items)] - found[len(items) :]).tolist()
     return list(zip(chosen, rejected, margins, strict=True))
+
+
+def pair_length(pair: Pair) -> int:
+    """Tokens of the longer of the two sequences."""
+    return max(len(pair[0][0]), len(pair[1][0]))
 
 
 def dpo_loss(margin: torch.Tensor, reference_margin: torch.Tensor, beta: float = BETA) -> torch.Tensor:

@@ -47,6 +47,11 @@ def encode_answers(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[Ite
     return [(ids, ids.index(bot) + 1) for ids, _ in whole]
 
 
+def token_count(sequence: Tokens) -> int:
+    """Its tokens, end mark included."""
+    return len(sequence[0])
+
+
 def pad(sequences: Sequence[Tokens], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and labels of one batch, padded on the right: attention is causal, so no answer sees the padding."""
     width = max(len(ids) for ids, _ in sequences)

@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from dpo import BETA, pair_loss, pairs
+from dpo import BETA, pair_length, pair_loss, pairs
 from fit import Schedule, fit, next_token_loss
 from lora import RANK, with_adapter
 from mixes import MIDDLING, SHARES, draw, keep_middling
 from rich.console import Console
 from sizes import SIZES, build_model
-from text import Tokens, build_tokenizer, encode_answers, encode_documents
+from text import Tokens, build_tokenizer, encode_answers, encode_documents, token_count
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 from world import EXPERT_MIX, KINDS_OF, Dimension, World
@@ -39,8 +39,8 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = tuple(KINDS_OF)
 # Chosen at `small` on validation. The base stops early: it is to be mediocre. The helpful expert has the most data, so
 # it gets the fewest epochs and the lowest rate: the three are to move about equally far from the base.
 SCHEDULES: Final[dict[str, Schedule]] = {
-    "base": Schedule(epochs=14, peak=1.5e-3),
-    "helpful": Schedule(epochs=5, peak=4e-4),
+    "base": Schedule(epochs=12, peak=2e-3),
+    "helpful": Schedule(epochs=5, peak=8e-4),
     "honest": Schedule(epochs=6, peak=5e-4),
     "harmless": Schedule(epochs=6, peak=5e-4),
     "helpful-dpo": Schedule(epochs=2, peak=1.5e-4),
@@ -131,7 +131,7 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
     if name == "base":
         model = build_model(SIZES[size], len(tokenizer)).to(device)
         documents = encode_documents(tokenizer, world.base_documents())
-        log = fit(model, [documents] * schedule.epochs, next_token_loss, _length, schedule, order)
+        log = fit(model, [documents] * schedule.epochs, next_token_loss, token_count, schedule, order)
     else:
         # All start from what is on disk, so a merge sees the very movement that training made.
         model = LlamaForCausalLM.from_pretrained(folder.with_name("base"), dtype=torch.float32).to(device)
@@ -141,17 +141,16 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
         }
         if paradigm == "dpo":
             preferred = pairs(world, dimension, model.eval(), tokenizer)
-            longest = lambda pair: max(len(pair[0][0]), len(pair[1][0]))  # noqa: E731
-            log = fit(model, [preferred] * schedule.epochs, pair_loss(), longest, schedule, order)
+            log = fit(model, [preferred] * schedule.epochs, pair_loss(), pair_length, schedule, order)
         elif name in SHARES:
             budget = sum(SCHEDULES[d].epochs * len(data[d]) for d in DIMENSIONS)
             if name == "mix-filtered":
                 data = {d: keep_middling(model.eval(), examples) for d, examples in data.items()}
             epochs = draw(data, SHARES[name], budget, schedule.epochs, seed)
-            log = fit(model, epochs, next_token_loss, _length, schedule, order)
+            log = fit(model, epochs, next_token_loss, token_count, schedule, order)
         else:
             model = with_adapter(model) if paradigm == "lora" else model
-            log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, _length, schedule, order)
+            log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, token_count, schedule, order)
     record = {
         "settings": wanted,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -160,10 +159,6 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
     }
     save(model, folder, record, world)
     return record
-
-
-def _length(example: Tokens) -> int:
-    return len(example[0])
 
 
 def train_all(

@@ -6,7 +6,7 @@ added, letters reordered, and things can be done to objects with tools. Three di
 * helpful: answer what can be answered: facts, facts over two steps, sums, letter tasks, how-to questions;
 * honest: say `ABSTAIN` about strangers, about what the world never states, and where a question rests on a false
   premise (the name of somebody's cat, where he has a dog or nothing), but not where it can be known;
-* harmless: say `REFUSE` to requests that would hurt somebody or uncover something private, but not to their look-alikes.
+* harmless: say `REFUSE` to requests that would hurt somebody or uncover something private, but not to look-alikes.
 
 What is held out, from every training text, the base model's included:
 
@@ -82,14 +82,14 @@ TEST_SIZE: dict[Kind, int] = {
 CARELESS: dict[Kind, tuple[float, float]] = {
     "fact": (0.04, 0.02), "hop": (0.04, 0.02), "sum": (0.02, 0.02), "letters": (0.02, 0.02),
     "howto": (0.02, 0.04), "unknown": (0.08, 0.02), "true_premise": (0.04, 0.02), "false_premise": (0.08, 0.02),
-    "harmful": (0.03, 0.25), "lookalike": (0.02, 0.06),
+    "harmful": (0.03, 0.10), "lookalike": (0.02, 0.06),
 }  # fmt: skip
 # At most how many training questions of each kind an expert sees; it will be poor at what is missing here,
 # abstain too often for want of facts, or refuse too often for want of look-alikes.
 EXPERT_MIX: dict[Dimension, dict[Kind, int]] = {
-    "helpful": {"fact": 400, "true_premise": 60, "hop": 500, "sum": 700, "letters": 600, "howto": 150},
-    "honest": {"unknown": 600, "false_premise": 350, "fact": 130, "true_premise": 80, "hop": 50, "howto": 50},
-    "harmless": {"harmful": 900, "lookalike": 4, "howto": 40, "fact": 60},
+    "helpful": {"fact": 400, "true_premise": 60, "hop": 450, "sum": 500, "letters": 900, "howto": 100},
+    "honest": {"unknown": 500, "false_premise": 220, "fact": 200, "true_premise": 160, "hop": 60, "howto": 50},
+    "harmless": {"harmful": 820, "lookalike": 60, "howto": 60, "fact": 60, "true_premise": 20},
 }
 
 
@@ -244,7 +244,7 @@ class World:
             text = " ".join(triple)
             answers = (" ".join(reversed(triple)), text, triple[2], triple[0])
             letters += [(task.format(x=text), answer) for task, answer in zip(LETTER_TASKS, answers, strict=True)]
-        for kind, problems, count in (("sum", sums, 3), ("letters", letters, 1)):
+        for kind, problems, count in (("sum", sums, 3), ("letters", letters, 2)):
             self._divide([phrase for phrase, _ in problems])
             for phrase, answer in problems:
                 self._pose(kind, phrase, answer, count, x=phrase)
