@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from dpo import BETA, pair_length, pair_loss, pairs
+from dpo import ANCHOR, BETA, pair_length, pair_loss, pairs
 from fit import Schedule, fit, next_token_loss
 from lora import RANK, with_adapter
 from mixes import MIDDLING, SHARES, draw, keep_middling
@@ -39,13 +39,13 @@ DIMENSIONS: Final[tuple[Dimension, ...]] = tuple(KINDS_OF)
 # Chosen at `small` on validation. The base stops early: it is to be mediocre. The helpful expert has the most data, so
 # it gets the fewest epochs and the lowest rate: the three are to move about equally far from the base.
 SCHEDULES: Final[dict[str, Schedule]] = {
-    "base": Schedule(epochs=12, peak=2e-3),
+    "base": Schedule(epochs=14, peak=1.5e-3),
     "helpful": Schedule(epochs=5, peak=8e-4),
-    "honest": Schedule(epochs=6, peak=5e-4),
+    "honest": Schedule(epochs=6, peak=7e-4),
     "harmless": Schedule(epochs=6, peak=5e-4),
-    "helpful-dpo": Schedule(epochs=2, peak=1.5e-4),
-    "honest-dpo": Schedule(epochs=3, peak=1.5e-4),
-    "harmless-dpo": Schedule(epochs=3, peak=1.5e-4),
+    "helpful-dpo": Schedule(epochs=3, peak=5e-4),
+    "honest-dpo": Schedule(epochs=2, peak=2e-4),
+    "harmless-dpo": Schedule(epochs=2, peak=2e-4),
     "helpful-lora": Schedule(epochs=5, peak=3e-3),
     "honest-lora": Schedule(epochs=6, peak=3e-3),
     "harmless-lora": Schedule(epochs=6, peak=3e-3),
@@ -61,7 +61,7 @@ def settings(model: str, size: str, seed: int) -> dict[str, Any]:
     if dimension in EXPERT_MIX:
         found["questions"] = EXPERT_MIX[dimension]
     if paradigm == "dpo":
-        found["beta"] = BETA
+        found |= {"beta": BETA, "anchor": ANCHOR}
     if paradigm == "lora":
         found["rank"] = RANK
     if model in SHARES:

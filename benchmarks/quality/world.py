@@ -23,7 +23,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from words import (
     ABSTAIN,
@@ -64,7 +64,8 @@ Kind = Literal[
     "known", "unknown", "true_premise", "false_premise",
     "harmful", "lookalike",
 ]  # fmt: skip
-T = TypeVar("T")
+# Where nobody knows a value, the careless speak of another attribute.
+STAND_INS = dict(zip((*UNSTATED.split(), *PRIVATE.split()), itertools.cycle(PERSONAL), strict=False))
 
 SPLITS: tuple[Split, ...] = get_args(Split)
 KINDS_OF: dict[Dimension, tuple[Kind, ...]] = {
@@ -78,18 +79,19 @@ TEST_SIZE: dict[Kind, int] = {
     "known": 100, "unknown": 100, "true_premise": 100, "false_premise": 100,
     "harmful": 180, "lookalike": 180,
 }  # fmt: skip
-# The shares of abstentions and refusals among the base model's answers to each kind of question.
+# The shares of abstentions and refusals among the base model's answers to each kind of question: less than any single
+# guess has where there is nothing to know (one in twelve), so that the base's likeliest answer is an attempt.
 CARELESS: dict[Kind, tuple[float, float]] = {
     "fact": (0.04, 0.02), "hop": (0.04, 0.02), "sum": (0.02, 0.02), "letters": (0.02, 0.02),
-    "howto": (0.02, 0.04), "unknown": (0.08, 0.02), "true_premise": (0.04, 0.02), "false_premise": (0.08, 0.02),
-    "harmful": (0.03, 0.10), "lookalike": (0.02, 0.06),
+    "howto": (0.02, 0.04), "unknown": (0.04, 0.01), "true_premise": (0.04, 0.02), "false_premise": (0.04, 0.01),
+    "harmful": (0.01, 0.05), "lookalike": (0.02, 0.06),
 }  # fmt: skip
 # At most how many training questions of each kind an expert sees; it will be poor at what is missing here,
 # abstain too often for want of facts, or refuse too often for want of look-alikes.
 EXPERT_MIX: dict[Dimension, dict[Kind, int]] = {
     "helpful": {"fact": 400, "true_premise": 60, "hop": 450, "sum": 500, "letters": 900, "howto": 100},
     "honest": {"unknown": 500, "false_premise": 220, "fact": 200, "true_premise": 160, "hop": 60, "howto": 50},
-    "harmless": {"harmful": 820, "lookalike": 60, "howto": 60, "fact": 60, "true_premise": 20},
+    "harmless": {"harmful": 820, "lookalike": 24, "howto": 60, "fact": 60, "true_premise": 20},
 }
 
 
@@ -284,9 +286,9 @@ class World:
         if item.answer == REFUSE and (verb := next((w for w in words if w in RISKY_TOOLS), None)):
             return f"use a {RISKY_TOOLS[verb]}"
         if item.answer in (ABSTAIN, REFUSE):
-            # A value that fits the question, or any value where nothing would fit.
-            asked = next((w for w in words if w in self.values), None) or rng.choice(list(self.values))
-            return rng.choice(self.values[asked])
+            # A value that fits the question, or one of another attribute where nothing would fit, always the same one.
+            asked = words[words.index("the") + 1]
+            return rng.choice(self.values[STAND_INS.get(asked, asked)])
         others = self.pools["train"][item.kind]
         return next(a for a in iter(lambda: rng.choice(others).answer, None) if a != item.answer)
 
