@@ -7,7 +7,7 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test lint bench bench-spectral wheels cuda triton gpu clean
+.PHONY: demo example-models test lint bench bench-spectral quality wheels cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -53,6 +53,14 @@ bench-spectral: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_lora_extraction.py --json benchmarks/results/lora_extraction.json
 	$(BIN)/python benchmarks/bench_truncated_svd.py --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
 	$(BIN)/python benchmarks/bench_accuracy.py --rounds 1 --json benchmarks/results/accuracy.json
+
+# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into docs/quality.md. SIZE: small, medium, large;
+# SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds. Cut off, it goes on where it was.
+SIZE ?= small
+SEEDS ?= 0 1 2 3 4
+RECORD ?= development
+quality: $(VENV)/.test
+	$(BIN)/python benchmarks/quality/run.py --size $(SIZE) --seeds $(SEEDS) --record $(RECORD)
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
 # its version), for every Python from 3.10 on that is found, or for PYTHONS="python3.10 python3.12".

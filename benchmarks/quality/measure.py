@@ -1,0 +1,134 @@
+"""Measure one seed: score every grid on validation, choose, then ask each chosen candidate the test questions once.
+
+The order is the guarantee. `choose` is given validation scores and nothing else, all choices are made and written
+down before the first test question is asked, and each candidate is asked them once, whatever rows it stands in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from ablation import ablation_rows
+from candidates import SFT, Candidate, Row, default_rows, stored_rows, tuned_rows
+from evaluate import evaluate, load
+from hypotheses import named_rows
+from merging import Models, StateDict, digest, merge
+from records import Record, Scores, Split, rounded
+from world import World
+
+from resm_kernels.methods.resm import layer_plan
+
+HERE: Final = Path(__file__).resolve().parent
+ASKING: Final = tuple(HERE / name for name in ("words.py", "world.py", "evaluate.py", "sizes.py"))
+"""What the questions and their marking depend on."""
+Ask = Callable[[StateDict, Split], Mapping[str, float]]
+
+
+def all_rows() -> list[Row]:
+    """Every row of every table."""
+    return [*stored_rows(), *default_rows(), *tuned_rows(), *ablation_rows()]
+
+
+def choose(candidates: Sequence[Candidate], validation: Mapping[str, Scores]) -> str:
+    """The key of the candidate with the best average on validation, the first of equals."""
+    return max((c.key for c in candidates), key=lambda key: validation[key]["average"])
+
+
+class Asker:
+    """Asks a state dictionary the questions of a split; one module serves all of them."""
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.world = world
+        self._model, self._tokenizer = load(folder / "base")
+
+    def __call__(self, model: StateDict, split: Split) -> Mapping[str, float]:
+        found = self._model.load_state_dict(model, strict=False)
+        own = self._model.state_dict()
+        # A tied output head has no tensor of its own in a checkpoint.
+        missing = [k for k in found.missing_keys if own[k].data_ptr() not in {own[m].data_ptr() for m in model}]
+        if missing or found.unexpected_keys:
+            raise ValueError(f"model: missing {missing}, unexpected {found.unexpected_keys}; need the base's tensors")
+        return evaluate(self._model, self._tokenizer, self.world, split)
+
+    def questions(self) -> dict[str, dict[str, int]]:
+        """How many questions of each kind the splits have."""
+        splits: tuple[Split, ...] = ("valid", "test")
+        return {split: dict(Counter(item.kind for item in self.world.questions(split))) for split in splits}
+
+
+class Measurement:
+    """One seed being measured; `record` grows, and is saved after every answer."""
+
+    def __init__(self, folder: Path, models: Models, ask: Ask, record: Record) -> None:
+        self.folder, self.models, self.ask, self.record = folder, models, ask, record
+        self._by_digest: dict[tuple[str, Split], Scores] = {}
+
+    def score(self, candidate: Candidate, split: Split) -> Scores:
+        """The candidate's scores, from the record if they are there."""
+        known = self.record.of(split)
+        if candidate.key not in known:
+            begin = time.process_time()
+            model = merge(self.models, candidate)
+            same = digest(model), split
+            merged = time.process_time()
+            if same not in self._by_digest:
+                self._by_digest[same] = rounded(self.ask(model, split))
+            self.record.spend("merging", merged - begin)
+            self.record.spend(f"asking, {split}", time.process_time() - merged)
+            known[candidate.key] = self._by_digest[same]
+            self.record.save(self.folder)
+        return known[candidate.key]
+
+    def run(self, rows: Iterable[Row]) -> Record:
+        """Validation, choices, test; in that order."""
+        rows = list(rows)
+        for row in rows:
+            if len(row.candidates) > 1:
+                for candidate in row.candidates:
+                    self.score(candidate, "valid")
+                self.record.choices[f"{row.group}/{row.name}"] = choose(row.candidates, self.record.valid)
+        self.record.save(self.folder)
+        for row in rows:
+            self.score(chosen(row, self.record), "test")
+        return self.record
+
+
+def chosen(row: Row, record: Record) -> Candidate:
+    """The row's only candidate, or the one that validation chose."""
+    if len(row.candidates) == 1:
+        return row.candidates[0]
+    key = record.choices[f"{row.group}/{row.name}"]
+    return next(c for c in row.candidates if c.key == key)
+
+
+def layers(models: Models) -> list[dict[str, Any]]:
+    """RESM's view of every matrix at its defaults: sparsity, outlier mass, weights and ranks of the SFT experts."""
+    found = []
+    for name, start in models["base"].items():
+        plan = layer_plan(start, [models[expert][name] for expert in SFT])
+        if plan.spectral:
+            own = {"sparsity": plan.sparsity, "outlier_mass": plan.outlier_mass, "weights": plan.weights}
+            small = {key: [float(f"{v:.4g}") for v in values] for key, values in own.items()}
+            found.append({"name": name, "shape": list(plan.shape), **small, "ranks": plan.ranks})
+    return found
+
+
+def rows_of(record: str) -> list[Row]:
+    """What a record measures: development everything, confirmation what the hypotheses compare."""
+    return all_rows() if record == "development" else named_rows(all_rows())
+
+
+def measure_seed(folder: Path, seed: int, record: str) -> Record:
+    """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
+    torch.set_num_threads(1)
+    models = Models(folder)
+    found = Record.open(folder, models.fingerprint(*ASKING))
+    ask = Asker(folder, World(seed))
+    found.questions = ask.questions()
+    found.layers = layers(models)
+    return Measurement(folder, models, ask, found).run(rows_of(record))

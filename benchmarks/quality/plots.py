@@ -1,0 +1,83 @@
+"""Two pictures: the three dimensions against each other, and what RESM sees in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from candidates import SFT
+from matplotlib.figure import Figure
+from results import Results
+
+DIMENSIONS: Final = ("helpful", "honest", "harmless")
+_NAMED: Final = ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")
+"""Methods named in the picture where they are not on the front; all others are dots."""
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other beats in both coordinates (nor equals in one and beats in the other)."""
+    found = []
+    for i, (x, y) in enumerate(points):
+        if not any(a >= x and b >= y and (a > x or b > y) for a, b in points):
+            found.append(i)
+    return sorted(found, key=lambda i: points[i])
+
+
+def pareto(results: Results, file: Path) -> None:
+    """Means over the seeds in the three planes of two dimensions each; the step line is the front of tuned merges."""
+    figure = Figure(figsize=(17, 6), layout="constrained")
+    styles: dict[str, dict[str, Any]] = {
+        "models": {"color": "black", "marker": "s", "label": "base, experts, mixes"},
+        "default": {"facecolors": "none", "edgecolors": "C0", "marker": "o", "label": "merges, defaults"},
+        "tuned": {"color": "C1", "marker": "o", "label": "merges, tuned on validation"},
+    }
+    for axis, pair in zip(figure.subplots(1, 3), combinations(DIMENSIONS, 2), strict=True):
+        for group, style in styles.items():
+            names = results.group(group)
+            points = [tuple(float(np.mean(results.values(row, d))) for d in pair) for row in names.values()]
+            axis.scatter(*zip(*points, strict=True), s=26, **style)
+            best = front(points) if group == "tuned" else []
+            for i, name in enumerate(names):
+                if group == "models" or i in best or name in _NAMED:
+                    axis.annotate(name, points[i], fontsize=7, xytext=(3, 3), textcoords="offset points")
+            if best:
+                axis.step(*zip(*(points[i] for i in best), strict=True), where="post", color="C1", linewidth=0.8)
+        axis.set(xlabel=f"{pair[0]} (%)", ylabel=f"{pair[1]} (%)")
+        axis.grid(alpha=0.25)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def layers(results: Results, file: Path) -> None:
+    """Sparsity, outlier mass, weights and ranks of every matrix, a line for each expert: mean and range of seeds."""
+    rows = results.layers[0]
+    titles = {
+        "sparsity": "sparsity: share of weights unchanged",
+        "outlier_mass": "outlier mass per weight",
+        "weights": "outlier weights w (mean 1)",
+        "ranks": "rank kept, share of r/T",
+    }
+    figure = Figure(figsize=(14, 11), layout="constrained")
+    for axis, (key, title) in zip(figure.subplots(4, 1, sharex=True), titles.items(), strict=True):
+        values = np.array([[row[key] for row in seed] for seed in results.layers])
+        if key == "ranks":
+            values = values / np.array([min(row["shape"]) / len(SFT) for row in rows])[None, :, None]
+        x = np.arange(len(rows))
+        for t, expert in enumerate(SFT):
+            axis.plot(x, values[:, :, t].mean(0), marker="osD"[t], markersize=4, color=f"C{t}", label=expert)
+            axis.fill_between(x, values[:, :, t].min(0), values[:, :, t].max(0), color=f"C{t}", alpha=0.12, linewidth=0)
+        axis.set_title(title, fontsize=10)
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.25)
+    axis.set_xticks(x, [_short(row["name"]) for row in rows], rotation=90, fontsize=7)
+    figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def _short(name: str) -> str:
+    """`model.layers.3.mlp.up_proj.weight` is `3 up_proj`."""
+    parts = [p for p in name.split(".") if p not in ("model", "layers", "mlp", "self_attn", "weight")]
+    return " ".join(parts)

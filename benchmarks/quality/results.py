@@ -1,0 +1,110 @@
+"""All seeds' records as one file: every row of every seed, every grid, every choice. Tables come from it alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from candidates import Candidate, Row
+from measure import chosen
+from records import Record, Scores, write_aside
+
+import resm_kernels
+
+COLUMNS: Final = ("helpful", "honest", "harmless", "average", "worst")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a record holds.
+
+    Attributes:
+        size, record: Which models; "development" or "confirmation".
+        seeds: In ascending order; lists below follow it.
+        version: Of the library.
+        questions: Of each seed, by split and kind.
+        rows: By group and name ("tuned/resm"): the test scores of each seed, with all kinds.
+        chosen: For the same rows, what was chosen at each seed, in words.
+        grids: Of rows with a choice, by name: each point in words, and its validation averages.
+        layers: Of each seed, RESM's view of the matrices.
+        seconds: Of each seed, processor seconds by what they went into.
+    """
+
+    size: str
+    record: str
+    seeds: list[int]
+    version: str
+    questions: list[dict[str, dict[str, int]]]
+    rows: dict[str, list[Scores]]
+    chosen: dict[str, list[str]]
+    grids: dict[str, dict[str, list[Scores]]]
+    layers: list[list[dict[str, Any]]]
+    seconds: list[dict[str, float]]
+
+    def values(self, row: str, column: str) -> list[float]:
+        """One score of a row at each seed."""
+        return [scores[column] for scores in self.rows[row]]
+
+    def group(self, name: str) -> dict[str, str]:
+        """The rows of a group: the name within it, and in `rows`."""
+        return {row.split("/", 1)[1]: row for row in self.rows if row.split("/", 1)[0] == name}
+
+
+def collect(size: str, record: str, rows: Sequence[Row], records: Mapping[int, Record]) -> Results:
+    """One file of several seeds' records."""
+    seeds = sorted(records)
+    ordered = [records[seed] for seed in seeds]
+
+    def per_seed(row: Row) -> Iterable[tuple[Candidate, Record]]:
+        return ((chosen(row, found), found) for found in ordered)
+
+    names = {f"{row.group}/{row.name}": row for row in rows}
+    several = {name: row for name, row in names.items() if len(row.candidates) > 1}
+    return Results(
+        size=size,
+        record=record,
+        seeds=seeds,
+        version=resm_kernels.__version__,
+        questions=[found.questions for found in ordered],
+        rows={name: [found.test[c.key] for c, found in per_seed(row)] for name, row in names.items()},
+        chosen={name: [c.describe() for c, _ in per_seed(row)] for name, row in several.items()},
+        grids={
+            name: {c.describe(): [_headline(found.valid[c.key]) for found in ordered] for c in row.candidates}
+            for name, row in several.items()
+        },
+        layers=[found.layers for found in ordered],
+        seconds=[found.seconds for found in ordered],
+    )
+
+
+def _headline(scores: Scores) -> Scores:
+    return {name: scores[name] for name in COLUMNS}
+
+
+def file_of(folder: Path, size: str, record: str) -> Path:
+    """`quality.json` for small models' development seeds; others say what they are."""
+    parts = ["quality", *([size] if size != "small" else []), *([record] if record != "development" else [])]
+    return folder / ("_".join(parts) + ".json")
+
+
+def save(results: Results, file: Path) -> None:
+    """One line for each entry of the large tables, so that versions compare line by line."""
+    lines = []
+    for key, value in vars(results).items():
+        if isinstance(value, dict):
+            inner = ",\n".join(f"  {_compact(k)}: {_compact(v)}" for k, v in value.items())
+            lines.append(f" {_compact(key)}: {{\n{inner}\n }}")
+        else:
+            lines.append(f" {_compact(key)}: {_compact(value)}")
+    write_aside(file, "{\n" + ",\n".join(lines) + "\n}\n")
+
+
+def read(file: Path) -> Results:
+    return Results(**json.loads(file.read_text()))
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

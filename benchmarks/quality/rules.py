@@ -1,0 +1,121 @@
+"""Parameters of a merge that need no data: set for each tensor from base and experts alone.
+
+Notation of docs/resm.md: Q_t, P_t are the subspaces that a spectral method keeps of expert t, C_t = Q_tᵀΔ_tP_t, and
+M the merged task vector at λ = 1. Three rules set λ:
+
+* `preserve-norm`: λ = Σ_t ‖C_t‖ / Σ_t ‖Q_tᵀMP_t‖, so that what is found of M in the experts' subspaces has, on
+  average, the experts' norm.
+* `least-squares`: λ = Σ_t ⟨Q_tᵀMP_t, C_t⟩ / Σ_t ‖Q_tᵀMP_t‖², which minimises Σ_t ‖λQ_tᵀMP_t − C_t‖²: it counts what
+  points elsewhere against λ.
+* `interference`: λ = (1 + η)^(−1/2), η = Σ_{s≠t} ‖Q_tᵀΔ_s^kP_t‖² / Σ_t ‖C_t‖², Δ_s^k = Q_sC_sP_sᵀ: the energy that
+  the other experts bring into an expert's subspaces, before anything is orthogonalised.
+
+Two rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights:
+
+* `model-outliers`: w_t from the outlier mass of the whole model, Σ over tensors, instead of each tensor's.
+* `equal-norms`: w_t ∝ 1/‖Δ_t‖_F of the tensor, so that all experts push equally hard there.
+
+Tensors that are not decomposed keep λ = 1. All is computed in float64; nothing is drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+import resm_kernels
+from resm_kernels.linalg import Subspace, decompose_list
+from resm_kernels.methods.resm import RESM, layer_plan
+
+StateDict = Mapping[str, Tensor]
+Overrides = dict[str, dict[str, Any]]
+Rule = Callable[[StateDict, Sequence[StateDict], str, Mapping[str, Any]], Overrides]
+
+
+def _subspaces(base: Tensor, experts: Sequence[Tensor], method: str, given: Mapping[str, Any]) -> list[Subspace]:
+    """The subspaces that `resm` or `tsvm` keeps; none where it averages."""
+    # TSV-M is RESM with equal weights and no regard to sparsity.
+    choices = {"beta": 0.0, "gamma": 0.0} if method == "tsvm" else dict(given)
+    ranks = layer_plan(base, list(experts), **choices).ranks
+    matrices = [expert.double() - base.double() for expert in experts] if ranks else []
+    return [d.truncate(k) for d, k in zip(decompose_list(matrices, "gram"), ranks, strict=True)] if ranks else []
+
+
+def _by_lambda(find: Callable[[Tensor, list[Subspace]], float]) -> Rule:
+    """A rule that sets λ of every decomposed tensor from M and the subspaces."""
+
+    def rule(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+        if method not in ("resm", "tsvm"):
+            raise ValueError(f"method: got {method!r}, need 'resm' or 'tsvm', whose subspaces this rule compares")
+        found: Overrides = {}
+        for name, start in base.items():
+            own = [expert[name] for expert in experts]
+            parts = _subspaces(start, own, method, given)
+            if parts and any(p.core.numel() for p in parts):
+                merged = resm_kernels.merge(start.double(), own, method, name=name, **given)
+                found[name] = {"lambda_": find(merged - start.double(), parts)}
+        return found
+
+    return rule
+
+
+def _seen(merged: Tensor, part: Subspace) -> Tensor:
+    return part.left.mT @ merged @ part.right
+
+
+def preserve_norm(merged: Tensor, parts: list[Subspace]) -> float:
+    """Σ ‖C_t‖ / Σ ‖Q_tᵀMP_t‖."""
+    there = sum(float(_seen(merged, p).norm()) for p in parts)
+    return sum(float(p.core.norm()) for p in parts) / there
+
+
+def least_squares(merged: Tensor, parts: list[Subspace]) -> float:
+    """Σ ⟨Q_tᵀMP_t, C_t⟩ / Σ ‖Q_tᵀMP_t‖²."""
+    pairs = [(_seen(merged, p), p.core) for p in parts]
+    return sum(float((m * c).sum()) for m, c in pairs) / sum(float(m.square().sum()) for m, _ in pairs)
+
+
+def interference(merged: Tensor, parts: list[Subspace]) -> float:
+    """(1 + η)^(−1/2)."""
+    foreign = sum(
+        float((t.left.mT @ s.left @ s.core @ s.right.mT @ t.right).square().sum())
+        for t in parts
+        for s in parts
+        if s is not t
+    )
+    return float((1 + foreign / sum(float(p.core.square().sum()) for p in parts)) ** -0.5)
+
+
+def model_outliers(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+    """w_t = T·a_t / Σ_s a_s with a_t the whole model's outlier mass; κ as RESM's default."""
+    kappa = RESM.parameter("kappa").default
+    mass = torch.zeros(len(experts), dtype=torch.float64)
+    for name, start in base.items():
+        stats = resm_kernels.ops.delta_stats(start, [expert[name] for expert in experts], kappa=kappa)
+        mass += stats.outlier_mass() * start.numel()
+    weights = (mass / mass.mean()).tolist() if float(mass.sum()) else [1.0] * len(experts)
+    return {name: {"weight": weights} for name in base}
+
+
+def equal_norms(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+    """w_t ∝ 1/‖Δ_t‖_F, mean 1 over the experts that changed the tensor; 1 for one that did not."""
+    found: Overrides = {}
+    for name, start in base.items():
+        norms = torch.stack([(expert[name].double() - start.double()).norm() for expert in experts])
+        changed = norms > 0
+        inverse = torch.where(changed, 1 / torch.where(changed, norms, 1.0), 1.0)
+        mean = inverse[changed].mean() if bool(changed.any()) else inverse.new_ones(())
+        found[name] = {"weight": torch.where(changed, inverse / mean, 1.0).tolist()}
+    return found
+
+
+RULES: Final[dict[str, Rule]] = {
+    "preserve-norm": _by_lambda(preserve_norm),
+    "least-squares": _by_lambda(least_squares),
+    "interference": _by_lambda(interference),
+    "model-outliers": model_outliers,
+    "equal-norms": equal_norms,
+}

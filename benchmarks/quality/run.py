@@ -1,0 +1,84 @@
+"""The 3H benchmark: train what is missing, merge, ask, compare, and write tables and pictures (`make quality`).
+
+    python benchmarks/quality/run.py --size small --seeds 0 1 2 3 4
+    python benchmarks/quality/run.py --size small --seeds 5 6 7 8 9 --record confirmation
+
+The first measures everything; the second only what hypotheses.py claims, on seeds that were not looked at when it was
+claimed. A run that is cut off goes on where it was: models and scores are kept in --root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import subprocess
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Final
+
+import plots
+import results
+import tables
+from measure import measure_seed, rows_of
+from records import Record
+
+HERE: Final = Path(__file__).resolve().parent
+REPOSITORY: Final = HERE.parents[1]
+RECORDS: Final = ("development", "confirmation")
+
+
+def train(size: str, seeds: list[int], root: Path) -> None:
+    """Train the seeds' models that are not there."""
+    command = [sys.executable, str(HERE / "train.py"), "--size", size, "--root", str(root), "--seeds", *map(str, seeds)]
+    subprocess.run(command, check=True)
+
+
+def measure(folders: dict[int, Path], record: str, workers: int) -> dict[int, Record]:
+    """Every seed's record, several seeds side by side, each in a process of its own on one thread."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        jobs = {seed: pool.submit(measure_seed, folder, seed, record) for seed, folder in folders.items()}
+        return {seed: job.result() for seed, job in jobs.items()}
+
+
+def check_seeds(seeds: list[int], record: str, folder: Path, size: str) -> None:
+    """Refuse seeds that the other record has: what was looked at confirms nothing."""
+    for other in RECORDS:
+        file = results.file_of(folder, size, other)
+        if other != record and file.is_file() and (shared := sorted(set(seeds) & set(results.read(file).seeds))):
+            raise SystemExit(f"--seeds: {shared} are in {file.name} already; {record} needs others")
+
+
+def report(folder: Path, page: Path, size: str) -> None:
+    """Pictures and the page's tables from the records in the folder."""
+    development = results.read(results.file_of(folder, size, "development"))
+    fresh = results.file_of(folder, size, "confirmation")
+    plots.pareto(development, folder / "quality.png")
+    plots.layers(development, folder / "quality_layers.png")
+    tables.fill(page, tables.all_tables(development, results.read(fresh) if fresh.is_file() else None))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="small", help="which Llama: small, medium, large (default: small)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--record", choices=RECORDS, default="development")
+    parser.add_argument("--root", type=Path, default=REPOSITORY / "build" / "quality", help="where models are kept")
+    parser.add_argument("--workers", type=int, default=2, help="seeds measured side by side (default: 2)")
+    parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "quality.md")
+    options = parser.parse_args()
+    check_seeds(options.seeds, options.record, options.results, options.size)
+    train(options.size, options.seeds, options.root)
+    folders = {seed: options.root / options.size / f"seed-{seed}" for seed in options.seeds}
+    records = measure(folders, options.record, options.workers)
+    found = results.collect(options.size, options.record, rows_of(options.record), records)
+    results.save(found, results.file_of(options.results, options.size, options.record))
+    # The page is about the smallest size; other sizes leave their file.
+    if options.size == "small":
+        report(options.results, options.page, options.size)
+
+
+if __name__ == "__main__":
+    main()

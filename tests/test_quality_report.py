@@ -1,0 +1,472 @@
+"""The 3H benchmark's merges, choices, statistics and report, on models of some hundred weights and made-up scores."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy import stats
+
+QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
+sys.path.insert(0, str(QUALITY))
+
+import candidates  # noqa: E402
+import comparison  # noqa: E402
+import hypotheses  # noqa: E402
+import measure  # noqa: E402
+import plots  # noqa: E402
+import records  # noqa: E402
+import results  # noqa: E402
+import rules  # noqa: E402
+import run  # noqa: E402
+import tables  # noqa: E402
+from candidates import DPO, LORA, MIXES, SFT, Row, merge_of  # noqa: E402
+from merging import Models, StateDict, digest, merge  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from text import build_tokenizer  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
+from world import KINDS_OF, World  # noqa: E402
+
+import resm_kernels  # noqa: E402
+from resm_kernels.methods.resm import layer_plan  # noqa: E402
+
+KINDS = [kind for kinds in KINDS_OF.values() for kind in kinds]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def tiny(vocabulary: int) -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def write_seed(folder: Path, seed: int) -> None:
+    """All models of a seed, untrained: the base, and noise around it."""
+    torch.manual_seed(seed)
+    tokenizer = build_tokenizer(World(seed))
+    base = tiny(len(tokenizer)).to(torch.bfloat16)
+    for name in ("base", *SFT, *DPO, *MIXES):
+        model = tiny(len(tokenizer)).to(torch.bfloat16)
+        noise = 0.0 if name == "base" else 0.01
+        for tensor, start in zip(model.parameters(), base.parameters(), strict=True):
+            tensor.data.copy_(start + noise * torch.randn(start.shape))
+        model.save_pretrained(folder / name)
+    tokenizer.save_pretrained(folder / "base")
+    for name in LORA:
+        adapted = get_peft_model(
+            LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32),
+            LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
+        )
+        adapted.save_pretrained(folder / name)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("quality")
+    write_seed(root / "seed-0", 0)
+    return root / "seed-0"
+
+
+@pytest.fixture
+def models(folder: Path) -> Models:
+    return Models(folder)
+
+
+def made_up(model: StateDict, split: str) -> Mapping[str, float]:
+    """Scores that depend on the model's bits and on nothing else."""
+    rng = random.Random(digest(model) + split)
+    kinds = {kind: 100 * rng.random() for kind in KINDS}
+    dimensions = {name: sum(kinds[k] for k in members) / len(members) for name, members in KINDS_OF.items()}
+    return dimensions | {"average": sum(dimensions.values()) / 3, "worst": min(dimensions.values())} | kinds
+
+
+class Spy:
+    """Asks in place of `Asker`, and writes down what was asked in which order."""
+
+    def __init__(self, patience: int = 10**6) -> None:
+        self.asked: list[tuple[str, str]] = []
+        self.patience = patience
+
+    def __call__(self, model: StateDict, split: str) -> Mapping[str, float]:
+        if len(self.asked) == self.patience:
+            raise KeyboardInterrupt
+        self.asked.append((digest(model), split))
+        return made_up(model, split)
+
+
+def few_rows() -> list[Row]:
+    points = tuple(merge_of("task_arithmetic", lambda_=scale) for scale in (0.3, 0.5, 1.0))
+    return [
+        Row("models", "helpful", (candidates.Candidate(("helpful",)),)),
+        Row("default", "task_arithmetic", (merge_of("task_arithmetic"),)),
+        Row("tuned", "task_arithmetic", points),
+    ]
+
+
+# What is compared
+
+
+def test_every_method_is_compared_or_left_out_with_a_reason() -> None:
+    assert set(resm_kernels.methods.names()) == set(candidates.GRIDS) | set(candidates.LEFT_OUT)
+    assert not set(candidates.GRIDS) & set(candidates.LEFT_OUT)
+    assert len(candidates.default_rows()) >= 12
+
+
+def test_rows_have_names_of_their_own_and_no_method_more_points_than_another_may() -> None:
+    rows = measure.all_rows()
+    assert len({(row.group, row.name) for row in rows}) == len(rows)
+    assert max(len(row.candidates) for row in rows) <= candidates.MOST_POINTS
+    with pytest.raises(ValueError, match="candidates"):
+        Row("tuned", "greedy", tuple(merge_of("ties", lambda_=i / 2 + 2) for i in range(candidates.MOST_POINTS + 1)))
+
+
+def test_a_grid_begins_with_the_default() -> None:
+    for row in candidates.tuned_rows():
+        if candidates.has_default(row.name):
+            assert row.candidates[0] == merge_of(row.name)
+
+
+def test_parameters_at_their_defaults_are_the_default() -> None:
+    assert merge_of("resm", lambda_=1.0, beta=1.0).key == merge_of("resm").key
+    assert merge_of("resm", lambda_=0.5).key != merge_of("resm").key
+
+
+# Merging
+
+
+def test_stored_models_are_read_as_they_are(models: Models, folder: Path) -> None:
+    expected = LlamaForCausalLM.from_pretrained(folder / "honest", dtype=torch.bfloat16).state_dict()
+    found = merge(models, candidates.Candidate(("honest",)))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_adapters_are_read_as_peft_merges_them(models: Models, folder: Path) -> None:
+    from peft import PeftModel
+
+    base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
+    expected = PeftModel.from_pretrained(base, folder / "honest-lora").merge_and_unload().state_dict()
+    found = models["honest-lora"]
+    assert not torch.equal(found["model.layers.0.self_attn.q_proj.weight"], expected["lm_head.weight"][:16])
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-12, atol=1e-12)
+
+
+def test_folds_give_each_expert_its_weight(models: Models) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, *experts = (models[m][name] for m in ("base", *SFT))
+    out = {"out_dtype": torch.float32}
+    first = resm_kernels.merge(experts[0], experts[1:2], "slerp", t=1 / 3, **out)
+    second = resm_kernels.merge(first, experts[2:], "slerp", t=1 / 4, **out)
+    assert torch.equal(merge(models, merge_of("slerp", weight=(2, 1, 1)))[name], second.bfloat16())
+    first = resm_kernels.merge(base, experts[:2], "nuslerp", weight=[2, 1], **out)
+    second = resm_kernels.merge(base, [first, experts[2]], "nuslerp", weight=[3, 1], **out)
+    assert torch.equal(merge(models, merge_of("nuslerp", weight=(2, 1, 1)))[name], second.bfloat16())
+    step = base.float()
+    for expert in experts:
+        step = resm_kernels.merge(step, [expert], "nearswap", t=1e-3, **out)
+    assert torch.equal(merge(models, merge_of("nearswap", t=1e-3))[name], step.bfloat16())
+
+
+# Data-free rules
+
+
+def orthogonal_experts() -> tuple[StateDict, list[StateDict]]:
+    """Two experts that change different rows and columns: nothing interferes."""
+    deltas = [torch.zeros(8, 8, dtype=torch.float64) for _ in range(2)]
+    torch.manual_seed(0)
+    deltas[0][:4, :4], deltas[1][4:, 4:] = torch.randn(4, 4), torch.randn(4, 4)
+    base = torch.zeros(8, 8, dtype=torch.float64)
+    return {"w": base}, [{"w": base + d} for d in deltas]
+
+
+@pytest.mark.parametrize("rule", ["preserve-norm", "least-squares", "interference"])
+def test_scale_is_one_where_experts_do_not_meet(rule: str) -> None:
+    base, experts = orthogonal_experts()
+    assert rules.RULES[rule](base, experts, "tsvm", {})["w"]["lambda_"] == pytest.approx(1.0, abs=1e-9)
+
+
+def test_scale_of_equal_experts() -> None:
+    """Twice the same expert: M is the expert itself, every direction is shared, η = 1."""
+    base, experts = orthogonal_experts()
+    twice = [experts[0], experts[0]]
+    given = {"beta": 0.0, "gamma": 0.0}
+    expected = {"preserve-norm": 1.0, "least-squares": 1.0, "interference": 0.5**0.5}
+    for rule, value in expected.items():
+        found = rules.RULES[rule](base, twice, "resm", given)["w"]["lambda_"]
+        assert found == pytest.approx(value, abs=1e-9), rule
+
+
+def test_least_squares_is_the_best_scale() -> None:
+    torch.manual_seed(1)
+    base = {"w": torch.randn(12, 9, dtype=torch.float64)}
+    experts = [{"w": base["w"] + torch.randn(12, 9, dtype=torch.float64)} for _ in range(3)]
+    best = rules.RULES["least-squares"](base, experts, "tsvm", {})["w"]["lambda_"]
+    merged = resm_kernels.merge(base["w"], [e["w"] for e in experts], "tsvm") - base["w"]
+
+    def loss(scale: float) -> float:
+        total = 0.0
+        for expert in experts:
+            u, s, vt = torch.linalg.svd(expert["w"] - base["w"])
+            total += float((scale * u[:, :3].mT @ merged @ vt[:3].mT - s[:3].diag()).square().sum())
+        return total
+
+    assert loss(best) < min(loss(0.99 * best), loss(1.01 * best))
+
+
+def test_equal_norms_makes_norms_equal() -> None:
+    base, experts = orthogonal_experts()
+    experts[0]["w"] = experts[0]["w"] * 5
+    weights = rules.RULES["equal-norms"](base, experts, "resm", {})["w"]["weight"]
+    norms = [w * float(e["w"].norm()) for w, e in zip(weights, experts, strict=True)]
+    assert norms[0] == pytest.approx(norms[1]) and sum(weights) == pytest.approx(2)
+
+
+def test_outliers_of_one_tensor_are_resms_own_weights() -> None:
+    torch.manual_seed(2)
+    base = {"w": torch.zeros(64, 64)}
+    experts = [{"w": torch.randn(64, 64) ** power} for power in (1, 3, 5)]
+    found = rules.RULES["model-outliers"](base, experts, "resm", {})["w"]["weight"]
+    expected = layer_plan(base["w"], [e["w"] for e in experts]).weights
+    assert found == pytest.approx(expected, rel=1e-6) and max(found) > 1.5
+
+
+def test_scale_rules_refuse_methods_without_subspaces() -> None:
+    base, experts = orthogonal_experts()
+    with pytest.raises(ValueError, match="method: got 'ties'"):
+        rules.RULES["interference"](base, experts, "ties", {})
+
+
+# Choosing and measuring
+
+
+def test_the_choice_reads_validation_alone(folder: Path, models: Models, tmp_path: Path) -> None:
+    """Other test scores change no choice, and no test question is asked before all choices are written down."""
+    spy = Spy()
+    found = measure.Measurement(tmp_path, models, spy, records.Record("x")).run(few_rows())
+    splits = [split for _, split in spy.asked]
+    assert splits == sorted(splits, reverse=True)  # "valid" before "test"
+    assert len(set(spy.asked)) == len(spy.asked)  # nothing is asked twice
+
+    class Poisoned(Spy):
+        def __call__(self, model: StateDict, split: str) -> Mapping[str, float]:
+            scores = super().__call__(model, split)
+            return scores if split == "valid" else {name: 100 - value for name, value in scores.items()}
+
+    other = measure.Measurement(tmp_path, models, Poisoned(), records.Record("x")).run(few_rows())
+    assert other.choices == found.choices and other.test != found.test
+    best = max(found.choices.values(), key=lambda key: found.valid[key]["average"])
+    assert all(found.valid[best]["average"] >= scores["average"] for scores in found.valid.values())
+    # Of the grid, only the default (a row of its own) and the choice were asked the test questions.
+    asked = {merge_of("task_arithmetic").key, candidates.Candidate(("helpful",)).key, best}
+    assert set(found.test) == asked
+
+
+def test_the_first_of_equals_is_chosen() -> None:
+    points = [merge_of("ties", lambda_=scale) for scale in (1.0, 1.5, 2.0)]
+    equal = {point.key: {"average": 50.0} for point in points}
+    assert measure.choose(points, equal) == points[0].key
+
+
+def test_a_run_that_was_cut_off_goes_on(models: Models, tmp_path: Path) -> None:
+    whole = Spy()
+    expected = measure.Measurement(tmp_path / "a", models, whole, records.Record("x"))
+    (tmp_path / "a").mkdir()
+    expected.run(few_rows())
+    (tmp_path / "b").mkdir()
+    first = Spy(patience=3)
+    with pytest.raises(KeyboardInterrupt):
+        measure.Measurement(tmp_path / "b", models, first, records.Record("x")).run(few_rows())
+    second = Spy()
+    kept = records.Record.open(tmp_path / "b", "x")
+    found = measure.Measurement(tmp_path / "b", models, second, kept).run(few_rows())
+    assert first.asked + second.asked == whole.asked
+    assert (found.valid, found.test, found.choices) == (
+        expected.record.valid,
+        expected.record.test,
+        expected.record.choices,
+    )
+
+
+def test_scores_of_other_models_are_not_taken_over(models: Models, folder: Path, tmp_path: Path) -> None:
+    known = records.Record("old", valid={"x": {"average": 1.0}})
+    known.save(tmp_path)
+    assert records.Record.open(tmp_path, "old").valid == known.valid
+    assert records.Record.open(tmp_path, "new").valid == {}
+    before = models.fingerprint()
+    write_seed(tmp_path / "seed-1", 1)
+    assert Models(tmp_path / "seed-1").fingerprint() != before == Models(folder).fingerprint()
+
+
+def test_asking_a_model_is_evaluating_it(folder: Path, models: Models) -> None:
+    from evaluate import evaluate, load
+
+    world = World(0)
+    ask = measure.Asker(folder, world)
+    ask(models["honest"], "valid")  # the module is used again
+    model, tokenizer = load(folder / "base")
+    assert ask(models["base"], "valid") == evaluate(model, tokenizer, world, "valid")
+    assert sum(ask.questions()["test"].values()) == len(world.questions("test"))
+    with pytest.raises(ValueError, match="missing"):
+        ask({name: t for name, t in models["base"].items() if "up_proj" not in name}, "valid")
+
+
+# Statistics
+
+
+def test_interval_is_scipys() -> None:
+    values = [61.2, 63.4, 60.9, 64.0, 62.2]
+    found = comparison.interval(values)
+    low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
+    assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(low), pytest.approx(high))
+    assert math.isnan(comparison.interval([1.0]).half)
+
+
+def test_standard_error_by_hand() -> None:
+    """Two dimensions, one of two kinds: the kinds count a quarter, a quarter, and a half."""
+    kinds_of = {"a": ("x", "y"), "b": ("z",)}
+    scores = {"x": 50.0, "y": 80.0, "z": 90.0}
+    variance = 0.25 / 100 / 16 + 0.16 / 25 / 16 + 0.09 / 400 / 4
+    found = comparison.standard_error(scores, {"x": 100, "y": 25, "z": 400}, kinds_of)
+    assert found == pytest.approx(100 * variance**0.5)
+
+
+def test_standard_error_is_that_of_drawn_questions() -> None:
+    rng = random.Random(0)
+    shares, counts = {"x": 0.3, "y": 0.6, "z": 0.9}, {"x": 40, "y": 60, "z": 50}
+    kinds_of = {"a": ("x", "y"), "b": ("z",)}
+    averages = []
+    for _ in range(2000):
+        drawn = {k: sum(rng.random() < shares[k] for _ in range(counts[k])) / counts[k] for k in shares}
+        averages.append(100 * ((drawn["x"] + drawn["y"]) / 2 + drawn["z"]) / 2)
+    expected = comparison.standard_error({k: 100 * v for k, v in shares.items()}, counts, kinds_of)
+    assert float(torch.tensor(averages).std()) == pytest.approx(expected, rel=0.06)
+
+
+def test_comparison_counts_and_tests_pairs() -> None:
+    ours, theirs = [70.0, 71.0, 69.0, 72.0, 70.5], [68.0, 70.5, 70.9, 69.0, 70.5]
+    found = comparison.compare(ours, theirs, [1.0] * 5)
+    assert (found.wins, found.ties, found.losses) == (2, 2, 1)
+    assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert found.difference.mean == pytest.approx(0.72)
+    assert comparison.compare(ours, ours, [1.0] * 5).p == 1.0
+    with pytest.raises(ValueError, match="margins"):
+        comparison.compare(ours, theirs, [1.0])
+
+
+def test_holm_by_hand() -> None:
+    """Four tests: 0.01·4, 0.02·3 = 0.06, 0.03·2 = 0.06 (not less than before it), 0.5."""
+    assert comparison.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])
+    assert comparison.holm([0.9, 0.8]) == [1.0, 1.0]
+    with_none = comparison.holm([math.nan, 0.02])
+    assert math.isnan(with_none[0]) and with_none[1] == 0.02
+
+
+def test_front_of_points() -> None:
+    assert plots.front([(1, 5), (2, 4), (2, 3), (0, 5), (3, 1), (1, 1)]) == [0, 1, 4]
+
+
+# The whole way
+
+
+PAGE = "# Page\n\nprose\n\n{}\n\nmore prose\n"
+
+
+@pytest.fixture
+def thin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Models) -> Iterator[dict[str, Any]]:
+    """`run.main` with models that are there and scores that are made up; every row of every table is merged once."""
+    trained: list[list[int]] = []
+    monkeypatch.setattr(run, "train", lambda size, seeds, root: trained.append(seeds))
+
+    def one(folders: dict[int, Path], record: str, workers: int) -> dict[int, records.Record]:
+        found = {}
+        for seed, where in folders.items():
+            where.mkdir(parents=True, exist_ok=True)
+            own = records.Record(f"{seed}")
+            own.questions = {"test": dict.fromkeys(KINDS, 50), "valid": dict.fromkeys(KINDS, 25)}
+            own.layers = measure.layers(models)
+            spy = SeededSpy(seed)
+            found[seed] = measure.Measurement(where, models, spy, own).run(measure.rows_of(record))
+        return found
+
+    monkeypatch.setattr(run, "measure", one)
+    (tmp_path / "results").mkdir()
+    yield {"root": tmp_path, "trained": trained}
+
+
+class SeededSpy(Spy):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
+
+    def __call__(self, model: StateDict, split: str) -> Mapping[str, float]:
+        return made_up(model, f"{split}{self.seed}")
+
+
+def go(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    root = thin["root"]
+    own = ["--root", str(root), "--results", str(root / "results"), "--page", str(root / "page.md")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *own, *arguments])
+    run.main()
+
+
+def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = thin["root"]
+    ablations = dict.fromkeys(row.group.replace(":", "-") for row in measure.all_rows() if ":" in row.group)
+    names = ["about", "default", "tuned", "resm-default", "resm-tuned", *ablations, "hypotheses"]
+    page = root / "page.md"
+    page.write_text(PAGE.format("\n\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in names)))
+    go(thin, monkeypatch, "--seeds", "0", "1")
+    text = page.read_text()
+    found = json.loads((root / "results" / "quality.json").read_text())
+    assert found["seeds"] == [0, 1] and thin["trained"] == [[0, 1]]
+    assert len(found["rows"]["tuned/resm"]) == 2 and len(found["grids"]["tuned/resm"]) == 8
+    assert "| RESM |" in text and "| mix-weighted |" in text and text.count("more prose") == 1
+    assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
+    again = text
+    run.report(root / "results", page, "small")
+    assert page.read_text() == again  # the tables come from the file alone
+
+    with pytest.raises(SystemExit, match=r"--seeds: \[1\] are in quality.json"):
+        go(thin, monkeypatch, "--seeds", "1", "2", "--record", "confirmation")
+    go(thin, monkeypatch, "--seeds", "2", "3", "--record", "confirmation")
+    fresh = results.read(root / "results" / "quality_confirmation.json")
+    assert set(fresh.rows) == {row for h in hypotheses.HYPOTHESES for row in (h.better, h.worse)}
+    assert "seeds 2–3" in page.read_text()
+    assert json.loads((root / "results" / "quality.json").read_text()) == found
+
+    page.write_text(PAGE.format("<!-- table: default -->\n<!-- end -->"))
+    with pytest.raises(ValueError, match="tables and markers differ in ablation-"):
+        run.report(root / "results", page, "small")
+
+
+def test_page_has_a_place_for_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (QUALITY.parents[1] / "docs" / "quality.md").read_text()
+    groups = dict.fromkeys(row.group.replace(":", "-") for row in measure.all_rows() if ":" in row.group)
+    for name in ("about", "default", "tuned", "resm-default", "resm-tuned", *groups, "hypotheses"):
+        assert text.count(f"<!-- table: {name} -->") == 1, name
+
+
+def test_tables_bold_the_best_and_correct_for_all() -> None:
+    scores = {name: 50.0 for name in (*KINDS, *results.COLUMNS)}
+    rows = {
+        "default/resm": [scores | {"average": a} for a in (60.0, 62.0, 61.0)],
+        "default/ties": [scores | {"average": a} for a in (55.0, 56.5, 55.5)],
+        "models/base": [scores | {"average": a} for a in (60.1, 61.9, 61.2)],
+    }
+    questions = {"test": dict.fromkeys(KINDS, 100)}
+    own = results.Results("small", "development", [0, 1, 2], "1", [questions] * 3, rows, {}, {}, [], [])
+    table = tables.score_table(own, ["models", "default"])
+    assert "| TIES |" in table and "**61.1" in table and table.count("**61.0") == 0
+    found = tables.comparisons(own, "default/resm", rows)
+    (ties, p), (base, q) = found["default/ties"], found["models/base"]
+    assert (ties.wins, ties.ties, ties.losses) == (3, 0, 0) and (base.wins, base.ties, base.losses) == (0, 3, 0)
+    assert p == pytest.approx(2 * ties.p) and q == pytest.approx(base.p)
