@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -55,7 +55,7 @@ class Record:
         return cls(fingerprint)
 
     def save(self, folder: Path) -> None:
-        write_aside(folder / FILE, json.dumps(asdict(self), ensure_ascii=False, separators=(",", ":")) + "\n")
+        write_aside(folder / FILE, json.dumps(vars(self), ensure_ascii=False, separators=(",", ":")) + "\n")
 
     def of(self, split: Split) -> dict[str, Scores]:
         """That split's scores by candidate."""
