@@ -256,7 +256,7 @@ PAGE = "# Page\n\nprose\n\n{}\n\nmore prose\n"
 @pytest.fixture
 def thin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Models) -> Iterator[dict[str, Any]]:
     """`run.main` with models that are there and scores that are made up; every candidate is merged, once."""
-    trained: list[list[int]] = []
+    trained: list[tuple[list[int], list[str]]] = []
     merged: dict[str, StateDict] = {}
 
     def once(models: Models, candidate: candidates.Candidate) -> StateDict:
@@ -265,7 +265,7 @@ def thin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Models) -> Ite
         return merged[candidate.key]
 
     monkeypatch.setattr(measure, "merge", once)
-    monkeypatch.setattr(run, "train", lambda size, seeds, root: trained.append(seeds))
+    monkeypatch.setattr(run, "train", lambda size, seeds, root, models: trained.append((seeds, models)))
 
     def one(folders: dict[int, Path], record: str, workers: int) -> dict[int, records.Record]:
         found = {}
@@ -308,7 +308,10 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     go(thin, monkeypatch, "--seeds", "0", "1")
     text = page.read_text()
     found = json.loads((root / "results" / "quality.json").read_text())
-    assert found["seeds"] == [0, 1] and thin["trained"] == [[0, 1]]
+    assert found["seeds"] == [0, 1]
+    assert [(seeds, sorted(names)) for seeds, names in thin["trained"]] == [
+        ([0, 1], sorted(("base", *SFT, *DPO, *LORA, *MIXES)))
+    ]
     assert len(found["rows"]["tuned/resm"]) == 2 and len(found["grids"]["tuned/resm"]) == 8
     assert "| RESM |" in text and "| mix-weighted |" in text and text.count("more prose") == 1
     assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
@@ -323,6 +326,7 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     go(thin, monkeypatch, "--seeds", "2", "3", "--record", "confirmation")
     fresh = results.read(root / "results" / "quality_confirmation.json")
     assert set(fresh.rows) == {row for h in hypotheses.HYPOTHESES for row in (h.better, h.worse)}
+    assert thin["trained"][-1] == ([2, 3], ["base", *SFT, "mix-uniform"])  # no more than that takes
     assert "seeds 2–3" in page.read_text()
     assert json.loads((root / "results" / "quality.json").read_text()) == found
 

@@ -71,6 +71,30 @@ def test_equal_norms_makes_norms_equal() -> None:
     assert norms[0] == pytest.approx(norms[1]) and sum(weights) == pytest.approx(2)
 
 
+def test_equal_retention_retains_equally() -> None:
+    """Also where one expert is ten times as large, and two of three share most of their directions."""
+    torch.manual_seed(3)
+    base = {"w": torch.randn(15, 12, dtype=torch.float64)}
+    shared = torch.randn(15, 12, dtype=torch.float64)
+    deltas = [10 * torch.randn(15, 12, dtype=torch.float64), shared + 0.3 * torch.randn(15, 12), shared]
+    experts = [{"w": base["w"] + d} for d in deltas]
+    given = {"beta": 0.0, "gamma": 0.0}
+    weights = rules.RULES["equal-retention"](base, experts, "resm", given)["w"]["weight"]
+
+    def retained(weight: list[float]) -> list[float]:
+        merged = resm_kernels.merge(base["w"], [e["w"] for e in experts], "resm", weight=weight, **given) - base["w"]
+        shares = []
+        for delta in deltas:
+            u, s, vt = torch.linalg.svd(delta)
+            seen = (u[:, :4].mT @ merged @ vt[:4].mT).diagonal()
+            shares.append(float((seen * s[:4]).sum() / s[:4].square().sum()))
+        return shares
+
+    assert sum(weights) == pytest.approx(3) and min(weights) > 0
+    assert retained(weights) == pytest.approx([retained(weights)[0]] * 3, rel=1e-6)
+    assert max(retained([1.0] * 3)) > 1.1 * min(retained([1.0] * 3))
+
+
 def test_outliers_of_one_tensor_are_resms_own_weights() -> None:
     torch.manual_seed(2)
     base = {"w": torch.zeros(64, 64)}

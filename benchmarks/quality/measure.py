@@ -123,6 +123,12 @@ def rows_of(record: str) -> list[Row]:
     return all_rows() if record == "development" else named_rows(all_rows())
 
 
+def models_of(rows: Iterable[Row]) -> list[str]:
+    """The folders that the rows need."""
+    needed = dict.fromkeys(name for row in rows for c in row.candidates for name in c.experts)
+    return list(dict.fromkeys(["base", *needed]))
+
+
 def measure_seed(folder: Path, seed: int, record: str) -> Record:
     """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
     torch.set_num_threads(1)

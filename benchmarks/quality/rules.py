@@ -10,12 +10,16 @@ M the merged task vector at λ = 1. Three rules set λ:
 * `interference`: λ = (1 + η)^(−1/2), η = Σ_{s≠t} ‖Q_tᵀΔ_s^kP_t‖² / Σ_t ‖C_t‖², Δ_s^k = Q_sC_sP_sᵀ: the energy that
   the other experts bring into an expert's subspaces, before anything is orthogonalised.
 
-Two rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights:
+Three rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights:
 
 * `model-outliers`: w_t from the outlier mass of the whole model, Σ over tensors, instead of each tensor's.
 * `equal-norms`: w_t ∝ 1/‖Δ_t‖_F of the tensor, so that all experts push equally hard there.
+* `equal-retention`: w ≥ 0 such that all experts keep the same share ρ_t = ⟨Q_tᵀMP_t, C_t⟩ / ‖C_t‖² of themselves. M is
+  linear in w, hence ρ = A·w, and w ∝ A⁻¹·1 (non-negative least squares). Who loses most by orthogonalisation, or is
+  outvoted where subspaces meet, is given more.
 
-Tensors that are not decomposed keep λ = 1. All is computed in float64; nothing is drawn.
+Tensors that are not decomposed keep λ = 1 and, by the last rule, equal weights. All is computed in float64; nothing
+is drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
+import numpy as np
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 import resm_kernels
@@ -112,10 +118,34 @@ def equal_norms(base: StateDict, experts: Sequence[StateDict], method: str, give
     return found
 
 
+def equal_retention(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+    """w ∝ the non-negative least-squares solution of A·w = 1, mean 1; experts without a change keep 1."""
+    found: Overrides = {}
+    for name, start in base.items():
+        own = [expert[name] for expert in experts]
+        parts = _subspaces(start, own, method, given)
+        changed = [t for t, part in enumerate(parts) if part.core.numel()]
+        if not changed:
+            continue
+        columns = []
+        for s in changed:
+            alone = [float(t == s) for t in range(len(own))]
+            merged = resm_kernels.merge(start.double(), own, method, name=name, weight=alone, **given) - start.double()
+            columns.append([float((_seen(merged, parts[t]) * parts[t].core).sum()) for t in changed])
+        sizes = np.array([float(parts[t].core.square().sum()) for t in changed])
+        solution, _ = nnls(np.array(columns).T / sizes[:, None], np.ones(len(changed)))
+        weights = [1.0] * len(own)
+        for t, value in zip(changed, solution / solution.mean(), strict=True):
+            weights[t] = float(value)
+        found[name] = {"weight": weights}
+    return found
+
+
 RULES: Final[dict[str, Rule]] = {
     "preserve-norm": _by_lambda(preserve_norm),
     "least-squares": _by_lambda(least_squares),
     "interference": _by_lambda(interference),
     "model-outliers": model_outliers,
     "equal-norms": equal_norms,
+    "equal-retention": equal_retention,
 }

@@ -20,7 +20,7 @@ from typing import Final
 import plots
 import results
 import tables
-from measure import measure_seed, rows_of
+from measure import measure_seed, models_of, rows_of
 from records import Record
 
 HERE: Final = Path(__file__).resolve().parent
@@ -28,10 +28,10 @@ REPOSITORY: Final = HERE.parents[1]
 RECORDS: Final = ("development", "confirmation")
 
 
-def train(size: str, seeds: list[int], root: Path) -> None:
-    """Train the seeds' models that are not there."""
-    command = [sys.executable, str(HERE / "train.py"), "--size", size, "--root", str(root), "--seeds", *map(str, seeds)]
-    subprocess.run(command, check=True)
+def train(size: str, seeds: list[int], root: Path, models: list[str]) -> None:
+    """Train those of the seeds' models that are not there."""
+    command = [sys.executable, str(HERE / "train.py"), "--size", size, "--root", str(root)]
+    subprocess.run([*command, "--seeds", *map(str, seeds), "--models", *models], check=True)
 
 
 def measure(folders: dict[int, Path], record: str, workers: int) -> dict[int, Record]:
@@ -70,10 +70,11 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "quality.md")
     options = parser.parse_args()
     check_seeds(options.seeds, options.record, options.results, options.size)
-    train(options.size, options.seeds, options.root)
+    rows = rows_of(options.record)
+    train(options.size, options.seeds, options.root, models_of(rows))
     folders = {seed: options.root / options.size / f"seed-{seed}" for seed in options.seeds}
     records = measure(folders, options.record, options.workers)
-    found = results.collect(options.size, options.record, rows_of(options.record), records)
+    found = results.collect(options.size, options.record, rows, records)
     results.save(found, results.file_of(options.results, options.size, options.record))
     # The page is about the smallest size; other sizes leave their file.
     if options.size == "small":
