@@ -19,12 +19,14 @@ class Hypothesis(NamedTuple):
 
 
 _TSVM, _RESM = "ablation:ingredients/neither (TSV-M)", "ablation:ingredients/both (RESM)"
+_RANKS = "ablation:ingredients/sparsity ranks only"
 HYPOTHESES: Final = (
     Hypothesis("outlier weights help", "ablation:ingredients/outlier weights only", _TSVM),
-    Hypothesis("sparsity ranks help", "ablation:ingredients/sparsity ranks only", _TSVM),
+    Hypothesis("sparsity ranks help", _RANKS, _TSVM),
     Hypothesis("RESM beats TSV-M", _RESM, _TSVM),
     Hypothesis("row weights beat layer weights", "ablation:weights/row, β = 0.5", _RESM),
     Hypothesis("row weights beat none", "ablation:weights/row, β = 0.5", _TSVM),
+    Hypothesis("equal retention beats equal weights", "ablation:weights/equal retention", _RANKS),
     Hypothesis("equal norms beat outlier weights", "ablation:weights/equal norms", _RESM),
     Hypothesis("a data-free λ helps", "ablation:scale/RESM, least-squares", "ablation:scale/RESM, λ = 1"),
     Hypothesis("tuned RESM beats tuned TSV-M", "tuned/resm", "tuned/tsvm"),

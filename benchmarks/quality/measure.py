@@ -132,9 +132,9 @@ def models_of(rows: Iterable[Row]) -> list[str]:
 def measure_seed(folder: Path, seed: int, record: str) -> Record:
     """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
     torch.set_num_threads(1)
-    models = Models(folder)
-    found = Record.open(folder, models.fingerprint(*ASKING))
+    models, rows = Models(folder), rows_of(record)
+    found = Record.open(folder, models.fingerprint(models_of(rows), *ASKING))
     ask = Asker(folder, World(seed))
     found.questions = ask.questions()
     found.layers = layers(models)
-    return Measurement(folder, models, ask, found).run(rows_of(record))
+    return Measurement(folder, models, ask, found).run(rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,11 +46,12 @@ class Models:
                     self._read[name] = {tensor: reader.read(tensor) for tensor in reader.tensors}
         return self._read[name]
 
-    def fingerprint(self, *others: Path) -> str:
-        """A digest of all weights in the folder and of other files: what measurements of these models hang on."""
+    def fingerprint(self, names: Iterable[str], *others: Path) -> str:
+        """A digest of those models' weights and of other files: what measurements of the models hang on."""
         digest = hashlib.sha256()
-        for file in (*sorted(self.folder.rglob("*.safetensors")), *others):
-            digest.update(file.name.encode())
+        weights = [file for name in names for file in sorted((self.folder / name).glob("*.safetensors"))]
+        for file in (*weights, *others):
+            digest.update(f"{file.parent.name}/{file.name}".encode())
             digest.update(file.read_bytes())
         return digest.hexdigest()
 
