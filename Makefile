@@ -55,12 +55,13 @@ bench-spectral: $(VENV)/.test
 	$(BIN)/python benchmarks/bench_accuracy.py --rounds 1 --json benchmarks/results/accuracy.json
 
 # Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into docs/quality.md. SIZE: small, medium, large;
-# SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds. Cut off, it goes on where it was.
+# SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
 SIZE ?= small
 SEEDS ?= 0 1 2 3 4
 RECORD ?= development
+DEVICE ?= cpu
 quality: $(VENV)/.test
-	$(BIN)/python benchmarks/quality/run.py --size $(SIZE) --seeds $(SEEDS) --record $(RECORD)
+	$(BIN)/python benchmarks/quality/run.py --size $(SIZE) --seeds $(SEEDS) --record $(RECORD) --device $(DEVICE)
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
 # its version), for every Python from 3.10 on that is found, or for PYTHONS="python3.10 python3.12".

@@ -42,9 +42,10 @@ def choose(candidates: Sequence[Candidate], validation: Mapping[str, Scores]) ->
 class Asker:
     """Asks a state dictionary the questions of a split; one module serves all of them."""
 
-    def __init__(self, folder: Path, world: World) -> None:
+    def __init__(self, folder: Path, world: World, device: str = "cpu") -> None:
         self.world = world
-        self._model, self._tokenizer = load(folder / "base")
+        model, self._tokenizer = load(folder / "base")
+        self._model = model.to(device)
 
     def __call__(self, model: StateDict, split: Split) -> Mapping[str, float]:
         found = self._model.load_state_dict(model, strict=False)
@@ -129,12 +130,12 @@ def models_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(["base", *needed]))
 
 
-def measure_seed(folder: Path, seed: int, record: str) -> Record:
+def measure_seed(folder: Path, seed: int, record: str, device: str) -> Record:
     """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
     torch.set_num_threads(1)
     models, rows = Models(folder), rows_of(record)
     found = Record.open(folder, models.fingerprint(models_of(rows), *ASKING))
-    ask = Asker(folder, World(seed))
+    ask = Asker(folder, World(seed), device)
     found.questions = ask.questions()
     found.layers = layers(models)
     return Measurement(folder, models, ask, found).run(rows)

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from results import Results
 
 DIMENSIONS: Final = ("helpful", "honest", "harmless")
-_NAMED: Final = ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")
+_NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")}
 """Methods named in the picture where they are not on the front; all others are dots."""
 
 
@@ -41,7 +41,7 @@ def pareto(results: Results, file: Path) -> None:
             axis.scatter(*zip(*points, strict=True), s=26, **style)
             best = front(points) if group == "tuned" else []
             for i, name in enumerate(names):
-                if group == "models" or i in best or name in _NAMED:
+                if i in best or name in _NAMED.get(group, names):
                     axis.annotate(name, points[i], fontsize=7, xytext=(3, 3), textcoords="offset points")
             if best:
                 axis.step(*zip(*(points[i] for i in best), strict=True), where="post", color="C1", linewidth=0.8)
@@ -70,6 +70,7 @@ def layers(results: Results, file: Path) -> None:
             axis.plot(x, values[:, :, t].mean(0), marker="osD"[t], markersize=4, color=f"C{t}", label=expert)
             axis.fill_between(x, values[:, :, t].min(0), values[:, :, t].max(0), color=f"C{t}", alpha=0.12, linewidth=0)
         axis.set_title(title, fontsize=10)
+        axis.margins(y=0.1)
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.25)
     axis.set_xticks(x, [_short(row["name"]) for row in rows], rotation=90, fontsize=7)

@@ -28,17 +28,17 @@ REPOSITORY: Final = HERE.parents[1]
 RECORDS: Final = ("development", "confirmation")
 
 
-def train(size: str, seeds: list[int], root: Path, models: list[str]) -> None:
+def train(size: str, seeds: list[int], root: Path, models: list[str], device: str) -> None:
     """Train those of the seeds' models that are not there."""
-    command = [sys.executable, str(HERE / "train.py"), "--size", size, "--root", str(root)]
+    command = [sys.executable, str(HERE / "train.py"), "--size", size, "--root", str(root), "--device", device]
     subprocess.run([*command, "--seeds", *map(str, seeds), "--models", *models], check=True)
 
 
-def measure(folders: dict[int, Path], record: str, workers: int) -> dict[int, Record]:
+def measure(folders: dict[int, Path], record: str, workers: int, device: str) -> dict[int, Record]:
     """Every seed's record, several seeds side by side, each in a process of its own on one thread."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        jobs = {seed: pool.submit(measure_seed, folder, seed, record) for seed, folder in folders.items()}
+        jobs = {seed: pool.submit(measure_seed, folder, seed, record, device) for seed, folder in folders.items()}
         return {seed: job.result() for seed, job in jobs.items()}
 
 
@@ -66,14 +66,17 @@ def main() -> None:
     parser.add_argument("--record", choices=RECORDS, default="development")
     parser.add_argument("--root", type=Path, default=REPOSITORY / "build" / "quality", help="where models are kept")
     parser.add_argument("--workers", type=int, default=2, help="seeds measured side by side (default: 2)")
+    parser.add_argument(
+        "--device", default="cpu", help="where to train and to ask, for example cuda; merges are on CPUs"
+    )
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "quality.md")
     options = parser.parse_args()
     check_seeds(options.seeds, options.record, options.results, options.size)
     rows = rows_of(options.record)
-    train(options.size, options.seeds, options.root, models_of(rows))
+    train(options.size, options.seeds, options.root, models_of(rows), options.device)
     folders = {seed: options.root / options.size / f"seed-{seed}" for seed in options.seeds}
-    records = measure(folders, options.record, options.workers)
+    records = measure(folders, options.record, options.workers, options.device)
     found = results.collect(options.size, options.record, rows, records)
     results.save(found, results.file_of(options.results, options.size, options.record))
     # The page is about the smallest size; other sizes leave their file.
