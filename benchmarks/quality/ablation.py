@@ -12,6 +12,7 @@ from typing import Any
 from candidates import DPO, LORA, SFT, Row, merge_of
 
 SCALES = (0.5, 0.7, 0.85, 1.0, 1.2)
+BY_ROWS: dict[str, Any] = {"granularity": "row", "beta": 0.5}
 SCALE_RULES = ("preserve-norm", "least-squares", "interference")
 
 
@@ -79,7 +80,7 @@ def scales() -> list[Row]:
     found = []
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "RESM": ("resm", {}),
-        "RESM by rows, β = 0.5": ("resm", {"granularity": "row", "beta": 0.5}),
+        "RESM by rows, β = 0.5": ("resm", BY_ROWS),
         "TSV-M": ("tsvm", {}),
     }
     for name, (method, choices) in kinds.items():
@@ -101,10 +102,17 @@ def experts() -> list[Row]:
         "3 LoRA": LORA,
         "6: SFT + DPO": (*SFT, *DPO),
     }
-    by_name = {"task arithmetic": "task_arithmetic", "TIES": "ties", "TSV-M": "tsvm", "RESM": "resm"}
+    by_name: dict[str, tuple[str, dict[str, Any]]] = {
+        "task arithmetic": ("task_arithmetic", {}),
+        "TIES": ("ties", {}),
+        "TSV-M": ("tsvm", {}),
+        "RESM": ("resm", {}),
+        "RESM by rows, β = 0.5": ("resm", BY_ROWS),
+    }
     found = []
     for group, names in groups.items():
-        found += [_row("experts", f"{group}, {name}", method, experts=names) for name, method in by_name.items()]
+        for name, (method, choices) in by_name.items():
+            found.append(_row("experts", f"{group}, {name}", method, experts=names, **choices))
         if len(names) > 3 or names in (DPO, LORA):
             points = tuple(merge_of("resm", names, lambda_=scale) for scale in SCALES)
             found.append(Row("ablation:experts", f"{group}, RESM, λ tuned", points))

@@ -39,7 +39,12 @@ def measure(folders: dict[int, Path], record: str, workers: int, device: str) ->
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         jobs = {seed: pool.submit(measure_seed, folder, seed, record, device) for seed, folder in folders.items()}
-        return {seed: job.result() for seed, job in jobs.items()}
+        records = {}
+        for seed, job in jobs.items():
+            records[seed] = job.result()
+            spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in records[seed].seconds.items())
+            print(f"seed {seed}: {len(records[seed].test)} models asked the test questions; {spent}", flush=True)
+        return records
 
 
 def check_seeds(seeds: list[int], record: str, folder: Path, size: str) -> None:
