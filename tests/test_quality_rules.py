@@ -108,3 +108,15 @@ def test_scale_rules_refuse_methods_without_subspaces() -> None:
     base, experts = orthogonal_experts()
     with pytest.raises(ValueError, match="method: got 'ties'"):
         rules.RULES["interference"](base, experts, "ties", {})
+
+
+def test_share_of_outliers_ignores_how_far_an_expert_moved() -> None:
+    torch.manual_seed(4)
+    base = {"w": torch.zeros(64, 64, dtype=torch.float64)}
+    tails = torch.randn(64, 64, dtype=torch.float64) ** 3
+    experts = [{"w": torch.randn(64, 64, dtype=torch.float64)}, {"w": tails}, {"w": 7 * tails}]
+    shares = rules.RULES["outlier-share"](base, experts, "resm", {})["w"]["weight"]
+    assert shares[1] == pytest.approx(shares[2]) and shares[1] > 10 * shares[0] and sum(shares) == pytest.approx(3)
+    half = rules.RULES["half-outliers"](base, experts, "resm", {})["w"]["weight"]
+    mass = layer_plan(base["w"], [e["w"] for e in experts]).weights
+    assert half == pytest.approx([(1 + w) / 2 for w in mass]) and min(half) >= 0.5

@@ -31,7 +31,7 @@ def ingredients() -> list[Row]:
 
 
 def weights() -> list[Row]:
-    """β, κ, granularity, clipping, and three rules in place of each layer's outlier mass."""
+    """β, κ, granularity, clipping, and five rules in place of each layer's outlier mass."""
     return [
         *(_row("weights", f"layer, β = {b:g}", beta=b) for b in (-1.0, -0.5, 0.5, 1.0, 2.0)),
         *(_row("weights", f"row, β = {b:g}", beta=b, granularity="row") for b in (-0.5, 0.5, 1.0)),
@@ -39,6 +39,8 @@ def weights() -> list[Row]:
         _row("weights", "layer, outliers clipped", outlier_clip=True),
         _row("weights", "clipped, equal weights", outlier_clip=True, beta=0.0),
         _row("weights", "whole model's outliers", beta=0.0, rule="model-outliers"),
+        _row("weights", "half the outlier weights", beta=0.0, rule="half-outliers"),
+        _row("weights", "share of outliers", beta=0.0, rule="outlier-share"),
         _row("weights", "equal norms", beta=0.0, rule="equal-norms"),
         _row("weights", "equal retention", beta=0.0, rule="equal-retention"),
     ]

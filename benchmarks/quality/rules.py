@@ -10,9 +10,11 @@ M the merged task vector at λ = 1. Three rules set λ:
 * `interference`: λ = (1 + η)^(−1/2), η = Σ_{s≠t} ‖Q_tᵀΔ_s^kP_t‖² / Σ_t ‖C_t‖², Δ_s^k = Q_sC_sP_sᵀ: the energy that
   the other experts bring into an expert's subspaces, before anything is orthogonalised.
 
-Three rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights:
+Five rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights, κ = 3 in all:
 
 * `model-outliers`: w_t from the outlier mass of the whole model, Σ over tensors, instead of each tensor's.
+* `half-outliers`: w_t = ½ + ½·(RESM's weight), so that no expert is left out of a tensor where it has no outliers.
+* `outlier-share`: w_t ∝ Σ_outliers |δ| / Σ |δ|, the tails alone: an expert that moved further gets no more for that.
 * `equal-norms`: w_t ∝ 1/‖Δ_t‖_F of the tensor, so that all experts push equally hard there.
 * `equal-retention`: w ≥ 0 such that all experts keep the same share ρ_t = ⟨Q_tᵀMP_t, C_t⟩ / ‖C_t‖² of themselves. M is
   linear in w, hence ρ = A·w, and w ∝ A⁻¹·1 (non-negative least squares). Who loses most by orthogonalisation, or is
@@ -34,7 +36,8 @@ from torch import Tensor
 
 import resm_kernels
 from resm_kernels.linalg import Subspace, decompose_list
-from resm_kernels.methods.resm import RESM, layer_plan
+from resm_kernels.methods.resm import RESM, layer_plan, outlier_weights
+from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 
 StateDict = Mapping[str, Tensor]
 Overrides = dict[str, dict[str, Any]]
@@ -95,15 +98,35 @@ def interference(merged: Tensor, parts: list[Subspace]) -> float:
     return float((1 + foreign / sum(float(p.core.square().sum()) for p in parts)) ** -0.5)
 
 
+def _by_tails(find: Callable[[DeltaStats], Tensor]) -> Rule:
+    """A rule that sets w of every tensor from its statistics."""
+
+    def rule(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+        return {name: {"weight": find(_statistics(base, experts, name)).tolist()} for name in base}
+
+    return rule
+
+
+def _statistics(base: StateDict, experts: Sequence[StateDict], name: str) -> DeltaStats:
+    return delta_stats(base[name], [expert[name] for expert in experts], kappa=RESM.parameter("kappa").default)
+
+
+def half_outliers(stats: DeltaStats) -> Tensor:
+    """½ + ½·w_t."""
+    return (1 + outlier_weights(stats.outlier_mass(), 1.0)) / 2
+
+
+def outlier_share(stats: DeltaStats) -> Tensor:
+    """Σ_outliers |δ| / Σ |δ|, mean 1; all 1 where no expert has outliers."""
+    return outlier_weights(stats.outlier_sum_abs / stats.sum_abs.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+
+
 def model_outliers(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
-    """w_t = T·a_t / Σ_s a_s with a_t the whole model's outlier mass; κ as RESM's default."""
-    kappa = RESM.parameter("kappa").default
+    """w_t = T·a_t / Σ_s a_s with a_t the whole model's outlier mass."""
     mass = torch.zeros(len(experts), dtype=torch.float64)
-    for name, start in base.items():
-        stats = resm_kernels.ops.delta_stats(start, [expert[name] for expert in experts], kappa=kappa)
-        mass += stats.outlier_mass() * start.numel()
-    weights = (mass / mass.mean()).tolist() if float(mass.sum()) else [1.0] * len(experts)
-    return {name: {"weight": weights} for name in base}
+    for name in base:
+        mass += _statistics(base, experts, name).outlier_sum_abs
+    return {name: {"weight": outlier_weights(mass, 1.0).tolist()} for name in base}
 
 
 def equal_norms(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
@@ -146,6 +169,8 @@ RULES: Final[dict[str, Rule]] = {
     "least-squares": _by_lambda(least_squares),
     "interference": _by_lambda(interference),
     "model-outliers": model_outliers,
+    "half-outliers": _by_tails(half_outliers),
+    "outlier-share": _by_tails(outlier_share),
     "equal-norms": equal_norms,
     "equal-retention": equal_retention,
 }
