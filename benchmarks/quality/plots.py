@@ -27,7 +27,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
 
 
 def pareto(results: Results, file: Path) -> None:
-    """Means over the seeds in the three planes of two dimensions each; the step line is the front of tuned merges."""
+    """Means over the seeds in the planes of two dimensions each; below the step line is what some tuned merge beats."""
     figure = Figure(figsize=(17, 6), layout="constrained")
     styles: dict[str, dict[str, Any]] = {
         "models": {"color": "black", "marker": "s", "label": "base, experts, mixes"},
@@ -44,7 +44,7 @@ def pareto(results: Results, file: Path) -> None:
                 if i in best or name in _NAMED.get(group, names):
                     axis.annotate(name, points[i], fontsize=7, xytext=(3, 3), textcoords="offset points")
             if best:
-                axis.step(*zip(*(points[i] for i in best), strict=True), where="post", color="C1", linewidth=0.8)
+                axis.step(*zip(*(points[i] for i in best), strict=True), where="pre", color="C1", linewidth=0.8)
         axis.set(xlabel=f"{pair[0]} (%)", ylabel=f"{pair[1]} (%)")
         axis.grid(alpha=0.25)
     figure.axes[0].legend(fontsize=8)
