@@ -162,7 +162,7 @@ def process(names: list[str], runs: int, cache: Path) -> list[dict[str, Any]]:
 
 
 def memory(names: list[str], cache: Path) -> list[dict[str, Any]]:
-    """Peak resident memory of whole merges of 20 to 74 tensors."""
+    """Peak resident memory of whole merges of 21 to 75 tensors."""
     rows = []
     for layers in (2, 4, 8):
         folders = make_models(cache / f"layers-{layers}", Size(layers=layers, vocabulary=4000))
