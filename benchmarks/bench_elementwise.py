@@ -29,8 +29,7 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
-from bench_checkpoint import OURS, RIVAL, Size, compare, make_models
-from bench_checkpoint import PARAMETERS as COMMAND_LINES
+from bench_checkpoint import OURS, PARAMETERS, RIVAL, Size, compare, make_models
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -39,27 +38,9 @@ import resm_kernels
 from resm_kernels import methods
 
 SIZE: Final = 4096
-PARAMETERS: Final[dict[str, dict[str, float]]] = {
-    "linear": {"weight": 1.0},
-    "task_arithmetic": {"weight": 0.5},
-    "ties": {"weight": 0.5, "density": 0.5},
-    "breadcrumbs": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
-    "breadcrumbs_ties": {"weight": 0.5, "density": 0.5, "gamma": 0.01},
-    "dare_linear": {"weight": 0.5, "density": 0.5},
-    "dare_ties": {"weight": 0.5, "density": 0.5},
-    "della": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
-    "della_linear": {"weight": 0.5, "density": 0.5, "epsilon": 0.15},
-    "sce": {"select_topk": 0.1},
-    "model_stock": {},
-    "slerp": {"t": 0.3},
-    "nuslerp": {"weight": 0.5},
-    "multislerp": {"weight": 0.5},
-    "karcher": {},
-    "nearswap": {"t": 1e-3},
-    "ram": {},
-    "arcee_fusion": {},
-    "passthrough": {},
-}
+METHODS: Final = tuple(name for name in PARAMETERS if name not in ("resm", "tsvm"))
+WHOLE: Final = ("linear", "task_arithmetic", "ties", "breadcrumbs", "dare_ties", "della")
+"""What is run as a whole process."""
 EXPERTS: Final = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2, "passthrough": 1}
 """How many a method takes, where that is not any number: then 3."""
 PARTS: Final = ("process", "memory", "speed", "growth", "accuracy")
@@ -152,7 +133,7 @@ def process(names: list[str], runs: int, cache: Path) -> list[dict[str, Any]]:
     folders = make_models(cache / "llama-250m")
     rival = Path(sys.executable).parent / "mergekit-yaml"
     rows = []
-    for name in (name for name in names if name in COMMAND_LINES):
+    for name in (name for name in names if name in WHOLE):
         found = compare(name, folders, runs, rival)
         times = {tool: found[key]["median_seconds"] for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
         peaks = {f"{tool} GB": found[key]["peak_bytes"] / 1e9 for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
@@ -216,8 +197,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 def main() -> None:
     """Parse arguments, run, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [name for name in PARAMETERS if name in methods.names()]
-    parser.add_argument("--methods", nargs="+", default=known, choices=known)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rounds", type=int, default=11, help="times each of ours is called (default: 11)")
     parser.add_argument("--rival-rounds", type=int, default=2, help="times mergekit is called (default: 2)")
     parser.add_argument("--runs", type=int, default=2, help="times each whole process runs (default: 2)")

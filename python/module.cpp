@@ -159,11 +159,11 @@ void py_random_mask(const Pointers& bases, const Codes& base_dtypes, const Point
 }
 
 void py_variance_mask(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                      const Codes& expert_dtypes, const Lengths& lengths, double density, uint64_t variances,
-                      uint64_t mask, int threads) {
+                      const Codes& expert_dtypes, const Lengths& lengths, double density, uint64_t mask,
+                      int threads) {
   const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
   py::gil_scoped_release unlocked;
-  variance_mask(groups, density, at<void>(variances), at<uint8_t>(mask), threads);
+  variance_mask(groups, density, at<uint8_t>(mask), threads);
 }
 
 DeltaMatrix matrix_of(const Groups& groups, int64_t m, int64_t n) {

@@ -12,7 +12,6 @@ Tolerances, relative to the norm of the merged task vector M:
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import pytest
@@ -20,10 +19,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import experts_with_spectra, orthonormal, power_law, randn, relative, same_bits, values, with_spectrum
+from resm_formula import formula, formula_weights, masses, polar_by_svd
 from torch import Tensor
 
 from resm_kernels import NonFiniteError, merge
+from resm_kernels.linalg import Subspace
 from resm_kernels.methods import get
+from resm_kernels.methods._spectral import SCALE_RULES, interference_scale
 from resm_kernels.methods.resm import RANK_RULES, LayerPlan, layer_plan, outlier_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,71 +34,6 @@ FLOAT64 = 1e-8
 FLOAT32 = 1e-5
 
 SHAPES = [(40, 28), (28, 40), (32, 32)]
-DEFAULTS = {p.keyword: p.default for p in get("resm").parameters}
-
-
-# The definition, independent of the package: statistics and SVDs in float64 straight from the formulas.
-
-
-def masses(d: Tensor, kappa: float) -> Tensor:
-    """a = (1/N)·Σ of |δ| over |δ − μ| > κσ, along the last dimension."""
-    mean, sigma = d.mean(-1, keepdim=True), d.std(-1, correction=0, keepdim=True)
-    return torch.where((d - mean).abs() > kappa * sigma, d.abs(), 0.0).mean(-1)
-
-
-def formula_weights(a: Tensor, beta: float) -> Tensor:
-    """w_t = T·a_t^β / Σ a_s^β along the first dimension; 1 where all a_t = 0."""
-    powers = a**beta
-    return torch.where((a == 0).all(0), 1.0, a.shape[0] * powers / powers.sum(0))
-
-
-def formula_rank(rule: str, r: int, sparsity: list[Fraction], t: int, spectrum: Tensor, c: dict[str, Any]) -> int:
-    n_experts = len(sparsity)
-    if rule == "sparsity":
-        k = math.floor(Fraction(r, n_experts) * (1 - Fraction(c["gamma"]) * sum(sparsity) / n_experts))
-    elif rule == "per_task":
-        k = math.floor(Fraction(r, n_experts) * (1 - Fraction(c["gamma"]) * sparsity[t]))
-    elif rule == "fixed":
-        k = c["rank"]
-    elif rule == "energy":
-        share = spectrum.square().cumsum(0) / spectrum.square().sum()
-        k = next(i + 1 for i, s in enumerate(share.tolist()) if s >= c["energy"])
-    else:
-        p = spectrum / spectrum.sum()
-        k = math.ceil(math.exp(-sum(x * math.log(x) for x in p.tolist() if x > 0)))
-    return min(max(k, c["k_min"]), r // n_experts)
-
-
-def polar_by_svd(x: Tensor) -> Tensor:
-    u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    kept = s > 1e-6 * s[0]
-    return u[:, kept] @ vh[kept]
-
-
-def formula(base: Tensor, experts: list[Tensor], **given: Any) -> tuple[Tensor, list[int]]:
-    """M of RESM's definition (without λ and θ₀) and the ranks."""
-    c = DEFAULTS | {"weight": [1.0] * len(experts)} | given
-    deltas = [e.double() - base.double() for e in experts]
-    r = min(base.shape)
-    a = torch.stack([masses(d if c["granularity"] == "row" else d.flatten(), c["kappa"]) for d in deltas])
-    w = formula_weights(a, c["beta"])
-    eps = [c["eps_rel"] * float(d.square().mean().sqrt()) for d in deltas]
-    sparsity = [Fraction(int((d.abs() <= e).sum()), d.numel()) for d, e in zip(deltas, eps, strict=True)]
-    us, ss, vs, ks = [], [], [], []
-    for t, delta in enumerate(deltas):
-        d = delta
-        if c["outlier_clip"]:
-            mean, sigma = d.mean(), d.std(correction=0)
-            d = d.clamp(mean - c["kappa"] * sigma, mean + c["kappa"] * sigma)
-        user = c["weight"][t]
-        d = d * (w[t][:, None] * user) if c["granularity"] == "row" else d
-        u, s, vh = torch.linalg.svd(d, full_matrices=False)
-        k = formula_rank(c["rank_rule"], r, sparsity, t, s, c)
-        us.append(u[:, :k])
-        ss.append(s[:k] if c["granularity"] == "row" else s[:k] * w[t] * user)
-        vs.append(vh[:k].mT)
-        ks.append(k)
-    return polar_by_svd(torch.cat(us, 1)) @ torch.cat(ss).diag() @ polar_by_svd(torch.cat(vs, 1)).mT, ks
 
 
 def merged_delta(base: Tensor, experts: list[Tensor], **given: Any) -> Tensor:
@@ -134,6 +71,10 @@ CHOICES: list[dict[str, Any]] = [
     {"rank_rule": "effective_rank"},
     {"gamma": 50.0, "k_min": 3},
     {"decomposition": "exact"},
+    {"scale_rule": "interference"},
+    {"scale_rule": "interference", "beta": 0.0, "gamma": 0.0, "weight": [0.5, 2.0, -1.0]},
+    {"scale_rule": "interference", "granularity": "row", "kappa": 1.5},
+    {"scale_rule": "interference", "rank_rule": "energy"},
 ]
 
 
@@ -220,14 +161,37 @@ def test_one_expert_gives_its_best_approximation_of_rank_k(k: int) -> None:
     assert relative(merged_delta(base, [expert], rank_rule="fixed", rank=k), wanted) <= FLOAT64
 
 
+@pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("copies", [2, 3, 5])
-def test_copies_of_one_expert_give_what_the_one_gives(copies: int) -> None:
+def test_copies_of_one_expert_give_what_the_one_gives(copies: int, scale_rule: str) -> None:
     base, (expert,) = experts_with_spectra(40, 28, 1, dtype=torch.float64)
-    one = merged_delta(base, [expert], rank_rule="fixed", rank=4)
-    assert relative(merged_delta(base, [expert] * copies, rank_rule="fixed", rank=4), one) <= FLOAT64
+    choice = {"rank_rule": "fixed", "rank": 4, "scale_rule": scale_rule}
+    one = merged_delta(base, [expert], **choice)
+    assert relative(merged_delta(base, [expert] * copies, **choice), one) <= FLOAT64
 
 
-@pytest.mark.parametrize("choice", [{}, {"beta": -0.5}, {"granularity": "row"}, {"rank_rule": "per_task"}], ids=str)
+def test_experts_that_share_no_direction_keep_their_scale() -> None:
+    base = torch.zeros(12, 10, dtype=torch.float64)
+    experts = [torch.zeros_like(base) for _ in range(2)]
+    experts[0][:6, :5], experts[1][6:, 5:] = (randn(6, 5, seed=t, dtype=torch.float64) for t in range(2))
+    choice = {"beta": 0.0, "gamma": 0.0}
+    plain = merged_delta(base, experts, **choice)
+    assert relative(merged_delta(base, experts, scale_rule="interference", **choice), plain) <= FLOAT64
+
+
+def test_interference_of_experts_in_one_subspace_that_share_nothing_else() -> None:
+    """Both fill the space, and each brings its whole energy, orthogonal to the other's: η = 1, λ/√2."""
+    experts = [torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double()]
+    parts = [Subspace(torch.eye(2).double(), e, torch.eye(2).double(), 0.0, "exact") for e in experts]
+    assert interference_scale(parts, [1.0, 1.0]) == pytest.approx(2**-0.5)
+    assert interference_scale(parts, [0.0, 0.0]) == 1.0
+
+
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"beta": -0.5}, {"granularity": "row"}, {"rank_rule": "per_task"}, {"scale_rule": "interference"}],
+    ids=str,
+)
 def test_order_of_the_experts_does_not_matter(choice: dict[str, Any]) -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=4)
     weight, order = [0.5, 1.0, 1.5], [2, 0, 1]

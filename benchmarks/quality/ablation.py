@@ -13,7 +13,8 @@ from candidates import DPO, LORA, SFT, Row, merge_of
 
 SCALES = (0.5, 0.7, 0.85, 1.0, 1.2)
 BY_ROWS: dict[str, Any] = {"granularity": "row", "beta": 0.5}
-SCALE_RULES = ("preserve-norm", "least-squares", "interference")
+EQUAL: dict[str, Any] = {"beta": 0.0}
+SCALE_RULES = ("preserve-norm", "least-squares")
 
 
 def _row(group: str, name: str, method: str = "resm", **choices: Any) -> Row:
@@ -78,11 +79,12 @@ def decompositions() -> list[Row]:
 
 
 def scales() -> list[Row]:
-    """λ = 1, chosen on validation, or by a rule that needs no data; for RESM, RESM by rows, TSV-M."""
+    """λ = 1, chosen on validation, or by a rule that needs no data; for RESM, by rows, with equal weights, TSV-M."""
     found = []
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "RESM": ("resm", {}),
         "RESM by rows, β = 0.5": ("resm", BY_ROWS),
+        "RESM, equal weights": ("resm", EQUAL),
         "TSV-M": ("tsvm", {}),
     }
     for name, (method, choices) in kinds.items():
@@ -90,6 +92,7 @@ def scales() -> list[Row]:
         points = tuple(merge_of(method, lambda_=scale, **choices) for scale in SCALES)
         found.append(Row("ablation:scale", f"{name}, λ tuned", points))
         found += [_row("scale", f"{name}, {rule}", method, rule=rule, **choices) for rule in SCALE_RULES]
+        found.append(_row("scale", f"{name}, interference", method, scale_rule="interference", **choices))
     return found
 
 

@@ -19,18 +19,19 @@ class Hypothesis(NamedTuple):
 
 
 _TSVM, _RESM = "ablation:ingredients/neither (TSV-M)", "ablation:ingredients/both (RESM)"
-_RANKS = "ablation:ingredients/sparsity ranks only"
+_EQUAL, _ROWS = "ablation:ingredients/sparsity ranks only", "ablation:weights/row, β = 0.5"
+_PROPOSED = "ablation:scale/RESM, equal weights, interference"
 HYPOTHESES: Final = (
-    Hypothesis("outlier weights help", "ablation:ingredients/outlier weights only", _TSVM),
-    Hypothesis("sparsity ranks help", _RANKS, _TSVM),
-    Hypothesis("RESM beats TSV-M", _RESM, _TSVM),
-    Hypothesis("row weights beat layer weights", "ablation:weights/row, β = 0.5", _RESM),
-    Hypothesis("row weights beat none", "ablation:weights/row, β = 0.5", _TSVM),
-    Hypothesis("equal retention beats equal weights", "ablation:weights/equal retention", _RANKS),
-    Hypothesis("equal norms beat outlier weights", "ablation:weights/equal norms", _RESM),
-    Hypothesis("a data-free λ helps", "ablation:scale/RESM, least-squares", "ablation:scale/RESM, λ = 1"),
-    Hypothesis("tuned RESM beats tuned TSV-M", "tuned/resm", "tuned/tsvm"),
-    Hypothesis("tuned RESM beats mixed data", "tuned/resm", "models/mix-uniform"),
+    Hypothesis("outlier weights by layer hurt", _TSVM, "ablation:ingredients/outlier weights only"),
+    Hypothesis("RESM's default is worse than TSV-M", _TSVM, _RESM),
+    Hypothesis("row weights beat layer weights", _ROWS, _RESM),
+    Hypothesis("sparsity ranks help", _EQUAL, _TSVM),
+    Hypothesis("the interference λ helps TSV-M", "ablation:scale/TSV-M, interference", _TSVM),
+    Hypothesis("it helps RESM with equal weights", _PROPOSED, _EQUAL),
+    Hypothesis("it helps RESM by rows", "ablation:scale/RESM by rows, β = 0.5, interference", _ROWS),
+    Hypothesis("RESM with equal weights and it beats SVC", _PROPOSED, "default/svc"),
+    Hypothesis("tuned multi-SLERP beats tuned RESM", "tuned/multislerp", "tuned/resm"),
+    Hypothesis("mixed data beat tuned multi-SLERP", "models/mix-uniform", "tuned/multislerp"),
 )
 
 

@@ -1,14 +1,12 @@
 """Parameters of a merge that need no data: set for each tensor from base and experts alone.
 
 Notation of docs/resm.md: Q_t, P_t are the subspaces that a spectral method keeps of expert t, C_t = Q_tᵀΔ_tP_t, and
-M the merged task vector at λ = 1. Three rules set λ:
+M the merged task vector at λ = 1. Two rules set λ (a third, interference, is the library's `scale_rule`):
 
 * `preserve-norm`: λ = Σ_t ‖C_t‖ / Σ_t ‖Q_tᵀMP_t‖, so that what is found of M in the experts' subspaces has, on
   average, the experts' norm.
 * `least-squares`: λ = Σ_t ⟨Q_tᵀMP_t, C_t⟩ / Σ_t ‖Q_tᵀMP_t‖², which minimises Σ_t ‖λQ_tᵀMP_t − C_t‖²: it counts what
   points elsewhere against λ.
-* `interference`: λ = (1 + η)^(−1/2), η = Σ_{s≠t} ‖Q_tᵀΔ_s^kP_t‖² / Σ_t ‖C_t‖², Δ_s^k = Q_sC_sP_sᵀ: the energy that
-  the other experts bring into an expert's subspaces, before anything is orthogonalised.
 
 Five rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights, κ = 3 in all:
 
@@ -87,17 +85,6 @@ def least_squares(merged: Tensor, parts: list[Subspace]) -> float:
     return sum(float((m * c).sum()) for m, c in pairs) / sum(float(m.square().sum()) for m, _ in pairs)
 
 
-def interference(merged: Tensor, parts: list[Subspace]) -> float:
-    """(1 + η)^(−1/2)."""
-    foreign = sum(
-        float((t.left.mT @ s.left @ s.core @ s.right.mT @ t.right).square().sum())
-        for t in parts
-        for s in parts
-        if s is not t
-    )
-    return float((1 + foreign / sum(float(p.core.square().sum()) for p in parts)) ** -0.5)
-
-
 def _by_tails(find: Callable[[DeltaStats], Tensor]) -> Rule:
     """A rule that sets w of every tensor from its statistics."""
 
@@ -167,7 +154,6 @@ def equal_retention(base: StateDict, experts: Sequence[StateDict], method: str, 
 RULES: Final[dict[str, Rule]] = {
     "preserve-norm": _by_lambda(preserve_norm),
     "least-squares": _by_lambda(least_squares),
-    "interference": _by_lambda(interference),
     "model-outliers": model_outliers,
     "half-outliers": _by_tails(half_outliers),
     "outlier-share": _by_tails(outlier_share),

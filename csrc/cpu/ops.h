@@ -72,8 +72,7 @@ struct RandomMaskOptions {
 void random_mask(const Groups& groups, const RandomMaskOptions& options, int threads);
 
 // mask: of the ⌊density·(how many are not 0)⌋ largest variances over the experts of one group, and what ties with them.
-// variances: room for as many floats (doubles) as the group has elements.
-void variance_mask(const Groups& groups, double density, void* variances, uint8_t* mask, int threads);
+void variance_mask(const Groups& groups, double density, uint8_t* mask, int threads);
 
 // Δ = expert − base, m rows of n elements; base may be null.
 struct DeltaMatrix {

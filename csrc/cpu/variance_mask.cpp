@@ -7,6 +7,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <memory>
 #include <mutex>
 
 #include "cpu/chunks.h"
@@ -29,8 +30,8 @@ class VarianceSelection {
     add_chunks(groups, 0, chunks_);
   }
 
-  void run(C* variances) {
-    if (length_ <= kMostRuns * kRunLength || !select_by_sample()) select_in_memory(variances);
+  void run() {
+    if (length_ <= kMostRuns * kRunLength || !select_by_sample()) select_in_memory();
     std::fill(mask_ + ceil_div(length_, 8), mask_ + ceil_div(length_, kRun) * kRunBytes, uint8_t(0));
   }
 
@@ -121,7 +122,9 @@ class VarianceSelection {
     return true;
   }
 
-  void select_in_memory(C* variances) {
+  void select_in_memory() {
+    const std::unique_ptr<C[]> memory(new C[static_cast<size_t>(length_)]);
+    C* const variances = memory.get();
     std::atomic<int64_t> nonzero{0};
     for_chunks([&](const Chunk& chunk, const Scratch& scratch) {
       for_blocks(chunk,
@@ -154,11 +157,11 @@ class VarianceSelection {
 
 }  // namespace
 
-void variance_mask(const Groups& groups, double density, void* variances, uint8_t* mask, int threads) {
+void variance_mask(const Groups& groups, double density, uint8_t* mask, int threads) {
   if (groups.is_double(0))
-    VarianceSelection<double>(groups, density, mask, threads).run(static_cast<double*>(variances));
+    VarianceSelection<double>(groups, density, mask, threads).run();
   else
-    VarianceSelection<float>(groups, density, mask, threads).run(static_cast<float*>(variances));
+    VarianceSelection<float>(groups, density, mask, threads).run();
 }
 
 }  // namespace resm::cpu

@@ -13,7 +13,7 @@ from resm_kernels.linalg._products import matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.methods import get
 from resm_kernels.methods._ranks import NEEDS_SPECTRUM, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum
+from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum, scaled
 from resm_kernels.methods.resm import outlier_weights
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.ops.delta_stats import delta_stats
@@ -151,7 +151,7 @@ def _merge_cores(
         ranks = ranks_of_statistics(rule, sparsity, tuple(base.shape), gamma, fixed, given.get("k_min", 0))
         exact = given["decomposition"] == "exact"
         parts = subspaces(cores, ranks, method="exact" if exact else "gram")
-    return orthogonalized_sum(parts, weights, torch.float64).dense()
+    return orthogonalized_sum(parts, scaled(given["scale_rule"], parts, weights), torch.float64).dense()
 
 
 def _weighted(cores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -25,6 +25,7 @@ from resm_kernels.methods._spectral import (
     ACCURACY,
     DECOMPOSITION,
     HALF_PRECISION_ACCURACY,
+    SCALE_RULE,
     SPECTRAL,
     LowRank,
     averaged,
@@ -32,6 +33,7 @@ from resm_kernels.methods._spectral import (
     is_spectral,
     join,
     orthogonalized_sum,
+    scaled,
     spectral_workspace,
 )
 from resm_kernels.ops.aggregate import aggregate_list
@@ -112,7 +114,8 @@ def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weig
             own = [ranks[t] for t in group]
             parts += subspaces(matrices, own, method=c.decomposition, accuracy=accuracy)
             del matrices
-    return orthogonalized_sum(parts, _scalars(weights), compute_dtype(base, *experts), accuracy)
+    scalars = scaled(c.scale_rule, parts, _scalars(weights))
+    return orthogonalized_sum(parts, scalars, compute_dtype(base, *experts), accuracy)
 
 
 def _spectra(
@@ -192,6 +195,7 @@ class _Choices:
     eps_rel: float
     rank: int | None
     energy: float
+    scale_rule: str
     decomposition: str
     accuracy: float | None
     spectral: bool
@@ -259,6 +263,7 @@ RESM = Method(
         Parameter("eps_rel", float, 0.0, "changes up to this share of the rms count as none", minimum=0.0),
         Parameter("rank", int, None, "directions kept of each expert (fixed)", minimum=1),
         Parameter("energy", float, 0.9, "share of the squared norm to keep (energy)", minimum=0.0, maximum=1.0),
+        SCALE_RULE,
         DECOMPOSITION,
         replace(ACCURACY, default=None, doc=f"{ACCURACY.doc}; default: 1e-3 if all experts are bf16 or fp16, else 0"),
         SPECTRAL,

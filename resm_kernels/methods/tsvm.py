@@ -10,7 +10,7 @@ from resm_kernels.methods._registry import Method
 from resm_kernels.methods._spectral import ACCURACY
 from resm_kernels.methods.resm import RESM
 
-_SHARED = ("weight", "lambda", "decomposition", "accuracy", "spectral")
+_SHARED = ("weight", "lambda", "scale_rule", "decomposition", "accuracy", "spectral")
 
 
 def tsvm(base: Tensor, experts: list[Tensor], **given: Any) -> Tensor:

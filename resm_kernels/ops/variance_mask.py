@@ -9,7 +9,6 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.ops._library import NativeTensors, check_group, check_number, empty, register
-from resm_kernels.reference._delta import compute_dtype
 from resm_kernels.reference._masks import mask_bytes
 from resm_kernels.reference.variance_mask import variance_mask as _reference
 
@@ -51,7 +50,6 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
 def _native(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
     assert _extension.native is not None
     mask = empty((mask_bytes(base.numel()),), torch.uint8)
-    variances = empty((base.numel(),), compute_dtype(base, *experts))
     b, e = NativeTensors([base]), NativeTensors(experts)
     _extension.native.variance_mask(
         b.pointers,
@@ -60,7 +58,6 @@ def _native(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
         e.dtypes,
         b.lengths,
         density,
-        variances.data_ptr(),
         mask.data_ptr(),
         torch.get_num_threads(),
     )
