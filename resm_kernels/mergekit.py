@@ -102,7 +102,8 @@ class _Implementation:
         for parameter in self.method.parameters:
             if parameter.name in parameters:
                 value = parameters.pop(parameter.name)
-                given[parameter.keyword] = value.values_for(experts) if parameter.per_expert else value
+                if value is not None or parameter.vocabulary is None:
+                    given[parameter.keyword] = value.values_for(experts) if parameter.per_expert else value
         if unknown := sorted(parameters):
             raise TypeError(f"{self.method.name}: this mergekit has a parameter {unknown[0]!r} that is not known here")
         # mergekit's own inputs may still record gradients, which no method here does.
@@ -143,10 +144,12 @@ def _parameter_spec(parameter: Parameter, method: Method) -> Any:
     if parameter.minimum is not None or parameter.maximum is not None:
         # Checked when mergekit reads the recipe, before it reads models.
         kind = Annotated[kind, Field(ge=parameter.minimum, le=parameter.maximum)]
+    # mergekit has one default for all tensors: None leaves those that depend on the tensor to the method.
+    default = parameter.default if parameter.vocabulary is None else None
     return kinds.ParameterSpec(
         name=parameter.name,
-        value_type=Optional[kind] if parameter.default is None else kind,  # noqa: UP045 (kind is a value)
+        value_type=Optional[kind] if default is None else kind,  # noqa: UP045 (kind is a value)
         scope=scope,
-        default=kinds.MISSING if parameter.default is REQUIRED else parameter.default,
+        default=kinds.MISSING if default is REQUIRED else default,
         description=parameter.doc,
     )

@@ -49,17 +49,6 @@ def polar_by_svd(x: Tensor) -> Tensor:
     return u[:, kept] @ vh[kept]
 
 
-def formula_scale(kept: list[Tensor], us: list[Tensor], vs: list[Tensor]) -> float:
-    """(1 + η)^(−1/2): of each other expert, what lies in an expert's subspaces and is orthogonal to that expert."""
-    disturbance = 0.0
-    for t, own in enumerate(kept):
-        for s, other in enumerate(kept):
-            seen = us[t] @ us[t].mT @ other @ vs[t] @ vs[t].mT
-            along = own * ((seen * own).sum() / own.square().sum())
-            disturbance += float((seen - along).square().sum()) if s != t else 0.0
-    return (1 + disturbance / sum(float(own.square().sum()) for own in kept)) ** -0.5
-
-
 def formula(base: Tensor, experts: list[Tensor], **given: Any) -> tuple[Tensor, list[int]]:
     """M of RESM's definition (without λ and θ₀) and the ranks."""
     c = DEFAULTS | {"weight": [1.0] * len(experts)} | given
@@ -83,7 +72,4 @@ def formula(base: Tensor, experts: list[Tensor], **given: Any) -> tuple[Tensor, 
         ss.append(s[:k] if c["granularity"] == "row" else s[:k] * w[t] * user)
         vs.append(vh[:k].mT)
         ks.append(k)
-    if c["scale_rule"] == "interference":
-        scale = formula_scale([u @ s.diag() @ v.mT for u, s, v in zip(us, ss, vs, strict=True)], us, vs)
-        ss = [scale * s for s in ss]
     return polar_by_svd(torch.cat(us, 1)) @ torch.cat(ss).diag() @ polar_by_svd(torch.cat(vs, 1)).mT, ks

@@ -17,7 +17,7 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"_version", "_extension"},
+    {"_version", "_extension", "_names"},
     {"reference"},
     {"_launch"},
     {"triton", "cuda"},

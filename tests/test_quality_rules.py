@@ -29,20 +29,21 @@ def orthogonal_experts() -> tuple[StateDict, list[StateDict]]:
     return {"w": base}, [{"w": base + d} for d in deltas]
 
 
-@pytest.mark.parametrize("rule", ["preserve-norm", "least-squares"])
+@pytest.mark.parametrize("rule", ["preserve-norm", "least-squares", "interference"])
 def test_scale_is_one_where_experts_do_not_meet(rule: str) -> None:
     base, experts = orthogonal_experts()
     assert rules.RULES[rule](base, experts, "tsvm", {})["w"]["lambda_"] == pytest.approx(1.0, abs=1e-9)
 
 
 def test_scale_of_equal_experts() -> None:
-    """Twice the same expert: M is the expert itself."""
+    """Twice the same expert: M is the expert itself, every direction is shared, η = 1."""
     base, experts = orthogonal_experts()
     twice = [experts[0], experts[0]]
     given = {"beta": 0.0, "gamma": 0.0}
-    for rule in ("preserve-norm", "least-squares"):
+    expected = {"preserve-norm": 1.0, "least-squares": 1.0, "interference": 0.5**0.5}
+    for rule, value in expected.items():
         found = rules.RULES[rule](base, twice, "resm", given)["w"]["lambda_"]
-        assert found == pytest.approx(1.0, abs=1e-9), rule
+        assert found == pytest.approx(value, abs=1e-9), rule
 
 
 def test_least_squares_is_the_best_scale() -> None:
@@ -106,7 +107,7 @@ def test_outliers_of_one_tensor_are_resms_own_weights() -> None:
 def test_scale_rules_refuse_methods_without_subspaces() -> None:
     base, experts = orthogonal_experts()
     with pytest.raises(ValueError, match="method: got 'ties'"):
-        rules.RULES["least-squares"](base, experts, "ties", {})
+        rules.RULES["interference"](base, experts, "ties", {})
 
 
 def test_share_of_outliers_ignores_how_far_an_expert_moved() -> None:

@@ -23,9 +23,7 @@ from resm_formula import formula, formula_weights, masses, polar_by_svd
 from torch import Tensor
 
 from resm_kernels import NonFiniteError, merge
-from resm_kernels.linalg import Subspace
 from resm_kernels.methods import get
-from resm_kernels.methods._spectral import SCALE_RULES, interference_scale
 from resm_kernels.methods.resm import RANK_RULES, LayerPlan, layer_plan, outlier_weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -71,10 +69,6 @@ CHOICES: list[dict[str, Any]] = [
     {"rank_rule": "effective_rank"},
     {"gamma": 50.0, "k_min": 3},
     {"decomposition": "exact"},
-    {"scale_rule": "interference"},
-    {"scale_rule": "interference", "beta": 0.0, "gamma": 0.0, "weight": [0.5, 2.0, -1.0]},
-    {"scale_rule": "interference", "granularity": "row", "kappa": 1.5},
-    {"scale_rule": "interference", "rank_rule": "energy"},
 ]
 
 
@@ -161,37 +155,14 @@ def test_one_expert_gives_its_best_approximation_of_rank_k(k: int) -> None:
     assert relative(merged_delta(base, [expert], rank_rule="fixed", rank=k), wanted) <= FLOAT64
 
 
-@pytest.mark.parametrize("scale_rule", SCALE_RULES)
 @pytest.mark.parametrize("copies", [2, 3, 5])
-def test_copies_of_one_expert_give_what_the_one_gives(copies: int, scale_rule: str) -> None:
+def test_copies_of_one_expert_give_what_the_one_gives(copies: int) -> None:
     base, (expert,) = experts_with_spectra(40, 28, 1, dtype=torch.float64)
-    choice = {"rank_rule": "fixed", "rank": 4, "scale_rule": scale_rule}
-    one = merged_delta(base, [expert], **choice)
-    assert relative(merged_delta(base, [expert] * copies, **choice), one) <= FLOAT64
+    one = merged_delta(base, [expert], rank_rule="fixed", rank=4)
+    assert relative(merged_delta(base, [expert] * copies, rank_rule="fixed", rank=4), one) <= FLOAT64
 
 
-def test_experts_that_share_no_direction_keep_their_scale() -> None:
-    base = torch.zeros(12, 10, dtype=torch.float64)
-    experts = [torch.zeros_like(base) for _ in range(2)]
-    experts[0][:6, :5], experts[1][6:, 5:] = (randn(6, 5, seed=t, dtype=torch.float64) for t in range(2))
-    choice = {"beta": 0.0, "gamma": 0.0}
-    plain = merged_delta(base, experts, **choice)
-    assert relative(merged_delta(base, experts, scale_rule="interference", **choice), plain) <= FLOAT64
-
-
-def test_interference_of_experts_in_one_subspace_that_share_nothing_else() -> None:
-    """Both fill the space, and each brings its whole energy, orthogonal to the other's: η = 1, λ/√2."""
-    experts = [torch.eye(2, dtype=torch.float64), torch.tensor([[0.0, 1.0], [-1.0, 0.0]]).double()]
-    parts = [Subspace(torch.eye(2).double(), e, torch.eye(2).double(), 0.0, "exact") for e in experts]
-    assert interference_scale(parts, [1.0, 1.0]) == pytest.approx(2**-0.5)
-    assert interference_scale(parts, [0.0, 0.0]) == 1.0
-
-
-@pytest.mark.parametrize(
-    "choice",
-    [{}, {"beta": -0.5}, {"granularity": "row"}, {"rank_rule": "per_task"}, {"scale_rule": "interference"}],
-    ids=str,
-)
+@pytest.mark.parametrize("choice", [{}, {"beta": -0.5}, {"granularity": "row"}, {"rank_rule": "per_task"}], ids=str)
 def test_order_of_the_experts_does_not_matter(choice: dict[str, Any]) -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=4)
     weight, order = [0.5, 1.0, 1.5], [2, 0, 1]
@@ -252,29 +223,31 @@ def test_experts_without_change_take_no_part(beta: float) -> None:
 def test_tensors_without_room_for_every_expert_are_averaged(shape: tuple[int, ...]) -> None:
     base = randn(*shape, seed=0, dtype=torch.float64)
     experts = [base + randn(*shape, seed=t + 1, dtype=torch.float64) for t in range(3)]
-    a = torch.stack([masses((e - base).flatten(), 0.8) for e in experts])
-    for beta in (0.0, 1.0):
-        w = formula_weights(a, beta) * torch.tensor([1.0, 2.0, 0.5]).double()
-        wanted = 0.7 * sum(w[t] * (experts[t] - base) for t in range(3)) / 3
-        found = merged_delta(base, experts, beta=beta, kappa=0.8, weight=[1.0, 2.0, 0.5], lambda_=0.7)
-        assert relative(found, wanted) <= 1e-12
-        plan = layer_plan(base, experts, beta=beta, kappa=0.8)
-        assert not plan.spectral and plan.ranks == []
-
-
-def test_spectral_false_averages_a_matrix() -> None:
-    base, experts = experts_with_spectra(20, 12, 2, dtype=torch.float64)
-    wanted = sum(e - base for e in experts) / 2
-    assert relative(merged_delta(base, experts, beta=0.0, spectral=False), wanted) <= 1e-12
-
-
-def test_row_weights_of_an_averaged_matrix_are_applied_by_row() -> None:
-    base, experts = heavy_tailed(20, 12, 2, seed=8)
-    a = torch.stack([masses(e - base, 1.0) for e in experts])
-    w = formula_weights(a, 1.0)
-    wanted = sum(w[t][:, None] * (experts[t] - base) for t in range(2)) / 2
-    found = merged_delta(base, experts, kappa=1.0, granularity="row", spectral=False)
+    weight = [1.0, 2.0, 0.5]
+    wanted = 0.7 * sum(w * (expert - base) for w, expert in zip(weight, experts, strict=True)) / 3
+    found = merged_delta(base, experts, kappa=0.8, weight=weight, lambda_=0.7)
     assert relative(found, wanted) <= 1e-12
+    plan = layer_plan(base, experts, kappa=0.8, weight=weight)
+    assert not plan.spectral and plan.ranks == [] and plan.weights == weight
+
+
+@pytest.mark.parametrize("choice", [{}, {"granularity": "row"}], ids=str)
+def test_spectral_false_averages_a_matrix(choice: dict[str, Any]) -> None:
+    base, experts = heavy_tailed(20, 12, 2, seed=8)
+    wanted = sum(e - base for e in experts) / 2
+    assert relative(merged_delta(base, experts, spectral=False, kappa=1.0, **choice), wanted) <= 1e-12
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight"])
+def test_vocabulary_is_averaged_unless_told_otherwise(name: str) -> None:
+    base, experts = heavy_tailed(20, 12, 2, seed=8)
+    averaged, spectral = (merge(base, experts, "resm", spectral=s) for s in (False, True))
+    assert relative(averaged - base, spectral - base) > 0.1
+    assert same_bits(merge(base, experts, "resm", name=name), averaged)
+    assert same_bits(merge(base, experts, "resm", name=name, spectral=True), spectral)
+    assert same_bits(merge(base, experts, "resm", name="model.layers.0.mlp.up_proj.weight"), spectral)
+    assert same_bits(merge(base, experts, "tsvm", name=name), merge(base, experts, "tsvm"))
+    assert not layer_plan(base, experts, name).spectral and layer_plan(base, experts).spectral
 
 
 @given(

@@ -144,7 +144,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
 def test_command_shows_spectra(
     family: Family, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe = family.recipe_file("resm")
+    recipe = family.recipe_file("resm", parameters={"spectral": True})
     assert run(monkeypatch, "stats", recipe, "--spectra") == 0
     out = capsys.readouterr().out
     for part in ("effective rank", "decay", "interference (random)", "model.layers.0.self_attn.q_proj.weight"):
@@ -165,7 +165,9 @@ def test_command_draws_a_picture(
     file = tmp_path / "picture.png"
     assert run(monkeypatch, "stats", family.recipe_file("resm"), "--plot", file, "--json", tmp_path / "s.json") == 0
     assert file.read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "s.json").read_text())["tensors"][0]["spectra"] is not None
+    drawn = {row["name"]: row["spectra"] for row in json.loads((tmp_path / "s.json").read_text())["tensors"]}
+    assert drawn["model.layers.0.self_attn.q_proj.weight"] is not None
+    assert drawn["model.embed_tokens.weight"] is None  # averaged
     capsys.readouterr()
     # What cannot be drawn is said before the models are read.
     monkeypatch.setattr("resm_kernels.engine.stats.plan_merge", None)

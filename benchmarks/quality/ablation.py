@@ -1,20 +1,31 @@
 """RESM taken apart: one ingredient at a time, at λ = 1 unless the row says otherwise, as rows of the same kind.
 
-The rows of `ablation:weights` and `ablation:ranks` change one choice of the default; `ablation:scale` asks where λ may
-come from; `ablation:experts` merges other numbers and kinds of experts.
+The rows of `ablation:weights` and `ablation:ranks` change one choice of the default; `ablation:vocabulary` asks every
+spectral method whether to average embeddings; `ablation:scale` where λ may come from; `ablation:experts` merges other
+numbers and kinds of experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
-from candidates import DPO, LORA, SFT, Row, merge_of
+from candidates import DPO, GRIDS, LORA, SFT, Row, merge_of
 
-SCALES = (0.5, 0.7, 0.85, 1.0, 1.2)
-BY_ROWS: dict[str, Any] = {"granularity": "row", "beta": 0.5}
-EQUAL: dict[str, Any] = {"beta": 0.0}
-SCALE_RULES = ("preserve-norm", "least-squares")
+from resm_kernels import methods
+
+SCALES: Final = (0.5, 0.7, 0.85, 1.0, 1.2)
+SCALE_RULES: Final = ("preserve-norm", "least-squares", "interference")
+WITHOUT: Final[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
+EQUAL: Final[dict[str, Any]] = {"beta": 0.0}
+MILD: Final[dict[str, Any]] = {"beta": 0.25}
+"""Weights between equal ones and the default's."""
+KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
+    "RESM": ("resm", {}),
+    "RESM, β = 0.25": ("resm", MILD),
+    "RESM, equal weights": ("resm", EQUAL),
+    "TSV-M": ("tsvm", {}),
+}
 
 
 def _row(group: str, name: str, method: str = "resm", **choices: Any) -> Row:
@@ -22,28 +33,42 @@ def _row(group: str, name: str, method: str = "resm", **choices: Any) -> Row:
 
 
 def ingredients() -> list[Row]:
-    """Outlier weighting and rank rule, each alone, both (the default), neither (TSV-M)."""
+    """Outlier weighting and rank rule, each alone, both (the default), neither; and TSV-M."""
     return [
-        _row("ingredients", "neither (TSV-M)", "tsvm"),
+        _row("ingredients", "TSV-M", "tsvm"),
+        _row("ingredients", "neither", **WITHOUT),
         _row("ingredients", "outlier weights only", gamma=0.0),
-        _row("ingredients", "sparsity ranks only", beta=0.0),
+        _row("ingredients", "sparsity ranks only", **EQUAL),
         _row("ingredients", "both (RESM)"),
     ]
+
+
+def vocabulary() -> list[Row]:
+    """Every spectral method that can average instead: the embeddings merged as any matrix, and averaged."""
+    found = []
+    for name in GRIDS:
+        method = methods.get(name)
+        if any(p.name == "spectral" for p in method.parameters):
+            found.append(_row("vocabulary", f"{method.title}, spectral", name, spectral=True))
+            found.append(_row("vocabulary", f"{method.title}, averaged", name, rule="vocabulary-averaged"))
+    found.append(_row("vocabulary", "RESM with equal weights, spectral", spectral=True, **EQUAL))
+    found.append(_row("vocabulary", "RESM with equal weights, averaged", rule="vocabulary-averaged", **EQUAL))
+    return found
 
 
 def weights() -> list[Row]:
     """β, κ, granularity, clipping, and five rules in place of each layer's outlier mass."""
     return [
-        *(_row("weights", f"layer, β = {b:g}", beta=b) for b in (-1.0, -0.5, 0.5, 1.0, 2.0)),
+        *(_row("weights", f"layer, β = {b:g}", beta=b) for b in (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)),
         *(_row("weights", f"row, β = {b:g}", beta=b, granularity="row") for b in (-0.5, 0.5, 1.0)),
         *(_row("weights", f"layer, κ = {k:g}", kappa=k) for k in (2.0, 4.0)),
         _row("weights", "layer, outliers clipped", outlier_clip=True),
-        _row("weights", "clipped, equal weights", outlier_clip=True, beta=0.0),
-        _row("weights", "whole model's outliers", beta=0.0, rule="model-outliers"),
-        _row("weights", "half the outlier weights", beta=0.0, rule="half-outliers"),
-        _row("weights", "share of outliers", beta=0.0, rule="outlier-share"),
-        _row("weights", "equal norms", beta=0.0, rule="equal-norms"),
-        _row("weights", "equal retention", beta=0.0, rule="equal-retention"),
+        _row("weights", "clipped, equal weights", outlier_clip=True, **EQUAL),
+        _row("weights", "whole model's outliers", rule="model-outliers", **EQUAL),
+        _row("weights", "half the outlier weights", rule="half-outliers", **EQUAL),
+        _row("weights", "share of outliers", rule="outlier-share", **EQUAL),
+        _row("weights", "equal norms", rule="equal-norms", **EQUAL),
+        _row("weights", "equal retention", rule="equal-retention", **EQUAL),
     ]
 
 
@@ -63,7 +88,7 @@ def ranks() -> list[Row]:
         "effective rank": {"rank_rule": "effective_rank"},
         "interference": {"rank_rule": "interference"},
     }
-    return [_row("ranks", name, beta=0.0, **choices) for name, choices in own.items()]
+    return [_row("ranks", name, **EQUAL, **choices) for name, choices in own.items()]
 
 
 def decompositions() -> list[Row]:
@@ -79,20 +104,13 @@ def decompositions() -> list[Row]:
 
 
 def scales() -> list[Row]:
-    """λ = 1, chosen on validation, or by a rule that needs no data; for RESM, by rows, with equal weights, TSV-M."""
+    """λ = 1, chosen on validation, or by a rule that needs no data."""
     found = []
-    kinds: dict[str, tuple[str, dict[str, Any]]] = {
-        "RESM": ("resm", {}),
-        "RESM by rows, β = 0.5": ("resm", BY_ROWS),
-        "RESM, equal weights": ("resm", EQUAL),
-        "TSV-M": ("tsvm", {}),
-    }
-    for name, (method, choices) in kinds.items():
+    for name, (method, choices) in KINDS.items():
         found.append(_row("scale", f"{name}, λ = 1", method, **choices))
         points = tuple(merge_of(method, lambda_=scale, **choices) for scale in SCALES)
         found.append(Row("ablation:scale", f"{name}, λ tuned", points))
         found += [_row("scale", f"{name}, {rule}", method, rule=rule, **choices) for rule in SCALE_RULES]
-        found.append(_row("scale", f"{name}, interference", method, scale_rule="interference", **choices))
     return found
 
 
@@ -107,16 +125,10 @@ def experts() -> list[Row]:
         "3 LoRA": LORA,
         "6: SFT + DPO": (*SFT, *DPO),
     }
-    by_name: dict[str, tuple[str, dict[str, Any]]] = {
-        "task arithmetic": ("task_arithmetic", {}),
-        "TIES": ("ties", {}),
-        "TSV-M": ("tsvm", {}),
-        "RESM": ("resm", {}),
-        "RESM by rows, β = 0.5": ("resm", BY_ROWS),
-    }
+    kinds = {"task arithmetic": ("task_arithmetic", {}), "TIES": ("ties", {}), **KINDS}
     found = []
     for group, names in groups.items():
-        for name, (method, choices) in by_name.items():
+        for name, (method, choices) in kinds.items():
             found.append(_row("experts", f"{group}, {name}", method, experts=names, **choices))
         if len(names) > 3 or names in (DPO, LORA):
             points = tuple(merge_of("resm", names, lambda_=scale) for scale in SCALES)
@@ -126,4 +138,12 @@ def experts() -> list[Row]:
 
 def ablation_rows() -> list[Row]:
     """All of them; a candidate that stands in several rows is measured once."""
-    return [*ingredients(), *weights(), *ranks(), *decompositions(), *scales(), *experts()]
+    return [
+        *ingredients(),
+        *vocabulary(),
+        *weights(),
+        *ranks(),
+        *decompositions(),
+        *scales(),
+        *experts(),
+    ]

@@ -126,9 +126,9 @@ GRIDS: Final[dict[str, tuple[Candidate, ...]]] = {
     "resmerge": grid("resmerge", rank=(1, 8), lambda_=(1.5, 2.0, 2.5)),
     "dc_merge": grid("dc_merge", smoothing=("average", "linear"), lambda_=(0.7, 1.0, 1.3)),
     "resm": (
-        *grid("resm", lambda_=(0.7, 0.85)),
-        *grid("resm", beta=(0.0,), lambda_=(0.85,)),
-        *grid("resm", granularity=("row",), beta=(0.5, 1.0), lambda_=(0.85, 1.0)),
+        *grid("resm", lambda_=(0.8, 1.2)),
+        *grid("resm", beta=(0.0, 0.25), lambda_=(1.0, 1.2)),
+        *grid("resm", granularity=("row",), beta=(0.5,)),
     ),
 }  # fmt: skip
 

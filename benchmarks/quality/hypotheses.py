@@ -18,20 +18,22 @@ class Hypothesis(NamedTuple):
     worse: str
 
 
-_TSVM, _RESM = "ablation:ingredients/neither (TSV-M)", "ablation:ingredients/both (RESM)"
-_EQUAL, _ROWS = "ablation:ingredients/sparsity ranks only", "ablation:weights/row, β = 0.5"
-_PROPOSED = "ablation:scale/RESM, equal weights, interference"
+_TSVM, _RESM = "default/tsvm", "default/resm"
+_NEITHER, _EQUAL = "ablation:ingredients/neither", "ablation:ingredients/sparsity ranks only"
+_SPECTRAL, _MILD = "ablation:vocabulary/RESM, spectral", "ablation:weights/layer, β = 0.25"
 HYPOTHESES: Final = (
-    Hypothesis("outlier weights by layer hurt", _TSVM, "ablation:ingredients/outlier weights only"),
-    Hypothesis("RESM's default is worse than TSV-M", _TSVM, _RESM),
-    Hypothesis("row weights beat layer weights", _ROWS, _RESM),
-    Hypothesis("sparsity ranks help", _EQUAL, _TSVM),
-    Hypothesis("the interference λ helps TSV-M", "ablation:scale/TSV-M, interference", _TSVM),
-    Hypothesis("it helps RESM with equal weights", _PROPOSED, _EQUAL),
-    Hypothesis("it helps RESM by rows", "ablation:scale/RESM by rows, β = 0.5, interference", _ROWS),
-    Hypothesis("RESM with equal weights and it beats SVC", _PROPOSED, "default/svc"),
-    Hypothesis("tuned multi-SLERP beats tuned RESM", "tuned/multislerp", "tuned/resm"),
-    Hypothesis("mixed data beat tuned multi-SLERP", "models/mix-uniform", "tuned/multislerp"),
+    Hypothesis("averaged embeddings help RESM", _RESM, _SPECTRAL),
+    Hypothesis("with spectral embeddings RESM is worse than TSV-M", _TSVM, _SPECTRAL),
+    Hypothesis("RESM beats TSV-M", _RESM, _TSVM),
+    Hypothesis("outlier weights help", "ablation:ingredients/outlier weights only", _NEITHER),
+    Hypothesis("sparsity ranks help", _EQUAL, _NEITHER),
+    Hypothesis("β = 0.25 beats equal weights", _MILD, _EQUAL),
+    Hypothesis("β = 0.25 beats β = 1", _MILD, _RESM),
+    Hypothesis("RESM beats the sum of task vectors", _RESM, "default/task_arithmetic"),
+    Hypothesis("RESM beats KnOTS", _RESM, "default/knots"),
+    Hypothesis("tuned RESM beats tuned TSV-M", "tuned/resm", "tuned/tsvm"),
+    Hypothesis("tuned RESM beats tuned multi-SLERP", "tuned/resm", "tuned/multislerp"),
+    Hypothesis("mixed data beat tuned RESM", "models/mix-uniform", "tuned/resm"),
 )
 
 

@@ -25,7 +25,8 @@ from resm_kernels.methods.resm import layer_plan
 
 HERE: Final = Path(__file__).resolve().parent
 ASKING: Final = tuple(HERE / name for name in ("words.py", "world.py", "evaluate.py", "sizes.py"))
-"""What the questions and their marking depend on."""
+MERGING: Final = tuple(sorted((HERE.parents[1] / "resm_kernels" / "methods").glob("*.py")))
+"""What scores depend on beside the models: the questions and their marking, and what methods and their defaults are."""
 Ask = Callable[[StateDict, Split], Mapping[str, float]]
 
 
@@ -108,10 +109,10 @@ def chosen(row: Row, record: Record) -> Candidate:
 
 
 def layers(models: Models) -> list[dict[str, Any]]:
-    """RESM's view of every matrix at its defaults: sparsity, outlier mass, weights and ranks of the SFT experts."""
+    """What RESM would see in every matrix, embeddings too: sparsity, outlier mass, weights, ranks of the experts."""
     found = []
     for name, start in models["base"].items():
-        plan = layer_plan(start, [models[expert][name] for expert in SFT])
+        plan = layer_plan(start, [models[expert][name] for expert in SFT], spectral=True)
         if plan.spectral:
             own = {"sparsity": plan.sparsity, "outlier_mass": plan.outlier_mass, "weights": plan.weights}
             small = {key: [float(f"{v:.4g}") for v in values] for key, values in own.items()}
@@ -134,7 +135,7 @@ def measure_seed(folder: Path, seed: int, record: str, device: str) -> Record:
     """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
     torch.set_num_threads(1)
     models, rows = Models(folder), rows_of(record)
-    found = Record.open(folder, models.fingerprint(models_of(rows), *ASKING))
+    found = Record.open(folder, models.fingerprint(models_of(rows), *ASKING, *MERGING))
     ask = Asker(folder, World(seed), device)
     found.questions = ask.questions()
     found.layers = layers(models)

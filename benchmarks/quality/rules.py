@@ -1,16 +1,18 @@
 """Parameters of a merge that need no data: set for each tensor from base and experts alone.
 
 Notation of docs/resm.md: Q_t, P_t are the subspaces that a spectral method keeps of expert t, C_t = Q_tᵀΔ_tP_t, and
-M the merged task vector at λ = 1. Two rules set λ (a third, interference, is the library's `scale_rule`):
+M the merged task vector at λ = 1. Three rules set λ:
 
 * `preserve-norm`: λ = Σ_t ‖C_t‖ / Σ_t ‖Q_tᵀMP_t‖, so that what is found of M in the experts' subspaces has, on
   average, the experts' norm.
 * `least-squares`: λ = Σ_t ⟨Q_tᵀMP_t, C_t⟩ / Σ_t ‖Q_tᵀMP_t‖², which minimises Σ_t ‖λQ_tᵀMP_t − C_t‖²: it counts what
   points elsewhere against λ.
+* `interference`: λ = (1 + η)^(−1/2), η = Σ_{s≠t} ‖Q_tᵀΔ_s^kP_t‖² / Σ_t ‖C_t‖², Δ_s^k = Q_sC_sP_sᵀ: the energy that
+  the other experts bring into an expert's subspaces, before anything is orthogonalised.
 
 Five rules set the experts' weights w_t (mean 1), in place of RESM's outlier weights, κ = 3 in all:
 
-* `model-outliers`: w_t from the outlier mass of the whole model, Σ over tensors, instead of each tensor's.
+* `model-outliers`: w_t from the outlier mass of the whole model, Σ over matrices, instead of each tensor's.
 * `half-outliers`: w_t = ½ + ½·(RESM's weight), so that no expert is left out of a tensor where it has no outliers.
 * `outlier-share`: w_t ∝ Σ_outliers |δ| / Σ |δ|, the tails alone: an expert that moved further gets no more for that.
 * `equal-norms`: w_t ∝ 1/‖Δ_t‖_F of the tensor, so that all experts push equally hard there.
@@ -18,8 +20,9 @@ Five rules set the experts' weights w_t (mean 1), in place of RESM's outlier wei
   linear in w, hence ρ = A·w, and w ∝ A⁻¹·1 (non-negative least squares). Who loses most by orthogonalisation, or is
   outvoted where subspaces meet, is given more.
 
-Tensors that are not decomposed keep λ = 1 and, by the last rule, equal weights. All is computed in float64; nothing
-is drawn.
+And one rule is about embeddings and output heads: `vocabulary-averaged` makes a spectral method average them.
+
+Tensors that are not decomposed keep λ = 1 and equal weights. All is computed in float64; nothing is drawn.
 """
 
 from __future__ import annotations
@@ -34,19 +37,23 @@ from torch import Tensor
 
 import resm_kernels
 from resm_kernels.linalg import Subspace, decompose_list
+from resm_kernels.methods._spectral import is_spectral
 from resm_kernels.methods.resm import RESM, layer_plan, outlier_weights
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
+from resm_kernels.recipe import is_vocabulary
 
 StateDict = Mapping[str, Tensor]
 Overrides = dict[str, dict[str, Any]]
 Rule = Callable[[StateDict, Sequence[StateDict], str, Mapping[str, Any]], Overrides]
 
 
-def _subspaces(base: Tensor, experts: Sequence[Tensor], method: str, given: Mapping[str, Any]) -> list[Subspace]:
+def _subspaces(
+    name: str, base: Tensor, experts: Sequence[Tensor], method: str, given: Mapping[str, Any]
+) -> list[Subspace]:
     """The subspaces that `resm` or `tsvm` keeps; none where it averages."""
-    # TSV-M is RESM with equal weights and no regard to sparsity.
-    choices = {"beta": 0.0, "gamma": 0.0} if method == "tsvm" else dict(given)
-    ranks = layer_plan(base, list(experts), **choices).ranks
+    # TSV-M is RESM with equal weights and no regard to sparsity, of embeddings too.
+    choices = {"beta": 0.0, "gamma": 0.0, "spectral": True} if method == "tsvm" else dict(given)
+    ranks = layer_plan(base, list(experts), name, **choices).ranks
     matrices = [expert.double() - base.double() for expert in experts] if ranks else []
     return [d.truncate(k) for d, k in zip(decompose_list(matrices, "gram"), ranks, strict=True)] if ranks else []
 
@@ -60,7 +67,7 @@ def _by_lambda(find: Callable[[Tensor, list[Subspace]], float]) -> Rule:
         found: Overrides = {}
         for name, start in base.items():
             own = [expert[name] for expert in experts]
-            parts = _subspaces(start, own, method, given)
+            parts = _subspaces(name, start, own, method, given)
             if parts and any(p.core.numel() for p in parts):
                 merged = resm_kernels.merge(start.double(), own, method, name=name, **given)
                 found[name] = {"lambda_": find(merged - start.double(), parts)}
@@ -85,13 +92,36 @@ def least_squares(merged: Tensor, parts: list[Subspace]) -> float:
     return sum(float((m * c).sum()) for m, c in pairs) / sum(float(m.square().sum()) for m, _ in pairs)
 
 
+def interference(merged: Tensor, parts: list[Subspace]) -> float:
+    """(1 + η)^(−1/2)."""
+    foreign = sum(
+        float((t.left.mT @ s.left @ s.core @ s.right.mT @ t.right).square().sum())
+        for t in parts
+        for s in parts
+        if s is not t
+    )
+    return float((1 + foreign / sum(float(p.core.square().sum()) for p in parts)) ** -0.5)
+
+
+def _of_decomposed(rule: Rule) -> Rule:
+    """The rule, shown the tensors alone that RESM decomposes."""
+
+    def own(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+        count = len(experts)
+        spectral = {name: RESM.resolve(count, dict(given), name)["spectral"] for name in base}
+        kept = {name: start for name, start in base.items() if is_spectral(start, count, spectral[name])}
+        return rule(kept, experts, method, given)
+
+    return own
+
+
 def _by_tails(find: Callable[[DeltaStats], Tensor]) -> Rule:
     """A rule that sets w of every tensor from its statistics."""
 
     def rule(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
         return {name: {"weight": find(_statistics(base, experts, name)).tolist()} for name in base}
 
-    return rule
+    return _of_decomposed(rule)
 
 
 def _statistics(base: StateDict, experts: Sequence[StateDict], name: str) -> DeltaStats:
@@ -133,7 +163,7 @@ def equal_retention(base: StateDict, experts: Sequence[StateDict], method: str, 
     found: Overrides = {}
     for name, start in base.items():
         own = [expert[name] for expert in experts]
-        parts = _subspaces(start, own, method, given)
+        parts = _subspaces(name, start, own, method, given)
         changed = [t for t, part in enumerate(parts) if part.core.numel()]
         if not changed:
             continue
@@ -151,12 +181,21 @@ def equal_retention(base: StateDict, experts: Sequence[StateDict], method: str, 
     return found
 
 
+def vocabulary_averaged(
+    base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]
+) -> Overrides:
+    """`spectral: false` for tensors with a row for each token."""
+    return {name: {"spectral": False} for name in base if is_vocabulary(name)}
+
+
 RULES: Final[dict[str, Rule]] = {
     "preserve-norm": _by_lambda(preserve_norm),
     "least-squares": _by_lambda(least_squares),
-    "model-outliers": model_outliers,
+    "interference": _by_lambda(interference),
+    "model-outliers": _of_decomposed(model_outliers),
     "half-outliers": _by_tails(half_outliers),
     "outlier-share": _by_tails(outlier_share),
-    "equal-norms": equal_norms,
+    "equal-norms": _of_decomposed(equal_norms),
     "equal-retention": equal_retention,
+    "vocabulary-averaged": vocabulary_averaged,
 }

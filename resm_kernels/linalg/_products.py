@@ -182,16 +182,6 @@ def _square_sum(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     return (wide * wide).sum(1).double().sum()
 
 
-def inner(a: Tensor, b: Tensor) -> float:
-    """⟨a, b⟩_F of two matrices of one shape and dtype: rows in that dtype, their sum in float64."""
-    tasks = [functools.partial(_inner, x, y) for x, y in row_panels(a, b)]
-    return float(torch.stack(run(tasks, a.device)).sum()) if tasks else 0.0
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1).double().sum()
-
-
 def eigen_list(matrices: Sequence[Tensor], counts: Sequence[int] | None = None) -> list[tuple[Tensor, Tensor]]:
     """Eigenvalues, descending, and eigenvectors of symmetric matrices; several side by side, each on one thread.
 

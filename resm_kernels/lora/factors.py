@@ -13,7 +13,7 @@ from resm_kernels.linalg._products import matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.methods import get
 from resm_kernels.methods._ranks import NEEDS_SPECTRUM, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum, scaled
+from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum
 from resm_kernels.methods.resm import outlier_weights
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.ops.delta_stats import delta_stats
@@ -135,12 +135,12 @@ def _merge_cores(
             return total / n_experts
         rotation = polar(total) if total.shape[0] >= total.shape[1] else polar(total.mT).mT
         return rotation * ((rotation * total).sum() / min(base.shape))
+    if not given["spectral"] or min(base.shape) < n_experts:
+        return _weighted(cores, weights) / n_experts
     sparsity = [0.0] * n_experts
     if method == "resm":
         stats, sparsity = _statistics(factors, given, dtype)
         weights = [a * w for a, w in zip(outlier_weights(stats, given["beta"]).tolist(), weights, strict=True)]
-    if not given["spectral"] or min(base.shape) < n_experts:
-        return _weighted(cores, weights) / n_experts
     rule = given.get("rank_rule", "fixed")
     if rule in NEEDS_SPECTRUM:
         found = decompose_list(cores, "exact" if given["decomposition"] == "exact" else "gram")
@@ -151,7 +151,7 @@ def _merge_cores(
         ranks = ranks_of_statistics(rule, sparsity, tuple(base.shape), gamma, fixed, given.get("k_min", 0))
         exact = given["decomposition"] == "exact"
         parts = subspaces(cores, ranks, method="exact" if exact else "gram")
-    return orthogonalized_sum(parts, scaled(given["scale_rule"], parts, weights), torch.float64).dense()
+    return orthogonalized_sum(parts, weights, torch.float64).dense()
 
 
 def _weighted(cores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

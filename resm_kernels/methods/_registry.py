@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
+from resm_kernels._names import is_vocabulary
+
 REQUIRED: Final = object()
 """Default of a parameter that has none: leaving it out is an error."""
 
@@ -31,6 +33,8 @@ class Parameter:
         doc: One line for help texts and errors: meaning, unit, why this default.
         per_expert: True if each expert has its own value.
         minimum, maximum: Inclusive bounds of a number.
+        vocabulary: The value when it is left out for a tensor with a row for each token (embeddings, output heads),
+            where that is another one.
         ignored: True if it is accepted, because recipes made for mergekit have it, and changes nothing.
     """
 
@@ -41,12 +45,17 @@ class Parameter:
     per_expert: bool = False
     minimum: float | None = None
     maximum: float | None = None
+    vocabulary: Any = None
     ignored: bool = False
 
     @property
     def keyword(self) -> str:
         """The parameter's name as a Python keyword argument (`lambda` is a reserved word: `lambda_`)."""
         return "lambda_" if self.name == "lambda" else self.name
+
+    def default_for(self, tensor: str) -> Any:
+        """The value when it is left out for the tensor of that name."""
+        return self.vocabulary if self.vocabulary is not None and is_vocabulary(tensor) else self.default
 
     def validate(self, value: Any) -> Any:
         """Return `value` converted to the parameter's kind, or raise a ValueError that names parameter and need."""
@@ -142,17 +151,17 @@ class Method:
             f"{self.name} has no parameter {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
         )
 
-    def resolve(self, n_experts: int, given: dict[str, Any]) -> dict[str, Any]:
+    def resolve(self, n_experts: int, given: dict[str, Any], name: str = "") -> dict[str, Any]:
         """Check `given` (by keyword), fill in defaults, and spread per-expert scalars over the experts.
 
-        What is ignored is checked and left out.
+        What is ignored is checked and left out. `name` is the tensor's, on which defaults may depend.
         """
         by_keyword = {p.keyword: p for p in self.parameters}
         for keyword in given:
             if keyword not in by_keyword:
                 self.parameter(keyword)  # raises, naming the nearest
                 raise TypeError(f"{self.name}: pass {keyword!r} as {self.parameter(keyword).keyword!r}")
-        values = {k: _resolve_one(p, given.get(k, p.default), n_experts) for k, p in by_keyword.items()}
+        values = {k: _resolve_one(p, given.get(k, p.default_for(name)), n_experts) for k, p in by_keyword.items()}
         return {k: value for k, value in values.items() if not by_keyword[k].ignored}
 
     def __call__(
@@ -165,7 +174,7 @@ class Method:
         seed: int = 0,
         **given: Any,
     ) -> Tensor:
-        """Merge one tensor; `name` and `seed` decide what a method draws that draws random numbers."""
+        """Merge one tensor; on `name` some defaults depend, and with `seed` random numbers."""
         if isinstance(experts, Tensor) or len(experts) == 0:
             raise ValueError(
                 f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
@@ -177,7 +186,7 @@ class Method:
             raise ValueError(f"experts: {error}") from None
         if self.needs_base and base is None:
             raise ValueError(f"base: got None, but {self.name} merges task vectors and needs the base tensor")
-        parameters = self.resolve(len(experts), given)
+        parameters = self.resolve(len(experts), given, name)
         if self.draws:
             parameters["seed"] = tensor_key(seed, name)
         return self.function(base, list(experts), out_dtype=out_dtype, **parameters)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import DECOMPOSITIONS, Subspace, _products, polar_factors
-from resm_kernels.linalg._products import frobenius_norm, inner, matmul, matmul_list
+from resm_kernels.linalg._products import matmul
 from resm_kernels.methods._registry import Parameter
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.low_rank_update import low_rank_update
@@ -24,10 +24,6 @@ DECOMPOSITION = Parameter(
 )
 ACCURACY = Parameter(
     "accuracy", float, 0.0, "relative backward error allowed in each expert's subspaces; 0 for float64's", minimum=0.0
-)
-SCALE_RULES: Final = ("fixed", "interference")
-SCALE_RULE = Parameter(
-    "scale_rule", SCALE_RULES, "fixed", "interference: the more experts disturb each other in a matrix, the less λ"
 )
 HALF_PRECISION_ACCURACY: Final = 1e-3
 """Where all experts are bf16 or fp16: their own rounding is a perturbation tens of times larger, or hundreds."""
@@ -87,47 +83,6 @@ def orthogonalized_sum(
     if m < n:
         return LowRank(matmul(left.basis, inner), right.basis)
     return LowRank(left.basis, matmul(inner, right.basis.mT).mT)
-
-
-def scaled(rule: str, parts: Sequence[Subspace], weights: Sequence[float]) -> list[float]:
-    """The weights of `orthogonalized_sum`, in which M is linear, times what the scale rule makes of λ = 1."""
-    scale = interference_scale(parts, weights) if rule == "interference" else 1.0
-    return [scale * w for w in weights]
-
-
-def interference_scale(parts: Sequence[Subspace], weights: Sequence[float]) -> float:
-    """(1 + η)^(−1/2), what rule "interference" multiplies λ by, from the subspaces alone.
-
-    F_ts = Q_tᵀ·(Q_s·w_sC_s·P_sᵀ)·P_t is what expert s brings into expert t's subspaces, before anything is
-    orthogonalised. Of that, what has the direction of w_tC_t agrees with it; the rest disturbs:
-
-        η = Σ_{s≠t} (‖F_ts‖² − ⟨F_ts, w_tC_t⟩² / ‖w_tC_t‖²) / Σ_t ‖w_tC_t‖²
-
-    So experts that share no direction, and copies of one expert, keep λ. Independent energies add up: a matrix in
-    which the disturbance is as strong as the experts themselves gets λ/√2.
-
-    Args:
-        parts: One subspace for each expert.
-        weights: w_t.
-    """
-    cores = [part.core * w for part, w in zip(parts, weights, strict=True)]
-    own = [frobenius_norm(core) ** 2 for core in cores]
-    if sum(own) == 0:
-        return 1.0
-    pairs = [(t, s) for t in range(len(parts)) for s in range(t) if own[t] > 0 and own[s] > 0]
-    bases = [(parts[t].left.mT, parts[s].left) for t, s in pairs] + [
-        (parts[s].right.mT, parts[t].right) for t, s in pairs
-    ]
-    overlaps = matmul_list(bases)
-    lefts, rights = overlaps[: len(pairs)], overlaps[len(pairs) :]
-    # Q_tᵀQ_s and P_sᵀP_t serve s in t's subspaces; transposed, t in those of s.
-    triples = [(t, left, cores[s], right) for (t, s), left, right in zip(pairs, lefts, rights, strict=True)]
-    triples += [(s, left.mT, cores[t], right.mT) for (t, s), left, right in zip(pairs, lefts, rights, strict=True)]
-    foreign = matmul_list([(left, _times(core, right)) for _, left, core, right in triples])
-    disturbance = 0.0
-    for (t, *_), f in zip(triples, foreign, strict=True):
-        disturbance += max(frobenius_norm(f) ** 2 - inner(f, cores[t]) ** 2 / own[t], 0.0)
-    return (1 + disturbance / sum(own)) ** -0.5
 
 
 def _times(core: Tensor, x: Tensor) -> Tensor:

@@ -25,7 +25,6 @@ from resm_kernels.methods._spectral import (
     ACCURACY,
     DECOMPOSITION,
     HALF_PRECISION_ACCURACY,
-    SCALE_RULE,
     SPECTRAL,
     LowRank,
     averaged,
@@ -33,10 +32,9 @@ from resm_kernels.methods._spectral import (
     is_spectral,
     join,
     orthogonalized_sum,
-    scaled,
     spectral_workspace,
 )
-from resm_kernels.ops.aggregate import aggregate_list
+from resm_kernels.methods._task_matrices import check
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.reference._delta import compute_dtype
 
@@ -54,7 +52,8 @@ class LayerPlan:
         spectral: False if its task vectors are averaged instead (not a matrix, too small, or told so).
         sparsity: s_t, the share of |δ| ≤ ε, of each expert.
         outlier_mass: a_t, the outliers' Σ|δ| per parameter, of each expert.
-        weights: w_t, user weights included; the mean over the rows where there is one weight a row.
+        weights: w_t, user weights included; the mean over the rows where there is one weight a row. User weights alone
+            where task vectors are averaged.
         ranks: k_t of each expert; empty if not spectral.
         accuracy: Relative backward error allowed in each expert's subspaces.
         stats: The statistics all this comes from.
@@ -76,9 +75,14 @@ def resm(
     """θ = θ₀ + λ·polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ.
 
     Δ_t ≈ Q_t·C_t·P_tᵀ is the truncation of expert t's task vector to its k_t dominant directions, k_t from the
-    layer's sparsity; w_t weighs the experts by their outlier mass, w_t = T·a_t^β / Σ_s a_s^β. With β = 0 and γ = 0
-    this is TSV-M. Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t. One expert gives its rank-k
-    approximation, and T copies of an expert give what the one gives (k from T apart).
+    layer's sparsity; w_t weighs the experts by their outlier mass, w_t = T·a_t^β / Σ_s a_s^β, times the user's weight.
+    With β = 0 and γ = 0 this is TSV-M. Tensors that are no matrices, and by default embeddings and output heads,
+    become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t with the user's weights alone. One expert gives its rank-k approximation, and T
+    copies of an expert give what the one gives (k from T apart).
+
+    Why embeddings are averaged: their rows are looked up, not multiplied with, so that directions of the matrix mean
+    little; and their outliers are the rows of the words that an expert was trained on, so that outlier weights give
+    nearly everything to one expert (docs/quality.md: measured on models of a million parameters).
 
     Arithmetic: `accuracy` is what may be given up for speed. By default it is `HALF_PRECISION_ACCURACY`, 1e-3, where
     all experts are bf16 or fp16: they are themselves rounded, by about 0.17 of a task vector's rms in bf16 for weights
@@ -90,9 +94,10 @@ def resm(
     Determinism: the same bits for the same inputs, whatever the number of threads.
     """
     c = _Choices(**choices)  # type: ignore[arg-type]
-    stats, weights = _statistics(base, experts, c)
+    check(base, experts, out_dtype)
     if not is_spectral(base, len(experts), c.spectral):
-        return _averaged(base, experts, weights, lambda_, out_dtype)
+        return averaged(base, experts, c.weight, lambda_, out_dtype)
+    stats, weights = _statistics(base, experts, c)
     merge = partial(_spectral_merge, base, experts, stats, weights, c)
     merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
     return join(base, merged, lambda_, out_dtype)
@@ -114,8 +119,7 @@ def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weig
             own = [ranks[t] for t in group]
             parts += subspaces(matrices, own, method=c.decomposition, accuracy=accuracy)
             del matrices
-    scalars = scaled(c.scale_rule, parts, _scalars(weights))
-    return orthogonalized_sum(parts, scalars, compute_dtype(base, *experts), accuracy)
+    return orthogonalized_sum(parts, _scalars(weights), compute_dtype(base, *experts), accuracy)
 
 
 def _spectra(
@@ -137,30 +141,21 @@ def _scalars(weights: Tensor) -> list[float]:
     return weights.tolist() if weights.ndim == 1 else [1.0] * len(weights)
 
 
-def _averaged(
-    base: Tensor, experts: list[Tensor], weights: Tensor, lambda_: float, out_dtype: torch.dtype | None
-) -> Tensor:
-    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, w_t of shape (T,) or (T, m) for one weight a row."""
-    if weights.ndim == 1:
-        return averaged(base, experts, weights, lambda_, out_dtype)
-    rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
-    shares = list((weights / len(experts)).mT)
-    by_row = aggregate_list(list(base.unbind(0)), rows, shares, scale=lambda_, out_dtype=out_dtype)
-    return torch.stack(by_row)
-
-
-def layer_plan(base: Tensor, experts: list[Tensor], **given: object) -> LayerPlan:
+def layer_plan(base: Tensor, experts: list[Tensor], name: str = "", **given: object) -> LayerPlan:
     """What RESM would do to one tensor: weights and ranks, decomposing only if the rank rule asks for the spectrum.
 
     Args:
         base, experts: As for `resm`.
+        name: The tensor's, on which the default of `spectral` depends.
         given: Any of RESM's parameters; the rest default.
     """
-    resolved = RESM.resolve(len(experts), dict(given))
+    resolved = RESM.resolve(len(experts), dict(given), name)
     del resolved["lambda_"]
     c = _Choices(**resolved)
     stats, weights = _statistics(base, experts, c)
     spectral = is_spectral(base, len(experts), c.spectral)
+    if not spectral:
+        weights = torch.tensor(c.weight, dtype=torch.float64)
     ranks: list[int] = []
     shape = tuple(base.shape)
     if spectral and c.rank_rule in NEEDS_SPECTRUM:
@@ -195,7 +190,6 @@ class _Choices:
     eps_rel: float
     rank: int | None
     energy: float
-    scale_rule: str
     decomposition: str
     accuracy: float | None
     spectral: bool
@@ -263,10 +257,9 @@ RESM = Method(
         Parameter("eps_rel", float, 0.0, "changes up to this share of the rms count as none", minimum=0.0),
         Parameter("rank", int, None, "directions kept of each expert (fixed)", minimum=1),
         Parameter("energy", float, 0.9, "share of the squared norm to keep (energy)", minimum=0.0, maximum=1.0),
-        SCALE_RULE,
         DECOMPOSITION,
         replace(ACCURACY, default=None, doc=f"{ACCURACY.doc}; default: 1e-3 if all experts are bf16 or fp16, else 0"),
-        SPECTRAL,
+        replace(SPECTRAL, vocabulary=False, doc=f"{SPECTRAL.doc}; default: true, but for embeddings and output heads"),
     ),
     function=resm,
     workspace=spectral_workspace,

@@ -7,10 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from resm_kernels.methods._registry import Method
-from resm_kernels.methods._spectral import ACCURACY
+from resm_kernels.methods._spectral import ACCURACY, SPECTRAL
 from resm_kernels.methods.resm import RESM
 
-_SHARED = ("weight", "lambda", "scale_rule", "decomposition", "accuracy", "spectral")
+_SHARED = ("weight", "lambda", "decomposition", "accuracy", "spectral")
+# RESM's accuracy is loosened by experts in half precision, and its `spectral` by embeddings.
+_OWN = {"accuracy": ACCURACY, "spectral": SPECTRAL}
 
 
 def tsvm(base: Tensor, experts: list[Tensor], **given: Any) -> Tensor:
@@ -29,8 +31,7 @@ TSVM = Method(
     title="TSV-M",
     reference="https://arxiv.org/abs/2412.00081",
     needs_base=True,
-    # Not RESM's accuracy, which experts in half precision loosen.
-    parameters=tuple(ACCURACY if p.name == "accuracy" else p for p in RESM.parameters if p.name in _SHARED),
+    parameters=tuple(_OWN.get(p.name, p) for p in RESM.parameters if p.name in _SHARED),
     function=tsvm,
     workspace=RESM.workspace,
 )

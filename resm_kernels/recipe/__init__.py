@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from resm_kernels._names import is_vocabulary
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
 from resm_kernels.recipe.errors import Location, RecipeError, dotted
 from resm_kernels.recipe.layers import (
     LayerPlace,
     is_before_layers,
-    is_vocabulary,
     layer_depth,
     layer_place,
     module_names,

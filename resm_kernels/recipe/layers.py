@@ -10,11 +10,6 @@ _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d+)
 _BEFORE: Final = re.compile(
     r"(?:^|\.)(?:\w*embed(?!_out)\w*|wte|wpe|shared|conv\d|patch_conv|ln_pre|layernorm_pre|rotary_\w+|relative_pe)(?:\.|$)"
 )
-_VOCABULARY: Final = re.compile(
-    r"(?:^|\.)(?:embed_tokens|wte|(?:word|tok)_embeddings|embed_in|shared|embed_out|output|output_layer|lm_head"
-    r"|lm_head\.(?:linear|decoder)|cls\.predictions(?:\.decoder)?|vocab_projector|backbone\.embeddings)"
-    r"\.(?:weight|bias)$"
-)
 _MODULES: Final = {
     "multi_modal_projector": re.compile(
         r"(?:^|\.)(?:multi_modal_projector|visual\.(?:merger|deepstack_merger_list))\."
@@ -49,11 +44,6 @@ def layer_place(name: str) -> LayerPlace | None:
 def is_before_layers(name: str) -> bool:
     """True if a tensor outside the layers is used before them (embeddings), False if after (last norm, head)."""
     return _BEFORE.search(name) is not None
-
-
-def is_vocabulary(name: str) -> bool:
-    """True if the tensor has a row for each token of the vocabulary: input embedding, output head, its bias."""
-    return _VOCABULARY.search(name) is not None
 
 
 def tensor_depths(names: Iterable[str]) -> dict[str, float]:

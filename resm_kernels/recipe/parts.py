@@ -85,6 +85,8 @@ class Slice:
                 common = _resolve(p, self.levels, tensor, depth)
                 if common is not NO_VALUE:
                     values[p.keyword] = common
+                elif p.vocabulary is not None:
+                    values[p.keyword] = p.default_for(tensor)
         return values
 
 
