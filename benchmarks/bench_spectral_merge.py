@@ -52,7 +52,8 @@ OWN: Final[dict[str, dict[str, Any]]] = {
     "resm": {"method": "resm"},
     "resm, accuracy 0": {"method": "resm", "accuracy": 0.0},
 }
-"""Our runs: defaults, which for resm of bf16 experts are fp32 where that is within 1e-3, and resm in float64."""
+"""Our runs: defaults, which for resm of bf16 experts are fp32 where that is within 1e-3, and embeddings averaged; resm in
+float64."""
 
 REGIONS: Final = {
     "form Δ": ("linalg._products:task_matrix", "methods.resm:_task_matrix"),
@@ -255,7 +256,8 @@ def measure(
     records = []
     for name, base, experts in tensors(folders, size):
         runs: dict[str, Callable[[], object]] = {
-            name: functools.partial(resm_kernels.merge, base, experts, **choices) for name, choices in OWN.items()
+            run: functools.partial(resm_kernels.merge, base, experts, name=name, **choices)
+            for run, choices in OWN.items()
         }
         if not options.skip_rival:
             runs = {RIVAL: functools.partial(fusion_bench_merge, base, experts), **runs}
