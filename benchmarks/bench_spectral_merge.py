@@ -52,8 +52,8 @@ OWN: Final[dict[str, dict[str, Any]]] = {
     "resm": {"method": "resm"},
     "resm, accuracy 0": {"method": "resm", "accuracy": 0.0},
 }
-"""Our runs: defaults, which for resm of bf16 experts are fp32 where that is within 1e-3, and embeddings averaged; resm in
-float64."""
+"""Our runs: defaults, which for resm of bf16 experts are fp32 where that is within 1e-3, and average embeddings;
+and resm in float64."""
 
 REGIONS: Final = {
     "form Δ": ("linalg._products:task_matrix", "methods.resm:_task_matrix"),
