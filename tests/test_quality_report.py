@@ -132,6 +132,8 @@ def test_a_grid_begins_with_the_default() -> None:
 def test_parameters_at_their_defaults_are_the_default() -> None:
     assert merge_of("resm", lambda_=1.0, beta=1.0).key == merge_of("resm").key
     assert merge_of("resm", lambda_=0.5).key != merge_of("resm").key
+    assert merge_of("resm", spectral=True).key != merge_of("resm").key
+    assert merge_of("tsvm", spectral=True).key == merge_of("tsvm").key
 
 
 # Merging

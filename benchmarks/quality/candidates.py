@@ -74,7 +74,8 @@ class Row:
 
 def merge_of(method: str, experts: Sequence[str] = SFT, rule: str | None = None, **parameters: Any) -> Candidate:
     """A merge of experts by a method of the library; parameters at their defaults are left out of what it is."""
-    defaults = {p.keyword: p.default for p in methods.get(method).parameters}
+    # Where tensors differ in a parameter's default, naming it is a choice.
+    defaults = {p.keyword: p.default for p in methods.get(method).parameters if p.vocabulary is None}
     own = tuple(sorted((k, v) for k, v in parameters.items() if k not in defaults or v != defaults[k]))
     return Candidate(tuple(experts), method, own, rule)
 
