@@ -21,18 +21,20 @@ class Hypothesis(NamedTuple):
 _TSVM, _RESM = "default/tsvm", "default/resm"
 _NEITHER, _EQUAL = "ablation:ingredients/neither", "ablation:ingredients/sparsity ranks only"
 _SPECTRAL, _MILD = "ablation:vocabulary/RESM, spectral", "ablation:weights/layer, β = 0.25"
+_SWUDI = "ablation:vocabulary/SWUDI, averaged"
 HYPOTHESES: Final = (
-    Hypothesis("averaged embeddings help RESM", _RESM, _SPECTRAL),
     Hypothesis("with spectral embeddings RESM is worse than TSV-M", _TSVM, _SPECTRAL),
-    Hypothesis("RESM beats TSV-M", _RESM, _TSVM),
-    Hypothesis("outlier weights help", "ablation:ingredients/outlier weights only", _NEITHER),
-    Hypothesis("sparsity ranks help", _EQUAL, _NEITHER),
-    Hypothesis("β = 0.25 beats equal weights", _MILD, _EQUAL),
+    Hypothesis("averaged embeddings help RESM", _RESM, _SPECTRAL),
+    Hypothesis("they help TSV-M", "ablation:vocabulary/TSV-M, averaged", _TSVM),
+    Hypothesis("they help SWUDI", _SWUDI, "default/swudi"),
+    Hypothesis("SWUDI with them beats RESM", _SWUDI, _RESM),
+    Hypothesis("outlier weights (β = 1) do not help", _NEITHER, "ablation:ingredients/outlier weights only"),
     Hypothesis("β = 0.25 beats β = 1", _MILD, _RESM),
-    Hypothesis("RESM beats the sum of task vectors", _RESM, "default/task_arithmetic"),
-    Hypothesis("RESM beats KnOTS", _RESM, "default/knots"),
+    Hypothesis("β = 0.25 beats equal weights", _MILD, _EQUAL),
+    Hypothesis("sparsity ranks help", _EQUAL, _NEITHER),
+    Hypothesis("RESM beats TSV-M", _RESM, _TSVM),
+    Hypothesis("RESM beats task arithmetic", _RESM, "default/task_arithmetic"),
     Hypothesis("tuned RESM beats tuned TSV-M", "tuned/resm", "tuned/tsvm"),
-    Hypothesis("tuned RESM beats tuned multi-SLERP", "tuned/resm", "tuned/multislerp"),
     Hypothesis("mixed data beat tuned RESM", "models/mix-uniform", "tuned/resm"),
 )
 
