@@ -45,7 +45,9 @@ def describe_plan(plan: MergePlan, out: str, free: int, window: Window, devices:
         if parameter.name in recipe.parameters:
             lines.append(f"parameter     {parameter.name} = {_setting(recipe.parameters[parameter.name])}")
         elif not any(parameter.name in e.parameters for e in recipe.experts):
-            lines.append(f"parameter     {parameter.name} = {parameter.default} (default)")
+            other = f", {parameter.vocabulary} for embeddings and output heads"
+            where = other if parameter.vocabulary is not None else ""
+            lines.append(f"parameter     {parameter.name} = {parameter.default} (default{where})")
     copied = sum(job.copied for job in plan.jobs)
     tied = ", output head tied to the embedding" if plan.tied else ""
     dtypes = sorted({str(job.dtype).removeprefix("torch.") for job in plan.jobs})

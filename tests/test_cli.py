@@ -87,6 +87,11 @@ def test_dry_run_says_everything_and_writes_nothing(family: Family, run) -> None
     assert family.leftovers() == []
 
 
+def test_dry_run_says_where_a_default_is_another(family: Family, run) -> None:
+    code, out, _ = run("merge", family.recipe_file("resm"), family.out, "--dry-run")
+    assert code == 0 and "spectral = True (default, False for embeddings and output heads)" in out
+
+
 def test_progress_without_a_terminal_is_plain_lines(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resm_kernels.report._LINE_EVERY", 0.0)
     code, _, err = run("merge", family.recipe_file(), family.out)
