@@ -10,8 +10,9 @@ _VOCABULARY: Final = re.compile(
     r"|lm_head\.(?:linear|decoder)|cls\.predictions(?:\.decoder)?|vocab_projector|backbone\.embeddings)"
     r"\.(?:weight|bias)$"
 )
+_IN_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.\d+\.")
 
 
 def is_vocabulary(name: str) -> bool:
     """True if the tensor has a row for each token of the vocabulary: input embedding, output head, its bias."""
-    return _VOCABULARY.search(name) is not None
+    return _VOCABULARY.search(name) is not None and _IN_LAYER.search(name) is None

@@ -63,6 +63,12 @@ def test_vocabulary_tensors_are_those_of_mergekits_architectures() -> None:
             assert is_vocabulary(name) == (weight.get("vocabulary_axis") == 0), f"{file}: {name}"
 
 
+def test_tensors_of_layers_are_no_vocabulary() -> None:
+    assert is_vocabulary("output.weight") and is_vocabulary("model.shared.weight")
+    for name in ("encoder.layer.0.output.weight", "model.layers.3.mlp.shared.weight", "h.1.output.bias"):
+        assert not is_vocabulary(name)
+
+
 def test_modules_are_those_of_mergekits_architectures() -> None:
     seen = set()
     for file, modules in architectures():
