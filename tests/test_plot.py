@@ -49,7 +49,7 @@ def matrix_row(name: str, shape: tuple[int, int] = (9, 7), delta: float = 1.0) -
 def test_writes_a_picture(tmp_path: Path, suffix: str) -> None:
     family = Family(tmp_path)
     family.change(1, model__norm__weight=torch.full((32,), torch.nan))
-    rows = checkpoint_stats(family.recipe("resm"), spectra=True)
+    rows = checkpoint_stats(family.recipe("resm", parameters={"spectral": True}), spectra=True)
     file = tmp_path / f"picture{suffix}"
     plot_stats(rows, [str(f) for f in family.folders], file)
     assert is_picture(file)
