@@ -30,7 +30,7 @@ def merge(
         method: A name from `resm_kernels.methods.names()`, such as resm, tsvm or ties.
         out_dtype: The result's dtype; base's by default.
         name: The tensor's name, which methods that draw random numbers (DARE, DELLA) derive them from: tensors of one
-            model need names of their own.
+            model need names of their own. RESM averages what it names an embedding or an output head.
         seed: Whole number that they are derived from as well; the same seed and name give the same result anywhere.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
             `lambda_`. Per-expert ones take one value for all or a sequence.
