@@ -177,3 +177,14 @@ def test_errors() -> None:
     with pytest.raises(NonFiniteError, match=r"experts\[1\]: got 1 NaN"):
         merge(base, experts, "svc")
     assert get("svc").workspace((64, 64), 3) < get("svc").workspace((4096, 4096), 3)
+
+
+@pytest.mark.parametrize(("inner", "name"), [("resm", "model.embed_tokens.weight"), ("dare_ties", "model.layers.0.w")])
+def test_inner_method_hears_the_tensors_name(inner: str, name: str) -> None:
+    """Its defaults and its random numbers are those it has alone."""
+    base, experts = randn(24, 16, seed=0), [randn(24, 16, seed=t) for t in (1, 2, 3)]
+    given = {"density": 0.5} if inner == "dare_ties" else {}
+    passed = {f"inner_{key}": value for key, value in given.items()}
+    found = merge(base, experts, "svc", name=name, seed=7, inner=inner, spectral=False, **passed)
+    assert torch.equal(found, merge(base, experts, inner, name=name, seed=7, **given))
+    assert not torch.equal(found, merge(base, experts, inner, name="model.layers.1.w", seed=7, **given))

@@ -119,6 +119,7 @@ class Method:
         workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
             inputs and its output.
         draws: True if it draws random numbers; then `function` takes `seed`, the 64-bit key to draw with.
+        wraps: True if it calls another method; then `function` takes the call's own `name` and `seed` to hand on.
     """
 
     name: str
@@ -132,6 +133,7 @@ class Method:
     min_experts: int = 1
     max_experts: int | None = None
     draws: bool = False
+    wraps: bool = False
 
     def check_count(self, n_experts: int) -> None:
         """Raise a ValueError unless the method merges that many experts."""
@@ -189,6 +191,8 @@ class Method:
         parameters = self.resolve(len(experts), given, name)
         if self.draws:
             parameters["seed"] = tensor_key(seed, name)
+        if self.wraps:
+            parameters |= {"name": name, "seed": seed}
         return self.function(base, list(experts), out_dtype=out_dtype, **parameters)
 
 

@@ -97,7 +97,8 @@ def resm(
     check(base, experts, out_dtype)
     if not is_spectral(base, len(experts), c.spectral):
         return averaged(base, experts, c.weight, lambda_, out_dtype)
-    stats, weights = _statistics(base, experts, c)
+    stats = _statistics(base, experts, c)
+    weights = _weights(base, experts, stats, c)
     merge = partial(_spectral_merge, base, experts, stats, weights, c)
     merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
     return join(base, merged, lambda_, out_dtype)
@@ -152,10 +153,9 @@ def layer_plan(base: Tensor, experts: list[Tensor], name: str = "", **given: obj
     resolved = RESM.resolve(len(experts), dict(given), name)
     del resolved["lambda_"]
     c = _Choices(**resolved)
-    stats, weights = _statistics(base, experts, c)
+    stats = _statistics(base, experts, c)
     spectral = is_spectral(base, len(experts), c.spectral)
-    if not spectral:
-        weights = torch.tensor(c.weight, dtype=torch.float64)
+    weights = _weights(base, experts, stats, c) if spectral else torch.tensor(c.weight, dtype=torch.float64)
     ranks: list[int] = []
     shape = tuple(base.shape)
     if spectral and c.rank_rule in NEEDS_SPECTRUM:
@@ -199,15 +199,18 @@ class _Choices:
             raise ValueError("rank: missing; rank_rule 'fixed' needs the number of directions kept of each expert")
 
 
-def _statistics(base: Tensor, experts: list[Tensor], c: _Choices) -> tuple[DeltaStats, Tensor]:
-    """The layer's statistics, and the weights: (T,), or (T, m) with one weight for each row."""
-    stats = delta_stats(base, experts, eps_rel=c.eps_rel, kappa=c.kappa)
+def _statistics(base: Tensor, experts: list[Tensor], c: _Choices) -> DeltaStats:
+    return delta_stats(base, experts, eps_rel=c.eps_rel, kappa=c.kappa)
+
+
+def _weights(base: Tensor, experts: list[Tensor], stats: DeltaStats, c: _Choices) -> Tensor:
+    """w_t of a matrix that is decomposed: (T,), or (T, m) with one weight for each row."""
     mass = stats.outlier_mass()
-    if c.granularity == "row" and base.ndim == 2 and base.shape[0] > 0:
+    if c.granularity == "row":
         rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
         mass = delta_stats_list(list(base.unbind(0)), rows, kappa=c.kappa).outlier_mass().mT
     user = torch.tensor(c.weight, dtype=torch.float64).reshape(-1, *[1] * (mass.ndim - 1))
-    return stats, outlier_weights(mass.cpu(), c.beta) * user
+    return outlier_weights(mass.cpu(), c.beta) * user
 
 
 def outlier_weights(mass: Tensor, beta: float) -> Tensor:

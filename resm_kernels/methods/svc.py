@@ -96,6 +96,7 @@ def svc(
     alpha: float,
     lambda_: float,
     spectral: bool,
+    name: str,
     seed: int,
     out_dtype: torch.dtype | None,
     **given: Any,
@@ -103,8 +104,9 @@ def svc(
     """θ = θ₀ + λ·`calibrate`(θ_inner − θ₀, Δ_1 … Δ_T, α), θ_inner what the method `inner` makes of the same tensors.
 
     The inner method's parameters but for weight are set with the prefix ``inner_`` (inner_density: 0.2) and have its
-    defaults otherwise. It runs in float64, so that θ_inner − θ₀ is exact. Tensors that are no matrices, and those with
-    ``spectral: false``, as the authors have embeddings, are the inner method's, scaled by λ.
+    defaults for that tensor otherwise; it draws what it draws alone. It runs in float64, so that θ_inner − θ₀ is exact.
+    Tensors that are no matrices, and those with ``spectral: false``, as the authors have embeddings, are the inner
+    method's, scaled by λ.
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range, or unknown to `inner`.
@@ -119,10 +121,10 @@ def svc(
     passed = _inner_parameters(method, given)
     calibrated = is_spectral(base, 1, spectral) and base.numel() > 0
     if not calibrated and lambda_ == 1:
-        return method(base, experts, out_dtype=out_dtype, seed=seed, **passed)
+        return method(base, experts, out_dtype=out_dtype, name=name, seed=seed, **passed)
     base64 = base.double()
     own = [expert.to(torch.float64, copy=True) for expert in experts]
-    merged = method(base64, own, out_dtype=torch.float64, seed=seed, **passed).sub_(base64)
+    merged = method(base64, own, out_dtype=torch.float64, name=name, seed=seed, **passed).sub_(base64)
     if calibrated:
         merged = calibrate(merged, [expert.sub_(base64) for expert in own], alpha)
     return join(base, merged, lambda_, out_dtype)
@@ -208,5 +210,5 @@ def post_processor(inners: Sequence[Method]) -> Method:
         ),
         function=functools.partial(svc, inners=by_name),
         workspace=workspace,
-        draws=any(method.draws for method in inners),
+        wraps=True,
     )
