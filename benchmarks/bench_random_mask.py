@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from resm_kernels.masks import unpacked
 from resm_kernels.ops import random_mask
-from resm_kernels.reference._masks import unpacked
 
 pytestmark = pytest.mark.benchmark(group="random_mask")
 

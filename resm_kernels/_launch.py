@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.dtypes import compute_dtype
 
 _VECTOR = 16
 """Bytes of the widest access."""

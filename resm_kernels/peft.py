@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.methods._blocks import merge_elements
 from resm_kernels.ops import aggregate, magnitude_threshold, random_mask
-from resm_kernels.reference._delta import compute_dtype
 
 SignMethod = Literal["total", "frequency"]
 

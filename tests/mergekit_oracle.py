@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from inputs import generator
 from torch import Tensor
 
+from resm_kernels.masks import unpacked
 from resm_kernels.methods._registry import tensor_key
 from resm_kernels.ops import random_mask
-from resm_kernels.reference._masks import unpacked
 
 
 def mergekit(method: str, base: Tensor, experts: Sequence[Tensor], **parameters: Any) -> Tensor:

@@ -26,7 +26,7 @@ from resm_kernels.cuda import magnitude_threshold as magnitude_threshold_host
 from resm_kernels.cuda.aggregate import CHUNK, aggregate
 from resm_kernels.cuda.delta_stats import delta_stats
 from resm_kernels.cuda.magnitude_threshold import magnitude_threshold
-from resm_kernels.ops._library import FLOAT_DTYPES
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold

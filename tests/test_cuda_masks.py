@@ -16,11 +16,11 @@ from resm_kernels.cuda.aggregate import CHUNK, aggregate
 from resm_kernels.cuda.kept_moments import kept_moments
 from resm_kernels.cuda.random_mask import random_mask
 from resm_kernels.cuda.variance_mask import variance_mask
+from resm_kernels.masks import packed
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import kept_moments as reference_kept_moments
 from resm_kernels.reference import random_mask as reference_random_mask
 from resm_kernels.reference import variance_mask as reference_variance_mask
-from resm_kernels.reference._masks import packed
 from resm_kernels.reference.aggregate import ELECTIONS
 
 pytestmark = [pytest.mark.usefixtures("cuda_kernels"), pytest.mark.usefixtures("one_thread")]

@@ -14,9 +14,9 @@ from subspace_contract import CERTIFICATE, GRAM, ROUNDING, check, distance, prod
 from torch import Tensor
 
 from resm_kernels import _extension
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg import _products, decompose, decompose_list
 from resm_kernels.ops import SymmetricEigen
-from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from resm_kernels import cli
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter
+from resm_kernels.checks import collected_checks
 from resm_kernels.engine import MergeError, cuda, merge_checkpoints
 from resm_kernels.engine.device import devices_of
 from resm_kernels.ops import aggregate
-from resm_kernels.ops._library import collected_checks
 
 
 def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, current: int = 0) -> None:

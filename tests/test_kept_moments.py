@@ -9,8 +9,8 @@ import pytest
 import torch
 from inputs import CHUNK, FLOATS, group, randn, same_bits
 
+from resm_kernels.masks import packed
 from resm_kernels.ops import aggregate, kept_moments, random_mask
-from resm_kernels.reference._masks import packed
 from resm_kernels.reference.kept_moments import kept_moments as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -17,7 +17,8 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 
 # A module may import from its own layer and from those before it.
 LAYERS = [
-    {"_version", "_extension", "_names"},
+    {"_version", "_extension", "suggestions", "tensor_names", "dtypes"},
+    {"checks", "masks", "memory", "philox"},
     {"reference"},
     {"_launch"},
     {"triton", "cuda"},

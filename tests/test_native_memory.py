@@ -17,7 +17,7 @@ from torch import Tensor
 
 import resm_kernels
 from resm_kernels import _extension
-from resm_kernels.ops._library import empty
+from resm_kernels.memory import empty
 
 MB = 1 << 20
 pytestmark = pytest.mark.skipif(_extension.native is None, reason="needs the compiled kernels")

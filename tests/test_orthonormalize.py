@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from inputs import orthonormal, randn, same_bits, with_spectrum
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg import Orthonormalized, orthonormalize
-from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,11 +17,11 @@ from late_device import LateDevice
 from torch import Tensor
 
 from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.checks import Check
 from resm_kernels.engine import MergeError, Window
 from resm_kernels.engine.device import DeviceMemory, device_need
 from resm_kernels.engine.overlap import DevicePipeline
 from resm_kernels.engine.window import Job, Pipeline, Ring
-from resm_kernels.ops._library import Check
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 HOST = "host"

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from inputs import orthonormal, power_law, randn, same_bits, with_spectrum
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg import polar, polar_factors
 from resm_kernels.linalg.polar import RANK_TOLERANCE, quintics
-from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

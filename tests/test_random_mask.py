@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from inputs import CHUNK, FLOATS, group, randn, values
 from torch import Tensor
 
+from resm_kernels.masks import mask_bytes, unpacked
 from resm_kernels.ops import random_mask
-from resm_kernels.reference._masks import mask_bytes, unpacked
-from resm_kernels.reference._philox import philox
+from resm_kernels.philox import philox
 from resm_kernels.reference.random_mask import random_mask as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ import torch
 from inputs import same_bits
 
 from resm_kernels.ops import gram_product, random_matrix
-from resm_kernels.reference._philox import philox
+from resm_kernels.philox import philox
 from resm_kernels.reference.random_matrix import random_matrix as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -13,8 +13,8 @@ from inputs import BLOCK, CHUNK, FLOATS, group, randn, same_bits
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
+from resm_kernels.masks import packed
 from resm_kernels.ops import aggregate, aggregate_list
-from resm_kernels.reference._masks import packed
 from resm_kernels.reference.aggregate import ELECTIONS
 from resm_kernels.reference.aggregate import aggregate as reference
 

@@ -15,10 +15,10 @@ from inputs import orthonormal, power_law, randn, same_bits, with_spectrum
 from subspace_contract import ROUNDING, SINGLE, distance, product, projector, stepped
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg import DECOMPOSITIONS, _randomized, decompose, subspace, subspaces
 from resm_kernels.linalg._delta import Delta
 from resm_kernels.ops import gram_product, random_matrix
-from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 subspace_module = importlib.import_module("resm_kernels.linalg.subspace")  # the package's attribute is the function

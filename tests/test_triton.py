@@ -15,6 +15,7 @@ from inputs import FLOATS, randn, same_bits, values
 from torch import Tensor
 from triton_device import DEVICE
 
+from resm_kernels.masks import packed
 from resm_kernels.ops import dispatch_table
 from resm_kernels.ops._library import gpu_kernel
 from resm_kernels.reference import aggregate as reference_aggregate
@@ -29,7 +30,6 @@ from resm_kernels.reference import random_mask as reference_random_mask
 from resm_kernels.reference import random_matrix as reference_random_matrix
 from resm_kernels.reference import sketch as reference_sketch
 from resm_kernels.reference import variance_mask as reference_variance_mask
-from resm_kernels.reference._masks import packed
 from resm_kernels.triton.aggregate import BLOCK, aggregate
 from resm_kernels.triton.delta_stats import delta_stats
 from resm_kernels.triton.gram_product import gram_product

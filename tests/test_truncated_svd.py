@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from inputs import FLOATS, dtype_pairs, group, power_law, randn, same_bits, with_spectrum
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg import DECOMPOSITIONS, TruncatedSVD, subspace, svd_lowrank, truncated_svd
-from resm_kernels.ops._library import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

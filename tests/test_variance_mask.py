@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import CHUNK, FLOATS, group, randn, values
 
+from resm_kernels.masks import unpacked
 from resm_kernels.ops import variance_mask
-from resm_kernels.reference._masks import unpacked
 from resm_kernels.reference.variance_mask import variance
 from resm_kernels.reference.variance_mask import variance_mask as reference
 

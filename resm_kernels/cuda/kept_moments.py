@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resm_kernels._launch import launch_of, of_one_dtype, on_device
 from resm_kernels.cuda._launch import DTYPE_CODES, call
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.dtypes import compute_dtype
 
 CHUNK = 16384
 """Elements of a block, whose sums are added up first."""

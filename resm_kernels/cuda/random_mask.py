@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resm_kernels._launch import launch_of, on_device
 from resm_kernels.cuda._launch import call
-from resm_kernels.reference._masks import mask_bytes
+from resm_kernels.masks import mask_bytes
 from resm_kernels.reference.random_mask import probability_law, ranks_of, row_length
 
 CHUNK = 2048

@@ -11,8 +11,8 @@ from torch import Tensor
 from resm_kernels._launch import launch_of, of_one_dtype, on_device
 from resm_kernels.cuda._launch import DTYPE_CODES, call
 from resm_kernels.cuda.magnitude_threshold import selected
-from resm_kernels.reference._delta import compute_dtype
-from resm_kernels.reference._masks import mask_bytes
+from resm_kernels.dtypes import compute_dtype
+from resm_kernels.masks import mask_bytes
 
 CHUNK, MASK_CHUNK = 8192, 2048
 """Elements of a block that finds variances, bytes of one that makes bits."""

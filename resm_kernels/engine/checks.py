@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.models import MergeError, Model
-from resm_kernels.ops._library import FLOAT_DTYPES
 from resm_kernels.recipe import is_before_layers, is_vocabulary
 
 HEAD: Final = "lm_head.weight"

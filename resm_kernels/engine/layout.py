@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
-from resm_kernels.methods._registry import did_you_mean
 from resm_kernels.recipe import (
     Part,
     Recipe,
@@ -21,6 +20,7 @@ from resm_kernels.recipe import (
     module_names,
     tensor_depths,
 )
+from resm_kernels.suggestions import did_you_mean
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from resm_kernels.checkpoint import CheckpointWriter, check_output_folder, parse_size
+from resm_kernels.checks import Check, check_values, collected_checks
 from resm_kernels.engine.cuda import open_devices
 from resm_kernels.engine.device import Device, DeviceUse
 from resm_kernels.engine.models import MergeError
@@ -22,7 +23,6 @@ from resm_kernels.engine.plan import DEFAULT_SHARD_SIZE, MergePlan, TensorJob, p
 from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline, Window
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.ops import NonFiniteError
-from resm_kernels.ops._library import Check, check_values, collected_checks
 from resm_kernels.recipe import Recipe
 
 Progress = Callable[[int, int], None]

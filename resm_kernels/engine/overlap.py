@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint.format import format_bytes
+from resm_kernels.checks import Check
 from resm_kernels.engine.device import Device, DeviceMemory, DeviceUse, Mark, check_memory, describe_need
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.window import Job, Pipeline, Ring, Timings
-from resm_kernels.ops._library import Check
 
 
 @dataclass

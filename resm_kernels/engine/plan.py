@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, parse_size, plan_output
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.checks import HEAD, check_configs, check_tied, check_weights
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
@@ -22,7 +23,6 @@ from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Window
 from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
 from resm_kernels.methods import Method
-from resm_kernels.ops._library import FLOAT_DTYPES
 from resm_kernels.recipe import Recipe, is_vocabulary, layer_place, load_recipe
 
 DEFAULT_SHARD_SIZE: Final = "5GB"

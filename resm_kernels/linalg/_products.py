@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg._threads import run
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.gram_matrix import gram_matrix
 from resm_kernels.ops.low_rank_update import low_rank_update
 from resm_kernels.ops.project import project
 from resm_kernels.ops.symmetric_eigen import symmetric_eigen
-from resm_kernels.reference._delta import compute_dtype
 
 # Rows of a panel, columns of a Gram block: small enough to share out, large enough for BLAS to run at full speed.
 # Blocks of 192 take 0.7 of a whole product's time in fp32, 0.6 in float64, where powers of two lose a tenth to caches.

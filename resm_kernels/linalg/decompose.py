@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg._dominant import dominant_list
 from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram_list, matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
-from resm_kernels.ops._library import NonFiniteError
 
 
 @dataclass(frozen=True)

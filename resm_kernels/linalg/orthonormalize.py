@@ -9,9 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg._products import gram, matmul
 from resm_kernels.linalg._threads import run
-from resm_kernels.ops._library import NonFiniteError
 
 _WEAKEST = 1e-7
 """A Cholesky factor whose smallest diagonal element is less than this share of its largest is mostly rounding."""

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg import _products
 from resm_kernels.linalg._products import (
     eigen_list,
@@ -22,7 +23,6 @@ from resm_kernels.linalg._products import (
     single_matmul,
     square_of,
 )
-from resm_kernels.ops._library import NonFiniteError
 
 RANK_TOLERANCE = 1e-6
 """Singular values at most this times the largest count as zero.

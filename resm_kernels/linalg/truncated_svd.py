@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError, check_group
 from resm_kernels.linalg._delta import Delta
 from resm_kernels.linalg._products import eigen_list, frobenius_norm, matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.decompose import Subspace
 from resm_kernels.linalg.spectrum import energy_rank
 from resm_kernels.linalg.subspace import subspaces_of
-from resm_kernels.ops._library import NonFiniteError, check_group
 
 _SMALLEST_LOSS = 1e-5
 """Share of the energy to be left out below which sums of fp32 squares cannot tell how many directions it takes."""

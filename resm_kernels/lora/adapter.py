@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.linalg._threads import run
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
 from resm_kernels.lora.factors import Factors
-from resm_kernels.ops._library import FLOAT_DTYPES
 
 _PANEL: Final = 256
 """Rows formed at a time, so that the base's own rows and the product take little memory."""

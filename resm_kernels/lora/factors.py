@@ -8,6 +8,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import decompose_list, orthonormalize, polar, subspaces
 from resm_kernels.linalg._products import matmul
 from resm_kernels.linalg._threads import run
@@ -17,7 +18,6 @@ from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum
 from resm_kernels.methods.resm import outlier_weights
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.ops.delta_stats import delta_stats
-from resm_kernels.reference._delta import compute_dtype
 
 METHODS: Final = ("task_arithmetic", "tsvm", "resm", "iso_c")
 

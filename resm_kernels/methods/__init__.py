@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from resm_kernels.methods._registry import REQUIRED, Method, Parameter, did_you_mean
+from resm_kernels.methods._registry import REQUIRED, Method, Parameter
 from resm_kernels.methods.arcee_fusion import ARCEE_FUSION
 from resm_kernels.methods.breadcrumbs import BREADCRUMBS
 from resm_kernels.methods.breadcrumbs_ties import BREADCRUMBS_TIES
@@ -37,6 +37,7 @@ from resm_kernels.methods.ties import TIES
 from resm_kernels.methods.tsv_compress import TSV_COMPRESS
 from resm_kernels.methods.tsvm import TSVM
 from resm_kernels.methods.wudi import WUDI
+from resm_kernels.suggestions import did_you_mean
 
 _METHODS: Final = {
     m.name: m

@@ -15,12 +15,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import raise_nonfinite
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg._threads import run
+from resm_kernels.memory import empty
 from resm_kernels.methods._common import elementwise_workspace
-from resm_kernels.ops._library import empty, raise_nonfinite
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
-from resm_kernels.reference._delta import compute_dtype
 
 R = TypeVar("R")
 _ELEMENTS = {"cpu": 1 << 16, "cuda": 1 << 22}

@@ -5,7 +5,6 @@ One `Method` per module of this package; `get` finds it by the name that recipes
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import math
 from collections.abc import Callable, Sequence
@@ -14,7 +13,8 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from resm_kernels._names import is_vocabulary
+from resm_kernels.suggestions import did_you_mean
+from resm_kernels.tensor_names import is_vocabulary
 
 REQUIRED: Final = object()
 """Default of a parameter that has none: leaving it out is an error."""
@@ -215,8 +215,3 @@ def _resolve_one(parameter: Parameter, value: Any, n_experts: int) -> Any:
     if len(value) != n_experts:
         raise ValueError(f"{parameter.name}: got {len(value)} values, need one for each of the {n_experts} experts")
     return [parameter.validate(v) for v in value]
-
-
-def did_you_mean(name: Any, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(str(name), known, n=1)
-    return f", did you mean {near[0]!r}?" if near else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resm_kernels.ops._library import NonFiniteError, raise_nonfinite
+from resm_kernels.checks import NonFiniteError, raise_nonfinite
 from resm_kernels.ops.inner_products import inner_products
 
 PARALLEL = 1e-12

@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError, check_group, raise_nonfinite
+from resm_kernels.dtypes import FLOAT_DTYPES, compute_dtype
 from resm_kernels.linalg import Decomposition, decompose
 from resm_kernels.linalg._products import matmul, task_matrix
 from resm_kernels.methods._common import elementwise_workspace
 from resm_kernels.methods._registry import Parameter
-from resm_kernels.ops._library import FLOAT_DTYPES, NonFiniteError, check_group, raise_nonfinite
-from resm_kernels.reference._delta import compute_dtype
 
 WHOLE_DECOMPOSITION = Parameter(
     "decomposition", ("gram", "exact"), "gram", "gram: products and eigenvectors; exact: LAPACK's SVD"

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import raise_nonfinite
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.methods._blocks import blocks_workspace, map_rows, merge_elements
 from resm_kernels.methods._registry import Method
 from resm_kernels.methods._task_matrices import check
-from resm_kernels.ops._library import raise_nonfinite
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
-from resm_kernels.reference._delta import compute_dtype
 
 _FLOOR = 1e-8
 """Added to probabilities, so that their ratios are finite: mergekit's."""

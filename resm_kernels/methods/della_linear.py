@@ -8,6 +8,9 @@ import math
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import raise_nonfinite
+from resm_kernels.dtypes import compute_dtype
+from resm_kernels.masks import unpacked
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._sparsify import (
@@ -23,11 +26,8 @@ from resm_kernels.methods._sparsify import (
     rescale_parameter,
 )
 from resm_kernels.methods._spectral import join
-from resm_kernels.ops._library import raise_nonfinite
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.random_mask import random_mask
-from resm_kernels.reference._delta import compute_dtype
-from resm_kernels.reference._masks import unpacked
 from resm_kernels.reference.random_mask import FRACTION, doubled_ranks, probability_law, row_length
 
 RANKED_AT_ONCE = 1 << 20

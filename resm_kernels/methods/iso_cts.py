@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import Decomposition, decompose, polar
 from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
@@ -14,7 +15,6 @@ from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
 from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta, weighted_sum
-from resm_kernels.reference._delta import compute_dtype
 
 
 def iso_cts(

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import decompose
 from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
@@ -16,7 +17,6 @@ from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spect
 from resm_kernels.methods._task_matrices import check, delta
 from resm_kernels.methods.ties import TIES, ties
 from resm_kernels.ops.aggregate import aggregate
-from resm_kernels.reference._delta import compute_dtype
 
 
 def knots(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import check_group
 from resm_kernels.methods._common import WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.ops._library import check_group
 from resm_kernels.ops.aggregate import aggregate
 
 

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
 from resm_kernels.linalg._products import task_matrix
 from resm_kernels.linalg._threads import run
@@ -36,7 +37,6 @@ from resm_kernels.methods._spectral import (
 )
 from resm_kernels.methods._task_matrices import check
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
-from resm_kernels.reference._delta import compute_dtype
 
 SMALL = 1 << 17
 """Elements up to which a whole merge runs on one thread: sharing it out would cost more than it saves."""

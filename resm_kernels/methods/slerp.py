@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import check_group
 from resm_kernels.methods._common import elementwise_workspace
 from resm_kernels.methods._registry import REQUIRED, Method, Parameter
 from resm_kernels.methods._sphere import PARALLEL, cosines, gram_with_base, great_circle
-from resm_kernels.ops._library import check_group
 from resm_kernels.ops.aggregate import aggregate
 
 

@@ -8,13 +8,13 @@ import math
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg._products import matmul
 from resm_kernels.linalg._threads import run
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._interference import averaged_unless_matrix, interference, interference_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, join
-from resm_kernels.reference._delta import compute_dtype
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 """Adam's, which the authors leave as they are."""

@@ -1,6 +1,7 @@
 """The kernels' public face. Each op is also `torch.ops.resm_kernels.<name>`; `reference/<name>.py` defines it."""
 
-from resm_kernels.ops._library import NonFiniteError, dispatch_table
+from resm_kernels.checks import NonFiniteError
+from resm_kernels.ops._library import dispatch_table
 from resm_kernels.ops.aggregate import aggregate, aggregate_list
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
 from resm_kernels.ops.gram_matrix import gram_matrix

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resm_kernels.ops._library import check_values
-from resm_kernels.reference._masks import mask_bytes
+from resm_kernels.checks import check_values
+from resm_kernels.masks import mask_bytes
 
 Thresholds = Sequence[float] | Tensor | None
 

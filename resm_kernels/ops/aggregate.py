@@ -11,16 +11,10 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import (
-    FLOAT_DTYPES,
-    NativeTensors,
-    check_group,
-    check_number,
-    check_values,
-    empty,
-    raise_counted,
-    register,
-)
+from resm_kernels.checks import check_group, check_number, check_values, raise_counted
+from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.ops._library import register
 from resm_kernels.ops._sparsity import Thresholds, check_masks, check_thresholds
 from resm_kernels.reference.aggregate import ELECTIONS, RULES
 from resm_kernels.reference.aggregate import aggregate as _reference

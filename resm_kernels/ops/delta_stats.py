@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_number, flatten_groups, raise_nonfinite, register
+from resm_kernels.checks import check_number, flatten_groups, raise_nonfinite
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, histogram_edges
 from resm_kernels.reference.delta_stats import delta_stats as _reference
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, register
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.ops.sketch import check_factor, check_matrices
 from resm_kernels.reference.gram_product import gram_product as _reference
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, raise_nonfinite, register
+from resm_kernels.checks import check_group, raise_nonfinite
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.reference.inner_products import inner_products as _reference
 from resm_kernels.reference.inner_products import vectors_of
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, register
+from resm_kernels.checks import check_group
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.ops._sparsity import Thresholds, check_masks, check_thresholds
 from resm_kernels.reference.kept_moments import kept_moments as _reference
 

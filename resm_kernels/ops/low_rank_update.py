@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import FLOAT_DTYPES, NativeTensors, check_group, check_number, empty, register
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.checks import check_group, check_number
+from resm_kernels.dtypes import FLOAT_DTYPES, compute_dtype
+from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.ops._library import register
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
 
 

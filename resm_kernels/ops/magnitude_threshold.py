@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, flatten_groups, raise_nonfinite, register
+from resm_kernels.checks import flatten_groups, raise_nonfinite
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.reference.magnitude_threshold import magnitude_threshold as _reference
 
 

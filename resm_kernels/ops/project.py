@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, register
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.ops.sketch import check_factor, check_matrices
 from resm_kernels.reference.project import project as _reference
 

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, check_number, check_whole, empty, register
+from resm_kernels.checks import check_group, check_number, check_whole
+from resm_kernels.masks import mask_bytes
+from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.ops._library import register
 from resm_kernels.ops.random_matrix import MAX_SEED
-from resm_kernels.reference._masks import mask_bytes
 from resm_kernels.reference.random_mask import probability_law, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
 

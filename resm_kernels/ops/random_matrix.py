@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import check_whole, register
+from resm_kernels.checks import check_whole
+from resm_kernels.ops._library import register
 from resm_kernels.reference.random_matrix import random_matrix as _reference
 
 MAX_COLUMNS: Final = 2**33

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, check_whole, register
+from resm_kernels.checks import check_group, check_whole
+from resm_kernels.memory import NativeTensors
+from resm_kernels.ops._library import register
 from resm_kernels.ops.random_matrix import MAX_COLUMNS, MAX_SEED
 from resm_kernels.reference.sketch import sketch as _reference
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NonFiniteError, register
+from resm_kernels.checks import NonFiniteError
+from resm_kernels.ops._library import register
 from resm_kernels.reference.symmetric_eigen import symmetric_eigen as _reference
 
 _FALLBACK, _NOT_FINITE = 1, 2  # csrc: EigenStatus

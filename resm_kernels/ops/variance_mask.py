@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import NativeTensors, check_group, check_number, empty, register
-from resm_kernels.reference._masks import mask_bytes
+from resm_kernels.checks import check_group, check_number
+from resm_kernels.masks import mask_bytes
+from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.ops._library import register
 from resm_kernels.reference.variance_mask import variance_mask as _reference
 
 

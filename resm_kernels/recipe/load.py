@@ -10,10 +10,10 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from resm_kernels.methods._registry import did_you_mean
 from resm_kernels.recipe.errors import Location, ProblemAt, RecipeError, dotted
 from resm_kernels.recipe.schema import ModelEntry, ModuleEntry, Recipe, SliceEntry, SourceEntry
 from resm_kernels.recipe.tokens import TokenEntry, TokenizerEntry
+from resm_kernels.suggestions import did_you_mean
 
 _ENTRIES: Final[Mapping[str | int, type[BaseModel]]] = {
     "models": ModelEntry,

@@ -19,12 +19,12 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, model_validator
 
 from resm_kernels.methods import REQUIRED, Method, Parameter, get
-from resm_kernels.methods._registry import did_you_mean
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
 from resm_kernels.recipe.errors import Location, ProblemAt
 from resm_kernels.recipe.parts import Part, Slice, Source
 from resm_kernels.recipe.settings import Setting, parse_setting
 from resm_kernels.recipe.tokens import BASE, TokenizerEntry
+from resm_kernels.suggestions import did_you_mean
 
 _DTYPES: Final = {
     "float32": torch.float32,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from resm_kernels.methods import Parameter
-from resm_kernels.methods._registry import did_you_mean
+from resm_kernels.suggestions import did_you_mean
 
 Scalar = bool | int | float | str | None
 

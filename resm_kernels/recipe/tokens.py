@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
-from resm_kernels.methods._registry import did_you_mean
+from resm_kernels.suggestions import did_you_mean
 
 UNION: Final = "union"
 BASE: Final = "base"

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-
-def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """fp32, or float64 if any of the tensors is float64."""
-    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+from resm_kernels.dtypes import compute_dtype
 
 
 def deltas(bases: list[Tensor], experts: list[Tensor]) -> list[Tensor]:

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import compute_dtype
-from resm_kernels.reference._masks import unpacked
+from resm_kernels.dtypes import compute_dtype
+from resm_kernels.masks import unpacked
 
 RULES = ("sum", "ties")
 ELECTIONS = ("weighted", "unweighted", "count")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.dtypes import compute_dtype
 
 
 def vectors_of(shape: Sequence[int], rows: bool) -> tuple[int, int]:

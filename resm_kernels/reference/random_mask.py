@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import compute_dtype
-from resm_kernels.reference._masks import RUN, packed
-from resm_kernels.reference._philox import MASK_STREAM, philox
+from resm_kernels.dtypes import compute_dtype
+from resm_kernels.masks import RUN, packed
+from resm_kernels.philox import MASK_STREAM, philox
 
 _WORD = 0xFFFFFFFF
 FRACTION = 62

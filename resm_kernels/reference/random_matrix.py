@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._philox import SKETCH_STREAM, philox
+from resm_kernels.philox import SKETCH_STREAM, philox
 
 _WORD = 0xFFFFFFFF
 

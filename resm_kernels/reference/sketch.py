@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.reference.random_matrix import random_matrix
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._masks import packed
+from resm_kernels.masks import packed
 from resm_kernels.reference.aggregate import kept_deltas
 
 

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels._launch import on_device
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.triton._device import bit_of, load_as
 from resm_kernels.triton._dtypes import DTYPES
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels._launch import on_device
-from resm_kernels.reference._delta import compute_dtype
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
 from resm_kernels.triton._delta_product import precision
 from resm_kernels.triton._device import load_as, store_from

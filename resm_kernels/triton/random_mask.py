@@ -11,8 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels._launch import on_device
-from resm_kernels.reference._masks import RUN, mask_bytes
-from resm_kernels.reference._philox import MASK_STREAM
+from resm_kernels.masks import RUN, mask_bytes
+from resm_kernels.philox import MASK_STREAM
 from resm_kernels.reference.random_mask import probability_law, ranks_of, row_length
 
 RUNS, WARPS = 32, 4

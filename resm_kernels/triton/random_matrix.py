@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels._launch import on_device
-from resm_kernels.reference._philox import SKETCH_STREAM
+from resm_kernels.philox import SKETCH_STREAM
 
 ROWS, PAIRS, WARPS = 32, 16, 4
 """Rows and pairs of columns of a program, and its warps."""

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels._launch import launch_of, of_one_dtype, on_device
-from resm_kernels.reference._delta import compute_dtype
-from resm_kernels.reference._masks import RUN, mask_bytes
+from resm_kernels.dtypes import compute_dtype
+from resm_kernels.masks import RUN, mask_bytes
 from resm_kernels.triton._device import load_as
 from resm_kernels.triton._dtypes import DTYPES
 from resm_kernels.triton.magnitude_threshold import magnitude_threshold

@@ -1,4 +1,4 @@
-"""What tensor names say: in which layer of which stack, before or after the layers, in which module of the model."""
+"""What a tensor's name says about it: its layer and layer stack, its module of the model, whether it is vocabulary."""
 
 from __future__ import annotations
 
@@ -23,6 +23,13 @@ _ENCODER_DECODER: Final = {
 }
 
 
+_VOCABULARY: Final = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|(?:word|tok)_embeddings|embed_in|shared|embed_out|output|output_layer|lm_head"
+    r"|lm_head\.(?:linear|decoder)|cls\.predictions(?:\.decoder)?|vocab_projector|backbone\.embeddings)"
+    r"\.(?:weight|bias)$"
+)
+
+
 class LayerPlace(NamedTuple):
     """Where in a stack of layers a tensor is: `stack` + `number` + `rest` is its name."""
 
@@ -39,6 +46,11 @@ def layer_place(name: str) -> LayerPlace | None:
     """
     match = _LAYER.match(name)
     return None if match is None else LayerPlace(match[1], int(match[2]), match[3])
+
+
+def is_vocabulary(name: str) -> bool:
+    """True if the tensor has a row for each token of the vocabulary: input embedding, output head, its bias."""
+    return _VOCABULARY.search(name) is not None and layer_place(name) is None
 
 
 def is_before_layers(name: str) -> bool:
