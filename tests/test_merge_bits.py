@@ -1,8 +1,9 @@
 """Merges by every method have the bits that are recorded in merge_bits.json, whatever is rewritten inside.
 
 Methods whose arithmetic is this library's kernels alone give the same bits on every processor. The others call torch's
-products and functions, and are compared on the kind of machine that the record was made on. To record results that changed on purpose:
-`python tests/test_merge_bits.py`.
+products and functions, and are compared on the kind of machine that the record was made on.
+
+`python tests/test_merge_bits.py` records results that have changed on purpose.
 """
 
 from __future__ import annotations
