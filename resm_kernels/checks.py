@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.dtypes import FLOAT_DTYPES, dtype_name
 
 _collecting: Final = threading.local()
 
@@ -53,8 +53,8 @@ def check_group(
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{where}{name}: got {type(tensor).__name__}, need a tensor")
         if tensor.dtype not in FLOAT_DTYPES:
-            wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-            got = str(tensor.dtype).removeprefix("torch.")
+            wanted = ", ".join(dtype_name(d) for d in FLOAT_DTYPES)
+            got = dtype_name(tensor.dtype)
             raise TypeError(f"{where}{name}: got dtype {got}, need one of {wanted}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{where}{name}: got layout {tensor.layout}, need a dense (strided) tensor")

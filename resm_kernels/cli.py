@@ -254,10 +254,10 @@ def extract_lora(
     with _loading():
         import torch
 
+        from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
         from resm_kernels.lora import extract_lora as extract
-        from resm_kernels.lora.extract import DTYPES
 
-    kinds = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
+    kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
     if dtype not in kinds:
         raise ValueError(f"dtype: got {dtype!r}, need one of {', '.join(kinds)}")
     if threads is not None:

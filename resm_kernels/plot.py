@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import importlib
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from resm_kernels.tensor_names import FIRST_NUMBER
+
 if TYPE_CHECKING:
     from resm_kernels.engine import TensorStats
 
 FORMATS: Final = (".png", ".svg", ".pdf")
-_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
 _MOST_KINDS: Final = 12
 """Kinds of modules with a line of their own; the rest, from models of many parts, share one called "other"."""
 _MOST_COLUMNS: Final = 5
@@ -96,7 +96,7 @@ def _short(experts: Sequence[str]) -> list[str]:
 
 def _place(name: str) -> _Place:
     """`model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3; numbered parts keep what they are numbered in."""
-    layer = _LAYER.search(name)
+    layer = FIRST_NUMBER.search(name)
     parts = name.split(".")
     kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
     if kind[0].isdigit() and len(parts) > 2:

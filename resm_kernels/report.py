@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resm_kernels.checkpoint.format import format_bytes
+from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.device import device_need
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def describe_plan(plan: MergePlan, out: str, free: int, window: Window, devices:
             lines.append(f"parameter     {parameter.name} = {parameter.default} (default{where})")
     copied = sum(job.copied for job in plan.jobs)
     tied = ", output head tied to the embedding" if plan.tied else ""
-    dtypes = sorted({str(job.dtype).removeprefix("torch.") for job in plan.jobs})
+    dtypes = sorted({dtype_name(job.dtype) for job in plan.jobs})
     built = plan.tokenizer
     vocabulary = [] if built is None else [f"vocabulary    {len(built.tokens)} tokens, {built.rows} rows"]
     lines += [

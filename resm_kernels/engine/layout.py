@@ -14,13 +14,9 @@ from resm_kernels.recipe import (
     Slice,
     Source,
     dotted,
-    is_before_layers,
-    layer_depth,
-    layer_place,
-    module_names,
-    tensor_depths,
 )
 from resm_kernels.suggestions import did_you_mean
+from resm_kernels.tensor_names import is_before_layers, layer_depth, layer_position, module_names, tensor_depths
 
 
 @dataclass(frozen=True)
@@ -128,7 +124,7 @@ class _PartPlanner:
 
     def _outside(self, piece: Slice, *, before: bool) -> Iterator[OutputTensor]:
         names = [
-            {n: n for n in self._stored[source] if layer_place(n) is None and is_before_layers(n) == before}
+            {n: n for n in self._stored[source] if layer_position(n) is None and is_before_layers(n) == before}
             for source in piece.sources
         ]
         for inputs in self._aligned(piece, names):
@@ -144,7 +140,7 @@ class _PartPlanner:
             number = len(self.origins)
             self.origins.append(LayerOrigin(self._models.of[lead], ranges[0][0] + i))
             for inputs in self._aligned(piece, names):
-                place = layer_place(inputs[0])
+                place = layer_position(inputs[0])
                 assert place is not None
                 if self._stack_name not in (None, place.stack):
                     raise MergeError(
@@ -160,7 +156,7 @@ class _PartPlanner:
         layers: dict[int, dict[str, str]] = {}
         stacks: dict[str, None] = {}
         for name in self._stored[source]:
-            if (place := layer_place(name)) is not None:
+            if (place := layer_position(name)) is not None:
                 stacks.setdefault(place.stack)
                 layers.setdefault(place.number, {})[place.stack + place.rest] = name
         folder = self._models.of[source].folder

@@ -84,6 +84,6 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
         return named[path]
 
     first = recipe.sources[0]
-    where = "base_model" if recipe.base_model is not None else dotted(first.place)
+    where = "base_model" if recipe.base_model is not None else dotted(first.model_location)
     reference = open_once(recipe.reference, where)
-    return OpenedModels(reference, {s: open_once(s.model, dotted(s.place)) for s in recipe.sources})
+    return OpenedModels(reference, {s: open_once(s.model, dotted(s.model_location)) for s in recipe.sources})

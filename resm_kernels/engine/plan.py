@@ -13,7 +13,7 @@ import torch
 
 from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, parse_size, plan_output
 from resm_kernels.dtypes import FLOAT_DTYPES
-from resm_kernels.engine.checks import HEAD, check_configs, check_tied, check_weights
+from resm_kernels.engine.checks import check_configs, check_tied, check_weights
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
@@ -23,7 +23,8 @@ from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Window
 from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
 from resm_kernels.methods import Method
-from resm_kernels.recipe import Recipe, is_vocabulary, layer_place, load_recipe
+from resm_kernels.recipe import Recipe, load_recipe
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_vocabulary, layer_position
 
 DEFAULT_SHARD_SIZE: Final = "5GB"
 
@@ -164,7 +165,7 @@ def plan_merge(
         check_configs(models.all(), mixed=mixed_architectures)
         tied = check_tied(models.all())
         check_weights(models.all())
-        layout = plan_layout(recipe, models, {HEAD} if tied else set())
+        layout = plan_layout(recipe, models, {OUTPUT_HEAD} if tied else set())
         tokenizer = vocabulary = None
         if recipe.output_tokenizer is not None:
             tokenizer = build_tokenizer(recipe, models, trust_remote_code=trust_remote_code)
@@ -251,7 +252,7 @@ class _JobPlanner:
 
 def _kind(name: str) -> str:
     """The tensor's name without the number of its layer."""
-    place = layer_place(name)
+    place = layer_position(name)
     return name if place is None else place.stack + place.rest
 
 

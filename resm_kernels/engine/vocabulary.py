@@ -17,7 +17,7 @@ from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
 from resm_kernels.lora import AdapterReader
-from resm_kernels.recipe import Recipe, RecipeError, TokenSource, same_place
+from resm_kernels.recipe import Recipe, RecipeError, TokenSource, canonical_folder
 
 CHUNK: Final = 1 << 24
 """Bytes of rows that are read at a time."""
@@ -48,9 +48,9 @@ class Vocabulary:
         self._models = models
         self._entries = entry.tokens
         self._base = recipe.base_model
-        self._named = {same_place(source.model): model for source, model in models.of.items()}
+        self._named = {canonical_folder(source.model): model for source, model in models.of.items()}
         self._rows_of: dict[Path, list[int]] = {}
-        self._named[same_place(recipe.reference)] = models.reference
+        self._named[canonical_folder(recipe.reference)] = models.reference
 
     def inputs(self, tensor: OutputTensor) -> tuple[tuple[CheckpointReader, TensorInfo], ...]:
         """The inputs of one vocabulary tensor, all with a row for every token of the output."""
@@ -91,7 +91,7 @@ class Vocabulary:
         where = f"tokenizer.tokens.{token}.source"
         if source.model is None:
             return ()
-        model = self._named.get(same_place(source.model))
+        model = self._named.get(canonical_folder(source.model))
         if model is None:
             raise RecipeError(f"{where}: got {source.model!r}, need one of the recipe's models")
         info = model.reader.tensors.get(tensor.inputs[0])
