@@ -71,8 +71,8 @@ def test_reader_joins_shards_and_orders_by_file_and_offset(tmp_path: Path) -> No
     names = list(weights)
     save_model(tmp_path, weights, shards=[names[5:], names[:5]])
     with CheckpointReader(tmp_path) as reader:
-        places = [(t.file, t.offset) for t in reader.tensors.values()]
-        assert places == sorted(places)
+        positions = [(t.file, t.offset) for t in reader.tensors.values()]
+        assert positions == sorted(positions)
         assert all(torch.equal(reader.read(n), weights[n]) for n in names)
 
 
