@@ -1,7 +1,7 @@
 """Reads and writes model folders: the weights in safetensors files, and the small files that belong to them.
 
-A checkpoint is a folder with `config.json` and either `model.safetensors` or shards with an index. This package holds no
-tensors: the reader fills buffers of the caller, and the writer writes each tensor to its position in a shard at once.
+A checkpoint is a folder with `config.json` and either `model.safetensors` or shards with an index. No tensor
+stays in this package: the reader fills buffers of the caller, and the writer writes each tensor to a shard at once.
 """
 
 from __future__ import annotations
