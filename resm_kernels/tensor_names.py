@@ -111,7 +111,7 @@ def is_tied_embedding(name: str) -> bool:
     `OUTPUT_HEAD` has tied embeddings. T5's `shared` and GPT-NeoX' `embed_in` do not allow this conclusion: their heads
     have other names.
     """
-    return _module_part(name) in _TIED_MODULES
+    return last_part(module_of(name)) in _TIED_MODULES
 
 
 def is_tied_vocabulary(name: str) -> bool:
@@ -120,13 +120,7 @@ def is_tied_vocabulary(name: str) -> bool:
     Adapters on these are refused if the base model ties them. Of the other names of `is_vocabulary` it is not known
     what they are tied to, so adapters on them are accepted.
     """
-    return is_tied_embedding(name) or _module_part(name) == "lm_head"
-
-
-def _module_part(name: str) -> str | None:
-    """Return the last part of the name of a tensor's module: `embed_tokens` for `model.embed_tokens.weight`."""
-    parts = name.split(".")
-    return parts[-2] if len(parts) > 1 else None
+    return is_tied_embedding(name) or last_part(module_of(name)) == "lm_head"
 
 
 def is_embedding_module(module: str) -> bool:
@@ -137,6 +131,11 @@ def is_embedding_module(module: str) -> bool:
 def is_embedding_or_head(module: str) -> bool:
     """Return True if the module's name (without `.weight`) ends in one of `EMBEDDING_MODULES` or `HEAD_MODULES`."""
     return last_part(module) in EMBEDDING_MODULES + HEAD_MODULES
+
+
+def module_of(name: str) -> str:
+    """Return the name of a tensor's module: everything before the last dot."""
+    return name.rpartition(".")[0]
 
 
 def last_part(name: str) -> str:

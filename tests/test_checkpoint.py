@@ -1,11 +1,13 @@
-"""Model folders: reading whole and damaged ones, streaming output that is there completely or not at all."""
+"""Model folders: good ones are read, damaged ones refused, and outputs appear completely or not at all."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -198,8 +200,8 @@ def fp8_unsigned_complex(folder: Path) -> None:
         (fp8_unsigned_complex, ["'a'", "C64", "unsupported"]),
     ],
 )
-def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: object, parts: list[str]) -> None:
-    damage(tmp_path)  # type: ignore[operator]
+def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: Callable[[Path], None], parts: list[str]) -> None:
+    damage(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         CheckpointReader(tmp_path)
     for part in [*parts, str(tmp_path)]:
@@ -229,13 +231,16 @@ shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
     st.randoms(use_true_random=False),
 )
 @settings(max_examples=40, deadline=None)
-def test_what_is_written_in_any_order_loads_with_safetensors(
-    tmp_path_factory: pytest.TempPathFactory, spec: dict, shard: int, random: object
+def test_tensors_written_in_any_order_load_with_safetensors(
+    tmp_path_factory: pytest.TempPathFactory,
+    spec: dict[str, tuple[torch.dtype, tuple[int, ...]]],
+    shard: int,
+    random: Random,
 ) -> None:
     out = tmp_path_factory.mktemp("w") / "out"
     tensors = {name: sample(dtype, shape) for name, (dtype, shape) in spec.items()}
     order = list(tensors)
-    random.shuffle(order)  # type: ignore[attr-defined]
+    random.shuffle(order)
     write(out, tensors, shard, order)
     loaded = load_model(out)
     assert set(loaded) == set(tensors)
@@ -280,7 +285,7 @@ def test_incomplete_output_never_appears(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writer_refuses_what_was_not_planned(tmp_path: Path) -> None:
+def test_writer_refuses_unplanned_tensors(tmp_path: Path) -> None:
     plan = plan_output([("a", torch.float32, (2,))], 10**9)
     with CheckpointWriter(tmp_path / "out", plan, {}) as writer:
         with pytest.raises(ValueError, match=r"torch.float64 \(2,\), need torch.float32"):
@@ -346,15 +351,15 @@ def test_output_folder_rules(tmp_path: Path) -> None:
     other.mkdir()
     assert check_output_folder(other, overwrite=False) == other
     (other / "diary.txt").write_text("mine")
-    for arguments, message in [
-        ({"out": other, "overwrite": False}, "not empty"),
-        ({"out": other, "overwrite": True}, "does not look like a model folder"),
-        ({"out": other / "diary.txt", "overwrite": True}, "is a file"),
-        ({"out": model, "overwrite": True, "inputs": [model]}, "is or contains the input"),
-        ({"out": tmp_path / "models", "overwrite": True, "inputs": [model]}, "is or contains the input"),
-    ]:
-        with pytest.raises(CheckpointError, match=message):
-            check_output_folder(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="not empty"):
+        check_output_folder(other, overwrite=False)
+    with pytest.raises(CheckpointError, match="does not look like a model folder"):
+        check_output_folder(other, overwrite=True)
+    with pytest.raises(CheckpointError, match="is a file"):
+        check_output_folder(other / "diary.txt", overwrite=True)
+    for out in (model, tmp_path / "models"):
+        with pytest.raises(CheckpointError, match="is or contains the input"):
+            check_output_folder(out, overwrite=True, inputs=[model])
     assert check_output_folder(model, overwrite=True) == model
     link = tmp_path / "link"
     link.symlink_to(model)
@@ -397,7 +402,7 @@ def test_sizes(text: str | int, size: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-1", "5 apples", "0", "iB", "1e9"])
-def test_sizes_that_are_none(text: str) -> None:
+def test_texts_that_are_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="max_shard_size: got"):
         parse_size(text, "max_shard_size")
 

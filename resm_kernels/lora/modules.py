@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding, last_part
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding, last_part, module_of
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Rest:
             tied: True if the output head is the input embedding.
         """
         rest = cls()
-        all_modules = {n.rpartition(".")[0] for n in names}
+        all_modules = set(map(module_of, names))
         for name in changed:
             module, _, parameter = name.rpartition(".")
             if parameter == "bias" and module in adapted:
@@ -48,7 +48,7 @@ class Rest:
                 if not matches & set(adapted):
                     rest.modules |= matches
                     rest.saved.add(name)
-        rest.tensors = {n: n for n in names if n.rpartition(".")[0] in rest.modules}
+        rest.tensors = {n: n for n in names if module_of(n) in rest.modules}
         if rest.biases:
             rest.tensors |= {f"{m}.base_layer.bias": f"{m}.bias" for m in adapted if f"{m}.bias" in names}
         embedding = next((n for n in rest.tensors if is_tied_embedding(n) and n.endswith(".weight")), None)
@@ -62,7 +62,7 @@ class Rest:
 def target_names(adapted: Collection[str], names: Mapping[str, Any]) -> list[str]:
     """Return PEFT's target_modules: the names' last parts if these match the adapted modules only, else full names."""
     last_parts = {last_part(m) for m in adapted}
-    matches = {n.rpartition(".")[0] for n in names if last_part(n.rpartition(".")[0]) in last_parts}
+    matches = {m for m in map(module_of, names) if last_part(m) in last_parts}
     return sorted(last_parts if matches == set(adapted) else adapted)
 
 
