@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -298,9 +299,15 @@ def test_writer_refuses_unplanned_tensors(tmp_path: Path) -> None:
 
 
 def test_writer_flushes_as_it_goes_and_everything_in_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    log, flush = [], os.fsync
+    log: list[int] = []
+    flush = os.fsync
+
+    def logged_flush(fd: int) -> None:
+        log.append(os.fstat(fd).st_ino)
+        flush(fd)
+
     monkeypatch.setattr(writer_module, "FLUSH_BYTES", 100)
-    monkeypatch.setattr(os, "fsync", lambda fd: (log.append(os.fstat(fd).st_ino), flush(fd)))
+    monkeypatch.setattr(os, "fsync", logged_flush)
     plan = plan_output([(f"t{i}", torch.float32, (10,)) for i in range(7)], 200)  # 5 and 2 tensors of 40 bytes
     with CheckpointWriter(tmp_path / "out", plan, {"config.json": b"{}"}) as writer:
         for i, flushes in enumerate([0, 0, 1, 1, 1, 1, 1]):
@@ -369,7 +376,7 @@ def test_output_folder_rules(tmp_path: Path) -> None:
 def test_missing_disk_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / ".out.partial-0badcafe").mkdir()
     usage = type("Usage", (), {"free": 100})
-    monkeypatch.setattr(writer_module.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     plan = plan_output([("a", torch.float32, (1000,))], 10**9)
     with pytest.raises(CheckpointError, match=r"needs 4\.1 kB, available 100 B; left behind .*0badcafe"):
         CheckpointWriter(tmp_path / "out", plan, {}).__enter__()
