@@ -149,7 +149,7 @@ def named(structure: Any, folders: dict[str, str]) -> Any:
 
 
 def assert_equal_to_mergekit(family: Family, structure: Any) -> None:
-    """Merge with both libraries: all tensors must agree within fp32's rounding, and the configs in the number of layers."""
+    """Merge with both libraries: all tensors must agree within fp32's rounding, and so must the numbers of layers."""
     pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
     from mergekit.config import MergeConfiguration
     from mergekit.merge import MergeOptions, run_merge
