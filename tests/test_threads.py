@@ -16,8 +16,8 @@ import torch
 from inputs import randn, same_bits
 from torch import Tensor
 
-from resm_kernels.linalg import _threads
-from resm_kernels.linalg._threads import Queue, _limits, run
+from resm_kernels.linalg import threads as threads_module
+from resm_kernels.linalg.threads import Queue, _limits, run
 
 CPU = torch.device("cpu")
 COUNTS = (1, 2, 3, 5)
@@ -72,7 +72,7 @@ def test_without_mkl_all_tasks_run_on_other_threads(use_threads: UseThreads, mon
     use_threads(2)
     x = randn(60, 60, seed=0)
     wanted = run([lambda: x @ x, threading.get_ident], CPU)[0]
-    monkeypatch.setattr(_threads, "_limits", lambda: None)
+    monkeypatch.setattr(threads_module, "_limits", lambda: None)
     product, *threads = run([lambda: x @ x, *[threading.get_ident] * 9], CPU)
     assert same_bits(product, wanted) and threading.get_ident() not in threads
     with Queue(CPU) as queue:
@@ -299,7 +299,7 @@ def test_other_devices_run_in_turn_on_the_callers_thread(use_threads: UseThreads
 def test_process_ends_although_a_pool_is_idle() -> None:
     code = (
         "import torch; torch.set_num_threads(2)\n"
-        "from resm_kernels.linalg._threads import run\n"
+        "from resm_kernels.linalg.threads import run\n"
         "print(run([lambda: 1] * 3, torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -312,7 +312,7 @@ def test_forked_process_makes_a_pool_of_its_own() -> None:
         "import os, sys, warnings, torch\n"
         "warnings.simplefilter('ignore')\n"
         "torch.set_num_threads(2)\n"
-        "from resm_kernels.linalg._threads import run\n"
+        "from resm_kernels.linalg.threads import run\n"
         "run([lambda: 1] * 3, torch.device('cpu'))\n"
         "child = os.fork()\n"
         "if child == 0:\n"
