@@ -78,7 +78,7 @@ def test_joined_directions_are_the_singular_vectors(turned: bool) -> None:
     lengths = image.norm(dim=0)
     assert distance(lengths, spectrum[:k].double()) <= SINGLE * float(lengths[0])
     assert distance(image.mT @ image / lengths / lengths[:, None], torch.eye(k)) <= 1e-4
-    # What is outside is measured: Gram matrix times vector, without what is inside.
+    # `outside` is the Gram matrix times the vectors, without the part within P.
     moved = a.double().mT @ image[:, :COLUMNS] / lengths[:COLUMNS]
     assert distance(outside, moved - p @ (p.mT @ moved)) <= SINGLE
 

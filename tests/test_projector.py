@@ -177,9 +177,10 @@ def test_polar_factors_of_what_is_too_near_to_dependent(alone: None) -> None:
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
 def test_merges_agree_with_float64s(alone: None, shape: tuple[int, int], alpha: float) -> None:
     base, experts = experts_with_spectra(*shape, 3, alpha, dtype=torch.bfloat16)
-    for choices in ({}, {"rank_rule": "fixed", "rank": N // 8}):
-        merged = merge(base, experts, "resm", out_dtype=torch.float32, **choices).double()
-        exact = merge(base.double(), [e.double() for e in experts], "resm", decomposition="exact", **choices)
+    cases: list[dict[str, Any]] = [{}, {"rank_rule": "fixed", "rank": N // 8}]
+    for parameters in cases:
+        merged = merge(base, experts, "resm", out_dtype=torch.float32, **parameters).double()
+        exact = merge(base.double(), [e.double() for e in experts], "resm", decomposition="exact", **parameters)
         assert relative(merged - base.double(), exact - base.double()) <= MERGED
 
 
