@@ -195,7 +195,7 @@ class NoReads(TorchDispatchMode):
 def test_the_host_waits_for_figures_alone(alone: None) -> None:
     matrices = [with_spectrum(90, 60, power_law(60, 0.7), seed=t).float() for t in range(2)]
     # The host computes the coefficients once, from no tensor of the device.
-    polar_module._quintics(min(polar_module._FP32_GRAM_ERROR / ACCURACY / math.sqrt(2) / (1 + 1e-4), 0.5))
+    polar_module.quintics(min(polar_module._FP32_GRAM_ERROR / ACCURACY / math.sqrt(2) / (1 + 1e-4), 0.5))
     with NoReads():
         parts = subspaces(matrices, [20, 2], accuracy=ACCURACY)
         merged = orthogonalized_sum(parts, [1.0, 0.5], torch.float32, ACCURACY)

@@ -155,7 +155,7 @@ def _iterated(blocks: Sequence[Tensor], accuracy: float) -> tuple[PolarFactors, 
     size = math.sqrt(len(blocks)) * (1 + 1e-4)
     identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     x = x / size
-    for a, b, c in _quintics(min(_FP32_GRAM_ERROR / min(accuracy, 0.1) / size, 0.5)):
+    for a, b, c in quintics(min(_FP32_GRAM_ERROR / min(accuracy, 0.1) / size, 0.5)):
         g = fp32_matmul(x.mT, x)
         x = fp32_matmul(x, square_of(g).mul_(c).add_(g, alpha=b).add_(identity, alpha=a))
     return PolarFactors(x, identity), torch.linalg.matrix_norm(fp32_matmul(x.mT, x) - identity)
@@ -236,7 +236,8 @@ def _polar_express(x: Tensor) -> Tensor:
     return x
 
 
-def quintics(lowest: float) -> list[tuple[float, float, float]]:
+@functools.cache
+def quintics(lowest: float) -> tuple[tuple[float, float, float], ...]:
     """Coefficients (a, b, c) of steps σ ← aσ + bσ³ + cσ⁵ that take [lowest, 1] to 1.
 
     Every step is the minimax approximation of 1 by an odd quintic on the interval that the step before leaves; Remez
@@ -247,12 +248,9 @@ def quintics(lowest: float) -> list[tuple[float, float, float]]:
         a, b, c = _minimax_quintic(low, high)
         steps.append((a, b, c))
         if 1 - low / high < 1e-7:
-            return steps
+            return tuple(steps)
         low = a * low + b * low**3 + c * low**5
         high = 2 - low
-
-
-_quintics = functools.cache(quintics)
 
 
 def _minimax_quintic(low: float, high: float) -> tuple[float, float, float]:

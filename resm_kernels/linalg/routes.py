@@ -4,7 +4,8 @@ A route is one way to compute the dominant subspaces of a matrix: block Krylov i
 projectors (`projector`), a Gram matrix in fp32 (`gram_fp32`), and in float64 a Gram matrix or an SVD (`decompose`).
 The routes in float64 always return a result. Each of the others measures the error of its result, and returns a `Miss`
 in place of a result that is less accurate than the caller asked for or that fp32 cannot hold. A route raises an
-exception only for input that no route accepts, such as NaN, and a route never calls another one.
+exception only for input that no route accepts, such as NaN, and no route tries another in its place. Within a module, a
+helper that cannot complete its step returns None, and its docstring says when.
 
 Only `subspace.subspaces_of` tries the next route: after a miss the matrix is decomposed by its Gram matrix in float64,
 and the reason for the miss becomes part of `Subspace.reason`. If the caller asked for the route by name, there is no
