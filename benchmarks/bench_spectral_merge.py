@@ -56,25 +56,25 @@ OWN: Final[dict[str, dict[str, Any]]] = {
 and resm in float64."""
 
 REGIONS: Final = {
-    "form Δ": ("linalg._products:task_matrix", "methods.resm:_task_matrix"),
+    "form Δ": ("linalg.products:task_matrix", "methods.resm:_task_matrix"),
     "statistics": ("ops.delta_stats:delta_stats", "ops.delta_stats:delta_stats_list"),
     "decompose": (
         "linalg.decompose:decompose",
         "linalg.decompose:decompose_list",
         "linalg.subspace:subspaces",
-        "linalg._randomized:randomized",
+        "linalg.randomized:randomized",
     ),
-    "left bases": ("linalg._single:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
+    "left bases": ("linalg.gram_fp32:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
     "merged product": ("methods._spectral:orthogonalized_sum",),
     "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
     "join": ("methods._spectral:join", "methods._spectral:averaged"),
 }
 """Stages, and the functions whose insides they are."""
 LEAVES: Final = {
-    "gram": "linalg._products:gram_list",
-    "products": "linalg._products:matmul_list",
-    "eigh": "linalg._products:eigen_list",
-    "gram, eigh, ΔP": "linalg._dominant:dominant_list",
+    "gram": "linalg.products:gram_list",
+    "products": "linalg.products:matmul_list",
+    "eigh": "linalg.products:eigen_list",
+    "gram, eigh, ΔP": "linalg.dominant:dominant_list",
     "orthonormalise": "linalg.orthonormalize:orthonormalize",
     "sketch": "ops.sketch:sketch",
 }

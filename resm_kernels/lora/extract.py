@@ -22,7 +22,7 @@ from resm_kernels.checkpoint import (
 )
 from resm_kernels.dtypes import ADAPTER_DTYPES, FLOAT_DTYPES
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
-from resm_kernels.linalg._products import frobenius_norm, task_matrix
+from resm_kernels.linalg.products import frobenius_norm, task_matrix
 from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, is_tied
 from resm_kernels.lora.modules import Rest, rank_patterns, target_names
 from resm_kernels.lora.writer import AdapterWriter, adapter_config

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import decompose_list, orthonormalize, polar, subspaces
-from resm_kernels.linalg._products import matmul
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.products import matmul
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods import get
 from resm_kernels.methods._ranks import NEEDS_SPECTRUM, ranks_of_spectra, ranks_of_statistics
 from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum
