@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+OUTPUT_HEAD: Final = "lm_head.weight"
+
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d+)(\..*)")
 _BEFORE: Final = re.compile(
     r"(?:^|\.)(?:\w*embed(?!_out)\w*|wte|wpe|shared|conv\d|patch_conv|ln_pre|layernorm_pre|rotary_\w+|relative_pe)(?:\.|$)"

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from resm_kernels import cli
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter
 from resm_kernels.checks import collected_checks
-from resm_kernels.engine import MergeError, cuda, merge_checkpoints
-from resm_kernels.engine.device import devices_of
+from resm_kernels.engine import MergeError, cuda_device, merge_checkpoints
+from resm_kernels.engine.devices import devices_by_name
 from resm_kernels.ops import aggregate
 
 
@@ -42,7 +42,7 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, current: int = 0) -> N
 )
 def test_devices_by_name(monkeypatch: pytest.MonkeyPatch, name: Any, count: int, wanted: list[str]) -> None:
     see_gpus(monkeypatch, count, current=1)
-    assert [str(device) for device in devices_of(name)] == wanted
+    assert [str(device) for device in devices_by_name(name)] == wanted
 
 
 @pytest.mark.parametrize(
@@ -61,22 +61,22 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch, name: Any, count: int,
 def test_devices_that_there_are_not(monkeypatch: pytest.MonkeyPatch, name: str, count: int, problem: str) -> None:
     see_gpus(monkeypatch, count)
     with pytest.raises(ValueError, match=f"^device: {problem}"):
-        devices_of(name)
+        devices_by_name(name)
 
 
 def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("mem_get_info", (70, 100)), ("memory_reserved", 15), ("memory_allocated", 5)):
         monkeypatch.setattr(torch.cuda, name, lambda place, value=value: value)
     place = torch.device("cuda:0")
-    assert cuda._memory_of(place, None) == 64  # 0.8 of what is free, or is torch's and not in use
-    assert cuda._memory_of(place, 100) == 100
+    assert cuda_device._memory_limit(place, None) == 64  # 0.8 of what is free, or is torch's and not in use
+    assert cuda_device._memory_limit(place, 100) == 100
     with pytest.raises(ValueError, match="device_memory: got 101 B, but cuda:0 has 100 B in all"):
-        cuda._memory_of(place, 101)
+        cuda_device._memory_limit(place, 101)
 
 
 def test_busy_seconds_count_what_overlaps_once() -> None:
-    assert cuda.covered([]) == 0
-    assert cuda.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (6.0, 7.0)]) == 5.0
+    assert cuda_device.covered([]) == 0
+    assert cuda_device.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (6.0, 7.0)]) == 5.0
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[LateDevice]]:
         see_gpus(monkeypatch, count)
         for name, value in (("mem_get_info", (10**9, 2 * 10**9)), ("memory_reserved", 0), ("memory_allocated", 0)):
             monkeypatch.setattr(torch.cuda, name, lambda place, value=value: value)
-        monkeypatch.setattr(cuda, "CudaDevice", open_one)
+        monkeypatch.setattr(cuda_device, "CudaDevice", open_one)
         return opened
 
     return make

@@ -1,20 +1,22 @@
-"""What RESM sees in a recipe's models: sparsity, outlier mass, weights and ranks of every tensor, on demand spectra."""
+"""RESM's statistics of a recipe's models: sparsity, outlier mass, weights and ranks of every tensor, and spectra."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint import parse_size
+from resm_kernels.checks import NonFiniteError
+from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.models import MergeError
+from resm_kernels.engine.pipeline import Pipeline
 from resm_kernels.engine.plan import TensorJob, plan_merge
-from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline, Window
+from resm_kernels.engine.window import Window
 from resm_kernels.linalg import (
     decay_exponent,
     decompose_list,
@@ -25,8 +27,8 @@ from resm_kernels.linalg import (
 )
 from resm_kernels.linalg._products import task_matrix
 from resm_kernels.methods import get
-from resm_kernels.methods.resm import LayerPlan, layer_plan
-from resm_kernels.ops import NonFiniteError
+from resm_kernels.methods.resm import layer_plan
+from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
 
 _STATISTICS = (
@@ -42,7 +44,7 @@ _STATISTICS = (
     "n_nonfinite",
 )
 _SAMPLES: Final = 64
-"""Most points of a spectrum that are kept: enough to draw it, and a bound for the JSON of a large model."""
+"""The most points of a spectrum that are stored: enough to draw it, and a bound on the JSON of a large model."""
 
 
 @dataclass(frozen=True)
@@ -120,8 +122,8 @@ class TensorStats:
 def checkpoint_stats(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
     *,
-    memory_limit: str | int = DEFAULT_WINDOW,
-    progress: Any = None,
+    memory_limit: str | int = MergeOptions.memory_limit,
+    progress: Callable[[int, int], None] | None = None,
     spectra: bool = False,
 ) -> list[TensorStats]:
     """Return RESM's statistics for every floating-point tensor, with the recipe's parameters if it is a RESM recipe.
@@ -140,26 +142,16 @@ def checkpoint_stats(
     if recipe.merge_method != "resm":
         recipe = _as_resm(recipe)
     rows: list[TensorStats] = []
-    with plan_merge(recipe, memory_limit=memory_limit, dense=True) as plan:
+    options = MergeOptions(memory_limit=memory_limit)
+    with plan_merge(recipe, options=options, dense=True) as plan:
         jobs = [replace(j, output_bytes=0) for j in plan.jobs if not j.copied]
         if spectra:
-            jobs = [replace(j, workspace=max(j.workspace, _workspace(j))) for j in jobs]
+            jobs = [replace(j, workspace=max(j.workspace, _spectra_workspace(j))) for j in jobs]
 
-        def compute(job: Job, tensors: list[Tensor]) -> None:
-            assert isinstance(job, TensorJob)
-            try:
-                found = layer_plan(tensors[0], tensors[1:], **job.parameters)
-                row = _row(job, found)
-                if spectra and found.spectral:
-                    method = "exact" if job.parameters.get("decomposition") == "exact" else "gram"
-                    row = replace(row, spectra=tensor_spectra(tensors[0], tensors[1:], found.ranks, method))
-                rows.append(row)
-            except NonFiniteError as error:
-                problem = f"{error.count} NaN or infinite values in {job.folder(error.index)}"
-                rows.append(TensorStats(job.name, job.shape, False, [], [], [], [], {}, problem))
+        def compute(job: TensorJob, tensors: list[Tensor]) -> None:
+            rows.append(_tensor_stats(job, tensors[0], tensors[1:], spectra=spectra))
 
-        window = Window.fit(jobs, parse_size(memory_limit, "memory_limit"))
-        Pipeline(jobs=jobs, window=window, compute=compute, progress=progress).run()
+        Pipeline(jobs, Window.for_cpu(jobs, options.window_bytes), CpuExecutor(compute), progress=progress).run()
     return rows
 
 
@@ -173,12 +165,12 @@ def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int]
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
-    found = decompose_list([task_matrix(base, expert) for expert in experts], method)
-    parts = [d.truncate(k) for d, k in zip(found, ranks, strict=True)]
-    values = [d.singular_values.cpu() for d in found]
-    del found
+    decompositions = decompose_list([task_matrix(base, expert) for expert in experts], method)
+    truncated = [d.truncate(k) for d, k in zip(decompositions, ranks, strict=True)]
+    values = [d.singular_values.cpu() for d in decompositions]
+    del decompositions
     indices = _log_spaced(min(base.shape))
-    shared = task_interference(parts)
+    overlap = task_interference(truncated)
     return Spectra(
         indices=indices,
         values=[_relative(v)[torch.tensor(indices) - 1].tolist() for v in values],
@@ -190,14 +182,14 @@ def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int]
         rank_90=[energy_rank(v, 0.9) for v in values],
         rank_99=[energy_rank(v, 0.99) for v in values],
         decay=[decay_exponent(v) for v in values],
-        kept=[p.core.shape[0] for p in parts],
-        left_overlap=shared.left,
-        right_overlap=shared.right,
-        left_expected=shared.left_expected,
-        right_expected=shared.right_expected,
-        interference=shared.interference,
-        interference_expected=shared.expected,
-        sti=shared.sti,
+        kept=[p.core.shape[0] for p in truncated],
+        left_overlap=overlap.left,
+        right_overlap=overlap.right,
+        left_expected=overlap.left_expected,
+        right_expected=overlap.right_expected,
+        interference=overlap.interference,
+        interference_expected=overlap.expected,
+        sti=overlap.sti,
     )
 
 
@@ -211,7 +203,7 @@ def _relative(values: Tensor) -> Tensor:
     return values / values[0] if float(values[0]) > 0 else values
 
 
-def _workspace(job: TensorJob) -> int:
+def _spectra_workspace(job: TensorJob) -> int:
     """Bytes `tensor_spectra` allocates: task vectors, Gram matrices and what eigh makes of them, bases, their products.
 
     All experts are in memory at once, each solved by a thread of its own at most; the ranks of all together are at most
@@ -253,20 +245,31 @@ def _as_resm(recipe: Recipe) -> Recipe:
     return load_recipe({key: value for key, value in data.items() if value is not None})
 
 
-def _row(job: TensorJob, found: LayerPlan) -> TensorStats:
-    statistics = {name: _numbers(getattr(found.stats, name)) for name in _STATISTICS}
-    statistics["mean"] = _numbers(found.stats.mean())
-    statistics["rms"] = _numbers(found.stats.rms())
-    return TensorStats(
-        name=job.name,
-        shape=found.shape,
-        spectral=found.spectral,
-        sparsity=found.sparsity,
-        outlier_mass=found.outlier_mass,
-        weights=found.weights,
-        ranks=found.ranks,
-        statistics=statistics,
-    )
+def _tensor_stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> TensorStats:
+    """Return the statistics of one tensor, or an entry that says why it has none."""
+    try:
+        plan = layer_plan(base, experts, **job.parameters)
+        tensor_stats = TensorStats(
+            name=job.name,
+            shape=plan.shape,
+            spectral=plan.spectral,
+            sparsity=plan.sparsity,
+            outlier_mass=plan.outlier_mass,
+            weights=plan.weights,
+            ranks=plan.ranks,
+            statistics={
+                **{name: _numbers(getattr(plan.stats, name)) for name in _STATISTICS},
+                "mean": _numbers(plan.stats.mean()),
+                "rms": _numbers(plan.stats.rms()),
+            },
+        )
+        if spectra and plan.spectral:
+            method = "exact" if job.parameters.get("decomposition") == "exact" else "gram"
+            return replace(tensor_stats, spectra=tensor_spectra(base, experts, plan.ranks, method))
+        return tensor_stats
+    except NonFiniteError as error:
+        problem = f"{error.count} NaN or infinite values in {job.folder(error.index)}"
+        return TensorStats(job.name, job.shape, False, [], [], [], [], {}, problem)
 
 
 def _numbers(tensor: Tensor) -> list[float | int]:

@@ -48,13 +48,13 @@ class Vocabulary:
         self._models = models
         self._entries = entry.tokens
         self._base = recipe.base_model
-        self._named = {same_place(source.model): model for source, model in models.of.items()}
+        self._named = {same_place(source.model): model for source, model in models.by_source.items()}
         self._rows_of: dict[Path, list[int]] = {}
         self._named[same_place(recipe.reference)] = models.reference
 
     def inputs(self, tensor: OutputTensor) -> tuple[tuple[CheckpointReader, TensorInfo], ...]:
         """The inputs of one vocabulary tensor, all with a row for every token of the output."""
-        models = [self._models.of[source] for source in tensor.piece.sources]
+        models = [self._models.by_source[source] for source in tensor.piece.sources]
         rows = _Rows([(m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True)])
         own = [self._own(model) for model in models]
         base = next((i for i, s in enumerate(tensor.piece.sources) if self._base and s.is_model(self._base)), None)
