@@ -54,10 +54,13 @@ def _common(
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
 MemoryOption = Annotated[
-    str, typer.Option("--memory-limit", help="Tensor data in flight; more only if the largest tensor needs it.")
+    str,
+    typer.Option(
+        "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing line.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
 
 @app.command(epilog="mergekit-yaml's options are understood too (docs/recipes.md).")
@@ -70,7 +73,9 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
     ] = MergeOptions.overwrite,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, memory and size; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, memory and output size; write nothing.")
+    ] = False,
     memory_limit: MemoryOption = str(MergeOptions.memory_limit),
     threads: ThreadsOption = MergeOptions.threads,
     device: Annotated[
@@ -147,7 +152,7 @@ def run_mergekit(
 def stats(
     recipe: RecipeArgument,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON; '-' prints them.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON; '-' prints the JSON.")
     ] = None,
     spectra: Annotated[
         bool, typer.Option("--spectra", help="Also decompose: singular values, effective ranks, task interference.")
@@ -158,7 +163,7 @@ def stats(
     memory_limit: MemoryOption = str(MergeOptions.memory_limit),
     quiet: QuietOption = False,
 ) -> None:
-    """Show what RESM sees in each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks.
+    """Show RESM's statistics of each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks.
 
     With --spectra, also how the task vectors' singular values decay and how far the experts' subspaces overlap.
     """
@@ -179,7 +184,7 @@ def stats(
         rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress, spectra=spectra)
     experts = [source.model for source in checked.parts[0].slices[0].experts]
     if json_file is None or str(json_file) != "-":
-        # A pipe or a file has no width to fit into: wide enough that no column folds.
+        # A pipe or a file has no width that the table has to fit into: it is made so wide that no column folds.
         wide = 300 if spectra else 200
         Console(width=None if sys.stdout.isatty() else wide).print(stats_table(rows))
     if plot is not None:
@@ -196,7 +201,7 @@ def stats(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Show version, live kernels, CPU features, threads and GPUs, for bug reports and to see what is fast here."""
+    """Show version, the kernels that run, CPU features, threads and GPUs: for bug reports, and to see what is fast."""
     with _loading():
         import platform
 
@@ -266,16 +271,16 @@ def extract_lora(
 
 
 def _terminate(signum: int, _: Any) -> None:
-    # An exception, not the default's sudden end, so that the unfinished output folder is removed.
+    # An exception lets the unfinished output folder be removed; by default the process would end at once.
     raise SystemExit(128 + signum)
 
 
 def main() -> None:
-    """Entry point of the command: runs it and turns exceptions into one line and an exit code."""
+    """Run the command line, and turn an exception into one line on stderr and an exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:
-        app(_arguments(sys.argv[1:]))
+        app(_translated(sys.argv[1:]))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except Exception as error:
@@ -287,18 +292,18 @@ def main() -> None:
         _fail(f"{kind}{error}{hint}", 1)
 
 
-def _arguments(given: list[str]) -> list[str]:
-    """The command line with mergekit-yaml's options of `merge` put in our words."""
-    command = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
-    if given[command : command + 1] != ["merge"]:
-        return given
+def _translated(arguments: list[str]) -> list[str]:
+    """Return the command line with the options of mergekit-yaml's that `merge` accepts translated."""
+    command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    if arguments[command : command + 1] != ["merge"]:
+        return arguments
     try:
-        ours, notes = translate(given[command + 1 :])
+        translated, notes = translate(arguments[command + 1 :])
     except ValueError as error:
         _fail(str(error), 2)
     for note in notes:
         print(f"no effect: {note}", file=sys.stderr)
-    return [*given[: command + 1], *ours]
+    return [*arguments[: command + 1], *translated]
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from resm_kernels.engine import MergeReport, TensorStats
 
 _LINE_EVERY: Final = 10.0
-"""Seconds between progress lines where there is no terminal to draw a bar on."""
+"""Seconds between progress lines where the output is no terminal, so that no bar can be drawn."""
 
 
 def closing_line(report: MergeReport) -> str:
-    """Return the line that ends a merge: what, how long, where, and how busy GPUs were."""
+    """Return the last line of a merge: number of tensors, method, seconds, bytes, how busy GPUs were, output folder."""
     busy = ", ".join(f"{use.name} {report.busy_share(use):.0%}" for use in report.devices)
     return (
         f"merged {report.tensors} tensors with {report.method} in {report.seconds:.1f} s "
@@ -34,7 +34,10 @@ def closing_line(report: MergeReport) -> str:
 
 @contextlib.contextmanager
 def progress_display(console: Console, title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a `progress(done, total)` callback: a bar in bytes with the time left on a terminal, else plain lines."""
+    """Yield a `progress(done, total)` callback, or None if `quiet`.
+
+    On a terminal it draws a bar with bytes and the time left, elsewhere it prints plain lines.
+    """
     if quiet:
         yield None
     elif console.is_terminal:
@@ -55,6 +58,8 @@ def progress_display(console: Console, title: str, *, quiet: bool) -> Iterator[C
 
 
 class _Lines:
+    """Prints a line of progress every `_LINE_EVERY` seconds."""
+
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
         self._started = self._last = time.monotonic()
@@ -69,15 +74,15 @@ class _Lines:
 
 
 def stats_table(rows: Sequence[TensorStats]) -> Table:
-    """Return the table of statistics: one row per tensor, each expert's figures separated by slashes.
+    """Return the table of statistics: one row per tensor, the experts' figures separated by slashes.
 
-    Spectra, where there are any, add effective ranks, decay exponents, and the interference with what random subspaces
-    would have beside it; the rest of them is in the JSON.
+    If there are spectra, the table also has effective ranks, decay exponents and the interference, with the expected
+    interference of random subspaces in parentheses. The JSON has all figures of the spectra.
     """
     table = Table(title="RESM statistics (one figure per expert)", title_justify="left")
     with_spectra = any(row.spectra is not None for row in rows)
-    for name, justify in (("tensor", "left"), ("shape", "right")):
-        table.add_column(name, justify=justify, no_wrap=name == "shape")  # type: ignore[arg-type]
+    table.add_column("tensor")
+    table.add_column("shape", justify="right", no_wrap=True)
     names = ["sparsity", "outlier mass", "weight", "rank"]
     for name in names + (["effective rank", "decay", "interference (random)"] if with_spectra else []):
         table.add_column(name, justify="right")
@@ -109,7 +114,7 @@ def _per_expert(values: Sequence[float | int], spec: str) -> str:
 
 
 def stats_json(rows: Sequence[TensorStats], experts: Sequence[str]) -> str:
-    """Return all statistics as JSON; a value that is not finite becomes null, which every reader accepts."""
+    """Return all statistics as JSON. A value that is not finite becomes null, because JSON has no NaN or infinity."""
     return to_json({"experts": list(experts), "tensors": [asdict(row) for row in rows]})
 
 

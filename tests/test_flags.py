@@ -1,4 +1,4 @@
-"""mergekit-yaml's options on our command line."""
+"""Options of mergekit-yaml on this command line."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_command_lines_of_mergekit_users_work(
     assert not list(family.out.glob("*tokenizer*")) and not (family.out / "README.md").exists()
     for flag, why in [
         ("--unsafe-truncate-embeddings", "tokenizer_source: base"),
-        ("--out-shard-size", "missing value"),
+        ("--out-shard-size", "got no value, need one"),
     ]:
         code, err = run(monkeypatch, capsys, "merge", recipe, family.out, flag)
         assert code == 2 and err.startswith(f"error: {flag}: ") and why in err

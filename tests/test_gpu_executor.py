@@ -74,7 +74,7 @@ def started(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
 
 
 def check_sum(job: Job, total: Tensor) -> None:
-    assert total.is_back  # not the device's own
+    assert total.is_back  # the check gets the values that were copied out, not those on the device
     if "bad" in job.name or not torch.isfinite(total).all():
         raise MergeError(f"{job.name} is bad")
 
