@@ -93,15 +93,15 @@ def test_jobs_have_the_results_of_the_cpu(count: int, limit: int) -> None:
 def test_merged_files_are_the_cpus(family: Family, method: str) -> None:
     recipe = family.recipe(method, parameters={"density": 0.3} if method == "ties" else {})
     merge_checkpoints(recipe, family.out)
-    wanted = load_model(family.out)
+    expected = load_model(family.out)
     with plan_merge(recipe) as plan:
         need = max(map(device_need, plan.jobs))
     for i, choices in enumerate([{}, {"memory_limit": 1}, {"device_memory": need}, {"max_shard_size": "20kB"}]):
         out = family.root / f"out{i}"
         report = merge_checkpoints(recipe, out, device="cuda:all", **choices)
         found = load_model(out)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert sum(use.tensors for use in report.devices) == len(wanted)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert sum(use.tensors for use in report.devices) == len(expected)
         assert all(use.memory_peak <= use.memory_limit for use in report.devices)
         assert sum(report.busy_share(use) for use in report.devices) > 0
         assert all(report.busy_share(use) <= 1 for use in report.devices)

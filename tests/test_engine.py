@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +17,15 @@ from checkpoints import LAYERS, Family, llama_config, load_model, random_weights
 
 from resm_kernels import merge_state_dicts
 from resm_kernels.checkpoint import CheckpointReader, TensorInfo
-from resm_kernels.engine import MergeError, MergeOptions, Window, checkpoint_stats, merge_checkpoints, plan_merge
+from resm_kernels.engine import (
+    MergeError,
+    MergeOptions,
+    Window,
+    carry_out,
+    checkpoint_stats,
+    merge_checkpoints,
+    plan_merge,
+)
 from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.pipeline import Pipeline
 from resm_kernels.engine.ring import Ring
@@ -61,6 +72,20 @@ def test_result_depends_on_neither_window_nor_threads_nor_shards(family: Family)
         out = family.root / f"out{i}"
         merge_checkpoints(recipe, out, **choices)
         assert same(load_model(out), expected)
+
+
+def test_options_are_checked_once_and_have_the_defaults_of_merge_checkpoints(family: Family) -> None:
+    options = MergeOptions(memory_limit="1MiB", max_shard_size=3)
+    assert (options.window_bytes, options.shard_bytes, options.device_bytes) == (2**20, 3, None)
+    for name, value in (("memory_limit", "much"), ("max_shard_size", 0), ("device_memory", "1X"), ("threads", 0)):
+        with pytest.raises(ValueError, match=f"^{name}: got "):
+            MergeOptions(**{name: value})
+    parameters = inspect.signature(merge_checkpoints).parameters
+    names = [field.name for field in dataclasses.fields(MergeOptions) if field.init]
+    assert {name: parameters[name].default for name in names} == {name: getattr(MergeOptions, name) for name in names}
+    assert set(parameters) == {*names, "recipe", "out", "progress"}
+    with plan_merge(family.recipe()) as plan, pytest.raises(ValueError, match="without an output folder"):
+        carry_out(plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -216,6 +241,31 @@ def test_reader_runs_ahead_only_as_far_as_the_ring_goes(family: Family) -> None:
     assert same(written, family.base)
     assert max(seen) <= window.bound <= 60_000
     assert max(seen) > 2 * max(j.input_segment for j in jobs) - 1
+
+
+def test_an_error_of_the_computation_is_raised_when_the_tensors_before_are_written(family: Family) -> None:
+    reader = CheckpointReader(family.base_folder)
+    jobs = [Job(info.name, ((reader, info),), info.nbytes, 0) for info in reader.tensors.values()]
+    written: list[str] = []
+    reported: list[int] = []
+
+    def compute(job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+        if job is jobs[7]:
+            raise MergeError("bad tensor")
+        return tensors[0]
+
+    def write(job: Job, result: torch.Tensor) -> None:
+        time.sleep(0.002)
+        written.append(job.name)
+
+    window = Window.for_cpu(jobs, 60_000)
+    pipeline = Pipeline(jobs, window, CpuExecutor(compute), write, lambda done, total: reported.append(done))
+    before = threading.active_count()
+    with pytest.raises(MergeError, match="bad tensor"):
+        pipeline.run()
+    assert written == [job.name for job in jobs[:7]]
+    assert reported == [sum(job.nbytes for job in jobs[: i + 1]) for i in range(len(reported))]
+    assert threading.active_count() == before
 
 
 def test_window_reads_only_so_far_ahead_however_much_memory_it_may_take() -> None:

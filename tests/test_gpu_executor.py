@@ -246,12 +246,12 @@ def test_tensors_go_to_the_device_with_the_fewest_bytes_under_way() -> None:
         return started(job, tensors)
 
     Run(jobs, devices, compute=compute)()
-    wanted, held = [], [0, 0]
+    expected, held_bytes = [], [0, 0]
     for job in jobs:
-        wanted.append(held.index(min(held)))
-        held[wanted[-1]] += device_need(job)
-    assert [went[j.name] for j in jobs] == wanted
-    assert wanted != [0, 1, 0, 1, 0, 1]
+        expected.append(held_bytes.index(min(held_bytes)))
+        held_bytes[expected[-1]] += device_need(job)
+    assert [went[j.name] for j in jobs] == expected
+    assert expected != [0, 1, 0, 1, 0, 1]
 
 
 def failing(stage: str, at: int, error: BaseException) -> Callable[[str], None]:
@@ -404,15 +404,15 @@ def test_memory_that_cannot_be_pinned_is_an_error_before_anything_is_read() -> N
 )
 def test_segments_of_a_ring_never_overlap_in_whatever_order_they_come_back(size, steps) -> None:
     ring, live = Ring(size, 0), {}
-    for wanted, which, give_back in steps:
+    for nbytes, index, give_back in steps:
         if give_back and live:
-            start = list(live)[which % len(live)]
+            start = list(live)[index % len(live)]
             del live[start]
             ring.free(start)
-        elif wanted <= size and (start := ring.allocate(wanted)) is not None:
-            assert 0 <= start <= size - wanted
-            assert all(start + wanted <= s or s + n <= start for s, n in live.items())
-            live[start] = wanted
+        elif nbytes <= size and (start := ring.allocate(nbytes)) is not None:
+            assert 0 <= start <= size - nbytes
+            assert all(start + nbytes <= s or s + n <= start for s, n in live.items())
+            live[start] = nbytes
         assert sum(live.values()) <= ring.used <= size
     for start in list(live):
         ring.free(start)

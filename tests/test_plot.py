@@ -94,11 +94,11 @@ def test_positions(name: str, position: tuple[str, int | None]) -> None:
 
 
 def test_kinds_are_limited_to_the_commonest() -> None:
-    places = {
+    positions = {
         f"layers.{i}.part{j}.weight": _position(f"layers.{i}.part{j}.weight") for j in range(15) for i in range(j + 1)
     }
-    _limit_kinds(places, places)
-    kinds = {p.kind for p in places.values()}
+    _limit_kinds(positions, positions)
+    kinds = {p.kind for p in positions.values()}
     assert kinds == {"other", *(f"part{j}" for j in range(4, 15))}
 
 

@@ -22,8 +22,8 @@ def family(tmp_path: Path) -> Family:
 
 
 def source(folder: Path, first: int, end: int, **parameters: Any) -> dict[str, Any]:
-    own = {"parameters": parameters} if parameters else {}
-    return {"model": str(folder), "layer_range": [first, end]} | own
+    settings = {"parameters": parameters} if parameters else {}
+    return {"model": str(folder), "layer_range": [first, end]} | settings
 
 
 def by_mergekit(recipe: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:

@@ -51,9 +51,9 @@ class Vocabularies:
         for i, (folder, (words, added)) in enumerate(zip(self.folders, self.words, strict=True)):
             rows = len(words) + len(added) + (3 if i == 0 else 0)  # the base's embedding has rows that no token uses
             shape = {"layers": 1, "vocabulary": rows}
-            own = random_weights(i + 7, dtype, **shape)
+            with_vocabulary = random_weights(i + 7, dtype, **shape)
             tuned = fine_tuned(random_weights(0, dtype, **shape), i)
-            self.weights.append(tuned | {name: own[name] for name in (EMBEDDING, HEAD)})
+            self.weights.append(tuned | {name: with_vocabulary[name] for name in (EMBEDDING, HEAD)})
             save_model(folder, self.weights[-1], llama_config(num_hidden_layers=1, vocab_size=rows))
             save_tokenizer(folder, words, added)
 
