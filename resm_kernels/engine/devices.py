@@ -18,11 +18,9 @@ class Mark(Protocol):
 
     def is_reached(self) -> bool:
         """Return True if the device has done all work up to this point."""
-        ...
 
     def wait(self) -> None:
         """Return when the device has done all work up to this point."""
-        ...
 
 
 class Device(Protocol):
@@ -41,33 +39,27 @@ class Device(Protocol):
 
     def pinned(self, memory: Tensor) -> AbstractContextManager[None]:
         """Pin this CPU memory within the context, so that every device copies from and to it asynchronously."""
-        ...
 
     def copy_in(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Mark]:
         """Begin to copy tensors to the device.
 
         Until the mark is reached the copies are incomplete and `tensors` are in use.
         """
-        ...
 
     def run(self, function: Callable[[list[Tensor]], R], inputs: list[Tensor], arrived: Mark) -> R:
         """Call a function that works on tensors on the device; its work starts when `arrived` is reached."""
-        ...
 
     def copy_out(self, result: Tensor, out: Tensor, small: Sequence[Tensor]) -> tuple[list[Tensor], Mark]:
         """Begin to copy `result` to `out`, and each small tensor to new CPU memory, after all that `run` has begun.
 
         Until the mark is reached the copies are incomplete and the tensors on the device are in use.
         """
-        ...
 
     def synchronize(self) -> None:
         """Wait for all work."""
-        ...
 
     def busy(self) -> float:
         """Return the seconds in which at least one copy or computation was running; called after `synchronize`."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -92,13 +92,12 @@ class GpuExecutor(Generic[JobT]):
                     queue.remove_returned()
                 with_room = [queue for queue in self._queues if queue.memory.has_room(job)]
                 if with_room:
-                    break
+                    self.run.timings.device_wait += time.perf_counter() - began
+                    return min(with_room, key=lambda queue: queue.memory.held)
                 # No device is empty: if one were that could hold the job, it would have room.
                 able = [queue for queue in self._queues if queue.memory.could_hold(job)]
                 returned = min(able, key=lambda queue: queue.memory.held).oldest_returned(self.run)
             returned.wait()
-        self.run.timings.device_wait += time.perf_counter() - began
-        return min(with_room, key=lambda queue: queue.memory.held)
 
     def _compute_all(self, queue: _DeviceQueue[JobT]) -> None:
         """The thread of a device."""
@@ -175,7 +174,7 @@ class _InFlightTensor(Generic[JobT]):
         self._queue: _DeviceQueue[JobT] | None = None
         self._inputs: list[Tensor] = []
         self._arrived: Mark | None = None
-        self._device_result: Tensor | None = None
+        self._result: Tensor | None = None
         self._checks: list[Check] = []
         self._check_values: list[Tensor] = []
         self._out: Tensor | None = None
@@ -204,13 +203,13 @@ class _InFlightTensor(Generic[JobT]):
         began, job = time.perf_counter(), self.job
         with self._out_of_memory_explained(queue):
             function = functools.partial(self._executor.compute, job)
-            result, self._checks = queue.device.run(function, self._inputs, self._arrived)
-            self._device_result = result
-            if result.nbytes != job.output_bytes:
-                raise MergeError(f"tensor {job.name!r}: merging it made {result.nbytes} bytes, need {job.output_bytes}")
-            self._out = self._executor.outputs.view(self._output_segment, result.dtype, result.shape)
+            # No local variable may hold the result: it would keep the memory after `drop_device_tensors`.
+            self._result, self._checks = queue.device.run(function, self._inputs, self._arrived)
+            if (nbytes := self._result.nbytes) != job.output_bytes:
+                raise MergeError(f"tensor {job.name!r}: merging it made {nbytes} bytes, need {job.output_bytes}")
+            self._out = self._executor.outputs.view(self._output_segment, self._result.dtype, self._result.shape)
             check_values = [values for values, _ in self._checks]
-            self._check_values, returned = queue.device.copy_out(result, self._out, check_values)
+            self._check_values, returned = queue.device.copy_out(self._result, self._out, check_values)
         queue.seconds += time.perf_counter() - began
         queue.tensors += 1
         self.returned = returned  # comes last, because other threads take it for the sign that all the rest is set
@@ -235,7 +234,7 @@ class _InFlightTensor(Generic[JobT]):
 
     def drop_device_tensors(self) -> None:
         """Drop all that is on the device, once all work on it is done; checks then are of the values copied out."""
-        self._inputs, self._device_result = [], None
+        self._inputs, self._result = [], None
         self._checks = [(values, check) for values, (_, check) in zip(self._check_values, self._checks, strict=True)]
 
     @contextlib.contextmanager

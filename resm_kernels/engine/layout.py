@@ -99,7 +99,7 @@ class _PartPlanner:
             }
 
     def whole(self, piece: Slice) -> Iterator[OutputTensor]:
-        """Every tensor under its own name, in the order of the reference model's files."""
+        """Yield every tensor under its name in the models, in the order of the reference model's files."""
         sources = piece.sources
         lead = next((s for s in sources if self._models.by_source[s] is self._models.reference), sources[0])
         for source in sources:
@@ -109,7 +109,7 @@ class _PartPlanner:
             yield OutputTensor(name, piece, (name,) * len(sources), depth, self._models.by_source[lead])
 
     def stacked(self) -> Iterator[OutputTensor]:
-        """The first slice's tensors before the layers, the slices' layers numbered anew, the last one's after them."""
+        """Yield the first slice's tensors before the layers, all layers renumbered, the last slice's after them."""
         slices = self._part.slices
         yield from self._outside(slices[0], before=True)
         for piece in slices:

@@ -106,19 +106,15 @@ class InFlightTensor(Protocol):
         Returns:
             The mark after which the inputs are no longer in use; None if they no longer are now.
         """
-        ...
 
     def is_completed(self) -> bool:
         """Return True if `result` need wait for a copy at most; called with the lock held."""
-        ...
 
     def result(self) -> Tensor | None:
         """Return the result, None if there is nothing to write, or raise its error; called by the writer's thread."""
-        ...
 
     def release(self) -> None:
         """Let the memory of the result be used again; called with the lock held, after writing."""
-        ...
 
 
 class Executor(Protocol[_JobT_contra]):
@@ -126,20 +122,16 @@ class Executor(Protocol[_JobT_contra]):
 
     def opened(self, run: Run, jobs: Sequence[_JobT_contra]) -> AbstractContextManager[None]:
         """Be ready for one run of these jobs within the context."""
-        ...
 
     def loops(self) -> list[tuple[str, Callable[[], None]]]:
         """Return the names of threads that the executor needs, each with the function that it runs."""
-        ...
 
     def reserve(self, job: _JobT_contra) -> InFlightTensor | None:
         """Return the job as an in-flight tensor, or None if there is no room for its result now; the lock is held."""
-        ...
 
     @property
     def bytes_held(self) -> int:
         """Bytes of the CPU's memory that results and workspace take now; read with the lock held."""
-        ...
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""From a recipe to a list of tensor jobs: opens the models, checks that they fit together, plans the output."""
+"""Makes a plan of a recipe: opens the models, checks that they fit together, and lists the jobs and output files."""
 
 from __future__ import annotations
 
@@ -227,7 +227,11 @@ class _JobPlanner:
                 self._shapes.setdefault(_kind(name), set()).add(info.shape)
 
     def job(self, tensor: OutputTensor) -> TensorJob:
-        """Return the job, with the tensors it reads checked to fit."""
+        """Return the job of one output tensor.
+
+        Raises:
+            MergeError: The tensors that it reads do not fit together.
+        """
         piece, method = tensor.piece, self._recipe.method
         models = [self._models.by_source[source] for source in piece.sources]
         inputs = tuple((m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True))

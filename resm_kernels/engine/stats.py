@@ -49,25 +49,28 @@ _SAMPLES: Final = 64
 
 @dataclass(frozen=True)
 class Spectra:
-    """Singular values of one matrix's task vectors Δ_t and how far their subspaces coincide; lists as in TensorStats.
+    """Singular values of one matrix's task vectors Δ_t, and overlaps of their dominant subspaces.
+
+    Lists have one entry per expert, lists of lists one per pair of experts or per expert and singular value.
 
     Attributes:
-        indices: i of the singular values that `values` holds: at most 64 from 1 to r, evenly spaced on a log scale.
-        values: σ_i/σ_1 there, for each expert.
+        indices: The i of the singular values in `values`: at most 64 from 1 to r, evenly spaced on a log scale.
+        values: σ_i/σ_1 at these indices, for each expert.
         largest: σ_1.
         frobenius: ‖Δ_t‖_F.
         nuclear: ‖Δ_t‖_*, the sum of the singular values.
         effective_rank: exp of the entropy of σ/Σσ (Roy and Vetterli 2007).
         stable_rank: ‖Δ_t‖_F²/σ_1².
-        rank_90, rank_99: The smallest rank with that share of ‖Δ_t‖_F².
-        decay: α of σ_i ∝ i^−α (`linalg.decay_exponent`); NaN where there are too few.
+        rank_90, rank_99: The smallest rank that has 90 % and 99 % of ‖Δ_t‖_F².
+        decay: α of σ_i ∝ i^−α (`linalg.decay_exponent`); NaN where there are too few singular values.
         kept: k_t of the subspaces compared below: RESM's rank, or the numerical rank if that is smaller.
-        left_overlap: ‖U_sᵀU_t‖_F²/min(k_s, k_t) of every two experts: 0 orthogonal, 1 contained.
-        right_overlap: The same of V.
-        left_expected, right_expected: What random subspaces of these ranks have on average.
-        interference: Share of an expert's squared norm within the subspaces of another (`linalg.task_interference`).
-        interference_expected: What random subspaces have on average.
-        sti: Singular task interference of arXiv 2412.00081, of the truncated task vectors.
+        left_overlap: ‖U_sᵀU_t‖_F²/min(k_s, k_t) of every two experts: 0 if orthogonal, 1 if one contains the other.
+        right_overlap: The same for V.
+        left_expected, right_expected: The mean overlaps of random subspaces of these ranks.
+        interference: The share of an expert's squared norm within the subspaces of another
+            (`linalg.task_interference`).
+        interference_expected: The mean interference of random subspaces.
+        sti: Singular task interference (arXiv 2412.00081) of the truncated task vectors.
     """
 
     indices: list[int]
@@ -92,19 +95,19 @@ class Spectra:
 
 @dataclass(frozen=True)
 class TensorStats:
-    """RESM's view of one tensor; lists have one entry per expert.
+    """RESM's statistics of one tensor; lists have one entry per expert.
 
     Attributes:
         name: The tensor.
         shape: Its shape.
         spectral: True if RESM decomposes it, False if it averages its task vectors.
-        sparsity: s_t, share of weights the expert left (nearly) unchanged.
-        outlier_mass: a_t, Σ|δ| of the outliers per parameter.
-        weights: w_t, mean 1 before user weights.
+        sparsity: s_t, the share of weights that the expert changed by no more than ε.
+        outlier_mass: a_t, Σ|δ| over the outliers divided by the number of parameters.
+        weights: w_t, whose mean is 1 before they are multiplied by the recipe's weights.
         ranks: k_t; empty if not spectral.
         statistics: Every statistic of the task vectors by name.
-        problem: Why there are none (NaN or infinite values), else None.
-        spectra: Singular values and overlaps, where they were asked for and RESM decomposes the tensor; else None.
+        problem: Why there are no statistics (NaN or infinite values), else None.
+        spectra: Singular values and overlaps if they were asked for and RESM decomposes the tensor, else None.
     """
 
     name: str
@@ -126,12 +129,21 @@ def checkpoint_stats(
     progress: Callable[[int, int], None] | None = None,
     spectra: bool = False,
 ) -> list[TensorStats]:
-    """Return RESM's statistics for every floating-point tensor, with the recipe's parameters if it is a RESM recipe.
+    """Return RESM's statistics of every floating-point tensor of a recipe's models.
 
-    A tensor with NaN or infinite values gets an entry that says so instead of failing: this is the command to find it
-    with. `spectra` adds singular values and overlaps of every tensor that RESM decomposes, and takes as long as a
-    merge does. Other arguments and errors are those of `merge_checkpoints`; a recipe without a base model is a
-    MergeError.
+    They are computed with the recipe's parameters if its method is RESM, else with RESM's defaults. A tensor with NaN
+    or infinite values is no error, but gets an entry that says so, so that damaged models can be found.
+
+    Args:
+        recipe: As for `merge_checkpoints`.
+        memory_limit: As for `merge_checkpoints`.
+        progress: As for `merge_checkpoints`; tensors count when their statistics are complete.
+        spectra: Also return singular values and overlaps of every tensor that RESM decomposes, which takes as long as a
+            merge.
+
+    Raises:
+        MergeError: The recipe has no base model, or merges different experts in different layers.
+        RecipeError, CheckpointError: As for `merge_checkpoints`.
     """
     recipe = load_recipe(recipe)
     if recipe.base_model is None:
@@ -156,12 +168,12 @@ def checkpoint_stats(
 
 
 def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int], method: str = "gram") -> Spectra:
-    """Spectra of one tensor's task vectors, and overlaps of their dominant subspaces.
+    """Return the spectra of one tensor's task vectors, and overlaps of their dominant subspaces.
 
     Args:
         base, experts: Matrices of one shape, finite.
-        ranks: k_t, how many directions of each expert are compared.
-        method: As for `linalg.decompose`, which has all singular values.
+        ranks: k_t, the number of dominant directions of each expert that are compared.
+        method: A method of `linalg.decompose` that computes all singular values.
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
@@ -194,20 +206,22 @@ def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int]
 
 
 def _log_spaced(r: int) -> list[int]:
-    """At most `_SAMPLES` different integers from 1 to r."""
+    """Return at most `_SAMPLES` different integers from 1 to r, evenly spaced on a log scale."""
     steps = _SAMPLES - 1
     return list(range(1, r + 1)) if r <= _SAMPLES else sorted({round(r ** (i / steps)) for i in range(_SAMPLES)})
 
 
 def _relative(values: Tensor) -> Tensor:
+    """Return σ_i/σ_1, or zeros if σ_1 is 0."""
     return values / values[0] if float(values[0]) > 0 else values
 
 
 def _spectra_workspace(job: TensorJob) -> int:
-    """Bytes `tensor_spectra` allocates: task vectors, Gram matrices and what eigh makes of them, bases, their products.
+    """Return the bytes that `tensor_spectra` allocates at most.
 
-    All experts are in memory at once, each solved by a thread of its own at most; the ranks of all together are at most
-    r. Peaks measured with two threads were half of this.
+    These are task vectors, Gram matrices, the results of eigh, bases and their products. All experts are in memory at
+    once, each is solved by one thread, and the ranks of all experts together are at most r. Peaks measured with two
+    threads were half of this.
     """
     if len(job.shape) != 2:
         return 0
@@ -218,7 +232,7 @@ def _spectra_workspace(job: TensorJob) -> int:
 
 
 def _as_resm(recipe: Recipe) -> Recipe:
-    """The same models and slices, merged by RESM with its default parameters."""
+    """Return a recipe of the same models and slices that merges them by RESM with its default parameters."""
 
     def bare(entry: Any) -> Any:
         return entry.model_copy(update={"parameters": {}})
@@ -273,4 +287,5 @@ def _tensor_stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectr
 
 
 def _numbers(tensor: Tensor) -> list[float | int]:
+    """Return the values of a tensor, infinite ones as NaN."""
     return [v if isinstance(v, int) or math.isfinite(v) else math.nan for v in tensor.tolist()]
