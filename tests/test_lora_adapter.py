@@ -316,7 +316,7 @@ def test_output_takes_dtypes_and_files_of_an_adapters_base(family: Family) -> No
     assert (family.out / "tokenizer.json").is_file()
     with plan_merge(family.recipe(base_model=f"{family.base_folder}+{family.root / 'adapter1'}")) as plan:
         assert {job.dtype for job in plan.jobs} == {torch.bfloat16}
-        assert family.base_folder in plan.folders
+        assert family.base_folder in plan.models.folders
 
 
 def record_base(adapter: Path, name: str | None) -> None:
