@@ -46,9 +46,9 @@ _SCHEMA_TYPES: Final = {
 def declare(reference: Callable[P, R], *, cpu: Callable[P, R], gpu: Sequence[str] = ()) -> Callable[P, R]:
     """Define the operator `resm_kernels::<name of reference>`, choose its backends, and return what calls it.
 
-    The operator's schema follows from the annotations of `reference`, a function `f(*inputs, options)`, and of its options
-    record, whose fields become keywords of the operator: a torch dispatcher takes no records. Every backend is
-    called like the reference, with the inputs and the record.
+    The operator's schema follows from the annotations of `reference`, a function `f(*inputs, options)`, and of its
+    options record. The record's fields become keywords of the operator, because torch's dispatcher takes no records.
+    Every backend is called like the reference, with the inputs and the record.
 
     Args:
         reference: The op's definition in `resm_kernels.reference`. It serves every device, and tracing.

@@ -63,7 +63,10 @@ def task_matrix_fp32(base: Tensor | None, expert: Tensor) -> Tensor:
 
 
 def vector_layout(shape: Sequence[int], rows: bool) -> tuple[int, int]:
-    """How many vectors a tensor of this shape holds, and how long they are: its rows along the last dimension, or itself."""
+    """How many vectors a tensor of this shape holds, and how long they are.
+
+    The vectors are its rows along the last dimension, or, without `rows`, the whole tensor is one.
+    """
     if not rows or not len(shape):
         return 1, math.prod(shape)
     return math.prod(shape[:-1]), shape[-1]

@@ -72,7 +72,10 @@ def doubled_ranks(base: Tensor, experts: Sequence[Tensor], t: int) -> Tensor:
 
 
 def ranks_of(base: Tensor, experts: Sequence[Tensor], t: int) -> Tensor:
-    """The doubled ranks of Δ_t for kernels, as int32 where they fit; some rows at a time, which bounds what sorts take."""
+    """The doubled ranks of Δ_t for kernels, as int32 where they fit.
+
+    Some rows are ranked at a time, which bounds the memory that sorts take.
+    """
     columns = row_length(base)
     dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
     ranks = torch.empty(base.shape, dtype=dtype, device=base.device).view(-1, columns)
