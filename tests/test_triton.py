@@ -12,6 +12,7 @@ import math
 import pytest
 import torch
 from inputs import FLOATS, randn, same_bits, values
+from resm_kernels.triton.sketch import sketch
 from torch import Tensor
 from triton_device import DEVICE
 
@@ -40,7 +41,6 @@ from resm_kernels.triton.magnitude_threshold import magnitude_threshold
 from resm_kernels.triton.project import project
 from resm_kernels.triton.random_mask import random_mask
 from resm_kernels.triton.random_matrix import random_matrix
-from resm_kernels.triton.sketch import sketch
 from resm_kernels.triton.variance_mask import variance_mask
 
 LENGTHS = (1, 37, BLOCK, 2 * BLOCK + 5)

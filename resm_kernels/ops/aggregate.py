@@ -43,8 +43,9 @@ def aggregate(
     θ_t) is never written down. Element by element,
 
     1. the elements that are kept: δ_t = Δ_t where τ_t ≤ |Δ_t| ≤ κ_t (`thresholds`, `upper_thresholds`) and bit i of
-       `masks[t]` is set, else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv 2311.03099), DELLA (arXiv
-       2406.11617) and SCE (arXiv 2408.07990) by masks, which `random_mask` and `variance_mask` make;
+       `masks[t]` is set, else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv
+       2311.03099), DELLA (arXiv 2406.11617) and SCE (arXiv 2408.07990) use masks, which `random_mask` and
+       `variance_mask` make;
     2. its size: δ_t·r_t (`rescale`: 1/density as DARE has it, or Σ|Δ_t|/Σ|δ_t| from `kept_moments`, mergekit's);
     3. the rule. ``sum``: m = Σ_t w_t·r_t·δ_t (task arithmetic, arXiv 2212.04089; without a base the weighted average of
        models, arXiv 2203.05482). ``ties`` (arXiv 2306.01708): s = + where Σ_t v_t ≥ 0, else −; m = the Σ of the
