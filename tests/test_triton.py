@@ -17,8 +17,7 @@ from torch import Tensor
 from triton_device import DEVICE
 
 from resm_kernels.masks import packed
-from resm_kernels.ops import dispatch_table
-from resm_kernels.ops._library import gpu_kernel
+from resm_kernels.ops import dispatch_table, gpu_kernel
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import gram_product as reference_gram_product
