@@ -42,3 +42,10 @@ class NativeTensors:
         self.pointers = np.array([t.data_ptr() for t in self._kept], dtype=np.uint64)
         self.dtypes = np.array([FLOAT_DTYPES.index(t.dtype) for t in self._kept], dtype=np.int32)
         self.lengths = np.array([t.numel() for t in self._kept], dtype=np.int64)
+
+    def vectors(self, count: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pointers and dtype codes of the vectors of the tensors, each a table (vectors, tensors) row by row."""
+        sizes = np.array([t.element_size() for t in self._kept], dtype=np.uint64)
+        steps = np.arange(count, dtype=np.uint64)[:, None] * (np.uint64(length) * sizes)
+        pointers = self.pointers + steps
+        return pointers.reshape(-1), np.tile(self.dtypes, count)

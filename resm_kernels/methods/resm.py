@@ -36,7 +36,7 @@ from resm_kernels.methods._spectral import (
     spectral_workspace,
 )
 from resm_kernels.methods._task_matrices import check
-from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
+from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 
 SMALL = 1 << 17
 """Elements up to which a whole merge runs on one thread: sharing it out would cost more than it saves."""
@@ -207,8 +207,7 @@ def _weights(base: Tensor, experts: list[Tensor], stats: DeltaStats, c: _Choices
     """w_t of a matrix that is decomposed: (T,), or (T, m) with one weight for each row."""
     mass = stats.outlier_mass()
     if c.granularity == "row":
-        rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
-        mass = delta_stats_list(list(base.unbind(0)), rows, kappa=c.kappa).outlier_mass().mT
+        mass = delta_stats(base, experts, kappa=c.kappa, rows=True).outlier_mass()
     user = torch.tensor(c.weight, dtype=torch.float64).reshape(-1, *[1] * (mass.ndim - 1))
     return outlier_weights(mass.cpu(), c.beta) * user
 

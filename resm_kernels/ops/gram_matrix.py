@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import register
-from resm_kernels.ops.sketch import check_matrix
+from resm_kernels.checks import check_matrix
+from resm_kernels.ops._library import declare
 from resm_kernels.reference.gram_matrix import gram_matrix as _reference
 
 
@@ -37,8 +37,7 @@ def gram_matrix(x: Tensor) -> Tensor:
     bound.
     """
     check_matrix("x", x, "gram_matrix")
-    g: Tensor = torch.ops.resm_kernels.gram_matrix(x)
-    return g
+    return _gram_matrix(x)
 
 
 def _native(x: Tensor) -> Tensor:
@@ -49,4 +48,4 @@ def _native(x: Tensor) -> Tensor:
     return g
 
 
-register("gram_matrix", "(Tensor x) -> Tensor", reference=_reference, cpu=_native)
+_gram_matrix = declare(_reference, cpu=_native)

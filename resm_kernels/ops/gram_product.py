@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
+from resm_kernels.checks import check_factor, check_matrices
 from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
-from resm_kernels.ops.sketch import check_factor, check_matrices
+from resm_kernels.ops._library import declare
 from resm_kernels.reference.gram_product import gram_product as _reference
 
 
@@ -64,8 +64,8 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     bounds, as do other devices.
     """
     check_matrices(base, expert)
-    check_factor("x", x, expert, 1, "gram_product")
-    return GramProduct(*torch.ops.resm_kernels.gram_product(base, expert, x))
+    check_factor("x", x, "(n, c)", ("expert", expert), "gram_product")
+    return GramProduct(*_gram_product(base, expert, x))
 
 
 def _native(base: Tensor | None, expert: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,10 +93,4 @@ def _native(base: Tensor | None, expert: Tensor, x: Tensor) -> tuple[Tensor, Ten
     return y, z, energy
 
 
-register(
-    "gram_product",
-    "(Tensor? base, Tensor expert, Tensor x) -> (Tensor y, Tensor z, Tensor energy)",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_gram_product = declare(_reference, cpu=_native, gpu=("triton",))

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
+from resm_kernels.checks import check_factor, check_matrices
 from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
-from resm_kernels.ops.sketch import check_factor, check_matrices
+from resm_kernels.ops._library import declare
 from resm_kernels.reference.project import project as _reference
 
 
@@ -39,9 +39,8 @@ def project(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
     fused multiply-add and differs within that bound, as do other devices.
     """
     check_matrices(base, expert)
-    check_factor("q", q, expert, 0, "project")
-    b: Tensor = torch.ops.resm_kernels.project(base, expert, q)
-    return b
+    check_factor("q", q, "(m, l)", ("expert", expert), "project")
+    return _project(base, expert, q)
 
 
 def _native(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
@@ -65,10 +64,4 @@ def _native(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
     return out
 
 
-register(
-    "project",
-    "(Tensor? base, Tensor expert, Tensor q) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_project = declare(_reference, cpu=_native, gpu=("triton",))
