@@ -16,7 +16,10 @@ namespace resm::python {
 namespace py = pybind11;
 
 // torch's dtype of that name. The objects are looked up once and live as long as the interpreter.
-inline py::handle torch_dtype(const char* name) { return py::module_::import("torch").attr(name).release(); }
+inline py::handle torch_dtype(const char* name) {
+  py::object dtype = py::module_::import("torch").attr(name);
+  return dtype.release();
+}
 
 // The code of a floating-point dtype, as common/dtype.h has it.
 inline DType float_dtype(py::handle dtype, const char* name) {
@@ -55,8 +58,9 @@ inline char* data_of(py::handle tensor, const char* name, int64_t numel) {
 // The elements of a contiguous tensor of `numel` elements of type T.
 template <class T>
 T* elements_of(py::handle tensor, const char* name, int64_t numel) {
-  if (!tensor.attr("dtype").is(dtype_of_elements<T>()))
-    throw py::type_error(std::string(name) + ": got dtype " + std::string(py::str(tensor.attr("dtype"))) + ", need " +
+  const py::object dtype = tensor.attr("dtype");
+  if (!dtype.is(dtype_of_elements<T>()))
+    throw py::type_error(std::string(name) + ": got dtype " + std::string(py::str(dtype)) + ", need " +
                          std::string(py::str(dtype_of_elements<T>())));
   return reinterpret_cast<T*>(data_of(tensor, name, numel));
 }
