@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from inputs import group
 from torch import Tensor
 
 from resm_kernels import _extension
@@ -31,6 +32,14 @@ if DEVICE == "cpu" and os.environ.get("RESM_REQUIRE_GPU"):
     pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
 
 GUARD = 64
+
+
+def device_group(
+    n: int, dtype: torch.dtype, n_experts: int, kind: str = "weights", seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """A base of n elements and its experts, of one dtype, on DEVICE."""
+    base, experts = group((n,), n_experts, kind, base_dtype=dtype, seed=seed)
+    return base.to(DEVICE), [e.to(DEVICE) for e in experts]
 
 
 def shifted(tensor: Tensor) -> Tensor:
