@@ -4,6 +4,7 @@
 #include <cmath>
 #include <string>
 
+#include "common/histogram.h"
 #include "cuda/ops.h"
 #include "tensors.h"
 
@@ -15,8 +16,6 @@ using namespace resm::python;
 namespace {
 
 cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
-
-int64_t mask_bytes(int64_t length) { return (length + kRun - 1) / kRun * kRunBytes; }
 
 // A `resm_kernels._launch.Group`, whose addresses lie on the device already. A block works on `chunk` elements.
 cuda::Group read_group(py::handle group, int64_t chunk) {
@@ -57,15 +56,14 @@ void aggregate_cuda(py::handle group, py::handle options, int64_t chunk, py::han
                     py::handle lower, py::handle upper, py::handle merged, py::handle nonfinite, uintptr_t stream) {
   const cuda::Group inputs = read_group(group, chunk);
   const int64_t n = inputs.n_experts;
-  const py::object min_divisor = options.attr("min_divisor");
   const cuda::AggregateOptions read{
       elements_of<double>(factors, "factors", n),
       elements_of<double>(divisors, "divisors", n),
       read_thresholds(lower, upper, n),
       options.attr("scale").cast<double>(),
-      min_divisor.is_none() ? -INFINITY : min_divisor.cast<double>(),
-      options.attr("rule").cast<std::string>() == "ties" ? Rule::ties : Rule::sum,
-      options.attr("consensus_method").cast<std::string>() == "unweighted" ? Vote::unweighted : Vote::weighted,
+      number_or(-INFINITY, options.attr("min_divisor")),
+      rule_of(options.attr("rule")),
+      vote_of(options.attr("consensus_method")),
       options.attr("normalize").cast<bool>()};
   const cuda::AggregateResult result{{data_of(merged, "merged", inputs.rows * inputs.length),
                                       float_dtype(merged.attr("dtype"), "merged")},
@@ -77,14 +75,13 @@ void aggregate_cuda(py::handle group, py::handle options, int64_t chunk, py::han
 void delta_stats_cuda(py::handle group, py::handle options, int64_t chunk, py::handle moments, py::handle counts,
                       py::handle bin_counts, py::handle bin_sums, py::handle chunk_sums, py::handle significands,
                       uintptr_t stream) {
-  constexpr int64_t kMoments = 5, kFields = 8, kBins = 256;
+  constexpr int64_t kMoments = 5, kFields = 8;
   const cuda::Group inputs = read_group(group, chunk);
-  const py::object kappa = options.attr("kappa");
   const bool histogram = options.attr("histogram").cast<bool>();
-  const int64_t vectors = inputs.n_experts * inputs.rows, bins = histogram ? vectors * kBins : 0;
+  const int64_t vectors = inputs.n_experts * inputs.rows, bins = histogram ? vectors * kHistogramBins : 0;
   if (chunk <= 0 || chunk >= 65536) throw py::value_error("chunk: need fewer than 65536 elements");
   const cuda::DeltaStatsOptions read{options.attr("eps").cast<double>(), options.attr("eps_rel").cast<double>(),
-                                     kappa.is_none() ? -1.0 : kappa.cast<double>()};
+                                     number_or(-1.0, options.attr("kappa"))};
   int64_t* const bin_counters = elements_of<int64_t>(bin_counts, "bin_counts", bins);
   const cuda::DeltaStatsResult result{elements_of<double>(moments, "moments", vectors * kMoments),
                                       elements_of<int64_t>(counts, "counts", vectors * kMoments),

@@ -8,8 +8,10 @@
 #include <array>
 #include <cstdint>
 #include <string>
+#include <type_traits>
 
 #include "common/dtype.h"
+#include "common/elect.h"
 
 namespace resm::python {
 
@@ -38,8 +40,11 @@ py::handle dtype_of_elements() {
   } else if constexpr (std::is_same_v<T, int64_t>) {
     static const py::handle dtype = torch_dtype("int64");
     return dtype;
+  } else if constexpr (std::is_same_v<T, float>) {
+    static const py::handle dtype = torch_dtype("float32");
+    return dtype;
   } else {
-    static_assert(std::is_same_v<T, uint8_t>, "tensors hold double, int64_t or uint8_t");
+    static_assert(std::is_same_v<T, uint8_t>, "tensors hold float, double, int64_t or uint8_t");
     static const py::handle dtype = torch_dtype("uint8");
     return dtype;
   }
@@ -63,6 +68,15 @@ T* elements_of(py::handle tensor, const char* name, int64_t numel) {
     throw py::type_error(std::string(name) + ": got dtype " + std::string(py::str(dtype)) + ", need " +
                          std::string(py::str(dtype_of_elements<T>())));
   return reinterpret_cast<T*>(data_of(tensor, name, numel));
+}
+
+// An optional number; `none` in place of None.
+inline double number_or(double none, py::handle number) { return number.is_none() ? none : number.cast<double>(); }
+
+// The names that AggregateOptions has for rules and consensus methods.
+inline Rule rule_of(py::handle name) { return name.cast<std::string>() == "ties" ? Rule::ties : Rule::sum; }
+inline Vote vote_of(py::handle name) {
+  return name.cast<std::string>() == "unweighted" ? Vote::unweighted : Vote::weighted;
 }
 
 }  // namespace resm::python

@@ -1,7 +1,7 @@
 """The preparation of GPU kernels that Triton's and CUDA's launchers share.
 
-Kernels take contiguous tensors, whose experts have one dtype and are found by a table of addresses on the device; numbers
-for each expert as float64 on the device; and results that start as zeros where kernels add to them.
+Kernels take contiguous tensors, whose experts have one dtype and a table of addresses on the device; numbers for each
+expert as float64 on the device; and results that start as zeros where kernels add to them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Compiles every Triton kernel ahead of time for the GPUs of `TARGETS`; this needs no GPU.
 
-Prints a table of each kernel's registers, spills and shared memory. Fails if a kernel spills more than a pair of registers
-or takes more shared memory than these GPUs have for a block, or if a kernel that is bound by memory does not read 16
-bytes at a time on NVIDIA's GPUs.
+Prints a table of each kernel's registers, spills and shared memory. Fails if a kernel spills more than two registers or
+takes more shared memory than these GPUs have for a block, or if a kernel that is bound by memory does not read 16 bytes
+at a time on NVIDIA's GPUs.
 
     python scripts/compile_triton.py
 """

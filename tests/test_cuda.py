@@ -36,7 +36,7 @@ pytestmark = [pytest.mark.usefixtures("cuda_kernels"), pytest.mark.usefixtures("
 
 LENGTHS = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5)
 SAMPLE = {torch.float32: 8192, torch.float64: 4096}
-"""By the dtype of the arithmetic: a tensor of at most so many elements is sampled whole, of a larger one so many are."""
+"""Elements that are sampled, by the dtype of the arithmetic; a tensor of at most so many is sampled whole."""
 
 
 def check_aggregate(base: Tensor | None, experts: list[Tensor], rule: str) -> None:

@@ -59,7 +59,7 @@ struct Aggregate {
         for (int j = 0; j < kWidth; ++j) {
           const C value = term.of(values[e][j], origin[j], (bits[e] >> j & 1u) != 0);
           if (!kElected) {
-            total[j] = total[j] + (kTies ? vote_of(value, merge.vote) : value);
+            total[j] = total[j] + value;
           } else {
             const bool counts = agrees(value, total[j]);
             agreeing[j] = agreeing[j] + (counts ? elected_term(value, weight, merge.vote) : C(0));

@@ -68,7 +68,7 @@ struct Draw {
 }  // namespace
 
 void random_mask(const RandomMaskOptions& options, const Ranks& ranks, uint8_t* mask, Stream stream) {
-  const int64_t parts = (options.length + kRun - 1) / kRun * kParts;
+  const int64_t parts = mask_bytes(options.length) / kPartBytes;
   const auto draw = [&](auto rank) {
     using Rank = std::remove_pointer_t<decltype(rank)>;
     const Draw<Rank> kernel{options, reinterpret_cast<const Rank*>(ranks.doubled), mask, parts};

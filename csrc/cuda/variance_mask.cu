@@ -105,7 +105,7 @@ void variances(const Group& group, char* variances, int64_t* nonzero, Stream str
 }
 
 void variance_mask(const Array& variances, int64_t length, const double* threshold, uint8_t* mask, Stream stream) {
-  const int64_t bytes = (length + kRun - 1) / kRun * kRunBytes;
+  const int64_t bytes = mask_bytes(length);
   const auto pack = [&](const auto* values) {
     const Bits<std::decay_t<decltype(*values)>> kernel{values, length, threshold, mask, bytes};
     launch(kName, kernel, (bytes + kBlockBytes - 1) / kBlockBytes, stream);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_choice, check_number, check_out_dtype, check_values, raise_counted
-from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
 from resm_kernels.ops._sparsity import Thresholds, checked_sparsity
 from resm_kernels.reference.aggregate import CONSENSUS_METHODS, RULES, AggregateOptions
@@ -43,8 +42,9 @@ def aggregate(
     θ_t) is never written down. Element by element,
 
     1. the elements that are kept: δ_t = Δ_t where τ_t ≤ |Δ_t| ≤ κ_t (`thresholds`, `upper_thresholds`) and bit i of
-       `masks[t]` is set, else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv 2311.03099), DELLA (arXiv
-       2406.11617) and SCE (arXiv 2408.07990) by masks, which `random_mask` and `variance_mask` make;
+       `masks[t]` is set, else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv
+       2311.03099), DELLA (arXiv 2406.11617) and SCE (arXiv 2408.07990) use masks, which `random_mask` and
+       `variance_mask` make;
     2. its size: δ_t·r_t (`rescale`: 1/density as DARE has it, or Σ|Δ_t|/Σ|δ_t| from `kept_moments`, mergekit's);
     3. the rule. ``sum``: m = Σ_t w_t·r_t·δ_t (task arithmetic, arXiv 2212.04089; without a base the weighted average of
        models, arXiv 2203.05482). ``ties`` (arXiv 2306.01708): s = + where Σ_t v_t ≥ 0, else −; m = the Σ of the
@@ -124,34 +124,7 @@ def _native(base: Tensor | None, experts: list[Tensor], options: AggregateOption
     first = experts[0] if base is None else base
     merged = empty(first.shape, options.out_dtype or first.dtype)
     nonfinite = torch.empty(1 + len(experts), dtype=torch.int64)
-    numbers = [
-        None if t is None else t.cpu().contiguous()
-        for t in (options.thresholds, options.upper_thresholds, options.rescale)
-    ]
-    lower, upper, scales = (0 if t is None else t.data_ptr() for t in numbers)
-    masks = [mask.contiguous() for mask in options.masks or ()]
-    b, e, o = NativeTensors([] if base is None else [base]), NativeTensors(experts), NativeTensors([merged])
-    _extension.native.aggregate(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        o.pointers,
-        o.dtypes,
-        o.lengths,
-        np.array(options.weights, dtype=np.float64),
-        scales,
-        options.scale,
-        RULES.index(options.rule),
-        options.normalize,
-        CONSENSUS_METHODS.index(options.consensus_method),
-        -math.inf if options.min_divisor is None else options.min_divisor,
-        lower,
-        upper,
-        np.array([mask.data_ptr() for mask in masks], dtype=np.uint64),
-        nonfinite.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.aggregate(base, experts, options, merged, nonfinite, torch.get_num_threads())
     return merged, nonfinite
 
 

@@ -6,17 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number, raise_nonfinite
-from resm_kernels.memory import NativeTensors
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, DeltaStatsOptions, histogram_edges
 from resm_kernels.reference.delta_stats import delta_stats as _reference
-from resm_kernels.reference.deltas import vector_layout
 
 
 @dataclass(frozen=True)
@@ -163,30 +160,12 @@ def delta_stats(
 
 def _native(base: Tensor, experts: list[Tensor], options: DeltaStatsOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert _extension.native is not None
-    count, length = vector_layout(base.shape, options.rows)
-    shape = (count, len(experts))
-    moments = torch.empty((*shape, 5), dtype=torch.float64)
-    counts = torch.empty((*shape, 5), dtype=torch.int64)
+    shape = (len(experts), *options.vectors_shape(base))
+    moments, counts = torch.empty((*shape, 5), dtype=torch.float64), torch.empty((*shape, 5), dtype=torch.int64)
     bin_counts = torch.empty((*shape, options.bins), dtype=torch.int64)
     bin_sums = torch.empty((*shape, options.bins), dtype=torch.float64)
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.delta_stats(
-        *b.vectors(count, length),
-        *e.vectors(count, length),
-        np.full(count, length, dtype=np.int64),
-        options.eps,
-        options.eps_rel,
-        -1.0 if options.kappa is None else options.kappa,
-        moments.data_ptr(),
-        counts.data_ptr(),
-        bin_counts.data_ptr() if options.histogram else 0,
-        bin_sums.data_ptr() if options.histogram else 0,
-        torch.get_num_threads(),
-    )
-    whole = (len(experts), *options.vectors_shape(base))
-    moments, counts, bin_counts, bin_sums = (
-        t.transpose(0, 1).contiguous().reshape(*whole, t.shape[-1]) for t in (moments, counts, bin_counts, bin_sums)
-    )
+    threads = torch.get_num_threads()
+    _extension.native.delta_stats(base, experts, options, moments, counts, bin_counts, bin_sums, threads)
     return moments, counts, bin_counts, bin_sums
 
 

@@ -42,9 +42,8 @@ def gram_matrix(x: Tensor) -> Tensor:
 
 def _native(x: Tensor) -> Tensor:
     assert _extension.native is not None
-    (n, c), rows = x.shape, x.contiguous()
-    g = torch.empty((c, c), dtype=torch.float64)
-    _extension.native.gram_matrix(rows.data_ptr(), n, c, g.data_ptr(), torch.get_num_threads())
+    g = torch.empty((x.shape[1], x.shape[1]), dtype=torch.float64)
+    _extension.native.gram_matrix(x, g, torch.get_num_threads())
     return g
 
 

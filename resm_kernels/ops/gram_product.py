@@ -9,7 +9,6 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_factor, check_matrices
-from resm_kernels.memory import NativeTensors
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.gram_product import gram_product as _reference
 
@@ -70,26 +69,10 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
 
 def _native(base: Tensor | None, expert: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert _extension.native is not None
-    (m, n), right = expert.shape, x.contiguous()
-    columns = x.shape[1]
+    (m, n), columns = expert.shape, x.shape[1]
     y, z = torch.empty((m, columns), dtype=torch.float32), torch.empty((n, columns), dtype=torch.float32)
     energy = torch.empty((), dtype=torch.float64)
-    b, e = NativeTensors([] if base is None else [base]), NativeTensors([expert])
-    _extension.native.gram_product(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        e.lengths,
-        m,
-        n,
-        right.data_ptr(),
-        columns,
-        y.data_ptr(),
-        z.data_ptr(),
-        energy.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.gram_product(base, expert, x, y, z, energy, torch.get_num_threads())
     return y, z, energy
 
 

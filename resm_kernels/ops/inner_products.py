@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, raise_nonfinite
-from resm_kernels.memory import NativeTensors
 from resm_kernels.ops._library import declare
-from resm_kernels.reference.deltas import vector_layout
 from resm_kernels.reference.inner_products import InnerProductsOptions
 from resm_kernels.reference.inner_products import inner_products as _reference
 
@@ -58,18 +55,10 @@ def inner_products(
 
 def _native(base: Tensor | None, experts: list[Tensor], options: InnerProductsOptions) -> Tensor:
     assert _extension.native is not None
-    first = experts[0]
-    count, length = vector_layout(first.shape, options.rows)
-    grams = torch.empty((count, len(experts), len(experts)), dtype=torch.float64)
-    b, e = NativeTensors([] if base is None else [base]), NativeTensors(experts)
-    _extension.native.inner_products(
-        *b.vectors(count, length),
-        *e.vectors(count, length),
-        np.full(count, length, dtype=np.int64),
-        grams.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return grams.reshape(*(first.shape[:-1] if options.rows else ()), len(experts), len(experts))
+    vectors = experts[0].shape[:-1] if options.rows else ()
+    grams = torch.empty((*vectors, len(experts), len(experts)), dtype=torch.float64)
+    _extension.native.inner_products(base, experts, options, grams, torch.get_num_threads())
+    return grams
 
 
 _inner_products = declare(_reference, cpu=_native, gpu=("triton",))

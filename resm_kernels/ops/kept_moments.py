@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.memory import NativeTensors
 from resm_kernels.ops._library import declare
 from resm_kernels.ops._sparsity import Thresholds, checked_sparsity
 from resm_kernels.reference.deltas import SparsityOptions
@@ -65,20 +63,7 @@ def kept_moments(
 def _native(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:
     assert _extension.native is not None
     moments = torch.empty((len(experts), 3), dtype=torch.float64)
-    limits = [None if t is None else t.cpu().contiguous() for t in (options.thresholds, options.upper_thresholds)]
-    masks = [mask.contiguous() for mask in options.masks or ()]
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.kept_moments(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        *(0 if t is None else t.data_ptr() for t in limits),
-        np.array([mask.data_ptr() for mask in masks], dtype=np.uint64),
-        moments.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.kept_moments(base, experts, options, moments, torch.get_num_threads())
     return moments
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from resm_kernels import _extension
 from resm_kernels.checks import check_factor, check_group, check_number, check_out_dtype
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.low_rank_update import LowRankUpdateOptions
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
@@ -63,30 +63,11 @@ def low_rank_update(
 
 def _native(base: Tensor, left: Tensor, right: Tensor, options: LowRankUpdateOptions) -> Tensor:
     assert _extension.native is not None
-    out = empty(base.shape, options.out_dtype or base.dtype)
+    merged = empty(base.shape, options.out_dtype or base.dtype)
     dtype = compute_dtype(base, left)
-    (m, n), k = base.shape, left.shape[1]
-    left, right = left.to(dtype).contiguous(), right.to(dtype)
-    if not right.mT.is_contiguous():
-        right = right.contiguous()
-    b, o = NativeTensors([base]), NativeTensors([out])
-    _extension.native.low_rank_update(
-        left.data_ptr(),
-        right.data_ptr(),
-        m,
-        n,
-        k,
-        *((k, 1) if right.is_contiguous() else (1, n)),
-        dtype == torch.float64,
-        b.pointers,
-        b.dtypes,
-        o.pointers,
-        o.dtypes,
-        b.lengths,
-        options.scale,
-        torch.get_num_threads(),
-    )
-    return out
+    threads = torch.get_num_threads()
+    _extension.native.low_rank_update(base, left.to(dtype), right.to(dtype), options, merged, threads)
+    return merged
 
 
 _low_rank_update = declare(_reference, cpu=_native, gpu=("triton",))

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_whole, raise_nonfinite
-from resm_kernels.memory import NativeTensors
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
 from resm_kernels.reference.magnitude_threshold import magnitude_threshold as _reference
@@ -61,18 +59,8 @@ def _native(base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOpti
     assert _extension.native is not None
     thresholds = torch.empty(len(experts), dtype=torch.float64)
     nonfinite = torch.empty(len(experts), dtype=torch.int64)
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.magnitude_threshold(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        np.array(options.k, dtype=np.int64),
-        thresholds.data_ptr(),
-        nonfinite.data_ptr(),
-        torch.get_num_threads(),
-    )
+    threads = torch.get_num_threads()
+    _extension.native.magnitude_threshold(base, experts, options, thresholds, nonfinite, threads)
     return thresholds, nonfinite
 
 

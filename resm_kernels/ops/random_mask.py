@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number, check_whole
 from resm_kernels.masks import mask_bytes
-from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
 from resm_kernels.ops.random_matrix import MAX_SEED
-from resm_kernels.reference.random_mask import RandomMaskOptions, probability_law, row_length
+from resm_kernels.reference.random_mask import RandomMaskOptions, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
 
 MAX_ROW: Final = 2**31 - 1
@@ -81,23 +80,9 @@ def _each(name: str, value: Shares, n_experts: int) -> tuple[float, ...]:
 
 def _native(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     assert _extension.native is not None
-    columns = max(row_length(base), 1)
-    laws = [probability_law(p, e, columns) for p, e in zip(options.density, options.epsilon, strict=True)]
     masks = [empty((mask_bytes(base.numel()),), torch.uint8) for _ in experts]
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.random_mask(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        columns,
-        np.array([lowest for lowest, _ in laws], dtype=np.uint64),
-        np.array([step for _, step in laws], dtype=np.uint64),
-        options.seed,
-        np.array([mask.data_ptr() for mask in masks], dtype=np.uint64),
-        torch.get_num_threads(),
-    )
+    laws = options.laws(row_length(base))
+    _extension.native.random_mask(base, experts, options, laws, masks, torch.get_num_threads())
     return masks
 
 

@@ -69,9 +69,7 @@ def random_matrix(
 def _native(options: RandomMatrixOptions) -> Tensor:
     assert _extension.native is not None
     omega = torch.empty((options.n, options.columns), dtype=torch.float32, device=options.device)
-    _extension.native.random_matrix(
-        options.n, options.columns, options.seed, options.first_column, omega.data_ptr(), torch.get_num_threads()
-    )
+    _extension.native.random_matrix(options, omega, torch.get_num_threads())
     return omega
 
 

@@ -83,11 +83,10 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
 
 
 def _native(a: Tensor, options: SymmetricEigenOptions) -> tuple[Tensor, Tensor, Tensor]:
-    n, k, matrix, native = a.shape[0], options.k, a.contiguous(), _extension.native
-    assert native is not None
+    assert _extension.native is not None
+    n, k = a.shape[0], options.k
     values, vectors = torch.empty(k, dtype=a.dtype), torch.empty((n, k), dtype=a.dtype)
-    kernel = native.symmetric_eigen_f32 if a.dtype == torch.float32 else native.symmetric_eigen_f64
-    status = kernel(matrix.data_ptr(), n, k, values.data_ptr(), vectors.data_ptr(), torch.get_num_threads())
+    status = _extension.native.symmetric_eigen(a, options, values, vectors, torch.get_num_threads())
     if status == _FALLBACK:
         values, vectors, _ = _reference(a, options)
     return values, vectors, torch.tensor(status)

@@ -10,7 +10,7 @@ from torch import Tensor
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number
 from resm_kernels.masks import mask_bytes
-from resm_kernels.memory import NativeTensors, empty
+from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.variance_mask import VarianceMaskOptions
 from resm_kernels.reference.variance_mask import variance_mask as _reference
@@ -52,17 +52,7 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
 def _native(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:
     assert _extension.native is not None
     mask = empty((mask_bytes(base.numel()),), torch.uint8)
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.variance_mask(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        options.density,
-        mask.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.variance_mask(base, experts, options, mask, torch.get_num_threads())
     return mask
 
 

@@ -35,12 +35,15 @@ class RandomMaskOptions:
     epsilon: tuple[float, ...]
     seed: int
 
+    def laws(self, columns: int) -> list[tuple[int, int]]:
+        """The `probability_law` of each expert in rows of so many elements."""
+        return [probability_law(p, e, columns) for p, e in zip(self.density, self.epsilon, strict=True)]
+
 
 def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     """See `resm_kernels.ops.random_mask`."""
     masks = []
-    for t, expert in enumerate(experts):
-        lowest, step = probability_law(options.density[t], options.epsilon[t], row_length(expert))
+    for t, (expert, (lowest, step)) in enumerate(zip(experts, options.laws(row_length(base)), strict=True)):
         ranks = doubled_ranks(base, experts, t) if step else torch.zeros_like(expert, dtype=torch.int64)
         words = random_words(expert.numel(), t, options.seed, expert.device)
         masks.append(packed(words < ((lowest + ranks.reshape(-1) * step) >> 30)))

@@ -75,7 +75,7 @@ def is_finite(value):
 def chunk_of(length, CHUNK: tl.constexpr, BY_ROWS: tl.constexpr):
     """The row of this program's chunk, the chunk's first element, and the end of the row.
 
-    Rows have `length` elements. BY_ROWS is False where there is one row, so that the compiler knows that chunks begin at
+    Rows have `length` elements. BY_ROWS is False where there is one row: then the compiler knows that chunks begin at
     multiples of CHUNK.
     """
     program = tl.program_id(0).to(tl.int64)

@@ -102,7 +102,7 @@ def chunks_kernel(
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BY_ROWS: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     FIELDS: tl.constexpr,
 ):  # fmt: skip
-    """chunk_sums (programs, T, FIELDS). experts: addresses; limits: ε, ε relative to the rms, κ; moments (T, rows, 5)."""
+    """chunk_sums (programs, T, FIELDS); experts: addresses; limits: ε, relative ε, κ; moments (T, rows, 5)."""
     row, start, end = chunk_of(length, BLOCK * BLOCKS, BY_ROWS)
     eps = tl.load(limits)
     for t in range(T):
@@ -188,7 +188,7 @@ def histogram_kernel(
     T: tl.constexpr, BASE: tl.constexpr, EXPERT: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
     BY_ROWS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Adds up the bins that a block has, one by one: a binade's fp32 values have exact sums in float64, in any order."""
+    """Bin by bin of those that occur in a block: a binade's fp32 values have exact sums in float64, in any order."""
     row, start, end = chunk_of(length, BLOCK, BY_ROWS)
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < end

@@ -19,8 +19,8 @@ from resm_kernels.triton._dtypes import DTYPES
 from resm_kernels.triton.delta_product import precision
 
 ROWS, COLUMNS, INNER, GROUP, WARPS, STAGES = 128, 64, 32, 8, 8, 3
-"""Rows and columns of a program's tile, terms of the sum that it takes at a time, rows of tiles that are neighbours, its
-warps, and how many loads it is ahead."""
+"""Rows and columns of a program's tile, terms of the sum that it takes at a time, rows of tiles in a group, its warps,
+and how many loads it is ahead."""
 
 
 @triton.jit

@@ -87,7 +87,7 @@ def digits_kernel(
 
 @triton.jit
 def choose_kernel(prefixes, ranks, frequencies, WIDTH: tl.constexpr, BINS: tl.constexpr):
-    """For each expert: appends the k-th largest's digit to its prefix, and ranks it among those that share the digit."""
+    """For each expert: append the k-th largest's digit to its prefix, and rank it among those that share the digit."""
     t = tl.program_id(0)
     rank = tl.load(ranks + t)
     frequency = tl.load(frequencies + t * BINS + tl.arange(0, BINS))
