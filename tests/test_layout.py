@@ -63,9 +63,9 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 SHARED = {
     "csrc/cpu": {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
     | {"sparsity", "sample"},
-    "csrc/cuda": {"block", "ops", "select", "table"},
+    "csrc/cuda": {"block", "elements", "ops", "select", "table"},
     "resm_kernels/reference": {"__init__", "deltas"},
-    "resm_kernels/triton": {"__init__"},
+    "resm_kernels/triton": {"__init__", "delta_product"},
     "resm_kernels/cuda": {"__init__", "launch"},
 }
 
@@ -84,12 +84,12 @@ def test_every_op_has_a_reference_that_its_declaration_takes() -> None:
         assert callable(getattr(module, op)) and op in dispatch_table()
 
 
-def test_cuda_kernels_have_hosts_are_built_and_listed() -> None:
+def test_cuda_kernels_have_launchers_and_are_listed() -> None:
     kernels = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
-    assert kernels == {path.stem for path in (PACKAGE / "cuda").glob("[a-z]*.py")}
-    built, listed = (ROOT / "CMakeLists.txt").read_text(), (ROOT / "python/cuda.cpp").read_text()
+    assert kernels == {path.stem for path in (PACKAGE / "cuda").glob("[a-z]*.py")} - SHARED["resm_kernels/cuda"]
+    listed = (ROOT / "python/cuda.cpp").read_text()
     for stem in kernels:
-        assert f"csrc/cuda/{stem}.cu" in built and f"&{stem}_cuda" in listed
+        assert f"&{stem}_cuda" in listed
 
 
 def test_triton_launches_say_whether_products_are_contracted() -> None:
@@ -128,7 +128,7 @@ def _private_imports(path: Path) -> list[tuple[str, str]]:
     return [
         (parts[1], ".".join(parts[:3]))
         for parts in split
-        if parts[0] == "resm_kernels" and len(parts) > 2 and _is_private(parts[2]) and not _is_private(parts[1])
+        if parts[0] == "resm_kernels" and len(parts) > 2 and _is_private(parts[2]) and (PACKAGE / parts[1]).is_dir()
     ]
 
 
