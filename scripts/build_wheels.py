@@ -101,7 +101,8 @@ def check_content(wheel: Path) -> None:
     """The package as it lies in the source tree and one extension module: nothing more or less, no library bundled."""
     with zipfile.ZipFile(wheel) as archive:
         held = {n: archive.read(n) for n in archive.namelist() if ".dist-info/" not in n and not n.endswith("/")}
-    tree = {str(p.relative_to(ROOT)): p.read_bytes() for p in (ROOT / "resm_kernels").rglob("*.py")}
+    package = ROOT / "resm_kernels"
+    tree = {str(p.relative_to(ROOT)): p.read_bytes() for p in (*package.rglob("*.py"), package / "py.typed")}
     extension = [n for n in held if re.fullmatch(r"resm_kernels/_native\.[\w-]+\.so", n)]
     wrong = sorted(held.keys() ^ tree.keys() ^ set(extension))
     wrong += [n for n in tree if n != "resm_kernels/_version.py" and held.get(n) != tree[n]]
