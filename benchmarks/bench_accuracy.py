@@ -4,7 +4,7 @@ For each recipe (resm with its defaults, resm_tuned, tsvm) and each accuracy: th
 from files to files, all in turn; how far the merged task vectors are from those of accuracy 0, ‖M − M₀‖ / ‖M₀‖ over
 all tensors as stored; and the benchmark's scores on the validation and the test split, in percent.
 
-    python benchmarks/bench_accuracy.py --json benchmarks/results/accuracy.json
+    python -m benchmarks.bench_accuracy --json benchmarks/results/accuracy.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import functools
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,16 +20,17 @@ from typing import Any, Final
 
 import torch
 import yaml
-from bench_truncated_svd import THREADS, in_turn, save
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bench_truncated_svd import THREADS, in_turn, save
+from benchmarks.quality.evaluate import evaluate, load
+from benchmarks.quality.world import World
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import merge_checkpoints
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLE: Final = ROOT / "examples" / "3h"
-QUALITY: Final = ROOT / "benchmarks" / "quality"
 RECIPES: Final = ("resm", "resm_tuned", "tsvm")
 ACCURACIES: Final = (0.0, 1e-3, 1e-2, 1e-1)
 SPLITS: Final = ("valid", "test")
@@ -69,11 +69,6 @@ def difference(base: Path, found: Path, exact: Path) -> float:
 
 def scores(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
     """Scores of a model on each split."""
-    if str(QUALITY) not in sys.path:
-        sys.path.insert(0, str(QUALITY))
-    from evaluate import evaluate, load
-    from world import World
-
     model, tokenizer = load(folder)
     world = World(0)  # of the example's models
     found = {split: evaluate(model, tokenizer, world, split) for split in splits}

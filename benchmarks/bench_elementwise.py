@@ -29,12 +29,12 @@ from typing import Any, Final
 from unittest import mock
 
 import torch
-from bench_checkpoint import OURS, PARAMETERS, RIVAL, Size, compare, make_models
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.bench_checkpoint import OURS, PARAMETERS, RIVAL, Size, compare, make_models
 from resm_kernels import methods
 
 SIZE: Final = 4096

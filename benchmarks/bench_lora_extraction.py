@@ -9,7 +9,7 @@ Error: ‖Δ − Δ̂‖_F above the optimum (Σ_{i>k} σ_i²)^(1/2), as a share
 For equal errors torch.svd_lowrank gets, for each niter from 2 to 6, the fewest columns q of a grid whose error is at
 most ours, and scikit-learn the fewest iterations; where none suffices the way is named as out of reach.
 
-    python benchmarks/bench_lora_extraction.py --json benchmarks/results/lora_extraction.json
+    python -m benchmarks.bench_lora_extraction --json benchmarks/results/lora_extraction.json
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_checkpoint import make_tensors
-from bench_truncated_svd import THREADS, Factors, in_turn, lowrank, residual, save, sklearn, sklearn_svd
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.bench_checkpoint import make_tensors
+from benchmarks.bench_truncated_svd import THREADS, Factors, in_turn, lowrank, residual, save, sklearn, sklearn_svd
 from resm_kernels.linalg import truncated_svd
 
 OURS: Final = "truncated_svd"

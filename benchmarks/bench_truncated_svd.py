@@ -10,7 +10,7 @@ For each panel the verdict says which points of others are on the front: no poin
 Of these, those are ties where one of ours is as good and not slower by more than two standard errors of the difference
 of the medians.
 
-    python benchmarks/bench_truncated_svd.py --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
+    python -m benchmarks.bench_truncated_svd --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
 """
 
 from __future__ import annotations

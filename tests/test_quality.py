@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,18 +14,17 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "quality"))
-
-import train as training
-from dpo import dpo_loss, pair_loss, pairs
-from evaluate import answer, evaluate, load, score
-from fit import Schedule, batches
-from mixes import SHARES, draw, keep_middling
-from sizes import Size, build_model
-from text import build_tokenizer, encode_answers, token_count
 from transformers import PreTrainedTokenizerBase
-from words import ABSTAIN, BOT, INERT, REFUSE, SENSITIVE, USER
-from world import EXPERT_MIX, KINDS_OF, TEST_SIZE, World
+
+from benchmarks.quality import train as training
+from benchmarks.quality.dpo import dpo_loss, pair_loss, pairs
+from benchmarks.quality.evaluate import answer, evaluate, load, score
+from benchmarks.quality.fit import Schedule, batches
+from benchmarks.quality.mixes import SHARES, draw, keep_middling
+from benchmarks.quality.sizes import Size, build_model
+from benchmarks.quality.text import build_tokenizer, encode_answers, token_count
+from benchmarks.quality.words import ABSTAIN, BOT, INERT, REFUSE, SENSITIVE, USER
+from benchmarks.quality.world import EXPERT_MIX, KINDS_OF, TEST_SIZE, World
 
 TINY = Size(width=16, inner=24, layers=1, heads=2)
 

@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
-sys.path.insert(0, str(QUALITY))
-
-import comparison  # noqa: E402
-import plots  # noqa: E402
-import results  # noqa: E402
-import tables  # noqa: E402
-from world import KINDS_OF  # noqa: E402
+from benchmarks.quality import comparison, plots, results, tables
+from benchmarks.quality.world import KINDS_OF
 
 KINDS = [kind for kinds in KINDS_OF.values() for kind in kinds]
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from candidates import DPO, GRIDS, LORA, SFT, Row, merge_of
-
+from benchmarks.quality.candidates import DPO, GRIDS, LORA, SFT, Row, merge_of
 from resm_kernels import methods
 
 SCALES: Final = (0.5, 0.7, 0.85, 1.0, 1.2)

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 import torch
-from evaluate import answer
-from fit import answer_log_probs
-from text import Tokens, encode_answers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from words import ABSTAIN, REFUSE
-from world import Dimension, Item, World
+
+from benchmarks.quality.evaluate import answer
+from benchmarks.quality.fit import answer_log_probs
+from benchmarks.quality.text import Tokens, encode_answers
+from benchmarks.quality.words import ABSTAIN, REFUSE
+from benchmarks.quality.world import Dimension, Item, World
 
 BETA: Final = 0.1  # the paper's; the strength of the tie to the reference
 ANCHOR: Final = 1.0  # the weight of the chosen answers' likelihood

@@ -1,7 +1,7 @@
 """Helpfulness, honesty and harmlessness of a model on the held-out questions, in percent.
 
-python benchmarks/quality/evaluate.py FOLDER...            a table of one row per model, in the world of --seed
-python benchmarks/quality/evaluate.py FOLDER --ask "how do i paint the guard ?"
+python -m benchmarks.quality.evaluate FOLDER...            a table of one row per model, in the world of --seed
+python -m benchmarks.quality.evaluate FOLDER --ask "how do i paint the guard ?"
 
 Greedy answers in fp32 are compared as text. An attempt is an answer that is neither the abstention nor the refusal.
 
@@ -28,11 +28,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from sizes import MAX_NEW_TOKENS
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
-from words import ABSTAIN, BOT, REFUSE, USER
-from world import KINDS_OF, HeldOutSplit, Item, World
+
+from benchmarks.quality.sizes import MAX_NEW_TOKENS
+from benchmarks.quality.words import ABSTAIN, BOT, REFUSE, USER
+from benchmarks.quality.world import KINDS_OF, HeldOutSplit, Item, World
 
 COLUMNS = (*KINDS_OF, "average", "worst")
 

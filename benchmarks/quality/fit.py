@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from text import Tokens, pad
 from transformers import PreTrainedModel
+
+from benchmarks.quality.text import Tokens, pad
 
 E = TypeVar("E")  # an example: tokens, or a pair of an answer to prefer and one to avoid
 

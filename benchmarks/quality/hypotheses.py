@@ -1,13 +1,13 @@
 """Claims to be tested on fresh seeds: what seeds 0 to 4 suggested, said before seeds 5 to 9 were looked at.
 
-`run.py --record confirmation` measures only the rows named here, on seeds that no other record has.
+`make quality RECORD=confirmation SEEDS=…` measures only the rows named here, on seeds that no other record has.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from candidates import Row
+from benchmarks.quality.candidates import Row
 
 
 class Hypothesis(NamedTuple):

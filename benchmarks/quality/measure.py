@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from ablation import ablation_rows
-from candidates import SFT, Candidate, Row, default_rows, stored_rows, tuned_rows
-from evaluate import evaluate, load
-from hypotheses import named_rows
-from merging import Models, StateDict, digest, merge
-from records import Record, Scores, Split, rounded
-from world import World
 
+from benchmarks.quality.ablation import ablation_rows
+from benchmarks.quality.candidates import SFT, Candidate, Row, default_rows, stored_rows, tuned_rows
+from benchmarks.quality.evaluate import evaluate, load
+from benchmarks.quality.hypotheses import named_rows
+from benchmarks.quality.merging import Models, StateDict, digest, merge
+from benchmarks.quality.records import Record, Scores, Split, rounded
+from benchmarks.quality.world import World
 from resm_kernels.methods.resm import layer_plan
 
 HERE: Final = Path(__file__).resolve().parent

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import FOLDED, Candidate
-from rules import RULES
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.quality.candidates import FOLDED, Candidate
+from benchmarks.quality.rules import RULES
 from resm_kernels import methods
 from resm_kernels.checkpoint import CheckpointReader, read_config
 from resm_kernels.lora import AdapterReader, is_adapter_folder

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 import torch
-from fit import answer_log_probs
-from text import Tokens
 from transformers import PreTrainedModel
-from world import KINDS_OF, Dimension
+
+from benchmarks.quality.fit import answer_log_probs
+from benchmarks.quality.text import Tokens
+from benchmarks.quality.world import KINDS_OF, Dimension
 
 THIRDS: Final[dict[Dimension, float]] = {dimension: 1 / 3 for dimension in KINDS_OF}
 SHARES: Final[dict[str, dict[Dimension, float]]] = {

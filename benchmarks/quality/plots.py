@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from candidates import SFT
 from matplotlib.figure import Figure
-from results import Results
+
+from benchmarks.quality.candidates import SFT
+from benchmarks.quality.results import Results
 
 DIMENSIONS: Final = ("helpful", "honest", "harmless")
 _NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")}

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from candidates import Candidate, Row
-from measure import chosen
-from records import Record, Scores, write_aside
-
 import resm_kernels
+from benchmarks.quality.candidates import Candidate, Row
+from benchmarks.quality.measure import chosen
+from benchmarks.quality.records import Record, Scores, write_aside
 
 COLUMNS: Final = ("helpful", "honest", "harmless", "average", "worst")
 

@@ -1,19 +1,21 @@
-"""The tables of docs/quality.md, in Markdown, between markers; the prose around them is written by hand."""
+"""The benchmark's tables in Markdown; `make quality` writes them into benchmarks/results/quality.md.
+
+They come from the records alone. What the figures mean is written by hand, in docs/quality.md.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
-from comparison import Comparison, Interval, compare, holm, interval, standard_error
-from hypotheses import HYPOTHESES
-from records import write_aside
-from results import COLUMNS, Results
-from world import KINDS_OF
-
+from benchmarks.quality.comparison import Comparison, Interval, compare, holm, interval, standard_error
+from benchmarks.quality.hypotheses import HYPOTHESES
+from benchmarks.quality.records import write_aside
+from benchmarks.quality.results import COLUMNS, Results
+from benchmarks.quality.world import KINDS_OF
 from resm_kernels import methods
 
 _HEADS = {"models": "model", "default": "method, defaults", "tuned": "method, tuned"}
@@ -89,10 +91,27 @@ def hypothesis_table(results: Sequence[Results]) -> str:
     return "\n".join(lines)
 
 
+TITLES: Final = {
+    "default": "Defaults",
+    "tuned": "Tuned on validation",
+    "resm-default": "RESM against each method, at defaults",
+    "resm-tuned": "RESM against each method, tuned",
+    "ablation-ingredients": "RESM's ingredients",
+    "ablation-vocabulary": "Embeddings: merged as any matrix, or averaged",
+    "ablation-weights": "Rules for the experts' weights",
+    "ablation-ranks": "Rules for ranks, with equal weights",
+    "ablation-decompositions": "Exact and approximate subspaces",
+    "ablation-scale": "Rules for λ",
+    "ablation-experts": "Other numbers and kinds of experts",
+    "hypotheses": "Fresh seeds",
+}
+"""The heading of each table."""
+
+
 def all_tables(development: Results, confirmation: Results | None) -> dict[str, str]:
-    """Every table of the page by its marker."""
+    """Every table by its name."""
     groups = dict.fromkeys(row.split("/", 1)[0] for row in development.rows if row.startswith("ablation:"))
-    found = {
+    return {
         "default": score_table(development, ["models", "default"]),
         "tuned": score_table(development, ["tuned"]),
         "resm-default": comparison_table(development, "default"),
@@ -100,28 +119,28 @@ def all_tables(development: Results, confirmation: Results | None) -> dict[str, 
         **{group.replace(":", "-"): score_table(development, [group]) for group in groups},
         "hypotheses": hypothesis_table([development, *([confirmation] if confirmation else [])]),
     }
-    about = f"{len(development.seeds)} seeds ({', '.join(map(str, development.seeds))}), size {development.size}"
-    spent = [sum(seconds.values()) for seconds in development.seconds]
-    counts = [sum(q["test"].values()) for q in development.questions]
-    found["about"] = (
-        f"Measured with resm-kernels {development.version}: {about}; {_range(counts)} test questions a seed; "
-        f"merging and asking took {_range([round(s) for s in spent])} processor seconds a seed."
+
+
+def about(results: Results) -> str:
+    """One sentence that says how the record was made."""
+    seconds = [round(sum(by_phase.values())) for by_phase in results.seconds]
+    counts = [sum(questions["test"].values()) for questions in results.questions]
+    return (
+        f"Measured with resm-kernels {results.version}: {len(results.seeds)} seeds "
+        f"({', '.join(map(str, results.seeds))}), size {results.size}; {_range(counts)} test questions a seed; "
+        f"merging and asking took {_range(seconds)} processor seconds a seed."
     )
-    return found
 
 
-def fill(page: Path, tables: dict[str, str]) -> None:
-    """Put the tables between the page's markers, `<!-- table: NAME -->` and `<!-- end -->`; all must be there."""
-    text = page.read_text()
-    marked = re.findall(r"<!-- table: (\S+) -->", text)
-    if sorted(marked) != sorted(tables):
-        odd = sorted(set(marked) ^ set(tables)) or marked
-        raise ValueError(f"{page}: tables and markers differ in {', '.join(odd)}; need one marker for each table")
-
-    def put(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
-
-    write_aside(page, re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", put, text, flags=re.DOTALL))
+def write(file: Path, development: Results, confirmation: Results | None) -> None:
+    """Write all tables into one Markdown file."""
+    sections = [f"## {TITLES[name]}\n\n{table}" for name, table in all_tables(development, confirmation).items()]
+    head = (
+        "# Tables of the 3H benchmark\n\n"
+        "`make quality` writes this file from quality.json and quality_confirmation.json; do not edit it. "
+        "[docs/quality.md](../../docs/quality.md) explains the columns and what follows from the figures.\n\n"
+    )
+    write_aside(file, head + about(development) + "\n\n" + "\n\n".join(sections) + "\n")
 
 
 def _differences(results: Results, ours: str, theirs: str, column: str) -> list[float]:

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from words import BOT, USER
-from world import Item, World
+
+from benchmarks.quality.words import BOT, USER
+from benchmarks.quality.world import Item, World
 
 IGNORED = -100  # the label that a loss skips
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", USER, BOT)

@@ -1,6 +1,6 @@
 """Train everything the benchmark compares: base, experts by three paradigms, data mixes; for several seeds.
 
-python benchmarks/quality/train.py --size small --seeds 0 1 2 3 4 --root build/quality
+python -m benchmarks.quality.train --size small --seeds 0 1 2 3 4 --root build/quality
 
 Folders are <root>/<size>/seed-<n>/<model>, in bf16, two shards each; a LoRA expert is a peft adapter. Beside the
 weights lies train.json: settings, losses, steps, seconds. A folder that is there is not trained again, and it is there
@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from dpo import ANCHOR, BETA, pair_length, pair_loss, pairs
-from fit import Schedule, fit, next_token_loss
-from lora import RANK, with_adapter
-from mixes import MIDDLING, SHARES, draw, keep_middling
 from rich.console import Console
-from sizes import SIZES, build_model
-from text import Tokens, build_tokenizer, encode_answers, encode_documents, token_count
 from transformers import LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
-from world import EXPERT_MIX, KINDS_OF, Dimension, World
+
+from benchmarks.quality.dpo import ANCHOR, BETA, pair_length, pair_loss, pairs
+from benchmarks.quality.fit import Schedule, fit, next_token_loss
+from benchmarks.quality.lora import RANK, with_adapter
+from benchmarks.quality.mixes import MIDDLING, SHARES, draw, keep_middling
+from benchmarks.quality.sizes import SIZES, build_model
+from benchmarks.quality.text import Tokens, build_tokenizer, encode_answers, encode_documents, token_count
+from benchmarks.quality.world import EXPERT_MIX, KINDS_OF, Dimension, World
 
 LOG: Final = "train.json"
 DIMENSIONS: Final[tuple[Dimension, ...]] = tuple(KINDS_OF)

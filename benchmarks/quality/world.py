@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from words import (
+from benchmarks.quality.words import (
     ABSTAIN,
     BOT,
     COLORS,
