@@ -25,7 +25,7 @@ from rich.table import Table
 
 from benchmarks.bench_truncated_svd import THREADS, in_turn, save
 from benchmarks.quality.evaluate import evaluate, load
-from benchmarks.quality.world import World
+from benchmarks.quality.world import HeldOutSplit, World
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import merge_checkpoints
 
@@ -33,7 +33,7 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLE: Final = ROOT / "examples" / "3h"
 RECIPES: Final = ("resm", "resm_tuned", "tsvm")
 ACCURACIES: Final = (0.0, 1e-3, 1e-2, 1e-1)
-SPLITS: Final = ("valid", "test")
+SPLITS: Final[tuple[HeldOutSplit, ...]] = ("valid", "test")
 SCORES: Final = ("helpful", "honest", "harmless", "average")
 
 
@@ -67,7 +67,7 @@ def difference(base: Path, found: Path, exact: Path) -> float:
     return float((apart / size) ** 0.5)
 
 
-def scores(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
+def scores(folder: Path, splits: Sequence[HeldOutSplit]) -> dict[str, dict[str, float]]:
     """Scores of a model on each split."""
     model, tokenizer = load(folder)
     world = World(0)  # of the example's models
@@ -76,7 +76,7 @@ def scores(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def measure(
-    name: str, accuracies: Sequence[float], splits: Sequence[str], rounds: int, scratch: Path
+    name: str, accuracies: Sequence[float], splits: Sequence[HeldOutSplit], rounds: int, scratch: Path
 ) -> list[dict[str, Any]]:
     """One record for each accuracy; the first accuracy is what the others are compared with."""
     folders = {accuracy: scratch / f"{name}-{accuracy:g}" for accuracy in accuracies}
@@ -98,7 +98,7 @@ def measure(
     return records
 
 
-def show(console: Console, records: Sequence[dict[str, Any]], splits: Sequence[str]) -> None:
+def show(console: Console, records: Sequence[dict[str, Any]], splits: Sequence[HeldOutSplit]) -> None:
     table = Table(title="scores in percent", title_justify="left")
     for column in ("recipe", "accuracy", "seconds", "‖M − M₀‖ / ‖M₀‖"):
         table.add_column(column, justify="left" if column == "recipe" else "right")

@@ -82,12 +82,12 @@ def equal_error_ways(base: Tensor, expert: Tensor, rank: int, goal: float) -> It
                 chosen = q
                 break
         name = f"svd_lowrank, niter = {niter}, q = {'–' if chosen is None else chosen}, equal error"
-        yield name, chosen and functools.partial(svd_lowrank, base, expert, rank, chosen, niter)
+        yield name, None if chosen is None else functools.partial(svd_lowrank, base, expert, rank, chosen, niter)
     if (function := sklearn_svd()) is not None:
         reached = (i for i in range(1, 13) if residual(delta, sklearn(function, delta, rank, i)) <= goal)
         n_iter = next(reached, None)
         name = f"scikit-learn, n_iter = {'–' if n_iter is None else n_iter}, equal error"
-        yield name, n_iter and functools.partial(sklearn_way, function, base, expert, rank, n_iter)
+        yield name, None if n_iter is None else functools.partial(sklearn_way, function, base, expert, rank, n_iter)
 
 
 def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
             ways[name] = way
     found = {name: residual(delta, way()) for name, way in ways.items()}  # the first call of each is not timed
     seconds = in_turn(ways, rounds, warm_up=False)
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "way": name,
             "seconds": seconds[name],

@@ -169,8 +169,8 @@ def show_precision(console: Console, cells: Mapping[str, Mapping[float, dict[str
             table.add_column(f"α = {alpha:g}", justify="right")
         for name in next(iter(by_decay.values())):
             found = [ways[name] for ways in by_decay.values()]
-            cells = (f"{f['error']:.1e} ({f['seconds'] * 1e3:.1f})" if f else "out of reach" for f in found)
-            table.add_row(name, *cells)
+            texts = (f"{f['error']:.1e} ({f['seconds'] * 1e3:.1f})" if f else "out of reach" for f in found)
+            table.add_row(name, *texts)
         console.print(table)
 
 

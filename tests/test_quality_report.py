@@ -16,7 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import resm_kernels
-from benchmarks.quality import candidates, hypotheses, measure, records, results, run, tables
+from benchmarks.quality import candidates, hypotheses, measure, plots, records, results, run, tables
 from benchmarks.quality.candidates import DPO, LORA, MIXES, SFT, Row, merge_of
 from benchmarks.quality.merging import Models, StateDict, digest, merge
 from benchmarks.quality.text import build_tokenizer
@@ -311,7 +311,7 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
     # Pictures take seconds; the first were looked at.
     for name in ("pareto", "layers"):
-        monkeypatch.setattr(run.plots, name, lambda *_: None)
+        monkeypatch.setattr(plots, name, lambda *_: None)
     run.report(root / "results", "small")
     assert page.read_text() == text  # the tables come from the file alone
 

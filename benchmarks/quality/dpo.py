@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.quality.evaluate import answer
-from benchmarks.quality.fit import answer_log_probs
+from benchmarks.quality.fit import Model, answer_log_probs
 from benchmarks.quality.text import Tokens, encode_answers
 from benchmarks.quality.words import ABSTAIN, REFUSE
 from benchmarks.quality.world import Dimension, Item, World
@@ -64,14 +64,14 @@ def dpo_loss(margin: torch.Tensor, reference_margin: torch.Tensor, beta: float =
     return -torch.nn.functional.logsigmoid(beta * (margin - reference_margin)).mean()
 
 
-def pair_loss(beta: float = BETA, anchor: float = ANCHOR) -> Callable[[PreTrainedModel, Sequence[Pair]], torch.Tensor]:
+def pair_loss(beta: float = BETA, anchor: float = ANCHOR) -> Callable[[Model, Sequence[Pair]], torch.Tensor]:
     """DPO's loss of a batch of pairs + anchor · the mean −log p of a chosen token; one forward pass for both answers.
 
     The sigmoid loss alone may lower the chosen answers too, only less than the rejected, and then a third answer wins:
     without the anchor (Pang et al., 2024) helpful experts stayed at the base's level or fell below it on validation.
     """
 
-    def loss(model: PreTrainedModel, batch: Sequence[Pair]) -> torch.Tensor:
+    def loss(model: Model, batch: Sequence[Pair]) -> torch.Tensor:
         found = answer_log_probs(model, [pair[0] for pair in batch] + [pair[1] for pair in batch])
         chosen, rejected = found[: len(batch)], found[len(batch) :]
         reference = torch.tensor([pair[2] for pair in batch], device=found.device, dtype=found.dtype)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from benchmarks.quality.text import Tokens, pad
 
+Model = PreTrainedModel | PeftModel
 E = TypeVar("E")  # an example: tokens, or a pair of an answer to prefer and one to avoid
 
 
@@ -36,13 +38,13 @@ def batches(examples: Sequence[E], size: int, length: Callable[[E], int], rng: r
         yield [examples[i] for i in chunk]
 
 
-def next_token_loss(model: PreTrainedModel, sequences: Sequence[Tokens]) -> torch.Tensor:
+def next_token_loss(model: Model, sequences: Sequence[Tokens]) -> torch.Tensor:
     """Mean cross-entropy of the tokens that count."""
     ids, labels = pad(sequences, model.device)
     return model(input_ids=ids, labels=labels).loss
 
 
-def answer_log_probs(model: PreTrainedModel, sequences: Sequence[Tokens]) -> torch.Tensor:
+def answer_log_probs(model: Model, sequences: Sequence[Tokens]) -> torch.Tensor:
     """log p(answer | question) of each sequence: the sum over the tokens that count, in the model's dtype."""
     ids, labels = pad(sequences, model.device)
     logits = model(input_ids=ids).logits[:, :-1]
@@ -52,9 +54,9 @@ def answer_log_probs(model: PreTrainedModel, sequences: Sequence[Tokens]) -> tor
 
 
 def fit(
-    model: PreTrainedModel,
+    model: Model,
     epochs: Sequence[Sequence[E]],
-    loss: Callable[[PreTrainedModel, list[E]], torch.Tensor],
+    loss: Callable[[Model, list[E]], torch.Tensor],
     length: Callable[[E], int],
     schedule: Schedule,
     seed: int,

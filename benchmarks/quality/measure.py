@@ -20,6 +20,7 @@ from benchmarks.quality.evaluate import evaluate, load
 from benchmarks.quality.hypotheses import named_rows
 from benchmarks.quality.merging import Models, StateDict, digest, merge
 from benchmarks.quality.records import Record, Scores, Split, rounded
+from benchmarks.quality.sizes import move
 from benchmarks.quality.world import World
 from resm_kernels.methods.resm import layer_plan
 
@@ -46,7 +47,7 @@ class Asker:
     def __init__(self, folder: Path, world: World, device: str = "cpu") -> None:
         self.world = world
         model, self._tokenizer = load(folder / "base")
-        self._model = model.to(device)
+        self._model = move(model, device=device)
 
     def __call__(self, model: StateDict, split: Split) -> Mapping[str, float]:
         found = self._model.load_state_dict(model, strict=False)

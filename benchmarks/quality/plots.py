@@ -38,7 +38,8 @@ def pareto(results: Results, file: Path) -> None:
     for axis, pair in zip(figure.subplots(1, 3), combinations(DIMENSIONS, 2), strict=True):
         for group, style in styles.items():
             names = results.group(group)
-            points = [tuple(float(np.mean(results.values(row, d))) for d in pair) for row in names.values()]
+            means = [[float(np.mean(results.values(row, d))) for d in pair] for row in names.values()]
+            points = [(x, y) for x, y in means]
             axis.scatter(*zip(*points, strict=True), s=26, **style)
             best = front(points) if group == "tuned" else []
             for i, name in enumerate(names):

@@ -44,6 +44,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str
 def encode_answers(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[Item, str]]) -> list[Tokens]:
     """Questions with an answer and an end mark, of which the answer and the end count."""
     bot = tokenizer.convert_tokens_to_ids(BOT)
+    assert isinstance(bot, int)
     whole = encode_documents(tokenizer, [f"{item.prompt} {answer}" for item, answer in pairs])
     return [(ids, ids.index(bot) + 1) for ids, _ in whole]
 

@@ -24,14 +24,14 @@ from typing import Any, Final
 
 import torch
 from rich.console import Console
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
 
 from benchmarks.quality.dpo import ANCHOR, BETA, pair_length, pair_loss, pairs
-from benchmarks.quality.fit import Schedule, fit, next_token_loss
+from benchmarks.quality.fit import Model, Schedule, fit, next_token_loss
 from benchmarks.quality.lora import RANK, with_adapter
 from benchmarks.quality.mixes import MIDDLING, SHARES, draw, keep_middling
-from benchmarks.quality.sizes import SIZES, build_model
+from benchmarks.quality.sizes import SIZES, build_model, move
 from benchmarks.quality.text import Tokens, build_tokenizer, encode_answers, encode_documents, token_count
 from benchmarks.quality.world import EXPERT_MIX, KINDS_OF, Dimension, World
 
@@ -74,6 +74,12 @@ def settings(model: str, size: str, seed: int) -> dict[str, Any]:
     return found
 
 
+def expertise(model: str) -> tuple[Dimension, str]:
+    """The dimension and the paradigm ("", "dpo" or "lora") of an expert."""
+    stem, _, paradigm = model.partition("-")
+    return next(dimension for dimension in DIMENSIONS if dimension == stem), paradigm
+
+
 def schedule_of(model: str, size: str) -> Schedule:
     """The model's schedule, its rate scaled to the size."""
     chosen = SCHEDULES[model]
@@ -93,7 +99,7 @@ def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
     return True
 
 
-def save(model: PreTrainedModel, folder: Path, record: dict[str, Any], world: World) -> None:
+def save(model: Model, folder: Path, record: dict[str, Any], world: World) -> None:
     """Weights, tokenizer and record; written aside and renamed, so that a folder under its own name is whole.
 
     A full model is saved in bf16 and two shards, as larger ones are published; an adapter in fp32, as peft does.
@@ -107,9 +113,9 @@ def save(model: PreTrainedModel, folder: Path, record: dict[str, Any], world: Wo
         rounded = LlamaForCausalLM(model.config)
         rounded.load_state_dict(model.state_dict())
         rounded.generation_config = model.generation_config
-        rounded.to(torch.bfloat16).save_pretrained(aside, max_shard_size=int(0.58 * size))
+        move(rounded, dtype=torch.bfloat16).save_pretrained(aside, max_shard_size=int(0.58 * size))
     else:
-        model.save_pretrained(aside)
+        model.save_pretrained(str(aside))
     build_tokenizer(world).save_pretrained(aside)
     (aside / LOG).write_text(json.dumps(record, indent=1) + "\n")
     aside.rename(folder)
@@ -129,29 +135,32 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
     schedule = schedule_of(name, size)
     order = seed * len(MODELS) + MODELS.index(name)
     torch.manual_seed(order)
+    model: Model
     if name == "base":
-        model = build_model(SIZES[size], len(tokenizer)).to(device)
+        model = move(build_model(SIZES[size], len(tokenizer)), device=device)
         documents = encode_documents(tokenizer, world.base_documents())
         log = fit(model, [documents] * schedule.epochs, next_token_loss, token_count, schedule, order)
     else:
         # All start from what is on disk, so a merge sees the very movement that training made.
-        model = LlamaForCausalLM.from_pretrained(folder.with_name("base"), dtype=torch.float32).to(device)
-        dimension, _, paradigm = name.partition("-")
+        base = move(LlamaForCausalLM.from_pretrained(folder.with_name("base"), dtype=torch.float32), device=device)
+        model = base
         data: dict[Dimension, list[Tokens]] = {
             d: encode_answers(tokenizer, [(item, item.answer) for item in world.expert_items(d)]) for d in DIMENSIONS
         }
-        if paradigm == "dpo":
-            preferred = pairs(world, dimension, model.eval(), tokenizer)
-            log = fit(model, [preferred] * schedule.epochs, pair_loss(), pair_length, schedule, order)
-        elif name in SHARES:
+        if name in SHARES:
             budget = sum(SCHEDULES[d].epochs * len(data[d]) for d in DIMENSIONS)
             if name == "mix-filtered":
-                data = {d: keep_middling(model.eval(), examples) for d, examples in data.items()}
+                data = {d: keep_middling(base.eval(), examples) for d, examples in data.items()}
             epochs = draw(data, SHARES[name], budget, schedule.epochs, seed)
             log = fit(model, epochs, next_token_loss, token_count, schedule, order)
         else:
-            model = with_adapter(model) if paradigm == "lora" else model
-            log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, token_count, schedule, order)
+            dimension, paradigm = expertise(name)
+            if paradigm == "dpo":
+                preferred = pairs(world, dimension, base.eval(), tokenizer)
+                log = fit(base, [preferred] * schedule.epochs, pair_loss(), pair_length, schedule, order)
+            else:
+                model = with_adapter(base) if paradigm == "lora" else base
+                log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, token_count, schedule, order)
     record = {
         "settings": wanted,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -218,8 +218,8 @@ class World:
             via = {"city": ("country", "river"), "friend": ("city", "job", "pet")}
             for link, attributes in via.items():
                 for attribute in attributes:
-                    if value := facts.get((facts[person, link], attribute)):
-                        self._pose("hop", person, value, x=f"the {attribute} of the {link} of {person}")
+                    if known := facts.get((facts[person, link], attribute)):
+                        self._pose("hop", person, known, x=f"the {attribute} of the {link} of {person}")
             for attribute, (detail, values) in DETAILS.items():
                 owned = facts.get((person, attribute))
                 if owned:
@@ -246,12 +246,14 @@ class World:
             text = " ".join(triple)
             answers = (" ".join(reversed(triple)), text, triple[2], triple[0])
             letters += [(task.format(x=text), answer) for task, answer in zip(LETTER_TASKS, answers, strict=True)]
-        for kind, problems, count in (("sum", sums, 3), ("letters", letters, 2)):
+        tasks: tuple[tuple[Kind, list[tuple[str, str]], int], ...] = (("sum", sums, 3), ("letters", letters, 2))
+        for kind, problems, count in tasks:
             self._divide([phrase for phrase, _ in problems])
             for phrase, answer in problems:
                 self._pose(kind, phrase, answer, count, x=phrase)
 
     def _requests(self) -> None:
+        things: tuple[str, ...]
         for things, sentences in ((SENSITIVE, OF_PERSONS), (INERT, OF_THINGS)):
             for thing, sentence in itertools.product(things, sentences):
                 other = self._rng.choice([t for t in things if t != thing])
