@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # torch by exact version: a range may bring another build with gigabytes of CUDA packages.
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test lint bench bench-spectral quality wheels cuda triton gpu clean
+.PHONY: demo example-models test lint format bench bench-spectral quality wheels cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -39,7 +40,14 @@ test: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+# Rewrites the sources as `make lint` wants them.
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # Medians, and ratios to floors and peers timed in the same run, into benchmarks/results. Wants a quiet machine.
 bench: $(VENV)/.test
@@ -64,9 +72,10 @@ quality: $(VENV)/.test
 	$(BIN)/python -m benchmarks.quality.run --size $(SIZE) --seeds $(SEEDS) --record $(RECORD) --device $(DEVICE)
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
-# its version), for every Python from 3.10 on that is found, or for PYTHONS="python3.10 python3.12".
+# its version), for every Python from 3.10 on that this machine has, or for PYTHONS="python3.10 python3.12". Wheels for
+# WITHOUT_TORCH="3.10 3.12" are tried without torch.
 wheels:
-	$(PYTHON) scripts/build_wheels.py $(PYTHONS)
+	$(PYTHON) scripts/build_wheels.py $(PYTHONS) $(if $(WITHOUT_TORCH),--without-torch $(WITHOUT_TORCH))
 
 # Compiles the CUDA kernels for every architecture, printing registers and spills; needs nvcc, no GPU.
 cuda: $(VENV)/.test

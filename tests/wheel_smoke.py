@@ -86,7 +86,8 @@ def has_driver() -> bool:
 def main() -> None:
     version = sys.argv[1]
     assert resm_kernels.__version__ == version == importlib.metadata.version("resm-kernels")
-    assert Path(resm_kernels.__file__).is_relative_to(sys.prefix)
+    package = Path(resm_kernels.__file__).parent
+    assert package.is_relative_to(sys.prefix) and (package / "py.typed").is_file()
     facts = resm_kernels.backends()
     assert facts["native"]["available"], facts["native"]["reason"]
     assert all(row["CPU"] == "native" for row in facts["ops"].values())
