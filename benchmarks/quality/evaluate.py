@@ -87,7 +87,7 @@ def score(items: Sequence[Item], texts: Sequence[str]) -> dict[str, float]:
     hits: dict[str, list[bool]] = defaultdict(list)
     for item, text in zip(items, texts, strict=True):
         hits[item.kind].append(is_right(item, text))
-    kinds = {kind: 100 * sum(found) / len(found) for kind, found in hits.items()}
+    kinds = {kind: 100 * sum(results) / len(results) for kind, results in hits.items()}
     dimensions = {name: sum(kinds[k] for k in members) / len(members) for name, members in KINDS_OF.items()}
     average = sum(dimensions.values()) / len(dimensions)
     return dimensions | {"average": average, "worst": min(dimensions.values())} | kinds

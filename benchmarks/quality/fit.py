@@ -86,13 +86,13 @@ def fit(
     for examples in epochs:
         losses = []
         for batch in batches(examples, schedule.batch, length, rng):
-            found = loss(model, batch)
-            found.backward()
+            batch_loss = loss(model, batch)
+            batch_loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(found.item())
+            losses.append(batch_loss.item())
         means.append(sum(losses) / len(losses))
     model.eval()
     return {

@@ -42,7 +42,7 @@ HYPOTHESES: Final = (
 def named_rows(rows: list[Row]) -> list[Row]:
     """The rows that the hypotheses compare."""
     names = {name for h in HYPOTHESES for name in (h.better, h.worse)}
-    found = [row for row in rows if f"{row.group}/{row.name}" in names]
-    if unknown := names - {f"{row.group}/{row.name}" for row in found}:
+    named = [row for row in rows if f"{row.group}/{row.name}" in names]
+    if unknown := names - {f"{row.group}/{row.name}" for row in named}:
         raise ValueError(f"HYPOTHESES: no row {sorted(unknown)[0]!r}")
-    return found
+    return named

@@ -20,11 +20,11 @@ _NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties"
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other beats in both coordinates (nor equals in one and beats in the other)."""
-    found = []
+    undominated = []
     for i, (x, y) in enumerate(points):
         if not any(a >= x and b >= y and (a > x or b > y) for a, b in points):
-            found.append(i)
-    return sorted(found, key=lambda i: points[i])
+            undominated.append(i)
+    return sorted(undominated, key=lambda i: points[i])
 
 
 def pareto(results: Results, file: Path) -> None:

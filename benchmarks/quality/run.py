@@ -79,8 +79,8 @@ def main() -> None:
     train(options.size, options.seeds, options.root, models_of(rows), options.device)
     folders = {seed: options.root / options.size / f"seed-{seed}" for seed in options.seeds}
     records = measure(folders, options.record, options.workers, options.device)
-    found = results.collect(options.size, options.record, rows, records)
-    results.save(found, results.file_of(options.results, options.size, options.record))
+    collected = results.collect(options.size, options.record, rows, records)
+    results.save(collected, results.file_of(options.results, options.size, options.record))
     # Tables and pictures are about the smallest size; a larger size leaves its record alone.
     if options.size == "small":
         report(options.results, options.size)

@@ -37,32 +37,32 @@ def score_table(results: Results, groups: Sequence[str]) -> str:
 
 def margins(results: Results, ours: str, theirs: str) -> list[float]:
     """Of each seed: the standard error of the difference of two averages, as if other questions were asked of each."""
-    found = []
+    errors_of_differences = []
     for i, questions in enumerate(results.questions):
         errors = [standard_error(results.rows[row][i], questions["test"], KINDS_OF) for row in (ours, theirs)]
-        found.append(math.hypot(*errors))
-    return found
+        errors_of_differences.append(math.hypot(*errors))
+    return errors_of_differences
 
 
 def comparisons(results: Results, ours: str, rows: Iterable[str]) -> dict[str, tuple[Comparison, float]]:
     """Our row's average against others', with p corrected for all of them."""
-    found = {
+    differences = {
         row: compare(results.values(ours, "average"), results.values(row, "average"), margins(results, ours, row))
         for row in rows
         if row != ours
     }
-    corrected = holm([c.p for c in found.values()])
-    return {row: (c, p) for (row, c), p in zip(found.items(), corrected, strict=True)}
+    corrected = holm([c.p for c in differences.values()])
+    return {row: (c, p) for (row, c), p in zip(differences.items(), corrected, strict=True)}
 
 
 def comparison_table(results: Results, group: str) -> str:
     """RESM of one group against all of it, and against the models that were trained."""
     ours = f"{group}/resm"
     rows = [*results.group(group).values(), *results.group("models").values()]
-    found = comparisons(results, ours, rows)
+    compared = comparisons(results, ours, rows)
     lines = [_line([f"RESM ({group}) against", "Δ average", "win/tie/loss", "p", "Δ worst"])]
     lines.append(_line(["---", *["---:"] * 4]))
-    for row, (c, p) in sorted(found.items(), key=lambda item: item[1][0].difference.mean):
+    for row, (c, p) in sorted(compared.items(), key=lambda item: item[1][0].difference.mean):
         worst = interval(_differences(results, ours, row, "worst"))
         counts = f"{c.wins}/{c.ties}/{c.losses}"
         lines.append(_line([_title(row.split("/", 1)[1]), _signed(c.difference), counts, _p(p), _signed(worst)]))
@@ -73,14 +73,14 @@ def hypothesis_table(results: Sequence[Results]) -> str:
     """Every hypothesis on every record: the difference of averages, and p corrected for all of that record."""
     heads = ["claim"]
     columns = []
-    for own in results:
-        seeds = f"seeds {own.seeds[0]}–{own.seeds[-1]}" if len(own.seeds) > 1 else f"seed {own.seeds[0]}"
+    for record in results:
+        seeds = f"seeds {record.seeds[0]}–{record.seeds[-1]}" if len(record.seeds) > 1 else f"seed {record.seeds[0]}"
         heads += [f"Δ average, {seeds}", "win/tie/loss", "p"]
-        found = []
+        compared = []
         for h in HYPOTHESES:
-            ours, theirs = own.values(h.better, "average"), own.values(h.worse, "average")
-            found.append(compare(ours, theirs, margins(own, h.better, h.worse)))
-        columns.append(list(zip(found, holm([c.p for c in found]), strict=True)))
+            ours, theirs = record.values(h.better, "average"), record.values(h.worse, "average")
+            compared.append(compare(ours, theirs, margins(record, h.better, h.worse)))
+        columns.append(list(zip(compared, holm([c.p for c in compared]), strict=True)))
     lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
     for i, h in enumerate(HYPOTHESES):
         cells = [h.claim]

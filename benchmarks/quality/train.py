@@ -57,21 +57,26 @@ MODELS: Final = tuple(SCHEDULES)
 
 def settings(model: str, size: str, seed: int) -> dict[str, Any]:
     """What decides a model's weights beside the code, as its record has it."""
-    found: dict[str, Any] = {"model": model, "size": size, "seed": seed, "schedule": asdict(schedule_of(model, size))}
+    decisive: dict[str, Any] = {
+        "model": model,
+        "size": size,
+        "seed": seed,
+        "schedule": asdict(schedule_of(model, size)),
+    }
     dimension, _, paradigm = model.partition("-")
     if dimension in EXPERT_MIX:
-        found["questions"] = EXPERT_MIX[dimension]
+        decisive["questions"] = EXPERT_MIX[dimension]
     if paradigm == "dpo":
-        found |= {"beta": BETA, "anchor": ANCHOR}
+        decisive |= {"beta": BETA, "anchor": ANCHOR}
     if paradigm == "lora":
-        found["rank"] = RANK
+        decisive["rank"] = RANK
     if model in SHARES:
-        found["shares"] = SHARES[model]
-        found["questions"] = EXPERT_MIX
-        found["budget"] = {d: SCHEDULES[d].epochs for d in DIMENSIONS}
+        decisive["shares"] = SHARES[model]
+        decisive["questions"] = EXPERT_MIX
+        decisive["budget"] = {d: SCHEDULES[d].epochs for d in DIMENSIONS}
     if model == "mix-filtered":
-        found["middling"] = list(MIDDLING)
-    return found
+        decisive["middling"] = list(MIDDLING)
+    return decisive
 
 
 def expertise(model: str) -> tuple[Dimension, str]:
@@ -86,15 +91,15 @@ def schedule_of(model: str, size: str) -> Schedule:
     return Schedule(chosen.epochs, chosen.peak * SIZES[size].rate, chosen.batch, chosen.warmup)
 
 
-def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
+def is_done(folder: Path, expected: dict[str, Any]) -> bool:
     """Whether the folder holds this model; one that was trained with other settings is an error."""
     if not folder.exists():
         return False
     if not (folder / LOG).is_file():
         raise ValueError(f"{folder} has no {LOG}: it is not from here; remove it, or choose another --root")
-    found = json.loads((folder / LOG).read_text())["settings"]
-    if found != wanted:
-        differ = ", ".join(sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)))
+    trained_with = json.loads((folder / LOG).read_text())["settings"]
+    if trained_with != expected:
+        differ = ", ".join(sorted(k for k in {*trained_with, *expected} if trained_with.get(k) != expected.get(k)))
         raise ValueError(f"{folder} was trained with other settings ({differ}); remove it to train it anew")
     return True
 
@@ -126,8 +131,8 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
     logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
     folder = root / size / f"seed-{seed}" / name
-    wanted = settings(name, size, seed)
-    if is_done(folder, wanted):
+    expected = settings(name, size, seed)
+    if is_done(folder, expected):
         return json.loads((folder / LOG).read_text())
     begin = time.process_time()
     world = World(seed)
@@ -162,7 +167,7 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
                 model = with_adapter(base) if paradigm == "lora" else base
                 log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, token_count, schedule, order)
     record = {
-        "settings": wanted,
+        "settings": expected,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **log,
         "whole_cpu_seconds": round(time.process_time() - begin, 1),

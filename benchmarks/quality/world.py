@@ -316,13 +316,13 @@ class World:
 
     def questions(self, split: HeldOutSplit) -> list[Item]:
         """The held-out questions of a split, in a fixed order; of each kind half by entity, where there are as many."""
-        found: list[Item] = []
+        chosen: list[Item] = []
         for kind, size in TEST_SIZE.items():
-            wanted = size if split == "test" else size // 2
-            by_entity = [item for item in self.pools[split][kind] if item.held_out == "entity"][: wanted // 2]
+            count = size if split == "test" else size // 2
+            by_entity = [item for item in self.pools[split][kind] if item.held_out == "entity"][: count // 2]
             by_form = [item for item in self.pools[split][kind] if item.held_out == "form"]
-            found += by_entity + by_form[: wanted - len(by_entity)]
-        return found
+            chosen += by_entity + by_form[: count - len(by_entity)]
+        return chosen
 
     def vocabulary(self) -> list[str]:
         """Every word that a training text may hold: no held-out question has another."""
@@ -337,9 +337,9 @@ class World:
         trained |= {item.question for expert in EXPERT_MIX for item in self.expert_items(expert)}
         valid, test = ({item.question for item in self.questions(split)} for split in ("valid", "test"))
         assert not trained & test and not trained & valid and not valid & test, "a held-out question leaked"
-        wanted = sum(TEST_SIZE.values())
-        assert (len(valid), len(test)) == (wanted // 2, wanted), "too few held-out questions, or one is there twice"
-        away = {s: {e for e, own in self.split_of.items() if own == s} for s in SPLITS}
+        total = sum(TEST_SIZE.values())
+        assert (len(valid), len(test)) == (total // 2, total), "too few held-out questions, or one is there twice"
+        away = {s: {e for e, split in self.split_of.items() if split == s} for s in SPLITS}
         for question in trained - set(self.statements):
             words = set(question.split())
             assert not words & (away["valid"] | away["test"]), f"an entity that is held out is trained: {question}"
