@@ -14,7 +14,7 @@ floor is its flops at the rate of a large matrix product, measured here in the s
 order n counts as (4/3 + 4/3 + 2)·n³ (reduction, divide and conquer, back-transformation), a Gram matrix of (m, n) as
 m·n·(n + 1).
 
-    python benchmarks/bench_spectral_merge.py --check-layers all --json benchmarks/results/spectral_merge.json
+    python -m benchmarks.bench_spectral_merge --check-layers all --json benchmarks/results/spectral_merge.json
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_checkpoint import EXPERTS, OURS, Size, compare, make_models, shapes
-from bench_precision import reference, relative
-from bench_truncated_svd import THREADS, in_turn, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.bench_checkpoint import EXPERTS, OURS, Size, compare, make_models, shapes
+from benchmarks.bench_precision import reference, relative
+from benchmarks.bench_truncated_svd import THREADS, in_turn, save
 from resm_kernels.checkpoint import CheckpointReader
 
 RIVAL: Final = "fusion-bench tsvm"
