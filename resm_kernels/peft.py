@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.methods._blocks import merge_elements
+from resm_kernels.elementwise.blocks import merge_elements
 from resm_kernels.ops import aggregate, magnitude_threshold, random_mask
 
 SignMethod = Literal["total", "frequency"]

@@ -13,7 +13,7 @@ from inputs import generator
 from torch import Tensor
 
 from resm_kernels.masks import unpacked
-from resm_kernels.methods._registry import tensor_key
+from resm_kernels.methods import tensor_key
 from resm_kernels.ops import random_mask
 
 

@@ -27,7 +27,7 @@ from resm_kernels.linalg import (
     truncated_svd,
 )
 from resm_kernels.linalg._products import frobenius_norm, gram, matmul
-from resm_kernels.methods._ranks import RANK_RULES
+from resm_kernels.spectral.ranks import RANK_RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # what every test starts with and makes its input on
 

@@ -9,16 +9,32 @@ from torch import Tensor
 
 from resm_kernels.checks import raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.methods._blocks import blocks_workspace, map_rows, merge_elements
-from resm_kernels.methods._registry import Method
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.blocks import blocks_workspace, map_rows, merge_elements
+from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.methods._registry import merge_method
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 _FLOOR = 1e-8
 """Added to probabilities, so that their ratios are finite: mergekit's."""
 
 
-def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Importances, the zeros they are compared with, the selection's candidates; measured peaks lie 18 % below."""
+    return blocks_workspace(shape, n_experts + 4) + 10 * math.prod(shape)
+
+
+@merge_method(
+    title="Arcee Fusion",
+    reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#arcee-fusion-arcee_fusion",
+    workspace=_workspace,
+    max_experts=1,
+)
+def arcee_fusion(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """θ = θ_1 where the change's importance is at least its median + 1.5·(upper − lower quartile), else θ₀.
 
     The importance of a weight is |θ_1 − θ₀| times KL(p‖q) of its row, p and q the softmax of the row (the last
@@ -34,7 +50,7 @@ def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype 
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     wide = compute_dtype(base, *experts)
 
     def of(rows: list[Tensor]) -> Tensor:
@@ -69,20 +85,3 @@ def _threshold(importance: Tensor) -> float:
     nothing = torch.zeros(importance.shape, dtype=torch.bfloat16, device=importance.device)
     upper, median, lower = magnitude_threshold(nothing, [importance] * 3, quantiles).tolist()
     return float(median + 1.5 * (upper - lower))
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Importances, the zeros they are compared with, the selection's candidates; measured peaks lie 18 % below."""
-    return blocks_workspace(shape, n_experts + 4) + 10 * math.prod(shape)
-
-
-ARCEE_FUSION = Method(
-    name="arcee_fusion",
-    title="Arcee Fusion",
-    reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#arcee-fusion-arcee_fusion",
-    needs_base=True,
-    parameters=(),
-    function=arcee_fusion,
-    workspace=_workspace,
-    max_experts=1,
-)

@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import (
-    DENSITY,
-    GAMMA,
-    INT8_MASK,
-    merge_kept,
-    normalize_parameter,
-    rescale_parameter,
-)
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.sparsify import merge_kept
+from resm_kernels.methods._aliases import Density, Gamma, Int8Mask, Lambda, Normalize, Rescale, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 
@@ -26,12 +21,13 @@ def breadcrumbs(
     experts: list[Tensor],
     *,
     rule: str,
-    weight: list[float],
-    density: list[float],
-    gamma: list[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Density = each(1.0),
+    gamma: Gamma = each(0.01),
+    normalize: Normalize = False,
+    rescale: Rescale = False,
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·rule(w_t·δ_t), where δ_t is Δ_t between two of its own magnitudes and 0 elsewhere.
@@ -74,24 +70,9 @@ def kept_ranks(density: float, gamma: float, numel: int) -> tuple[int, int]:
     return (numel - below, numel - below - kept + 1) if kept else (0, 0)
 
 
-def breadcrumbs_parameters() -> tuple[Parameter, ...]:
-    return (
-        WEIGHT,
-        DENSITY,
-        GAMMA,
-        normalize_parameter(False),
-        rescale_parameter(False),
-        LAMBDA,
-        INT8_MASK,
-    )
-
-
-BREADCRUMBS = Method(
+merge_method(
     name="breadcrumbs",
     title="Model Breadcrumbs",
     reference="https://arxiv.org/abs/2312.06795",
-    needs_base=True,
-    parameters=breadcrumbs_parameters(),
-    function=functools.partial(breadcrumbs, rule="sum"),
     workspace=elementwise_workspace,
-)
+)(functools.partial(breadcrumbs, rule="sum"))

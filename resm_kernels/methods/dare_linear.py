@@ -7,18 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import (
-    DENSITY,
-    INT8_MASK,
-    RESCALE_BY,
-    kept_at_random,
-    masked_workspace,
-    merge_kept,
-    normalize_parameter,
-    rescale_parameter,
-)
+from resm_kernels.elementwise.sparsify import masked_workspace, merge_kept, random_selection
+from resm_kernels.methods._aliases import Density, Int8Mask, Lambda, Normalize, Rescale, RescaleBy, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 
 
 def dare(
@@ -26,12 +18,13 @@ def dare(
     experts: list[Tensor],
     *,
     rule: str,
-    weight: list[float],
-    density: list[float],
-    normalize: bool,
-    rescale: bool,
-    rescale_by: str,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Density = each(1.0),
+    normalize: Normalize = False,
+    rescale: Rescale = True,
+    rescale_by: RescaleBy = "l1",
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     seed: int,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
@@ -41,7 +34,7 @@ def dare(
     peft's; 1 without `rescale`. The two differ by the chance of one draw: about 1/√(density·N) of r_t. `seed` is the
     key of `resm_kernels.ops.random_mask`, so that no order, device or number of threads changes what is dropped.
     """
-    kept = kept_at_random(base, experts, density, 0.0, seed)
+    kept = random_selection(base, experts, density, 0.0, seed)
     factors: bool | list[float] = rescale
     if rescale and rescale_by == "probability":
         factors = [1 / d if d > 0 else 1.0 for d in density]
@@ -58,25 +51,9 @@ def dare(
     )
 
 
-def dare_parameters(normalize: bool) -> tuple[Parameter, ...]:
-    return (
-        WEIGHT,
-        DENSITY,
-        normalize_parameter(normalize),
-        rescale_parameter(True),
-        RESCALE_BY,
-        LAMBDA,
-        INT8_MASK,
-    )
-
-
-DARE_LINEAR = Method(
+merge_method(
     name="dare_linear",
     title="Linear DARE",
     reference="https://arxiv.org/abs/2311.03099",
-    needs_base=True,
-    parameters=dare_parameters(normalize=False),
-    function=functools.partial(dare, rule="sum"),
     workspace=masked_workspace,
-    draws=True,
-)
+)(functools.partial(dare, rule="sum"))

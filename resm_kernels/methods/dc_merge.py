@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import TruncatedSVD, polar, truncated_svd
 from resm_kernels.linalg._products import matmul
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta
+from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
+from resm_kernels.spectral.low_rank import LowRank, join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
 
 SMOOTHINGS = ("none", "average", "linear")
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bases of all experts and their polar factors; an expert's decomposition, or its matrix in the shared basis."""
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    r = min(m, n)
+    return (32 << 20) + 16 * m * n + 32 * (m + n) * r + 112 * r * r
+
+
+@merge_method(
+    title="DC-Merge",
+    reference="https://arxiv.org/abs/2603.06242",
+    workspace=_workspace,
+)
 def dc_merge(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    rank: int | None,
-    smoothing: str,
-    rho: float,
-    density: float,
-    decomposition: str,
-    lambda_: float,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    rank: Annotated[
+        int | None, Option("directions kept of each expert; ⌊r/T⌋, also at most, if left out", minimum=1)
+    ] = None,
+    smoothing: Annotated[
+        Literal["none", "average", "linear"],
+        Option("how singular values are balanced; for LoRA: average or linear"),
+    ] = "none",
+    rho: Annotated[float, Option("largest over smallest singular value (linear)", minimum=1.0)] = 5.0,
+    density: Annotated[float, Option("share of the entries kept in the shared basis", minimum=0.0, maximum=1.0)] = 1e-3,
+    decomposition: FullDecomposition = "gram",
+    lambda_: Lambda = 1.0,
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·Û·blockdiag(ties(ÛᵀΔ̃_1V̂, …, ÛᵀΔ̃_TV̂))·V̂ᵀ: TIES in a basis that all experts' directions share.
@@ -49,20 +72,18 @@ def dc_merge(
     σ̃_t. One expert does not give itself, but the part of it that is kept. Where singular values of a Δ_t coincide, the
     result is not unique. float64 inside.
 
-    Args: see `DC_MERGE.parameters`.
-
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
         NonFiniteError: An input has NaN or infinite values.
 
     Determinism: the same bits for any number of threads.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, len(experts), spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     most = min(base.shape) // len(experts)
     k = most if rank is None else min(rank, most)
-    parts = [truncated_svd(delta(base, experts, t), rank=k, method=decomposition) for t in range(len(experts))]
+    parts = [truncated_svd(task_vector(base, experts, t), rank=k, method=decomposition) for t in range(len(experts))]
     left = polar(torch.cat([p.left.double() for p in parts], 1))
     right = polar(torch.cat([p.right.double() for p in parts], 1))
     ranks = [len(p.singular_values) for p in parts]
@@ -110,32 +131,3 @@ def _elect(values: list[Tensor]) -> Tensor:
         total += torch.where(agrees, value, 0.0)
         count += agrees
     return total / count.clamp(min=1)
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Bases of all experts and their polar factors; an expert's decomposition, or its matrix in the shared basis."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    r = min(m, n)
-    return (32 << 20) + 16 * m * n + 32 * (m + n) * r + 112 * r * r
-
-
-DC_MERGE = Method(
-    name="dc_merge",
-    title="DC-Merge",
-    reference="https://arxiv.org/abs/2603.06242",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter("rank", int, None, "directions kept of each expert; ⌊r/T⌋, also at most, if left out", minimum=1),
-        Parameter("smoothing", SMOOTHINGS, "none", "how singular values are balanced; for LoRA: average or linear"),
-        Parameter("rho", float, 5.0, "largest over smallest singular value (linear)", minimum=1.0),
-        Parameter("density", float, 1e-3, "share of the entries kept in the shared basis", minimum=0.0, maximum=1.0),
-        WHOLE_DECOMPOSITION,
-        LAMBDA,
-        SPECTRAL,
-    ),
-    function=dc_merge,
-    workspace=_workspace,
-)

@@ -10,25 +10,15 @@ from torch import Tensor
 
 from resm_kernels.checks import raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.elementwise.sparsify import can_normalize, masked_workspace, merge_kept, random_selection
 from resm_kernels.masks import unpacked
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import (
-    DENSITY,
-    EPSILON,
-    INT8_MASK,
-    RESCALE_BY,
-    divides,
-    kept_at_random,
-    masked_workspace,
-    merge_kept,
-    normalize_parameter,
-    rescale_parameter,
-)
-from resm_kernels.methods._spectral import join
+from resm_kernels.methods._aliases import Density, Epsilon, Int8Mask, Lambda, Normalize, Rescale, RescaleBy, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.random_mask import random_mask
 from resm_kernels.reference.random_mask import FRACTION, doubled_ranks, probability_law, row_length
+from resm_kernels.spectral.low_rank import join
 
 RANKED_AT_ONCE = 1 << 20
 """Elements whose task vectors lie in memory at a time, where each is divided by its own probability."""
@@ -39,13 +29,14 @@ def della(
     experts: list[Tensor],
     *,
     rule: str,
-    weight: list[float],
-    density: list[float],
-    epsilon: list[float],
-    normalize: bool,
-    rescale: bool,
-    rescale_by: str,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Density = each(1.0),
+    epsilon: Epsilon = each(0.15),
+    normalize: Normalize = False,
+    rescale: Rescale = True,
+    rescale_by: RescaleBy = "l1",
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     seed: int,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
@@ -69,7 +60,7 @@ def della(
     return merge_kept(
         base,
         experts,
-        kept_at_random(base, experts, density, epsilon, seed),
+        random_selection(base, experts, density, epsilon, seed),
         rule=rule,
         weight=weight,
         normalize=normalize,
@@ -106,7 +97,7 @@ def _merge_by_probability(
             kept = unpacked(masks[t][start * columns // 8 :], here.shape)
             delta = (expert.to(dtype) - here.to(dtype)) / probability.to(dtype)
             deltas.append(torch.where(kept, delta, 0.0))
-        change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and divides(rule, weight))
+        change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and can_normalize(rule, weight))
         merged[start : start + rows] = join(here, change, lambda_, out_dtype)
     return merged.reshape(base.shape)
 
@@ -117,26 +108,9 @@ def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
     return masked_workspace(shape, n_experts) + min(at_once, math.prod(shape)) * (64 + 8 * n_experts)
 
 
-def della_parameters(normalize: bool) -> tuple[Parameter, ...]:
-    return (
-        WEIGHT,
-        DENSITY,
-        EPSILON,
-        normalize_parameter(normalize),
-        rescale_parameter(True),
-        RESCALE_BY,
-        LAMBDA,
-        INT8_MASK,
-    )
-
-
-DELLA_LINEAR = Method(
+merge_method(
     name="della_linear",
     title="Linear DELLA",
     reference="https://arxiv.org/abs/2406.11617",
-    needs_base=True,
-    parameters=della_parameters(normalize=False),
-    function=functools.partial(della, rule="sum"),
     workspace=ranked_workspace,
-    draws=True,
-)
+)(functools.partial(della, rule="sum"))

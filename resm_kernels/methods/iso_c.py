@@ -5,21 +5,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import polar
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import check, weighted_sum
+from resm_kernels.methods._aliases import Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 from resm_kernels.ops.inner_products import inner_products
+from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, weighted_sum
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """The sum, a basis and the polar factor in float64, and the smaller Gram matrix with its eigenproblem.
+
+    Measured peaks lie 20 to 55 % below.
+    """
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    return (24 << 20) + 24 * m * n + 40 * min(m, n) ** 2
+
+
+@merge_method(
+    title="Iso-C",
+    reference="https://arxiv.org/abs/2502.04959",
+    workspace=_workspace,
+)
 def iso_c(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    lambda_: float,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    lambda_: Lambda = 1.0,
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·σ̄·U·Vᵀ with U·Σ·Vᵀ = Σ_t w_t·Δ_t and σ̄ = (1/r)·Σ_i σ_i, r = min(m, n).
@@ -39,7 +57,7 @@ def iso_c(
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     total = weighted_sum(base, experts, weight)
@@ -47,25 +65,3 @@ def iso_c(
     mean = float(inner_products(None, [merged, total])[0, 1]) / min(base.shape)
     del total
     return join(base, merged.mul_(mean), lambda_, out_dtype)
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """The sum, a basis and the polar factor in float64, and the smaller Gram matrix with its eigenproblem.
-
-    Measured peaks lie 20 to 55 % below.
-    """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return (24 << 20) + 24 * m * n + 40 * min(m, n) ** 2
-
-
-ISO_C = Method(
-    name="iso_c",
-    title="Iso-C",
-    reference="https://arxiv.org/abs/2502.04959",
-    needs_base=True,
-    parameters=(WEIGHT, LAMBDA, SPECTRAL),
-    function=iso_c,
-    workspace=_workspace,
-)

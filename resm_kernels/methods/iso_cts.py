@@ -3,29 +3,55 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import Decomposition, decompose, polar
 from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, delta, weighted_sum
+from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
+from resm_kernels.spectral.low_rank import LowRank, join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector, weighted_sum
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bases of all subspaces and their polar factors, one residual and its decomposition, in float64.
+
+    The most that any parameters and dtypes take (measured: 10 % below at least); the defaults take half of it.
+    """
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    return (24 << 20) + 96 * m * n + 64 * min(m, n) ** 2
+
+
+@merge_method(
+    title="Iso-CTS",
+    reference="https://arxiv.org/abs/2502.04959",
+    workspace=_workspace,
+)
 def iso_cts(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    lambda_: float,
-    common_space_fraction: float,
-    decomposition: str,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    lambda_: Lambda = 1.0,
+    common_space_fraction: Annotated[
+        float,
+        Option(
+            "share of the directions that come from the sum of all task vectors; the authors' default is 0.8",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = 0.8,
+    decomposition: FullDecomposition = "gram",
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·σ̄·polar([U_1 … U_T, U_c])·polar([V_1 … V_T, V_c])ᵀ.
@@ -49,7 +75,7 @@ def iso_cts(
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     r = min(base.shape)
@@ -63,7 +89,7 @@ def iso_cts(
     del found, left, right
     lefts, rights = [], []
     for t in range(len(experts) if p else 0):
-        task = delta(base, experts, t).double().mul_(weight[t])
+        task = task_vector(base, experts, t).double().mul_(weight[t])
         least = RANK_TOLERANCE * frobenius_norm(task)
         if rest is not None:
             task = matmul(rest.mT, task)
@@ -104,38 +130,3 @@ def _triplets(found: Decomposition, k: int) -> tuple[Tensor, Tensor, Tensor]:
     if not torch.equal(part.core, part.core.diagonal().diag()):
         left = matmul(left, polar(part.core))
     return left, found.singular_values[: left.shape[1]].cpu(), part.right
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Bases of all subspaces and their polar factors, one residual and its decomposition, in float64.
-
-    The most that any parameters and dtypes take (measured: 10 % below at least); the defaults take half of it.
-    """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return (24 << 20) + 96 * m * n + 64 * min(m, n) ** 2
-
-
-ISO_CTS = Method(
-    name="iso_cts",
-    title="Iso-CTS",
-    reference="https://arxiv.org/abs/2502.04959",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        LAMBDA,
-        Parameter(
-            "common_space_fraction",
-            float,
-            0.8,
-            "share of the directions that come from the sum of all task vectors; the authors' default is 0.8",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-        WHOLE_DECOMPOSITION,
-        SPECTRAL,
-    ),
-    function=iso_cts,
-    workspace=_workspace,
-)

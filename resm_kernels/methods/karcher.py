@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 
@@ -15,8 +17,21 @@ _OPPOSITE = 1e-6
 """Below this sin θ a direction more than 90° away counts as the antipode, to which no shortest way leads."""
 
 
+@merge_method(
+    title="Karcher mean",
+    reference="https://arxiv.org/abs/2603.04972",
+    workspace=elementwise_workspace,
+    ignores_base=True,
+)
 def karcher(
-    base: Tensor | None, experts: list[Tensor], *, max_iter: int, tol: float, out_dtype: torch.dtype | None
+    base: Tensor | None,
+    experts: list[Tensor],
+    *,
+    max_iter: Annotated[int, Option("most steps of the iteration (mergekit's default)", minimum=0)] = 10,
+    tol: Annotated[
+        float, Option("stop at steps, and leave out norms and angles, smaller than this", minimum=0.0)
+    ] = 1e-5,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = ((1/T)·Σ_t ‖θ_t‖)·m, m the unit vector with the least Σ_t ∠(m, θ_t)². The base takes no part.
 
@@ -39,7 +54,7 @@ def karcher(
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     dtype = out_dtype or (None if base is None else base.dtype)
     factors = [1.0] if len(experts) == 1 else coefficients(inner_products(None, experts).cpu(), max_iter, tol)
     return aggregate(None, experts, factors, out_dtype=dtype)
@@ -75,17 +90,3 @@ def coefficients(gram: Tensor, max_iter: int, tol: float) -> Tensor:
         mean = torch.cos(step) * mean + torch.sin(step) * tangent / step
         mean = mean / length(mean)
     return norms.mean() * mean * inverse
-
-
-KARCHER = Method(
-    name="karcher",
-    title="Karcher mean",
-    reference="https://arxiv.org/abs/2603.04972",
-    needs_base=False,
-    parameters=(
-        Parameter("max_iter", int, 10, "most steps of the iteration (mergekit's default)", minimum=0),
-        Parameter("tol", float, 1e-5, "stop at steps, and leave out norms and angles, smaller than this", minimum=0.0),
-    ),
-    function=karcher,
-    workspace=elementwise_workspace,
-)

@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._blocks import blocks_workspace, merge_vectors
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sphere import cosines
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.angles import cosines
+from resm_kernels.elementwise.blocks import blocks_workspace, merge_vectors
+from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 
 _SINGULAR = 1e-6
 
 
-def model_stock(base: Tensor, experts: list[Tensor], *, filter_wise: bool, out_dtype: torch.dtype | None) -> Tensor:
+@merge_method(
+    title="Model Stock",
+    reference="https://arxiv.org/abs/2403.19522",
+    workspace=blocks_workspace,
+    min_experts=2,
+)
+def model_stock(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    filter_wise: Annotated[
+        bool, Option("one angle for each vector along the last dimension, not for the tensor")
+    ] = False,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """θ = θ₀ + (t/T)·Σ_t Δ_t with t = T·cos Ω/(1 + (T−1)·cos Ω), Ω the angle between task vectors.
 
     cos Ω is the mean of cos ∠(Δ_s, Δ_t) over all pairs; of the whole tensor, or with `filter_wise` of each vector along
@@ -32,7 +49,7 @@ def model_stock(base: Tensor, experts: list[Tensor], *, filter_wise: bool, out_d
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if filter_wise:
         return merge_vectors(_coefficients, base, experts, out_dtype, -1)
     return aggregate(base, experts, _coefficients(inner_products(base, experts).cpu()), out_dtype=out_dtype)
@@ -47,17 +64,3 @@ def _coefficients(gram: Tensor) -> Tensor:
     singular = denominator.abs() < _SINGULAR
     share = torch.where(singular, 0.0, cosine / torch.where(singular, 1.0, denominator))
     return share[..., None].expand(*share.shape, n_experts)
-
-
-MODEL_STOCK = Method(
-    name="model_stock",
-    title="Model Stock",
-    reference="https://arxiv.org/abs/2403.19522",
-    needs_base=True,
-    parameters=(
-        Parameter("filter_wise", bool, False, "one angle for each vector along the last dimension, not for the tensor"),
-    ),
-    function=model_stock,
-    workspace=blocks_workspace,
-    min_experts=2,
-)

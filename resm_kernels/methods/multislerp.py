@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.methods._aliases import Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 
@@ -15,13 +18,18 @@ _ROUNDING = 1e-6
 """Shorter sums of unit vectors are made of what fp32 inputs were rounded by: they have no direction of their own."""
 
 
+@merge_method(
+    title="Multi-SLERP",
+    reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    workspace=elementwise_workspace,
+)
 def multislerp(
     base: Tensor | None,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    normalize_weights: bool,
-    eps: float,
+    weight: Weight = each(1.0),
+    normalize_weights: Annotated[bool, Option("divide the weights by their sum")] = True,
+    eps: Annotated[float, Option("added to norms; and a mean shorter than this has no direction", minimum=0.0)] = 1e-8,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = (Σ_t w_t·‖x_t‖)·m/‖m‖ with m = Σ_t w_t·u_t, u_t = x_t/(‖x_t‖ + ε), to which a base is added.
@@ -45,7 +53,7 @@ def multislerp(
         ValueError: The weights sum to 0, or the weighted directions of three or more experts cancel.
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if len(experts) == 1:
         dtype = out_dtype or (None if base is None else base.dtype)
         return aggregate(None, experts, [1.0], out_dtype=dtype)
@@ -72,19 +80,3 @@ def _coefficients(gram: Tensor, weights: Tensor, eps: float) -> Tensor:
         f"experts: their directions cancel, the weighted sum of unit vectors has length {length:.3g}; need weights "
         "for which they do not"
     )
-
-
-MULTISLERP = Method(
-    name="multislerp",
-    title="Multi-SLERP",
-    reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
-    needs_base=False,
-    optional_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter("normalize_weights", bool, True, "divide the weights by their sum"),
-        Parameter("eps", float, 1e-8, "added to norms; and a mean shorter than this has no direction", minimum=0.0),
-    ),
-    function=multislerp,
-    workspace=elementwise_workspace,
-)

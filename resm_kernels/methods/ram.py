@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
-from resm_kernels.methods._blocks import blocks_workspace, merge_elements
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.blocks import blocks_workspace, merge_elements
+from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option
 
-EPSILON = Parameter("epsilon", float, 1e-5, "an expert has changed a weight if |δ| is more than this", minimum=0.0)
+SmallestChange = Annotated[float, Option("an expert has changed a weight if |δ| is more than this", minimum=0.0)]
 
 
-def ram(base: Tensor, experts: list[Tensor], *, epsilon: float, out_dtype: torch.dtype | None) -> Tensor:
+@merge_method(
+    title="RAM",
+    reference="https://arxiv.org/abs/2601.13572",
+    workspace=blocks_workspace,
+)
+def ram(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    epsilon: SmallestChange = 1e-5,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """θ = θ₀ + (1/c)·Σ over the c experts with |δ_t| > ε of δ_t, weight by weight; θ₀ where c = 0.
 
     Reinforcement learning changes few weights, and different ones in different experts: what one expert alone has
@@ -25,7 +39,7 @@ def ram(base: Tensor, experts: list[Tensor], *, epsilon: float, out_dtype: torch
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
 
     def merge(origin: Tensor, own: list[Tensor]) -> Tensor:
         changes, counts = changes_of(origin, own, epsilon)
@@ -46,14 +60,3 @@ def in_order(terms: list[Tensor]) -> Tensor:
     for term in terms[1:]:
         total = total + term
     return total
-
-
-RAM = Method(
-    name="ram",
-    title="RAM",
-    reference="https://arxiv.org/abs/2601.13572",
-    needs_base=True,
-    parameters=(EPSILON,),
-    function=ram,
-    workspace=blocks_workspace,
-)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._blocks import blocks_workspace, merge_elements, over_elements
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._task_matrices import check
-from resm_kernels.methods.ram import EPSILON, changes_of, in_order
+from resm_kernels.elementwise.blocks import blocks_workspace, merge_elements, over_elements
+from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option
+from resm_kernels.methods.ram import SmallestChange, changes_of, in_order
 
 
+@merge_method(
+    title="RAM+ (tensor by tensor)",
+    reference="https://arxiv.org/abs/2601.13572",
+    workspace=blocks_workspace,
+)
 def ramplus_tl(
-    base: Tensor, experts: list[Tensor], *, r: float, alpha: float, epsilon: float, out_dtype: torch.dtype | None
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    r: Annotated[float, Option("how strongly unique changes are scaled up")] = 0.1,
+    alpha: Annotated[float, Option("most that the ratio of shared to unique changes counts", minimum=0.0)] = 0.2,
+    epsilon: SmallestChange = 1e-5,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
     """As `ram`, but a change that expert t alone has is multiplied by λ_t = 1 + r·min(ρ_t, α).
 
@@ -26,7 +40,7 @@ def ramplus_tl(
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
 
     def count(origin: Tensor, own: list[Tensor]) -> list[tuple[int, int]]:
         changes, counts = changes_of(origin, own, epsilon)
@@ -43,18 +57,3 @@ def ramplus_tl(
         return origin + torch.where(counts == 1, scaled, in_order(changes) / counts.clamp(min=1))
 
     return merge_elements(merge, base, experts, out_dtype)
-
-
-RAMPLUS_TL = Method(
-    name="ramplus_tl",
-    title="RAM+ (tensor by tensor)",
-    reference="https://arxiv.org/abs/2601.13572",
-    needs_base=True,
-    parameters=(
-        Parameter("r", float, 0.1, "how strongly unique changes are scaled up"),
-        Parameter("alpha", float, 0.2, "most that the ratio of shared to unique changes counts", minimum=0.0),
-        EPSILON,
-    ),
-    function=ramplus_tl,
-    workspace=blocks_workspace,
-)

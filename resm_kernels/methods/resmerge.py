@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import Subspace, subspace
 from resm_kernels.linalg._products import matmul
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import check, delta
+from resm_kernels.methods._aliases import Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.inner_products import inner_products
+from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
 
 _ACCURACY = 1e-4
 """Backward error allowed to heads by "auto"; what a head loses stays in its residual."""
@@ -21,19 +24,44 @@ _ZERO = 1e-6
 """Heads and residuals up to this times the largest task vector are rounding and count as none."""
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Residuals, their sum, the task vector in hand, and its decomposition or a head's product."""
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    r = min(m, n)
+    return (32 << 20) + (8 * n_experts + 32) * m * n + 96 * r * r
+
+
+@merge_method(
+    title="ResMerge",
+    reference="https://arxiv.org/abs/2606.02252",
+    workspace=_workspace,
+)
 def resmerge(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    rank: int,
-    beta_min: float,
-    beta_max: float,
-    confidence: float,
-    head_ratio: float,
-    decomposition: str,
-    lambda_: float,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    rank: Annotated[int, Option("dominant directions that make up the head", minimum=1)] = 1,
+    beta_min: Annotated[float, Option("exponent of the coherence where experts agree fully", minimum=0.0)] = 0.7,
+    beta_max: Annotated[float, Option("exponent of the coherence where they do not", minimum=0.0)] = 1.0,
+    confidence: Annotated[
+        float,
+        Option(
+            "how much agreement lowers the exponent; the authors: 0 for all but attention and feed-forward weights",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = 1.0,
+    head_ratio: Annotated[
+        float, Option("largest norm of the head correction, in units of the backbone's", minimum=0.0)
+    ] = 0.2,
+    decomposition: Annotated[
+        Literal["auto", "gram", "exact"], Option("auto: subspace iteration where that is cheaper")
+    ] = "auto",
+    lambda_: Lambda = 1.0,
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·(A + C): a consensus of what the experts have beside their dominant directions, and a little of those.
@@ -61,14 +89,14 @@ def resmerge(
 
     Determinism: the same bits for any number of threads.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     if beta_min > beta_max:
         raise ValueError(f"beta_min: got {beta_min:g}, need at most beta_max, {beta_max:g}")
     heads, residuals, total = [], [], torch.zeros(base.shape, dtype=torch.float64, device=base.device)
     for t, w in enumerate(weight):
-        matrix = delta(base, experts, t).mul_(w)
+        matrix = task_vector(base, experts, t).mul_(w)
         head = subspace(matrix, rank, method=decomposition, accuracy=_ACCURACY)
         heads.append(head)
         residuals.append(matrix.sub_(_product(head, 1.0).to(matrix.dtype)))
@@ -131,42 +159,3 @@ def _head_factor(products: Tensor, least: float) -> float:
     if n_heads > 1:
         agreement = (float(cosines.sum()) - float(cosines.diagonal().sum())) / (n_heads * (n_heads - 1))
     return min(agreement, 1.0) / summed
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Residuals, their sum, the task vector in hand, and its decomposition or a head's product."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    r = min(m, n)
-    return (32 << 20) + (8 * n_experts + 32) * m * n + 96 * r * r
-
-
-RESMERGE = Method(
-    name="resmerge",
-    title="ResMerge",
-    reference="https://arxiv.org/abs/2606.02252",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter("rank", int, 1, "dominant directions that make up the head", minimum=1),
-        Parameter("beta_min", float, 0.7, "exponent of the coherence where experts agree fully", minimum=0.0),
-        Parameter("beta_max", float, 1.0, "exponent of the coherence where they do not", minimum=0.0),
-        Parameter(
-            "confidence",
-            float,
-            1.0,
-            "how much agreement lowers the exponent; the authors: 0 for all but attention and feed-forward weights",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-        Parameter(
-            "head_ratio", float, 0.2, "largest norm of the head correction, in units of the backbone's", minimum=0.0
-        ),
-        Parameter("decomposition", ("auto", "gram", "exact"), "auto", "auto: subspace iteration where that is cheaper"),
-        LAMBDA,
-        SPECTRAL,
-    ),
-    function=resmerge,
-    workspace=_workspace,
-)

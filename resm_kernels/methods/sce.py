@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import INT8_MASK, masked_workspace
+from resm_kernels.elementwise.sparsify import masked_workspace
+from resm_kernels.methods._aliases import Int8Mask
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.kept_moments import kept_moments
 from resm_kernels.ops.variance_mask import variance_mask
@@ -18,12 +20,27 @@ SMALLEST_DIVISOR = 1e-6
 """Of mergekit: what the weights that agree in sign divide by at least."""
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """A mask for all experts, and the variances."""
+    return masked_workspace(shape, 1) + 4 * math.prod(shape)
+
+
+@merge_method(
+    title="SCE",
+    reference="https://arxiv.org/abs/2408.07990",
+    workspace=_workspace,
+)
 def sce(
     base: Tensor,
     experts: list[Tensor],
     *,
-    select_topk: float,
-    min_energy: float,
+    select_topk: Annotated[
+        float, Option("share of the elements kept, by their variance", minimum=0.0, maximum=1.0)
+    ] = 1.0,
+    min_energy: Annotated[
+        float, Option("mean squared change in all below which experts weigh alike", minimum=0.0)
+    ] = 1e-6,
+    int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + Σ over the t of the elected sign of w_t·δ_t, divided by the Σ of those w_t (at least 1e-6, as mergekit).
@@ -53,23 +70,3 @@ def sce(
         out_dtype=out_dtype,
         **kept,
     )
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """A mask for all experts, and the variances."""
-    return masked_workspace(shape, 1) + 4 * math.prod(shape)
-
-
-SCE = Method(
-    name="sce",
-    title="SCE",
-    reference="https://arxiv.org/abs/2408.07990",
-    needs_base=True,
-    parameters=(
-        Parameter("select_topk", float, 1.0, "share of the elements kept, by their variance", minimum=0.0, maximum=1.0),
-        Parameter("min_energy", float, 1e-6, "mean squared change in all below which experts weigh alike", minimum=0.0),
-        INT8_MASK,
-    ),
-    function=sce,
-    workspace=_workspace,
-)

@@ -5,18 +5,39 @@ Shoemake's rotations are unit vectors; weights, whose norms differ, get the same
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
 from resm_kernels.checks import check_group
-from resm_kernels.methods._common import elementwise_workspace
-from resm_kernels.methods._registry import REQUIRED, Method, Parameter
-from resm_kernels.methods._sphere import PARALLEL, cosines, gram_with_base, great_circle
+from resm_kernels.elementwise.angles import PARALLEL, cosines, gram_with_base, great_circle
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
 
 
+@merge_method(
+    title="SLERP",
+    reference="https://doi.org/10.1145/325165.325242",
+    workspace=elementwise_workspace,
+    max_experts=1,
+)
 def slerp(
-    base: Tensor, experts: list[Tensor], *, t: float, dot_threshold: float, out_dtype: torch.dtype | None
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    t: Annotated[float, Option("how far to go from the base, 0, to the other model, 1")],
+    dot_threshold: Annotated[
+        float,
+        Option(
+            "interpolate in a straight line where the cosine is beyond this (mergekit's constant)",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = 0.9995,
+    out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = sin((1−t)·Ω)/sin Ω · θ₀ + sin(t·Ω)/sin Ω · θ_1, Ω the angle between the whole tensors θ₀ and θ_1.
 
@@ -37,25 +58,3 @@ def slerp(
     linear = (cosine.abs() > dot_threshold) | ((1 - cosine) * (1 + cosine) <= PARALLEL)
     weights = great_circle(cosine, t, linear)
     return aggregate(None, [base, *experts], weights, out_dtype=out_dtype or base.dtype)
-
-
-SLERP = Method(
-    name="slerp",
-    title="SLERP",
-    reference="https://doi.org/10.1145/325165.325242",
-    needs_base=True,
-    parameters=(
-        Parameter("t", float, REQUIRED, "how far to go from the base, 0, to the other model, 1"),
-        Parameter(
-            "dot_threshold",
-            float,
-            0.9995,
-            "interpolate in a straight line where the cosine is beyond this (mergekit's constant)",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-    ),
-    function=slerp,
-    workspace=elementwise_workspace,
-    max_experts=1,
-)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import elementwise_workspace
 from resm_kernels.linalg._products import eigen_list, matmul, matmul_list
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._interference import averaged_unless_matrix, interference, interference_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, join
+from resm_kernels.methods._aliases import Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
+from resm_kernels.spectral.interference import averaged_unless_matrix, interference, interference_workspace
+from resm_kernels.spectral.low_rank import join
 
 RANK_RULES = ("ratio", "participation_sqrt", "gavish_donoho")
 FILTERS = ("exponential", "none")
@@ -23,18 +26,49 @@ _NOISE = 1e-12
 """Eigenvalues up to this times the largest are rounding: singular values of task vectors up to 1e-6."""
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """The quadratic; or start and target along the eigenvectors, and LAPACK's scratch."""
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    return max(interference_workspace(shape), (32 << 20) + 64 * m * n + 64 * n * n)
+
+
+@merge_method(
+    title="SWUDI",
+    reference="https://arxiv.org/abs/2606.07289",
+    workspace=_workspace,
+)
 def swudi(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    exp_time: float,
-    rank_ratio: float,
-    rank_rule: str,
-    filter: str,
-    init: str,
-    lambda_: float,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    exp_time: Annotated[
+        float, Option("how long the filtered descent runs; the exact minimum is at ∞", minimum=0.0)
+    ] = 300.0,
+    rank_ratio: Annotated[
+        float,
+        Option(
+            "share of the directions kept (ratio); the authors take 0.65 for CLIP, 0.85 for Llama",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = 0.65,
+    rank_rule: Annotated[
+        Literal["ratio", "participation_sqrt", "gavish_donoho"],
+        Option("how many directions are kept; SWUDI-A: participation_sqrt"),
+    ] = "ratio",
+    filter: Annotated[
+        Literal["exponential", "none"],
+        Option("how far along each kept direction; none (SWUDI-A) goes all the way"),
+    ] = "exponential",
+    init: Annotated[
+        Literal["sum", "mean", "zero"],
+        Option("where the descent starts: sum or mean of the task vectors, or the base"),
+    ] = "sum",
+    lambda_: Lambda = 1.0,
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·M, M = M₀ + (D·C^+ − M₀)·V·diag(f)·Vᵀ: how far descent on WUDI's loss gets along each direction.
@@ -108,42 +142,3 @@ def _hard_threshold(beta: float) -> float:
     known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
     median = math.sqrt((1 - beta) ** 2 + beta) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3))
     return known / median
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """The quadratic; or start and target along the eigenvectors, and LAPACK's scratch."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return max(interference_workspace(shape), (32 << 20) + 64 * m * n + 64 * n * n)
-
-
-SWUDI = Method(
-    name="swudi",
-    title="SWUDI",
-    reference="https://arxiv.org/abs/2606.07289",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter(
-            "exp_time", float, 300.0, "how long the filtered descent runs; the exact minimum is at ∞", minimum=0.0
-        ),
-        Parameter(
-            "rank_ratio",
-            float,
-            0.65,
-            "share of the directions kept (ratio); the authors take 0.65 for CLIP, 0.85 for Llama",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-        Parameter("rank_rule", RANK_RULES, "ratio", "how many directions are kept; SWUDI-A: participation_sqrt"),
-        Parameter(
-            "filter", FILTERS, "exponential", "how far along each kept direction; none (SWUDI-A) goes all the way"
-        ),
-        Parameter("init", STARTS, "sum", "where the descent starts: sum or mean of the task vectors, or the base"),
-        LAMBDA,
-        SPECTRAL,
-    ),
-    function=swudi,
-    workspace=_workspace,
-)

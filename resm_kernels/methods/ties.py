@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import INT8_MASK, merge_kept, rescale_parameter
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.sparsify import merge_kept
+from resm_kernels.methods._aliases import Int8Mask, Lambda, NormalizeAgreeing, Rescale, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 
+@merge_method(
+    title="TIES",
+    reference="https://arxiv.org/abs/2306.01708",
+    workspace=elementwise_workspace,
+)
 def ties(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    density: list[float],
-    normalize: bool,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Annotated[
+        list[float],
+        Option(
+            "share of each task vector kept, largest magnitudes first; the paper uses 0.2, mergekit's default is 1",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = each(1.0),
+    normalize: NormalizeAgreeing = True,
+    rescale: Rescale = False,
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
-    rescale: bool = False,
 ) -> Tensor:
     """θ = θ₀ + λ·m with m elected as in `resm_kernels.ops.aggregate`, rule ``ties``.
 
@@ -51,29 +68,3 @@ def _kept(density: float, numel: int) -> int:
     if density <= 0:
         return 0
     return numel if density >= 1 else min(numel, max(1, int(density * numel)))
-
-
-TIES = Method(
-    name="ties",
-    title="TIES",
-    reference="https://arxiv.org/abs/2306.01708",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter(
-            "density",
-            float,
-            1.0,
-            "share of each task vector kept, largest magnitudes first; the paper uses 0.2, mergekit's default is 1",
-            per_expert=True,
-            minimum=0.0,
-            maximum=1.0,
-        ),
-        Parameter("normalize", bool, True, "divide by the sum of the weights whose sign agrees"),
-        rescale_parameter(False),
-        LAMBDA,
-        INT8_MASK,
-    ),
-    function=ties,
-    workspace=elementwise_workspace,
-)

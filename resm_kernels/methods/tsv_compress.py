@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
+from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, truncated_sum, truncated_sum_workspace
 
 
+@merge_method(
+    title="TSV-C",
+    reference="https://arxiv.org/abs/2412.00081",
+    workspace=truncated_sum_workspace,
+)
 def tsv_compress(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    lambda_: float,
-    rank: int | None,
-    share: float | None,
-    decomposition: str,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    lambda_: Lambda = 1.0,
+    rank: Annotated[
+        int | None, Option("directions kept of each expert; r divided by the experts if left out", minimum=1)
+    ] = None,
+    share: Annotated[
+        float | None, Option("directions kept as a share of r, instead of rank", minimum=0.0, maximum=1.0)
+    ] = None,
+    decomposition: FullDecomposition = "gram",
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·Σ_t w_t·Δ_{t,k}, Δ_{t,k} the best approximation of rank k to Δ_t.
@@ -48,7 +60,7 @@ def tsv_compress(
     """
     if rank is not None and share is not None:
         raise ValueError(f"rank: got {rank} and a share of {share:g}, need one of the two")
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     r = min(base.shape)
@@ -69,21 +81,3 @@ def _directions(r: int, n_experts: int, rank: int | None, share: float | None) -
         # The slack keeps rounded shares from losing a direction, as 0.29·100 = 28.999… would.
         return max(1, math.floor(r * share + 1e-9))
     return max(1, r // n_experts)
-
-
-TSV_COMPRESS = Method(
-    name="tsv_compress",
-    title="TSV-C",
-    reference="https://arxiv.org/abs/2412.00081",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        LAMBDA,
-        Parameter("rank", int, None, "directions kept of each expert; r divided by the experts if left out", minimum=1),
-        Parameter("share", float, None, "directions kept as a share of r, instead of rank", minimum=0.0, maximum=1.0),
-        WHOLE_DECOMPOSITION,
-        SPECTRAL,
-    ),
-    function=tsv_compress,
-    workspace=truncated_sum_workspace,
-)
