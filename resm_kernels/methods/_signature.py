@@ -1,4 +1,4 @@
-"""How a function's annotated signature says what parameters a merge method has."""
+"""Reads the parameters of a merge method from the annotated signature of its function."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from resm_kernels.methods._parameter import REQUIRED, Parameter
 T = TypeVar("T")
 
 _HANDED_OVER: Final = ("out_dtype", "name", "seed")
-"""Keyword arguments that a method's call hands over beside the parameters."""
+"""Keyword arguments that `Method.__call__` passes in addition to the parameters."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What an annotation says about a parameter beside its type: ``Annotated[float, Option("…", minimum=0)]``.
+    """What an annotation says about a parameter in addition to its type: ``Annotated[float, Option("…", minimum=0)]``.
 
     Attributes:
         doc: One line for help texts and errors: meaning, unit, why this default.
@@ -83,7 +83,7 @@ def read_signature(function: Callable[..., Tensor]) -> Signature:
         if argument.name in _HANDED_OVER:
             handed_over.add(argument.name)
         elif options:
-            # An alias with an Option of its own may be annotated once more: the outermost Option counts.
+            # An alias that has an Option may be annotated with another one, which then counts.
             parameters.append(_parameter(title, argument, get_args(hints[argument.name])[0], options[-1]))
         elif not (isinstance(function, functools.partial) and argument.name in function.keywords):
             raise TypeError(f"{title}: {argument.name}: annotate it, such as Annotated[float, Option('what it means')]")

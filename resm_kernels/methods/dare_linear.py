@@ -30,18 +30,19 @@ def dare(
 ) -> Tensor:
     """θ = θ₀ + λ·rule(w_t·r_t·m_t∘Δ_t), m_t ~ Bernoulli(density_t) for each element of each expert.
 
-    r_t = Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", mergekit's; 1/density_t by "probability", the paper's 1/(1 − p) and
-    peft's; 1 without `rescale`. The two differ by the chance of one draw: about 1/√(density·N) of r_t. `seed` is the
-    key of `resm_kernels.ops.random_mask`, so that no order, device or number of threads changes what is dropped.
+    With `rescale`, r_t is Σ|Δ_t|/Σ|m_t∘Δ_t| for `rescale_by` "l1", as in mergekit, and 1/density_t for "probability",
+    which is the paper's 1/(1 − p) and peft's. The two differ by chance, by about 1/√(density·N) of r_t. Without
+    `rescale` r_t is 1. `seed` is the key of `resm_kernels.ops.random_mask`, so that the same elements are dropped
+    whatever the order of the experts' tensors, the device or the number of threads.
     """
-    kept = random_selection(base, experts, density, 0.0, seed)
+    selection = random_selection(base, experts, density, 0.0, seed)
     factors: bool | list[float] = rescale
     if rescale and rescale_by == "probability":
         factors = [1 / d if d > 0 else 1.0 for d in density]
     return merge_kept(
         base,
         experts,
-        kept,
+        selection,
         rule=rule,
         weight=weight,
         normalize=normalize,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,8 +21,8 @@ from resm_kernels.ops.random_mask import random_mask
 from resm_kernels.reference.random_mask import FRACTION, doubled_ranks, probability_law, row_length
 from resm_kernels.spectral.low_rank import join
 
-RANKED_AT_ONCE = 1 << 20
-"""Elements whose task vectors lie in memory at a time, where each is divided by its own probability."""
+RANKED_AT_ONCE: Final = 1 << 20
+"""Elements of a tensor whose task vectors are formed at a time, if each is divided by its probability."""
 
 
 def della(
@@ -43,11 +44,11 @@ def della(
     """θ = θ₀ + λ·rule(w_t·r_t·m_t∘Δ_t), where m_t keeps an element with probability density_t ± epsilon_t by its rank.
 
     The probability rises from density − ε for a row's smallest |δ| to density + ε for its largest, evenly over the
-    ranks (`resm_kernels.ops.random_mask`, which also says what ties and rows are); density ≥ 1 keeps all. r_t =
-    Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", as in mergekit. By "probability", the paper's 1/(1 − p) and the authors'
-    code, each element is divided by its own probability of being kept, which leaves its expectation as it was; that
-    takes ranks by sorting, in groups of rows whose task vectors are formed in memory, and about as long as mergekit.
-    Without `rescale` r_t = 1.
+    ranks (`resm_kernels.ops.random_mask` defines rows, and how ties are ranked); density ≥ 1 keeps all elements.
+    With `rescale`, r_t is Σ|Δ_t|/Σ|m_t∘Δ_t| for `rescale_by` "l1", as in mergekit. For "probability", the paper's
+    1/(1 − p) and the authors' code, each element is divided by its probability of being kept, which leaves its
+    expectation unchanged; this sorts groups of rows whose task vectors are in memory, and takes about as long as
+    mergekit. Without `rescale` r_t is 1.
 
     Raises:
         ValueError: density ± epsilon is not between 0 and 1 where density is.
@@ -82,30 +83,30 @@ def _merge_by_probability(
     lambda_: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    raise_nonfinite(base, experts)  # aggregate is to see what is kept alone
+    raise_nonfinite(base, experts)  # aggregate sees only the elements that are kept
     columns, dtype = row_length(base), compute_dtype(base, *experts)
     laws = [probability_law(d, e, columns) for d, e in zip(density, epsilon, strict=True)]
-    origin, *own = (tensor.reshape(-1, columns) for tensor in (base, *experts))
-    merged = torch.empty(origin.shape, dtype=out_dtype, device=base.device)
+    base_rows, *expert_rows = (tensor.reshape(-1, columns) for tensor in (base, *experts))
+    merged = torch.empty(base_rows.shape, dtype=out_dtype, device=base.device)
     rows = max(1, RANKED_AT_ONCE // columns // 8) * 8  # masks of eight rows are whole bytes
-    for start in range(0, origin.shape[0], rows):
-        here, *there = (tensor[start : start + rows] for tensor in (origin, *own))
+    for start in range(0, base_rows.shape[0], rows):
+        base_block, *expert_blocks = (tensor[start : start + rows] for tensor in (base_rows, *expert_rows))
         deltas = []
-        for t, expert in enumerate(there):
+        for t, expert in enumerate(expert_blocks):
             lowest, step = laws[t]
-            probability = (lowest + step * doubled_ranks(here, there, t)).double() / 2.0**FRACTION
-            kept = unpacked(masks[t][start * columns // 8 :], here.shape)
-            delta = (expert.to(dtype) - here.to(dtype)) / probability.to(dtype)
-            deltas.append(torch.where(kept, delta, 0.0))
+            probability = (lowest + step * doubled_ranks(base_block, expert_blocks, t)).double() / 2.0**FRACTION
+            mask = unpacked(masks[t][start * columns // 8 :], base_block.shape)
+            delta = (expert.to(dtype) - base_block.to(dtype)) / probability.to(dtype)
+            deltas.append(torch.where(mask, delta, 0.0))
         change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and can_normalize(rule, weight))
-        merged[start : start + rows] = join(here, change, lambda_, out_dtype)
+        merged[start : start + rows] = join(base_block, change, lambda_, out_dtype)
     return merged.reshape(base.shape)
 
 
 def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """That of masked methods, and of ranking rows: sorted ones, eight at least, with task vectors and mask as bytes."""
-    at_once = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
-    return masked_workspace(shape, n_experts) + min(at_once, math.prod(shape)) * (64 + 8 * n_experts)
+    """Bytes of masked methods, and of at least eight sorted rows with their task vectors and unpacked masks."""
+    elements = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
+    return masked_workspace(shape, n_experts) + min(elements, math.prod(shape)) * (64 + 8 * n_experts)
 
 
 merge_method(

@@ -16,7 +16,7 @@ from resm_kernels.spectral.task_matrices import averaged, is_spectral, weighted_
 
 
 def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """The sum, a basis and the polar factor in float64, and the smaller Gram matrix with its eigenproblem.
+    """Bytes of the sum, a basis and the polar factor in float64, and the smaller Gram matrix with its eigenproblem.
 
     Measured peaks lie 20 to 55 % below.
     """
@@ -26,11 +26,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     return (24 << 20) + 24 * m * n + 40 * min(m, n) ** 2
 
 
-@merge_method(
-    title="Iso-C",
-    reference="https://arxiv.org/abs/2502.04959",
-    workspace=_workspace,
-)
+@merge_method(title="Iso-C", reference="https://arxiv.org/abs/2502.04959", workspace=_workspace)
 def iso_c(
     base: Tensor,
     experts: list[Tensor],
@@ -42,14 +38,15 @@ def iso_c(
 ) -> Tensor:
     """θ = θ₀ + λ·σ̄·U·Vᵀ with U·Σ·Vᵀ = Σ_t w_t·Δ_t and σ̄ = (1/r)·Σ_i σ_i, r = min(m, n).
 
-    U·Vᵀ is the polar factor of the sum S and Σ_i σ_i = ⟨U·Vᵀ, S⟩, so no SVD is taken: one eigendecomposition of the
-    smaller Gram matrix on the CPU, matrix products alone elsewhere (`resm_kernels.linalg.polar`).
+    U·Vᵀ is the polar factor of the sum S and Σ_i σ_i = ⟨U·Vᵀ, S⟩, so that no SVD is needed: it takes one
+    eigendecomposition of the smaller Gram matrix on the CPU, and only matrix products elsewhere
+    (`resm_kernels.linalg.polar`).
 
-    The sum, not the mean, as in the paper, its authors' code and fusion-bench (a copy of Iso-C in the TSV
-    repository takes the mean, which is λ/T here). Where S has not full rank its null space has no singular vectors of
-    its own; an SVD completes U and V arbitrarily, and published code gives those directions the length σ̄ as well.
-    Here they stay 0 (directions below 1e-6 times the largest singular value count as null): the result on S's own
-    directions is the same, σ̄ still the mean over all r. S = 0 gives the base. Tensors that are no matrices become
+    S is the sum, not the mean, as in the paper, its authors' code and fusion-bench (a copy of Iso-C in the TSV
+    repository takes the mean, which is λ/T here). If S does not have full rank, its null space has no distinguished
+    singular vectors: an SVD completes U and V arbitrarily, and published code gives those directions the length σ̄ as
+    well. Here they remain 0, as do directions below 1e-6 times the largest singular value; the result in the range of S
+    is the same, and σ̄ is still the mean over all r. S = 0 gives the base. Tensors that are no matrices become
     θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code.
 
     All of it is float64, rounded once. Deterministic: the same bits for any number of threads.

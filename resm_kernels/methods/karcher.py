@@ -14,7 +14,7 @@ from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 
 _OPPOSITE = 1e-6
-"""Below this sin θ a direction more than 90° away counts as the antipode, to which no shortest way leads."""
+"""A direction more than 90° away with sin θ up to this counts as the antipode, which no shortest path leads to."""
 
 
 @merge_method(
@@ -33,21 +33,21 @@ def karcher(
     ] = 1e-5,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = ((1/T)·Σ_t ‖θ_t‖)·m, m the unit vector with the least Σ_t ∠(m, θ_t)². The base takes no part.
+    """θ = ((1/T)·Σ_t ‖θ_t‖)·m, m the unit vector with the least Σ_t ∠(m, θ_t)². The base has no effect.
 
     From m_0, the mean of the directions u_t = θ_t/‖θ_t‖ brought to length 1, up to `max_iter` steps of
     g = (1/T)·Σ_t (φ_t/sin φ_t)·(u_t − cos φ_t·m), cos φ_t = ⟨u_t, m⟩, and m ← cos ‖g‖·m + sin ‖g‖·g/‖g‖, until
     ‖g‖ < `tol`.
 
-    No step needs the tensors. m_0 and every g is a linear combination of the u_t, hence so is every m = Σ_t c_t·u_t;
-    with K_st = ⟨u_s, u_t⟩ the cosines are K·c, g has the coefficients p − ⟨p, K·c⟩·c where p_t = φ_t/(T·sin φ_t), and
-    any length is ‖Σ_t a_t·u_t‖ = √(aᵀKa). So the inputs are read once for K, in float64, all iterations happen on
-    T numbers, and one weighted sum in fp32 (float64 if an input is), rounded once, gives θ. Lengths come from K with an
-    error of 1e-8: a smaller `tol` only costs iterations.
+    No step needs the tensors themselves. m_0 and every g are linear combinations of the u_t, hence so is every
+    m = Σ_t c_t·u_t; with K_st = ⟨u_s, u_t⟩ the cosines are K·c, g has the coefficients p − ⟨p, K·c⟩·c with
+    p_t = φ_t/(T·sin φ_t), and any length is ‖Σ_t a_t·u_t‖ = √(aᵀKa). So the inputs are read once for K, in float64, all
+    iterations work on T numbers, and one weighted sum in fp32 (float64 if an input is), rounded once, gives θ. Lengths
+    that come from K have an error of 1e-8: a smaller `tol` only costs iterations.
 
-    As in mergekit: tensors with ‖θ_t‖ ≤ `tol` have no direction and count in the mean norm alone; angles below `tol`
-    count as 0; if the directions cancel, m_0 is the first one. A direction opposite to m has no shortest way from it
-    and does not pull (mergekit divides by the rounding of sin π).
+    As in mergekit, tensors with ‖θ_t‖ ≤ `tol` have no direction and count only in the mean norm; angles below `tol`
+    count as 0; and if the directions cancel, m_0 is the first of them. A direction opposite to m has no shortest path
+    from m and is left out of the step (mergekit divides by the rounding of sin π).
 
     Deterministic: the same bits for any number of threads.
 
@@ -61,7 +61,7 @@ def karcher(
 
 
 def coefficients(gram: Tensor, max_iter: int, tol: float) -> Tensor:
-    """What the θ_t are multiplied by, (T,), from their inner products, both float64."""
+    """The coefficients of the θ_t in θ, (T,), from their inner products (T, T), both float64."""
     norms = gram.diagonal().sqrt()
     valid = norms > tol
     if not valid.any():

@@ -29,9 +29,10 @@ def linear(
     normalize: Annotated[bool, Option("divide the weighted sum by the sum of the weights")] = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = Σ_t w_t·θ_t, divided by Σ_t w_t if `normalize`. The base takes no part: list it as an expert if it should.
+    """θ = Σ_t w_t·θ_t, divided by Σ_t w_t if `normalize`.
 
-    Without `out_dtype` the result has the base's dtype, or the first expert's where there is no base.
+    The base has no effect: list it as an expert if it should have one. Without `out_dtype` the result has the base's
+    dtype, or the first expert's if there is no base.
     """
     if base is not None:
         check_group(base, experts)

@@ -1,4 +1,4 @@
-"""NearSwap: take over from another model what differs little (alchemonaut, QuartetAnemoi-70B, 2024; mergekit)."""
+"""NearSwap: adopt another model's weights where they differ little (alchemonaut, QuartetAnemoi-70B, 2024; mergekit)."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ def nearswap(
 ) -> Tensor:
     """θ = θ₀ + w·δ with w = min(1, t/|δ|), δ = θ_1 − θ₀: every weight moves towards the other model's, by t at most.
 
-    Where |δ| ≤ t, θ is θ_1 to the bit. mergekit holds |δ| above 1e-6 in the division, which for t < 1e-6 leaves some of
-    the weights nearer than 1e-6 short of the other model's; for t ≥ 1e-6 it is the same.
+    Where |δ| ≤ t, θ is θ_1 to the bit. mergekit divides by at least 1e-6, so that for t < 1e-6 some of the weights with
+    |δ| < 1e-6 do not quite reach the other model's; for t ≥ 1e-6 it is the same.
 
-    Element-wise, read once, by plain torch in blocks: fp32 (float64 if an input is), rounded once. Deterministic: the
-    same bits for any number of threads.
+    The inputs are read once, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
+    Deterministic: the same bits for any number of threads.
 
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
 
-    def merge(origin: Tensor, own: list[Tensor]) -> Tensor:
-        delta = own[0] - origin
-        return torch.where(delta.abs() <= t, own[0], origin + delta.clamp(-t, t))
+    def merge(theta: Tensor, others: list[Tensor]) -> Tensor:
+        delta = others[0] - theta
+        return torch.where(delta.abs() <= t, others[0], theta + delta.clamp(-t, t))
 
     return merge_elements(merge, base, experts, out_dtype)

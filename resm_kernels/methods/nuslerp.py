@@ -39,15 +39,17 @@ def nuslerp(
     """θ = sin((1−t)·Ω)/sin Ω · x_1 + sin(t·Ω)/sin Ω · x_2 with t = w_2/(w_1 + w_2), to which a base is added.
 
     x_t = θ_t, or with a base the task vectors θ_t − θ₀; Ω is the angle between them. t = 1/2 if |w_1 + w_2| < 1e-6.
-    `nuslerp_flatten` takes whole tensors for vectors. Else those along the last dimension are (a matrix' rows, one for
-    each output), or with `nuslerp_row_wise` those along the first (its columns): the names are mergekit's.
+    With `nuslerp_flatten` the whole tensor is one vector. Otherwise the vectors are those along the last dimension (a
+    matrix' rows, one for each output), or with `nuslerp_row_wise` those along the first (its columns); the names are
+    mergekit's.
 
-    Where sin²Ω ≤ 1e-12 the line is straight, x = (1−t)·x_1 + t·x_2: the same to 2e-13 for parallel vectors, and what
-    opposite ones have in place of a great circle. mergekit decides by 1 − cos²Ω ≤ 1e-16, which in fp32 holds from
-    Ω = 3e-4 down. A vector that is 0 has no direction: Ω = 90°.
+    Where sin²Ω ≤ 1e-12, x = (1−t)·x_1 + t·x_2: the same to 2e-13 for parallel vectors, and the only choice for opposite
+    vectors, through which no great circle is distinguished. mergekit tests 1 − cos²Ω ≤ 1e-16, which in fp32 holds for
+    Ω up to 3e-4. A vector that is 0 has no direction, and Ω = 90°.
 
-    Whole tensors are read twice, vectors once; fp32 (float64 if an input is), rounded once; angles in float64. Vectors
-    are merged by plain torch, a block at a time. Deterministic: the same bits for any number of threads.
+    Whole tensors are read twice, vectors once. θ is computed in fp32 (float64 if an input is) and rounded once, angles
+    in float64. Vectors are merged by plain torch, a block at a time. Deterministic: the same bits for any number of
+    threads.
 
     Raises:
         NonFiniteError: An input has NaN or infinite values.

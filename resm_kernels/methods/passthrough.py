@@ -1,4 +1,4 @@
-"""Passthrough: one model as it is, or scaled: for recipes that put layers of several models together."""
+"""Passthrough: one model unchanged or scaled, for recipes that assemble layers of several models."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def passthrough(
     scale: Annotated[list[float | None], Option("what the model's values are multiplied by")] = each(None),
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = s·θ_1, or θ_1 without a scale: in fp32 (float64 if it is), rounded once. The base takes no part.
+    """θ = s·θ_1, or θ_1 without a scale: in fp32 (float64 if it is), rounded once. The base has no effect.
 
     Raises:
         NonFiniteError: The model has NaN or infinite values.

@@ -14,11 +14,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 
 
-@merge_method(
-    title="Task Arithmetic",
-    reference="https://arxiv.org/abs/2212.04089",
-    workspace=elementwise_workspace,
-)
+@merge_method(title="Task Arithmetic", reference="https://arxiv.org/abs/2212.04089", workspace=elementwise_workspace)
 def task_arithmetic(
     base: Tensor,
     experts: list[Tensor],
@@ -31,9 +27,9 @@ def task_arithmetic(
     int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = θ₀ + λ·Σ_t w_t·Δ_t, the sum divided by Σ_t w_t if `normalize`; see `resm_kernels.ops.aggregate`.
+    """θ = θ₀ + λ·Σ_t w_t·Δ_t, and the sum is divided by Σ_t w_t if `normalize`; see `resm_kernels.ops.aggregate`.
 
-    Where |Σ_t w_t| < 1e-8 it is not divided, as in mergekit.
+    If |Σ_t w_t| < 1e-8 the sum is not divided, as in mergekit.
     """
     return merge_kept(
         base,
