@@ -33,7 +33,9 @@ from resm_kernels.linalg import subspaces, truncated_svd
 from resm_kernels.ops import (
     aggregate,
     delta_stats,
+    gpu_kernel,
     gram_product,
+    has_gpu_kernel,
     kept_moments,
     low_rank_update,
     magnitude_threshold,
@@ -42,7 +44,6 @@ from resm_kernels.ops import (
     random_matrix,
     variance_mask,
 )
-from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
 
 N_EXPERTS = 3
 Row = dict[str, Any]

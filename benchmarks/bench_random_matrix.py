@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from resm_kernels.ops import random_matrix
+from resm_kernels.reference.random_matrix import RandomMatrixOptions
 from resm_kernels.reference.random_matrix import random_matrix as reference
 
 SHAPES = [(11008, 48), (11008, 47), (1024, 400)]
@@ -23,5 +24,6 @@ def bench_torch_randn(timed, shape):
 
 
 def bench_random_matrix(timed, shape):
-    assert torch.equal(random_matrix(*shape), reference(*shape, seed=0))
+    options = RandomMatrixOptions(n=shape[0], columns=shape[1], seed=0, first_column=0, device=torch.device("cpu"))
+    assert torch.equal(random_matrix(*shape), reference(options))
     timed(lambda: random_matrix(*shape))

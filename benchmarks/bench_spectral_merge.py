@@ -57,7 +57,7 @@ and resm in float64."""
 
 REGIONS: Final = {
     "form Δ": ("linalg._products:task_matrix", "spectral.task_matrices:task_vector"),
-    "statistics": ("ops.delta_stats:delta_stats", "ops.delta_stats:delta_stats_list"),
+    "statistics": ("ops.delta_stats:delta_stats",),
     "decompose": (
         "linalg.decompose:decompose",
         "linalg.decompose:decompose_list",
@@ -76,7 +76,6 @@ LEAVES: Final = {
     "eigh": "linalg._products:eigen_list",
     "gram, eigh, ΔP": "linalg._dominant:dominant_list",
     "orthonormalise": "linalg.orthonormalize:orthonormalize",
-    "sketch": "ops.sketch:sketch",
 }
 """What stages are made of; Gram matrices, eigenproblems and their images ΔP that overlap in time are one leaf."""
 

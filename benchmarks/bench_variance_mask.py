@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from resm_kernels.ops import variance_mask
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 from resm_kernels.reference.variance_mask import variance_mask as reference
 
 pytestmark = pytest.mark.benchmark(group="variance_mask")
@@ -23,5 +24,5 @@ def bench_torch_var_and_topk(timed, checkpoint):
 
 def bench_variance_mask(timed, checkpoint):
     base, experts = checkpoint
-    assert torch.equal(variance_mask(base, experts, 0.5), reference(base, experts, 0.5))
+    assert torch.equal(variance_mask(base, experts, 0.5), reference(base, experts, VarianceMaskOptions(density=0.5)))
     timed(lambda: variance_mask(base, experts, 0.5))

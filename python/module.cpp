@@ -1,236 +1,322 @@
-// The Python face of csrc: tables of raw pointers in, raw pointers out. No torch headers, so that one build serves
-// every torch version; what a tensor is, and every check of meaning, lies in resm_kernels/ops.
-#include <pybind11/numpy.h>
+// The CPU ops for Python: tensors and options records as Python objects, read by name (tensors.h). There are no torch
+// headers, so that one build serves every torch version. resm_kernels/ops checks what arguments mean; the checks here
+// make sure of memory alone.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
+#include <cmath>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "cpu/memory.h"
 #include "cpu/ops.h"
+#include "tensors.h"
 
 namespace py = pybind11;
 #if defined(RESM_WITH_CUDA)
 void define_cuda_ops(py::module_& m);  // cuda.cpp
 #endif
-using resm::DType;
+using namespace resm;
 using namespace resm::cpu;
+using namespace resm::python;
 
 namespace {
 
-using Pointers = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
-using Codes = py::array_t<int32_t, py::array::c_style | py::array::forcecast>;
-using Lengths = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
-using Laws = py::array_t<uint64_t, py::array::c_style | py::array::forcecast>;
-using Numbers = py::array_t<double, py::array::c_style | py::array::forcecast>;
-
-// These checks guard memory only: a caller of resm_kernels.ops never meets them.
 void require(bool holds, const std::string& need) {
-  if (!holds) throw std::invalid_argument("resm_kernels._native: " + need);
+  if (!holds) throw py::value_error("resm_kernels._native: " + need);
 }
 
-std::vector<Array> arrays(const Pointers& pointers, const Codes& dtypes, const Lengths& lengths, int64_t per_length,
-                          const char* name) {
-  require(pointers.size() == dtypes.size(), std::string(name) + " need one dtype code for each pointer");
-  std::vector<Array> found;
-  for (py::ssize_t i = 0; i < pointers.size(); ++i) {
-    const int32_t code = dtypes.at(i);
-    require(code >= 0 && code < resm::kDTypes, std::string(name) + " have an unknown dtype code");
-    void* data = reinterpret_cast<void*>(pointers.at(i));
-    require(data != nullptr || lengths.at(i / per_length) == 0, std::string(name) + " have a null pointer");
-    found.push_back({data, static_cast<DType>(code)});
+// An input of an op: contiguous, on the CPU, and alive as long as this object.
+class Input {
+ public:
+  Input(py::handle tensor, const char* name) : name_(name), tensor_(tensor.attr("contiguous")()) {
+    require(tensor_.attr("is_cpu").cast<bool>(), std::string(name) + ": need a tensor on the CPU");
   }
-  return found;
-}
 
-Groups groups_of(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
-                 const Lengths& lengths) {
-  const py::ssize_t n = lengths.size();
-  require(bases.size() == n || bases.size() == 0, "need one base for each length, or none");
-  require(n == 0 ? experts.size() == 0 : experts.size() % n == 0, "need as many experts for each length");
-  Groups groups;
-  for (py::ssize_t i = 0; i < n; ++i) {
-    require(lengths.at(i) >= 0, "lengths must not be negative");
-    groups.lengths.push_back(lengths.at(i));
+  std::vector<int64_t> shape() const { return tensor_.attr("shape").cast<std::vector<int64_t>>(); }
+  int64_t numel() const { return tensor_.attr("numel")().cast<int64_t>(); }
+  Array array(int64_t numel) const {
+    return {data_of(tensor_, name_, numel), float_dtype(tensor_.attr("dtype"), name_)};
   }
-  groups.n_experts = n == 0 ? 0 : static_cast<int>(experts.size() / n);
-  groups.bases = arrays(bases, base_dtypes, lengths, 1, "bases");
-  groups.experts = arrays(experts, expert_dtypes, lengths, std::max(groups.n_experts, 1), "experts");
-  return groups;
-}
-
-template <class T>
-T* at(uint64_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-SparsityOptions sparsity_of(uint64_t lower, uint64_t upper, const Pointers& masks, const Groups& groups) {
-  require(masks.size() == 0 || masks.size() == static_cast<py::ssize_t>(groups.experts.size()),
-          "need one mask for each expert, or none");
-  SparsityOptions options{at<const double>(lower), at<const double>(upper), {}};
-  for (py::ssize_t i = 0; i < masks.size(); ++i) options.masks.push_back(at<const uint8_t>(masks.at(i)));
-  return options;
-}
-
-void py_delta_stats(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                    const Codes& expert_dtypes, const Lengths& lengths, double eps, double eps_rel, double kappa,
-                    uint64_t moments, uint64_t counts, uint64_t bin_counts, uint64_t bin_sums, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  require(groups.bases.size() == groups.lengths.size(), "delta_stats needs a base");
-  py::gil_scoped_release unlocked;
-  delta_stats(groups, {eps, eps_rel, kappa}, at<double>(moments), at<int64_t>(counts), at<int64_t>(bin_counts),
-              at<double>(bin_sums), threads);
-}
-
-void py_magnitude_threshold(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                            const Codes& expert_dtypes, const Lengths& lengths, const Lengths& k, uint64_t thresholds,
-                            uint64_t nonfinite, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  require(groups.bases.size() == groups.lengths.size(), "magnitude_threshold needs a base");
-  require(k.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one k for each expert");
-  for (py::ssize_t i = 0; i < k.size(); ++i)
-    require(k.at(i) >= 0 && k.at(i) <= groups.lengths[i / groups.n_experts], "k must lie within 0 and the length");
-  const int64_t* ks = k.data();
-  py::gil_scoped_release unlocked;
-  magnitude_threshold(groups, ks, at<double>(thresholds), at<int64_t>(nonfinite), threads);
-}
-
-void py_aggregate(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
-                  const Pointers& outs, const Codes& out_dtypes, const Lengths& lengths, const Numbers& weights,
-                  uint64_t rescale, double scale, int rule, bool normalize, int vote, double min_divisor,
-                  uint64_t lower, uint64_t upper, const Pointers& masks, uint64_t nonfinite, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  const std::vector<Array> into = arrays(outs, out_dtypes, lengths, 1, "outs");
-  require(into.size() == groups.lengths.size(), "need one output for each length");
-  require(weights.size() == static_cast<py::ssize_t>(groups.experts.size()), "need one weight for each expert");
-  require(rule == 0 || rule == 1, "unknown rule");
-  require(vote >= 0 && vote <= 2, "unknown vote");
-  const AggregateOptions options{weights.data(),
-                                 at<const double>(rescale),
-                                 scale,
-                                 static_cast<resm::Rule>(rule),
-                                 normalize,
-                                 static_cast<resm::Vote>(vote),
-                                 min_divisor,
-                                 sparsity_of(lower, upper, masks, groups)};
-  py::gil_scoped_release unlocked;
-  aggregate(groups, options, into, at<int64_t>(nonfinite), threads);
-}
-
-void py_inner_products(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                       const Codes& expert_dtypes, const Lengths& lengths, uint64_t grams, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  py::gil_scoped_release unlocked;
-  inner_products(groups, at<double>(grams), threads);
-}
-
-// What masks and sums are of: one base and its experts.
-Groups one_group(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
-                 const Lengths& lengths) {
-  Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  require(groups.size() == 1 && groups.bases.size() == 1, "need one base");
-  return groups;
-}
-
-void py_kept_moments(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                     const Codes& expert_dtypes, const Lengths& lengths, uint64_t lower, uint64_t upper,
-                     const Pointers& masks, uint64_t moments, int threads) {
-  const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
-  const SparsityOptions sparsity = sparsity_of(lower, upper, masks, groups);
-  py::gil_scoped_release unlocked;
-  kept_moments(groups, sparsity, at<double>(moments), threads);
-}
-
-void py_random_mask(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                    const Codes& expert_dtypes, const Lengths& lengths, int64_t row, const Laws& lowest,
-                    const Laws& steps, uint64_t seed, const Pointers& masks, int threads) {
-  const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
-  require(row > 0 && row <= INT32_MAX && groups.lengths[0] % row == 0, "need whole rows of less than 2^31 elements");
-  require(lowest.size() == groups.n_experts && steps.size() == groups.n_experts, "need a law for each expert");
-  require(masks.size() == groups.n_experts, "need a mask for each expert");
-  RandomMaskOptions options{row, seed, {}, {}};
-  for (int t = 0; t < groups.n_experts; ++t) {
-    options.laws.push_back({lowest.at(t), steps.at(t)});
-    options.masks.push_back(at<uint8_t>(masks.at(t)));
+  template <class T>
+  const T* elements(int64_t numel) const {
+    return elements_of<T>(tensor_, name_, numel);
   }
-  py::gil_scoped_release unlocked;
-  random_mask(groups, options, threads);
+  // Rows and columns of a matrix.
+  std::pair<int64_t, int64_t> matrix_shape() const {
+    const std::vector<int64_t> sizes = shape();
+    require(sizes.size() == 2, std::string(name_) + ": need a matrix");
+    return {sizes[0], sizes[1]};
+  }
+
+ private:
+  const char* name_;
+  py::object tensor_;
+};
+
+// A base, or none, and its experts, which live as long as this object.
+class GroupInput {
+ public:
+  // by_rows: the op treats each row, a vector along the last dimension, by itself.
+  GroupInput(py::handle base, const py::sequence& experts, bool by_rows = false) {
+    require(experts.size() > 0, "experts: got none, need one or more tensors");
+    inputs_.reserve(1 + experts.size());
+    if (!base.is_none()) inputs_.emplace_back(base, "base");
+    for (const py::handle expert : experts) inputs_.emplace_back(expert, "experts");
+    const int64_t numel = inputs_[0].numel();
+    group_.length = numel;
+    if (by_rows) {
+      const std::vector<int64_t> shape = inputs_[0].shape();
+      group_.length = shape.empty() ? 1 : shape.back();
+      for (size_t i = 0; i + 1 < shape.size(); ++i) group_.rows *= shape[i];
+    }
+    const size_t first = base.is_none() ? 0 : 1;
+    if (first == 1) group_.base = inputs_[0].array(numel);
+    for (size_t i = first; i < inputs_.size(); ++i) group_.experts.push_back(inputs_[i].array(numel));
+  }
+
+  const Group& operator*() const { return group_; }
+  const Group* operator->() const { return &group_; }
+
+ private:
+  std::vector<Input> inputs_;
+  Group group_;
+};
+
+// One that needs a base.
+class DeltasInput : public GroupInput {
+ public:
+  DeltasInput(py::handle base, const py::sequence& experts, bool by_rows = false) : GroupInput(base, experts, by_rows) {
+    require((*this)->base.has_value(), "base: got none, need a tensor");
+  }
+};
+
+// Δ of one expert, a matrix.
+class MatrixInput {
+ public:
+  MatrixInput(py::handle base, py::handle expert)
+      : group_(base, py::make_tuple(expert), true),
+        delta_{group_->base_or_null(), group_->experts.data(), group_->rows, group_->length} {}
+  MatrixInput(const MatrixInput&) = delete;
+  MatrixInput& operator=(const MatrixInput&) = delete;
+
+  const DeltaMatrix& operator*() const { return delta_; }
+  const DeltaMatrix* operator->() const { return &delta_; }
+
+ private:
+  GroupInput group_;
+  DeltaMatrix delta_;
+};
+
+int64_t mask_bytes(int64_t numel) { return (numel + kRun - 1) / kRun * kRunBytes; }
+
+// A tensor of float64 with one number for each expert; empty for None.
+std::vector<double> numbers_of(py::handle tensor, const char* name, int n_experts) {
+  if (tensor.is_none()) return {};
+  auto numbers = tensor.attr("tolist")().cast<std::vector<double>>();
+  require(static_cast<int>(numbers.size()) == n_experts, std::string(name) + ": need one number for each expert");
+  return numbers;
 }
 
-void py_variance_mask(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                      const Codes& expert_dtypes, const Lengths& lengths, double density, uint64_t mask,
-                      int threads) {
-  const Groups groups = one_group(bases, base_dtypes, experts, expert_dtypes, lengths);
-  py::gil_scoped_release unlocked;
-  variance_mask(groups, density, at<uint8_t>(mask), threads);
+// The fields that a record inherits from SparsityOptions; masks live as long as this object.
+class SparsityInput {
+ public:
+  SparsityInput(py::handle record, const Group& group) {
+    options_.thresholds = numbers_of(record.attr("thresholds"), "thresholds", group.n_experts());
+    options_.upper_thresholds = numbers_of(record.attr("upper_thresholds"), "upper_thresholds", group.n_experts());
+    const py::object masks = record.attr("masks");
+    if (masks.is_none()) return;
+    for (const py::handle mask : masks) {
+      inputs_.emplace_back(mask, "masks");
+      options_.masks.push_back(inputs_.back().elements<uint8_t>(mask_bytes(group.numel())));
+    }
+    require(static_cast<int>(options_.masks.size()) == group.n_experts(), "masks: need one for each expert");
+  }
+
+  const SparsityOptions& operator*() const { return options_; }
+
+ private:
+  std::vector<Input> inputs_;
+  SparsityOptions options_;
+};
+
+// An output of floating-point numbers.
+Array output(py::handle tensor, const char* name, int64_t numel) {
+  return {data_of(tensor, name, numel), float_dtype(tensor.attr("dtype"), name)};
 }
 
-DeltaMatrix matrix_of(const Groups& groups, int64_t m, int64_t n) {
-  require(groups.size() == 1 && groups.n_experts == 1, "need one expert");
-  require(m >= 0 && n >= 0 && groups.lengths[0] == m * n, "the length must be that of an m×n matrix");
-  return {groups.base(0), groups.experts_of(0), m, n};
+void py_aggregate(py::handle base, const py::sequence& experts, py::handle options, py::handle merged,
+                  py::handle nonfinite, int threads) {
+  const GroupInput group(base, experts);
+  const SparsityInput sparsity(options, *group);
+  const int n = group->n_experts();
+  const py::object min_divisor = options.attr("min_divisor");
+  const AggregateOptions read{
+      *sparsity,
+      options.attr("weights").cast<std::vector<double>>(),
+      numbers_of(options.attr("rescale"), "rescale", n),
+      options.attr("scale").cast<double>(),
+      options.attr("rule").cast<std::string>() == "ties" ? Rule::ties : Rule::sum,
+      options.attr("normalize").cast<bool>(),
+      options.attr("consensus_method").cast<std::string>() == "unweighted" ? Vote::unweighted : Vote::weighted,
+      min_divisor.is_none() ? -INFINITY : min_divisor.cast<double>()};
+  require(static_cast<int>(read.weights.size()) == n, "weights: need one for each expert");
+  const AggregateResult result{output(merged, "merged", group->numel()),
+                               elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
+  const py::gil_scoped_release unlocked;
+  aggregate(*group, read, result, threads);
 }
 
-void py_random_matrix(int64_t n, int64_t columns, uint64_t seed, int64_t first_column, uint64_t out, int threads) {
-  require(n >= 0 && columns >= 0 && first_column >= 0, "rows and columns must not be negative");
-  py::gil_scoped_release unlocked;
-  random_matrix(n, columns, seed, first_column, at<float>(out), threads);
+void py_delta_stats(py::handle base, const py::sequence& experts, py::handle options, py::handle moments,
+                    py::handle counts, py::handle bin_counts, py::handle bin_sums, int threads) {
+  const DeltasInput group(base, experts, options.attr("rows").cast<bool>());
+  const int64_t vectors = group->n_experts() * group->rows;
+  const bool histogram = options.attr("histogram").cast<bool>();
+  const int64_t bins = histogram ? vectors * kHistogramBins : 0;
+  const py::object kappa = options.attr("kappa");
+  const DeltaStatsOptions read{options.attr("eps").cast<double>(), options.attr("eps_rel").cast<double>(),
+                               kappa.is_none() ? -1.0 : kappa.cast<double>()};
+  DeltaStatsResult result{elements_of<double>(moments, "moments", vectors * kMoments),
+                          elements_of<int64_t>(counts, "counts", vectors * kCounts),
+                          elements_of<int64_t>(bin_counts, "bin_counts", bins),
+                          elements_of<double>(bin_sums, "bin_sums", bins)};
+  if (!histogram) result.bin_counts = nullptr;
+  const py::gil_scoped_release unlocked;
+  delta_stats(*group, read, result, threads);
 }
 
-void py_sketch(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
-               const Lengths& lengths, int64_t m, int64_t n, int64_t columns, uint64_t seed, int64_t first_column,
-               uint64_t y, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  const DeltaMatrix delta = matrix_of(groups, m, n);
-  require(columns >= 0 && first_column >= 0, "columns must not be negative");
-  py::gil_scoped_release unlocked;
-  sketch(delta, columns, seed, first_column, at<float>(y), threads);
+void py_magnitude_threshold(py::handle base, const py::sequence& experts, py::handle options, py::handle thresholds,
+                            py::handle nonfinite, int threads) {
+  const DeltasInput group(base, experts);
+  const int n = group->n_experts();
+  const auto k = options.attr("k").cast<std::vector<int64_t>>();
+  require(static_cast<int>(k.size()) == n, "k: need one for each expert");
+  for (const int64_t rank : k) require(rank >= 0 && rank <= group->numel(), "k: need 0 to the number of elements");
+  const ThresholdResult result{elements_of<double>(thresholds, "thresholds", n),
+                               elements_of<int64_t>(nonfinite, "nonfinite", n)};
+  const py::gil_scoped_release unlocked;
+  magnitude_threshold(*group, k, result, threads);
 }
 
-void py_project(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts, const Codes& expert_dtypes,
-                const Lengths& lengths, int64_t m, int64_t n, uint64_t q, int64_t l, uint64_t b, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  const DeltaMatrix delta = matrix_of(groups, m, n);
-  require(l >= 0, "l must not be negative");
-  py::gil_scoped_release unlocked;
-  project(delta, at<const float>(q), l, at<float>(b), threads);
+void py_inner_products(py::handle base, const py::sequence& experts, py::handle options, py::handle grams,
+                       int threads) {
+  const GroupInput group(base, experts, options.attr("rows").cast<bool>());
+  const int64_t n = group->n_experts();
+  double* out = elements_of<double>(grams, "grams", group->rows * n * n);
+  const py::gil_scoped_release unlocked;
+  inner_products(*group, out, threads);
 }
 
-void py_gram_product(const Pointers& bases, const Codes& base_dtypes, const Pointers& experts,
-                     const Codes& expert_dtypes, const Lengths& lengths, int64_t m, int64_t n, uint64_t x,
-                     int64_t columns, uint64_t y, uint64_t z, uint64_t energy, int threads) {
-  const Groups groups = groups_of(bases, base_dtypes, experts, expert_dtypes, lengths);
-  const DeltaMatrix delta = matrix_of(groups, m, n);
-  require(columns >= 0, "columns must not be negative");
-  py::gil_scoped_release unlocked;
-  gram_product(delta, at<const float>(x), columns, at<float>(y), at<float>(z), at<double>(energy), threads);
+void py_kept_moments(py::handle base, const py::sequence& experts, py::handle options, py::handle moments,
+                     int threads) {
+  const DeltasInput group(base, experts);
+  const SparsityInput sparsity(options, *group);
+  double* out = elements_of<double>(moments, "moments", group->n_experts() * 3);
+  const py::gil_scoped_release unlocked;
+  kept_moments(*group, *sparsity, out, threads);
 }
 
-void py_gram_matrix(uint64_t x, int64_t n, int64_t columns, uint64_t g, int threads) {
-  require(n >= 0 && columns >= 0, "rows and columns must not be negative");
-  py::gil_scoped_release unlocked;
-  gram_matrix(at<const float>(x), n, columns, at<double>(g), threads);
+// laws: for each expert lowest and step of its MaskLaw.
+void py_random_mask(py::handle base, const py::sequence& experts, py::handle options,
+                    const std::vector<std::pair<uint64_t, uint64_t>>& laws, const py::sequence& masks, int threads) {
+  const DeltasInput group(base, experts, true);
+  const auto n = static_cast<size_t>(group->n_experts());
+  require(group->length <= INT32_MAX, "base: need rows of less than 2^31 elements");
+  require(laws.size() == n && masks.size() == n, "need a law and a mask for each expert");
+  RandomMaskOptions read{{}, options.attr("seed").cast<uint64_t>()};
+  for (const auto& [lowest, step] : laws) read.laws.push_back({lowest, step});
+  std::vector<uint8_t*> outs;
+  for (const py::handle mask : masks) outs.push_back(elements_of<uint8_t>(mask, "masks", mask_bytes(group->numel())));
+  const py::gil_scoped_release unlocked;
+  random_mask(*group, read, outs, threads);
 }
 
-void py_low_rank_update(uint64_t left, uint64_t right, int64_t m, int64_t n, int64_t k, int64_t right_row,
-                        int64_t right_step, bool in_double, const Pointers& bases, const Codes& base_dtypes,
-                        const Pointers& outs, const Codes& out_dtypes, const Lengths& lengths, double scale,
+void py_variance_mask(py::handle base, const py::sequence& experts, py::handle options, py::handle mask, int threads) {
+  const DeltasInput group(base, experts);
+  const auto density = options.attr("density").cast<double>();
+  uint8_t* out = elements_of<uint8_t>(mask, "mask", mask_bytes(group->numel()));
+  const py::gil_scoped_release unlocked;
+  variance_mask(*group, density, out, threads);
+}
+
+void py_random_matrix(py::handle options, py::handle omega, int threads) {
+  const RandomMatrixOptions read{options.attr("n").cast<int64_t>(), options.attr("columns").cast<int64_t>(),
+                                 options.attr("seed").cast<uint64_t>(), options.attr("first_column").cast<int64_t>()};
+  require(read.n >= 0 && read.columns >= 0 && read.first_column >= 0, "rows and columns must not be negative");
+  float* out = elements_of<float>(omega, "omega", read.n * read.columns);
+  const py::gil_scoped_release unlocked;
+  random_matrix(read, out, threads);
+}
+
+void py_project(py::handle base, py::handle expert, py::handle q, py::handle b, int threads) {
+  const MatrixInput delta(base, expert);
+  const Input factor(q, "q");
+  const int64_t l = factor.matrix_shape().second;
+  const float* from = factor.elements<float>(delta->m * l);
+  float* out = elements_of<float>(b, "b", l * delta->n);
+  const py::gil_scoped_release unlocked;
+  project(*delta, from, l, out, threads);
+}
+
+void py_gram_product(py::handle base, py::handle expert, py::handle x, py::handle y, py::handle z, py::handle energy,
+                     int threads) {
+  const MatrixInput delta(base, expert);
+  const Input factor(x, "x");
+  const int64_t columns = factor.matrix_shape().second;
+  const float* from = factor.elements<float>(delta->n * columns);
+  const GramProductResult result{elements_of<float>(y, "y", delta->m * columns),
+                                 elements_of<float>(z, "z", delta->n * columns),
+                                 elements_of<double>(energy, "energy", 1)};
+  const py::gil_scoped_release unlocked;
+  gram_product(*delta, from, columns, result, threads);
+}
+
+void py_gram_matrix(py::handle x, py::handle g, int threads) {
+  const Input matrix(x, "x");
+  const auto [n, columns] = matrix.matrix_shape();
+  const float* from = matrix.elements<float>(n * columns);
+  double* out = elements_of<double>(g, "g", columns * columns);
+  const py::gil_scoped_release unlocked;
+  gram_matrix(from, n, columns, out, threads);
+}
+
+// left and right are of one dtype, float32 or float64. right may be the transpose of a contiguous matrix.
+void py_low_rank_update(py::handle base, py::handle left, py::handle right, py::handle options, py::handle merged,
                         int threads) {
-  require(m >= 0 && n >= 0 && k >= 0 && lengths.size() == 1 && lengths.at(0) == m * n, "need an m×n base");
-  require(bases.size() == 1 && outs.size() == 1, "need one base and one output");
-  const Array base = arrays(bases, base_dtypes, lengths, 1, "bases")[0];
-  const Array out = arrays(outs, out_dtypes, lengths, 1, "outs")[0];
-  py::gil_scoped_release unlocked;
-  low_rank_update({at<const void>(left), at<const void>(right), m, n, k, right_row, right_step}, in_double, base, scale,
-                  out, threads);
+  const Input start(base, "base"), left_rows(left, "left");
+  const auto [m, n] = start.matrix_shape();
+  const int64_t k = left_rows.matrix_shape().second;
+  const py::object flipped = right.attr("mT");
+  const bool is_flipped =
+      !right.attr("is_contiguous")().cast<bool>() && flipped.attr("is_contiguous")().cast<bool>();
+  const Input right_rows(is_flipped ? py::handle(flipped) : right, "right");
+  const Array l = left_rows.array(m * k), r = right_rows.array(n * k);
+  require(l.dtype == r.dtype && (l.dtype == DType::f32 || l.dtype == DType::f64),
+          "left and right: need one dtype, float32 or float64");
+  const LowRank update{l.data, r.data, m, n, k, is_flipped ? 1 : k, is_flipped ? n : 1, l.dtype == DType::f64};
+  const Array from = start.array(m * n), out = output(merged, "merged", m * n);
+  const auto scale = options.attr("scale").cast<double>();
+  const py::gil_scoped_release unlocked;
+  low_rank_update(from, update, scale, out, threads);
 }
 
 template <class T>
-int py_symmetric_eigen(uint64_t a, int64_t n, int64_t k, uint64_t values, uint64_t vectors, int threads) {
-  require(n >= 0 && 0 <= k && k <= n, "k must lie within 0 and n");
-  py::gil_scoped_release unlocked;
-  return static_cast<int>(symmetric_eigen(at<const T>(a), n, k, at<T>(values), at<T>(vectors), threads));
+EigenStatus solve(const Input& a, int64_t n, int64_t k, py::handle values, py::handle vectors, int threads) {
+  const T* from = a.elements<T>(n * n);
+  T *to_values = elements_of<T>(values, "values", k), *to_vectors = elements_of<T>(vectors, "vectors", n * k);
+  const py::gil_scoped_release unlocked;
+  return symmetric_eigen(from, n, k, to_values, to_vectors, threads);
+}
+
+int py_symmetric_eigen(py::handle a, py::handle options, py::handle values, py::handle vectors, int threads) {
+  const Input matrix(a, "a");
+  const int64_t n = matrix.matrix_shape().first;
+  const auto k = options.attr("k").cast<int64_t>();
+  require(0 <= k && k <= n, "k: need 0 to the number of rows");
+  const bool in_double = matrix.array(n * n).dtype == DType::f64;
+  return static_cast<int>(in_double ? solve<double>(matrix, n, k, values, vectors, threads)
+                                    : solve<float>(matrix, n, k, values, vectors, threads));
 }
 
 py::dict build_facts() {
@@ -250,21 +336,19 @@ py::dict build_facts() {
 
 PYBIND11_MODULE(_native, m) {
   m.doc() = "Native kernels of resm_kernels; use them through resm_kernels.ops.";
-  m.def("delta_stats", &py_delta_stats);
-  m.def("magnitude_threshold", &py_magnitude_threshold);
   m.def("aggregate", &py_aggregate);
+  m.def("delta_stats", &py_delta_stats);
+  m.def("gram_matrix", &py_gram_matrix);
+  m.def("gram_product", &py_gram_product);
   m.def("inner_products", &py_inner_products);
   m.def("kept_moments", &py_kept_moments);
-  m.def("random_mask", &py_random_mask);
-  m.def("variance_mask", &py_variance_mask);
-  m.def("random_matrix", &py_random_matrix);
-  m.def("sketch", &py_sketch);
-  m.def("project", &py_project);
-  m.def("gram_product", &py_gram_product);
-  m.def("gram_matrix", &py_gram_matrix);
   m.def("low_rank_update", &py_low_rank_update);
-  m.def("symmetric_eigen_f32", &py_symmetric_eigen<float>);
-  m.def("symmetric_eigen_f64", &py_symmetric_eigen<double>);
+  m.def("magnitude_threshold", &py_magnitude_threshold);
+  m.def("project", &py_project);
+  m.def("random_mask", &py_random_mask);
+  m.def("random_matrix", &py_random_matrix);
+  m.def("symmetric_eigen", &py_symmetric_eigen);
+  m.def("variance_mask", &py_variance_mask);
 #if defined(RESM_WITH_CUDA)
   define_cuda_ops(m);
 #endif

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.suggestions import did_you_mean
 
 _collecting: Final = threading.local()
 
@@ -34,56 +35,98 @@ class NonFiniteError(ValueError):
         self.argument, self.index, self.count = argument, index, count
 
 
-def check_group(
-    base: Tensor | None, experts: Sequence[Tensor], where: str = "", *, names: Sequence[str] | None = None
-) -> None:
+def check_group(base: Tensor | None, experts: Sequence[Tensor], *, names: Sequence[str] | None = None) -> None:
     """Raise unless base and experts are plain floating-point tensors of one shape on one device.
 
     Args:
-        where: Put before the arguments' names in errors, e.g. "tensor 3: " in a list form.
         names: What the caller calls the experts, if not experts[0], experts[1], …
     """
     if isinstance(experts, Tensor) or len(experts) == 0:
         got = "a tensor" if isinstance(experts, Tensor) else "none"
-        raise ValueError(f"{where}experts: got {got}, need a sequence of one or more tensors")
+        raise ValueError(f"experts: got {got}, need a sequence of one or more tensors")
     names = names or [f"experts[{i}]" for i in range(len(experts))]
     first_name, first = ("base", base) if base is not None else (names[0], experts[0])
     named = [] if base is None else [("base", base)]
     for name, tensor in named + list(zip(names, experts, strict=True)):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{where}{name}: got {type(tensor).__name__}, need a tensor")
+            raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
         if tensor.dtype not in FLOAT_DTYPES:
-            wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
+            need = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
             got = str(tensor.dtype).removeprefix("torch.")
-            raise TypeError(f"{where}{name}: got dtype {got}, need one of {wanted}")
+            raise TypeError(f"{name}: got dtype {got}, need one of {need}")
         if tensor.layout != torch.strided:
-            raise TypeError(f"{where}{name}: got layout {tensor.layout}, need a dense (strided) tensor")
+            raise TypeError(f"{name}: got layout {tensor.layout}, need a dense (strided) tensor")
         if tensor.shape != first.shape:
-            raise ValueError(
-                f"{where}{name}: got shape {list(tensor.shape)}, need {list(first.shape)} like {first_name}"
-            )
+            raise ValueError(f"{name}: got shape {list(tensor.shape)}, need {list(first.shape)} like {first_name}")
         if tensor.device != first.device:
-            raise ValueError(f"{where}{name}: is on {tensor.device}, need {first.device} like {first_name}")
+            raise ValueError(f"{name}: is on {tensor.device}, need {first.device} like {first_name}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
-                f"{where}{name}: requires grad, but merging records no gradient; pass {name}.detach() or merge "
-                "under torch.no_grad()"
+                f"{name}: requires grad, but merging records no gradient; pass {name}.detach() or merge under "
+                "torch.no_grad()"
             )
 
 
-def flatten_groups(bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], where: str) -> list[Tensor]:
-    """Check L groups of one base and T experts, and return the experts in one list, those of tensor 0 first.
+def check_matrices(base: Tensor | None, expert: Tensor) -> None:
+    """`check_group` of one expert by the name `expert`; raise also unless it is a matrix."""
+    check_group(base, [expert], names=["expert"])
+    if expert.ndim != 2:
+        raise ValueError(f"expert: got shape {list(expert.shape)}, need a matrix (m, n)")
+
+
+def check_matrix(
+    name: str, x: Tensor, operation: str, need: str = "(n, c)", dtypes: Sequence[torch.dtype] = (torch.float32,)
+) -> None:
+    """Raise unless x is a dense matrix of one of these dtypes without a gradient to record; `need` tells its shape."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, need a tensor")
+    if x.dtype not in dtypes or x.layout != torch.strided:
+        got, dtype = f"a {x.layout} tensor of {x.dtype}", " or ".join(map(str, dtypes))
+        raise TypeError(f"{name}: got {got}, need a dense (strided) one of {dtype}")
+    if x.ndim != 2:
+        raise ValueError(f"{name}: got shape {list(x.shape)}, need {need}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{name}: requires grad, but {operation} records no gradient; pass {name}.detach()")
+
+
+def check_factor(
+    name: str,
+    factor: Tensor,
+    shape: str,
+    like: tuple[str, Tensor],
+    operation: str,
+    dtypes: Sequence[torch.dtype] = (torch.float32,),
+) -> None:
+    """Raise unless `factor` is a matrix that another matrix can be multiplied by, see `check_matrix`.
 
     Args:
-        where: As in `check_group`, with {} for the group's number.
+        shape: The factor's shape in words: "(m, …)" for as many rows as the other matrix has rows, "(n, …)" for as many
+            as it has columns.
+        like: The other matrix, behind its name.
     """
-    if len(bases) != len(experts):
-        raise ValueError(f"experts: got {len(experts)} groups, need one for each of the {len(bases)} bases")
-    for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
-        check_group(base, own, where.format(i))
-        if len(own) != len(experts[0]):
-            raise ValueError(f"{where.format(i)}experts: got {len(own)}, need {len(experts[0])} as for tensor 0")
-    return [expert for own in experts for expert in own]
+    other_name, other = like
+    letter = shape[1]
+    rows, side = (other.shape[0], "rows") if letter == "m" else (other.shape[1], "columns")
+    need = f"{shape} with {letter} = {rows} like {other_name}'s {side}"
+    check_matrix(name, factor, operation, need, dtypes)
+    if factor.shape[0] != rows:
+        raise ValueError(f"{name}: got shape {list(factor.shape)}, need {need}")
+    if factor.device != other.device:
+        raise ValueError(f"{name}: is on {factor.device}, need {other.device} like {other_name}")
+
+
+def check_out_dtype(out_dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return `out_dtype`, or raise a TypeError unless it is None or a dtype that kernels write."""
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: got {out_dtype}, need one of {', '.join(map(str, FLOAT_DTYPES))}")
+    return out_dtype
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> str:
+    """Return `value`, or raise a ValueError that lists the choices unless it is one of them."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, need one of {', '.join(choices)}{did_you_mean(value, choices)}")
+    return value
 
 
 def check_number(name: str, value: float, *, minimum: float | None = None) -> float:
@@ -103,28 +146,25 @@ def check_whole(name: str, value: int, most: int) -> int:
     return int(value)
 
 
-def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor], where: str = "") -> None:
+def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor]) -> None:
     """Raise the NonFiniteError of the first input that has NaN or infinity, if one has."""
-    inputs = [("base", None, base)] + [(f"experts[{i}]", i, e) for i, e in enumerate(experts)]
-    for name, index, tensor in inputs:
+    for name, index, tensor in [("base", None, base)] + [(f"experts[{i}]", i, e) for i, e in enumerate(experts)]:
         if tensor is None:
             continue
         count = tensor.numel() - int(torch.isfinite(tensor).sum())
         if count:
-            raise NonFiniteError(where + name, index, count)
+            raise NonFiniteError(name, index, count)
 
 
-def raise_counted(counts: Tensor, where: Sequence[str]) -> None:
+def raise_counted(counts: Tensor) -> None:
     """Raise the NonFiniteError of the first input that has NaN or infinity, if one has.
 
     Args:
-        counts: (L, 1 + T), of each tensor's base and experts, on the CPU.
-        where: Put before the arguments' names in errors, one for each of the L.
+        counts: How many values of the base and of each expert are not finite, (1 + T) on the CPU.
     """
-    for row, place in zip(counts.tolist(), where, strict=True):
-        for i, count in enumerate(row):
-            if count:
-                raise NonFiniteError(place + ("base" if i == 0 else f"experts[{i - 1}]"), i - 1 if i else None, count)
+    for i, count in enumerate(counts.tolist()):
+        if count:
+            raise NonFiniteError("base" if i == 0 else f"experts[{i - 1}]", i - 1 if i else None, count)
 
 
 def check_values(values: Tensor, check: Callable[[Tensor], None]) -> None:

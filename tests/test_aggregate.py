@@ -34,7 +34,8 @@ from inputs import (
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
-from resm_kernels.ops import aggregate, aggregate_list, magnitude_threshold
+from resm_kernels.ops import aggregate, magnitude_threshold
+from resm_kernels.reference.aggregate import AggregateOptions
 from resm_kernels.reference.aggregate import aggregate as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,9 +58,15 @@ def check_against_reference(
     found = aggregate(
         base, experts, weights, scale=scale, rule=rule, normalize=normalize, thresholds=thresholds, out_dtype=out_dtype
     )
-    limits = None if thresholds is None else thresholds.double()[None]
-    bases = [] if base is None else [base]
-    (wanted,), _ = reference(bases, experts, weights, len(experts), scale, rule, normalize, limits, out_dtype)
+    options = AggregateOptions(
+        weights=tuple(weights),
+        scale=scale,
+        rule=rule,
+        normalize=normalize,
+        thresholds=None if thresholds is None else thresholds.double(),
+        out_dtype=out_dtype,
+    )
+    wanted, _ = reference(base, experts, options)
     assert found.is_contiguous() and same_bits(found, wanted)
 
 
@@ -246,25 +253,6 @@ def test_inputs_are_left_as_they_were() -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_list_form_gives_what_single_calls_give(rule: str) -> None:
-    shapes = [(5, 7), (0,), (), (CHUNK + 3,), (BLOCK,)]
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float64]
-    made = [group(s, 2, seed=i, base_dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))]
-    weights = [[0.1 * i + 0.3, 1.0 - 0.2 * i] for i in range(5)]
-    limits = torch.rand(5, 2, generator=generator(0), dtype=torch.float64) * 1e-3 if rule == "ties" else None
-    bases, experts = [b for b, _ in made], [e for _, e in made]
-    for start in (bases, None):
-        listed = aggregate_list(start, experts, weights, scale=0.7, rule=rule, normalize=True, thresholds=limits)
-        for i, (base, own) in enumerate(made):
-            limit = None if limits is None else limits[i]
-            single = aggregate(
-                None if start is None else base, own, weights[i], scale=0.7, rule=rule, normalize=True, thresholds=limit
-            )
-            assert same_bits(listed[i], single)
-    assert aggregate_list([], [], []) == []
-
-
-@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_bits_depend_on_neither_threads_nor_instruction_set(
     every_way: Callable[[], Iterator[str]], dtype: torch.dtype, rule: str
@@ -292,8 +280,6 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float, dtype: torch
     with pytest.raises(NonFiniteError, match="base: got 1 NaN") as caught:
         aggregate(base, experts, [1, 1, 1])
     assert caught.value.index is None
-    with pytest.raises(NonFiniteError, match=r"tensor 1: experts\[2\]"):
-        aggregate_list([experts[0]] * 2, [[experts[0]] * 3, experts], [[1, 1, 1]] * 2)
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
@@ -304,15 +290,19 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         (ValueError, r"weights: got nan, need a finite number", {"weights": [1, math.nan]}),
         (ValueError, r"weights: sum to 0.*normalize=False", {"weights": [1, -1], "normalize": True}),
         (ValueError, r"scale: got inf, need a finite number", {"scale": math.inf}),
-        (ValueError, r"election: rule 'sum' elects nothing", {"election": "count"}),
-        (ValueError, r"min_divisor: rule 'sum' elects nothing", {"min_divisor": 0.1}),
-        (ValueError, r"election: got 'counts', need one of weighted, unweighted, count", {"election": "counts"}),
-        (ValueError, r"rescale: got shape \[1, 3\]", {"rescale": [1, 1, 1]}),
+        (ValueError, r"consensus_method: rule 'sum' elects no signs", {"consensus_method": "unweighted"}),
+        (ValueError, r"min_divisor: rule 'sum' elects no signs; pass rule='ties'", {"min_divisor": 0.1}),
+        (ValueError, r"consensus_method: got 'total', need one of weighted, unweighted", {"consensus_method": "total"}),
+        (ValueError, r"rescale: got shape \[3\], need one for each expert: \[2\]", {"rescale": [1, 1, 1]}),
         (ValueError, r"upper_thresholds: got a negative value or NaN", {"upper_thresholds": [1, -1]}),
         (ValueError, r"masks: got 1, need one for each of the 2 experts", {"masks": [torch.zeros(16).byte()]}),
         (ValueError, r"masks\[0\]: got torch.uint8 of shape \[2\], need", {"masks": [torch.zeros(2).byte()] * 2}),
         (ValueError, r"masks\[0\]: is on meta, need cpu", {"masks": [torch.zeros(16).byte().to("meta")] * 2}),
-        (ValueError, r"thresholds: got shape \[1, 3\]", {"rule": "ties", "thresholds": [1, 1, 1]}),
+        (
+            ValueError,
+            r"thresholds: got shape \[3\], need one for each expert: \[2\]",
+            {"rule": "ties", "thresholds": [1, 1, 1]},
+        ),
         (ValueError, r"thresholds: got a negative value or NaN", {"rule": "ties", "thresholds": [1, -1]}),
         (ValueError, r"thresholds: got a negative value or NaN", {"rule": "ties", "thresholds": [1, math.nan]}),
         (TypeError, r"out_dtype: got torch.int8, need one of", {"out_dtype": torch.int8}),
@@ -326,44 +316,41 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     for kind, message, changed in refused:
         with pytest.raises(kind, match=message):
             aggregate(**({"base": base, "experts": experts, "weights": [1, 1]} | changed))  # type: ignore[arg-type]
-    # Without division such weights are fine; nor does the election's divisor need their sum.
+    # Without division such weights are fine; nor does the divisor of ties need their sum.
     aggregate(base, experts, [1, -1])
     aggregate(base, experts, [1, -1], rule="ties", normalize=True)
-    with pytest.raises(ValueError, match="got 1 bases, 2 groups of experts and 2 of weights"):
-        aggregate_list([base], [experts, experts], [[1, 1], [1, 1]])
-    with pytest.raises(ValueError, match="tensor 1: experts: got 1, need 2 as for tensor 0"):
-        aggregate_list([base, base], [experts, experts[:1]], [[1, 1], [1]])
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", [(), (0,), (5, 3)], ids=str)
 def test_operator_is_registered_soundly(rule: str, shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 2, base_dtype=torch.bfloat16)
-    limits = torch.tensor([[1e-3, 1e-3]]).double() if rule == "ties" else None
-    for bases, out_dtype in (([base], None), ([], torch.float32)):
-        args = (bases, experts, [1.0, 0.5], 2, 0.7, rule, True, limits, out_dtype)
-        torch.library.opcheck(torch.ops.resm_kernels.aggregate.default, args)
+    limits = torch.tensor([1e-3, 1e-3]).double() if rule == "ties" else None
+    for start, out_dtype in ((base, None), (None, torch.float32)):
+        options = {"weights": [1.0, 0.5], "scale": 0.7, "rule": rule, "normalize": True, "thresholds": limits}
+        operator = torch.ops.resm_kernels.aggregate.default
+        torch.library.opcheck(operator, (start, experts), options | {"out_dtype": out_dtype})
 
 
 def test_operator_has_the_fake_strides_of_its_result_for_views() -> None:
     base, experts = group((5, 3), 2)
-    args = ([base.mT], [e.mT for e in experts], [1.0, 0.5], 2, 0.7, "sum", False, None, None)
-    torch.library.opcheck(torch.ops.resm_kernels.aggregate.default, args)
+    args, options = (base.mT, [e.mT for e in experts]), {"weights": [1.0, 0.5], "scale": 0.7}
+    torch.library.opcheck(torch.ops.resm_kernels.aggregate.default, args, options)
 
 
 def test_operator_works_on_meta_tensors() -> None:
     base = torch.empty(4, 6, dtype=torch.bfloat16, device="meta")
-    (out,), nonfinite = torch.ops.resm_kernels.aggregate(
-        [base], [base, base], [1.0, 1.0], 2, 1.0, "ties", True, None, torch.float16
+    out, nonfinite = torch.ops.resm_kernels.aggregate(
+        base, [base, base], weights=[1.0, 1.0], rule="ties", normalize=True, out_dtype=torch.float16
     )
     assert out.shape == (4, 6) and out.dtype == torch.float16 and out.device.type == "meta"
-    assert nonfinite.shape == (1, 3)
+    assert nonfinite.shape == (3,)
 
 
 def test_operator_compiles_into_one_graph() -> None:
     def merged(base: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        outs = torch.ops.resm_kernels.aggregate([base], [a, b], [1.0, 0.5], 2, 0.7, "ties", True, None, None)[0]
-        return outs[0] * 2
+        operator = torch.ops.resm_kernels.aggregate
+        return operator(base, [a, b], weights=[1.0, 0.5], scale=0.7, rule="ties", normalize=True)[0] * 2
 
     base, (a, b) = group((40, 3), 2)
     compiled = torch.compile(merged, fullgraph=True, backend="eager")

@@ -10,8 +10,10 @@ rounded once (1e-15), of float64 they keep 24 bits of each value (2^-23).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -21,9 +23,9 @@ from inputs import BLOCK, CHUNK, FLOATS, KINDS, LAYOUTS, SHAPES, dtype_pairs, gr
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
-from resm_kernels.ops import DeltaStats, delta_stats, delta_stats_list
+from resm_kernels.ops import DeltaStats, delta_stats
+from resm_kernels.reference.delta_stats import DeltaStatsOptions, histogram_edges
 from resm_kernels.reference.delta_stats import delta_stats as reference
-from resm_kernels.reference.delta_stats import histogram_edges
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -124,14 +126,16 @@ def test_op_agrees_with_its_reference(
 ) -> None:
     # Experts of four dtypes, so that one group mixes fp32 and float64.
     base, experts = group(shape, n_experts, base_dtype=torch.bfloat16, expert_dtypes=FLOATS[::-1])
-    moments, counts, bin_counts, bin_sums = torch.ops.resm_kernels.delta_stats([base], experts, *options, True)
-    wanted = reference([base], experts, *options, True)
+    eps, eps_rel, kappa = options
+    record = DeltaStatsOptions(eps=eps, eps_rel=eps_rel, kappa=kappa, histogram=True)
+    moments, counts, bin_counts, bin_sums = torch.ops.resm_kernels.delta_stats(base, experts, **vars(record))
+    wanted = reference(base, experts, record)
     assert torch.equal(counts, wanted[1]) and torch.equal(bin_counts, wanted[2])
     for t, expert in enumerate(experts):
         both_half = expert.element_size() == 2  # the base is
-        total, squares, total_abs = wanted[0][0, t, :3]
-        assert abs(moments[0, t, 0] - total) <= SIGNED_SUM[both_half] * total_abs
-        torch.testing.assert_close(moments[0, t, 1], squares, rtol=SQUARES[both_half], atol=0)
+        total, squares, total_abs = wanted[0][t, :3]
+        assert abs(moments[t, 0] - total) <= SIGNED_SUM[both_half] * total_abs
+        torch.testing.assert_close(moments[t, 1], squares, rtol=SQUARES[both_half], atol=0)
     torch.testing.assert_close(moments[..., 2:], wanted[0][..., 2:], rtol=ABSOLUTE_SUM, atol=0)
     torch.testing.assert_close(bin_sums, wanted[3], rtol=BIN_SUM[torch.float64], atol=1e-30)
 
@@ -173,17 +177,22 @@ def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
         assert torch.equal(getattr(found, name), value), name
 
 
-def test_list_form_gives_what_single_calls_give() -> None:
-    shapes = [(5, 7), (0,), (), (CHUNK + 3,), (BLOCK,)]
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float32]
-    made = [group(s, 2, seed=i, base_dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))]
-    options = {"eps": 1e-4, "eps_rel": 0.2, "histogram": True}
-    listed = delta_stats_list([b for b, _ in made], [e for _, e in made], **options)
-    for i, (base, experts) in enumerate(made):
-        for name, value in vars(delta_stats(base, experts, **options)).items():
-            assert same_bits(getattr(listed, name)[i], value), name
-    empty = delta_stats_list([], [])
-    assert empty.sum.shape == (0, 0)
+@pytest.mark.parametrize("shape", [(), (5,), (4, 33), (3, 2, 17), (6, 1), (3, 0), (0, 4), (3, CHUNK + 9)], ids=str)
+def test_rows_are_the_statistics_of_each(shape: tuple[int, ...]) -> None:
+    base, experts = group(shape, 3, expert_dtypes=[torch.float32, torch.bfloat16, torch.float64])
+    options: dict[str, Any] = {"eps": 1e-4, "eps_rel": 0.2, "kappa": 1.5, "histogram": True}
+    found = delta_stats(base, experts, rows=True, **options)
+    assert found.sum.shape == (3, *shape[:-1]) and found.sparsity().shape == (3, *shape[:-1])
+    for index in itertools.product(*map(range, shape[:-1])):
+        for name, value in vars(delta_stats(base[index], [e[index] for e in experts], **options)).items():
+            assert same_bits(getattr(found, name)[(slice(None), *index)], value), name
+
+
+def test_rows_that_are_not_finite_are_refused_by_name() -> None:
+    base, experts = group((4, 3), 2)
+    experts[1][2, 1] = math.nan
+    with pytest.raises(NonFiniteError, match=r"experts\[1\]: got 1 NaN"):
+        delta_stats(base, experts, rows=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -315,27 +324,22 @@ def test_tensors_of_the_wrong_kind_are_refused_by_name() -> None:
             delta_stats(b, e)  # type: ignore[arg-type]
     with torch.no_grad():
         delta_stats(base, [expert.clone().requires_grad_()])
-    with pytest.raises(ValueError, match=r"tensor 1: experts\[0\]: got shape"):
-        delta_stats_list([base, base], [[expert], [expert.mT]])
-    with pytest.raises(ValueError, match="experts: got 1 groups, need one for each of the 2 bases"):
-        delta_stats_list([base, base], [[expert]])
-    with pytest.raises(ValueError, match="tensor 1: experts: got 2, need 1"):
-        delta_stats_list([base, base], [[expert], [expert, expert]])
 
 
+@pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("histogram", [False, True])
-@pytest.mark.parametrize("shape", [(), (0,), (5, 3)], ids=str)
-def test_operator_is_registered_soundly(histogram: bool, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(), (0,), (5, 3), (0, 3)], ids=str)
+def test_operator_is_registered_soundly(rows: bool, histogram: bool, shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 2, base_dtype=torch.bfloat16)
     for kappa in (None, 3.0):
-        args = ([base], experts, 0.0, 0.1, kappa, histogram)
-        torch.library.opcheck(torch.ops.resm_kernels.delta_stats.default, args)
+        options = {"eps_rel": 0.1, "kappa": kappa, "histogram": histogram, "rows": rows}
+        torch.library.opcheck(torch.ops.resm_kernels.delta_stats.default, (base, experts), options)
 
 
 def test_operator_compiles_into_one_graph() -> None:
     def sparsity(base: Tensor, expert: Tensor) -> Tensor:
-        counts = torch.ops.resm_kernels.delta_stats([base], [expert], 0.0, 0.0, None, False)[1]
-        return counts[0, 0, 0] / base.numel()
+        counts = torch.ops.resm_kernels.delta_stats(base, [expert])[1]
+        return counts[0, 0] / base.numel()
 
     base, (expert,) = group((40, 3), 1, "ties")
     compiled = torch.compile(sparsity, fullgraph=True, backend="eager")

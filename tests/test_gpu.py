@@ -19,8 +19,14 @@ import resm_kernels
 from resm_kernels.engine import merge_checkpoints
 from resm_kernels.linalg import subspaces
 from resm_kernels.linalg._projector import project_dominant
-from resm_kernels.ops import aggregate, delta_stats, dispatch_table, magnitude_threshold
-from resm_kernels.ops._library import gpu_kernel, has_gpu_kernel
+from resm_kernels.ops import (
+    aggregate,
+    delta_stats,
+    dispatch_table,
+    gpu_kernel,
+    has_gpu_kernel,
+    magnitude_threshold,
+)
 
 if not torch.cuda.is_available():
     if os.environ.get("RESM_REQUIRE_GPU"):

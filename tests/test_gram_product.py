@@ -14,8 +14,8 @@ from inputs import KINDS, LAYOUTS, dtype_pairs, generator, group, laid_out, powe
 from torch import Tensor
 
 from resm_kernels.ops import GramProduct, gram_product
+from resm_kernels.reference.deltas import task_matrix_fp32
 from resm_kernels.reference.gram_product import gram_product as reference
-from resm_kernels.reference.sketch import delta_fp32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,7 +28,7 @@ EMPTY = [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)]
 def check(found: GramProduct, base: Tensor | None, expert: Tensor, x: Tensor) -> None:
     """Fail unless y, z and the energy are within the bounds that `gram_product` states, and subnormals' roundings."""
     (m, n), c = expert.shape, x.shape[1]
-    delta = delta_fp32(base, expert).double()
+    delta = task_matrix_fp32(base, expert).double()
 
     def within(product: Tensor, left: Tensor, right: Tensor, block: int) -> bool:
         depth = left.shape[1]

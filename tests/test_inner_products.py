@@ -10,7 +10,8 @@ import torch
 from inputs import CHUNK, FLOATS, LAYOUTS, SHAPES, dtype_pairs, group, laid_out, same_bits, values
 from torch import Tensor
 
-from resm_kernels.ops import NonFiniteError, inner_products, inner_products_list
+from resm_kernels.ops import NonFiniteError, inner_products
+from resm_kernels.reference.inner_products import InnerProductsOptions
 from resm_kernels.reference.inner_products import inner_products as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,18 +82,6 @@ def test_rows_are_the_gram_matrices_of_each(shape: tuple[int, ...], with_base: b
         assert same_bits(gram, inner_products(own[0] if with_base else None, own[1:]))
 
 
-def test_list_is_one_call_for_many_tensors() -> None:
-    groups = [
-        group((n,), 2, seed=n, base_dtype=d) for n, d in ((1, torch.float32), (0, torch.bfloat16), (900, FLOATS[1]))
-    ]
-    bases, experts = [b for b, _ in groups], [e for _, e in groups]
-    for i, gram in enumerate(inner_products_list(bases, experts)):
-        assert same_bits(gram, inner_products(bases[i], experts[i]))
-    for i, gram in enumerate(inner_products_list(None, experts)):
-        assert same_bits(gram, inner_products(None, experts[i]))
-    assert inner_products_list(None, []).shape == (0, 1, 1)
-
-
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_same_bits_for_threads_and_instruction_sets(dtype: torch.dtype, every_way: Callable[[], Iterator[str]]) -> None:
     base, experts = group((2, CHUNK + 513), 5, base_dtype=dtype)
@@ -119,8 +108,6 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float, where: str) 
         with pytest.raises(NonFiniteError) as caught:
             inner_products(base, experts, rows=rows)
         assert caught.value.argument == where and caught.value.count == 1
-    with pytest.raises(NonFiniteError, match="tensor 1: "):
-        inner_products_list([torch.zeros(1), base], [[torch.zeros(1)] * 2, experts])
     found = inner_products(base, experts, check_finite=False).diag()
     assert torch.isfinite(found).tolist() == [where == "experts[1]", where == "experts[0]"]
 
@@ -138,20 +125,17 @@ def test_arguments_are_checked() -> None:
         inner_products(None, [torch.zeros(3), torch.zeros(4)])
     with pytest.raises(TypeError, match=r"base: got dtype int64"):
         inner_products(torch.zeros(3, dtype=torch.int64), [torch.zeros(3)])
-    with pytest.raises(ValueError, match="got 1 groups, need one for each of the 2 bases"):
-        inner_products_list([torch.zeros(1)] * 2, [[torch.zeros(1)]])
-    with pytest.raises(ValueError, match=r"tensor 1: experts: got 1, need 2 as for tensor 0"):
-        inner_products_list(None, [[torch.zeros(1)] * 2, [torch.zeros(1)]])
 
 
 def test_opcheck() -> None:
     base, experts = group((6, 5), 2, base_dtype=torch.bfloat16)
-    for bases, rows in (([base], False), ([], True)):
-        torch.library.opcheck(torch.ops.resm_kernels.inner_products.default, (bases, experts, 2, rows))
+    for start, rows in ((base, False), (None, True)):
+        torch.library.opcheck(torch.ops.resm_kernels.inner_products.default, (start, experts), {"rows": rows})
 
 
 def test_reference_agrees() -> None:
     base, experts = group((30, 7), 3, base_dtype=torch.float64)
     for rows in (False, True):
-        found = inner_products(base, experts, rows=rows).reshape(-1, 3, 3)
-        torch.testing.assert_close(found, reference([base], experts, 3, rows), rtol=1e-12, atol=1e-16)
+        found = inner_products(base, experts, rows=rows)
+        wanted = reference(base, experts, InnerProductsOptions(rows=rows))
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-16)

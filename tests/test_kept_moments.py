@@ -11,6 +11,7 @@ from inputs import CHUNK, FLOATS, group, randn, same_bits
 
 from resm_kernels.masks import packed
 from resm_kernels.ops import aggregate, kept_moments, random_mask
+from resm_kernels.reference.deltas import SparsityOptions
 from resm_kernels.reference.kept_moments import kept_moments as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +30,8 @@ def test_sums_of_what_is_kept(shape: tuple[int, ...], dtype: torch.dtype) -> Non
     ):  # fmt: skip
         low, high = (None if i is None else tensors[i] for i in (lower, upper))
         found = kept_moments(base, experts, thresholds=low, upper_thresholds=high, masks=own)
-        wanted = reference(base, experts, low, high, own)
+        options = SparsityOptions(thresholds=low, upper_thresholds=high, masks=None if own is None else tuple(own))
+        wanted = reference(base, experts, options)
         torch.testing.assert_close(torch.stack(found, 1), wanted, rtol=max(base.numel(), 1) * 2.0**-52, atol=0)
 
 
@@ -87,5 +89,5 @@ def test_operator_is_registered_soundly(shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 2, base_dtype=torch.bfloat16)
     masks = [packed(randn(*shape, seed=t) > 0) for t in range(2)]
     limits = torch.tensor([1e-3, 1e-3]).double()
-    for args in ((None, None, None), (limits, None, masks)):
-        torch.library.opcheck(torch.ops.resm_kernels.kept_moments.default, (base, experts, *args))
+    for options in ({}, {"thresholds": limits, "masks": masks}):
+        torch.library.opcheck(torch.ops.resm_kernels.kept_moments.default, (base, experts), options)

@@ -1,13 +1,16 @@
-"""The tree's own rules: one stem per op everywhere, imports that point downward, a package that stays light."""
+"""The rules of the source tree: an op has one name everywhere, imports point downward, importing is cheap."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from resm_kernels.ops import dispatch_table
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "resm_kernels"
@@ -40,7 +43,7 @@ HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "s
 
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
-    "place",
+    "path",
     [
         "resm_kernels/reference/{}.py",
         "csrc/cpu/{}.cpp",
@@ -49,8 +52,8 @@ HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "s
         "benchmarks/bench_{}.py",
     ],
 )
-def test_op_has_its_stem_everywhere(op: str, place: str) -> None:
-    assert (ROOT / place.format(op)).is_file()
+def test_op_has_its_name_everywhere(op: str, path: str) -> None:
+    assert (ROOT / path.format(op)).is_file()
 
 
 @pytest.mark.parametrize("stem", METHODS + LINALG)
@@ -58,22 +61,37 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
     assert (ROOT / "tests" / f"test_{stem}.py").is_file()
 
 
-def test_no_kernel_without_an_op() -> None:
-    on_cpu = {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
-    on_cpu |= {"sparsity", "sample"}
-    shared = on_cpu | {"table", "select"}
-    for folder in ("csrc/cpu", "csrc/cuda", "resm_kernels/reference", "resm_kernels/triton", "resm_kernels/cuda"):
-        for path in (ROOT / folder).iterdir():
-            stem = path.name.split(".")[0]
-            assert path.is_dir() or stem.startswith("_") or stem in shared | set(OPS), path
+# Files that several ops share.
+SHARED = {
+    "csrc/cpu": {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
+    | {"sparsity", "sample"},
+    "csrc/cuda": {"block", "elements", "ops", "select", "table"},
+    "resm_kernels/reference": {"__init__", "deltas"},
+    "resm_kernels/triton": {"__init__", "delta_product"},
+    "resm_kernels/cuda": {"__init__", "launch"},
+}
 
 
-def test_cuda_kernels_have_hosts_are_built_and_listed() -> None:
+@pytest.mark.parametrize("folder", SHARED)
+def test_no_kernel_without_an_op(folder: str) -> None:
+    for path in (ROOT / folder).iterdir():
+        stem = path.name.split(".")[0]
+        is_private = stem.startswith("_")
+        assert path.is_dir() or is_private or stem in SHARED[folder] | set(OPS), f"{path}: no op has this name"
+
+
+def test_every_op_has_a_reference_that_its_declaration_takes() -> None:
+    for op in OPS:
+        module = importlib.import_module(f"resm_kernels.reference.{op}")
+        assert callable(getattr(module, op)) and op in dispatch_table()
+
+
+def test_cuda_kernels_have_launchers_and_are_listed() -> None:
     kernels = {path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")}
-    assert kernels == {path.stem for path in (PACKAGE / "cuda").glob("[a-z]*.py")}
-    built, listed = (ROOT / "CMakeLists.txt").read_text(), (ROOT / "python/cuda.cpp").read_text()
+    assert kernels == {path.stem for path in (PACKAGE / "cuda").glob("[a-z]*.py")} - SHARED["resm_kernels/cuda"]
+    listed = (ROOT / "python/cuda.cpp").read_text()
     for stem in kernels:
-        assert f"csrc/cuda/{stem}.cu" in built and f"&{stem}_cuda" in listed
+        assert f"&{stem}_cuda" in listed
 
 
 def test_triton_launches_say_whether_products_are_contracted() -> None:
@@ -87,27 +105,60 @@ def test_triton_launches_say_whether_products_are_contracted() -> None:
     assert launches >= 10
 
 
+# Packages whose underscore modules others still import.
+NOT_YET_CLOSED = {"linalg", "methods", "cuda", "triton"}
+
+
+def test_underscore_modules_are_imported_within_their_package_alone() -> None:
+    for folder in ("resm_kernels", "tests", "benchmarks", "scripts", "examples"):
+        for path in (ROOT / folder).rglob("*.py"):
+            parts = path.relative_to(ROOT).parts
+            package = parts[1] if parts[0] == "resm_kernels" else ""
+            for owner, module in _private_imports(path):
+                assert owner == package or owner in NOT_YET_CLOSED, f"{path}: {module} belongs to the package {owner}"
+
+
+def _private_imports(path: Path) -> list[tuple[str, str]]:
+    """The packages of resm_kernels whose underscore modules a file imports, each with the module."""
+    modules = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            modules += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+    split = [module.split(".") for module in modules]
+    return [
+        (parts[1], ".".join(parts[:3]))
+        for parts in split
+        if parts[0] == "resm_kernels" and len(parts) > 2 and _is_private(parts[2]) and (PACKAGE / parts[1]).is_dir()
+    ]
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
 def test_imports_point_downward() -> None:
     level = {name: i for i, names in enumerate(LAYERS) for name in names}
     for path in PACKAGE.rglob("*.py"):
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if own == "__init__":
-            continue  # the front door names everything
+        name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if name == "__init__":
+            continue  # the package itself names everything
         for imported in _package_imports(path):
             assert imported in level, f"{path}: {imported} has no layer; add it to LAYERS"
-            assert level[imported] <= level[own], f"{path} imports {imported}, a layer above it"
+            assert level[imported] <= level[name], f"{path} imports {imported}, a layer above it"
 
 
 def _package_imports(path: Path) -> set[str]:
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "resm_kernels":
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("resm_kernels."):
-            found.add(node.module.split(".")[1])
+            imported.add(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("resm_kernels.")}
-    return found - {"__version__"}
+            imported |= {a.name.split(".")[1] for a in node.names if a.name.startswith("resm_kernels.")}
+    return imported - {"__version__"}
 
 
 @pytest.mark.parametrize("module", ["resm_kernels", "resm_kernels.cli", "resm_kernels.engine"])
@@ -117,7 +168,7 @@ def test_import_stays_light(module: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_front_door_loads_what_is_asked_for() -> None:
+def test_the_package_loads_names_when_they_are_asked_for() -> None:
     code = (
         "import resm_kernels, sys\n"
         "assert 'torch' not in sys.modules\n"

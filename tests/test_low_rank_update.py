@@ -15,6 +15,7 @@ from inputs import FLOATS, KINDS, generator, randn, same_bits, values
 from torch import Tensor
 
 from resm_kernels.ops import aggregate, low_rank_update
+from resm_kernels.reference.low_rank_update import LowRankUpdateOptions
 from resm_kernels.reference.low_rank_update import low_rank_update as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -77,7 +78,7 @@ def test_sums_that_round_nothing_are_exact(m: int, n: int, k: int, seed: int) ->
     base, left, right = (torch.randint(-9, 10, size, generator=g).float() for size in ((m, n), (m, k), (n, k)))
     for dtype in (torch.float32, torch.float64):
         found = low_rank_update(base, left.to(dtype), right.to(dtype), scale=0.5)
-        assert torch.equal(found, reference(base, left, right, 0.5, None))
+        assert torch.equal(found, reference(base, left, right, LowRankUpdateOptions(scale=0.5)))
 
 
 def test_rounds_once_after_the_sum() -> None:
@@ -153,13 +154,13 @@ def test_wrong_arguments_are_refused_by_name() -> None:
 def test_operator_is_registered_soundly(m: int, n: int, k: int) -> None:
     base, (left, right) = values((m, n), "weights", torch.bfloat16, 0), factors(m, n, k)
     operator = torch.ops.resm_kernels.low_rank_update.default
-    torch.library.opcheck(operator, (base, left, right, 0.5, None))
-    torch.library.opcheck(operator, (base.mT, right, left, 0.5, torch.float32))
+    torch.library.opcheck(operator, (base, left, right), {"scale": 0.5})
+    torch.library.opcheck(operator, (base.mT, right, left), {"out_dtype": torch.float32})
 
 
 def test_operator_compiles_into_one_graph() -> None:
     def energy(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return torch.ops.resm_kernels.low_rank_update(base, left, right, 0.5, None).square().sum()
+        return torch.ops.resm_kernels.low_rank_update(base, left, right, scale=0.5).square().sum()
 
     base, (left, right) = values((40, 30), "weights", torch.float32, 0), factors(40, 30, 6)
     compiled = torch.compile(energy, fullgraph=True, backend="eager")

@@ -26,7 +26,8 @@ from inputs import (
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
-from resm_kernels.ops import magnitude_threshold, magnitude_threshold_list
+from resm_kernels.ops import magnitude_threshold
+from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
 from resm_kernels.reference.magnitude_threshold import magnitude_threshold as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -170,8 +171,9 @@ def test_op_agrees_with_its_reference(n_experts: int, shape: tuple[int, ...]) ->
         experts[0].view(-1)[1] = math.nan
         experts[-1].view(-1)[2] = math.inf
     k = [max(base.numel() // (t + 2), 0) for t in range(n_experts)]
-    found = torch.ops.resm_kernels.magnitude_threshold([base], experts, k)
-    for a, b in zip(found, reference([base], experts, k), strict=True):
+    found = torch.ops.resm_kernels.magnitude_threshold(base, experts, k=k)
+    wanted = reference(base, experts, MagnitudeThresholdOptions(k=tuple(k)))
+    for a, b in zip(found, wanted, strict=True):
         assert same_bits(a, b)
 
 
@@ -191,18 +193,6 @@ def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
     k = views[0].numel() // 4
     copies = [v.contiguous() for v in views]
     assert torch.equal(magnitude_threshold(views[0], views[1:], k), magnitude_threshold(copies[0], copies[1:], k))
-
-
-def test_list_form_gives_what_single_calls_give() -> None:
-    shapes = [(5, 7), (0,), (), (CHUNK + 3,), (BLOCK,)]
-    dtypes = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.float64]
-    made = [group(s, 2, seed=i, base_dtype=d) for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))]
-    ks: list[int | list[int]] = [9, 0, 1, [700, 9], [BLOCK, 1]]
-    listed = magnitude_threshold_list([b for b, _ in made], [e for _, e in made], ks)
-    assert listed.shape == (5, 2)
-    for row, (base, experts), k in zip(listed, made, ks, strict=True):
-        assert torch.equal(row, magnitude_threshold(base, experts, k))
-    assert magnitude_threshold_list([], [], []).shape == (0, 0)
 
 
 @pytest.mark.parametrize("kind", ["weights", "ties"])
@@ -229,8 +219,6 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     assert math.isfinite(float(loose[0])) and not math.isfinite(float(loose[1]))
     rest = magnitude_threshold(base, experts, 2, check_finite=False)
     assert float(rest[1]) == float((experts[1].float() - base.float()).abs().nan_to_num(0, posinf=0).max())
-    with pytest.raises(NonFiniteError, match=r"tensor 1: experts\[1\]"):
-        magnitude_threshold_list([base, base], [[base, base], experts], [1, 1])
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
@@ -240,8 +228,6 @@ def test_wrong_arguments_are_refused_by_name() -> None:
             magnitude_threshold(base, experts, k)
     with pytest.raises(ValueError, match="k: got 3 values, need one for each of 2 experts"):
         magnitude_threshold(base, experts, [1, 2, 3])
-    with pytest.raises(ValueError, match="k: got 2 values, need one for each of the 1 tensors"):
-        magnitude_threshold_list([base], [experts], [1, 2])
     with pytest.raises(ValueError, match=r"experts\[1\]: got shape \[3, 4\], need \[4, 3\] like base"):
         magnitude_threshold(base, [experts[0], experts[1].mT], 1)
     with pytest.raises(TypeError, match="base: got dtype bool"):
@@ -258,15 +244,14 @@ def test_k_that_is_no_whole_number_is_refused_by_name(k: object) -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (5, 3)], ids=str)
 def test_operator_is_registered_soundly(shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 2, base_dtype=torch.bfloat16)
-    torch.library.opcheck(
-        torch.ops.resm_kernels.magnitude_threshold.default, ([base, base], [*experts, *experts], [0, base.numel()] * 2)
-    )
+    operator = torch.ops.resm_kernels.magnitude_threshold.default
+    torch.library.opcheck(operator, (base, experts), {"k": [0, base.numel()]})
 
 
 def test_operator_compiles_into_one_graph() -> None:
     def trimmed(base: Tensor, expert: Tensor) -> Tensor:
-        threshold = torch.ops.resm_kernels.magnitude_threshold([base], [expert], [5])[0]
-        return torch.where((expert - base).abs() >= threshold[0, 0], expert, base)
+        threshold = torch.ops.resm_kernels.magnitude_threshold(base, [expert], k=[5])[0]
+        return torch.where((expert - base).abs() >= threshold[0], expert, base)
 
     base, (expert,) = group((40, 3), 1)
     expert = expert + 0.01 * randn(40, 3, seed=9)

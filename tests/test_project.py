@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from inputs import KINDS, LAYOUTS, dtype_pairs, generator, group, laid_out, orthonormal, randn, same_bits
 from torch import Tensor
 
-from resm_kernels.ops import project, sketch
+from resm_kernels.ops import gram_product, project, random_matrix
+from resm_kernels.reference.deltas import task_matrix_fp32
 from resm_kernels.reference.project import project as reference
-from resm_kernels.reference.sketch import delta_fp32
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +27,7 @@ EMPTY = [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)]
 def check(found: Tensor, base: Tensor | None, expert: Tensor, q: Tensor) -> None:
     """Fail unless `found` is qᵀΔ within the bound that `project` states, and m roundings of subnormal products."""
     m = expert.shape[0]
-    delta, left = delta_fp32(base, expert).double(), q.double().mT
+    delta, left = task_matrix_fp32(base, expert).double(), q.double().mT
     steps = (min(m, 256) + math.ceil(m / 256) + 1) * 2.0**-24
     bound = steps / (1 - steps) * (left.abs() @ delta.abs()) + m * 2.0**-149
     assert found.dtype == torch.float32 and found.shape == (q.shape[1], expert.shape[1]) and found.is_contiguous()
@@ -67,7 +67,7 @@ def test_sums_that_round_nothing_are_exact(m: int, n: int, columns: int, seed: i
 
 def test_an_orthonormal_range_of_a_low_rank_delta_gives_it_back() -> None:
     delta = (orthonormal(90, 6, 0) @ randn(6, 70, seed=1, dtype=torch.float64)).float()
-    q = torch.linalg.qr(sketch(None, delta, 10)).Q
+    q = torch.linalg.qr(gram_product(None, delta, random_matrix(70, 10)).y).Q
     assert float((q @ project(None, delta, q) - delta).norm() / delta.norm()) < 1e-6
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from resm_kernels.masks import mask_bytes, unpacked
 from resm_kernels.ops import random_mask
 from resm_kernels.philox import philox
-from resm_kernels.reference.random_mask import random_mask as reference
+from resm_kernels.reference.random_mask import RandomMaskOptions
+from resm_kernels.reference.random_mask import random_mask as definition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -28,6 +29,11 @@ SHAPES = [(), (0,), (0, 4), (1,), (129,), (5, 1), (7, 129), (3, 1000), (2, 3, 40
 
 def kept(base: Tensor, experts: list[Tensor], *args: object, **keywords: object) -> list[Tensor]:
     return [unpacked(mask, base.shape) for mask in random_mask(base, experts, *args, **keywords)]  # type: ignore[arg-type]
+
+
+def reference(base: Tensor, experts: list[Tensor], density: list[float], epsilon: float, seed: int) -> list[Tensor]:
+    options = RandomMaskOptions(density=tuple(density), epsilon=(epsilon,) * len(experts), seed=seed)
+    return definition(base, experts, options)
 
 
 def within(count: int, mean: float, n: int) -> bool:
@@ -41,7 +47,7 @@ def test_every_shape_has_the_reference_bits(shape: tuple[int, ...], epsilon: flo
         base, experts = group(shape, 3, kind, base_dtype=dtype)
         density = [0.3, 0.5, 0.8]
         found = random_mask(base, experts, density, epsilon, seed=2**63 - 1)
-        wanted = reference(base, experts, density, [epsilon] * 3, 2**63 - 1)
+        wanted = reference(base, experts, density, epsilon, 2**63 - 1)
         for a, b in zip(found, wanted, strict=True):
             assert a.shape == (mask_bytes(base.numel()),) and torch.equal(a, b)
 
@@ -60,7 +66,7 @@ def test_random_arguments_have_the_reference_bits(
 ) -> None:
     base, experts = group((rows, columns), 2, kind, base_dtype=dtype, seed=seed % 1000)
     found = random_mask(base, experts, density, epsilon, seed=seed)
-    wanted = reference(base, experts, [density] * 2, [epsilon] * 2, seed)
+    wanted = reference(base, experts, [density] * 2, epsilon, seed)
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
@@ -69,7 +75,7 @@ def test_rows_of_many_equal_magnitudes_have_the_reference_bits() -> None:
     base = torch.zeros(2, 9000)
     experts = [values((2, 9000), "ties", torch.float32, 0), values((2, 9000), "ties", torch.float32, 1) + 1]
     found = random_mask(base, experts, 0.5, 0.4, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(found, reference(base, experts, [0.5] * 2, [0.4] * 2, 3), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(found, reference(base, experts, [0.5] * 2, 0.4, 3), strict=True))
 
 
 @pytest.mark.parametrize("row", [64, 333, 5000])
@@ -84,7 +90,7 @@ def test_magnitudes_however_they_lie_have_the_reference_bits(row: int) -> None:
     for dtype in (torch.float32, torch.float64):
         base = torch.zeros(4, row, dtype=dtype)
         found = random_mask(base, experts, 0.5, 0.45, seed=7)
-        wanted = reference(base, experts, [0.5] * 4, [0.45] * 4, 7)
+        wanted = reference(base, experts, [0.5] * 4, 0.45, 7)
         assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), dtype
 
 
@@ -178,5 +184,5 @@ def test_operator_is_registered_soundly(shape: tuple[int, ...]) -> None:
     # No tracing by ahead-of-time autograd: ten rounds of Philox take it long, and nothing here has a gradient.
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for epsilon in ([0.0, 0.0], [0.1, 0.2]):
-        args = (base, experts, [0.5, 0.6], epsilon, 7)
-        torch.library.opcheck(torch.ops.resm_kernels.random_mask.default, args, test_utils=checks)
+        options = {"density": [0.5, 0.6], "epsilon": epsilon, "seed": 7}
+        torch.library.opcheck(torch.ops.resm_kernels.random_mask.default, (base, experts), options, test_utils=checks)

@@ -7,17 +7,25 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from inputs import same_bits
+from inputs import power_law, same_bits, with_spectrum
 
 from resm_kernels.ops import gram_product, random_matrix
 from resm_kernels.philox import philox
-from resm_kernels.reference.random_matrix import random_matrix as reference
+from resm_kernels.reference.random_matrix import RandomMatrixOptions
+from resm_kernels.reference.random_matrix import random_matrix as definition
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # A task draws 4096 pairs of columns: several rows, or a part of one.
 SIZES = [(1, 1), (77, 48), (33, 97), (301, 2), (4100, 3), (9000, 1), (3, 8192), (2, 8193), (3, 20001)]
 OFFSETS = [(0, 0), (5, 1), (2**63 - 1, 6), (2**40 + 5, 2**32 + 1)]
+
+
+def reference(n: int, columns: int, seed: int, first_column: int = 0) -> torch.Tensor:
+    options = RandomMatrixOptions(
+        n=n, columns=columns, seed=seed, first_column=first_column, device=torch.device("cpu")
+    )
+    return definition(options)
 
 
 @pytest.mark.parametrize("n, columns", SIZES, ids=str)
@@ -54,7 +62,7 @@ def test_products_take_it() -> None:
 
 def test_device_is_the_cpu_unless_given() -> None:
     with torch.device("meta"):
-        assert same_bits(random_matrix(6, 5), reference(6, 5, 0, device=torch.device("cpu")))
+        assert same_bits(random_matrix(6, 5), reference(6, 5, 0))
     assert same_bits(random_matrix(6, 5, device="cpu"), random_matrix(6, 5))
     found = random_matrix(6, 5, first_column=1, device="meta")
     assert found.is_meta and found.shape == (6, 5) and found.dtype == torch.float32
@@ -75,12 +83,14 @@ def test_wrong_arguments_are_refused_by_name() -> None:
 @pytest.mark.parametrize("n, columns", [(5, 3), (0, 3), (5, 0)])
 def test_operator_is_registered_soundly(n: int, columns: int) -> None:
     operator = torch.ops.resm_kernels.random_matrix.default
-    torch.library.opcheck(operator, (n, columns, 3, 1), {"device": torch.device("cpu")})
+    options = {"n": n, "columns": columns, "seed": 3, "first_column": 1, "device": torch.device("cpu")}
+    torch.library.opcheck(operator, (), options)
 
 
 def test_operator_compiles_into_one_graph() -> None:
     def energy(seed: int) -> torch.Tensor:
-        omega = torch.ops.resm_kernels.random_matrix(6, 5, seed, 1, device=torch.device("cpu"))
+        cpu = torch.device("cpu")
+        omega = torch.ops.resm_kernels.random_matrix(n=6, columns=5, seed=seed, first_column=1, device=cpu)
         return omega.square().sum()
 
     compiled = torch.compile(energy, fullgraph=True, backend="eager")
@@ -132,3 +142,15 @@ def test_entries_have_the_moments_of_a_standardised_binomial() -> None:
     assert abs(float((omega[:, 1:] * omega[:, :-1]).mean())) < 5 / count**0.5
     for other in (reference(n, columns, seed=4), reference(n, columns, seed=3 + 2**32)):
         assert abs(float((omega * other).mean())) < 5 / count**0.5
+
+
+@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
+def test_range_is_found_as_well_as_theory_promises(alpha: float) -> None:
+    """Halko, Martinsson, Tropp 2011, theorem 10.5: the mean error of a normal sketch of k + p columns."""
+    k, p, spectrum = 10, 10, power_law(80, alpha)
+    delta = with_spectrum(100, 80, spectrum, seed=1)
+    errors = []
+    for seed in range(10):
+        q = torch.linalg.qr(delta.double() @ random_matrix(80, k + p, seed=seed).double()).Q
+        errors.append(float((delta - q @ (q.mT @ delta.double())).norm()))
+    assert sum(errors) / len(errors) <= (1 + k / (p - 1)) ** 0.5 * float(spectrum[k:].norm())

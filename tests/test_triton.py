@@ -12,12 +12,12 @@ import math
 import pytest
 import torch
 from inputs import FLOATS, randn, same_bits, values
+from resm_kernels.triton.sketch import sketch
 from torch import Tensor
 from triton_device import DEVICE
 
 from resm_kernels.masks import packed
-from resm_kernels.ops import dispatch_table
-from resm_kernels.ops._library import gpu_kernel
+from resm_kernels.ops import dispatch_table, gpu_kernel
 from resm_kernels.reference import aggregate as reference_aggregate
 from resm_kernels.reference import delta_stats as reference_delta_stats
 from resm_kernels.reference import gram_product as reference_gram_product
@@ -40,7 +40,6 @@ from resm_kernels.triton.magnitude_threshold import magnitude_threshold
 from resm_kernels.triton.project import project
 from resm_kernels.triton.random_mask import random_mask
 from resm_kernels.triton.random_matrix import random_matrix
-from resm_kernels.triton.sketch import sketch
 from resm_kernels.triton.variance_mask import variance_mask
 
 LENGTHS = (1, 37, BLOCK, 2 * BLOCK + 5)

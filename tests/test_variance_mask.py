@@ -13,7 +13,7 @@ from inputs import CHUNK, FLOATS, group, randn, values
 
 from resm_kernels.masks import unpacked
 from resm_kernels.ops import variance_mask
-from resm_kernels.reference.variance_mask import variance
+from resm_kernels.reference.variance_mask import VarianceMaskOptions, variance
 from resm_kernels.reference.variance_mask import variance_mask as reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,9 @@ def test_every_shape_has_the_reference_bits(shape: tuple[int, ...], dtype: torch
     for kind, n_experts in (("weights", 3), ("ties", 2), ("zeros", 1), ("weights", 7)):
         base, experts = group(shape, n_experts, kind, base_dtype=dtype, expert_dtypes=[dtype, torch.bfloat16])
         for density in (0.0, 0.1, 0.7, 1.0):
-            assert torch.equal(variance_mask(base, experts, density), reference(base, experts, density))
+            assert torch.equal(
+                variance_mask(base, experts, density), reference(base, experts, VarianceMaskOptions(density=density))
+            )
 
 
 @pytest.mark.parametrize("kind", ["few", "many equal", "huge", "sorted", "one"])
@@ -41,7 +43,7 @@ def test_variances_that_samples_mislead_about_have_the_reference_bits(kind: str)
     }[kind]
     for density in (0.0, 1e-5, 0.1, 0.5, 0.9, 0.9999, 1.0):
         found = variance_mask(base, [base, second], density)
-        assert torch.equal(found, reference(base, [base, second], density)), density
+        assert torch.equal(found, reference(base, [base, second], VarianceMaskOptions(density=density))), density
 
 
 @given(seed=st.integers(0, 10**6), n_experts=st.integers(1, 6), density=st.floats(0.0, 1.0))
@@ -93,4 +95,4 @@ def test_wrong_arguments_are_refused_by_name() -> None:
 @pytest.mark.parametrize("shape", [(), (0,), (5, 3)], ids=str)
 def test_operator_is_registered_soundly(shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 2, base_dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.resm_kernels.variance_mask.default, (base, experts, 0.5))
+    torch.library.opcheck(torch.ops.resm_kernels.variance_mask.default, (base, experts), {"density": 0.5})

@@ -12,7 +12,7 @@
 
 namespace resm {
 
-// The codes are positions in FLOAT_DTYPES of resm_kernels/ops/_library.py.
+// The codes are positions in FLOAT_DTYPES of resm_kernels/dtypes.py.
 enum class DType : int32_t { f32 = 0, f64 = 1, f16 = 2, bf16 = 3 };
 constexpr int kDTypes = 4;
 

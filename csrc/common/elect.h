@@ -8,30 +8,25 @@ namespace resm {
 
 enum class Rule : int32_t { sum = 0, ties = 1 };
 
-// What the experts' votes for a sign are: w·r·δ, r·δ, or the sign of w·r·δ.
-enum class Vote : int32_t { weighted = 0, unweighted = 1, count = 2 };
+// The experts' votes for a sign: w·r·δ, or r·δ.
+enum class Vote : int32_t { weighted = 0, unweighted = 1 };
 
-// Trim: what lies below the lower threshold, or above the upper one, counts as no change. NaN is below everything;
-// callers refuse it elsewhere.
+// A delta whose magnitude is below the lower threshold or above the upper one counts as no change. NaN is below
+// everything; callers refuse it elsewhere.
 template <class C>
 RESM_HD C trim(C delta, C lower, C upper) {
   const C magnitude = delta < C(0) ? -delta : delta;
   return (magnitude >= lower) & (magnitude <= upper) ? delta : C(0);
 }
 
-template <class C>
-RESM_HD C sign_of(C x) {
-  return x > C(0) ? C(1) : x < C(0) ? C(-1) : C(0);
-}
-
-// What a normalised election divides by.
+// The divisor of a normalised election.
 template <class C>
 RESM_HD C divisor_of(C agreeing_weights, C least) {
   const C divisor = agreeing_weights == C(0) ? C(1) : agreeing_weights;
   return divisor < least ? least : divisor;
 }
 
-// What thresholds, if it trims, and the bit of a mask leave of a delta.
+// Thresholds of a delta, if it `trims`, and the bit of a mask say whether it is kept or counts as no change.
 template <class C>
 struct Trim {
   C lower, upper;
@@ -40,28 +35,23 @@ struct Trim {
   RESM_HD C of(C delta, bool kept) const { return kept ? (trims ? trim(delta, lower, upper) : delta) : C(0); }
 };
 
-// One expert's term at an element, for kernels that go element by element: what stays of its delta, times its factor.
+// One expert's term at an element, for kernels that go element by element: its kept delta times its factor.
 template <class C>
 struct Term {
   C factor;
-  Trim<C> stays;
+  Trim<C> sparsity;
 
-  RESM_HD C of(C value, C origin, bool kept) const { return stays.of(value - origin, kept) * factor; }
+  RESM_HD C of(C value, C base, bool kept) const { return sparsity.of(value - base, kept) * factor; }
 };
 
-// What a term adds to the votes for a sign.
-template <class C>
-RESM_HD C vote_of(C term, Vote vote) {
-  return vote == Vote::count ? sign_of(term) : term;
-}
-
-// What a term whose vote was for the elected sign adds to the result: unweighted votes get their weight only now.
+// The value that a term adds to the result if its vote was for the elected sign: unweighted votes get their weight only
+// now.
 template <class C>
 RESM_HD C elected_term(C term, C weight, Vote vote) {
   return vote == Vote::unweighted ? term * weight : term;
 }
 
-// Does a term have the elected sign? Zero has none. (Select, then compare: loops over this vectorise.)
+// Whether a term has the elected sign. Zero has none. (Loops vectorise because this selects before it compares.)
 template <class C>
 RESM_HD bool agrees(C term, C votes) {
   const C towards = votes >= C(0) ? term : -term;

@@ -1,5 +1,5 @@
-// Masks of elements as bits, and the law by which random masks are drawn. resm_kernels/reference/{_masks,random_mask}.py
-// are the twins.
+// Masks of elements as bits, and the law by which random masks are drawn. resm_kernels/masks.py and
+// resm_kernels/reference/random_mask.py are the twins.
 #pragma once
 
 #include "common/dtype.h"

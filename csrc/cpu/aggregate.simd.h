@@ -28,7 +28,7 @@ void add_all_weighted(const C* base, const C* experts, int n, const Election<C>&
   if (election.n_experts - t == 1) add_weighted<1, kHasBase>(base, rest, n, weights, total);
 }
 
-// Turns an expert's values into f·Δ of what stays in place and adds them to total.
+// Turns an expert's values, in place, into its kept deltas times its factor, and adds them to total.
 template <bool kHasBase, bool kTrims, bool kMasks, class C>
 void weigh(const C* __restrict base, C* __restrict expert, int n, const Election<C>& election, int t,
            C* __restrict total) {
@@ -54,20 +54,13 @@ void weigh_all(const C* base, C* experts, int n, const Election<C>& election, C*
   for (int t = 0; t < election.n_experts; ++t) step(base, experts + t * kBlock, n, election, t, total);
 }
 
-template <class C>
-void count_votes(const C* __restrict experts, int n, int n_experts, C* __restrict total) {
-  for (int i = 0; i < n; ++i) total[i] = C(0);
-  for (int t = 0; t < n_experts; ++t)
-    for (int i = 0; i < n; ++i) total[i] = total[i] + sign_of(experts[t * kBlock + i]);
-}
-
-// kLate: the weights are not in the experts' values yet.
-template <bool kLate, class C>
+// kUnweighted: the weights are not in the experts' values yet.
+template <bool kUnweighted, class C>
 void elect(const C* __restrict experts, int n, const Election<C>& election, C* __restrict total,
            C* __restrict divisor) {
   C agreeing[kBlock];
   for (int i = 0; i < n; ++i) {
-    agreeing[i] = C(-0.0);  // late weights may make −0.0 of the first that agrees
+    agreeing[i] = C(-0.0);  // a weight may make −0.0 of the first value that agrees
     divisor[i] = C(0);
   }
   for (int t = 0; t < election.n_experts; ++t) {
@@ -75,7 +68,7 @@ void elect(const C* __restrict experts, int n, const Election<C>& election, C* _
     const C weight = election.weights[t];
     for (int i = 0; i < n; ++i) {
       const bool counts = agrees(values[i], total[i]);
-      const C weighted = kLate ? values[i] * weight : values[i];
+      const C weighted = kUnweighted ? values[i] * weight : values[i];
       agreeing[i] = agreeing[i] + (counts ? weighted : C(0));
       divisor[i] = divisor[i] + (counts ? weight : C(0));
     }
@@ -86,8 +79,8 @@ void elect(const C* __restrict experts, int n, const Election<C>& election, C* _
   }
 }
 
-// What merge_bf16 is compiled for, beside the number of experts.
-enum class Form { model_sum, delta_sum, sparse_sum, weighted_vote, unweighted_vote, count_vote };
+// The forms that merge_bf16 is compiled for, each for several numbers of experts.
+enum class Form { model_sum, delta_sum, sparse_sum, weighted_vote, unweighted_vote };
 
 // The same operations in the same order as the loops over blocks, in registers from the inputs to the output; kCount 0
 // is any number up to kMostAtOnce, whose terms wait in the first-level cache.
@@ -98,7 +91,7 @@ bool merge_bf16(const uint16_t* base, const uint16_t* const* experts, int n, con
   const int count = kCount > 0 ? kCount : election.n_experts;
   constexpr bool kHasBase = kForm != Form::model_sum, kTies = kForm >= Form::weighted_vote;
   const bool trims = election.sparsity.trims(), masks = election.sparsity.masks != nullptr;
-  const bool shows = !kTies && kForm != Form::sparse_sum;  // a sum shows what its terms were
+  const bool shows = !kTies && kForm != Form::sparse_sum;  // the sum shows whether its terms are finite
   const L zero = L::all(0.0f), one = L::all(1.0f);
   L doubt = zero;  // NaN where something is not finite
   for (int i = 0; i < n; i += kLanes) {
@@ -117,13 +110,7 @@ bool merge_bf16(const uint16_t* base, const uint16_t* const* experts, int n, con
     if (shows) doubt = doubt.plus(total.minus(total));
     L divisor = L::all(election.weight_sum);
     if (kTies) {
-      L votes = total;
-      if (kForm == Form::count_vote) {
-        votes = zero;
-        for (int t = 0; t < count; ++t)
-          votes = votes.plus(one.in(terms[t].above(zero), L::all(-1.0f).in(zero.above(terms[t]), zero)));
-      }
-      const auto towards = votes.at_least(zero);
+      const auto towards = total.at_least(zero);
       total = L::all(-0.0f);
       divisor = zero;
       for (int t = 0; t < count; ++t) {
@@ -163,11 +150,8 @@ bool aggregate_bf16(const uint16_t* base, const uint16_t* const* experts, int n,
   if (election.rule == Rule::sum)
     return election.sparsity.any() ? merge_some_bf16<Form::sparse_sum>(base, experts, n, election, out)
                                    : merge_some_bf16<Form::delta_sum>(base, experts, n, election, out);
-  switch (election.vote) {
-    case Vote::weighted: return merge_some_bf16<Form::weighted_vote>(base, experts, n, election, out);
-    case Vote::unweighted: return merge_some_bf16<Form::unweighted_vote>(base, experts, n, election, out);
-    default: return merge_some_bf16<Form::count_vote>(base, experts, n, election, out);
-  }
+  return election.vote == Vote::weighted ? merge_some_bf16<Form::weighted_vote>(base, experts, n, election, out)
+                                         : merge_some_bf16<Form::unweighted_vote>(base, experts, n, election, out);
 }
 
 template <class C>
@@ -180,7 +164,6 @@ bool aggregate(const C* __restrict base, C* __restrict experts, int n, const Ele
     base == nullptr ? weigh_all<false>(base, experts, n, election, total)
                     : weigh_all<true>(base, experts, n, election, total);
   if (election.rule == Rule::ties) {
-    if (election.vote == Vote::count) count_votes(experts, n, election.n_experts, total);
     election.vote == Vote::unweighted ? elect<true>(experts, n, election, total, divisor)
                                       : elect<false>(experts, n, election, total, divisor);
   } else {

@@ -14,19 +14,26 @@
 
 namespace resm::cpu {
 
+// Elements begin … end of the flattened tensors, all of one row.
 struct Chunk {
-  int64_t group, begin, end;
+  int64_t row, begin, end;
 };
 
-inline void add_chunks(const Groups& groups, int64_t group, std::vector<Chunk>& chunks) {
-  for (int64_t begin = 0; begin < groups.lengths[group]; begin += kChunk)
-    chunks.push_back({group, begin, std::min(begin + kChunk, groups.lengths[group])});
+// Row by row, in order.
+inline std::vector<Chunk> chunks_of(const Group& group) {
+  std::vector<Chunk> chunks;
+  for (int64_t row = 0; row < group.rows; ++row) {
+    const int64_t end = (row + 1) * group.length;
+    for (int64_t begin = row * group.length; begin < end; begin += kChunk)
+      chunks.push_back({row, begin, std::min(begin + kChunk, end)});
+  }
+  return chunks;
 }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t blocks_for(int64_t elements) { return ceil_div(elements, kBlock); }
 
-// Cache-line aligned scratch of whole blocks.
+// Cache-line aligned memory of whole blocks.
 template <class C>
 class Blocks {
  public:
@@ -41,36 +48,37 @@ class Blocks {
   std::unique_ptr<C, Free> data_;
 };
 
-// Memory of the calling thread for at least `count` elements, of no particular values, until it asks again: fresh memory
-// of this size would be mapped page by page in every call. What is large is not kept from call to call.
+// Memory of the calling thread for at least `count` elements, of no particular values, which it has until it asks again.
+// It is kept from call to call, because fresh memory of this size would be mapped page by page in every call; requests
+// for more than 8 MiB are not kept.
 template <class C>
-class Scratch {
+class ThreadMemory {
  public:
-  explicit Scratch(int64_t count) {
+  explicit ThreadMemory(int64_t count) {
     constexpr int64_t kMostKept = (8 << 20) / sizeof(C);
-    thread_local std::vector<C> kept;
-    std::vector<C>& memory = count <= kMostKept ? kept : own_;
+    thread_local std::vector<C> reused;
+    std::vector<C>& memory = count <= kMostKept ? reused : large_;
     if (static_cast<int64_t>(memory.size()) < count + kAlignment) memory.assign(count + kAlignment, C(0));
-    const auto at = reinterpret_cast<uintptr_t>(memory.data());
-    data_ = memory.data() + ((64 - at % 64) % 64) / sizeof(C);
+    const auto address = reinterpret_cast<uintptr_t>(memory.data());
+    data_ = memory.data() + ((64 - address % 64) % 64) / sizeof(C);
   }
   C* data() const { return data_; }
 
  private:
   static constexpr int64_t kAlignment = 64 / sizeof(C);
-  std::vector<C> own_;
+  std::vector<C> large_;
   C* data_;
 };
 
-// Groups that sums over `pieces` are cut into: up to `most`, a power of two, of at least `fewest` pieces each. Even
-// numbers of them serve threads evenly; they depend on nothing else, for the sums' bits depend on them.
-inline int64_t groups_for(int64_t pieces, int64_t most, int64_t fewest) {
-  int64_t groups = 1;
-  while (groups < most && 2 * groups * fewest <= pieces) groups *= 2;
-  return groups;
+// How many parts a sum over `pieces` is cut into: a power of two up to `most`, so that each part has at least `fewest`
+// pieces. Even numbers of parts serve threads evenly. Nothing else may matter here, for the sum's bits depend on it.
+inline int64_t parts_for(int64_t pieces, int64_t most, int64_t fewest) {
+  int64_t parts = 1;
+  while (parts < most && 2 * parts * fewest <= pieces) parts *= 2;
+  return parts;
 }
 
-// Tasks of several threads that begin in order and add what they found in order.
+// Tasks of several threads that begin in order and add their results in order.
 class Turns {
  public:
   int64_t begin() { return begun_.fetch_add(1); }

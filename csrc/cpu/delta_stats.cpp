@@ -36,24 +36,25 @@ struct ChunkOutliers {
 };
 
 // Calls visit(t, base block, expert block, n) for every block and expert of a chunk; base is read and converted once.
-// An expert for which direct(t, base block, its bf16 values, n) returns true is done with and is not converted.
+// Where direct(t, base block, bf16 values of the expert, n) returns true, that block of the expert needs no conversion
+// and no visit.
 template <class C, class Direct, class Visit>
-void for_deltas(const Groups& groups, const Chunk& chunk, const Blocks<C>& scratch, Direct direct, Visit visit) {
+void for_deltas(const Group& group, const Chunk& chunk, const Blocks<C>& blocks, Direct direct, Visit visit) {
   const auto& k = kernels().of<C>();
   for_blocks(chunk, [&](int64_t begin, int n) {
-    k.load(*groups.base(chunk.group), begin, n, scratch[0]);
-    for (int t = 0; t < groups.n_experts; ++t) {
-      const Array& expert = groups.experts_of(chunk.group)[t];
+    k.load(*group.base, begin, n, blocks[0]);
+    for (int t = 0; t < group.n_experts(); ++t) {
+      const Array& expert = group.experts[t];
       if (expert.dtype == DType::bf16 && n % kPad == 0 &&
-          direct(t, scratch[0], static_cast<const uint16_t*>(expert.data) + begin, n))
+          direct(t, blocks[0], static_cast<const uint16_t*>(expert.data) + begin, n))
         continue;
-      k.load(expert, begin, n, scratch[1]);
-      visit(t, scratch[0], scratch[1], n);
+      k.load(expert, begin, n, blocks[1]);
+      visit(t, blocks[0], blocks[1], n);
     }
   });
 }
 
-// The histogram of one expert: integers, so that threads may add to it in any order.
+// The histogram of one expert's row: integers, so that threads may add to it in any order.
 struct Bins {
   std::vector<int64_t> counts;
   std::vector<uint64_t> significands;
@@ -69,90 +70,77 @@ struct Bins {
   }
 };
 
-struct Scratch {
-  Blocks<float> f32{2};
-  Blocks<double> f64{2};
+template <class C>
+struct StatsBlocks {
+  Blocks<C> blocks{2};  // base, expert
   std::vector<uint64_t> packed;
-
-  const Blocks<float>& of(float) const { return f32; }
-  const Blocks<double>& of(double) const { return f64; }
 };
 
-class Pass {
+// The statistics of every expert and row, both passes.
+template <class C>
+class Statistics {
  public:
-  Pass(const Groups& groups, const StatsOptions& options, double* moments, int64_t* counts, int threads)
-      : groups_(groups), options_(options), moments_(moments), counts_(counts), threads_(threads) {
-    for (int64_t g = 0; g < groups.size(); ++g) add_chunks(groups, g, chunks_);
-  }
+  Statistics(const Group& group, const DeltaStatsOptions& options, const DeltaStatsResult& result, int threads)
+      : group_(group), options_(options), result_(result), threads_(threads), n_experts_(group.n_experts()),
+        chunks_(chunks_of(group)) {}
 
-  void first(int64_t* bin_counts, double* bin_sums) {
-    std::vector<ChunkMoments> partial(chunks_.size() * groups_.n_experts);
-    const bool histogram = bin_counts != nullptr;
-    std::vector<Bins> bins(histogram ? groups_.size() * groups_.n_experts : 0);
+  void first_pass() {
+    std::vector<ChunkMoments> partial(chunks_.size() * n_experts_);
+    const bool histogram = result_.bin_counts != nullptr;
+    std::vector<Bins> bins(histogram ? n_experts_ * group_.rows : 0);
     for (auto& b : bins) {
       b.counts.assign(kHistogramBins, 0);
       b.significands.assign(kHistogramBins, 0);
     }
     const auto make = [&] {
-      Scratch scratch;
-      if (histogram) scratch.packed.assign(groups_.n_experts * kHistogramBins * kHistogramCopies, 0);
-      return scratch;
+      StatsBlocks<C> memory;
+      if (histogram) memory.packed.assign(n_experts_ * kHistogramBins * kHistogramCopies, 0);
+      return memory;
     };
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, make, [&](int64_t i, Scratch& scratch) {
-      ChunkMoments* into = partial.data() + i * groups_.n_experts;
-      if (groups_.is_double(chunks_[i].group))
-        first_chunk<double>(chunks_[i], scratch, into, bins);
-      else
-        first_chunk<float>(chunks_[i], scratch, into, bins);
+    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, make, [&](int64_t i, StatsBlocks<C>& memory) {
+      add_moments(chunks_[i], memory, partial.data() + i * n_experts_, bins);
     });
-    for (int64_t g = 0; g < groups_.size(); ++g)
-      for (int t = 0; t < groups_.n_experts; ++t) {
-        double* m = moments_ + row(g, t) * kMoments;
-        int64_t* c = counts_ + row(g, t) * kCounts;
-        std::fill(m, m + kMoments, 0.0);
-        std::fill(c, c + kCounts, int64_t(0));
-        c[4] = groups_.lengths[g];
-      }
+    for (int64_t r = 0; r < n_experts_ * group_.rows; ++r) {
+      std::fill_n(result_.moments + r * kMoments, kMoments, 0.0);
+      std::fill_n(result_.counts + r * kCounts, kCounts, int64_t(0));
+      result_.counts[r * kCounts + 4] = group_.length;
+    }
     for (size_t i = 0; i < chunks_.size(); ++i)
-      for (int t = 0; t < groups_.n_experts; ++t) add(partial[i * groups_.n_experts + t], row(chunks_[i].group, t));
-    if (histogram) write_histogram(bins, bin_counts, bin_sums);
+      for (int t = 0; t < n_experts_; ++t) add(partial[i * n_experts_ + t], position(t, chunks_[i].row));
+    if (histogram) write_histogram(bins);
   }
 
-  void second() {
-    std::vector<ChunkOutliers> partial(chunks_.size() * groups_.n_experts);
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return Scratch(); },
-                 [&](int64_t i, Scratch& scratch) {
-                   ChunkOutliers* into = partial.data() + i * groups_.n_experts;
-                   if (groups_.is_double(chunks_[i].group))
-                     second_chunk<double>(chunks_[i], scratch, into);
-                   else
-                     second_chunk<float>(chunks_[i], scratch, into);
+  void second_pass() {
+    std::vector<ChunkOutliers> partial(chunks_.size() * n_experts_);
+    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return StatsBlocks<C>(); },
+                 [&](int64_t i, StatsBlocks<C>& memory) {
+                   add_outliers(chunks_[i], memory, partial.data() + i * n_experts_);
                  });
     const bool count_smalls = options_.eps_rel > 0;
     if (count_smalls)
-      for (int64_t i = 0; i < groups_.size() * groups_.n_experts; ++i) counts_[i * kCounts + 1] = 0;
+      for (int64_t r = 0; r < n_experts_ * group_.rows; ++r) result_.counts[r * kCounts + 1] = 0;
     for (size_t i = 0; i < chunks_.size(); ++i)
-      for (int t = 0; t < groups_.n_experts; ++t) {
-        const ChunkOutliers& p = partial[i * groups_.n_experts + t];
-        const int64_t r = row(chunks_[i].group, t);
-        if (count_smalls) counts_[r * kCounts + 1] += p.n_small;
+      for (int t = 0; t < n_experts_; ++t) {
+        const ChunkOutliers& p = partial[i * n_experts_ + t];
+        const int64_t r = position(t, chunks_[i].row);
+        if (count_smalls) result_.counts[r * kCounts + 1] += p.n_small;
         if (options_.kappa < 0) continue;
-        counts_[r * kCounts + 2] += p.n_outlier;
-        moments_[r * kMoments + 4] += p.sum_abs;
+        result_.counts[r * kCounts + 2] += p.n_outlier;
+        result_.moments[r * kMoments + 4] += p.sum_abs;
       }
   }
 
  private:
-  int64_t row(int64_t group, int t) const { return group * groups_.n_experts + t; }
+  // Of an expert's row in the results.
+  int64_t position(int t, int64_t row) const { return t * group_.rows + row; }
 
-  template <class C>
-  void first_chunk(const Chunk& chunk, Scratch& scratch, ChunkMoments* into, std::vector<Bins>& bins) {
+  void add_moments(const Chunk& chunk, StatsBlocks<C>& memory, ChunkMoments* into, std::vector<Bins>& bins) {
     const auto& k = kernels().of<C>();
-    const C small = at_most<C>(options_.eps);
-    const bool half_base = is_half(groups_.base(chunk.group)->dtype);
+    const C small = at_most(options_.eps);
+    const bool half_base = is_half(group_.base->dtype);
     const int64_t pad = padding(chunk);
     const int per_expert = kHistogramBins * kHistogramCopies;
-    std::vector<Moments<C>> lanes(groups_.n_experts, Moments<C>{});
+    std::vector<Moments<C>> lanes(n_experts_, Moments<C>{});
     const auto direct = [&](int t, const C* base, const uint16_t* expert, int n) {
       if constexpr (sizeof(C) == 4) {
         if (half_base && bins.empty()) kernels().moments_bf16(base, expert, n, small, lanes[t]);
@@ -160,37 +148,36 @@ class Pass {
       }
       return false;
     };
-    for_deltas<C>(groups_, chunk, scratch.of(C()), direct, [&](int t, const C* base, const C* expert, int n) {
-      k.moments(base, expert, n, half_base && is_half(groups_.experts_of(chunk.group)[t].dtype), small, lanes[t]);
-      if (!bins.empty()) k.histogram(base, expert, n, scratch.packed.data() + t * per_expert);
+    for_deltas<C>(group_, chunk, memory.blocks, direct, [&](int t, const C* base, const C* expert, int n) {
+      k.moments(base, expert, n, half_base && is_half(group_.experts[t].dtype), small, lanes[t]);
+      if (!bins.empty()) k.histogram(base, expert, n, memory.packed.data() + t * per_expert);
     });
-    for (int t = 0; t < groups_.n_experts; ++t) {
+    for (int t = 0; t < n_experts_; ++t) {
       const Moments<C>& m = lanes[t];
       const double max_abs = *std::max_element(m.max_abs, m.max_abs + kLanes);
       into[t] = {total<double>(m.sum), total<double>(m.sum_sq), total<double>(m.sum_abs), max_abs,
                  total<int64_t>(m.zeros) - pad, total<int64_t>(m.smalls) - pad, m.n_nonfinite};
       if (bins.empty()) continue;
       const std::lock_guard<std::mutex> lock(histogram_);
-      bins[row(chunk.group, t)].take(scratch.packed.data() + t * per_expert);
+      bins[position(t, chunk.row)].take(memory.packed.data() + t * per_expert);
     }
   }
 
-  template <class C>
-  void second_chunk(const Chunk& chunk, Scratch& scratch, ChunkOutliers* into) {
+  void add_outliers(const Chunk& chunk, StatsBlocks<C>& memory, ChunkOutliers* into) {
     const auto& k = kernels().of<C>();
     const int64_t pad = padding(chunk);
-    std::vector<Outliers> lanes(groups_.n_experts, Outliers{});
+    std::vector<Outliers> lanes(n_experts_, Outliers{});
     std::vector<Bounds<C>> bounds;
-    for (int t = 0; t < groups_.n_experts; ++t) bounds.push_back(bounds_of<C>(row(chunk.group, t)));
+    for (int t = 0; t < n_experts_; ++t) bounds.push_back(bounds_of(position(t, chunk.row)));
     const bool count_smalls = options_.eps_rel > 0;
     const auto direct = [&](int t, const C* base, const uint16_t* expert, int n) {
       if constexpr (sizeof(C) == 4) kernels().outliers_bf16(base, expert, n, count_smalls, bounds[t], lanes[t]);
       return sizeof(C) == 4;
     };
-    for_deltas<C>(groups_, chunk, scratch.of(C()), direct, [&](int t, const C* base, const C* expert, int n) {
+    for_deltas<C>(group_, chunk, memory.blocks, direct, [&](int t, const C* base, const C* expert, int n) {
       k.outliers(base, expert, n, count_smalls, bounds[t], lanes[t]);
     });
-    for (int t = 0; t < groups_.n_experts; ++t) {
+    for (int t = 0; t < n_experts_; ++t) {
       // The padding's zeros are outliers too where the mean lies that far from zero.
       const bool zero_is_outside = bounds[t].low > 0 || bounds[t].high < 0;
       into[t] = {total<double>(lanes[t].sum_abs),
@@ -199,30 +186,25 @@ class Pass {
     }
   }
 
-  template <class C>
   Bounds<C> bounds_of(int64_t r) const {
-    const double* m = moments_ + r * kMoments;
-    const double n = static_cast<double>(counts_[r * kCounts + 4]);
+    const double* m = result_.moments + r * kMoments;
+    const double n = static_cast<double>(group_.length);
     const double mean = m[0] / n;
     const double spread = std::fmax(options_.kappa, 0) * std::sqrt(std::fmax(m[1] / n - mean * mean, 0.0));
     const double small = std::fmax(options_.eps, options_.eps_rel * std::sqrt(m[1] / n));
-    return {at_least<C>(mean - spread), at_most<C>(mean + spread), at_most<C>(small)};
+    return {at_least(mean - spread), at_most(mean + spread), at_most(small)};
   }
 
-  // Comparing with these is the same question in C as comparing with the double.
-  template <class C>
+  // Comparing a C with these gives the same answer as comparing it with the double.
   static C at_most(double bound) {
     const C nearest = static_cast<C>(bound);
     return nearest > bound ? std::nextafter(nearest, -std::numeric_limits<C>::infinity()) : nearest;
   }
-  template <class C>
-  static C at_least(double bound) {
-    return -at_most<C>(-bound);
-  }
+  static C at_least(double bound) { return -at_most(-bound); }
 
   void add(const ChunkMoments& p, int64_t r) {
-    double* m = moments_ + r * kMoments;
-    int64_t* c = counts_ + r * kCounts;
+    double* m = result_.moments + r * kMoments;
+    int64_t* c = result_.counts + r * kCounts;
     m[0] += p.sum;
     m[1] += p.sum_sq;
     m[2] += p.sum_abs;
@@ -232,33 +214,39 @@ class Pass {
     c[3] += p.n_nonfinite;
   }
 
-  void write_histogram(const std::vector<Bins>& bins, int64_t* bin_counts, double* bin_sums) const {
+  void write_histogram(const std::vector<Bins>& bins) const {
     for (size_t r = 0; r < bins.size(); ++r)
       for (int i = 0; i < kHistogramBins; ++i) {
-        bin_counts[r * kHistogramBins + i] = bins[r].counts[i];
+        result_.bin_counts[r * kHistogramBins + i] = bins[r].counts[i];
         // A float with exponent field e is its 24-bit significand times 2^(e - 150); subnormals share e = 1's scale.
         const double sum = std::ldexp(static_cast<double>(bins[r].significands[i]), std::max(i, 1) - 150);
         const bool special = i == kHistogramBins - 1 && bins[r].counts[i] != 0;
-        bin_sums[r * kHistogramBins + i] = special ? std::numeric_limits<double>::infinity() : sum;
+        result_.bin_sums[r * kHistogramBins + i] = special ? std::numeric_limits<double>::infinity() : sum;
       }
   }
 
-  const Groups& groups_;
-  const StatsOptions& options_;
-  double* moments_;
-  int64_t* counts_;
-  int threads_;
+  const Group& group_;
+  const DeltaStatsOptions& options_;
+  const DeltaStatsResult& result_;
+  int threads_, n_experts_;
   std::vector<Chunk> chunks_;
   std::mutex histogram_;
 };
 
+template <class C>
+void run(const Group& group, const DeltaStatsOptions& options, const DeltaStatsResult& result, int threads) {
+  Statistics<C> statistics(group, options, result, threads);
+  statistics.first_pass();
+  if (options.kappa >= 0 || options.eps_rel > 0) statistics.second_pass();
+}
+
 }  // namespace
 
-void delta_stats(const Groups& groups, const StatsOptions& options, double* moments, int64_t* counts,
-                 int64_t* bin_counts, double* bin_sums, int threads) {
-  Pass pass(groups, options, moments, counts, threads);
-  pass.first(bin_counts, bin_sums);
-  if (options.kappa >= 0 || options.eps_rel > 0) pass.second();
+void delta_stats(const Group& group, const DeltaStatsOptions& options, const DeltaStatsResult& result, int threads) {
+  if (group.in_double())
+    run<double>(group, options, result, threads);
+  else
+    run<float>(group, options, result, threads);
 }
 
 }  // namespace resm::cpu

@@ -6,8 +6,8 @@ namespace {
 
 constexpr int64_t kPiece = 96;         // rows widened at a time: a strip's panels of them stay in the cache
 constexpr int64_t kStripPanels = 16;   // panels of a strip, one to a task: its sums stay in the cache
-constexpr int64_t kMostGroups = 8;     // of rows
-constexpr int64_t kFewestPieces = 4;   // of a group: fewer would make adding up groups felt
+constexpr int64_t kMostParts = 8;      // of the rows, which are summed each by itself
+constexpr int64_t kFewestPieces = 4;   // of a part: with fewer, adding up the parts would take noticeable time
 constexpr int64_t kSquare = int64_t(kGramPanel) * kGramPanel;
 
 // Columns' panels begin … end, and for each the sums of its products with all panels up to itself, one after the other.
@@ -23,27 +23,27 @@ class Gram {
   Gram(const float* x, int64_t n, int64_t columns)
       : x_(x), n_(n), columns_(columns), panels_(ceil_div(columns, kGramPanel)),
         strips_(ceil_div(panels_, kStripPanels)), pieces_(ceil_div(n, kPiece)),
-        groups_(groups_for(pieces_, kMostGroups, kFewestPieces)) {}
+        parts_(parts_for(pieces_, kMostParts, kFewestPieces)) {}
 
   void run(double* g, int threads) const {
     std::fill(g, g + columns_ * columns_, 0.0);
-    struct Scratch {
+    struct Panels {
       Blocks<double> wide, sums;
     };
     Turns turns;
     const Strip last = strip(strips_ - 1);
-    parallel_for(strips_ * groups_, threads,
+    parallel_for(strips_ * parts_, threads,
                  [&] {
-                   return Scratch{Blocks<double>(blocks_for(panels_ * kPiece * kGramPanel)),
+                   return Panels{Blocks<double>(blocks_for(panels_ * kPiece * kGramPanel)),
                                   Blocks<double>(blocks_for(last.squares() * kSquare))};
                  },
-                 [&](int64_t, Scratch& own) {
-                   const int64_t task = turns.begin(), group = task % groups_;
-                   const Strip s = strip(strips_ - 1 - task / groups_);  // the longest first
-                   std::fill_n(own.sums[0], s.squares() * kSquare, 0.0);
-                   for (int64_t p = pieces_ * group / groups_; p < pieces_ * (group + 1) / groups_; ++p)
-                     add_piece(p * kPiece, s, own.wide[0], own.sums[0]);
-                   turns.when_due(task, [&] { add_to(g, s, own.sums[0]); });
+                 [&](int64_t, Panels& memory) {
+                   const int64_t task = turns.begin(), part = task % parts_;
+                   const Strip s = strip(strips_ - 1 - task / parts_);  // the longest first
+                   std::fill_n(memory.sums[0], s.squares() * kSquare, 0.0);
+                   for (int64_t p = pieces_ * part / parts_; p < pieces_ * (part + 1) / parts_; ++p)
+                     add_piece(p * kPiece, s, memory.wide[0], memory.sums[0]);
+                   turns.when_due(task, [&] { add_to(g, s, memory.sums[0]); });
                  });
   }
 
@@ -81,7 +81,7 @@ class Gram {
   }
 
   const float* x_;
-  int64_t n_, columns_, panels_, strips_, pieces_, groups_;
+  int64_t n_, columns_, panels_, strips_, pieces_, parts_;
 };
 
 }  // namespace

@@ -5,8 +5,8 @@
 namespace resm::cpu {
 namespace {
 
-constexpr int64_t kMostGroups = 16;
-constexpr int64_t kFewestPanels = 5;  // of rows, of a group: fewer would make adding up groups felt
+constexpr int64_t kMostParts = 16;    // that z is summed in
+constexpr int64_t kFewestPanels = 5;  // of rows, of a part: with fewer, adding up the parts would take noticeable time
 constexpr int64_t kSliceUnits = 24;   // of the columns that a task works on: their part of x and z stays in the cache
 constexpr int64_t kBlockSize = kGramRows * kGramColumns;
 
@@ -61,10 +61,10 @@ void put(const float* __restrict from, int64_t n, bool fresh, float* __restrict 
   }
 }
 
-// What a thread works in: a panel of Δ, its part of y, and the sums of a group. What lies beyond their rows
+// The memory that a thread works in: a panel of Δ, its rows of y, and a part's sums of z. What lies beyond their rows
 // and columns is read, and multiplied, but never used.
-struct Workplace {
-  Scratch<float> memory;
+struct PassBuffers {
+  ThreadMemory<float> memory;
   float *delta, *y, *z;
 };
 
@@ -91,21 +91,21 @@ class Pass {
     });
   }
 
-  void run(float* y, float* z, double* energy, int threads) const {
-    const int64_t row_panels = ceil_div(delta_.m, kGramRows), groups = groups_for(row_panels, kMostGroups, kFewestPanels);
+  void run(const GramProductResult& result, int threads) const {
+    const int64_t row_panels = ceil_div(delta_.m, kGramRows), parts = parts_for(row_panels, kMostParts, kFewestPanels);
     Turns turns;
-    parallel_for(slices_ * groups, threads, [&] { return workplace(); }, [&](int64_t, Workplace& own) {
-      const int64_t task = turns.begin(), slice = task / groups, group = task % groups;
+    parallel_for(slices_ * parts, threads, [&] { return make_buffers(); }, [&](int64_t, PassBuffers& buffers) {
+      const int64_t task = turns.begin(), slice = task / parts, part = task % parts;
       const int64_t first = panels_.count * slice / slices_, last = panels_.count * (slice + 1) / slices_;
-      const int64_t begin = row_panels * group / groups, end = row_panels * (group + 1) / groups;
+      const int64_t begin = row_panels * part / parts, end = row_panels * (part + 1) / parts;
       double squares = 0.0;
       for (int64_t panel = begin; panel < end; ++panel) {
-        squares += add_images(panel * kGramRows, first, last, own, y);
-        add_preimages(panel * kGramRows, first, last, panel == begin, own);
+        squares += add_images(panel * kGramRows, first, last, buffers, result.y);
+        add_preimages(panel * kGramRows, first, last, panel == begin, buffers);
       }
       turns.when_due(task, [&] {
-        if (slice == 0) *energy += squares;
-        add_to(z, first, last, group == 0, own);
+        if (slice == 0) *result.energy += squares;
+        add_to(result.z, first, last, part == 0, buffers);
       });
     });
   }
@@ -115,15 +115,15 @@ class Pass {
     return static_cast<int>(std::min<int64_t>(kGramColumns, delta_.n - block * kGramColumns));
   }
   int height_of(int64_t row) const { return static_cast<int>(std::min<int64_t>(kGramRows, delta_.m - row)); }
-  Packed<float> image(int64_t first, const Workplace& own) const { return {panels_, first, kGramRows, own.y}; }
-  Packed<float> sums(int64_t first, const Workplace& own) const {
-    return {panels_, first, blocks_ * kGramColumns, own.z};
+  Packed<float> image(int64_t first, const PassBuffers& buffers) const { return {panels_, first, kGramRows, buffers.y}; }
+  Packed<float> sums(int64_t first, const PassBuffers& buffers) const {
+    return {panels_, first, blocks_ * kGramColumns, buffers.z};
   }
 
-  Workplace workplace() const {
+  PassBuffers make_buffers() const {
     const int64_t widest = ceil_div(panels_.count, slices_) * kGramUnits * kUnit;
     const int64_t deltas = blocks_ * kBlockSize, images = kGramRows * widest;
-    Scratch<float> memory(deltas + images + blocks_ * kGramColumns * widest);
+    ThreadMemory<float> memory(deltas + images + blocks_ * kGramColumns * widest);
     float* at = memory.data();
     // What the last block has beyond n counts as 0 in its energy.
     std::fill(at + deltas - kBlockSize, at + deltas, 0.0f);
@@ -131,14 +131,14 @@ class Pass {
   }
 
   // Forms the panel of Δ that begins at `row`, and its product with panels first … last of x; returns its energy.
-  double add_images(int64_t row, int64_t first, int64_t last, const Workplace& own, float* y) const {
+  double add_images(int64_t row, int64_t first, int64_t last, const PassBuffers& buffers, float* y) const {
     const ProductKernels& k = kernels().products;
-    const Packed<float> into = image(first, own);
+    const Packed<float> into = image(first, buffers);
     const int rows = height_of(row);
     double squares = 0.0;
     for (int64_t b = 0; b < blocks_; ++b) {
       const int64_t column = b * kGramColumns;
-      float* block = own.delta + b * kBlockSize;
+      float* block = buffers.delta + b * kBlockSize;
       const bool ahead = first == last;  // there are no products to prefetch in
       k.delta_tile({delta_.base, delta_.expert, row * delta_.n + column, delta_.n, rows, width_of(b), ahead}, block,
                    kGramColumns);
@@ -154,16 +154,16 @@ class Pass {
     return squares;
   }
 
-  void add_preimages(int64_t row, int64_t first, int64_t last, bool fresh, const Workplace& own) const {
+  void add_preimages(int64_t row, int64_t first, int64_t last, bool fresh, const PassBuffers& buffers) const {
     for (int64_t b = 0; b < blocks_; ++b)
       for (int64_t p = first; p < last; ++p)
-        kernels().products.add_preimage(own.delta + b * kBlockSize, height_of(row), image(first, own).at(p, 0),
+        kernels().products.add_preimage(buffers.delta + b * kBlockSize, height_of(row), image(first, buffers).at(p, 0),
                                         panels_.units_of(p), width_of(b), fresh,
-                                        sums(first, own).at(p, b * kGramColumns));
+                                        sums(first, buffers).at(p, b * kGramColumns));
   }
 
-  void add_to(float* z, int64_t first, int64_t last, bool fresh, const Workplace& own) const {
-    const Packed<float> from = sums(first, own);
+  void add_to(float* z, int64_t first, int64_t last, bool fresh, const PassBuffers& buffers) const {
+    const Packed<float> from = sums(first, buffers);
     if (as_is_) return put(from.data, delta_.n * panels_.columns, fresh, z);
     for (int64_t p = first; p < last; ++p)
       for (int64_t row = 0; row < delta_.n; ++row)
@@ -180,17 +180,17 @@ class Pass {
 
 }  // namespace
 
-void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, float* y, float* z, double* energy,
+void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, const GramProductResult& result,
                   int threads) {
-  *energy = 0.0;
+  *result.energy = 0.0;
   if (delta.m == 0 || delta.n == 0) {
-    std::fill(y, y + delta.m * columns, 0.0f);
-    std::fill(z, z + delta.n * columns, 0.0f);
+    std::fill_n(result.y, delta.m * columns, 0.0f);
+    std::fill_n(result.z, delta.n * columns, 0.0f);
     return;
   }
   const Pass pass(delta, x, columns);
   pass.pack(x, threads);
-  pass.run(y, z, energy, threads);
+  pass.run(result, threads);
 }
 
 }  // namespace resm::cpu

@@ -1,6 +1,5 @@
 // kept_moments: sums in double over chunks, added up in the chunks' order.
 #include "cpu/chunks.h"
-#include "cpu/sparsity.h"
 
 namespace resm::cpu {
 namespace {
@@ -14,23 +13,22 @@ double sum_of(const double (&lanes)[kLanes]) {
 }
 
 template <class C>
-void sum_group(const Groups& groups, const SparsityOptions& options, double* moments, int threads) {
+void sum_group(const Group& group, const SparsityOptions& options, double* moments, int threads) {
   const auto& kernel = kernels().of<C>();
-  const int n_experts = groups.n_experts;
-  const Thresholds<C> limits(options, groups.experts.size());
-  std::vector<Chunk> chunks;
-  add_chunks(groups, 0, chunks);
+  const int n_experts = group.n_experts();
+  const Thresholds<C> limits(options, n_experts);
+  const std::vector<Chunk> chunks = chunks_of(group);
   std::vector<double> parts(chunks.size() * n_experts * kSums);
   parallel_for(static_cast<int64_t>(chunks.size()), threads, [] { return Blocks<C>(2); },
                [&](int64_t i, Blocks<C>& blocks) {
-                 BlockSparsity<C> sparsity(options, limits, 0, n_experts);
+                 BlockSparsity<C> sparsity(options, limits);
                  std::vector<KeptSums> sums(n_experts);
                  for_blocks(chunks[i], [&](int64_t begin, int n) {
-                   const Sparsity<C>& here = sparsity.at(begin);
-                   kernel.load(*groups.base(0), begin, n, blocks[0]);
+                   const Sparsity<C>& block_sparsity = sparsity.at(begin);
+                   kernel.load(*group.base, begin, n, blocks[0]);
                    for (int t = 0; t < n_experts; ++t) {
-                     kernel.load(groups.experts_of(0)[t], begin, n, blocks[1]);
-                     kernel.kept_sums(blocks[0], blocks[1], n, here, t, sums[t]);
+                     kernel.load(group.experts[t], begin, n, blocks[1]);
+                     kernel.kept_sums(blocks[0], blocks[1], n, block_sparsity, t, sums[t]);
                    }
                  });
                  for (int t = 0; t < n_experts; ++t) {
@@ -46,11 +44,11 @@ void sum_group(const Groups& groups, const SparsityOptions& options, double* mom
 
 }  // namespace
 
-void kept_moments(const Groups& groups, const SparsityOptions& sparsity, double* moments, int threads) {
-  if (groups.is_double(0))
-    sum_group<double>(groups, sparsity, moments, threads);
+void kept_moments(const Group& group, const SparsityOptions& sparsity, double* moments, int threads) {
+  if (group.in_double())
+    sum_group<double>(group, sparsity, moments, threads);
   else
-    sum_group<float>(groups, sparsity, moments, threads);
+    sum_group<float>(group, sparsity, moments, threads);
 }
 
 }  // namespace resm::cpu

@@ -76,7 +76,7 @@ struct Bounds {
   C low, high, small;  // outliers are < low or > high; small are |d| <= small
 };
 
-// What of the deltas stays: |δ| from lower[t] to upper[t] whose bit of masks[t] is set. Null: all.
+// Kept are the deltas of magnitude lower[t] … upper[t] whose bit of masks[t] is set. Null: no condition.
 template <class C>
 struct Sparsity {
   const C* lower;
@@ -149,10 +149,8 @@ struct ProductKernels {
   void (*delta_tile)(const DeltaTile& from, float* to, int to_stride);
   // Entries of the random matrix, see random_matrix.simd.h.
   void (*random_rows)(uint64_t seed, int64_t first_row, int rows, uint32_t first_pair, int64_t pairs, float* entries);
-  // out += left·right over `depth` <= kDepth, see gemm.simd.h. Of sketch: left is a strip of Δ, rows of kDepth; right
-  // a panel of the random matrix. Of project: left is a strip of qᵀ, stored by columns; right lies in rows of kSpan.
-  void (*add_sketch)(const float* left, int rows, const float* right, int columns, int depth, float* out,
-                     int64_t out_stride);
+  // Of project: out += left·right over `depth` <= kDepth, see gemm.simd.h. left is a strip of qᵀ, stored by columns;
+  // right lies in rows of kSpan.
   void (*add_projection)(const float* left, int rows, const float* right, int columns, int depth, float* out,
                          int64_t out_stride);
   // Of gram_product. A block of Δ lies in rows of kGramColumns, zeros beyond `columns`; x, y and z in rows of `units`
@@ -174,9 +172,9 @@ struct ValueBracket {
 };
 
 // How many of a block's values are at least high, how many of these are above it, and which are from low on below it.
-struct BracketPlaces {
+struct BracketSplit {
   int from_high = 0, above_high = 0, between = 0;
-  uint16_t places[kBlock];
+  uint16_t positions[kBlock];
 };
 
 template <class C>
@@ -214,7 +212,7 @@ struct BlockKernels {
   int (*variance)(const C* base, const C* experts, int n, int n_experts, C* to);
   // Bits of i below n of which values[i], blocks padded to kLanes, is at least bracket.high, in whole pairs of bytes;
   // and how the others lie to the bracket.
-  void (*split_values)(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketPlaces& found);
+  void (*split_values)(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketSplit& split);
 };
 
 struct MaskKernels {

@@ -17,7 +17,6 @@
 #include "cpu/gemm.simd.h"
 #include "cpu/random_matrix.simd.h"
 #include "cpu/random_mask.simd.h"
-#include "cpu/sketch.simd.h"
 #include "cpu/project.simd.h"
 #include "cpu/gram_product.simd.h"
 #include "cpu/tiles.simd.h"
@@ -43,7 +42,7 @@ const Kernels table = {RESM_ISA_NAME,
                        outliers_bf16,
                        aggregate_bf16,
                        block_kernels<double>(),
-                       {delta_tile, random_rows, add_sketch, add_projection, add_image, add_preimage,
+                       {delta_tile, random_rows, add_projection, add_image, add_preimage,
                         block_energy, widen_panel, add_panel_gram},
                        {random_bits, random_words, keep_by_range},
                        eigen::eigen_kernels()};

@@ -16,16 +16,16 @@ class Update {
         right_(static_cast<const T*>(u_.right)), depths_(std::max<int64_t>(ceil_div(u_.k, kDepth), 1)) {}
 
   void run(int threads) const {
-    // How outputs are shared out changes no bit: each adds up its own products, in order.
+    // How outputs are shared out changes no bit: each adds up its buffers products, in order.
     const int64_t row_tasks = ceil_div(u_.m, kTaskRows);
-    parallel_for(row_tasks * ceil_div(u_.n, kSpan), threads, [&] { return Workplace(depths_); },
-                 [&](int64_t task, Workplace& own) {
+    parallel_for(row_tasks * ceil_div(u_.n, kSpan), threads, [&] { return UpdateBuffers(depths_); },
+                 [&](int64_t task, UpdateBuffers& buffers) {
                    const int64_t column = task / row_tasks * kSpan, row = task % row_tasks * kTaskRows;
                    const int columns = static_cast<int>(std::min<int64_t>(kSpan, u_.n - column));
-                   pack_right(column, columns, own.right[0]);
+                   pack_right(column, columns, buffers.right[0]);
                    for (int64_t r = row; r < std::min(row + kTaskRows, u_.m); r += kRowGroup)
                      add_group(r, static_cast<int>(std::min<int64_t>(kRowGroup, std::min(row + kTaskRows, u_.m) - r)),
-                               column, columns, own);
+                               column, columns, buffers);
                  });
   }
 
@@ -33,9 +33,9 @@ class Update {
   static constexpr int kPanel = kUpdatePanel<T>, kSpan = kSpanPanels * kPanel, kDepth = kUpdateDepth<T>;
   static constexpr int kStrip = kTile<T>;
 
-  struct Workplace {
+  struct UpdateBuffers {
     Blocks<T> right, left, sums, rows;
-    explicit Workplace(int64_t depths)
+    explicit UpdateBuffers(int64_t depths)
         : right(blocks_for(depths * kDepth * kSpan)), left(blocks_for(kStrip * kDepth)),
           sums(blocks_for(kRowGroup * kSpan)), rows(1) {}
   };
@@ -68,20 +68,20 @@ class Update {
     }
   }
 
-  void add_group(int64_t row, int rows, int64_t column, int columns, Workplace& own) const {
+  void add_group(int64_t row, int rows, int64_t column, int columns, UpdateBuffers& buffers) const {
     const BlockKernels<T>& k = kernels().of<T>();
     for (int64_t d = 0; d < depths_; ++d)
       for (int r = 0; r < rows; r += kStrip) {
-        pack_left(row + r, std::min(kStrip, rows - r), d, own.left[0]);
+        pack_left(row + r, std::min(kStrip, rows - r), d, buffers.left[0]);
         for (int p = 0; p * kPanel < columns; ++p)
-          k.add_update(own.left[0], own.right[0] + (d * kSpanPanels + p) * kDepth * kPanel, depth_of(d), d == 0,
-                       own.sums[0] + r * kSpan + p * kPanel, kSpan);
+          k.add_update(buffers.left[0], buffers.right[0] + (d * kSpanPanels + p) * kDepth * kPanel, depth_of(d), d == 0,
+                       buffers.sums[0] + r * kSpan + p * kPanel, kSpan);
       }
     for (int r = 0; r < rows; ++r) {
       const int64_t begin = (row + r) * u_.n + column;
-      T* merged = own.rows[0];
+      T* merged = buffers.rows[0];
       k.load(base_, begin, columns, merged);
-      k.add_scaled(own.sums[0] + r * kSpan, columns, scale_, merged);
+      k.add_scaled(buffers.sums[0] + r * kSpan, columns, scale_, merged);
       k.store(merged, begin, columns, out_);
     }
   }
@@ -95,10 +95,9 @@ class Update {
 
 }  // namespace
 
-void low_rank_update(const LowRank& update, bool in_double, const Array& base, double scale, const Array& out,
-                     int threads) {
+void low_rank_update(const Array& base, const LowRank& update, double scale, const Array& out, int threads) {
   if (update.m == 0 || update.n == 0) return;
-  if (in_double)
+  if (update.in_double)
     Update<double>(update, base, out, scale).run(threads);
   else
     Update<float>(update, base, out, scale).run(threads);

@@ -58,7 +58,7 @@ Key<C> select_among(const std::vector<Key<C>>& keys, int64_t rank) {
   });
 }
 
-// What the pass collects for one expert.
+// What a pass collects about one expert's keys: how they lie to the bracket low … high, and those between its ends.
 template <class C>
 struct Tally {
   Key<C> low = 0, high = std::numeric_limits<Key<C>>::max();
@@ -68,67 +68,65 @@ struct Tally {
 };
 
 template <class C>
-struct Scratch {
-  Blocks<C> blocks{2};
-  std::vector<Key<C>> found = std::vector<Key<C>>(kBlock + kLanes);
+struct SelectionBlocks {
+  Blocks<C> blocks{2};  // base, expert
+  std::vector<Key<C>> between = std::vector<Key<C>>(kBlock + kLanes);
 };
 
 template <class C>
 class Selection {
  public:
-  Selection(const Groups& groups, int64_t group, const int64_t* k, int threads)
-      : groups_(groups), group_(group), k_(k), threads_(threads), numel_(groups.lengths[group]),
-        tallies_(groups.n_experts) {
-    add_chunks(groups, group, chunks_);
-  }
+  Selection(const Group& group, const std::vector<int64_t>& k, int threads)
+      : group_(group), k_(k), threads_(threads), n_experts_(group.n_experts()), numel_(group.numel()),
+        tallies_(n_experts_), chunks_(chunks_of(group)) {}
 
-  void run(double* thresholds, int64_t* nonfinite) {
+  void run(const ThresholdResult& result) {
     if (numel_ > kMostRuns * kRunLength) bracket_by_sample();
     pass();
-    for (int t = 0; t < groups_.n_experts; ++t) {
-      nonfinite[t] = tallies_[t].counts.nonfinite;
-      thresholds[t] = k_[t] == 0 ? std::numeric_limits<double>::infinity() : value_of(select(t));
+    for (int t = 0; t < n_experts_; ++t) {
+      result.nonfinite[t] = tallies_[t].counts.nonfinite;
+      result.thresholds[t] = k_[t] == 0 ? std::numeric_limits<double>::infinity() : value_of(select(t));
     }
   }
 
  private:
   static double value_of(Key<C> key) { return static_cast<double>(bits_as<C>(key)); }
 
-  // Calls visit(t, base block, expert block, n, scratch) for the chunk's blocks.
+  // Calls visit(t, base block, expert block, n) for the chunk's blocks and the experts first … last.
   template <class Visit>
-  void for_deltas(const Chunk& chunk, int first, int last, Scratch<C>& scratch, Visit visit) const {
+  void for_deltas(const Chunk& chunk, int first, int last, SelectionBlocks<C>& memory, Visit visit) const {
     const auto& kernel = kernels().of<C>();
     for_blocks(chunk, [&](int64_t begin, int n) {
-      if (const Array* base = groups_.base(group_))
-        kernel.load(*base, begin, n, scratch.blocks[0]);
+      if (group_.base)
+        kernel.load(*group_.base, begin, n, memory.blocks[0]);
       else
-        std::fill_n(scratch.blocks[0], kBlock, C(0));
-      const Array* experts = groups_.experts_of(group_);
+        std::fill_n(memory.blocks[0], kBlock, C(0));
+      const std::vector<Array>& experts = group_.experts;
       for (int t = first; t < last; ++t) {
-        // Two ranks of one expert are asked for as two experts that are the same.
+        // Callers ask for two ranks of one expert by passing it as two experts.
         if (t == first || experts[t].data != experts[t - 1].data || experts[t].dtype != experts[t - 1].dtype)
-          kernel.load(experts[t], begin, n, scratch.blocks[1]);
-        visit(t, scratch.blocks[0], scratch.blocks[1], n);
+          kernel.load(experts[t], begin, n, memory.blocks[1]);
+        visit(t, memory.blocks[0], memory.blocks[1], n);
       }
     });
   }
 
   void bracket_by_sample() {
     const int64_t runs = sample_runs(numel_);
-    std::vector<std::vector<Key<C>>> samples(groups_.n_experts, std::vector<Key<C>>(runs * kRunLength));
-    const auto take = [&](int64_t run, Scratch<C>& scratch) {
+    std::vector<std::vector<Key<C>>> samples(n_experts_, std::vector<Key<C>>(runs * kRunLength));
+    const auto take = [&](int64_t run, SelectionBlocks<C>& memory) {
       const int64_t begin = sampled_run(run, numel_);
-      for_deltas({group_, begin, begin + kRunLength}, 0, groups_.n_experts, scratch,
+      for_deltas({0, begin, begin + kRunLength}, 0, n_experts_, memory,
                  [&](int t, const C* base, const C* expert, int n) {
                    for (int i = 0; i < n; ++i) samples[t][run * kRunLength + i] = key_of(C(expert[i] - base[i]));
                  });
     };
-    parallel_for(ceil_div(runs, kRunsAtOnce), threads_, [] { return Scratch<C>(); },
-                 [&](int64_t task, Scratch<C>& scratch) {
+    parallel_for(ceil_div(runs, kRunsAtOnce), threads_, [] { return SelectionBlocks<C>(); },
+                 [&](int64_t task, SelectionBlocks<C>& memory) {
                    const int64_t last = std::min(runs, (task + 1) * kRunsAtOnce);
-                   for (int64_t run = task * kRunsAtOnce; run < last; ++run) take(run, scratch);
+                   for (int64_t run = task * kRunsAtOnce; run < last; ++run) take(run, memory);
                  });
-    parallel_for(groups_.n_experts, threads_, [] { return 0; },
+    parallel_for(n_experts_, threads_, [] { return 0; },
                  [&](int64_t t, int) { narrow(samples[t], static_cast<int>(t)); });
   }
 
@@ -145,30 +143,29 @@ class Selection {
 
   void pass() {
     const int64_t limit = std::max<int64_t>(numel_ / kMostCandidates, kMostRuns * kRunLength);
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return Scratch<C>(); },
-                 [&](int64_t i, Scratch<C>& scratch) {
-                   std::vector<Tally<C>> own(groups_.n_experts);
-                   for_deltas(chunks_[i], 0, groups_.n_experts, scratch,
-                              [&](int t, const C* base, const C* expert, int n) {
-                                const int found = kernels().of<C>().bracket(
-                                    base, expert, n, tallies_[t].low, tallies_[t].high, scratch.found.data(),
-                                    own[t].counts);
-                                own[t].between.insert(own[t].between.end(), scratch.found.begin(),
-                                                      scratch.found.begin() + found);
-                              });
+    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return SelectionBlocks<C>(); },
+                 [&](int64_t i, SelectionBlocks<C>& memory) {
+                   std::vector<Tally<C>> chunk_tallies(n_experts_);
+                   for_deltas(chunks_[i], 0, n_experts_, memory, [&](int t, const C* base, const C* expert, int n) {
+                     Tally<C>& tally = chunk_tallies[t];
+                     const int between = kernels().of<C>().bracket(base, expert, n, tallies_[t].low, tallies_[t].high,
+                                                                   memory.between.data(), tally.counts);
+                     tally.between.insert(tally.between.end(), memory.between.begin(),
+                                          memory.between.begin() + between);
+                   });
                    const std::lock_guard<std::mutex> lock(adding_);
-                   for (int t = 0; t < groups_.n_experts; ++t) add(own[t], tallies_[t], limit);
+                   for (int t = 0; t < n_experts_; ++t) add(chunk_tallies[t], tallies_[t], limit);
                  });
   }
 
-  static void add(const Tally<C>& own, Tally<C>& into, int64_t limit) {
-    into.counts.above_high += own.counts.above_high;
-    into.counts.from_high += own.counts.from_high;
-    into.counts.above_low += own.counts.above_low;
-    into.counts.from_low += own.counts.from_low;
-    into.counts.nonfinite += own.counts.nonfinite;
+  static void add(const Tally<C>& chunk_tally, Tally<C>& into, int64_t limit) {
+    into.counts.above_high += chunk_tally.counts.above_high;
+    into.counts.from_high += chunk_tally.counts.from_high;
+    into.counts.above_low += chunk_tally.counts.above_low;
+    into.counts.from_low += chunk_tally.counts.from_low;
+    into.counts.nonfinite += chunk_tally.counts.nonfinite;
     if (into.overflowed) return;
-    into.between.insert(into.between.end(), own.between.begin(), own.between.end());
+    into.between.insert(into.between.end(), chunk_tally.between.begin(), chunk_tally.between.end());
     if (static_cast<int64_t>(into.between.size()) <= limit) return;
     into.overflowed = true;
     std::vector<Key<C>>().swap(into.between);
@@ -188,25 +185,24 @@ class Selection {
   Key<C> select_from_all(int t) {
     return radix_select<C>(k_[t], [&](int shift, int bits, Key<C> prefix, std::vector<int64_t>& histogram) {
       const Key<C> mask = (Key<C>(1) << bits) - 1;
-      parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return Scratch<C>(); },
-                   [&](int64_t i, Scratch<C>& scratch) {
-                     std::vector<int32_t> own(histogram.size(), 0);
-                     for_deltas(chunks_[i], t, t + 1, scratch, [&](int, const C* base, const C* expert, int n) {
+      parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return SelectionBlocks<C>(); },
+                   [&](int64_t i, SelectionBlocks<C>& memory) {
+                     std::vector<int32_t> counts(histogram.size(), 0);
+                     for_deltas(chunks_[i], t, t + 1, memory, [&](int, const C* base, const C* expert, int n) {
                        for (int j = 0; j < n; ++j) {
                          const Key<C> key = key_of(C(expert[j] - base[j]));
-                         if (has_prefix<C>(key, prefix, shift, bits)) ++own[(key >> shift) & mask];
+                         if (has_prefix<C>(key, prefix, shift, bits)) ++counts[(key >> shift) & mask];
                        }
                      });
                      const std::lock_guard<std::mutex> lock(adding_);
-                     for (size_t d = 0; d < own.size(); ++d) histogram[d] += own[d];
+                     for (size_t d = 0; d < counts.size(); ++d) histogram[d] += counts[d];
                    });
     });
   }
 
-  const Groups& groups_;
-  int64_t group_;
-  const int64_t* k_;
-  int threads_;
+  const Group& group_;
+  const std::vector<int64_t>& k_;
+  int threads_, n_experts_;
   int64_t numel_;
   std::vector<Tally<C>> tallies_;
   std::vector<Chunk> chunks_;
@@ -215,14 +211,12 @@ class Selection {
 
 }  // namespace
 
-void magnitude_threshold(const Groups& groups, const int64_t* k, double* thresholds, int64_t* nonfinite, int threads) {
-  for (int64_t g = 0; g < groups.size(); ++g) {
-    const int64_t at = g * groups.n_experts;
-    if (groups.is_double(g))
-      Selection<double>(groups, g, k + at, threads).run(thresholds + at, nonfinite + at);
-    else
-      Selection<float>(groups, g, k + at, threads).run(thresholds + at, nonfinite + at);
-  }
+void magnitude_threshold(const Group& group, const std::vector<int64_t>& k, const ThresholdResult& result,
+                         int threads) {
+  if (group.in_double())
+    Selection<double>(group, k, threads).run(result);
+  else
+    Selection<float>(group, k, threads).run(result);
 }
 
 }  // namespace resm::cpu

@@ -1,7 +1,9 @@
-// The CPU ops as python/module.cpp calls them. Tensors come as L groups of one base and T experts.
+// The CPU ops as python/module.cpp calls them: inputs, one record of options, outputs in the caller's memory, and the
+// number of threads. T is the number of experts. All tensors are contiguous.
 #pragma once
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cpu/kernels.h"
@@ -9,70 +11,85 @@
 
 namespace resm::cpu {
 
-struct Groups {
-  std::vector<Array> bases;    // L, or empty where there is no base
-  std::vector<Array> experts;  // L*T, those of group 0 first
-  std::vector<int64_t> lengths;
-  int n_experts = 0;
+// One base and its experts, tensors of one shape. Some ops treat each row by itself; for others the tensor is one row.
+struct Group {
+  std::optional<Array> base;
+  std::vector<Array> experts;
+  int64_t rows = 1;
+  int64_t length = 0;  // elements of a row
 
-  int64_t size() const { return static_cast<int64_t>(lengths.size()); }
-  const Array* base(int64_t group) const { return bases.empty() ? nullptr : &bases[group]; }
-  const Array* experts_of(int64_t group) const { return experts.data() + group * n_experts; }
+  int n_experts() const { return static_cast<int>(experts.size()); }
+  int64_t numel() const { return rows * length; }
+  const Array* base_or_null() const { return base ? &*base : nullptr; }
   // float64 inputs are computed in float64, all others in fp32.
-  bool is_double(int64_t group) const {
-    bool any = !bases.empty() && bases[group].dtype == DType::f64;
-    for (int t = 0; t < n_experts; ++t) any = any || experts_of(group)[t].dtype == DType::f64;
+  bool in_double() const {
+    bool any = base && base->dtype == DType::f64;
+    for (const Array& expert : experts) any = any || expert.dtype == DType::f64;
     return any;
   }
 };
 
-constexpr int kMoments = 5;  // sum, sum_sq, sum_abs, max_abs, outlier_sum_abs
-constexpr int kCounts = 5;   // zero, small, outlier, nonfinite, numel
-
-struct StatsOptions {
-  double eps, eps_rel, kappa;  // kappa < 0: no outliers
-};
-
-// moments and counts: (L, T, 5); bin_counts and bin_sums: (L, T, kHistogramBins), or null for no histogram.
-void delta_stats(const Groups& groups, const StatsOptions& options, double* moments, int64_t* counts,
-                 int64_t* bin_counts, double* bin_sums, int threads);
-
-// k, thresholds, nonfinite: (L, T).
-void magnitude_threshold(const Groups& groups, const int64_t* k, double* thresholds, int64_t* nonfinite, int threads);
-
 struct AggregateOptions {
-  const double* weights;  // (L, T)
-  const double* rescale;  // (L, T), or null
+  SparsityOptions sparsity;
+  std::vector<double> weights;
+  std::vector<double> rescale;  // empty: 1 for every expert
   double scale;
   Rule rule;
   bool normalize;
   Vote vote;
-  double min_divisor;
-  SparsityOptions sparsity;
+  double min_divisor;  // −infinity: no bound
 };
+struct AggregateResult {
+  Array merged;
+  int64_t* nonfinite;  // (1 + T,): of the base and of each expert
+};
+void aggregate(const Group& group, const AggregateOptions& options, const AggregateResult& result, int threads);
 
-// outs: L arrays of the groups' lengths; nonfinite: (L, 1 + T).
-void aggregate(const Groups& groups, const AggregateOptions& options, const std::vector<Array>& outs,
-               int64_t* nonfinite, int threads);
+constexpr int kMoments = 5;  // sum, sum_sq, sum_abs, max_abs, outlier_sum_abs
+constexpr int kCounts = 5;   // zero, small, outlier, nonfinite, numel
 
-// grams: (L, T, T), the sums over a group's elements of the products of each two experts, base subtracted where there
-// is one.
-void inner_products(const Groups& groups, double* grams, int threads);
+struct DeltaStatsOptions {
+  double eps, eps_rel;
+  double kappa;  // < 0: no outliers
+};
+struct DeltaStatsResult {
+  double* moments;      // (T, rows, kMoments)
+  int64_t* counts;      // (T, rows, kCounts)
+  int64_t* bin_counts;  // (T, rows, kHistogramBins); null: no histogram
+  double* bin_sums;     // like bin_counts
+};
+void delta_stats(const Group& group, const DeltaStatsOptions& options, const DeltaStatsResult& result, int threads);
 
-// moments: (T, 3) sums of |δ|, of the kept |δ| and of their squares, of one group.
-void kept_moments(const Groups& groups, const SparsityOptions& sparsity, double* moments, int threads);
+// Finds the k[t]-th largest |δ| of expert t. Without a base δ is the expert itself.
+struct ThresholdResult {
+  double* thresholds;  // (T,)
+  int64_t* nonfinite;  // (T,)
+};
+void magnitude_threshold(const Group& group, const std::vector<int64_t>& k, const ThresholdResult& result, int threads);
 
-// Masks of one group, `row` elements of which are ranked together; one law, seed's key and mask an expert.
+// grams: (rows, T, T), the sums over a row's elements of the products of each two experts' deltas.
+void inner_products(const Group& group, double* grams, int threads);
+
+// moments: (T, 3), the sums of |δ|, of the kept |δ| and of their squares.
+void kept_moments(const Group& group, const SparsityOptions& sparsity, double* moments, int threads);
+
+// Ranks are counted within rows.
 struct RandomMaskOptions {
-  int64_t row;
+  std::vector<MaskLaw> laws;  // of each expert
   uint64_t seed;
-  std::vector<MaskLaw> laws;
-  std::vector<uint8_t*> masks;
 };
-void random_mask(const Groups& groups, const RandomMaskOptions& options, int threads);
+void random_mask(const Group& group, const RandomMaskOptions& options, const std::vector<uint8_t*>& masks, int threads);
 
-// mask: of the ⌊density·(how many are not 0)⌋ largest variances over the experts of one group, and what ties with them.
-void variance_mask(const Groups& groups, double density, uint8_t* mask, int threads);
+// mask: of the ⌊density·(how many are not 0)⌋ largest variances over the experts, and of all that tie with the last.
+void variance_mask(const Group& group, double density, uint8_t* mask, int threads);
+
+struct RandomMatrixOptions {
+  int64_t n, columns;
+  uint64_t seed;
+  int64_t first_column;
+};
+// out: (n, columns).
+void random_matrix(const RandomMatrixOptions& options, float* out, int threads);
 
 // Δ = expert − base, m rows of n elements; base may be null.
 struct DeltaMatrix {
@@ -81,36 +98,35 @@ struct DeltaMatrix {
   int64_t m, n;
 };
 
-// out = columns first_column … of the first n rows of the random matrix of the seed, (n, columns).
-void random_matrix(int64_t n, int64_t columns, uint64_t seed, int64_t first_column, float* out, int threads);
-
-// y = Δ·Ω, (m, columns), with columns first_column … of the random matrix of the seed.
-void sketch(const DeltaMatrix& delta, int64_t columns, uint64_t seed, int64_t first_column, float* y, int threads);
-
 // b = qᵀ·Δ, (l, n), of q (m, l).
 void project(const DeltaMatrix& delta, const float* q, int64_t l, float* b, int threads);
 
 // y = Δ·x, (m, columns), z = Δᵀ·y, (n, columns), and the sum of Δ's squares, of x (n, columns).
-void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, float* y, float* z, double* energy,
+struct GramProductResult {
+  float *y, *z;
+  double* energy;
+};
+void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, const GramProductResult& result,
                   int threads);
 
 // g = xᵀ·x, (columns, columns), of x (n, columns).
 void gram_matrix(const float* x, int64_t n, int64_t columns, double* g, int threads);
 
-// L·Rᵀ: L (m, k) by rows, element (j, i) of R (n, k) at right + j·right_row + i·right_step; all float, or all double.
+// L·Rᵀ: L (m, k) by rows, element (j, i) of R (n, k) at right + j·right_row + i·right_step; both of one dtype, float or
+// double.
 struct LowRank {
   const void *left, *right;
   int64_t m, n, k, right_row, right_step;
+  bool in_double;
 };
+// out = base + scale·L·Rᵀ, computed in the dtype of the factors.
+void low_rank_update(const Array& base, const LowRank& update, double scale, const Array& out, int threads);
 
-// out = base + scale·L·Rᵀ, computed in float, or in double if the factors are.
-void low_rank_update(const LowRank& update, bool in_double, const Array& base, double scale, const Array& out,
-                     int threads);
-
+// The positions are the statuses that resm_kernels/ops/symmetric_eigen.py knows.
 enum class EigenStatus { found, inaccurate, not_finite };
 
 // The k largest eigenvalues of a symmetric n × n matrix, of which the upper triangle is read, and their eigenvectors:
-// values (k), vectors (n, k). Without status `found` there are none. Of float and double.
+// values (k), vectors (n, k). Without the status `found` there are none. Of float and double.
 template <class T>
 EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors, int threads);
 

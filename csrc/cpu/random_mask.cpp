@@ -19,14 +19,14 @@ constexpr int64_t kElementsAtOnce = 8192;  // of the rows that a task works on, 
 constexpr int64_t kRunsAtOnce = 512;
 
 template <class C>
-struct RowScratch {
+struct RowBuffers {
   Blocks<C> blocks{2};
   std::vector<Key<C>> keys, sorted;
   std::vector<uint32_t> words, counts, below, open;
   std::vector<uint16_t> cells;
   std::vector<uint8_t> bits;
 
-  RowScratch(int64_t row, int64_t most_words)
+  RowBuffers(int64_t row, int64_t most_words)
       : keys(row), words(most_words), open(row + kLanes), cells(row), bits(ceil_div(row, 8) + sizeof(uint16_t)) {}
 };
 
@@ -44,9 +44,9 @@ KeyGrid<C> grid_of(const std::vector<Key<C>>& keys) {
   return {(top > steps ? top - steps : 0) << shift, shift, bits};
 }
 
-// bits: of the elements of the row that stay. Keys are the scratch's.
+// Sets the bits of the elements of the row that are kept. The row's keys are those in the buffers.
 template <class C>
-void keep_row(const MaskLaw& law, const uint32_t* words, RowScratch<C>& s, uint8_t* bits) {
+void keep_row(const MaskLaw& law, const uint32_t* words, RowBuffers<C>& s, uint8_t* bits) {
   const auto& kernel = kernels().of<C>();
   const auto n = static_cast<int64_t>(s.keys.size());
   const KeyGrid<C> grid = grid_of<C>(s.keys);
@@ -111,24 +111,25 @@ void add_bits(const uint8_t* bits, int64_t n, uint8_t* mask, int64_t at) {
 
 // Of the experts whose probabilities depend on ranks.
 template <class C>
-void keep_by_rank(const Groups& groups, const std::vector<int>& ranked, const RandomMaskOptions& options, int threads) {
-  const int64_t row = options.row, rows = groups.lengths[0] / row;
+void keep_by_rank(const Group& group, const std::vector<int>& ranked, const RandomMaskOptions& options,
+                  const std::vector<uint8_t*>& masks, int threads) {
+  const int64_t row = group.length, rows = group.rows;
   // Tasks begin on whole runs.
   const int64_t aligned = kRun / std::gcd(row, int64_t(kRun));
   const int64_t at_once = ceil_div(ceil_div(kElementsAtOnce, row), aligned) * aligned;
-  const auto make = [&] { return RowScratch<C>(row, ceil_div(at_once * row, kRun) * kRun); };
-  parallel_for(ceil_div(rows, at_once), threads, make, [&](int64_t task, RowScratch<C>& s) {
+  const auto make = [&] { return RowBuffers<C>(row, ceil_div(at_once * row, kRun) * kRun); };
+  parallel_for(ceil_div(rows, at_once), threads, make, [&](int64_t task, RowBuffers<C>& s) {
     const auto& kernel = kernels().of<C>();
     const int64_t begin = task * at_once * row, n = std::min(at_once, rows - task * at_once) * row;
     const int64_t runs = ceil_div(n, kRun);
     for (int t : ranked) {
       kernels().masks.random_words(options.seed, static_cast<uint32_t>(t), begin / kRun, runs, s.words.data());
-      uint8_t* mask = options.masks[t] + begin / 8;
+      uint8_t* mask = masks[t] + begin / 8;
       std::fill_n(mask, runs * kRunBytes, uint8_t(0));
       for (int64_t r = 0; r < n; r += row) {
         for_blocks({0, begin + r, begin + r + row}, [&](int64_t from, int count) {
-          kernel.load(*groups.base(0), from, count, s.blocks[0]);
-          kernel.load(groups.experts_of(0)[t], from, count, s.blocks[1]);
+          kernel.load(*group.base, from, count, s.blocks[0]);
+          kernel.load(group.experts[t], from, count, s.blocks[1]);
           kernel.keys(s.blocks[0], s.blocks[1], count, s.keys.data() + (from - begin - r));
         });
         keep_row(options.laws[t], s.words.data() + r, s, s.bits.data());
@@ -138,34 +139,35 @@ void keep_by_rank(const Groups& groups, const std::vector<int>& ranked, const Ra
   });
 }
 
-void keep_uniformly(int64_t length, int t, const RandomMaskOptions& options, int threads) {
+void keep_uniformly(int64_t length, int t, const RandomMaskOptions& options, uint8_t* mask, int threads) {
   const int64_t runs = ceil_div(length, kRun);
   const uint64_t limit = options.laws[t].limit(0);
   parallel_for(ceil_div(runs, kRunsAtOnce), threads, [] { return 0; }, [&](int64_t task, int) {
     const int64_t first = task * kRunsAtOnce, count = std::min(kRunsAtOnce, runs - first);
     kernels().masks.random_bits(options.seed, static_cast<uint32_t>(t), first, count, limit,
-                                options.masks[t] + first * kRunBytes);
+                                mask + first * kRunBytes);
   });
-  uint8_t* mask = options.masks[t];  // nothing lies past the tensor
+  // Bits past the tensor are 0.
   for (int64_t i = length; i < runs * kRun; ++i) mask[i / 8] = static_cast<uint8_t>(mask[i / 8] & ~(1u << i % 8));
 }
 
 }  // namespace
 
-void random_mask(const Groups& groups, const RandomMaskOptions& options, int threads) {
-  if (groups.lengths[0] == 0) return;
+void random_mask(const Group& group, const RandomMaskOptions& options, const std::vector<uint8_t*>& masks,
+                 int threads) {
+  if (group.numel() == 0) return;
   std::vector<int> ranked;
-  for (int t = 0; t < groups.n_experts; ++t) {
+  for (int t = 0; t < group.n_experts(); ++t) {
     if (options.laws[t].step == 0)
-      keep_uniformly(groups.lengths[0], t, options, threads);
+      keep_uniformly(group.numel(), t, options, masks[t], threads);
     else
       ranked.push_back(t);
   }
   if (ranked.empty()) return;
-  if (groups.is_double(0))
-    keep_by_rank<double>(groups, ranked, options, threads);
+  if (group.in_double())
+    keep_by_rank<double>(group, ranked, options, masks, threads);
   else
-    keep_by_rank<float>(groups, ranked, options, threads);
+    keep_by_rank<float>(group, ranked, options, masks, threads);
 }
 
 }  // namespace resm::cpu

@@ -1,4 +1,4 @@
-// random_matrix: the random matrix of sketch, drawn into memory of the caller's.
+// random_matrix: entries are drawn into the caller's memory, several whole rows or a part of a row at a time.
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
@@ -8,7 +8,8 @@ constexpr int64_t kPairsAtOnce = 4096;
 
 }  // namespace
 
-void random_matrix(int64_t n, int64_t columns, uint64_t seed, int64_t first_column, float* out, int threads) {
+void random_matrix(const RandomMatrixOptions& options, float* out, int threads) {
+  const int64_t n = options.n, columns = options.columns, first_column = options.first_column;
   if (n == 0 || columns == 0) return;
   const int64_t shift = first_column % 2, pairs = (shift + columns + 1) / 2;  // a pair may begin before first_column
   // A task draws a part of one row, or several whole rows.
@@ -20,7 +21,7 @@ void random_matrix(int64_t n, int64_t columns, uint64_t seed, int64_t first_colu
                  const int64_t row = task / parts * run, count = std::min(run, n - row);
                  const int64_t pair = task % parts * width, n_pairs = std::min(width, pairs - pair);
                  float* drawn = whole_pairs ? out + row * columns + 2 * pair : scratch[0];
-                 kernels().products.random_rows(seed, row, static_cast<int>(count),
+                 kernels().products.random_rows(options.seed, row, static_cast<int>(count),
                                                 static_cast<uint32_t>(first_column / 2 + pair), n_pairs, drawn);
                  if (whole_pairs) return;
                  const int64_t start = 2 * pair - shift;  // the column that the first entry drawn belongs to

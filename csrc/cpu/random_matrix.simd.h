@@ -1,4 +1,4 @@
-// Inner loop of random_matrix, which sketch shares.
+// Inner loop of random_matrix.
 #pragma once
 
 #include "common/philox.h"

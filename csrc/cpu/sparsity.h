@@ -1,4 +1,4 @@
-// What of a group's deltas stays, as the CPU ops get it, and as the kernels do block by block.
+// Which deltas are kept, as the CPU ops get it, and as the kernels take it block by block.
 #pragma once
 
 #include <limits>
@@ -8,45 +8,47 @@
 
 namespace resm::cpu {
 
-// Of L groups of T experts, as python/module.cpp passes it on; null or empty: nothing is left out.
+// Each is empty where nothing is left out by it, else it has one entry for each expert.
 struct SparsityOptions {
-  const double *lower = nullptr, *upper = nullptr;  // (L, T)
-  std::vector<const uint8_t*> masks;                // L·T
+  std::vector<double> thresholds, upper_thresholds;
+  std::vector<const uint8_t*> masks;
+
+  bool any() const { return !thresholds.empty() || !upper_thresholds.empty() || !masks.empty(); }
 };
 
-// Thresholds in the compute type.
+// Both thresholds of every expert in the compute type; empty where no expert has thresholds.
 template <class C>
 struct Thresholds {
   std::vector<C> lower, upper;
 
-  Thresholds(const SparsityOptions& options, size_t n) {
-    if (options.lower == nullptr && options.upper == nullptr) return;
-    for (size_t i = 0; i < n; ++i) {
-      lower.push_back(options.lower == nullptr ? C(0) : static_cast<C>(options.lower[i]));
-      upper.push_back(options.upper == nullptr ? std::numeric_limits<C>::infinity() : static_cast<C>(options.upper[i]));
+  Thresholds(const SparsityOptions& options, int n_experts) {
+    if (options.thresholds.empty() && options.upper_thresholds.empty()) return;
+    constexpr C kEnd = std::numeric_limits<C>::infinity();
+    for (int t = 0; t < n_experts; ++t) {
+      lower.push_back(options.thresholds.empty() ? C(0) : static_cast<C>(options.thresholds[t]));
+      upper.push_back(options.upper_thresholds.empty() ? kEnd : static_cast<C>(options.upper_thresholds[t]));
     }
   }
 };
 
-// The sparsity of one group's blocks.
+// The sparsity of one block after the other.
 template <class C>
 class BlockSparsity {
  public:
-  BlockSparsity(const SparsityOptions& options, const Thresholds<C>& limits, int64_t first, int n_experts)
-      : options_(options), first_(first), masks_(options.masks.empty() ? 0 : n_experts),
-        sparsity_{limits.lower.empty() ? nullptr : limits.lower.data() + first,
-                  limits.upper.empty() ? nullptr : limits.upper.data() + first, masks_.empty() ? nullptr : masks_.data()} {}
+  BlockSparsity(const SparsityOptions& options, const Thresholds<C>& limits)
+      : options_(options), masks_(options.masks),
+        sparsity_{limits.lower.empty() ? nullptr : limits.lower.data(),
+                  limits.upper.empty() ? nullptr : limits.upper.data(), masks_.empty() ? nullptr : masks_.data()} {}
   BlockSparsity(const BlockSparsity&) = delete;
   BlockSparsity& operator=(const BlockSparsity&) = delete;
 
   const Sparsity<C>& at(int64_t begin) {
-    for (size_t t = 0; t < masks_.size(); ++t) masks_[t] = options_.masks[first_ + t] + begin / 8;
+    for (size_t t = 0; t < masks_.size(); ++t) masks_[t] = options_.masks[t] + begin / 8;
     return sparsity_;
   }
 
  private:
   const SparsityOptions& options_;
-  int64_t first_;
   std::vector<const uint8_t*> masks_;
   Sparsity<C> sparsity_;
 };

@@ -1,4 +1,4 @@
-// What of the deltas stays, for the inner loops of several ops.
+// Which deltas are kept, for the inner loops of several ops.
 #pragma once
 
 namespace resm::cpu::RESM_ISA {

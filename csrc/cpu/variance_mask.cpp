@@ -25,10 +25,9 @@ int64_t rank_of(int64_t nonzero, double density) {
 template <class C>
 class VarianceSelection {
  public:
-  VarianceSelection(const Groups& groups, double density, uint8_t* mask, int threads)
-      : groups_(groups), density_(density), mask_(mask), threads_(threads), length_(groups.lengths[0]) {
-    add_chunks(groups, 0, chunks_);
-  }
+  VarianceSelection(const Group& group, double density, uint8_t* mask, int threads)
+      : group_(group), density_(density), mask_(mask), threads_(threads), length_(group.numel()),
+        chunks_(chunks_of(group)) {}
 
   void run() {
     if (length_ <= kMostRuns * kRunLength || !select_by_sample()) select_in_memory();
@@ -38,40 +37,37 @@ class VarianceSelection {
  private:
   struct Candidate {
     C value;
-    int64_t place;
+    int64_t position;
   };
-  struct Scratch {
-    explicit Scratch(int n_experts) : blocks(n_experts + 2) {}
-    Blocks<C> blocks;  // base, variances, then the experts
-  };
-  struct Found {
+  struct Tally {
     int64_t nonzero = 0, from_high = 0, above_high = 0;
     std::vector<Candidate> candidates;
   };
 
   // Returns how many are not 0.
-  int variance_at(int64_t begin, int n, const Scratch& scratch, C* to) const {
+  int variance_at(int64_t begin, int n, const Blocks<C>& blocks, C* to) const {
     const auto& kernel = kernels().of<C>();
-    kernel.load(*groups_.base(0), begin, n, scratch.blocks[0]);
-    for (int t = 0; t < groups_.n_experts; ++t)
-      kernel.load(groups_.experts_of(0)[t], begin, n, scratch.blocks[2 + t]);
-    return kernel.variance(scratch.blocks[0], scratch.blocks[2], n, groups_.n_experts, to);
+    kernel.load(*group_.base, begin, n, blocks[0]);
+    for (int t = 0; t < group_.n_experts(); ++t) kernel.load(group_.experts[t], begin, n, blocks[2 + t]);
+    return kernel.variance(blocks[0], blocks[2], n, group_.n_experts(), to);
   }
 
-  void for_chunks(const std::function<void(const Chunk&, const Scratch&)>& visit) const {
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [&] { return Scratch(groups_.n_experts); },
-                 [&](int64_t i, Scratch& scratch) { visit(chunks_[i], scratch); });
+  Blocks<C> make_blocks() const { return Blocks<C>(group_.n_experts() + 2); }  // base, variances, then the experts
+
+  void for_chunks(const std::function<void(const Chunk&, const Blocks<C>&)>& visit) const {
+    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [&] { return make_blocks(); },
+                 [&](int64_t i, Blocks<C>& blocks) { visit(chunks_[i], blocks); });
   }
 
   // Four standard deviations of the sampled rank on either side; past the sample's ends the bracket stays open.
   ValueBracket<C> bracket() const {
-    const Scratch scratch(groups_.n_experts);
+    const Blocks<C> blocks = make_blocks();
     std::vector<C> sample;
     for (int64_t run = 0; run < sample_runs(length_); ++run) {
       const int64_t begin = sampled_run(run, length_);
-      variance_at(begin, kRunLength, scratch, scratch.blocks[1]);
+      variance_at(begin, kRunLength, blocks, blocks[1]);
       for (int i = 0; i < kRunLength; ++i)
-        if (scratch.blocks[1][i] > C(0)) sample.push_back(scratch.blocks[1][i]);
+        if (blocks[1][i] > C(0)) sample.push_back(blocks[1][i]);
     }
     const auto n = static_cast<int64_t>(sample.size());
     const int64_t center = rank_of(n, density_);
@@ -86,28 +82,28 @@ class VarianceSelection {
   bool select_by_sample() {
     const ValueBracket<C> limits = bracket();
     const int64_t most = length_ / kMostCandidates;
-    Found all;
+    Tally all;
     std::mutex adding;
-    for_chunks([&](const Chunk& chunk, const Scratch& scratch) {
-      Found own;
+    for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
+      Tally tally;
       for_blocks(chunk, [&](int64_t begin, int n) {
-        C* values = scratch.blocks[1];
-        own.nonzero += variance_at(begin, n, scratch, values);
-        BracketPlaces found;
+        C* values = blocks[1];
+        tally.nonzero += variance_at(begin, n, blocks, values);
+        BracketSplit split;
         uint8_t bits[kBlock / 8];
-        kernels().of<C>().split_values(values, n, limits, bits, found);
+        kernels().of<C>().split_values(values, n, limits, bits, split);
         std::copy_n(bits, ceil_div(n, 8), mask_ + begin / 8);
-        own.from_high += found.from_high;
-        own.above_high += found.above_high;
-        for (int i = 0; i < found.between; ++i)
-          own.candidates.push_back({values[found.places[i]], begin + found.places[i]});
+        tally.from_high += split.from_high;
+        tally.above_high += split.above_high;
+        for (int i = 0; i < split.between; ++i)
+          tally.candidates.push_back({values[split.positions[i]], begin + split.positions[i]});
       });
       const std::lock_guard<std::mutex> lock(adding);
-      all.nonzero += own.nonzero;
-      all.from_high += own.from_high;
-      all.above_high += own.above_high;
+      all.nonzero += tally.nonzero;
+      all.from_high += tally.from_high;
+      all.above_high += tally.above_high;
       if (static_cast<int64_t>(all.candidates.size()) <= most)
-        all.candidates.insert(all.candidates.end(), own.candidates.begin(), own.candidates.end());
+        all.candidates.insert(all.candidates.end(), tally.candidates.begin(), tally.candidates.end());
     });
     const int64_t k = rank_of(all.nonzero, density_);
     if (k <= all.above_high || static_cast<int64_t>(all.candidates.size()) > most) return false;
@@ -118,7 +114,7 @@ class VarianceSelection {
                      [](const Candidate& a, const Candidate& b) { return a.value > b.value; });
     const C threshold = kth->value;
     for (const Candidate& candidate : all.candidates)
-      if (candidate.value >= threshold) mask_[candidate.place / 8] |= static_cast<uint8_t>(1u << candidate.place % 8);
+      if (candidate.value >= threshold) mask_[candidate.position / 8] |= static_cast<uint8_t>(1u << candidate.position % 8);
     return true;
   }
 
@@ -126,28 +122,28 @@ class VarianceSelection {
     const std::unique_ptr<C[]> memory(new C[static_cast<size_t>(length_)]);
     C* const variances = memory.get();
     std::atomic<int64_t> nonzero{0};
-    for_chunks([&](const Chunk& chunk, const Scratch& scratch) {
+    for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
       for_blocks(chunk,
-                 [&](int64_t begin, int n) { nonzero += variance_at(begin, n, scratch, variances + begin); });
+                 [&](int64_t begin, int n) { nonzero += variance_at(begin, n, blocks, variances + begin); });
     });
     const int64_t k = rank_of(nonzero.load(), density_);
     const DType dtype = sizeof(C) == 4 ? DType::f32 : DType::f64;
     double threshold = std::numeric_limits<double>::infinity();
-    int64_t nonfinite = 0;  // of the inputs, which the caller sees to
-    if (k > 0) magnitude_threshold({{}, {{variances, dtype}}, {length_}, 1}, &k, &threshold, &nonfinite, threads_);
+    int64_t nonfinite = 0;  // the caller looks for such inputs
+    if (k > 0) magnitude_threshold({{}, {{variances, dtype}}, 1, length_}, {k}, {&threshold, &nonfinite}, threads_);
     const auto least = static_cast<C>(threshold);
-    for_chunks([&](const Chunk& chunk, const Scratch& scratch) {
+    for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
       for_blocks(chunk, [&](int64_t begin, int n) {
-        kernels().of<C>().load({variances, dtype}, begin, n, scratch.blocks[1]);
-        BracketPlaces found;
+        kernels().of<C>().load({variances, dtype}, begin, n, blocks[1]);
+        BracketSplit split;
         uint8_t bits[kBlock / 8];
-        kernels().of<C>().split_values(scratch.blocks[1], n, {least, least, least}, bits, found);
+        kernels().of<C>().split_values(blocks[1], n, {least, least, least}, bits, split);
         std::copy_n(bits, ceil_div(n, 8), mask_ + begin / 8);
       });
     });
   }
 
-  const Groups& groups_;
+  const Group& group_;
   double density_;
   uint8_t* mask_;
   int threads_;
@@ -157,11 +153,11 @@ class VarianceSelection {
 
 }  // namespace
 
-void variance_mask(const Groups& groups, double density, uint8_t* mask, int threads) {
-  if (groups.is_double(0))
-    VarianceSelection<double>(groups, density, mask, threads).run();
+void variance_mask(const Group& group, double density, uint8_t* mask, int threads) {
+  if (group.in_double())
+    VarianceSelection<double>(group, density, mask, threads).run();
   else
-    VarianceSelection<float>(groups, density, mask, threads).run();
+    VarianceSelection<float>(group, density, mask, threads).run();
 }
 
 }  // namespace resm::cpu

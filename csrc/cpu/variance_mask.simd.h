@@ -78,17 +78,17 @@ RESM_HD uint32_t at_least(const float* values, float least) {
 #endif
 
 template <class C>
-void split_values(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketPlaces& found) {
+void split_values(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketSplit& split) {
   for (int begin = 0; begin < n; begin += kLanes) {
     const uint32_t valid = n - begin >= kLanes ? 0xffffu : (1u << (n - begin)) - 1;
     const uint32_t beyond = at_least(values + begin, bracket.high) & valid;
     const uint32_t above = at_least(values + begin, bracket.above_high) & valid;
     const auto bits = static_cast<uint16_t>(beyond);
     memcpy(mask + begin / 8, &bits, sizeof bits);
-    found.from_high += __builtin_popcount(beyond);
-    found.above_high += __builtin_popcount(above);
+    split.from_high += __builtin_popcount(beyond);
+    split.above_high += __builtin_popcount(above);
     for (uint32_t rest = at_least(values + begin, bracket.low) & valid & ~beyond; rest != 0; rest &= rest - 1)
-      found.places[found.between++] = static_cast<uint16_t>(begin + __builtin_ctz(rest));
+      split.positions[split.between++] = static_cast<uint16_t>(begin + __builtin_ctz(rest));
   }
 }
 

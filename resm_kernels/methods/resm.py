@@ -23,7 +23,7 @@ from resm_kernels.linalg._threads import run
 from resm_kernels.methods._aliases import ACCURACY, SPECTRAL, DecompositionMethod, Lambda, Weight
 from resm_kernels.methods._registry import get, merge_method
 from resm_kernels.methods._signature import Option, each
-from resm_kernels.ops.delta_stats import DeltaStats, delta_stats, delta_stats_list
+from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
 from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, RankRule, ranks_of_spectra, ranks_of_statistics
 from resm_kernels.spectral.task_matrices import averaged, decomposed_together, is_spectral, spectral_workspace
@@ -233,8 +233,7 @@ def _task_vectors(
     stats = delta_stats(base, experts, eps_rel=eps_rel, kappa=kappa)
     mass = stats.outlier_mass()
     if granularity == "row":
-        rows = [[expert[i] for expert in experts] for i in range(base.shape[0])]
-        mass = delta_stats_list(list(base.unbind(0)), rows, kappa=kappa).outlier_mass().mT
+        mass = delta_stats(base, experts, kappa=kappa, rows=True).outlier_mass()
     user = torch.tensor(user_weights, dtype=torch.float64).reshape(-1, *[1] * (mass.ndim - 1))
     weights = outlier_weights(mass.cpu(), beta) * user
     return _TaskVectors(base, experts, stats, weights, kappa if outlier_clip else None)

@@ -62,7 +62,7 @@ def sce(
         weights,
         rule="ties",
         normalize=True,
-        election="unweighted",
+        consensus_method="unweighted",
         min_divisor=SMALLEST_DIVISOR,
         out_dtype=out_dtype,
         **selection,

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.checks import check_number, flatten_groups, raise_nonfinite
-from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
-from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, histogram_edges
+from resm_kernels.checks import check_group, check_number, raise_nonfinite
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, DeltaStatsOptions, histogram_edges
 from resm_kernels.reference.delta_stats import delta_stats as _reference
 
 
 @dataclass(frozen=True)
 class DeltaStats:
-    """Statistics of δ = θ_t − θ₀, one entry for each of T experts (shape (T,); (L, T) from `delta_stats_list`).
+    """Statistics of δ = θ_t − θ₀, one entry for each of T experts: shape (T,), or (T, *shape[:-1]) of rows.
 
     Attributes:
         numel: N, the number of parameters.
@@ -97,6 +96,7 @@ def delta_stats(
     eps_rel: float = 0.0,
     kappa: float | None = 3.0,
     histogram: bool = False,
+    rows: bool = False,
     check_finite: bool = True,
 ) -> DeltaStats:
     """Sparsity, moments, outliers and histogram of the task vectors of T experts (RESM, arXiv 2502.06876).
@@ -111,11 +111,12 @@ def delta_stats(
         eps_rel: ε as a multiple of rms(Δ_t); the larger of both holds.
         kappa: κ of the outlier rule |δ − μ| > κσ; 3 is the usual choice for heavy-tailed deltas. None skips it.
         histogram: Also count |δ| in 256 bins of log₂|δ|.
+        rows: Statistics of each row, a vector along the last dimension, in place of those of the whole tensor.
         check_finite: Refuse NaN and infinity (the default); if False they are counted in `n_nonfinite`, and the
             moments of that expert are not finite.
 
     Returns:
-        DeltaStats with fields of shape (T,).
+        DeltaStats with fields of shape (T,), or with `rows` (T, *shape[:-1]).
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
@@ -128,45 +129,15 @@ def delta_stats(
     are the histogram's sums; for float64 inputs those keep 24 bits of each value. On a GPU all sums are float64, of
     chunks of 16384 values in their order: the same bits on one kind of GPU, nearer to the exact ones than the CPU's.
     """
-    stats = _checked([base], [experts], "", eps, eps_rel, kappa, histogram, check_finite)
-    return replace(stats, **{name: value[0] for name, value in vars(stats).items() if value is not None})
-
-
-def delta_stats_list(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    *,
-    eps: float = 0.0,
-    eps_rel: float = 0.0,
-    kappa: float | None = 3.0,
-    histogram: bool = False,
-    check_finite: bool = True,
-) -> DeltaStats:
-    """`delta_stats` of L tensors in one call: `experts[l]` are the T experts of `bases[l]`.
-
-    Meant for many small tensors, where the cost of a call outweighs the work. Fields have shape (L, T).
-    """
-    return _checked(bases, experts, "tensor {}: ", eps, eps_rel, kappa, histogram, check_finite)
-
-
-def _checked(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    where: str,
-    eps: float,
-    eps_rel: float,
-    kappa: float | None,
-    histogram: bool,
-    check_finite: bool,
-) -> DeltaStats:
-    moments, counts, bin_counts, bin_sums = torch.ops.resm_kernels.delta_stats(
-        list(bases),
-        flatten_groups(bases, experts, where),
-        check_number("eps", eps, minimum=0),
-        check_number("eps_rel", eps_rel, minimum=0),
-        None if kappa is None else check_number("kappa", kappa, minimum=0),
-        bool(histogram),
+    check_group(base, experts)
+    options = DeltaStatsOptions(
+        eps=check_number("eps", eps, minimum=0),
+        eps_rel=check_number("eps_rel", eps_rel, minimum=0),
+        kappa=None if kappa is None else check_number("kappa", kappa, minimum=0),
+        histogram=bool(histogram),
+        rows=bool(rows),
     )
+    moments, counts, bin_counts, bin_sums = _delta_stats(base, list(experts), options)
     stats = DeltaStats(
         numel=counts[..., 4],
         sum=moments[..., 0],
@@ -182,46 +153,20 @@ def _checked(
         histogram_sum_abs=bin_sums if histogram else None,
     )
     if check_finite and bool(stats.n_nonfinite.any()):
-        for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
-            raise_nonfinite(base, own, where.format(i))
+        raise_nonfinite(base, experts)
         raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
     return stats
 
 
-def _native(
-    bases: list[Tensor], experts: list[Tensor], eps: float, eps_rel: float, kappa: float | None, histogram: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _native(base: Tensor, experts: list[Tensor], options: DeltaStatsOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     assert _extension.native is not None
-    n_experts = len(experts) // len(bases) if bases else 0
-    bins = HISTOGRAM_BINS if histogram else 0
-    moments = torch.empty((len(bases), n_experts, 5), dtype=torch.float64)
-    counts = torch.empty((len(bases), n_experts, 5), dtype=torch.int64)
-    bin_counts = torch.empty((len(bases), n_experts, bins), dtype=torch.int64)
-    bin_sums = torch.empty((len(bases), n_experts, bins), dtype=torch.float64)
-    b, e = NativeTensors(bases), NativeTensors(experts)
-    _extension.native.delta_stats(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        eps,
-        eps_rel,
-        -1.0 if kappa is None else kappa,
-        moments.data_ptr(),
-        counts.data_ptr(),
-        bin_counts.data_ptr() if histogram else 0,
-        bin_sums.data_ptr() if histogram else 0,
-        torch.get_num_threads(),
-    )
+    shape = (len(experts), *options.vectors_shape(base))
+    moments, counts = torch.empty((*shape, 5), dtype=torch.float64), torch.empty((*shape, 5), dtype=torch.int64)
+    bin_counts = torch.empty((*shape, options.bins), dtype=torch.int64)
+    bin_sums = torch.empty((*shape, options.bins), dtype=torch.float64)
+    threads = torch.get_num_threads()
+    _extension.native.delta_stats(base, experts, options, moments, counts, bin_counts, bin_sums, threads)
     return moments, counts, bin_counts, bin_sums
 
 
-register(
-    "delta_stats",
-    "(Tensor[] bases, Tensor[] experts, float eps, float eps_rel, float? kappa, bool histogram)"
-    " -> (Tensor moments, Tensor counts, Tensor bin_counts, Tensor bin_sums)",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton", "cuda"),  # not measured against each other yet
-)
+_delta_stats = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

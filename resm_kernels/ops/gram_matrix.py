@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.ops._library import register
-from resm_kernels.ops.sketch import check_matrix
+from resm_kernels.checks import check_matrix
+from resm_kernels.ops._library import declare
 from resm_kernels.reference.gram_matrix import gram_matrix as _reference
 
 
@@ -37,16 +37,14 @@ def gram_matrix(x: Tensor) -> Tensor:
     bound.
     """
     check_matrix("x", x, "gram_matrix")
-    g: Tensor = torch.ops.resm_kernels.gram_matrix(x)
-    return g
+    return _gram_matrix(x)
 
 
 def _native(x: Tensor) -> Tensor:
     assert _extension.native is not None
-    (n, c), rows = x.shape, x.contiguous()
-    g = torch.empty((c, c), dtype=torch.float64)
-    _extension.native.gram_matrix(rows.data_ptr(), n, c, g.data_ptr(), torch.get_num_threads())
+    g = torch.empty((x.shape[1], x.shape[1]), dtype=torch.float64)
+    _extension.native.gram_matrix(x, g, torch.get_num_threads())
     return g
 
 
-register("gram_matrix", "(Tensor x) -> Tensor", reference=_reference, cpu=_native)
+_gram_matrix = declare(_reference, cpu=_native)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
-from resm_kernels.ops.sketch import check_factor, check_matrices
+from resm_kernels.checks import check_factor, check_matrices
+from resm_kernels.ops._library import declare
 from resm_kernels.reference.gram_product import gram_product as _reference
 
 
@@ -64,39 +63,17 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     bounds, as do other devices.
     """
     check_matrices(base, expert)
-    check_factor("x", x, expert, 1, "gram_product")
-    return GramProduct(*torch.ops.resm_kernels.gram_product(base, expert, x))
+    check_factor("x", x, "(n, c)", ("expert", expert), "gram_product")
+    return GramProduct(*_gram_product(base, expert, x))
 
 
 def _native(base: Tensor | None, expert: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert _extension.native is not None
-    (m, n), right = expert.shape, x.contiguous()
-    columns = x.shape[1]
+    (m, n), columns = expert.shape, x.shape[1]
     y, z = torch.empty((m, columns), dtype=torch.float32), torch.empty((n, columns), dtype=torch.float32)
     energy = torch.empty((), dtype=torch.float64)
-    b, e = NativeTensors([] if base is None else [base]), NativeTensors([expert])
-    _extension.native.gram_product(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        e.lengths,
-        m,
-        n,
-        right.data_ptr(),
-        columns,
-        y.data_ptr(),
-        z.data_ptr(),
-        energy.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.gram_product(base, expert, x, y, z, energy, torch.get_num_threads())
     return y, z, energy
 
 
-register(
-    "gram_product",
-    "(Tensor? base, Tensor expert, Tensor x) -> (Tensor y, Tensor z, Tensor energy)",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_gram_product = declare(_reference, cpu=_native, gpu=("triton",))

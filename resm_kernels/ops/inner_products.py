@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, raise_nonfinite
-from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.inner_products import InnerProductsOptions
 from resm_kernels.reference.inner_products import inner_products as _reference
-from resm_kernels.reference.inner_products import vectors_of
 
 
 def inner_products(
@@ -47,78 +45,20 @@ def inner_products(
     same on one kind of GPU.
     """
     check_group(base, experts)
-    grams = _checked(None if base is None else [base], [experts], len(experts), rows, check_finite, "")
-    return grams.reshape(*(experts[0].shape[:-1] if rows else ()), len(experts), len(experts))
-
-
-def inner_products_list(
-    bases: Sequence[Tensor] | None, experts: Sequence[Sequence[Tensor]], *, check_finite: bool = True
-) -> Tensor:
-    """`inner_products` of L tensors in one call: `experts[l]` are the T experts of `bases[l]`. Returns (L, T, T)."""
-    where = "tensor {}: "
-    if bases is not None and len(bases) != len(experts):
-        raise ValueError(f"experts: got {len(experts)} groups, need one for each of the {len(bases)} bases")
-    n_experts = len(experts[0]) if experts else 1
-    for i, own in enumerate(experts):
-        check_group(None if bases is None else bases[i], own, where.format(i))
-        if len(own) != n_experts:
-            raise ValueError(f"{where.format(i)}experts: got {len(own)}, need {n_experts} as for tensor 0")
-    return _checked(bases, experts, n_experts, False, check_finite, where)
-
-
-def _checked(
-    bases: Sequence[Tensor] | None,
-    experts: Sequence[Sequence[Tensor]],
-    n_experts: int,
-    rows: bool,
-    check_finite: bool,
-    where: str,
-) -> Tensor:
-    flat = [expert for own in experts for expert in own]
-    grams: Tensor = torch.ops.resm_kernels.inner_products([] if bases is None else list(bases), flat, n_experts, rows)
+    grams = _inner_products(base, list(experts), InnerProductsOptions(rows=bool(rows)))
     # A sum of squares is finite where its terms are.
     if check_finite and not bool(torch.isfinite(torch.diagonal(grams, dim1=-2, dim2=-1)).all()):
-        for i, own in enumerate(experts):
-            raise_nonfinite(None if bases is None else bases[i], own, where.format(i))
+        raise_nonfinite(base, experts)
         raise ValueError("experts: values or differences to the base are too large; sums of their squares overflow")
     return grams
 
 
-def _native(bases: list[Tensor], experts: list[Tensor], n_experts: int, rows: bool) -> Tensor:
+def _native(base: Tensor | None, experts: list[Tensor], options: InnerProductsOptions) -> Tensor:
     assert _extension.native is not None
-    sizes = [vectors_of(own.shape, rows) for own in experts[::n_experts]]
-    counts, lengths = np.array(sizes, dtype=np.int64).reshape(-1, 2).T
-    grams = torch.empty((int(counts.sum()), n_experts, n_experts), dtype=torch.float64)
-    b, e = NativeTensors(bases), NativeTensors(experts)
-    _extension.native.inner_products(
-        *_vectors(b, bases, counts, lengths),
-        *_vectors(e, experts, counts, lengths),
-        np.repeat(lengths, counts),
-        grams.data_ptr(),
-        torch.get_num_threads(),
-    )
+    vectors = experts[0].shape[:-1] if options.rows else ()
+    grams = torch.empty((*vectors, len(experts), len(experts)), dtype=torch.float64)
+    _extension.native.inner_products(base, experts, options, grams, torch.get_num_threads())
     return grams
 
 
-def _vectors(
-    table: NativeTensors, tensors: list[Tensor], counts: np.ndarray, lengths: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Pointers and dtype codes of the vectors of L groups of tensors: a row for each vector, a column for each tensor.
-
-    `counts` and `lengths` say how many vectors the tensors of a group hold, and how long they are.
-    """
-    shape = (len(counts), len(tensors) // len(counts) if len(counts) else 0)
-    sizes = np.array([t.element_size() for t in tensors], dtype=np.int64).reshape(shape)
-    vectors = np.concatenate([np.arange(n) for n in counts]) if len(counts) else counts
-    steps = vectors[:, None] * np.repeat(lengths[:, None] * sizes, counts, axis=0)
-    pointers = np.repeat(table.pointers.reshape(shape), counts, axis=0) + steps.astype(np.uint64)
-    return pointers.reshape(-1), np.repeat(table.dtypes.reshape(shape), counts, axis=0).reshape(-1)
-
-
-register(
-    "inner_products",
-    "(Tensor[] bases, Tensor[] experts, int n_experts, bool rows) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_inner_products = declare(_reference, cpu=_native, gpu=("triton",))

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.checks import check_group
-from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
-from resm_kernels.ops._sparsity import Thresholds, check_masks, check_thresholds
+from resm_kernels.ops._library import declare
+from resm_kernels.ops._sparsity import Thresholds, checked_sparsity
+from resm_kernels.reference.deltas import SparsityOptions
 from resm_kernels.reference.kept_moments import kept_moments as _reference
 
 
@@ -58,48 +56,15 @@ def kept_moments(
     Determinism: on one kind of device the same bits for any number of threads and instruction set; between kinds the
     order of float64 additions differs.
     """
-    check_group(base, experts)
-    shape = (len(experts),)
-    limits = [
-        check_thresholds(name, None if t is None else torch.as_tensor(t, dtype=torch.float64), shape)
-        for name, t in (("thresholds", thresholds), ("upper_thresholds", upper_thresholds))
-    ]
-    if masks is not None:
-        check_masks(masks, experts)
-    found = torch.ops.resm_kernels.kept_moments(base, list(experts), *limits, None if masks is None else list(masks))
-    return KeptMoments(*found.unbind(1))
+    options = SparsityOptions(**checked_sparsity(base, experts, thresholds, upper_thresholds, masks))
+    return KeptMoments(*_kept_moments(base, list(experts), options).unbind(1))
 
 
-def _native(
-    base: Tensor,
-    experts: list[Tensor],
-    thresholds: Tensor | None,
-    upper_thresholds: Tensor | None,
-    masks: list[Tensor] | None,
-) -> Tensor:
+def _native(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:
     assert _extension.native is not None
     moments = torch.empty((len(experts), 3), dtype=torch.float64)
-    limits = [None if t is None else t.cpu().contiguous() for t in (thresholds, upper_thresholds)]
-    kept = [mask.contiguous() for mask in masks or ()]
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.kept_moments(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        *(0 if t is None else t.data_ptr() for t in limits),
-        np.array([mask.data_ptr() for mask in kept], dtype=np.uint64),
-        moments.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.kept_moments(base, experts, options, moments, torch.get_num_threads())
     return moments
 
 
-register(
-    "kept_moments",
-    "(Tensor base, Tensor[] experts, Tensor? thresholds, Tensor? upper_thresholds, Tensor[]? masks) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton", "cuda"),  # not measured against each other yet
-)
+_kept_moments = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.checks import check_group, check_number
-from resm_kernels.dtypes import FLOAT_DTYPES, compute_dtype
-from resm_kernels.memory import NativeTensors, empty
-from resm_kernels.ops._library import register
+from resm_kernels.checks import check_factor, check_group, check_number, check_out_dtype
+from resm_kernels.dtypes import compute_dtype
+from resm_kernels.memory import empty
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.low_rank_update import LowRankUpdateOptions
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
+
+_FACTOR_DTYPES = (torch.float32, torch.float64)
 
 
 def low_rank_update(
@@ -48,69 +51,23 @@ def low_rank_update(
     check_group(base, [base])
     if base.ndim != 2:
         raise ValueError(f"base: got shape {list(base.shape)}, need a matrix (m, n)")
-    _check_factor("left", left, base, 0)
-    _check_factor("right", right, base, 1)
+    check_factor("left", left, "(m, k)", ("base", base), "low_rank_update", _FACTOR_DTYPES)
+    check_factor("right", right, "(n, k)", ("base", base), "low_rank_update", _FACTOR_DTYPES)
     if right.dtype != left.dtype:
         raise TypeError(f"right: got {right.dtype}, need {left.dtype} like left")
     if right.shape[1] != left.shape[1]:
         raise ValueError(f"right: got {right.shape[1]} columns, need {left.shape[1]} like left")
-    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
-        raise TypeError(f"out_dtype: got {out_dtype}, need one of {', '.join(map(str, FLOAT_DTYPES))}")
-    scale = check_number("scale", scale)
-    out: Tensor = torch.ops.resm_kernels.low_rank_update(base, left, right, scale, out_dtype)
-    return out
+    options = LowRankUpdateOptions(scale=check_number("scale", scale), out_dtype=check_out_dtype(out_dtype))
+    return _low_rank_update(base, left, right, options)
 
 
-def _check_factor(name: str, factor: Tensor, base: Tensor, side: int) -> None:
-    """Raise unless `factor` is an fp32 or float64 matrix with as many rows as `base` has rows (0) or columns (1)."""
-    if not isinstance(factor, Tensor):
-        raise TypeError(f"{name}: got {type(factor).__name__}, need a tensor")
-    if factor.dtype not in (torch.float32, torch.float64) or factor.layout != torch.strided:
-        got = f"a {factor.layout} tensor of {factor.dtype}"
-        raise TypeError(f"{name}: got {got}, need a dense (strided) one of torch.float32 or torch.float64")
-    if factor.ndim != 2 or factor.shape[0] != base.shape[side]:
-        like = ("(m, k) with m", "rows") if side == 0 else ("(n, k) with n", "columns")
-        raise ValueError(
-            f"{name}: got shape {list(factor.shape)}, need {like[0]} = {base.shape[side]} like base's {like[1]}"
-        )
-    if factor.device != base.device:
-        raise ValueError(f"{name}: is on {factor.device}, need {base.device} like base")
-    if factor.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"{name}: requires grad, but low_rank_update records no gradient; pass {name}.detach()")
-
-
-def _native(base: Tensor, left: Tensor, right: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:
+def _native(base: Tensor, left: Tensor, right: Tensor, options: LowRankUpdateOptions) -> Tensor:
     assert _extension.native is not None
-    out = empty(base.shape, out_dtype or base.dtype)
+    merged = empty(base.shape, options.out_dtype or base.dtype)
     dtype = compute_dtype(base, left)
-    (m, n), k = base.shape, left.shape[1]
-    left, right = left.to(dtype).contiguous(), right.to(dtype)
-    if not right.mT.is_contiguous():
-        right = right.contiguous()
-    b, o = NativeTensors([base]), NativeTensors([out])
-    _extension.native.low_rank_update(
-        left.data_ptr(),
-        right.data_ptr(),
-        m,
-        n,
-        k,
-        *((k, 1) if right.is_contiguous() else (1, n)),
-        dtype == torch.float64,
-        b.pointers,
-        b.dtypes,
-        o.pointers,
-        o.dtypes,
-        b.lengths,
-        scale,
-        torch.get_num_threads(),
-    )
-    return out
+    threads = torch.get_num_threads()
+    _extension.native.low_rank_update(base, left.to(dtype), right.to(dtype), options, merged, threads)
+    return merged
 
 
-register(
-    "low_rank_update",
-    "(Tensor base, Tensor left, Tensor right, float scale, ScalarType? out_dtype) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_low_rank_update = declare(_reference, cpu=_native, gpu=("triton",))

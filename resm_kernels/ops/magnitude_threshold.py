@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.checks import flatten_groups, raise_nonfinite
-from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
+from resm_kernels.checks import check_group, check_whole, raise_nonfinite
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
 from resm_kernels.reference.magnitude_threshold import magnitude_threshold as _reference
 
 
@@ -41,72 +39,30 @@ def magnitude_threshold(
 
     Determinism: exact, hence the same for any number of threads, block size and order of elements.
     """
-    return _checked([base], [experts], "", [k], check_finite)[0]
-
-
-def magnitude_threshold_list(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    k: Sequence[int | Sequence[int]],
-    *,
-    check_finite: bool = True,
-) -> Tensor:
-    """`magnitude_threshold` of L tensors in one call: `experts[l]` and `k[l]` belong to `bases[l]`. Returns (L, T)."""
-    return _checked(bases, experts, "tensor {}: ", list(k), check_finite)
-
-
-def _checked(
-    bases: Sequence[Tensor],
-    experts: Sequence[Sequence[Tensor]],
-    where: str,
-    k: Sequence[int | Sequence[int]],
-    check_finite: bool,
-) -> Tensor:
-    flat = flatten_groups(bases, experts, where)
-    if len(k) != len(bases):
-        raise ValueError(f"k: got {len(k)} values, need one for each of the {len(bases)} tensors")
-    ks: list[int] = []
-    for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
-        wanted = k[i]
-        each: list[Any] = list(wanted) if isinstance(wanted, (list, tuple)) else [wanted] * len(own)
-        if len(each) != len(own):
-            raise ValueError(f"{where.format(i)}k: got {len(each)} values, need one for each of {len(own)} experts")
-        for value in each:
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-            if not whole or not 0 <= int(value) <= base.numel():
-                raise ValueError(f"{where.format(i)}k: got {value!r}, need a whole number from 0 to {base.numel()}")
-        ks += map(int, each)
-    thresholds, nonfinite = torch.ops.resm_kernels.magnitude_threshold(list(bases), flat, ks)
+    check_group(base, experts)
+    options = MagnitudeThresholdOptions(k=_checked_ranks(k, len(experts), base.numel()))
+    thresholds, nonfinite = _magnitude_threshold(base, list(experts), options)
     if check_finite and bool(nonfinite.any()):
-        for i, (base, own) in enumerate(zip(bases, experts, strict=True)):
-            raise_nonfinite(base, own, where.format(i))
+        raise_nonfinite(base, experts)
         raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
     return thresholds
 
 
-def _native(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> tuple[Tensor, Tensor]:
+def _checked_ranks(k: int | Sequence[int], n_experts: int, numel: int) -> tuple[int, ...]:
+    ranks: list[Any] = list(k) if isinstance(k, (list, tuple)) else [k] * n_experts
+    if len(ranks) != n_experts:
+        raise ValueError(f"k: got {len(ranks)} values, need one for each of {n_experts} experts")
+    return tuple(check_whole("k", value, numel) for value in ranks)
+
+
+def _native(base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions) -> tuple[Tensor, Tensor]:
     assert _extension.native is not None
-    shape = (len(bases), len(experts) // len(bases) if bases else 0)
-    thresholds, nonfinite = torch.empty(shape, dtype=torch.float64), torch.empty(shape, dtype=torch.int64)
-    b, e = NativeTensors(bases), NativeTensors(experts)
-    _extension.native.magnitude_threshold(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        np.array(k, dtype=np.int64),
-        thresholds.data_ptr(),
-        nonfinite.data_ptr(),
-        torch.get_num_threads(),
-    )
+    thresholds = torch.empty(len(experts), dtype=torch.float64)
+    nonfinite = torch.empty(len(experts), dtype=torch.int64)
+    threads = torch.get_num_threads()
+    _extension.native.magnitude_threshold(base, experts, options, thresholds, nonfinite, threads)
     return thresholds, nonfinite
 
 
-register(
-    "magnitude_threshold",
-    "(Tensor[] bases, Tensor[] experts, int[] k) -> (Tensor thresholds, Tensor nonfinite)",
-    reference=_reference,
-    cpu=_native,
-    gpu=("cuda", "triton"),  # CUDA reads the inputs about once, Triton three times; not measured yet
-)
+# CUDA reads the inputs about once, Triton three times; they are not measured yet.
+_magnitude_threshold = declare(_reference, cpu=_native, gpu=("cuda", "triton"))

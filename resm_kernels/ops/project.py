@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.memory import NativeTensors
-from resm_kernels.ops._library import register
-from resm_kernels.ops.sketch import check_factor, check_matrices
+from resm_kernels.checks import check_factor, check_matrices
+from resm_kernels.ops._library import declare
 from resm_kernels.reference.project import project as _reference
 
 
@@ -39,36 +38,15 @@ def project(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
     fused multiply-add and differs within that bound, as do other devices.
     """
     check_matrices(base, expert)
-    check_factor("q", q, expert, 0, "project")
-    b: Tensor = torch.ops.resm_kernels.project(base, expert, q)
-    return b
+    check_factor("q", q, "(m, l)", ("expert", expert), "project")
+    return _project(base, expert, q)
 
 
 def _native(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
     assert _extension.native is not None
-    (m, n), left = expert.shape, q.contiguous()
-    out = torch.empty((q.shape[1], n), dtype=torch.float32)
-    b, e = NativeTensors([] if base is None else [base]), NativeTensors([expert])
-    _extension.native.project(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        e.lengths,
-        m,
-        n,
-        left.data_ptr(),
-        left.shape[1],
-        out.data_ptr(),
-        torch.get_num_threads(),
-    )
-    return out
+    b = torch.empty((q.shape[1], expert.shape[1]), dtype=torch.float32)
+    _extension.native.project(base, expert, q, b, torch.get_num_threads())
+    return b
 
 
-register(
-    "project",
-    "(Tensor? base, Tensor expert, Tensor q) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_project = declare(_reference, cpu=_native, gpu=("triton",))

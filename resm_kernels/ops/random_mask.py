@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number, check_whole
 from resm_kernels.masks import mask_bytes
-from resm_kernels.memory import NativeTensors, empty
-from resm_kernels.ops._library import register
+from resm_kernels.memory import empty
+from resm_kernels.ops._library import declare
 from resm_kernels.ops.random_matrix import MAX_SEED
-from resm_kernels.reference.random_mask import probability_law, row_length
+from resm_kernels.reference.random_mask import RandomMaskOptions, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
 
 MAX_ROW: Final = 2**31 - 1
@@ -68,45 +67,23 @@ def random_mask(
             raise ValueError(f"density: got {p}, need a share from 0 to 1")
         if 0 < p < 1 and e > 0 and (p + e >= 1 or p - e <= 0):
             raise ValueError(f"epsilon: got {e} with density {p}, need density ± epsilon between 0 and 1")
-    masks: list[Tensor] = torch.ops.resm_kernels.random_mask(
-        base, list(experts), densities, spans, check_whole("seed", seed, MAX_SEED)
-    )
-    return masks
+    options = RandomMaskOptions(density=densities, epsilon=spans, seed=check_whole("seed", seed, MAX_SEED))
+    return _random_mask(base, list(experts), options)
 
 
-def _each(name: str, value: Shares, n_experts: int) -> list[float]:
-    given = [value] * n_experts if isinstance(value, (int, float)) else list(value)
-    if len(given) != n_experts:
-        raise ValueError(f"{name}: got {len(given)} values, need one for each of the {n_experts} experts")
-    return [check_number(name, v, minimum=0.0) for v in given]
+def _each(name: str, value: Shares, n_experts: int) -> tuple[float, ...]:
+    values = [value] * n_experts if isinstance(value, (int, float)) else list(value)
+    if len(values) != n_experts:
+        raise ValueError(f"{name}: got {len(values)} values, need one for each of the {n_experts} experts")
+    return tuple(check_number(name, v, minimum=0.0) for v in values)
 
 
-def _native(base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int) -> list[Tensor]:
+def _native(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     assert _extension.native is not None
-    columns = max(row_length(base), 1)
-    laws = [probability_law(p, e, columns) for p, e in zip(density, epsilon, strict=True)]
     masks = [empty((mask_bytes(base.numel()),), torch.uint8) for _ in experts]
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.random_mask(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        columns,
-        np.array([lowest for lowest, _ in laws], dtype=np.uint64),
-        np.array([step for _, step in laws], dtype=np.uint64),
-        seed,
-        np.array([mask.data_ptr() for mask in masks], dtype=np.uint64),
-        torch.get_num_threads(),
-    )
+    laws = options.laws(row_length(base))
+    _extension.native.random_mask(base, experts, options, laws, masks, torch.get_num_threads())
     return masks
 
 
-register(
-    "random_mask",
-    "(Tensor base, Tensor[] experts, float[] density, float[] epsilon, int seed) -> Tensor[]",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton", "cuda"),  # not measured against each other yet
-)
+_random_mask = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

@@ -1,4 +1,4 @@
-"""The random matrix Ω that `sketch` multiplies by, as a tensor."""
+"""The random matrix Ω of randomized decompositions, the same on every device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_whole
-from resm_kernels.ops._library import register
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.random_matrix import RandomMatrixOptions
 from resm_kernels.reference.random_matrix import random_matrix as _reference
 
 MAX_COLUMNS: Final = 2**33
@@ -32,8 +33,7 @@ def random_matrix(
     Bits 64·(c mod 2) … of Philox4x32-10 (Salmon et al., SC 2011) at counter (i mod 2³², ⌊i/2³²⌋, ⌊c/2⌋, 0), its
     words from the lowest, make Ω_ic; the key is the seed. So Ω_ic depends on i, c and the seed alone.
 
-    `sketch(base, expert, columns, …)` is Δ·Ω for this Ω and draws it where it is used; as a tensor it serves products
-    that take one, such as `gram_product`.
+    `gram_product(base, expert, Ω)` takes it for the random range sample of randomized SVDs (arXiv 0909.4061).
 
     Args:
         n: How many rows, from 0.
@@ -56,27 +56,21 @@ def random_matrix(
     Determinism: the same bits on every device and instruction set, for any number of threads.
     """
     first = check_whole("first_column", first_column, MAX_COLUMNS)
-    omega: Tensor = torch.ops.resm_kernels.random_matrix(
-        check_whole("n", n, MAX_ROWS),
-        check_whole("columns", columns, MAX_COLUMNS - first),
-        check_whole("seed", seed, MAX_SEED),
-        first,
+    options = RandomMatrixOptions(
+        n=check_whole("n", n, MAX_ROWS),
+        columns=check_whole("columns", columns, MAX_COLUMNS - first),
+        seed=check_whole("seed", seed, MAX_SEED),
+        first_column=first,
         device=torch.device("cpu" if device is None else device),
     )
-    return omega
+    return _random_matrix(options)
 
 
-def _native(n: int, columns: int, seed: int, first_column: int, device: torch.device) -> Tensor:
+def _native(options: RandomMatrixOptions) -> Tensor:
     assert _extension.native is not None
-    omega = torch.empty((n, columns), dtype=torch.float32, device=device)
-    _extension.native.random_matrix(n, columns, seed, first_column, omega.data_ptr(), torch.get_num_threads())
+    omega = torch.empty((options.n, options.columns), dtype=torch.float32, device=options.device)
+    _extension.native.random_matrix(options, omega, torch.get_num_threads())
     return omega
 
 
-register(
-    "random_matrix",
-    "(int n, int columns, int seed, int first_column, *, Device device) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton",),
-)
+_random_matrix = declare(_reference, cpu=_native, gpu=("triton",))

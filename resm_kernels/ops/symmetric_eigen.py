@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.checks import NonFiniteError
-from resm_kernels.ops._library import register
+from resm_kernels.checks import NonFiniteError, check_matrix, check_whole
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.symmetric_eigen import SymmetricEigenOptions
 from resm_kernels.reference.symmetric_eigen import symmetric_eigen as _reference
 
 _FALLBACK, _NOT_FINITE = 1, 2  # csrc: EigenStatus
@@ -70,39 +71,25 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
     transformation back, a third to a half of the time, is shared out. To make better use of several threads, solve
     several matrices side by side: the kernel holds no lock.
     """
-    if not isinstance(a, Tensor):
-        raise TypeError(f"a: got {type(a).__name__}, need a tensor")
-    if a.dtype not in (torch.float32, torch.float64) or a.layout != torch.strided:
-        needed = "need a dense (strided) one of torch.float32 or torch.float64"
-        raise TypeError(f"a: got a {a.layout} tensor of {a.dtype}, {needed}")
-    if a.ndim != 2 or a.shape[0] != a.shape[1]:
-        raise ValueError(f"a: got shape {list(a.shape)}, need a square matrix")
-    if a.requires_grad and torch.is_grad_enabled():
-        raise ValueError("a: requires grad, but symmetric_eigen records no gradient; pass a.detach()")
+    check_matrix("a", a, "symmetric_eigen", "a square matrix", (torch.float32, torch.float64))
     n = a.shape[0]
-    wanted = n if k is None else k
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or not 0 <= wanted <= n:
-        raise ValueError(f"k: got {k!r}, need a whole number from 0 to {n}")
-    values, vectors, status = torch.ops.resm_kernels.symmetric_eigen(a, wanted)
+    if a.shape[1] != n:
+        raise ValueError(f"a: got shape {list(a.shape)}, need a square matrix")
+    options = SymmetricEigenOptions(k=n if k is None else check_whole("k", k, n))
+    values, vectors, status = _symmetric_eigen(a, options)
     if int(status) == _NOT_FINITE:
         raise NonFiniteError("a", None, int((~torch.isfinite(a.triu())).sum()))
     return SymmetricEigen(values, vectors, int(status) == _FALLBACK)
 
 
-def _native(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    n, matrix, native = a.shape[0], a.contiguous(), _extension.native
-    assert native is not None
+def _native(a: Tensor, options: SymmetricEigenOptions) -> tuple[Tensor, Tensor, Tensor]:
+    assert _extension.native is not None
+    n, k = a.shape[0], options.k
     values, vectors = torch.empty(k, dtype=a.dtype), torch.empty((n, k), dtype=a.dtype)
-    kernel = native.symmetric_eigen_f32 if a.dtype == torch.float32 else native.symmetric_eigen_f64
-    status = kernel(matrix.data_ptr(), n, k, values.data_ptr(), vectors.data_ptr(), torch.get_num_threads())
+    status = _extension.native.symmetric_eigen(a, options, values, vectors, torch.get_num_threads())
     if status == _FALLBACK:
-        values, vectors, _ = _reference(a, k)
+        values, vectors, _ = _reference(a, options)
     return values, vectors, torch.tensor(status)
 
 
-register(
-    "symmetric_eigen",
-    "(Tensor a, int k) -> (Tensor values, Tensor vectors, Tensor status)",
-    reference=_reference,
-    cpu=_native,
-)
+_symmetric_eigen = declare(_reference, cpu=_native)

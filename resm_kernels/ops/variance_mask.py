@@ -10,8 +10,9 @@ from torch import Tensor
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number
 from resm_kernels.masks import mask_bytes
-from resm_kernels.memory import NativeTensors, empty
-from resm_kernels.ops._library import register
+from resm_kernels.memory import empty
+from resm_kernels.ops._library import declare
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 from resm_kernels.reference.variance_mask import variance_mask as _reference
 
 
@@ -45,31 +46,14 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
     share = check_number("density", density, minimum=0.0)
     if share > 1:
         raise ValueError(f"density: got {share}, need a share from 0 to 1")
-    mask: Tensor = torch.ops.resm_kernels.variance_mask(base, list(experts), share)
-    return mask
+    return _variance_mask(base, list(experts), VarianceMaskOptions(density=share))
 
 
-def _native(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
+def _native(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:
     assert _extension.native is not None
     mask = empty((mask_bytes(base.numel()),), torch.uint8)
-    b, e = NativeTensors([base]), NativeTensors(experts)
-    _extension.native.variance_mask(
-        b.pointers,
-        b.dtypes,
-        e.pointers,
-        e.dtypes,
-        b.lengths,
-        density,
-        mask.data_ptr(),
-        torch.get_num_threads(),
-    )
+    _extension.native.variance_mask(base, experts, options, mask, torch.get_num_threads())
     return mask
 
 
-register(
-    "variance_mask",
-    "(Tensor base, Tensor[] experts, float density) -> Tensor",
-    reference=_reference,
-    cpu=_native,
-    gpu=("triton", "cuda"),  # not measured against each other yet
-)
+_variance_mask = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

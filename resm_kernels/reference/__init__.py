@@ -1,5 +1,6 @@
 """Each op's definition in plain torch: the yardstick of the fast kernels, and what runs where none is built.
 
-The functions take the operators' flattened arguments (see `resm_kernels.ops`), compute in float64 where that changes
-no stated rounding, and trace with meta and fake tensors.
+A module `reference/<op>.py` holds the op's options record, if it has options, and its definition, a function
+`<op>(*inputs, options)`. The op's declaration in `resm_kernels.ops` follows from that function's annotations.
+Definitions compute in float64 where that changes no stated rounding, and they trace with meta and fake tensors.
 """

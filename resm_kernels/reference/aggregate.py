@@ -3,110 +3,90 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from resm_kernels.dtypes import compute_dtype
-from resm_kernels.masks import unpacked
+from resm_kernels.reference.deltas import SparsityOptions, sparse_task_vectors
 
-RULES = ("sum", "ties")
-ELECTIONS = ("weighted", "unweighted", "count")
+RULES: Final = ("sum", "ties")
+CONSENSUS_METHODS: Final = ("weighted", "unweighted")
 
 
-def aggregate(
-    bases: list[Tensor],
-    experts: list[Tensor],
-    weights: list[float],
-    n_experts: int,
-    scale: float,
-    rule: str,
-    normalize: bool,
-    thresholds: Tensor | None,
-    out_dtype: torch.dtype | None,
-    upper_thresholds: Tensor | None = None,
-    masks: list[Tensor] | None = None,
-    rescale: Tensor | None = None,
-    election: str = ELECTIONS[0],
-    min_divisor: float | None = None,
-) -> tuple[list[Tensor], Tensor]:
-    """See `resm_kernels.ops.aggregate`; `bases` is empty where there is no base, `weights` run over experts fastest.
+@dataclass(frozen=True, kw_only=True)
+class AggregateOptions(SparsityOptions):
+    """How `aggregate` merges; `resm_kernels.ops.aggregate` says more about each.
 
-    Returns the merged tensors and, (L, 1 + T) int64, how many values of the base and of each expert are not finite.
+    Attributes:
+        weights: w_1 … w_T.
+        scale: λ.
+        rule: One of RULES.
+        normalize: Whether the sum is divided by the weights.
+        rescale: r_1 … r_T, float64; None for 1.
+        consensus_method: One of CONSENSUS_METHODS: what the experts' votes are under the rule "ties".
+        min_divisor: The least that a normalised "ties" divides by; None for no bound.
+        out_dtype: The result's dtype; None for that of the base, or of the first expert where there is no base.
     """
-    outs, nonfinite = [], []
-    for i in range(len(experts) // n_experts):
-        base = bases[i] if bases else None
-        own = experts[i * n_experts : (i + 1) * n_experts]
-        here = slice(i * n_experts, (i + 1) * n_experts)
-        factors = weights[here]
-        lower, upper = (None if t is None else t[i] for t in (thresholds, upper_thresholds))
-        sparse = kept_deltas(base, own, lower, upper, None if masks is None else masks[here])
-        scales = None if rescale is None else rescale[i]
-        merged = _merged_delta(sparse, factors, scales, rule, normalize, election, min_divisor)
-        merged = merged * scale
-        if base is not None:
-            merged = base.to(merged.dtype) + merged
-        outs.append(merged.to(out_dtype or (own[0] if base is None else base).dtype).contiguous())
-        nonfinite += [torch.zeros_like(_nonfinite(own[0])) if base is None else _nonfinite(base)]
-        nonfinite += [_nonfinite(expert) for expert in own]
-    if not outs:
-        return outs, torch.zeros((0, 1 + n_experts), dtype=torch.int64)
-    return outs, torch.stack(nonfinite).reshape(len(outs), 1 + n_experts)
+
+    weights: tuple[float, ...]
+    scale: float = 1.0
+    rule: str = "sum"
+    normalize: bool = False
+    rescale: Tensor | None = None
+    consensus_method: str = "weighted"
+    min_divisor: float | None = None
+    out_dtype: torch.dtype | None = None
+
+    @property
+    def votes_before_weights(self) -> bool:
+        """Whether signs are elected before the experts are weighted, so that weight and rescale are two factors."""
+        return self.rule == "ties" and self.consensus_method == "unweighted"
 
 
-def kept_deltas(
-    base: Tensor | None, experts: list[Tensor], lower: Tensor | None, upper: Tensor | None, masks: list[Tensor] | None
-) -> list[Tensor]:
-    """Δ_1 … Δ_T of one group, 0 where |δ| lies outside lower_t … upper_t or the bit of mask t is 0."""
-    dtype = compute_dtype(*experts) if base is None else compute_dtype(base, *experts)
-    origin = 0.0 if base is None else base.to(dtype)
-    deltas = [expert.to(dtype) - origin for expert in experts]
-    if lower is not None:
-        deltas = [torch.where(d.abs() >= lower[t].to(dtype), d, 0.0) for t, d in enumerate(deltas)]
-    if upper is not None:
-        deltas = [torch.where(d.abs() <= upper[t].to(dtype), d, 0.0) for t, d in enumerate(deltas)]
-    if masks is None:
-        return deltas
-    return [torch.where(unpacked(m, d.shape), d, 0.0) for d, m in zip(deltas, masks, strict=True)]
+def aggregate(base: Tensor | None, experts: list[Tensor], options: AggregateOptions) -> tuple[Tensor, Tensor]:
+    """See `resm_kernels.ops.aggregate`.
+
+    Returns:
+        The merged tensor, and (1 + T) int64: how many values of the base and of each expert are not finite.
+    """
+    merged = _merged_task_vector(sparse_task_vectors(base, experts, options), options) * options.scale
+    if base is not None:
+        merged = base.to(merged.dtype) + merged
+    first = experts[0] if base is None else base
+    counts = [torch.zeros_like(_count_nonfinite(first)) if base is None else _count_nonfinite(base)]
+    counts += [_count_nonfinite(expert) for expert in experts]
+    return merged.to(options.out_dtype or first.dtype).contiguous(), torch.stack(counts)
 
 
-def _merged_delta(
-    deltas: list[Tensor],
-    weights: list[float],
-    scales: Tensor | None,
-    rule: str,
-    normalize: bool,
-    election: str,
-    min_divisor: float | None,
-) -> Tensor:
+def _merged_task_vector(deltas: list[Tensor], options: AggregateOptions) -> Tensor:
     dtype, device = deltas[0].dtype, deltas[0].device
-    exact = torch.tensor(weights, dtype=torch.float64, device=device)
-    scaled = exact if scales is None else exact * scales.to(device)
-    # One factor and one rounding for weight and scale, but where the votes are counted in between.
-    late = rule != RULES[0] and election == "unweighted"
-    if late:
-        scaled = torch.ones_like(exact) if scales is None else scales.to(device)
-    factors, divisors = scaled.to(dtype), exact.to(dtype)
-    terms = [d * f for d, f in zip(deltas, factors, strict=True)]
-    if rule == RULES[0]:
+    weights = torch.tensor(options.weights, dtype=torch.float64, device=device)
+    # Weight and rescale make one factor, which is rounded once, unless votes are counted between them.
+    factors = torch.ones_like(weights) if options.votes_before_weights else weights
+    if options.rescale is not None:
+        factors = factors * options.rescale.to(device)
+    divisors = weights.to(dtype)
+    terms = [d * f for d, f in zip(deltas, factors.to(dtype), strict=True)]
+    if options.rule == "sum":
         total = _sum(terms)
-        return total / _sum(divisors) if normalize else total
-    votes = _sum(t.sign() for t in terms) if election == "count" else _sum(terms)
+        return total / _sum(divisors) if options.normalize else total
+    votes = _sum(terms)
     elected = torch.where(votes >= 0, 1.0, -1.0).to(votes.dtype)
     agrees = [t.sign() == elected for t in terms]
-    if late:
+    if options.votes_before_weights:
         terms = [t * w for t, w in zip(terms, divisors, strict=True)]
     total = _sum(torch.where(a, t, 0.0) for a, t in zip(agrees, terms, strict=True))
-    if not normalize:
+    if not options.normalize:
         return total
     divisor = _sum(torch.where(a, w, 0.0) for a, w in zip(agrees, divisors, strict=True))
     divisor = torch.where(divisor == 0, 1.0, divisor)
-    return total / (divisor if min_divisor is None else divisor.clamp(min=min_divisor))
+    return total / (divisor if options.min_divisor is None else divisor.clamp(min=options.min_divisor))
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """Sum in the order of the experts, one rounding a step: the order every kernel keeps."""
+    """Sum in the order of the experts, with one rounding a step: the order that every kernel keeps."""
     total = None
     for term in terms:
         total = term if total is None else total + term
@@ -114,5 +94,5 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return total
 
 
-def _nonfinite(tensor: Tensor) -> Tensor:
+def _count_nonfinite(tensor: Tensor) -> Tensor:
     return tensor.numel() - torch.isfinite(tensor).sum()

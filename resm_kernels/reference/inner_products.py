@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from resm_kernels.dtypes import compute_dtype
+from resm_kernels.reference.deltas import task_vectors, vector_layout
 
 
-def vectors_of(shape: Sequence[int], rows: bool) -> tuple[int, int]:
-    """How many vectors a tensor of this shape holds, and how long they are: its rows, or itself."""
-    if not rows:
-        return 1, math.prod(shape)
-    return (math.prod(shape[:-1]), shape[-1]) if len(shape) else (1, 1)
+@dataclass(frozen=True, kw_only=True)
+class InnerProductsOptions:
+    """Which vectors `inner_products` multiplies.
 
-
-def inner_products(bases: list[Tensor], experts: list[Tensor], n_experts: int, rows: bool) -> Tensor:
-    """See `resm_kernels.ops.inner_products`; `bases` is empty where there is no base.
-
-    Returns the Gram matrices of all vectors of all tensors in their order, (vectors, T, T) float64.
+    Attributes:
+        rows: Whether each row along the last dimension has a Gram matrix, instead of the whole tensor.
     """
-    found = []
-    for i in range(len(experts) // n_experts):
-        own = experts[i * n_experts : (i + 1) * n_experts]
-        dtype = compute_dtype(*bases[i : i + 1], *own)
-        origin = bases[i].to(dtype) if bases else 0.0
-        size = vectors_of(own[0].shape, rows)
-        wide = torch.stack([(expert.to(dtype) - origin).double().reshape(size) for expert in own], dim=1)
-        gram = wide @ wide.mT
-        found.append(gram.triu() + gram.triu(1).mT)
-    if not found:
-        return torch.zeros((0, n_experts, n_experts), dtype=torch.float64)
-    return torch.cat(found)
+
+    rows: bool = False
+
+
+def inner_products(base: Tensor | None, experts: list[Tensor], options: InnerProductsOptions) -> Tensor:
+    """See `resm_kernels.ops.inner_products`, whose result this is."""
+    vectors = vector_layout(experts[0].shape, options.rows)
+    wide = torch.stack([delta.double().reshape(vectors) for delta in task_vectors(base, experts)], dim=1)
+    gram = wide @ wide.mT
+    symmetric = gram.triu() + gram.triu(1).mT
+    return symmetric.reshape(*(experts[0].shape[:-1] if options.rows else ()), len(experts), len(experts))

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from resm_kernels.reference._delta import deltas
+from resm_kernels.reference.deltas import task_vectors
 
 
-def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> tuple[Tensor, Tensor]:
-    """See `resm_kernels.ops.magnitude_threshold`; `experts` and `k` run over experts fastest.
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeThresholdOptions:
+    """Which order statistics `magnitude_threshold` finds.
 
-    Returns thresholds (L, T) float64, and how many |δ| are not finite (L, T) int64.
+    Attributes:
+        k: k_1 … k_T: τ_t is the k_t-th largest |δ| of expert t, and infinity for k_t = 0.
     """
-    shape = (len(bases), len(experts) // len(bases) if bases else 0)
-    device = bases[0].device if bases else torch.device("cpu")
-    if not experts:
-        return (
-            torch.zeros(shape, dtype=torch.float64, device=device),
-            torch.zeros(shape, dtype=torch.int64, device=device),
-        )
-    found = deltas(bases, experts)
-    thresholds = torch.stack([_kth_largest(d, k[i]) for i, d in enumerate(found)])
-    nonfinite = torch.stack([d.numel() - torch.isfinite(d).sum() for d in found])
-    return thresholds.reshape(shape), nonfinite.reshape(shape)
+
+    k: tuple[int, ...]
+
+
+def magnitude_threshold(
+    base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions
+) -> tuple[Tensor, Tensor]:
+    """See `resm_kernels.ops.magnitude_threshold`.
+
+    Returns:
+        τ_1 … τ_T float64, and (T,) int64: how many |δ| of each expert are not finite.
+    """
+    deltas = [delta.reshape(-1) for delta in task_vectors(base, experts)]
+    thresholds = [_kth_largest(delta, k) for delta, k in zip(deltas, options.k, strict=True)]
+    return torch.stack(thresholds), torch.stack([d.numel() - torch.isfinite(d).sum() for d in deltas])
 
 
 def _kth_largest(delta: Tensor, k: int) -> Tensor:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 from torch import Tensor
 
@@ -9,24 +13,40 @@ from resm_kernels.dtypes import compute_dtype
 from resm_kernels.masks import RUN, packed
 from resm_kernels.philox import MASK_STREAM, philox
 
-_WORD = 0xFFFFFFFF
-FRACTION = 62
+_WORD: Final = 0xFFFFFFFF
+FRACTION: Final = 62
 """Bits after the point of the fixed-point probabilities; the 30 lowest are dropped before the comparison."""
 
-RANKED_AT_ONCE = 1 << 24
+RANKED_AT_ONCE: Final = 1 << 24
 """Elements whose ranks are found at a time by `ranks_of`, or one row."""
 
 
-def random_mask(
-    base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int
-) -> list[Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class RandomMaskOptions:
+    """With which probabilities `random_mask` keeps elements; `resm_kernels.ops.random_mask` says more about each.
+
+    Attributes:
+        density: p of each expert.
+        epsilon: ε of each expert.
+        seed: The key of the random numbers.
+    """
+
+    density: tuple[float, ...]
+    epsilon: tuple[float, ...]
+    seed: int
+
+    def laws(self, columns: int) -> list[tuple[int, int]]:
+        """The `probability_law` of each expert in rows of so many elements."""
+        return [probability_law(p, e, columns) for p, e in zip(self.density, self.epsilon, strict=True)]
+
+
+def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     """See `resm_kernels.ops.random_mask`."""
     masks = []
-    for t, expert in enumerate(experts):
-        lowest, step = probability_law(density[t], epsilon[t], row_length(expert))
+    for t, (expert, (lowest, step)) in enumerate(zip(experts, options.laws(row_length(base)), strict=True)):
         ranks = doubled_ranks(base, experts, t) if step else torch.zeros_like(expert, dtype=torch.int64)
-        kept = random_words(expert.numel(), t, seed, expert.device) < ((lowest + ranks.reshape(-1) * step) >> 30)
-        masks.append(packed(kept))
+        words = random_words(expert.numel(), t, options.seed, expert.device)
+        masks.append(packed(words < ((lowest + ranks.reshape(-1) * step) >> 30)))
     return masks
 
 
@@ -44,7 +64,7 @@ def row_length(tensor: Tensor) -> int:
     return tensor.shape[-1] if tensor.dim() else 1
 
 
-def doubled_ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
+def doubled_ranks(base: Tensor, experts: Sequence[Tensor], t: int) -> Tensor:
     """m = 2·#{|δ| less} + #{|δ| equal} − 1 of every element of Δ_t within its row: twice its mean rank, from 0."""
     dtype = compute_dtype(base, *experts)
     size = (experts[t].to(dtype) - base.to(dtype)).abs()
@@ -54,16 +74,19 @@ def doubled_ranks(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
     return (below + torch.searchsorted(ordered, rows, right=True) - 1).reshape(size.shape)
 
 
-def ranks_of(base: Tensor, experts: list[Tensor], t: int) -> Tensor:
-    """The doubled ranks of Δ_t, int32 if they fit, for kernels; some rows at a time, which bounds what sorts take."""
+def ranks_of(base: Tensor, experts: Sequence[Tensor], t: int) -> Tensor:
+    """The doubled ranks of Δ_t for kernels, as int32 where they fit.
+
+    Some rows are ranked at a time, which bounds the memory that sorts take.
+    """
     columns = row_length(base)
     dtype = torch.int32 if 2 * columns < 2**31 else torch.int64
     ranks = torch.empty(base.shape, dtype=dtype, device=base.device).view(-1, columns)
     at_once = max(1, RANKED_AT_ONCE // columns)
     tensors = [tensor.reshape(-1, columns) for tensor in (base, *experts)]
     for start in range(0, ranks.shape[0], at_once):
-        origin, *own = (tensor[start : start + at_once] for tensor in tensors)
-        ranks[start : start + at_once] = doubled_ranks(origin, own, t)
+        base_rows, *expert_rows = (tensor[start : start + at_once] for tensor in tensors)
+        ranks[start : start + at_once] = doubled_ranks(base_rows, expert_rows, t)
     return ranks
 
 

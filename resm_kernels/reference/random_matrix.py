@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Final
+
 import torch
 from torch import Tensor
 
 from resm_kernels.philox import SKETCH_STREAM, philox
 
-_WORD = 0xFFFFFFFF
+_WORD: Final = 0xFFFFFFFF
 
 
-def random_matrix(n: int, columns: int, seed: int, first_column: int = 0, device: torch.device | None = None) -> Tensor:
-    """See `resm_kernels.ops.random_matrix`; device None is the default one. Exact: all values are multiples of 1/4."""
-    rows = torch.arange(n, device=device)[:, None]
-    pairs = torch.arange(first_column // 2, (first_column + columns + 1) // 2, device=device)[None]
-    bits = philox((rows & _WORD, rows >> 32, pairs, torch.full_like(pairs, SKETCH_STREAM)), seed)
+@dataclass(frozen=True, kw_only=True)
+class RandomMatrixOptions:
+    """Which part of which random matrix `random_matrix` draws, and where.
+
+    Attributes:
+        n: How many rows.
+        columns: How many columns.
+        seed: The key, which picks the matrix.
+        first_column: The first of the columns.
+        device: The result's device.
+    """
+
+    n: int
+    columns: int
+    seed: int
+    first_column: int
+    device: torch.device
+
+
+def random_matrix(options: RandomMatrixOptions) -> Tensor:
+    """See `resm_kernels.ops.random_matrix`. Exact: all values are multiples of 1/4."""
+    first, columns, device = options.first_column, options.columns, options.device
+    rows = torch.arange(options.n, device=device)[:, None]
+    pairs = torch.arange(first // 2, (first + columns + 1) // 2, device=device)[None]
+    bits = philox((rows & _WORD, rows >> 32, pairs, torch.full_like(pairs, SKETCH_STREAM)), options.seed)
     ones = [_popcount(word) for word in bits]
     entries = torch.stack([ones[0] + ones[1], ones[2] + ones[3]], dim=-1).flatten(1)
-    return (entries[:, first_column % 2 : first_column % 2 + columns] - 32).float() / 4
+    return (entries[:, first % 2 : first % 2 + columns] - 32).float() / 4
 
 
 def _popcount(word: Tensor) -> Tensor:

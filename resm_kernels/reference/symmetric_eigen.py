@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 
-def symmetric_eigen(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class SymmetricEigenOptions:
+    """How much of the spectrum `symmetric_eigen` computes.
+
+    Attributes:
+        k: How many of the largest eigenvalues.
+    """
+
+    k: int
+
+
+def symmetric_eigen(a: Tensor, options: SymmetricEigenOptions) -> tuple[Tensor, Tensor, Tensor]:
     """See `resm_kernels.ops.symmetric_eigen`: LAPACK's (or cuSOLVER's) eigenvectors of the whole matrix, in float64.
 
-    Returns values (k,), vectors (n, k), rounded to a's dtype, and the status: 0, or 2 where the upper triangle is not
-    finite.
+    Returns:
+        Values (k,) and vectors (n, k), rounded to a's dtype, and the status: 0, or 2 where the upper triangle is not
+        finite.
     """
-    upper = a.triu().double()
+    k, upper = options.k, a.triu().double()
     finite = torch.isfinite(upper).all()
     values, vectors = torch.linalg.eigh(torch.where(finite, upper, torch.zeros_like(upper)), UPLO="U")
     values, vectors = values.flip(0)[:k].to(a.dtype), vectors.flip(1)[:, :k].to(a.dtype)

@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from resm_kernels.masks import packed
-from resm_kernels.reference.aggregate import kept_deltas
+from resm_kernels.reference.deltas import task_vectors
 
 
-def variance_mask(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
+@dataclass(frozen=True, kw_only=True)
+class VarianceMaskOptions:
+    """How many elements `variance_mask` keeps.
+
+    Attributes:
+        density: The share of the elements whose variance is not 0 that is kept.
+    """
+
+    density: float
+
+
+def variance_mask(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:
     """See `resm_kernels.ops.variance_mask`."""
-    spread = variance(kept_deltas(base, experts, None, None, None))
-    return packed(spread >= threshold_of(spread, density))
+    variances = variance(task_vectors(base, experts))
+    return packed(variances >= variance_threshold(variances, options.density))
 
 
 def variance(deltas: list[Tensor]) -> Tensor:
@@ -29,10 +42,10 @@ def variance(deltas: list[Tensor]) -> Tensor:
     return (squares / len(deltas)).to(deltas[0].dtype)
 
 
-def threshold_of(spread: Tensor, density: float) -> Tensor:
+def variance_threshold(variances: Tensor, density: float) -> Tensor:
     """The k-th largest variance, k = ⌊density·(how many are not 0)⌋; infinity where k is 0."""
-    if not spread.numel():
-        return spread.new_full((), torch.inf)
-    k = (torch.count_nonzero(spread).double() * density).long()
-    kth = spread.reshape(-1).sort(descending=True).values.index_select(0, (k - 1).clamp(min=0).reshape(1))
+    if not variances.numel():
+        return variances.new_full((), torch.inf)
+    k = (torch.count_nonzero(variances).double() * density).long()
+    kth = variances.reshape(-1).sort(descending=True).values.index_select(0, (k - 1).clamp(min=0).reshape(1))
     return torch.where(k > 0, kth.reshape(()), torch.inf)
