@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 from resm_kernels.methods import get
 
 EXPERTS: Final = 3

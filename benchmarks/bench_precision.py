@@ -17,6 +17,7 @@ that of the plain sum of the task vectors.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -121,12 +122,10 @@ def precision(shape: tuple[int, int], alpha: float, rounds: int) -> dict[str, di
     deltas = [with_decay(*shape, alpha, seed=t) for t in range(EXPERTS)]
     want, zeros = reference(deltas), torch.zeros(shape)
     ways: dict[str, Callable[[], Tensor]] = {
-        name: lambda parts=parts: _tsvm(deltas, *parts)  # type: ignore[misc]
-        for name, parts in PLAIN.items()
+        name: functools.partial(_tsvm, deltas, *parts) for name, parts in PLAIN.items()
     }
     ways |= {
-        name: lambda choices=choices: resm_kernels.merge(zeros, deltas, "tsvm", **choices)  # type: ignore[misc]
-        for name, choices in OWN.items()
+        name: functools.partial(resm_kernels.merge, zeros, deltas, "tsvm", **choices) for name, choices in OWN.items()
     }
     found: dict[str, dict[str, float]] = {}
     for name, way in list(ways.items()):

@@ -56,25 +56,25 @@ OWN: Final[dict[str, dict[str, Any]]] = {
 and resm in float64."""
 
 REGIONS: Final = {
-    "form Δ": ("linalg._products:task_matrix", "spectral.task_matrices:task_vector"),
+    "form Δ": ("linalg.products:task_matrix", "spectral.task_matrices:task_vector"),
     "statistics": ("ops.delta_stats:delta_stats",),
     "decompose": (
         "linalg.decompose:decompose",
         "linalg.decompose:decompose_list",
         "linalg.subspace:subspaces",
-        "linalg._randomized:randomized",
+        "linalg.randomized:randomized",
     ),
-    "left bases": ("linalg._single:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
+    "left bases": ("linalg.gram_fp32:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
     "merged product": ("spectral.low_rank:orthogonalized_sum",),
     "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
     "join": ("spectral.low_rank:join", "spectral.task_matrices:averaged"),
 }
 """Stages, and the functions whose insides they are."""
 LEAVES: Final = {
-    "gram": "linalg._products:gram_list",
-    "products": "linalg._products:matmul_list",
-    "eigh": "linalg._products:eigen_list",
-    "gram, eigh, ΔP": "linalg._dominant:dominant_list",
+    "gram": "linalg.products:gram_list",
+    "products": "linalg.products:matmul_list",
+    "eigh": "linalg.products:eigen_list",
+    "gram, eigh, ΔP": "linalg.dominant:dominant_list",
     "orthonormalise": "linalg.orthonormalize:orthonormalize",
 }
 """What stages are made of; Gram matrices, eigenproblems and their images ΔP that overlap in time are one leaf."""

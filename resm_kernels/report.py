@@ -148,8 +148,8 @@ def stats_table(rows: Sequence[TensorStats]) -> Table:
     """
     table = Table(title="RESM statistics (one figure per expert)", title_justify="left")
     with_spectra = any(row.spectra is not None for row in rows)
-    for name, justify in (("tensor", "left"), ("shape", "right")):
-        table.add_column(name, justify=justify, no_wrap=name == "shape")  # type: ignore[arg-type]
+    table.add_column("tensor")
+    table.add_column("shape", justify="right", no_wrap=True)
     names = ["sparsity", "outlier mass", "weight", "rank"]
     for name in names + (["effective rank", "decay", "interference (random)"] if with_spectra else []):
         table.add_column(name, justify="right")

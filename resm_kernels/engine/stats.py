@@ -23,7 +23,7 @@ from resm_kernels.linalg import (
     stable_rank,
     task_interference,
 )
-from resm_kernels.linalg._products import task_matrix
+from resm_kernels.linalg.products import task_matrix
 from resm_kernels.methods import get
 from resm_kernels.methods.resm import LayerPlan, layer_plan
 from resm_kernels.ops import NonFiniteError

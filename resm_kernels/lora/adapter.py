@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
 from resm_kernels.dtypes import FLOAT_DTYPES
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.threads import run
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
 from resm_kernels.lora.factors import Factors
 

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -22,7 +23,7 @@ from resm_kernels.checkpoint import (
 )
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
-from resm_kernels.linalg._products import frobenius_norm, task_matrix
+from resm_kernels.linalg.products import frobenius_norm, task_matrix
 from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, EMBEDDING_NAMES, HEAD_NAMES, is_tied
 from resm_kernels.lora.modules import HEAD, Rest, last_part, rank_patterns, target_names
 from resm_kernels.lora.writer import AdapterWriter, adapter_config
@@ -192,7 +193,7 @@ def extract_lora(
         rest = Rest.of(changed, old.tensors, ranks, tied) if save_rest else Rest()
         for stored, source in rest.tensors.items():
             own = new.tensors[source]
-            writer.add_later(stored, own.dtype, own.shape, lambda source=source: new.read(source))  # type: ignore[misc]
+            writer.add_later(stored, own.dtype, own.shape, partial(new.read, source))
         for name, size in changed.items():
             (report.saved if name in rest.saved else report.lost).append(OtherTensor(name, size))
         report.nbytes = writer.nbytes

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import decompose_list, orthonormalize, polar, subspaces
-from resm_kernels.linalg._products import matmul
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.products import matmul
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods import get
 from resm_kernels.methods.resm import outlier_weights
 from resm_kernels.ops import NonFiniteError

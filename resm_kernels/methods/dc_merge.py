@@ -9,7 +9,7 @@ from torch import Tensor
 
 from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import TruncatedSVD, polar, truncated_svd
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each

@@ -11,8 +11,8 @@ from torch import Tensor
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import Decomposition, decompose, polar
-from resm_kernels.linalg._products import frobenius_norm, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import frobenius_norm, matmul
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each

@@ -10,8 +10,8 @@ from torch import Tensor
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import decompose
-from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import eigen_list, gram, matmul
 from resm_kernels.methods._aliases import Lambda, NormalizeAgreeing, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each

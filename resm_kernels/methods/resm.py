@@ -18,8 +18,8 @@ from torch import Tensor
 from resm_kernels.dtypes import HALF_DTYPES, compute_dtype
 from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
-from resm_kernels.linalg._products import task_matrix
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.products import task_matrix
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods._aliases import ACCURACY, SPECTRAL, DecompositionMethod, Lambda, Weight
 from resm_kernels.methods._registry import get, merge_method
 from resm_kernels.methods._signature import Option, each

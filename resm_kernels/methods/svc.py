@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.inputs import check_inputs
-from resm_kernels.linalg._products import eigen_list, gram, matmul
-from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import eigen_list, gram, matmul
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods._aliases import Lambda
 from resm_kernels.methods._method import Method
 from resm_kernels.methods._parameter import Parameter

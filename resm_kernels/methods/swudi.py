@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.inputs import elementwise_workspace
-from resm_kernels.linalg._products import eigen_list, matmul, matmul_list
+from resm_kernels.linalg.products import eigen_list, matmul, matmul_list
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each

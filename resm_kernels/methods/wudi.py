@@ -11,8 +11,8 @@ from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.elementwise.inputs import elementwise_workspace
-from resm_kernels.linalg._products import matmul
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.products import matmul
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.inputs import check_inputs
-from resm_kernels.linalg._products import gram, matmul
+from resm_kernels.linalg.products import gram, matmul
 from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import Decomposition, effective_rank, energy_rank
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 
 RankRule = Literal["sparsity", "per_task", "fixed", "energy", "effective_rank", "interference"]
 RANK_RULES: Final[tuple[str, ...]] = get_args(RankRule)

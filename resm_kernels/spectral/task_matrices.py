@@ -13,7 +13,7 @@ from resm_kernels.checks import NonFiniteError, raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.elementwise.inputs import elementwise_workspace
 from resm_kernels.linalg import Decomposition, decompose
-from resm_kernels.linalg._products import matmul, task_matrix
+from resm_kernels.linalg.products import matmul, task_matrix
 from resm_kernels.ops.aggregate import aggregate
 
 _GROUP_BYTES: Final = 1 << 30
