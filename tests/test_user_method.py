@@ -83,7 +83,7 @@ def test_recipes(environment: dict[str, str], tmp_path: Path) -> None:
     assert done.returncode == 1 and "largest: got 'many', need a number of at least 0" in done.stderr
 
 
-@pytest.mark.skipif(find_spec("mergekit") is None, reason="mergekit is what the method is plugged into")
+@pytest.mark.skipif(find_spec("mergekit") is None, reason="needs mergekit")
 def test_mergekit(environment: dict[str, str], tmp_path: Path) -> None:
     family = Family(tmp_path, experts=3, dtype=torch.float32)
     recipe = tmp_path / "recipe.yml"
