@@ -56,7 +56,7 @@ OWN: Final[dict[str, dict[str, Any]]] = {
 and resm in float64."""
 
 REGIONS: Final = {
-    "form Δ": ("linalg.products:task_matrix", "methods.resm:_task_matrix"),
+    "form Δ": ("linalg.products:task_matrix", "spectral.task_matrices:task_vector"),
     "statistics": ("ops.delta_stats:delta_stats",),
     "decompose": (
         "linalg.decompose:decompose",
@@ -65,9 +65,9 @@ REGIONS: Final = {
         "linalg.randomized:randomized",
     ),
     "left bases": ("linalg.gram_fp32:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
-    "merged product": ("methods._spectral:orthogonalized_sum",),
+    "merged product": ("spectral.low_rank:orthogonalized_sum",),
     "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
-    "join": ("methods._spectral:join", "methods._spectral:averaged"),
+    "join": ("spectral.low_rank:join", "spectral.task_matrices:averaged"),
 }
 """Stages, and the functions whose insides they are."""
 LEAVES: Final = {

@@ -1,4 +1,4 @@
-"""The front door: merge tensors or state dictionaries in memory by any method."""
+"""Merging tensors and state dictionaries in memory, by any method."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.methods import get
-from resm_kernels.ops import NonFiniteError
+from resm_kernels.checks import NonFiniteError
+from resm_kernels.methods import Method, get
 
 
 def merge(
@@ -29,11 +29,12 @@ def merge(
         experts: θ_1 … θ_T of base's shape and device; bf16, fp16, fp32 or float64, mixed at will.
         method: A name from `resm_kernels.methods.names()`, such as resm, tsvm or ties.
         out_dtype: The result's dtype; base's by default.
-        name: The tensor's name, which methods that draw random numbers (DARE, DELLA) derive them from: tensors of one
-            model need names of their own. RESM averages what it names an embedding or an output head.
-        seed: Whole number that they are derived from as well; the same seed and name give the same result anywhere.
+        name: The tensor's name. Methods that draw random numbers (DARE, DELLA) derive them from it, so that tensors of
+            one model need different names; and RESM averages tensors whose name is that of an embedding or output head.
+        seed: A whole number from which random numbers are derived too. The same seed and name give the same result on
+            any device and with any number of threads.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
-            `lambda_`. Per-expert ones take one value for all or a sequence.
+            `lambda_`. Per-expert parameters take one value for all experts, or a sequence with one for each.
 
     Returns:
         The merged tensor. Arithmetic is fp32 or better, with one rounding to `out_dtype`.
@@ -62,13 +63,22 @@ def merge_state_dicts(
 ) -> dict[str, Tensor]:
     """Merge whole state dictionaries tensor by tensor; see `merge`.
 
-    Every dictionary must have the same names and shapes. Tensors that are not floating point (position ids, masks)
-    must agree in all of them and are copied. The result has the order of `base` (of the first expert without one).
+    All dictionaries must have the same names and shapes. Integer and boolean tensors (position ids, masks) are copied,
+    and must be equal in all dictionaries.
+
+    Args:
+        base: The base model; None for methods that average models.
+        experts: The fine-tuned models.
+        method, out_dtype, seed, parameters: As for `merge`.
+
+    Returns:
+        The merged tensors by name, in the order of `base`, or of the first expert if there is no base.
 
     Raises:
-        ValueError: As `merge`, with the tensor's name; also if names differ or a non-floating tensor disagrees.
+        ValueError, TypeError, NonFiniteError: As `merge`, with the tensor's name in front; a ValueError also if names
+            differ, or if an integer or boolean tensor is not the same in all dictionaries.
     """
-    chosen = get(method)
+    merge_method = get(method)
     if not experts:
         raise ValueError("experts: got none, need a sequence of one or more state dictionaries")
     models = ([("base", base)] if base is not None else []) + [(f"experts[{i}]", e) for i, e in enumerate(experts)]
@@ -80,30 +90,32 @@ def merge_state_dicts(
             raise ValueError(f"{name}: has a tensor {extra[0]!r} ({len(extra)} extra), which {first_name} has not")
     merged = {}
     for key, value in first.items():
-        own = [expert[key] for expert in experts]
         if value.is_floating_point():
-            merged[key] = _named(key, chosen, None if base is None else value, own, out_dtype, seed, parameters)
+            origin, tensors = None if base is None else value, [expert[key] for expert in experts]
+            merged[key] = _merge_named(key, merge_method, origin, tensors, out_dtype, seed, parameters)
             continue
         for name, model in models[1:]:
             if model[key].dtype != value.dtype or not torch.equal(model[key], value):
-                raise ValueError(f"{key}: {name} differs from {first_name}; tensors that are no numbers must agree")
+                raise ValueError(
+                    f"{key}: {name} differs from {first_name}; integer and boolean tensors are copied and must be equal"
+                )
         merged[key] = value.clone()
     return merged
 
 
-def _named(
-    key: str,
-    method: Any,
+def _merge_named(
+    name: str,
+    method: Method,
     base: Tensor | None,
     experts: list[Tensor],
-    out_dtype: Any,
+    out_dtype: torch.dtype | None,
     seed: int,
     parameters: dict[str, Any],
 ) -> Tensor:
-    """Merge one tensor; errors say which."""
+    """Merge one tensor; its name stands in front of errors."""
     try:
-        return method(base, experts, out_dtype=out_dtype, name=key, seed=seed, **parameters)
+        return method(base, experts, out_dtype=out_dtype, name=name, seed=seed, **parameters)
     except NonFiniteError as error:
-        raise NonFiniteError(f"{key}: {error.argument}", error.index, error.count) from error
+        raise NonFiniteError(f"{name}: {error.argument}", error.index, error.count) from error
     except (ValueError, TypeError) as error:
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{key}: {error}") from error
+        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error

@@ -1,4 +1,4 @@
-"""This library's methods inside mergekit: registered under their own names and, on request, behind its built-in ones.
+"""This library's methods inside mergekit, under their own names and, on request, in place of its built-in methods.
 
 mergekit plans, reads and writes; the arithmetic is this library's.
 """
@@ -22,47 +22,47 @@ FIRST_VERSION: Final = "0.1.5"
 
 
 def register(*, replace: bool = False) -> tuple[str, ...]:
-    """Make this library's merge methods known to mergekit, in this process.
+    """Make all merge methods of `resm_kernels.methods.names()`, installed plug-ins included, known to mergekit.
 
-    mergekit does not look for plug-ins: call this before it reads a recipe, or run
-    ``resm-kernels mergekit RECIPE OUT``. Results are rounded once, to the dtype that mergekit hands the tensors over in
+    mergekit itself does not look for plug-ins: call this in the same process before it reads a recipe, or run
+    ``resm-kernels mergekit RECIPE OUT``. Results are rounded once, to the dtype of the tensors that mergekit passes
     (a recipe's `dtype`, else the widest of the models').
 
     Args:
-        replace: Also run the methods that mergekit has itself on these kernels, with mergekit's parameters and
-            defaults. Not by default: in bf16 results differ by what mergekit's own bf16 arithmetic loses, in fp32 in
-            the last bits; DARE and DELLA draw other masks, from the seed that mergekit-yaml's --random-seed sets.
+        replace: True also runs mergekit's own methods on these kernels, with mergekit's parameters and defaults. It is
+            False by default because results change: in bf16 by what mergekit's own bf16 arithmetic loses, in fp32 in
+            the last bits; and DARE and DELLA draw other masks, from the seed that mergekit-yaml's --random-seed sets.
 
     Returns:
-        Names of the methods that run on this library's kernels. A second call changes nothing but what `replace` adds.
+        Names of the methods that run on this library's kernels. A second call only adds what `replace` adds.
 
     Raises:
         ImportError: mergekit is missing, or too old to have this interface.
         ValueError: Another plug-in has taken one of the names.
     """
     registry = _interface("merge_methods.registry")._METHODS
-    ours = []
+    registered = []
     for name in names():
-        method, known = get(name), registry.get(name)
-        if known is None:
+        method, present = get(name), registry.get(name)
+        if present is None:
             registry[name] = _plug_in(method, _spec(method))
-        elif not isinstance(implementation := getattr(known, "implementation", known), _Implementation):
+        elif not isinstance(implementation := getattr(present, "implementation", present), _Implementation):
             if not implementation.__module__.startswith("mergekit."):
                 raise ValueError(
                     f"{name}: another plug-in ({implementation.__module__}) has registered this name with mergekit"
                 )
             if not replace:
                 continue
-            registry[name] = _plug_in(method, known.spec)
-        ours.append(name)
-    return tuple(ours)
+            registry[name] = _plug_in(method, present.spec)
+        registered.append(name)
+    return tuple(registered)
 
 
 def run(arguments: Sequence[str], *, replace: bool = False) -> None:
     """Run mergekit-yaml with this library's methods registered.
 
     Args:
-        arguments: What mergekit-yaml takes: the recipe, the output folder, its options.
+        arguments: The arguments of mergekit-yaml: the recipe, the output folder, options.
         replace: As for `register`.
 
     Raises:
@@ -79,17 +79,16 @@ def _interface(module: str) -> Any:
         return importlib.import_module(f"mergekit.{module}")
     except ImportError as error:
         try:
-            found = f"version {importlib.metadata.version('mergekit')}"
+            installed = f"version {importlib.metadata.version('mergekit')}"
         except importlib.metadata.PackageNotFoundError:
-            found = "none"
-        raise ImportError(
-            f"mergekit: got {found}, need {FIRST_VERSION} or later (pip install 'mergekit>={FIRST_VERSION}'): {error}"
-        ) from error
+            installed = "none"
+        need = f"need {FIRST_VERSION} or later (pip install 'mergekit>={FIRST_VERSION}')"
+        raise ImportError(f"mergekit: got {installed}, {need}: {error}") from error
 
 
 @dataclass(frozen=True)
 class _Implementation:
-    """A method as mergekit calls it: the inputs of one output tensor, and its own names of the parameters."""
+    """A method as mergekit calls it, with the inputs of one output tensor and the parameters by their recipe keys."""
 
     method: Method
 
@@ -98,22 +97,22 @@ class _Implementation:
         experts = group.entries if base is None else group.non_base
         if not experts:
             return group.base.tensor.clone()
-        given = {}
+        arguments = {}
         for parameter in self.method.parameters:
             if parameter.name in parameters:
                 value = parameters.pop(parameter.name)
                 if value is not None or parameter.vocabulary is None:
-                    given[parameter.keyword] = value.values_for(experts) if parameter.per_expert else value
+                    arguments[parameter.keyword] = value.values_for(experts) if parameter.per_expert else value
         if unknown := sorted(parameters):
             raise TypeError(f"{self.method.name}: this mergekit has a parameter {unknown[0]!r} that is not known here")
-        # mergekit's own inputs may still record gradients, which no method here does.
+        # mergekit may pass tensors that record gradients, which methods here refuse.
         with torch.no_grad():
             return self.method(
                 None if base is None else base.tensor,
                 [e.tensor for e in experts],
                 name=group.metadata.name or "",
                 seed=torch.initial_seed(),
-                **given,
+                **arguments,
             )
 
 
@@ -124,13 +123,14 @@ def _plug_in(method: Method, spec: Any) -> Any:
 def _spec(method: Method) -> Any:
     kinds = _interface("merge_methods.base")
     policy = "REQUIRED" if method.needs_base else "OPTIONAL" if method.optional_base else "IGNORED"
-    least, most = method.min_experts, method.max_experts
     return kinds.MergeMethodSpec(
         name=method.name,
         pretty_name=method.title,
         reference_url=method.reference,
         parameters=tuple(_parameter_spec(p, method) for p in method.parameters),
-        contract=kinds.InputContract(base=kinds.BasePolicy[policy], min_non_base=least, max_non_base=most),
+        contract=kinds.InputContract(
+            base=kinds.BasePolicy[policy], min_non_base=method.min_experts, max_non_base=method.max_experts
+        ),
     )
 
 
@@ -142,9 +142,9 @@ def _parameter_spec(parameter: Parameter, method: Method) -> Any:
         scope = kinds.ParameterScope.NON_BASE if base_aware else kinds.ParameterScope.INPUT
     kind: Any = Literal[parameter.kind] if isinstance(parameter.kind, tuple) else parameter.kind
     if parameter.minimum is not None or parameter.maximum is not None:
-        # Checked when mergekit reads the recipe, before it reads models.
+        # mergekit then checks bounds when it reads the recipe, before it reads models.
         kind = Annotated[kind, Field(ge=parameter.minimum, le=parameter.maximum)]
-    # mergekit has one default for all tensors: None leaves those that depend on the tensor to the method.
+    # mergekit has one default for all tensors. None leaves a default that depends on the tensor to the method.
     default = parameter.default if parameter.vocabulary is None else None
     return kinds.ParameterSpec(
         name=parameter.name,

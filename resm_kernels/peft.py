@@ -1,11 +1,11 @@
-"""Drop-in twins of peft.utils.merge_utils: its arguments and definitions, no sort, arithmetic in fp32.
+"""Drop-in replacements of peft.utils.merge_utils: the same arguments and definitions, no sort, arithmetic in fp32.
 
     peft.tuners.lora.model.ties = resm_kernels.peft.ties  # add_weighted_adapter(combination_type="ties") then runs here
 
-Differences from peft 0.21: all of a task tensor's values that tie with the k-th largest are kept, where its top-k keeps
-an arbitrary part of them; random drops come from `ops.random_mask`, whose key is drawn from torch's default generator;
-arithmetic is fp32 with one rounding (float64 for float64 tensors), where peft's is the tensors' own. A density of 1 or
-more prunes nothing, in silence.
+Differences from peft 0.21: all values of a task tensor that tie with the k-th largest are kept, where peft's top-k
+keeps an arbitrary part of them; random drops come from `ops.random_mask`, whose key is drawn from torch's default
+generator; arithmetic is fp32 with one rounding (float64 for float64 tensors), where peft computes in the dtype of the
+tensors. A density of 1 or more keeps everything, without a warning.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.methods._blocks import merge_elements
+from resm_kernels.elementwise.blocks import merge_elements
 from resm_kernels.ops import aggregate, magnitude_threshold, random_mask
 
 SignMethod = Literal["total", "frequency"]
@@ -34,11 +34,11 @@ def task_arithmetic(task_tensors: Sequence[Tensor], weights: Tensor) -> Tensor:
 
 
 def magnitude_prune(task_tensors: Sequence[Tensor], weights: Tensor, density: float) -> Tensor:
-    """Σ_t w_t·trim(δ_t): of each task tensor the ⌊density·N⌋ largest magnitudes, and what ties with the last.
+    """Σ_t w_t·trim(δ_t): trim keeps the ⌊density·N⌋ largest magnitudes, and those that tie with the smallest of them.
 
     Args:
         task_tensors, weights: As for `task_arithmetic`.
-        density: Share of each task tensor kept, from 0.
+        density: Share of each task tensor that is kept, 0 or more.
     """
     return aggregate(None, task_tensors, weights, thresholds=_thresholds(task_tensors, density))
 
@@ -48,18 +48,19 @@ def ties(
 ) -> Tensor:
     """TIES (arXiv 2306.01708) as peft defines it: signs are elected before weighting, and counts divide.
 
-    Per element the mean of those w_t·trim(δ_t) whose trim(δ_t) has the elected sign; 0 where none has.
+    The result is, element by element, the mean of those w_t·trim(δ_t) for which trim(δ_t) has the elected sign; 0 where
+    none has it.
 
     Args:
         task_tensors, weights, density: As for `magnitude_prune`.
-        majority_sign_method: "total" elects the sign of Σ_t trim(δ_t), "frequency" that of Σ_t sign(trim(δ_t)); + for
-            0.
+        majority_sign_method: "total" elects the sign of Σ_t trim(δ_t), "frequency" that of Σ_t sign(trim(δ_t)). A sum
+            of 0 elects +.
     """
-    limits = _thresholds(task_tensors, density)
+    thresholds = _thresholds(task_tensors, density)
     pruned = list(task_tensors)
-    if limits is not None:
+    if thresholds is not None:
         pruned = [
-            aggregate(None, [d], [1.0], thresholds=[t]) for d, t in zip(task_tensors, limits.tolist(), strict=True)
+            aggregate(None, [d], [1.0], thresholds=[t]) for d, t in zip(task_tensors, thresholds.tolist(), strict=True)
         ]
     return _disjoint_merge(pruned, weights, majority_sign_method, task_tensors[0].dtype)
 
@@ -79,7 +80,7 @@ def dare_linear(task_tensors: Sequence[Tensor], weights: Tensor, density: float)
 def dare_ties(
     task_tensors: Sequence[Tensor], weights: Tensor, density: float, majority_sign_method: SignMethod = "total"
 ) -> Tensor:
-    """`ties` of the task tensors that DARE leaves, m_t∘δ_t/density.
+    """`ties` of the task tensors after DARE's random drop, m_t∘δ_t/density, of which none is trimmed.
 
     Args:
         task_tensors, weights, density: As for `dare_linear`.
@@ -88,7 +89,7 @@ def dare_ties(
     masks = _masks(task_tensors, density)
     pruned = list(task_tensors)
     if masks is not None:
-        # Not rounded to the tensors' own dtype in between.
+        # Kept in fp32 or float64, so that only the end result is rounded.
         wide = compute_dtype(*task_tensors)
         pruned = [
             aggregate(None, [d], [1.0 / density], masks=[m], out_dtype=wide)
@@ -129,8 +130,8 @@ def _disjoint_merge(pruned: Sequence[Tensor], weights: Tensor, method: SignMetho
         votes = signs.sum(0) if method == "frequency" else torch.stack(deltas).sum(0)
         agree = signs == torch.where(votes >= 0, 1.0, -1.0).to(votes.dtype)
         total = torch.zeros_like(deltas[0])
-        for own, weight, agrees in zip(deltas, factors, agree, strict=True):
-            total += torch.where(agrees, own * weight, 0.0)
+        for delta, weight, agrees in zip(deltas, factors, agree, strict=True):
+            total += torch.where(agrees, delta * weight, 0.0)
         return total / agree.sum(0).clamp(min=1)
 
     return merge_elements(merged, pruned[0], list(pruned), dtype)

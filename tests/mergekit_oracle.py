@@ -13,7 +13,7 @@ from inputs import generator
 from torch import Tensor
 
 from resm_kernels.masks import unpacked
-from resm_kernels.methods._registry import tensor_key
+from resm_kernels.methods import tensor_key
 from resm_kernels.ops import random_mask
 
 
@@ -28,32 +28,32 @@ def mergekit(method: str, base: Tensor, experts: Sequence[Tensor], **parameters:
 def mergekit_with_our_masks(
     method: str, base: Tensor, experts: Sequence[Tensor], epsilon: float = 0.0, **parameters: Any
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Its result where every draw gives our mask instead, these masks, and the probabilities it wanted drawn."""
+    """mergekit's result with our mask in place of every draw, these masks, and the probabilities that it asked for."""
     density = parameters["density"]
     drawn = random_mask(base, experts, density, epsilon, seed=tensor_key(0, ""))
     masks = [unpacked(mask, base.shape) for mask in drawn]
-    # It draws where density is below 1 alone, and DELLA's also where it is above 0.
-    left = [m for m, d in zip(masks, density, strict=True) if d < 1 and (d > 0 or not epsilon)]
-    wanted = []
+    # mergekit draws only where density is below 1, and for DELLA only where it is above 0 too.
+    remaining = [m for m, d in zip(masks, density, strict=True) if d < 1 and (d > 0 or not epsilon)]
+    requested = []
 
     def draw(probabilities: Tensor) -> Tensor:
-        wanted.append(probabilities.reshape(base.shape))
-        return left.pop(0).to(probabilities.dtype).reshape(probabilities.shape)
+        requested.append(probabilities.reshape(base.shape))
+        return remaining.pop(0).to(probabilities.dtype).reshape(probabilities.shape)
 
     if epsilon:
         parameters["epsilon"] = epsilon
     with mock.patch.object(torch, "bernoulli", draw):
         merged = mergekit(method, base, experts, **parameters)
-    assert not left
-    return merged, masks, wanted
+    assert not remaining
+    return merged, masks, requested
 
 
 def assert_agrees(
     found: Tensor, wanted: Tensor, base: Tensor, terms: Sequence[Tensor], parameters: dict[str, Any], elects: bool
 ) -> None:
-    """Equal without `rescale`; else within rounding, where the votes do not cancel.
+    """Assert equality without `rescale`; with it, agreement within rounding where the votes do not cancel.
 
-    mergekit's L1 norms are sums of N numbers in fp32, each factor off by up to N·2⁻²⁴ of itself; ours are not.
+    mergekit's L1 norms are sums of N numbers in fp32, so that each factor has a relative error of up to N·2⁻²⁴.
 
     Args:
         terms: w_t·r_t·δ_t in float64.

@@ -12,7 +12,7 @@ from inputs import experts_with_spectra, randn, relative, with_spectrum
 from spectral_contract import SHAPES, merged_delta
 from torch import Tensor
 
-from resm_kernels.methods.iso_cts import _sizes
+from resm_kernels.methods.iso_cts import subspace_sizes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -47,16 +47,16 @@ def test_vectors_are_averaged_as_in_fusion_bench() -> None:
     assert relative(merged_delta(base, experts, "iso_cts"), wanted) <= 1e-12
 
 
-def test_sizes_of_the_subspaces() -> None:
-    assert _sizes(40, 3, 0.8) == (31, 3)
-    assert _sizes(100, 3, 0.29) == (28, 24)  # ⌊0.29·100⌋ is 29 and not 28
-    assert _sizes(11, 4, 0.0) == (3, 2)  # rounding would make it 4·3 of 11
-    assert _sizes(2, 5, 0.0) == (2, 0)
-    assert _sizes(7, 2, 1.0) == (7, 0)
+def testsubspace_sizes_of_the_subspaces() -> None:
+    assert subspace_sizes(40, 3, 0.8) == (31, 3)
+    assert subspace_sizes(100, 3, 0.29) == (28, 24)  # ⌊0.29·100⌋ is 29 and not 28
+    assert subspace_sizes(11, 4, 0.0) == (3, 2)  # rounding would make it 4·3 of 11
+    assert subspace_sizes(2, 5, 0.0) == (2, 0)
+    assert subspace_sizes(7, 2, 1.0) == (7, 0)
     for r in range(1, 30):
         for n_experts in range(1, 9):
             for fraction in (0.0, 0.1, 0.5, 0.8, 1.0):
-                s, p = _sizes(r, n_experts, fraction)
+                s, p = subspace_sizes(r, n_experts, fraction)
                 assert s >= 0 and p >= 0 and s + n_experts * p == r
 
 

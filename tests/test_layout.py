@@ -27,6 +27,8 @@ LAYERS = [
     {"triton", "cuda"},
     {"ops"},
     {"_backends", "linalg"},
+    {"elementwise"},
+    {"spectral"},
     {"methods"},
     {"_merge", "mergekit", "peft"},
     {"recipe", "checkpoint"},

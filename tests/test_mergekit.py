@@ -1,4 +1,4 @@
-"""The plug-in: mergekit itself, with our methods registered, gives what we give."""
+"""The plug-in: mergekit with our methods registered gives the same tensors as `merge`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import resm_kernels
 from resm_kernels import methods
 from resm_kernels.mergekit import register
 
-registry = pytest.importorskip("mergekit.merge_methods.registry", reason="mergekit is what is plugged into")
+registry = pytest.importorskip("mergekit.merge_methods.registry", reason="needs mergekit")
 from mergekit.merge_methods import TensorGroup, merge_method, merge_tensors  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,7 +25,7 @@ BUILT_IN = {m.spec.name: m for m in registry.registered_methods()}
 
 
 @pytest.fixture(autouse=True)
-def own_registry() -> Iterator[None]:
+def mergekits_registry_restored() -> Iterator[None]:
     """mergekit's registry as it was, before and after each test."""
     before = dict(registry._METHODS)
     registry._METHODS.clear()

@@ -22,8 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from resm_kernels import merge
 from resm_kernels.linalg import polar_factors, products, projector, subspaces
 from resm_kernels.linalg.projector import project_dominant
-from resm_kernels.methods._spectral import join, orthogonalized_sum
 from resm_kernels.ops import NonFiniteError
+from resm_kernels.spectral.low_rank import join, orthogonalized_sum
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 polar_module = importlib.import_module("resm_kernels.linalg.polar")  # the package's attribute is the function

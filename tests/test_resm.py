@@ -24,7 +24,8 @@ from torch import Tensor
 
 from resm_kernels import NonFiniteError, merge
 from resm_kernels.methods import get
-from resm_kernels.methods.resm import RANK_RULES, LayerPlan, layer_plan, outlier_weights
+from resm_kernels.methods.resm import LayerPlan, layer_plan, outlier_weights
+from resm_kernels.spectral.ranks import RANK_RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

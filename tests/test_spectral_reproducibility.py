@@ -28,7 +28,7 @@ from resm_kernels.linalg import (
     truncated_svd,
 )
 from resm_kernels.linalg.products import frobenius_norm, gram, matmul
-from resm_kernels.methods._ranks import RANK_RULES
+from resm_kernels.spectral.ranks import RANK_RULES
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # every test makes its input on one thread
 

@@ -26,7 +26,11 @@ from resm_kernels.methods.resm import layer_plan
 
 HERE: Final = Path(__file__).resolve().parent
 ASKING: Final = tuple(HERE / name for name in ("words.py", "world.py", "evaluate.py", "sizes.py"))
-MERGING: Final = tuple(sorted((HERE.parents[1] / "resm_kernels" / "methods").glob("*.py")))
+MERGING: Final = tuple(
+    path
+    for package in ("methods", "elementwise", "spectral")
+    for path in sorted((HERE.parents[1] / "resm_kernels" / package).glob("*.py"))
+)
 """What scores depend on beside the models: the questions and their marking, and what methods and their defaults are."""
 Ask = Callable[[StateDict, Split], Mapping[str, float]]
 

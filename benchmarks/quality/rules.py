@@ -37,9 +37,10 @@ from torch import Tensor
 
 import resm_kernels
 from resm_kernels.linalg import Subspace, decompose_list
-from resm_kernels.methods._spectral import is_spectral
-from resm_kernels.methods.resm import RESM, layer_plan, outlier_weights
+from resm_kernels.methods import get
+from resm_kernels.methods.resm import layer_plan, outlier_weights
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
+from resm_kernels.spectral.task_matrices import is_spectral
 from resm_kernels.tensor_names import is_vocabulary
 
 StateDict = Mapping[str, Tensor]
@@ -108,7 +109,7 @@ def _of_decomposed(rule: Rule) -> Rule:
 
     def own(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
         count = len(experts)
-        spectral = {name: RESM.resolve(count, dict(given), name)["spectral"] for name in base}
+        spectral = {name: get("resm").resolve(count, dict(given), name)["spectral"] for name in base}
         kept = {name: start for name, start in base.items() if is_spectral(start, count, spectral[name])}
         return rule(kept, experts, method, given)
 
@@ -125,7 +126,7 @@ def _by_tails(find: Callable[[DeltaStats], Tensor]) -> Rule:
 
 
 def _statistics(base: StateDict, experts: Sequence[StateDict], name: str) -> DeltaStats:
-    return delta_stats(base[name], [expert[name] for expert in experts], kappa=RESM.parameter("kappa").default)
+    return delta_stats(base[name], [expert[name] for expert in experts], kappa=get("resm").parameter("kappa").default)
 
 
 def half_outliers(stats: DeltaStats) -> Tensor:

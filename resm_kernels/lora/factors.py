@@ -13,11 +13,11 @@ from resm_kernels.linalg import decompose_list, orthonormalize, polar, subspaces
 from resm_kernels.linalg.products import matmul
 from resm_kernels.linalg.threads import run
 from resm_kernels.methods import get
-from resm_kernels.methods._ranks import NEEDS_SPECTRUM, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.methods._spectral import LowRank, join, orthogonalized_sum
 from resm_kernels.methods.resm import outlier_weights
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.ops.delta_stats import delta_stats
+from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
+from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, ranks_of_spectra, ranks_of_statistics
 
 METHODS: Final = ("task_arithmetic", "tsvm", "resm", "iso_c")
 

@@ -1,217 +1,159 @@
-"""What a merge method is: a function on tensors plus the description that recipes, the CLI and plug-ins read.
-
-One `Method` per module of this package; `get` finds it by the name that recipes use.
-"""
+"""The registry of merge methods: this library's, those that a program registers, and those of installed packages."""
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
+from resm_kernels.methods._method import Method
+from resm_kernels.methods._signature import read_signature
 from resm_kernels.suggestions import did_you_mean
-from resm_kernels.tensor_names import is_vocabulary
 
-REQUIRED: Final = object()
-"""Default of a parameter that has none: leaving it out is an error."""
+F = TypeVar("F", bound=Callable[..., Tensor])
 
-_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+ENTRY_POINTS: Final = "resm_kernels.methods"
+"""The entry-point group in which installed packages name their methods: ``name = module``."""
+
+_methods: Final[dict[str, Method]] = {}
+_loaded: Final[set[tuple[str, str]]] = set()
+"""Names and values of the entry points that have been loaded."""
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One named choice of a merge method.
+def plain_workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bytes of a method in plain torch: two float64 tensors for each expert and four more."""
+    return (8 << 20) + 8 * (2 * n_experts + 4) * math.prod(shape)
 
-    Attributes:
-        name: The key that recipes use, in the field's (mergekit's) spelling.
-        kind: `float`, `int`, `bool`, or a tuple of allowed strings.
-        default: The value when it is left out; `REQUIRED` if it must be given. `None` means "decided by the method".
-        doc: One line for help texts and errors: meaning, unit, why this default.
-        per_expert: True if each expert has its own value.
-        minimum, maximum: Inclusive bounds of a number.
-        vocabulary: The value when it is left out for a tensor with a row for each token (embeddings, output heads),
-            where that is another one.
-        ignored: True if it is accepted, because recipes made for mergekit have it, and changes nothing.
+
+def merge_method(
+    *,
+    title: str,
+    reference: str,
+    name: str | None = None,
+    workspace: Callable[[tuple[int, ...], int], int] = plain_workspace,
+    min_experts: int = 1,
+    max_experts: int | None = None,
+    ignores_base: bool = False,
+) -> Callable[[F], F]:
+    """Register the decorated function as a merge method, and return the function unchanged.
+
+    The function is ``function(base, experts, *, …, out_dtype)`` and returns the merged tensor, in `out_dtype` or else
+    in base's dtype. Its signature says all about its parameters:
+
+    - ``base: Tensor`` needs a base; ``base: Tensor | None`` merges models where a recipe has none.
+    - ``steps: Annotated[int, Option("what it means", minimum=0)] = 300`` is the recipe's parameter ``steps``. Its type
+      is float, int, bool or a Literal of strings, or one of these or None with the default None. An argument without a
+      default must be in the recipe. ``lambda_`` is the recipe's ``lambda``.
+    - ``density: Annotated[list[float], Option(…)] = each(1.0)`` has one value for each expert, and arrives as a list.
+    - ``seed: int`` gets the key of this tensor's random numbers. A function that takes ``name`` too, to hand both on to
+      another method, gets the caller's seed instead.
+
+    Args:
+        title: The method's name in prose, such as "TIES".
+        reference: Where the method is defined, an address.
+        name: What recipes call it (`merge_method`); the function's name by default.
+        workspace: ``workspace(shape, n_experts)``, an upper bound in bytes of what a call allocates beyond its inputs
+            and its output. The default is enough for two float64 tensors for each expert and four more.
+        min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
+        ignores_base: True for a ``base: Tensor | None`` from which no differences are formed.
+
+    Raises:
+        TypeError: The signature is not one of a merge method.
+        ValueError: The name is taken.
+
+    Example:
+        >>> @merge_method(title="Half way", reference="https://example.org")
+        ... def half_way(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
+        ...     return torch.lerp(base, experts[0], 0.5).to(out_dtype or base.dtype)
     """
 
-    name: str
-    kind: type | tuple[str, ...]
-    default: Any
-    doc: str
-    per_expert: bool = False
-    minimum: float | None = None
-    maximum: float | None = None
-    vocabulary: Any = None
-    ignored: bool = False
-
-    @property
-    def keyword(self) -> str:
-        """The parameter's name as a Python keyword argument (`lambda` is a reserved word: `lambda_`)."""
-        return "lambda_" if self.name == "lambda" else self.name
-
-    def default_for(self, tensor: str) -> Any:
-        """The value when it is left out for the tensor of that name."""
-        return self.vocabulary if self.vocabulary is not None and is_vocabulary(tensor) else self.default
-
-    def validate(self, value: Any) -> Any:
-        """Return `value` converted to the parameter's kind, or raise a ValueError that names parameter and need."""
-        if value is None and self.default is None:
-            return None
-        if isinstance(self.kind, tuple):
-            return self._validate_choice(value, self.kind)
-        if self.kind is bool:
-            return self._validate_bool(value)
-        return self._validate_number(value)
-
-    def _validate_choice(self, value: Any, choices: tuple[str, ...]) -> str:
-        if value in choices:
-            return str(value)
-        raise ValueError(f"{self.name}: got {value!r}, need one of {', '.join(choices)}{did_you_mean(value, choices)}")
-
-    def _validate_bool(self, value: Any) -> bool:
-        if isinstance(value, bool):
-            return value
-        if isinstance(value, (int, float)) and value in (0, 1):
-            return bool(value)
-        if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
-            return value.lower() in _TRUE
-        raise ValueError(f"{self.name}: got {value!r}, need true or false")
-
-    def _validate_number(self, value: Any) -> float | int:
-        wanted = "a whole number" if self.kind is int else "a number"
-        try:
-            # YAML 1.1 reads 1e-3 as a string; mergekit's recipes rely on it being a number.
-            number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.name}: got {value!r}, need {wanted}{self._bounds()}") from None
-        below = self.minimum is not None and number < self.minimum
-        above = self.maximum is not None and number > self.maximum
-        fractional = self.kind is int and not number.is_integer()
-        if isinstance(value, bool) or not math.isfinite(number) or below or above or fractional:
-            raise ValueError(f"{self.name}: got {value!r}, need {wanted}{self._bounds()}")
-        return int(number) if self.kind is int else number
-
-    def _bounds(self) -> str:
-        if self.minimum is not None and self.maximum is not None:
-            return f" from {self.minimum:g} to {self.maximum:g}"
-        if self.minimum is not None:
-            return f" of at least {self.minimum:g}"
-        return f" of at most {self.maximum:g}" if self.maximum is not None else ""
-
-
-@dataclass(frozen=True)
-class Method:
-    """A merge method: call it like its function, `method(base, experts, **parameters)`.
-
-    Attributes:
-        name: The name that recipes use (`merge_method`).
-        title: The method's name in prose.
-        reference: Where it is defined.
-        needs_base: False if it averages models rather than task vectors; then `base` may be None.
-        optional_base: True if it merges task vectors where there is a base, and models where there is none.
-        min_experts, max_experts: How many experts it merges, the base not counted; None: any number.
-        parameters: Every choice, each a keyword argument of the call.
-        function: `function(base, experts, *, out_dtype, **parameters)`; per-expert parameters arrive as lists.
-        workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
-            inputs and its output.
-        draws: True if it draws random numbers; then `function` takes `seed`, the 64-bit key to draw with.
-        wraps: True if it calls another method; then `function` takes the call's own `name` and `seed` to hand on.
-    """
-
-    name: str
-    title: str
-    reference: str
-    needs_base: bool
-    parameters: tuple[Parameter, ...]
-    function: Callable[..., Tensor]
-    workspace: Callable[[tuple[int, ...], int], int]
-    optional_base: bool = False
-    min_experts: int = 1
-    max_experts: int | None = None
-    draws: bool = False
-    wraps: bool = False
-
-    def check_count(self, n_experts: int) -> None:
-        """Raise a ValueError unless the method merges that many experts."""
-        least, most = self.min_experts, self.max_experts
-        if n_experts < least or (most is not None and n_experts > most):
-            needed = f"at least {least}" if most is None else str(least) if least == most else f"{least} to {most}"
-            beside = " beside the base" if self.needs_base else ""
-            raise ValueError(f"got {n_experts}, but {self.name} merges {needed}{beside}")
-
-    def parameter(self, name: str) -> Parameter:
-        """Return the parameter of that recipe key, or raise a ValueError that names the nearest one."""
-        for parameter in self.parameters:
-            if parameter.name == name:
-                return parameter
-        known = tuple(p.name for p in self.parameters)
-        raise ValueError(
-            f"{self.name} has no parameter {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
-        )
-
-    def resolve(self, n_experts: int, given: dict[str, Any], name: str = "") -> dict[str, Any]:
-        """Check `given` (by keyword), fill in defaults, and spread per-expert scalars over the experts.
-
-        What is ignored is checked and left out. `name` is the tensor's, on which defaults may depend.
-        """
-        by_keyword = {p.keyword: p for p in self.parameters}
-        for keyword in given:
-            if keyword not in by_keyword:
-                self.parameter(keyword)  # raises, naming the nearest
-                raise TypeError(f"{self.name}: pass {keyword!r} as {self.parameter(keyword).keyword!r}")
-        values = {k: _resolve_one(p, given.get(k, p.default_for(name)), n_experts) for k, p in by_keyword.items()}
-        return {k: value for k, value in values.items() if not by_keyword[k].ignored}
-
-    def __call__(
-        self,
-        base: Tensor | None,
-        experts: Sequence[Tensor],
-        *,
-        out_dtype: Any = None,
-        name: str = "",
-        seed: int = 0,
-        **given: Any,
-    ) -> Tensor:
-        """Merge one tensor; on `name` some defaults depend, and with `seed` random numbers."""
-        if isinstance(experts, Tensor) or len(experts) == 0:
-            raise ValueError(
-                f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
-                "one or more tensors"
+    def decorate(function: F) -> F:
+        signature = read_signature(function)
+        method_name = name or str(getattr(function, "__name__", ""))
+        if not method_name:
+            raise TypeError("merge_method: name: missing; a functools.partial has no name of its own")
+        wraps = "name" in signature.handed_over
+        register(
+            Method(
+                name=method_name,
+                title=title,
+                reference=reference,
+                needs_base=signature.needs_base,
+                parameters=signature.parameters,
+                function=function,
+                workspace=workspace,
+                optional_base=not signature.needs_base and not ignores_base,
+                min_experts=min_experts,
+                max_experts=max_experts,
+                draws="seed" in signature.handed_over and not wraps,
+                wraps=wraps,
             )
+        )
+        return function
+
+    return decorate
+
+
+def register(method: Method) -> None:
+    """Make a method known under its name: to `merge`, to recipes, and to the mergekit plug-in.
+
+    Raises:
+        ValueError: Another method has this name. A method that is defined again, as in a notebook, replaces itself.
+    """
+    known = _methods.get(method.name)
+    if known is not None and _origin(known) != _origin(method):
+        raise ValueError(
+            f"merge method {method.name!r}: got two, one from {_origin(known)} and one from {_origin(method)}; need "
+            "different names"
+        )
+    _methods[method.name] = method
+
+
+def get(name: str) -> Method:
+    """Return the method that recipes call `name`, or raise a ValueError that names the nearest one."""
+    if name not in _methods:
+        _load_entry_points(name)
+    if name not in _methods:
+        known = names()
+        raise ValueError(f"unknown merge method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+    return _methods[name]
+
+
+def names() -> tuple[str, ...]:
+    """Names of all merge methods, in alphabetical order; those of installed packages are loaded for it."""
+    _load_entry_points()
+    return tuple(sorted(_methods))
+
+
+def registered() -> tuple[Method, ...]:
+    """The methods that have been registered so far, by name in alphabetical order."""
+    return tuple(_methods[name] for name in sorted(_methods))
+
+
+def _origin(method: Method) -> str:
+    function: Any = getattr(method.function, "func", method.function)  # of a functools.partial
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _load_entry_points(name: str | None = None) -> None:
+    """Import the modules that installed packages name in the entry-point group, or only that of one method.
+
+    Raises:
+        ValueError: An entry point cannot be imported, registers no method of its name, or one whose name is taken.
+    """
+    from importlib.metadata import entry_points  # takes longer to import than most callers need
+
+    for point in entry_points(group=ENTRY_POINTS):
+        if (point.name, point.value) in _loaded or name not in (None, point.name):
+            continue
+        package = "" if point.dist is None else f" of {point.dist.name} {point.dist.version}"
+        plug_in = f"the plug-in {point.name!r}{package} (entry point {point.value!r} in {ENTRY_POINTS})"
         try:
-            self.check_count(len(experts))
-        except ValueError as error:
-            raise ValueError(f"experts: {error}") from None
-        if self.needs_base and base is None:
-            raise ValueError(f"base: got None, but {self.name} merges task vectors and needs the base tensor")
-        parameters = self.resolve(len(experts), given, name)
-        if self.draws:
-            parameters["seed"] = tensor_key(seed, name)
-        if self.wraps:
-            parameters |= {"name": name, "seed": seed}
-        return self.function(base, list(experts), out_dtype=out_dtype, **parameters)
-
-
-def tensor_key(seed: int, name: str) -> int:
-    """A 63-bit key of one tensor's random numbers, unrelated to those of other seeds and other names."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed: got {seed!r}, need a whole number")
-    return int.from_bytes(hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest(), "little") >> 1
-
-
-def _resolve_one(parameter: Parameter, value: Any, n_experts: int) -> Any:
-    if value is REQUIRED:
-        raise ValueError(f"{parameter.name}: missing; {parameter.doc}")
-    if not parameter.per_expert:
-        return parameter.validate(value)
-    if isinstance(value, Tensor):
-        value = value.tolist()
-    if not isinstance(value, (list, tuple)):
-        return [parameter.validate(value)] * n_experts
-    if len(value) != n_experts:
-        raise ValueError(f"{parameter.name}: got {len(value)} values, need one for each of the {n_experts} experts")
-    return [parameter.validate(v) for v in value]
+            point.load()
+        except Exception as error:
+            raise ValueError(f"{plug_in} could not be loaded: {type(error).__name__}: {error}") from error
+        if point.name not in _methods:
+            raise ValueError(f"{plug_in} registers no merge method of that name")
+        _loaded.add((point.name, point.value))

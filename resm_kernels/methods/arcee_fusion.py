@@ -1,4 +1,4 @@
-"""Arcee Fusion: take over the weights whose change matters most, by a threshold of the changes' own (mergekit)."""
+"""Arcee Fusion: adopt the expert's weights where the change is most important (mergekit)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,32 @@ from torch import Tensor
 
 from resm_kernels.checks import raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.methods._blocks import blocks_workspace, map_rows, merge_elements
-from resm_kernels.methods._registry import Method
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.blocks import blocks_workspace, map_rows, merge_elements
+from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.methods._registry import merge_method
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 _FLOOR = 1e-8
-"""Added to probabilities, so that their ratios are finite: mergekit's."""
+"""Added to probabilities so that their ratios are finite, as in mergekit."""
 
 
-def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Importances, the zeros they are compared with, the selection's candidates; measured peaks lie 18 % below."""
+    return blocks_workspace(shape, n_experts + 4) + 10 * math.prod(shape)
+
+
+@merge_method(
+    title="Arcee Fusion",
+    reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#arcee-fusion-arcee_fusion",
+    workspace=_workspace,
+    max_experts=1,
+)
+def arcee_fusion(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """θ = θ_1 where the change's importance is at least its median + 1.5·(upper − lower quartile), else θ₀.
 
     The importance of a weight is |θ_1 − θ₀| times KL(p‖q) of its row, p and q the softmax of the row (the last
@@ -28,20 +44,20 @@ def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype 
     Divergences are float64: neighbouring distributions differ by less than fp32 resolves, so that mergekit's
     fp32 has a noise of 1e-9 in numbers of that size; its float64 agrees with ours.
 
-    Read three times, by plain torch in blocks; importances are kept in fp32 (float64 if an input is). Weights are taken
-    over unchanged and rounded once. Deterministic: the same bits for any number of threads.
+    The inputs are read three times, by plain torch in blocks; importances are stored in fp32 (float64 if an input is).
+    Weights are copied and rounded once. Deterministic: the same bits for any number of threads.
 
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     wide = compute_dtype(base, *experts)
 
-    def of(rows: list[Tensor]) -> Tensor:
-        origin, own = (t.to(wide) for t in rows)
-        return ((own - origin).abs() * _divergence(own, origin)).to(wide)
+    def importances(rows: list[Tensor]) -> Tensor:
+        base_rows, expert_rows = (t.to(wide) for t in rows)
+        return ((expert_rows - base_rows).abs() * _divergence(expert_rows, base_rows)).to(wide)
 
-    importance = map_rows(of, [base, *experts], wide)
+    importance = map_rows(importances, [base, *experts], wide)
     if base.numel() == 0:
         return torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
     if not bool(torch.isfinite(importance).all()):
@@ -49,7 +65,7 @@ def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype 
         raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
     threshold = _threshold(importance)
     return merge_elements(
-        lambda origin, own: torch.where(own[1].double() >= threshold, own[0], origin),
+        lambda theta, others: torch.where(others[1].double() >= threshold, others[0], theta),
         base,
         experts,
         out_dtype,
@@ -57,32 +73,15 @@ def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype 
     )
 
 
-def _divergence(own: Tensor, origin: Tensor) -> Tensor:
-    """KL(p‖q) of the rows' softmax, (rows, 1) float64."""
-    p, q = (torch.softmax(t.double(), dim=-1).add_(_FLOOR) for t in (own, origin))
+def _divergence(expert: Tensor, base: Tensor) -> Tensor:
+    """KL(p‖q) with p and q the softmax of each row of expert and base, (rows, 1) float64."""
+    p, q = (torch.softmax(t.double(), dim=-1).add_(_FLOOR) for t in (expert, base))
     return (p * torch.log(p / q)).sum(-1, keepdim=True).clamp(min=0)
 
 
 def _threshold(importance: Tensor) -> float:
     n = importance.numel()
     quantiles = [n - math.floor(q * (n - 1)) for q in (0.75, 0.5, 0.25)]
-    nothing = torch.zeros(importance.shape, dtype=torch.bfloat16, device=importance.device)
-    upper, median, lower = magnitude_threshold(nothing, [importance] * 3, quantiles).tolist()
+    zeros = torch.zeros(importance.shape, dtype=torch.bfloat16, device=importance.device)
+    upper, median, lower = magnitude_threshold(zeros, [importance] * 3, quantiles).tolist()
     return float(median + 1.5 * (upper - lower))
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Importances, the zeros they are compared with, the selection's candidates; measured peaks lie 18 % below."""
-    return blocks_workspace(shape, n_experts + 4) + 10 * math.prod(shape)
-
-
-ARCEE_FUSION = Method(
-    name="arcee_fusion",
-    title="Arcee Fusion",
-    reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#arcee-fusion-arcee_fusion",
-    needs_base=True,
-    parameters=(),
-    function=arcee_fusion,
-    workspace=_workspace,
-    max_experts=1,
-)

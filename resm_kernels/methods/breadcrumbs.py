@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: leave the largest and the smallest changes out (Davari, Belilovsky, arXiv 2312.06795)."""
+"""Model Breadcrumbs: drop the largest and the smallest changes (Davari, Belilovsky, arXiv 2312.06795)."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import (
-    DENSITY,
-    GAMMA,
-    INT8_MASK,
-    merge_kept,
-    normalize_parameter,
-    rescale_parameter,
-)
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.sparsify import merge_kept
+from resm_kernels.methods._aliases import Density, Gamma, Int8Mask, Lambda, Normalize, Rescale, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 
@@ -26,26 +21,27 @@ def breadcrumbs(
     experts: list[Tensor],
     *,
     rule: str,
-    weight: list[float],
-    density: list[float],
-    gamma: list[float],
-    normalize: bool,
-    rescale: bool,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Density = each(1.0),
+    gamma: Gamma = each(0.01),
+    normalize: Normalize = False,
+    rescale: Rescale = False,
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = θ₀ + λ·rule(w_t·δ_t), where δ_t is Δ_t between two of its own magnitudes and 0 elsewhere.
+    """θ = θ₀ + λ·rule(w_t·δ_t), where δ_t is Δ_t for magnitudes between two bounds, and 0 elsewhere.
 
-    Of the N magnitudes of Δ_t in descending order the ⌊gamma·N⌋ first are left out, and of the others the ⌊density·N⌋
-    first are kept; fewer are left out at the top where gamma + density > 1. The paper's β, the share left out at the
-    bottom, is 1 − density − gamma. What ties with the first or the last that is kept is kept too: a rule that depends
-    on no order of elements, where mergekit's sort keeps an arbitrary part of the ties. density ≥ 1 leaves nothing out,
-    whatever gamma.
+    Of the N magnitudes of Δ_t in descending order the first ⌊gamma·N⌋ are dropped, and of the others the first
+    ⌊density·N⌋ are kept; fewer are dropped at the top if gamma + density > 1. The paper's β, the share that is dropped
+    at the bottom, is 1 − density − gamma. Elements that tie with the largest or the smallest kept magnitude are kept
+    too, so that the order of the elements does not matter; mergekit's sort keeps an arbitrary part of the ties.
+    density ≥ 1 drops nothing, whatever gamma is.
     """
     return merge_kept(
         base,
         experts,
-        _kept_between(base, experts, density, gamma),
+        _selection(base, experts, density, gamma),
         rule=rule,
         weight=weight,
         normalize=normalize,
@@ -55,18 +51,18 @@ def breadcrumbs(
     )
 
 
-def _kept_between(base: Tensor, experts: list[Tensor], density: list[float], gamma: list[float]) -> dict[str, Any]:
+def _selection(base: Tensor, experts: list[Tensor], density: list[float], gamma: list[float]) -> dict[str, Any]:
     if all(d >= 1 for d in density):
         return {}
     ranks = [k for d, g in zip(density, gamma, strict=True) for k in kept_ranks(d, g, experts[0].numel())]
-    twice = [expert for expert in experts for _ in range(2)]
+    repeated = [expert for expert in experts for _ in range(2)]
     # Finiteness is checked by aggregate, which reads the same values.
-    found = magnitude_threshold(base, twice, ranks, check_finite=False)
-    return {"thresholds": found[0::2], "upper_thresholds": found[1::2]}
+    thresholds = magnitude_threshold(base, repeated, ranks, check_finite=False)
+    return {"thresholds": thresholds[0::2], "upper_thresholds": thresholds[1::2]}
 
 
 def kept_ranks(density: float, gamma: float, numel: int) -> tuple[int, int]:
-    """Ranks, from the largest magnitude, of the smallest and of the largest that is kept; 0 for no such."""
+    """Ranks of the smallest and of the largest kept magnitude, counted from the largest of all; 0 for no bound."""
     if density >= 1:
         return numel, 0
     kept = int(density * numel)
@@ -74,24 +70,9 @@ def kept_ranks(density: float, gamma: float, numel: int) -> tuple[int, int]:
     return (numel - below, numel - below - kept + 1) if kept else (0, 0)
 
 
-def breadcrumbs_parameters() -> tuple[Parameter, ...]:
-    return (
-        WEIGHT,
-        DENSITY,
-        GAMMA,
-        normalize_parameter(False),
-        rescale_parameter(False),
-        LAMBDA,
-        INT8_MASK,
-    )
-
-
-BREADCRUMBS = Method(
+merge_method(
     name="breadcrumbs",
     title="Model Breadcrumbs",
     reference="https://arxiv.org/abs/2312.06795",
-    needs_base=True,
-    parameters=breadcrumbs_parameters(),
-    function=functools.partial(breadcrumbs, rule="sum"),
     workspace=elementwise_workspace,
-)
+)(functools.partial(breadcrumbs, rule="sum"))

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from resm_kernels.methods._common import elementwise_workspace
-from resm_kernels.methods._registry import Method
-from resm_kernels.methods.breadcrumbs import breadcrumbs, breadcrumbs_parameters
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods.breadcrumbs import breadcrumbs
 
-BREADCRUMBS_TIES = Method(
+merge_method(
     name="breadcrumbs_ties",
     title="Model Breadcrumbs with TIES",
     reference="https://arxiv.org/abs/2312.06795",
-    needs_base=True,
-    parameters=breadcrumbs_parameters(),
-    function=functools.partial(breadcrumbs, rule="ties"),
     workspace=elementwise_workspace,
-)
+)(functools.partial(breadcrumbs, rule="ties"))

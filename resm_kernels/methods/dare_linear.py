@@ -7,18 +7,10 @@ import functools
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import (
-    DENSITY,
-    INT8_MASK,
-    RESCALE_BY,
-    kept_at_random,
-    masked_workspace,
-    merge_kept,
-    normalize_parameter,
-    rescale_parameter,
-)
+from resm_kernels.elementwise.sparsify import masked_workspace, merge_kept, random_selection
+from resm_kernels.methods._aliases import Density, Int8Mask, Lambda, Normalize, Rescale, RescaleBy, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 
 
 def dare(
@@ -26,29 +18,31 @@ def dare(
     experts: list[Tensor],
     *,
     rule: str,
-    weight: list[float],
-    density: list[float],
-    normalize: bool,
-    rescale: bool,
-    rescale_by: str,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Density = each(1.0),
+    normalize: Normalize = False,
+    rescale: Rescale = True,
+    rescale_by: RescaleBy = "l1",
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     seed: int,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·rule(w_t·r_t·m_t∘Δ_t), m_t ~ Bernoulli(density_t) for each element of each expert.
 
-    r_t = Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", mergekit's; 1/density_t by "probability", the paper's 1/(1 − p) and
-    peft's; 1 without `rescale`. The two differ by the chance of one draw: about 1/√(density·N) of r_t. `seed` is the
-    key of `resm_kernels.ops.random_mask`, so that no order, device or number of threads changes what is dropped.
+    With `rescale`, r_t is Σ|Δ_t|/Σ|m_t∘Δ_t| for `rescale_by` "l1", as in mergekit, and 1/density_t for "probability",
+    which is the paper's 1/(1 − p) and peft's. The two differ by chance, by about 1/√(density·N) of r_t. Without
+    `rescale` r_t is 1. `seed` is the key of `resm_kernels.ops.random_mask`, so that the same elements are dropped
+    whatever the order of the experts' tensors, the device or the number of threads.
     """
-    kept = kept_at_random(base, experts, density, 0.0, seed)
+    selection = random_selection(base, experts, density, 0.0, seed)
     factors: bool | list[float] = rescale
     if rescale and rescale_by == "probability":
         factors = [1 / d if d > 0 else 1.0 for d in density]
     return merge_kept(
         base,
         experts,
-        kept,
+        selection,
         rule=rule,
         weight=weight,
         normalize=normalize,
@@ -58,25 +52,9 @@ def dare(
     )
 
 
-def dare_parameters(normalize: bool) -> tuple[Parameter, ...]:
-    return (
-        WEIGHT,
-        DENSITY,
-        normalize_parameter(normalize),
-        rescale_parameter(True),
-        RESCALE_BY,
-        LAMBDA,
-        INT8_MASK,
-    )
-
-
-DARE_LINEAR = Method(
+merge_method(
     name="dare_linear",
     title="Linear DARE",
     reference="https://arxiv.org/abs/2311.03099",
-    needs_base=True,
-    parameters=dare_parameters(normalize=False),
-    function=functools.partial(dare, rule="sum"),
     workspace=masked_workspace,
-    draws=True,
-)
+)(functools.partial(dare, rule="sum"))

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import functools
 
-from resm_kernels.methods._registry import Method
-from resm_kernels.methods._sparsify import masked_workspace
-from resm_kernels.methods.dare_linear import dare, dare_parameters
+from resm_kernels.elementwise.sparsify import masked_workspace
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods.dare_linear import dare
 
-DARE_TIES = Method(
+merge_method(
     name="dare_ties",
     title="DARE TIES",
     reference="https://arxiv.org/abs/2311.03099",
-    needs_base=True,
-    parameters=dare_parameters(normalize=False),
-    function=functools.partial(dare, rule="ties"),
     workspace=masked_workspace,
-    draws=True,
-)
+)(functools.partial(dare, rule="ties"))

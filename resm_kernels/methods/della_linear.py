@@ -4,34 +4,25 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from resm_kernels.checks import raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.elementwise.sparsify import can_normalize, masked_workspace, merge_kept, random_selection
 from resm_kernels.masks import unpacked
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import (
-    DENSITY,
-    EPSILON,
-    INT8_MASK,
-    RESCALE_BY,
-    divides,
-    kept_at_random,
-    masked_workspace,
-    merge_kept,
-    normalize_parameter,
-    rescale_parameter,
-)
-from resm_kernels.methods._spectral import join
+from resm_kernels.methods._aliases import Density, Epsilon, Int8Mask, Lambda, Normalize, Rescale, RescaleBy, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.random_mask import random_mask
 from resm_kernels.reference.random_mask import FRACTION, doubled_ranks, probability_law, row_length
+from resm_kernels.spectral.low_rank import join
 
-RANKED_AT_ONCE = 1 << 20
-"""Elements whose task vectors lie in memory at a time, where each is divided by its own probability."""
+RANKED_AT_ONCE: Final = 1 << 20
+"""Elements of a tensor whose task vectors are formed at a time, if each is divided by its probability."""
 
 
 def della(
@@ -39,24 +30,25 @@ def della(
     experts: list[Tensor],
     *,
     rule: str,
-    weight: list[float],
-    density: list[float],
-    epsilon: list[float],
-    normalize: bool,
-    rescale: bool,
-    rescale_by: str,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Density = each(1.0),
+    epsilon: Epsilon = each(0.15),
+    normalize: Normalize = False,
+    rescale: Rescale = True,
+    rescale_by: RescaleBy = "l1",
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     seed: int,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·rule(w_t·r_t·m_t∘Δ_t), where m_t keeps an element with probability density_t ± epsilon_t by its rank.
 
     The probability rises from density − ε for a row's smallest |δ| to density + ε for its largest, evenly over the
-    ranks (`resm_kernels.ops.random_mask`, which also says what ties and rows are); density ≥ 1 keeps all. r_t =
-    Σ|Δ_t|/Σ|m_t∘Δ_t| with `rescale` by "l1", as in mergekit. By "probability", the paper's 1/(1 − p) and the authors'
-    code, each element is divided by its own probability of being kept, which leaves its expectation as it was; that
-    takes ranks by sorting, in groups of rows whose task vectors are formed in memory, and about as long as mergekit.
-    Without `rescale` r_t = 1.
+    ranks (`resm_kernels.ops.random_mask` defines rows, and how ties are ranked); density ≥ 1 keeps all elements.
+    With `rescale`, r_t is Σ|Δ_t|/Σ|m_t∘Δ_t| for `rescale_by` "l1", as in mergekit. For "probability", the paper's
+    1/(1 − p) and the authors' code, each element is divided by its probability of being kept, which leaves its
+    expectation unchanged; this sorts groups of rows whose task vectors are in memory, and takes about as long as
+    mergekit. Without `rescale` r_t is 1.
 
     Raises:
         ValueError: density ± epsilon is not between 0 and 1 where density is.
@@ -69,7 +61,7 @@ def della(
     return merge_kept(
         base,
         experts,
-        kept_at_random(base, experts, density, epsilon, seed),
+        random_selection(base, experts, density, epsilon, seed),
         rule=rule,
         weight=weight,
         normalize=normalize,
@@ -91,52 +83,35 @@ def _merge_by_probability(
     lambda_: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    raise_nonfinite(base, experts)  # aggregate is to see what is kept alone
+    raise_nonfinite(base, experts)  # aggregate sees only the elements that are kept
     columns, dtype = row_length(base), compute_dtype(base, *experts)
     laws = [probability_law(d, e, columns) for d, e in zip(density, epsilon, strict=True)]
-    origin, *own = (tensor.reshape(-1, columns) for tensor in (base, *experts))
-    merged = torch.empty(origin.shape, dtype=out_dtype, device=base.device)
+    base_rows, *expert_rows = (tensor.reshape(-1, columns) for tensor in (base, *experts))
+    merged = torch.empty(base_rows.shape, dtype=out_dtype, device=base.device)
     rows = max(1, RANKED_AT_ONCE // columns // 8) * 8  # masks of eight rows are whole bytes
-    for start in range(0, origin.shape[0], rows):
-        here, *there = (tensor[start : start + rows] for tensor in (origin, *own))
+    for start in range(0, base_rows.shape[0], rows):
+        base_block, *expert_blocks = (tensor[start : start + rows] for tensor in (base_rows, *expert_rows))
         deltas = []
-        for t, expert in enumerate(there):
+        for t, expert in enumerate(expert_blocks):
             lowest, step = laws[t]
-            probability = (lowest + step * doubled_ranks(here, there, t)).double() / 2.0**FRACTION
-            kept = unpacked(masks[t][start * columns // 8 :], here.shape)
-            delta = (expert.to(dtype) - here.to(dtype)) / probability.to(dtype)
-            deltas.append(torch.where(kept, delta, 0.0))
-        change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and divides(rule, weight))
-        merged[start : start + rows] = join(here, change, lambda_, out_dtype)
+            probability = (lowest + step * doubled_ranks(base_block, expert_blocks, t)).double() / 2.0**FRACTION
+            mask = unpacked(masks[t][start * columns // 8 :], base_block.shape)
+            delta = (expert.to(dtype) - base_block.to(dtype)) / probability.to(dtype)
+            deltas.append(torch.where(mask, delta, 0.0))
+        change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and can_normalize(rule, weight))
+        merged[start : start + rows] = join(base_block, change, lambda_, out_dtype)
     return merged.reshape(base.shape)
 
 
 def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """That of masked methods, and of ranking rows: sorted ones, eight at least, with task vectors and mask as bytes."""
-    at_once = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
-    return masked_workspace(shape, n_experts) + min(at_once, math.prod(shape)) * (64 + 8 * n_experts)
+    """Bytes of masked methods, and of at least eight sorted rows with their task vectors and unpacked masks."""
+    elements = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
+    return masked_workspace(shape, n_experts) + min(elements, math.prod(shape)) * (64 + 8 * n_experts)
 
 
-def della_parameters(normalize: bool) -> tuple[Parameter, ...]:
-    return (
-        WEIGHT,
-        DENSITY,
-        EPSILON,
-        normalize_parameter(normalize),
-        rescale_parameter(True),
-        RESCALE_BY,
-        LAMBDA,
-        INT8_MASK,
-    )
-
-
-DELLA_LINEAR = Method(
+merge_method(
     name="della_linear",
     title="Linear DELLA",
     reference="https://arxiv.org/abs/2406.11617",
-    needs_base=True,
-    parameters=della_parameters(normalize=False),
-    function=functools.partial(della, rule="sum"),
     workspace=ranked_workspace,
-    draws=True,
-)
+)(functools.partial(della, rule="sum"))

@@ -2,49 +2,66 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import decompose
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.linalg.products import eigen_list, gram, matmul
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import check, delta
-from resm_kernels.methods.ties import TIES, ties
+from resm_kernels.methods._aliases import Lambda, NormalizeAgreeing, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
+from resm_kernels.methods.ties import ties
 from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.spectral.low_rank import LowRank, join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bytes of the eigenproblem of the shared rows' Gram matrix, and of the coordinates of all experts.
+
+    This is for float64 inputs, whose coordinates take twice as much (measured peaks lie at least 15 % below).
+    """
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    return (24 << 20) + 48 * min(m, n * n_experts) ** 2 + (12 * n_experts + 32) * m * n
+
+
+@merge_method(title="KnOTS", reference="https://arxiv.org/abs/2410.19735", workspace=_workspace)
 def knots(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    inner: str,
-    density: list[float],
-    normalize: bool,
-    lambda_: float,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    inner: Annotated[Literal["ties", "sum"], Option("how the aligned coordinates are merged")] = "ties",
+    density: Annotated[
+        list[float],
+        Option("share of each expert's coordinates kept, largest first (ties)", minimum=0.0, maximum=1.0),
+    ] = each(1.0),
+    normalize: NormalizeAgreeing = True,
+    lambda_: Lambda = 1.0,
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·U·merge(ΣV_1ᵀ, …, ΣV_Tᵀ) with U·Σ·[V_1ᵀ … V_Tᵀ] = [Δ_1 … Δ_T].
 
-    The task matrices stand side by side, sharing their rows (output features), so that U is the basis they share and
-    ΣV_tᵀ = Uᵀ·Δ_t are expert t's coordinates in it; those are merged by `inner`:
+    The task matrices are concatenated along their columns and share their rows (output features), so that U is a basis
+    for all of them and ΣV_tᵀ = Uᵀ·Δ_t are expert t's coordinates in it, which `inner` merges:
 
-    - ``ties``: `resm_kernels.methods.ties` on the coordinates, of this tensor alone. density 1 and the normalised
-      form are the authors' setting for Llama; for ViT they trim to 0.2.
-    - ``sum``: U·Σ_t w_t·Uᵀ·Δ_t = Σ_t w_t·Δ_t: nothing but task arithmetic, and computed as that.
+    - ``ties``: the method `ties` on the coordinates of this tensor. For Llama the authors take density 1 and the
+      normalised form; for ViT they trim to 0.2.
+    - ``sum``: U·Σ_t w_t·Uᵀ·Δ_t = Σ_t w_t·Δ_t, which is task arithmetic and is computed as such.
 
     Only U is needed: the eigenvectors of Σ_t Δ_t·Δ_tᵀ, or where m > T·n the left singular vectors of [Δ_1 … Δ_T] from
-    its smaller Gram matrix. Directions with singular values below 1e-6 times the largest are left out, where
-    the authors drop those below 1e-5 and fusion-bench those below 1e-4, absolute. The authors trim the coordinates of
-    all layers together, here each tensor is trimmed on its own, as in `ties`. A sum of coordinates that is exactly 0
-    elects +, whatever the sign of the singular vector; the authors elect the sign that most elements have.
+    its smaller Gram matrix. Directions with singular values below 1e-6 times the largest are left out, while the
+    authors drop those below 1e-5 and fusion-bench those below 1e-4, absolute. The authors trim the coordinates of all
+    layers together; here each tensor is trimmed separately, as in `ties`. A sum of coordinates that is exactly 0 elects
+    +, whatever the sign of the singular vector; the authors elect the sign that most elements have.
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t (the authors leave them as they are in the base).
 
     U and the coordinates are float64 inside, coordinates are rounded to fp32 (float64 for float64 inputs) and the
@@ -53,14 +70,16 @@ def knots(
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     if inner == "sum":
         return aggregate(base, experts, weight, scale=lambda_, out_dtype=out_dtype)
     dtype = compute_dtype(base, *experts)
     basis = _shared_basis(base, experts)
-    coordinates = [matmul(basis.mT, delta(base, experts, t), torch.float64).to(dtype) for t in range(len(experts))]
+    coordinates = [
+        matmul(basis.mT, task_vector(base, experts, t), torch.float64).to(dtype) for t in range(len(experts))
+    ]
     merged = ties(
         torch.zeros_like(coordinates[0]),
         coordinates,
@@ -78,40 +97,11 @@ def _shared_basis(base: Tensor, experts: list[Tensor]) -> Tensor:
     """U, the left singular vectors of [Δ_1 … Δ_T], float64, largest singular values first."""
     m, n = base.shape
     if m > n * len(experts):
-        found = decompose(torch.cat([delta(base, experts, t) for t in range(len(experts))], 1))
-        return found.truncate(found.rank).left
-    total = gram(delta(base, experts, 0).mT)
+        decomposed = decompose(torch.cat([task_vector(base, experts, t) for t in range(len(experts))], 1))
+        return decomposed.truncate(decomposed.rank).left
+    total = gram(task_vector(base, experts, 0).mT)
     for t in range(1, len(experts)):
-        total += gram(delta(base, experts, t).mT)
+        total += gram(task_vector(base, experts, t).mT)
     values, vectors = eigen_list([total])[0]
-    kept = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
-    return vectors[:, kept]
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """The eigenproblem of the shared rows' Gram matrix, and the coordinates of all experts.
-
-    For float64 inputs, whose coordinates take twice as much (measured: 15 % below at least).
-    """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return (24 << 20) + 48 * min(m, n * n_experts) ** 2 + (12 * n_experts + 32) * m * n
-
-
-KNOTS = Method(
-    name="knots",
-    title="KnOTS",
-    reference="https://arxiv.org/abs/2410.19735",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter("inner", ("ties", "sum"), "ties", "how the aligned coordinates are merged"),
-        replace(TIES.parameter("density"), doc="share of each expert's coordinates kept, largest first (ties)"),
-        TIES.parameter("normalize"),
-        LAMBDA,
-        SPECTRAL,
-    ),
-    function=knots,
-    workspace=_workspace,
-)
+    nonzero = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
+    return vectors[:, nonzero]

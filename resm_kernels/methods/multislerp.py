@@ -2,50 +2,58 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Final
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.methods._aliases import Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
 
-_ROUNDING = 1e-6
-"""Shorter sums of unit vectors are made of what fp32 inputs were rounded by: they have no direction of their own."""
+_ROUNDING: Final = 1e-6
+"""A sum of unit vectors that is shorter than this consists of the rounding of fp32 inputs: its direction is noise."""
 
 
+@merge_method(
+    title="Multi-SLERP",
+    reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+    workspace=elementwise_workspace,
+)
 def multislerp(
     base: Tensor | None,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    normalize_weights: bool,
-    eps: float,
+    weight: Weight = each(1.0),
+    normalize_weights: Annotated[bool, Option("divide the weights by their sum")] = True,
+    eps: Annotated[float, Option("added to norms; and a mean shorter than this has no direction", minimum=0.0)] = 1e-8,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = (Σ_t w_t·‖x_t‖)·m/‖m‖ with m = Σ_t w_t·u_t, u_t = x_t/(‖x_t‖ + ε), to which a base is added.
 
     x_t = θ_t, or with a base the task vectors θ_t − θ₀; the w_t are divided by their sum if `normalize_weights`.
 
-    The definition goes on: with μ = m/‖m‖, project the u_t onto the tangent space of the sphere at μ, average there,
-    and follow that average τ back onto the sphere. But
-    τ = Σ_t w_t·(u_t − ⟨u_t, μ⟩·μ) = m − ⟨m, μ⟩·μ = 0, whatever the inputs: what mergekit adds there is rounding. So
-    the result is the above, all of whose coefficients are functions of the inner products ⟨x_s, x_t⟩; for a mean that
-    does follow the sphere see `karcher`.
+    The published definition has one more step: with μ = m/‖m‖, project the u_t onto the tangent space of the sphere at
+    μ, average there, and follow that average τ back onto the sphere. But
+    τ = Σ_t w_t·(u_t − ⟨u_t, μ⟩·μ) = m − ⟨m, μ⟩·μ = 0 for all inputs: what mergekit adds there is rounding. So the
+    result is the formula above, all of whose coefficients are functions of the inner products ⟨x_s, x_t⟩. For a mean
+    that does follow the sphere see `karcher`.
 
-    One expert is returned as it is. If all x_t are 0, so is their mean (mergekit refuses three and more). Else
-    ‖m‖ ≤ ε gives Σ_t w_t·x_t for two experts, and is an error for more, as in mergekit; so does ‖m‖ ≤ 1e-6, where
-    mergekit follows the rounding of its sums.
+    A single expert is returned unchanged. If all x_t are 0, so is their mean (mergekit refuses three and more).
+    Otherwise ‖m‖ ≤ ε gives Σ_t w_t·x_t for two experts and is an error for more, as in mergekit. The same holds for
+    ‖m‖ ≤ 1e-6, where mergekit follows the rounding of its sums.
 
-    The inputs are read twice; inner products in float64, θ in fp32 (float64 if an input is), rounded once.
+    The inputs are read twice. Inner products are float64; θ is fp32 (float64 if an input is) and rounded once.
     Deterministic: the same bits for any number of threads.
 
     Raises:
         ValueError: The weights sum to 0, or the weighted directions of three or more experts cancel.
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if len(experts) == 1:
         dtype = out_dtype or (None if base is None else base.dtype)
         return aggregate(None, experts, [1.0], out_dtype=dtype)
@@ -62,29 +70,13 @@ def _coefficients(gram: Tensor, weights: Tensor, eps: float) -> Tensor:
     norms = gram.diagonal().sqrt()
     if not norms.any():
         return torch.zeros_like(norms)
-    own = torch.where(norms > 0, weights / (norms + eps).clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    length = float((own @ gram @ own).clamp(min=0).sqrt())
+    shares = torch.where(norms > 0, weights / (norms + eps).clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    length = float((shares @ gram @ shares).clamp(min=0).sqrt())
     if length > max(eps, _ROUNDING):
-        return own * (float(norms @ weights) / length)
+        return shares * (float(norms @ weights) / length)
     if len(norms) == 2:
         return weights
     raise ValueError(
         f"experts: their directions cancel, the weighted sum of unit vectors has length {length:.3g}; need weights "
         "for which they do not"
     )
-
-
-MULTISLERP = Method(
-    name="multislerp",
-    title="Multi-SLERP",
-    reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
-    needs_base=False,
-    optional_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter("normalize_weights", bool, True, "divide the weights by their sum"),
-        Parameter("eps", float, 1e-8, "added to norms; and a mean shorter than this has no direction", minimum=0.0),
-    ),
-    function=multislerp,
-    workspace=elementwise_workspace,
-)

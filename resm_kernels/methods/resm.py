@@ -1,46 +1,120 @@
 """RESM: Reweighting Enhanced task Singular Merging (Yang et al., arXiv 2502.06876, NeurIPS 2025).
 
 The paper adds outlier weighting and sparsity-aware rank selection to task singular vector merging (TSV-M, arXiv
-2412.00081). Its equations were not at hand: the definitions here are this library's own reading of its text, and
-every choice in them is a named parameter. See docs/resm.md for the mathematics.
+2412.00081). Its equations were not available to us: the definitions here are this library's own reading of its text,
+and everything that they had to decide is a named parameter. See docs/resm.md for the mathematics.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
+from typing import Annotated, Final, Literal
 
 import torch
 from torch import Tensor
 
-from resm_kernels.dtypes import compute_dtype
+from resm_kernels.dtypes import HALF_DTYPES, compute_dtype
+from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
 from resm_kernels.linalg.products import task_matrix
 from resm_kernels.linalg.threads import run
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._ranks import NEEDS_SPECTRUM, RANK_RULES, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import (
-    ACCURACY,
-    DECOMPOSITION,
-    HALF_PRECISION_ACCURACY,
-    SPECTRAL,
-    LowRank,
-    averaged,
-    groups,
-    is_spectral,
-    join,
-    orthogonalized_sum,
-    spectral_workspace,
-)
-from resm_kernels.methods._task_matrices import check
+from resm_kernels.methods._aliases import ACCURACY, SPECTRAL, DecompositionMethod, Lambda, Weight
+from resm_kernels.methods._registry import get, merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
+from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
+from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, RankRule, ranks_of_spectra, ranks_of_statistics
+from resm_kernels.spectral.task_matrices import averaged, decomposed_together, is_spectral, spectral_workspace
 
-SMALL = 1 << 17
-"""Elements up to which a whole merge runs on one thread: sharing it out would cost more than it saves."""
-_HALF = (torch.bfloat16, torch.float16)
+SMALL: Final = 1 << 17
+"""Matrices of up to this many elements are merged on one thread: dividing the work would cost more than it saves."""
+HALF_PRECISION_ACCURACY: Final = 1e-3
+"""Default of `accuracy` where all experts are bf16 or fp16: their rounding alone is a perturbation tens to hundreds of
+times larger."""
+
+
+@merge_method(title="RESM", reference="https://arxiv.org/abs/2502.06876", workspace=spectral_workspace)
+def resm(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    weight: Weight = each(1.0),
+    lambda_: Lambda = 1.0,
+    beta: Annotated[
+        float, Option("exponent of the outlier weights; 0 weighs all alike, < 0 disfavours outliers")
+    ] = 1.0,
+    kappa: Annotated[float, Option("a value is an outlier beyond this many standard deviations", minimum=0.0)] = 3.0,
+    outlier_clip: Annotated[bool, Option("winsorise each task vector at mean ± kappa standard deviations")] = False,
+    granularity: Annotated[
+        Literal["layer", "row"], Option("one outlier weight a layer, or one for each output row")
+    ] = "layer",
+    rank_rule: Annotated[RankRule, Option("how the number of directions kept of each expert is chosen")] = "sparsity",
+    gamma: Annotated[float, Option("how much sparsity lowers the rank; 0 keeps r/T", minimum=0.0)] = 1.0,
+    k_min: Annotated[int, Option("fewest directions kept of an expert", minimum=0)] = 1,
+    eps_rel: Annotated[float, Option("changes up to this share of the rms count as none", minimum=0.0)] = 0.0,
+    rank: Annotated[int | None, Option("directions kept of each expert (fixed)", minimum=1)] = None,
+    energy: Annotated[float, Option("share of the squared norm to keep (energy)", minimum=0.0, maximum=1.0)] = 0.9,
+    decomposition: DecompositionMethod = "auto",
+    accuracy: Annotated[
+        float | None, Option(f"{ACCURACY}; default: 1e-3 if all experts are bf16 or fp16, else 0", minimum=0.0)
+    ] = None,
+    spectral: Annotated[
+        bool, Option(f"{SPECTRAL}; default: true, but for embeddings and output heads", vocabulary=False)
+    ] = True,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    """θ = θ₀ + λ·polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ.
+
+    Δ_t ≈ Q_t·C_t·P_tᵀ is the truncation of expert t's task vector to its k_t dominant directions, k_t from the
+    layer's sparsity; w_t weighs the experts by their outlier mass, w_t = T·a_t^β / Σ_s a_s^β, times the user's weight.
+    With β = 0 and γ = 0 this is TSV-M. Tensors that are no matrices, and by default embeddings and output heads,
+    become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t with the user's weights alone. One expert gives its rank-k approximation, and T
+    copies of an expert give what the one gives (apart from the rank, which is k of T experts).
+
+    Why embeddings are averaged: their rows are looked up, not multiplied with, so that directions of the matrix mean
+    little; and their outliers are the rows of the words that an expert was trained on, so that outlier weights give
+    nearly everything to one expert (docs/quality.md: measured on models of a million parameters).
+
+    Arithmetic: `accuracy` is what may be given up for speed. By default it is `HALF_PRECISION_ACCURACY`, 1e-3, where
+    all experts are bf16 or fp16: they are themselves rounded, by about 0.17 of a task vector's rms in bf16 for weights
+    of 0.02 and changes of 2e-4. Subspaces and polar factors then come from fp32 wherever its measured rounding is
+    within 1e-3, and from float64 elsewhere; M differs from float64's by about 2e-5 of its norm. For other experts the
+    default is 0, which asks for float64 throughout. The product is formed in fp32 (float64 for float64 inputs) and
+    added to θ₀ with one rounding.
+
+    Raises:
+        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
+        NonFiniteError: An input has NaN or infinite values.
+
+    Determinism: the same bits for the same inputs, whatever the number of threads.
+    """
+    _check_rank(rank_rule, rank)
+    check_inputs(base, experts, out_dtype)
+    if not is_spectral(base, len(experts), spectral):
+        return averaged(base, experts, weight, lambda_, out_dtype)
+    vectors = _task_vectors(base, experts, weight, beta, kappa, outlier_clip, granularity, eps_rel)
+    accuracy = _accuracy(accuracy, experts)
+
+    def merge() -> LowRank:
+        scalars, shape = vectors.scalar_weights(), (base.shape[0], base.shape[1])
+        parts: list[Subspace] = []
+        if rank_rule in NEEDS_SPECTRUM:
+            decompositions = vectors.decompositions(decomposition)
+            ranks = ranks_of_spectra(rank_rule, decompositions, shape, scalars, energy, k_min)
+            parts = [d.truncate(k) for d, k in zip(decompositions, ranks, strict=True)]
+            del decompositions
+        else:
+            ranks = ranks_of_statistics(rank_rule, vectors.stats.sparsity().tolist(), shape, gamma, rank, k_min)
+            for group in decomposed_together(base.shape, len(experts)):
+                matrices = [vectors.matrix(t) for t in group]
+                parts += subspaces(matrices, [ranks[t] for t in group], method=decomposition, accuracy=accuracy)
+                del matrices
+        return orthogonalized_sum(parts, scalars, compute_dtype(base, *experts), accuracy)
+
+    merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
+    return join(base, merged, lambda_, out_dtype)
 
 
 @dataclass(frozen=True)
@@ -56,7 +130,7 @@ class LayerPlan:
             where task vectors are averaged.
         ranks: k_t of each expert; empty if not spectral.
         accuracy: Relative backward error allowed in each expert's subspaces.
-        stats: The statistics all this comes from.
+        stats: The statistics from which all of this is computed.
     """
 
     shape: tuple[int, ...]
@@ -69,100 +143,33 @@ class LayerPlan:
     stats: DeltaStats
 
 
-def resm(
-    base: Tensor, experts: list[Tensor], *, lambda_: float, out_dtype: torch.dtype | None, **choices: object
-) -> Tensor:
-    """θ = θ₀ + λ·polar([Q_1 … Q_T])·diag(w_1·C_1, …, w_T·C_T)·polar([P_1 … P_T])ᵀ.
-
-    Δ_t ≈ Q_t·C_t·P_tᵀ is the truncation of expert t's task vector to its k_t dominant directions, k_t from the
-    layer's sparsity; w_t weighs the experts by their outlier mass, w_t = T·a_t^β / Σ_s a_s^β, times the user's weight.
-    With β = 0 and γ = 0 this is TSV-M. Tensors that are no matrices, and by default embeddings and output heads,
-    become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t with the user's weights alone. One expert gives its rank-k approximation, and T
-    copies of an expert give what the one gives (k from T apart).
-
-    Why embeddings are averaged: their rows are looked up, not multiplied with, so that directions of the matrix mean
-    little; and their outliers are the rows of the words that an expert was trained on, so that outlier weights give
-    nearly everything to one expert (docs/quality.md: measured on models of a million parameters).
-
-    Arithmetic: `accuracy` is what may be given up for speed. By default it is `HALF_PRECISION_ACCURACY`, 1e-3, where
-    all experts are bf16 or fp16: they are themselves rounded, by about 0.17 of a task vector's rms in bf16 for weights
-    of 0.02 and changes of 2e-4. Subspaces and polar factors then come from fp32 wherever its measured rounding is
-    within 1e-3, and from float64 elsewhere; M differs from float64's by about 2e-5 of its norm. For other experts the
-    default is 0, which asks for float64 throughout. The product is formed in fp32 (float64 for float64 inputs) and
-    added to θ₀ with one rounding. The parameters are listed, with their defaults, in `RESM.parameters`.
-
-    Determinism: the same bits for the same inputs, whatever the number of threads.
-    """
-    c = _Choices(**choices)  # type: ignore[arg-type]
-    check(base, experts, out_dtype)
-    if not is_spectral(base, len(experts), c.spectral):
-        return averaged(base, experts, c.weight, lambda_, out_dtype)
-    stats = _statistics(base, experts, c)
-    weights = _weights(base, experts, stats, c)
-    merge = partial(_spectral_merge, base, experts, stats, weights, c)
-    merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
-    return join(base, merged, lambda_, out_dtype)
-
-
-def _spectral_merge(base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices) -> LowRank:
-    """M, in fp32 or float64."""
-    shape, accuracy = tuple(base.shape), _accuracy(experts, c)
-    parts: list[Subspace] = []
-    if c.rank_rule in NEEDS_SPECTRUM:
-        found = _spectra(base, experts, stats, weights, c)
-        ranks = ranks_of_spectra(c.rank_rule, found, shape, _scalars(weights), c.energy, c.k_min)
-        parts = [d.truncate(k) for d, k in zip(found, ranks, strict=True)]
-        del found
-    else:
-        ranks = ranks_of_statistics(c.rank_rule, stats.sparsity().tolist(), shape, c.gamma, c.rank, c.k_min)
-        for group in groups(base.shape, len(experts)):
-            matrices = [_task_matrix(base, experts, stats, weights, t, c) for t in group]
-            own = [ranks[t] for t in group]
-            parts += subspaces(matrices, own, method=c.decomposition, accuracy=accuracy)
-            del matrices
-    return orthogonalized_sum(parts, _scalars(weights), compute_dtype(base, *experts), accuracy)
-
-
-def _spectra(
-    base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, c: _Choices
-) -> list[Decomposition]:
-    matrices = [_task_matrix(base, experts, stats, weights, t, c) for t in range(len(experts))]
-    return decompose_list(matrices, "exact" if c.decomposition == "exact" else "gram")
-
-
-def _accuracy(experts: Sequence[Tensor], c: _Choices) -> float:
-    """What was asked for, else what the experts' own rounding makes reasonable."""
-    if c.accuracy is not None:
-        return c.accuracy
-    return HALF_PRECISION_ACCURACY if all(e.dtype in _HALF for e in experts) else 0.0
-
-
-def _scalars(weights: Tensor) -> list[float]:
-    """w_t where a layer has one, which commutes with the decomposition; row weights are in the matrix already."""
-    return weights.tolist() if weights.ndim == 1 else [1.0] * len(weights)
-
-
-def layer_plan(base: Tensor, experts: list[Tensor], name: str = "", **given: object) -> LayerPlan:
+def layer_plan(base: Tensor, experts: list[Tensor], name: str = "", **arguments: object) -> LayerPlan:
     """What RESM would do to one tensor: weights and ranks, decomposing only if the rank rule asks for the spectrum.
 
     Args:
         base, experts: As for `resm`.
-        name: The tensor's, on which the default of `spectral` depends.
-        given: Any of RESM's parameters; the rest default.
+        name: The tensor's name, on which the default of `spectral` depends.
+        arguments: Any of RESM's parameters; the others have their defaults.
     """
-    resolved = RESM.resolve(len(experts), dict(given), name)
-    del resolved["lambda_"]
-    c = _Choices(**resolved)
-    stats = _statistics(base, experts, c)
-    spectral = is_spectral(base, len(experts), c.spectral)
-    weights = _weights(base, experts, stats, c) if spectral else torch.tensor(c.weight, dtype=torch.float64)
+    values = get("resm").resolve(len(experts), dict(arguments), name)
+    rule, user_weights = values["rank_rule"], values["weight"]
+    _check_rank(rule, values["rank"])
+    spectral = is_spectral(base, len(experts), values["spectral"])
     ranks: list[int] = []
     shape = tuple(base.shape)
-    if spectral and c.rank_rule in NEEDS_SPECTRUM:
-        found = _spectra(base, experts, stats, weights, c)
-        ranks = ranks_of_spectra(c.rank_rule, found, shape, _scalars(weights), c.energy, c.k_min)
-    elif spectral:
-        ranks = ranks_of_statistics(c.rank_rule, stats.sparsity().tolist(), shape, c.gamma, c.rank, c.k_min)
+    if spectral:
+        keys = ("beta", "kappa", "outlier_clip", "granularity", "eps_rel")
+        vectors = _task_vectors(base, experts, user_weights, **{key: values[key] for key in keys})
+        stats, weights = vectors.stats, vectors.weights
+        if rule in NEEDS_SPECTRUM:
+            decompositions, scalars = vectors.decompositions(values["decomposition"]), vectors.scalar_weights()
+            ranks = ranks_of_spectra(rule, decompositions, shape, scalars, values["energy"], values["k_min"])
+        else:
+            sparsity = stats.sparsity().tolist()
+            ranks = ranks_of_statistics(rule, sparsity, shape, values["gamma"], values["rank"], values["k_min"])
+    else:
+        stats = delta_stats(base, experts, eps_rel=values["eps_rel"], kappa=values["kappa"])
+        weights = torch.tensor(user_weights, dtype=torch.float64)
     return LayerPlan(
         shape=shape,
         spectral=spectral,
@@ -170,46 +177,66 @@ def layer_plan(base: Tensor, experts: list[Tensor], name: str = "", **given: obj
         outlier_mass=stats.outlier_mass().tolist(),
         weights=weights.reshape(len(experts), -1).mean(1).tolist(),
         ranks=ranks,
-        accuracy=_accuracy(experts, c),
+        accuracy=_accuracy(values["accuracy"], experts),
         stats=stats,
     )
 
 
 @dataclass(frozen=True)
-class _Choices:
-    """RESM's parameters but for λ; `RESM.parameters` says what each means."""
+class _TaskVectors:
+    """The task vectors of a matrix as RESM decomposes them.
 
-    weight: list[float]
-    beta: float
-    kappa: float
-    outlier_clip: bool
-    granularity: str
-    rank_rule: str
-    gamma: float
-    k_min: int
-    eps_rel: float
-    rank: int | None
-    energy: float
-    decomposition: str
-    accuracy: float | None
-    spectral: bool
+    Attributes:
+        base, experts: As for `resm`.
+        stats: The statistics of each task vector.
+        weights: w_t, (T,), or (T, m) with one weight for each row.
+        clip: Winsorise at the mean ± this many standard deviations; None leaves outliers as they are.
+    """
 
-    def __post_init__(self) -> None:
-        if self.rank_rule == "fixed" and self.rank is None:
-            raise ValueError("rank: missing; rank_rule 'fixed' needs the number of directions kept of each expert")
+    base: Tensor
+    experts: list[Tensor]
+    stats: DeltaStats
+    weights: Tensor
+    clip: float | None
+
+    def matrix(self, t: int) -> Tensor:
+        """Δ_t in fp32 or float64, winsorised and weighted by rows where that is asked for."""
+        matrix = task_matrix(self.base, self.experts[t], compute_dtype(self.base, *self.experts))
+        if self.clip is not None:
+            mean, spread = float(self.stats.mean()[t]), self.clip * float(self.stats.std()[t])
+            matrix.clamp_(mean - spread, mean + spread)
+        if self.weights.ndim == 2:
+            # In float64: fp32 would round every element of the product.
+            return matrix.double() * self.weights[t].to(matrix.device)[:, None]
+        return matrix
+
+    def scalar_weights(self) -> list[float]:
+        """w_t, which commutes with the decomposition; 1 if there are row weights, which `matrix` contains already."""
+        return self.weights.tolist() if self.weights.ndim == 1 else [1.0] * len(self.weights)
+
+    def decompositions(self, method: str) -> list[Decomposition]:
+        """All singular values and directions of every task vector."""
+        matrices = [self.matrix(t) for t in range(len(self.experts))]
+        return decompose_list(matrices, "exact" if method == "exact" else "gram")
 
 
-def _statistics(base: Tensor, experts: list[Tensor], c: _Choices) -> DeltaStats:
-    return delta_stats(base, experts, eps_rel=c.eps_rel, kappa=c.kappa)
-
-
-def _weights(base: Tensor, experts: list[Tensor], stats: DeltaStats, c: _Choices) -> Tensor:
-    """w_t of a matrix that is decomposed: (T,), or (T, m) with one weight for each row."""
+def _task_vectors(
+    base: Tensor,
+    experts: list[Tensor],
+    user_weights: list[float],
+    beta: float,
+    kappa: float,
+    outlier_clip: bool,
+    granularity: str,
+    eps_rel: float,
+) -> _TaskVectors:
+    stats = delta_stats(base, experts, eps_rel=eps_rel, kappa=kappa)
     mass = stats.outlier_mass()
-    if c.granularity == "row":
-        mass = delta_stats(base, experts, kappa=c.kappa, rows=True).outlier_mass()
-    user = torch.tensor(c.weight, dtype=torch.float64).reshape(-1, *[1] * (mass.ndim - 1))
-    return outlier_weights(mass.cpu(), c.beta) * user
+    if granularity == "row":
+        mass = delta_stats(base, experts, kappa=kappa, rows=True).outlier_mass()
+    user = torch.tensor(user_weights, dtype=torch.float64).reshape(-1, *[1] * (mass.ndim - 1))
+    weights = outlier_weights(mass.cpu(), beta) * user
+    return _TaskVectors(base, experts, stats, weights, kappa if outlier_clip else None)
 
 
 def outlier_weights(mass: Tensor, beta: float) -> Tensor:
@@ -218,8 +245,8 @@ def outlier_weights(mass: Tensor, beta: float) -> Tensor:
     For β < 0 an expert without outliers counts as the one that has fewest, which keeps its weight finite.
     """
     largest = mass.amax(0, keepdim=True)
-    some = largest > 0
-    relative = torch.where(some, mass / torch.where(some, largest, 1.0), 1.0)
+    any_outliers = largest > 0
+    relative = torch.where(any_outliers, mass / torch.where(any_outliers, largest, 1.0), 1.0)
     if beta < 0:
         fewest = torch.where(relative > 0, relative, math.inf).amin(0, keepdim=True)
         relative = relative.maximum(fewest)
@@ -227,42 +254,13 @@ def outlier_weights(mass: Tensor, beta: float) -> Tensor:
     return powers / powers.mean(0, keepdim=True)
 
 
-def _task_matrix(
-    base: Tensor, experts: list[Tensor], stats: DeltaStats, weights: Tensor, t: int, c: _Choices
-) -> Tensor:
-    """Δ_t in fp32 or float64, winsorised and weighted by rows where that is asked for."""
-    matrix = task_matrix(base, experts[t], compute_dtype(base, *experts))
-    if c.outlier_clip:
-        mean, spread = float(stats.mean()[t]), c.kappa * float(stats.std()[t])
-        matrix.clamp_(mean - spread, mean + spread)
-    if weights.ndim == 2:
-        # In float64: fp32 would round every element of the product.
-        return matrix.double() * weights[t].to(matrix.device)[:, None]
-    return matrix
+def _accuracy(accuracy: float | None, experts: Sequence[Tensor]) -> float:
+    """The accuracy that was asked for, or else one that the rounding of the experts themselves makes reasonable."""
+    if accuracy is not None:
+        return accuracy
+    return HALF_PRECISION_ACCURACY if all(e.dtype in HALF_DTYPES for e in experts) else 0.0
 
 
-RESM = Method(
-    name="resm",
-    title="RESM",
-    reference="https://arxiv.org/abs/2502.06876",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        LAMBDA,
-        Parameter("beta", float, 1.0, "exponent of the outlier weights; 0 weighs all alike, < 0 disfavours outliers"),
-        Parameter("kappa", float, 3.0, "a value is an outlier beyond this many standard deviations", minimum=0.0),
-        Parameter("outlier_clip", bool, False, "winsorise each task vector at mean ± kappa standard deviations"),
-        Parameter("granularity", ("layer", "row"), "layer", "one outlier weight a layer, or one for each output row"),
-        Parameter("rank_rule", RANK_RULES, "sparsity", "how the number of directions kept of each expert is chosen"),
-        Parameter("gamma", float, 1.0, "how much sparsity lowers the rank; 0 keeps r/T", minimum=0.0),
-        Parameter("k_min", int, 1, "fewest directions kept of an expert", minimum=0),
-        Parameter("eps_rel", float, 0.0, "changes up to this share of the rms count as none", minimum=0.0),
-        Parameter("rank", int, None, "directions kept of each expert (fixed)", minimum=1),
-        Parameter("energy", float, 0.9, "share of the squared norm to keep (energy)", minimum=0.0, maximum=1.0),
-        DECOMPOSITION,
-        replace(ACCURACY, default=None, doc=f"{ACCURACY.doc}; default: 1e-3 if all experts are bf16 or fp16, else 0"),
-        replace(SPECTRAL, vocabulary=False, doc=f"{SPECTRAL.doc}; default: true, but for embeddings and output heads"),
-    ),
-    function=resm,
-    workspace=spectral_workspace,
-)
+def _check_rank(rank_rule: str, rank: int | None) -> None:
+    if rank_rule == "fixed" and rank is None:
+        raise ValueError("rank: missing; rank_rule 'fixed' needs the number of directions kept of each expert")

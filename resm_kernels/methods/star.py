@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
+from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
+from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, truncated_sum, truncated_sum_workspace
 
 
+@merge_method(title="STAR", reference="https://arxiv.org/abs/2502.10339", workspace=truncated_sum_workspace)
 def star(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    eta: float,
-    lambda_: float,
-    decomposition: str,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    eta: Annotated[
+        float,
+        Option("share of the nuclear norm kept; the authors' default is 40 percent", minimum=0, maximum=1),
+    ] = 0.4,
+    lambda_: Lambda = 1.0,
+    decomposition: FullDecomposition = "gram",
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·(1/T)·Σ_t w_t·(‖Δ_t‖_* / ‖Δ_{t,k_t}‖_*)·Δ_{t,k_t}.
@@ -29,8 +37,9 @@ def star(
     kept singular values are rescaled by one factor that restores it. η = 1 keeps everything, which is task arithmetic
     divided by T.
 
-    As in the authors' code, which has η in percent. It divides by zero for a task vector of zeros, which here stays
-    zero, and counts every singular value: here those below 1e-6 times the largest are zero, and belong to no sum.
+    This is the authors' code, which has η in percent, with two differences. It divides by zero for a task vector of
+    zeros, which gives zeros here; and it counts every singular value, while here those below 1e-6 times the largest
+    count as zero.
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t (the authors merge LoRA, which has matrices only).
 
     Decompositions are float64, the products fp32 (float64 for float64 inputs), and the result is rounded once.
@@ -39,46 +48,22 @@ def star(
     Raises:
         NonFiniteError: An input has NaN or infinite values.
     """
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
 
-    def rule(t: int, found: Decomposition) -> tuple[int, float]:
-        k, factor = star_rule(found.singular_values[: found.rank], eta)
+    def rule(t: int, decomposed: Decomposition) -> tuple[int, float]:
+        k, factor = star_rule(decomposed.singular_values[: decomposed.rank], eta)
         return k, factor * weight[t] / len(experts)
 
     return join(base, truncated_sum(base, experts, rule, decomposition), lambda_, out_dtype)
 
 
 def star_rule(values: Tensor, eta: float) -> tuple[int, float]:
-    """STAR's rank k, and its factor ‖Δ‖_* / ‖Δ_k‖_*, of positive singular values in descending order; 0, 1 of none."""
+    """STAR's rank k and factor ‖Δ‖_* / ‖Δ_k‖_*, from positive singular values in descending order; (0, 1) for none."""
     if not values.numel():
         return 0, 1.0
-    kept = values.cpu().cumsum(0)
-    # The slack keeps rounding in the sums from asking for a direction more, as for η = 1/2 of two equal values.
-    k = min(int((kept < eta * (1 - 1e-12) * kept[-1]).sum()) + 1, values.numel())
-    return k, float(kept[-1] / kept[k - 1])
-
-
-STAR = Method(
-    name="star",
-    title="STAR",
-    reference="https://arxiv.org/abs/2502.10339",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter(
-            "eta",
-            float,
-            0.4,
-            "share of the nuclear norm kept; the authors' default is 40 percent",
-            minimum=0,
-            maximum=1,
-        ),
-        LAMBDA,
-        WHOLE_DECOMPOSITION,
-        SPECTRAL,
-    ),
-    function=star,
-    workspace=truncated_sum_workspace,
-)
+    sums = values.cpu().cumsum(0)
+    # Without the slack, rounding of the sums could ask for one more direction, as for η = 1/2 and two equal values.
+    k = min(int((sums < eta * (1 - 1e-12) * sums[-1]).sum()) + 1, values.numel())
+    return k, float(sums[-1] / sums[k - 1])

@@ -3,54 +3,80 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated, Final, Literal
 
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import elementwise_workspace
 from resm_kernels.linalg.products import eigen_list, matmul, matmul_list
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._interference import averaged_unless_matrix, interference, interference_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, join
+from resm_kernels.methods._aliases import Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
+from resm_kernels.spectral.interference import averaged_unless_matrix, interference, interference_workspace
+from resm_kernels.spectral.low_rank import join
 
-RANK_RULES = ("ratio", "participation_sqrt", "gavish_donoho")
-FILTERS = ("exponential", "none")
-STARTS = ("sum", "mean", "zero")
-
-_FLOOR = 1e-8
+_FLOOR: Final = 1e-8
 """The authors' smallest eigenvalue in rank rules, where tr C is the number of experts."""
-_NOISE = 1e-12
-"""Eigenvalues up to this times the largest are rounding: singular values of task vectors up to 1e-6."""
+_NOISE: Final = 1e-12
+"""Eigenvalues up to this times the largest are rounding; they belong to relative singular values up to 1e-6."""
 
 
+def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bytes of the loss, or of start and target along the eigenvectors and of LAPACK's scratch memory."""
+    if len(shape) != 2:
+        return elementwise_workspace(shape, n_experts)
+    m, n = shape
+    return max(interference_workspace(shape), (32 << 20) + 64 * m * n + 64 * n * n)
+
+
+@merge_method(title="SWUDI", reference="https://arxiv.org/abs/2606.07289", workspace=_workspace)
 def swudi(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    exp_time: float,
-    rank_ratio: float,
-    rank_rule: str,
-    filter: str,
-    init: str,
-    lambda_: float,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    exp_time: Annotated[
+        float, Option("how long the filtered descent runs; the exact minimum is at ∞", minimum=0.0)
+    ] = 300.0,
+    rank_ratio: Annotated[
+        float,
+        Option(
+            "share of the directions kept (ratio); the authors take 0.65 for CLIP, 0.85 for Llama",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = 0.65,
+    rank_rule: Annotated[
+        Literal["ratio", "participation_sqrt", "gavish_donoho"],
+        Option("how many directions are kept; SWUDI-A: participation_sqrt"),
+    ] = "ratio",
+    filter: Annotated[
+        Literal["exponential", "none"],
+        Option("how far along each kept direction; none (SWUDI-A) goes all the way"),
+    ] = "exponential",
+    init: Annotated[
+        Literal["sum", "mean", "zero"],
+        Option("where the descent starts: sum or mean of the task vectors, or the base"),
+    ] = "sum",
+    lambda_: Lambda = 1.0,
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = θ₀ + λ·M, M = M₀ + (D·C^+ − M₀)·V·diag(f)·Vᵀ: how far descent on WUDI's loss gets along each direction.
+    """θ = θ₀ + λ·M with M = M₀ + (D·C^+ − M₀)·V·diag(f)·Vᵀ: gradient descent on WUDI's loss, stopped early.
 
-    C = V·diag(ν)·Vᵀ and D are those of the loss (`Interference`), M₀ is the sum of the task vectors, D·C^+ the exact
-    minimum. f_i = 1 − exp(−ν_i·t) on the K largest eigenvalues, what gradient flow from M₀ has reached at time t, and
-    0 on the others, which carry noise. K = ⌈rank_ratio·n⌉ in SWUDI. SWUDI-A takes K from the spectrum,
-    ``participation_sqrt``: ⌈(Σ√ν)² / Σν⌉, or ``gavish_donoho``: the √ν above the optimal hard threshold for a noise
-    level from their median, and f = 1: rank_rule: participation_sqrt, filter: none.
+    C = V·diag(ν)·Vᵀ and D are the matrices of the loss (`resm_kernels.spectral.interference`), M₀ is the sum of the
+    task vectors, D·C^+ the exact minimum. f_i is how far the descent goes along direction i: 1 − exp(−ν_i·t) for the K
+    largest eigenvalues, which is where gradient flow from M₀ arrives at time t = `exp_time`, and 0 for the others,
+    which are noise. SWUDI has K = ⌈rank_ratio·n⌉. SWUDI-A (rank_rule: participation_sqrt, filter: none) has f = 1 and
+    takes K from the spectrum: ⌈(Σ√ν)² / Σν⌉ for ``participation_sqrt``; for ``gavish_donoho``, the number of √ν above
+    the optimal hard threshold for a noise level that is estimated from their median.
 
     f = 1 on all directions is the minimum itself, which the authors measure to be worse than stopping early.
-    Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code, and so should lm_head be
-    (`spectral: false`). Task vectors that are zero have no term in the loss. One expert gives itself. float64 inside.
-
-    Args: see `SWUDI.parameters`; the authors' defaults. They divide by at least 1e-8 in place of ν; here f/ν is
-        evaluated where it has its limit t, and f is 0 where ν is rounding and the filter none.
+    Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code, which also averages lm_head
+    (`spectral: false`). Task vectors that are zero have no term in the loss. One expert gives itself. All defaults are
+    the authors'. They divide by max(ν, 1e-8) instead of ν; here f/ν is computed as its limit t where ν is 0, and with
+    the filter none f is 0 where ν is rounding. All computations are float64.
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
@@ -68,8 +94,8 @@ def swudi(
     values, vectors = eigen_list([parts.operator])[0]
     del parts
     values = values.clamp(min=0)
-    kept = _rank(values, (base.shape[0], base.shape[1]), rank_rule, rank_ratio)
-    values, vectors = values[:kept], vectors[:, :kept].contiguous()
+    rank = _rank(values, (base.shape[0], base.shape[1]), rank_rule, rank_ratio)
+    values, vectors = values[:rank], vectors[:, :rank].contiguous()
     reached, slope = _filter(values, filter, exp_time)
     along_target, along_start = matmul_list([(target, vectors), (merged, vectors)])
     del target
@@ -88,62 +114,23 @@ def _filter(values: Tensor, kind: str, time: float) -> tuple[Tensor, Tensor]:
 
 
 def _rank(values: Tensor, shape: tuple[int, int], rule: str, ratio: float) -> int:
-    """K, from all eigenvalues, largest first."""
+    """K, from all eigenvalues in descending order."""
     n = len(values)
     if rule == "ratio":
-        # The slack keeps a rounded share from taking one more: 0.07·100 is 7, not 7.000…1.
+        # Without the slack, a rounded share could take one direction more: 0.07·100 is 7, not 7.000…1.
         return min(n, max(1, math.ceil(ratio * n - 1e-9)))
     roots = values.clamp(min=_FLOOR).sqrt()
     if rule == "participation_sqrt":
-        kept = math.ceil(float(roots.sum().square() / roots.square().sum()) - 1e-9)
+        rank = math.ceil(float(roots.sum().square() / roots.square().sum()) - 1e-9)
     else:
-        kept = int((roots > _hard_threshold(min(shape) / max(shape)) * roots.median()).sum())
-    return min(n, max(1, kept))
+        rank = int((roots > _hard_threshold(min(shape) / max(shape)) * roots.median()).sum())
+    return min(n, max(1, rank))
 
 
 def _hard_threshold(beta: float) -> float:
     """Gavish and Donoho's ω(β), arXiv 1305.5870, with the authors' closed form in place of the median of the
     Marchenko–Pastur law: √((1 − β)² + β), for square matrices √(2 + √3)."""
     root = math.sqrt(beta * beta + 14 * beta + 1)
-    known = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
+    known_noise = math.sqrt(2 * (beta + 1) + 8 * beta / (beta + 1 + root))
     median = math.sqrt((1 - beta) ** 2 + beta) if beta < 0.9999 else math.sqrt(2 + math.sqrt(3))
-    return known / median
-
-
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """The quadratic; or start and target along the eigenvectors, and LAPACK's scratch."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return max(interference_workspace(shape), (32 << 20) + 64 * m * n + 64 * n * n)
-
-
-SWUDI = Method(
-    name="swudi",
-    title="SWUDI",
-    reference="https://arxiv.org/abs/2606.07289",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter(
-            "exp_time", float, 300.0, "how long the filtered descent runs; the exact minimum is at ∞", minimum=0.0
-        ),
-        Parameter(
-            "rank_ratio",
-            float,
-            0.65,
-            "share of the directions kept (ratio); the authors take 0.65 for CLIP, 0.85 for Llama",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-        Parameter("rank_rule", RANK_RULES, "ratio", "how many directions are kept; SWUDI-A: participation_sqrt"),
-        Parameter(
-            "filter", FILTERS, "exponential", "how far along each kept direction; none (SWUDI-A) goes all the way"
-        ),
-        Parameter("init", STARTS, "sum", "where the descent starts: sum or mean of the task vectors, or the base"),
-        LAMBDA,
-        SPECTRAL,
-    ),
-    function=swudi,
-    workspace=_workspace,
-)
+    return known_noise / median

@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import INT8_MASK, UNUSED_DENSITY, UNUSED_RESCALE, merge_kept
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.sparsify import merge_kept
+from resm_kernels.methods._aliases import Int8Mask, Lambda, UnusedDensity, UnusedRescale, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 
 
+@merge_method(title="Task Arithmetic", reference="https://arxiv.org/abs/2212.04089", workspace=elementwise_workspace)
 def task_arithmetic(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    normalize: bool,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    normalize: Annotated[bool, Option("divide the summed task vectors by the sum of the weights")] = False,
+    lambda_: Lambda = 1.0,
+    density: UnusedDensity = each(1.0),
+    rescale: UnusedRescale = False,
+    int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = θ₀ + λ·Σ_t w_t·Δ_t, the sum divided by Σ_t w_t if `normalize`; see `resm_kernels.ops.aggregate`.
+    """θ = θ₀ + λ·Σ_t w_t·Δ_t, and the sum is divided by Σ_t w_t if `normalize`; see `resm_kernels.ops.aggregate`.
 
-    Where |Σ_t w_t| < 1e-8 it is not divided, as in mergekit.
+    If |Σ_t w_t| < 1e-8 the sum is not divided, as in mergekit.
     """
     return merge_kept(
         base,
@@ -34,21 +42,3 @@ def task_arithmetic(
         rescale=False,
         out_dtype=out_dtype,
     )
-
-
-TASK_ARITHMETIC = Method(
-    name="task_arithmetic",
-    title="Task Arithmetic",
-    reference="https://arxiv.org/abs/2212.04089",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter("normalize", bool, False, "divide the summed task vectors by the sum of the weights"),
-        LAMBDA,
-        UNUSED_DENSITY,
-        UNUSED_RESCALE,
-        INT8_MASK,
-    ),
-    function=task_arithmetic,
-    workspace=elementwise_workspace,
-)

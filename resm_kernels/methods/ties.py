@@ -2,42 +2,56 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import torch
 from torch import Tensor
 
-from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._sparsify import INT8_MASK, merge_kept, rescale_parameter
+from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.sparsify import merge_kept
+from resm_kernels.methods._aliases import Int8Mask, Lambda, NormalizeAgreeing, Rescale, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 
+@merge_method(title="TIES", reference="https://arxiv.org/abs/2306.01708", workspace=elementwise_workspace)
 def ties(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    density: list[float],
-    normalize: bool,
-    lambda_: float,
+    weight: Weight = each(1.0),
+    density: Annotated[
+        list[float],
+        Option(
+            "share of each task vector kept, largest magnitudes first; the paper uses 0.2, mergekit's default is 1",
+            minimum=0.0,
+            maximum=1.0,
+        ),
+    ] = each(1.0),
+    normalize: NormalizeAgreeing = True,
+    rescale: Rescale = False,
+    lambda_: Lambda = 1.0,
+    int8_mask: Int8Mask = False,
     out_dtype: torch.dtype | None,
-    rescale: bool = False,
 ) -> Tensor:
-    """θ = θ₀ + λ·m with m elected as in `resm_kernels.ops.aggregate`, rule ``ties``.
+    """θ = θ₀ + λ·m, where m is the merge of the trimmed task vectors by rule ``ties`` of `resm_kernels.ops.aggregate`.
 
-    Of each Δ_t the k = max(1, ⌊density·N⌋) largest by magnitude are kept, and all that tie with the k-th: a rule that
-    depends on no order of elements, where a sort keeps an arbitrary part of the ties. density 0 keeps nothing.
-    Signs are elected on the weighted deltas and the sum is divided by the weights that agree (mergekit); peft
-    elects before weighting and divides by the count. With `rescale` what is kept has the L1 norm of all of Δ_t.
+    Trimming keeps the k = max(1, ⌊density·N⌋) elements of Δ_t that are largest by magnitude, and all that tie with the
+    k-th, so that the order of the elements does not matter; a sort keeps an arbitrary part of the ties. density 0 keeps
+    nothing. Signs are elected on the weighted task vectors, and the sum is divided by the weights that agree, as in
+    mergekit; peft elects before weighting and divides by the count. With `rescale` the kept elements are scaled up to
+    the L1 norm of all of Δ_t.
     """
-    kept_of_all = {}
+    selection = {}
     if any(d < 1 for d in density):
-        kept = [_kept(d, experts[0].numel()) for d in density]
+        ranks = [_kept_count(d, experts[0].numel()) for d in density]
         # Finiteness is checked by aggregate, which reads the same values.
-        kept_of_all = {"thresholds": magnitude_threshold(base, experts, kept, check_finite=False)}
+        selection = {"thresholds": magnitude_threshold(base, experts, ranks, check_finite=False)}
     return merge_kept(
         base,
         experts,
-        kept_of_all,
+        selection,
         rule="ties",
         weight=weight,
         normalize=normalize,
@@ -47,33 +61,7 @@ def ties(
     )
 
 
-def _kept(density: float, numel: int) -> int:
+def _kept_count(density: float, numel: int) -> int:
     if density <= 0:
         return 0
     return numel if density >= 1 else min(numel, max(1, int(density * numel)))
-
-
-TIES = Method(
-    name="ties",
-    title="TIES",
-    reference="https://arxiv.org/abs/2306.01708",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        Parameter(
-            "density",
-            float,
-            1.0,
-            "share of each task vector kept, largest magnitudes first; the paper uses 0.2, mergekit's default is 1",
-            per_expert=True,
-            minimum=0.0,
-            maximum=1.0,
-        ),
-        Parameter("normalize", bool, True, "divide by the sum of the weights whose sign agrees"),
-        rescale_parameter(False),
-        LAMBDA,
-        INT8_MASK,
-    ),
-    function=ties,
-    workspace=elementwise_workspace,
-)

@@ -3,41 +3,49 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition
-from resm_kernels.methods._common import LAMBDA, WEIGHT
-from resm_kernels.methods._registry import Method, Parameter
-from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join
-from resm_kernels.methods._task_matrices import WHOLE_DECOMPOSITION, check, truncated_sum, truncated_sum_workspace
+from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, truncated_sum, truncated_sum_workspace
 
 
+@merge_method(title="TSV-C", reference="https://arxiv.org/abs/2412.00081", workspace=truncated_sum_workspace)
 def tsv_compress(
     base: Tensor,
     experts: list[Tensor],
     *,
-    weight: list[float],
-    lambda_: float,
-    rank: int | None,
-    share: float | None,
-    decomposition: str,
-    spectral: bool,
+    weight: Weight = each(1.0),
+    lambda_: Lambda = 1.0,
+    rank: Annotated[
+        int | None, Option("directions kept of each expert; r divided by the experts if left out", minimum=1)
+    ] = None,
+    share: Annotated[
+        float | None, Option("directions kept as a share of r, instead of rank", minimum=0.0, maximum=1.0)
+    ] = None,
+    decomposition: FullDecomposition = "gram",
+    spectral: Spectral = True,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = θ₀ + λ·Σ_t w_t·Δ_{t,k}, Δ_{t,k} the best approximation of rank k to Δ_t.
 
-    The paper's TSV-C keeps k = ⌊r/T⌋ singular triplets (r = min(m, n)) of each of T experts and serves the experts
-    one by one: it compresses and does not merge. That is the form with **one** expert here, called for each, with
-    `share` = 1/T (or `rank` = k); stored as factors such an expert takes k·(m + n + 1) numbers a matrix. Several
-    experts at once are summed as they are, which is TSV-M without its orthogonalisation; k is then ⌊r/T⌋ unless told
-    otherwise. One expert without `share` and `rank` comes back whole.
+    The paper's TSV-C keeps k = ⌊r/T⌋ singular triplets (r = min(m, n)) of each of T experts and serves the experts one
+    by one: it compresses and does not merge. To do that, call this method for each expert **alone** with `share` = 1/T
+    (or `rank` = k); stored as factors, such an expert takes k·(m + n + 1) numbers for each matrix. Several experts at
+    once are summed, which is TSV-M without its orthogonalisation; their default k is ⌊r/T⌋. One expert without `share`
+    and `rank` comes back whole.
 
     At least one direction is kept: the authors' ⌊r·(1/T)⌋ is 0 for some r = T (49·(1/49) < 1 in floating point) and
-    for r < T. Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, one expert's thus stay whole, as in the
-    authors' code.
+    for r < T. Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, so that those of a single expert come back
+    whole, as in the authors' code.
 
     Decompositions are float64, the products fp32 (float64 for float64 inputs), and the result is rounded once.
     Deterministic: the same bits for any number of threads.
@@ -48,7 +56,7 @@ def tsv_compress(
     """
     if rank is not None and share is not None:
         raise ValueError(f"rank: got {rank} and a share of {share:g}, need one of the two")
-    check(base, experts, out_dtype)
+    check_inputs(base, experts, out_dtype)
     if not is_spectral(base, 1, spectral):
         return averaged(base, experts, weight, lambda_, out_dtype)
     r = min(base.shape)
@@ -56,7 +64,7 @@ def tsv_compress(
     if k >= r:
         return aggregate(base, experts, weight, scale=lambda_, out_dtype=out_dtype)
 
-    def rule(t: int, found: Decomposition) -> tuple[int, float]:
+    def rule(t: int, decomposed: Decomposition) -> tuple[int, float]:
         return k, weight[t]
 
     return join(base, truncated_sum(base, experts, rule, decomposition), lambda_, out_dtype)
@@ -66,24 +74,6 @@ def _directions(r: int, n_experts: int, rank: int | None, share: float | None) -
     if rank is not None:
         return rank
     if share is not None:
-        # The slack keeps rounded shares from losing a direction, as 0.29·100 = 28.999… would.
+        # Without the slack, a rounded share could lose a direction, as 0.29·100 = 28.999… would.
         return max(1, math.floor(r * share + 1e-9))
     return max(1, r // n_experts)
-
-
-TSV_COMPRESS = Method(
-    name="tsv_compress",
-    title="TSV-C",
-    reference="https://arxiv.org/abs/2412.00081",
-    needs_base=True,
-    parameters=(
-        WEIGHT,
-        LAMBDA,
-        Parameter("rank", int, None, "directions kept of each expert; r divided by the experts if left out", minimum=1),
-        Parameter("share", float, None, "directions kept as a share of r, instead of rank", minimum=0.0, maximum=1.0),
-        WHOLE_DECOMPOSITION,
-        SPECTRAL,
-    ),
-    function=tsv_compress,
-    workspace=truncated_sum_workspace,
-)

@@ -2,36 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any
-
+import torch
 from torch import Tensor
 
-from resm_kernels.methods._registry import Method
-from resm_kernels.methods._spectral import ACCURACY, SPECTRAL
-from resm_kernels.methods.resm import RESM
-
-_SHARED = ("weight", "lambda", "decomposition", "accuracy", "spectral")
-# RESM's accuracy is loosened by experts in half precision, and its `spectral` by embeddings.
-_OWN = {"accuracy": ACCURACY, "spectral": SPECTRAL}
+from resm_kernels.methods._aliases import Accuracy, DecompositionMethod, Lambda, Spectral, Weight
+from resm_kernels.methods._registry import merge_method
+from resm_kernels.methods._signature import each
+from resm_kernels.methods.resm import resm
+from resm_kernels.spectral.task_matrices import spectral_workspace
 
 
-def tsvm(base: Tensor, experts: list[Tensor], **given: Any) -> Tensor:
+@merge_method(title="TSV-M", reference="https://arxiv.org/abs/2412.00081", workspace=spectral_workspace)
+def tsvm(
+    base: Tensor,
+    experts: list[Tensor],
+    *,
+    weight: Weight = each(1.0),
+    lambda_: Lambda = 1.0,
+    decomposition: DecompositionMethod = "auto",
+    accuracy: Accuracy = 0.0,
+    spectral: Spectral = True,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
     """RESM with its two additions switched off: every expert keeps k = ⌊r/T⌋ directions and has the same weight.
 
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code. Directions below the
     numerical rank of a task vector are left out, which the authors' code orthogonalises with the rest. At
     `accuracy` 0, the default, the result is closer to the method's in float64 than the fp32 SVDs of the authors' code.
     """
-    out_dtype = given.pop("out_dtype")
-    return RESM(base, experts, out_dtype=out_dtype, beta=0.0, gamma=0.0, **given)
-
-
-TSVM = Method(
-    name="tsvm",
-    title="TSV-M",
-    reference="https://arxiv.org/abs/2412.00081",
-    needs_base=True,
-    parameters=tuple(_OWN.get(p.name, p) for p in RESM.parameters if p.name in _SHARED),
-    function=tsvm,
-    workspace=RESM.workspace,
-)
+    return resm(
+        base,
+        experts,
+        weight=weight,
+        lambda_=lambda_,
+        beta=0.0,
+        gamma=0.0,
+        decomposition=decomposition,
+        accuracy=accuracy,
+        spectral=spectral,
+        out_dtype=out_dtype,
+    )

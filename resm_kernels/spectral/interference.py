@@ -1,4 +1,4 @@
-"""The quadratic that WUDI minimises, as its normal equation: what `wudi` and `swudi` share."""
+"""The loss that WUDI minimises, as a quadratic: what `wudi` and `swudi` share."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg.products import gram, matmul
-from resm_kernels.methods._spectral import averaged, is_spectral
-from resm_kernels.methods._task_matrices import check, delta
+from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Interference:
 
 
 def interference(base: Tensor, experts: list[Tensor], weight: list[float]) -> Interference:
-    """The quadratic of the task vectors w_t·Δ_t; those that are zero have no term in it.
+    """The loss of the task vectors w_t·Δ_t; task vectors that are zero have no term in it.
 
     Raises:
         NonFiniteError: An input has NaN or infinite values.
@@ -38,15 +38,15 @@ def interference(base: Tensor, experts: list[Tensor], weight: list[float]) -> In
     target = torch.zeros(m, n, dtype=torch.float64, device=base.device)
     total = torch.zeros_like(target)
     for t, w in enumerate(weight):
-        matrix = delta(base, experts, t).mul_(w)
-        own = gram(matrix)
-        norm = float(own.diagonal().sum())
-        if norm > 0:
-            own /= norm
-            target += matmul(matrix, own, torch.float64)
-            operator += own
+        matrix = task_vector(base, experts, t).mul_(w)
+        normalized_gram = gram(matrix)
+        squared_norm = float(normalized_gram.diagonal().sum())
+        if squared_norm > 0:
+            normalized_gram /= squared_norm
+            target += matmul(matrix, normalized_gram, torch.float64)
+            operator += normalized_gram
             total += matrix
-        del matrix, own  # before the next ones are made
+        del matrix, normalized_gram  # before the next expert's are allocated
     return Interference(operator, target, total)
 
 
@@ -58,15 +58,18 @@ def averaged_unless_matrix(
     spectral: bool,
     out_dtype: torch.dtype | None,
 ) -> Tensor | None:
-    """The average of the task vectors of a tensor that is no matrix, or that is not to be taken as one; else None."""
-    check(base, experts, out_dtype)
+    """Check the inputs, and return the average of the task vectors if the tensor is no matrix or `spectral` is False.
+
+    None means that the tensor is a matrix that the caller merges.
+    """
+    check_inputs(base, experts, out_dtype)
     if is_spectral(base, 1, spectral):
         return None
     return averaged(base, experts, weight, lambda_, out_dtype)
 
 
 def interference_workspace(shape: tuple[int, ...]) -> int:
-    """Bytes at the peak of `interference`: Δ_t, target, total and a product; Gram matrix and operator.
+    """Bytes at the peak of `interference`: Δ_t, target, total and a product; a Gram matrix and the operator.
 
     Measured peaks of `wudi` lie 8 to 40 % below.
     """

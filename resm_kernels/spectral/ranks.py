@@ -1,10 +1,10 @@
-"""How many directions of each expert a spectral merge keeps."""
+"""How many directions of each expert a spectral merge keeps: the rank rules of RESM."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,12 +12,14 @@ from torch import Tensor
 from resm_kernels.linalg import Decomposition, effective_rank, energy_rank
 from resm_kernels.linalg.products import matmul
 
-RANK_RULES: Final = ("sparsity", "per_task", "fixed", "energy", "effective_rank", "interference")
+RankRule = Literal["sparsity", "per_task", "fixed", "energy", "effective_rank", "interference"]
+RANK_RULES: Final[tuple[str, ...]] = get_args(RankRule)
 NEEDS_SPECTRUM: Final = ("energy", "effective_rank", "interference")
+"""Rank rules that need all singular values of every task vector."""
 
 
 def rank_limits(shape: tuple[int, ...], n_experts: int, k_min: int) -> Callable[[float], int]:
-    """clamp(k) = min(max(⌊k⌋, k_min), ⌊r/T⌋): so many that the experts' bases fit beside each other."""
+    """clamp(k) = min(max(⌊k⌋, k_min), ⌊r/T⌋), r = min(m, n): all T bases together have at most r directions."""
     most = min(shape) // n_experts
 
     def clamp(k: float) -> int:
@@ -43,39 +45,39 @@ def ranks_of_statistics(
 
 def ranks_of_spectra(
     rule: str,
-    found: Sequence[Decomposition],
+    decompositions: Sequence[Decomposition],
     shape: tuple[int, ...],
     weights: Sequence[float],
     energy: float,
     k_min: int,
 ) -> list[int]:
     """k_t of the rules that need all singular values: energy, effective_rank, interference."""
-    clamp = rank_limits(shape, len(found), k_min)
+    clamp = rank_limits(shape, len(decompositions), k_min)
     if rule == "energy":
-        return [clamp(energy_rank(d.singular_values, energy)) for d in found]
+        return [clamp(energy_rank(d.singular_values, energy)) for d in decompositions]
     if rule == "effective_rank":
-        return [clamp(math.ceil(effective_rank(d.singular_values) - 1e-9)) for d in found]
-    return [clamp(_least_interference(found, weights, min(shape) // len(found)))] * len(found)
+        return [clamp(math.ceil(effective_rank(d.singular_values) - 1e-9)) for d in decompositions]
+    n_experts = len(decompositions)
+    return [clamp(_least_interference(decompositions, weights, min(shape) // n_experts))] * n_experts
 
 
-def _least_interference(found: Sequence[Decomposition], weights: Sequence[float], most: int) -> int:
+def _least_interference(decompositions: Sequence[Decomposition], weights: Sequence[float], most: int) -> int:
     """The k that minimises Σ_t w_t²·(Σ_{i≤k} σ_ti²·d(k) + Σ_{i>k} σ_ti²), the same for all experts.
 
     d(k) = d_U + d_V is the mean squared displacement of the kept singular vectors by orthogonalisation. With the
     cross blocks E = UᵀU − I, polar(U) = U·(I − E/2 + …), so that d_U = ‖E‖_F²/(4·T·k) to first order, for random
     subspaces (T − 1)·k/(4·m); d is at most 1. What the first sum loses by interference the second loses by truncation.
-    Experts without a change count for nothing; k is at most the smallest numerical rank of the others.
+    Experts without a change do not count; k is at most the smallest numerical rank of the others.
     """
     # An unchanged expert has no directions to interfere with.
-    pairs = [(d, w) for d, w in zip(found, weights, strict=True) if d.rank > 0]
+    pairs = [(d, w) for d, w in zip(decompositions, weights, strict=True) if d.rank > 0]
     if most < 1 or not pairs:
         return most
-    found = [d for d, _ in pairs]
-    parts = [d.truncate(most) for d in found]
+    parts = [d.truncate(most) for d, _ in pairs]
     most = min(part.core.shape[0] for part in parts)
     displacement = sum(_cross_energy([getattr(p, side)[:, :most] for p in parts]) for side in ("left", "right"))
     k = torch.arange(1, most + 1, dtype=torch.float64)
-    distortion = (displacement / (4 * len(found) * k)).clamp(max=1.0)
+    distortion = (displacement / (4 * len(pairs) * k)).clamp(max=1.0)
     loss = torch.zeros(most, dtype=torch.float64)
     for decomposition, w in pairs:
         power = decomposition.singular_values.cpu().square()

@@ -1,0 +1,32 @@
+"""The check that methods make of their inputs, and the memory that an element-wise method needs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resm_kernels.checks import check_group
+from resm_kernels.dtypes import FLOAT_DTYPES
+
+
+def check_inputs(base: Tensor | None, experts: list[Tensor], out_dtype: torch.dtype | None) -> None:
+    """Raise unless base and experts have one shape and one device, and all dtypes are floating-point dtypes of merges.
+
+    Raises:
+        TypeError: An argument is no dense tensor, or its dtype or `out_dtype` is none of bf16, fp16, fp32, float64.
+        ValueError: Shapes or devices differ, or a tensor requires grad.
+    """
+    check_group(base, experts)
+    if out_dtype is not None and out_dtype not in FLOAT_DTYPES:
+        raise TypeError(f"out_dtype: got {out_dtype}, need one of {', '.join(map(str, FLOAT_DTYPES))}")
+
+
+def elementwise_workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bytes that an element-wise method allocates beyond its inputs and its output, whatever the number of experts.
+
+    Each thread has blocks of scratch memory, and a selection has its candidates: csrc/cpu/magnitude_threshold.cpp
+    bounds them by an eighth of the elements, four bytes each, for one expert at a time.
+    """
+    return (8 << 20) + math.prod(shape) // 2

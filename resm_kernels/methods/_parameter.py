@@ -1,0 +1,97 @@
+"""What a parameter of a merge method is: its name, kind, default and bounds, and how values are checked."""
+
+from __future__ import annotations
+
+import keyword
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from resm_kernels.suggestions import did_you_mean
+from resm_kernels.tensor_names import is_vocabulary
+
+REQUIRED: Final = object()
+"""Default of a parameter that has none: leaving it out is an error."""
+
+_TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One named parameter of a merge method.
+
+    Attributes:
+        name: The key that recipes use, in the field's (mergekit's) spelling.
+        kind: `float`, `int`, `bool`, or a tuple of allowed strings.
+        default: The value when it is left out; `REQUIRED` if it must be given. `None` means that the method decides.
+        doc: One line for help texts and errors: meaning, unit, why this default.
+        per_expert: True if each expert has its own value.
+        minimum, maximum: Inclusive bounds of a number.
+        vocabulary: The default for tensors with a row for each token (embeddings, output heads), if it differs from
+            `default`; None if it does not.
+        ignored: True if it is accepted, because recipes made for mergekit have it, and changes nothing.
+    """
+
+    name: str
+    kind: type | tuple[str, ...]
+    default: Any
+    doc: str
+    per_expert: bool = False
+    minimum: float | None = None
+    maximum: float | None = None
+    vocabulary: Any = None
+    ignored: bool = False
+
+    @property
+    def keyword(self) -> str:
+        """The parameter's name as a Python keyword argument: `lambda`, a reserved word, becomes `lambda_`."""
+        return f"{self.name}_" if keyword.iskeyword(self.name) else self.name
+
+    def default_for(self, tensor: str) -> Any:
+        """The default for the tensor of that name."""
+        return self.vocabulary if self.vocabulary is not None and is_vocabulary(tensor) else self.default
+
+    def validate(self, value: Any) -> Any:
+        """Return `value` converted to the parameter's kind, or raise a ValueError that says what is needed."""
+        if value is None and self.default is None:
+            return None
+        if isinstance(self.kind, tuple):
+            return self._validate_choice(value, self.kind)
+        if self.kind is bool:
+            return self._validate_bool(value)
+        return self._validate_number(value)
+
+    def _validate_choice(self, value: Any, choices: tuple[str, ...]) -> str:
+        if value in choices:
+            return str(value)
+        raise ValueError(f"{self.name}: got {value!r}, need one of {', '.join(choices)}{did_you_mean(value, choices)}")
+
+    def _validate_bool(self, value: Any) -> bool:
+        if isinstance(value, bool):
+            return value
+        if isinstance(value, (int, float)) and value in (0, 1):
+            return bool(value)
+        if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
+            return value.lower() in _TRUE
+        raise ValueError(f"{self.name}: got {value!r}, need true or false")
+
+    def _validate_number(self, value: Any) -> float | int:
+        needed = "a whole number" if self.kind is int else "a number"
+        try:
+            # YAML 1.1 reads 1e-3 as a string; mergekit's recipes rely on it being a number.
+            number = float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{self.name}: got {value!r}, need {needed}{self._bounds()}") from None
+        below = self.minimum is not None and number < self.minimum
+        above = self.maximum is not None and number > self.maximum
+        fractional = self.kind is int and not number.is_integer()
+        if isinstance(value, bool) or not math.isfinite(number) or below or above or fractional:
+            raise ValueError(f"{self.name}: got {value!r}, need {needed}{self._bounds()}")
+        return int(number) if self.kind is int else number
+
+    def _bounds(self) -> str:
+        if self.minimum is not None and self.maximum is not None:
+            return f" from {self.minimum:g} to {self.maximum:g}"
+        if self.minimum is not None:
+            return f" of at least {self.minimum:g}"
+        return f" of at most {self.maximum:g}" if self.maximum is not None else ""
