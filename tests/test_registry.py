@@ -113,8 +113,8 @@ def not_optional(
     base: Tensor,
     experts: list[Tensor],
     *,
-    share: Percent = None,
-    out_dtype: torch.dtype | None,  # type: ignore[assignment]
+    share: Percent = None,  # type: ignore[assignment]
+    out_dtype: torch.dtype | None,
 ) -> Tensor: ...
 def beyond(base: Tensor, experts: list[Tensor], *, share: Percent = 101.0, out_dtype: torch.dtype | None) -> Tensor: ...
 def underscore(base: Tensor, experts: list[Tensor], *, a_: Percent = 1.0, out_dtype: torch.dtype | None) -> Tensor: ...
