@@ -61,7 +61,7 @@ struct Moments {
 
 struct Outliers {
   double sum_abs[kLanes];
-  int32_t found[kLanes], smalls[kLanes];
+  int32_t outliers[kLanes], smalls[kLanes];
 };
 
 static_assert(kChunk / kHistogramCopies + kBlock < (1 << 16), "a chunk's counts must fit above the sums");
@@ -129,7 +129,7 @@ struct DeltaTile {
   const Array* expert;
   int64_t begin, stride;
   int rows, columns;
-  bool ahead = true;  // whether to prefetch what lies below
+  bool ahead = true;  // whether to prefetch the rows below
 };
 
 // Memory of a block of Δ to prefetch: cache lines side by side in each row of base and of expert.
@@ -199,7 +199,7 @@ struct BlockKernels {
   // Adds the products of every pair s <= t of n_experts blocks of kBlock, base subtracted where there is one, to that
   // pair's kLanes of `sums`, pairs (0, 0), (0, 1), … first; `experts` is overwritten.
   void (*inner_products)(const C* base, C* experts, int n, int n_experts, double* sums);
-  // Of expert t of what `sparsity` tells.
+  // Adds the sums of expert t, of which `sparsity` says what is kept.
   void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
   void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
   // The cell of each key; below[c]: how many are in cells before c, up to the number of cells. counts: scratch for two
@@ -210,13 +210,14 @@ struct BlockKernels {
   void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
   // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.
   int (*variance)(const C* base, const C* experts, int n, int n_experts, C* to);
-  // Bits of i below n of which values[i], blocks padded to kLanes, is at least bracket.high, in whole pairs of bytes;
-  // and how the others lie to the bracket.
+  // Sets bit i of mask for values[i] >= bracket.high, for i below n, in whole pairs of bytes, and says how the other
+  // values lie to the bracket. Blocks are padded to kLanes.
   void (*split_values)(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketSplit& split);
 };
 
 struct MaskKernels {
-  // Runs first_run … of a mask whose elements stay with limit/2^32, and the words they are drawn with.
+  // random_bits writes runs of a mask from first_run on, whose elements are kept with probability limit/2^32;
+  // random_words writes the 32-bit words that such runs are drawn with.
   void (*random_bits)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint8_t* mask);
   void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words);
   // bits: which of n elements have words below the least limit of the range their cell is in; open: the indices of the
