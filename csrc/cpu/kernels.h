@@ -1,9 +1,9 @@
 // The inner loops of the CPU ops: compiled once for each instruction set (*.simd.cpp), chosen at run time.
 //
-// They work on blocks of at most kBlock elements that are first converted to the compute type C (float, or double if
-// any input is double) in scratch that stays in the first-level cache. Results do not depend on the instruction set:
-// sums run over fixed lanes, and multiplications are fused with additions only where that changes no rounding. Products
-// with Δ and symmetric_eigen alone are fused wherever there is an instruction for it; their results depend on that.
+// They work on blocks of at most kBlock elements, which are first converted to the compute type C (float, or double if
+// any input is double) in memory that the first-level cache holds. Results do not depend on the instruction set: sums run
+// over fixed lanes, and a multiplication is fused with an addition only where that changes no rounding. Only products
+// with Δ and symmetric_eigen use fused instructions wherever there are any; their results depend on that.
 #pragma once
 
 #include <cstddef>
@@ -190,8 +190,8 @@ struct BlockKernels {
   // Counts keys; those strictly between low and high go to `between` (room for kBlock + kLanes): returns how many.
   int (*bracket)(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<C>* between,
                  BracketCounts& counts);
-  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten by ties and by what is
-  // sparse. True if the result shows that all inputs are finite; false says nothing.
+  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten for rule ties and where
+  // there is sparsity. Returns true if the result shows that all inputs are finite; false says nothing.
   bool (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
   // Of low_rank_update, see low_rank_update.simd.h.
   void (*add_update)(const C* left, const C* right, int depth, bool fresh, C* sums, int64_t stride);
@@ -202,8 +202,8 @@ struct BlockKernels {
   // Adds the sums of expert t, of which `sparsity` says what is kept.
   void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
   void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
-  // The cell of each key; below[c]: how many are in cells before c, up to the number of cells. counts: scratch for two
-  // numbers a cell.
+  // Writes the cell of each key, and to below[c], for c up to the number of cells, how many keys are in cells before c.
+  // counts: memory for two numbers a cell.
   void (*count_cells)(const Key<C>* keys, int64_t n, const KeyGrid<C>& grid, uint16_t* cells, uint32_t* counts,
                       uint32_t* below);
   // How many of n keys are less than, and how many are equal to key.
@@ -229,7 +229,8 @@ struct MaskKernels {
 struct Kernels {
   const char* isa;
   BlockKernels<float> f32;
-  // The commonest experts by far, read without a trip through scratch; n must be a multiple of kPad.
+  // For bf16 experts, which are the most common: they are read without a conversion to blocks. n must be a multiple of
+  // kPad.
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);
