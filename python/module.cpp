@@ -109,8 +109,6 @@ class MatrixInput {
   DeltaMatrix delta_;
 };
 
-int64_t mask_bytes(int64_t numel) { return (numel + kRun - 1) / kRun * kRunBytes; }
-
 // A tensor of float64 with one number for each expert; empty for None.
 std::vector<double> numbers_of(py::handle tensor, const char* name, int n_experts) {
   if (tensor.is_none()) return {};
@@ -151,16 +149,15 @@ void py_aggregate(py::handle base, const py::sequence& experts, py::handle optio
   const GroupInput group(base, experts);
   const SparsityInput sparsity(options, *group);
   const int n = group->n_experts();
-  const py::object min_divisor = options.attr("min_divisor");
   const AggregateOptions read{
       *sparsity,
       options.attr("weights").cast<std::vector<double>>(),
       numbers_of(options.attr("rescale"), "rescale", n),
       options.attr("scale").cast<double>(),
-      options.attr("rule").cast<std::string>() == "ties" ? Rule::ties : Rule::sum,
+      rule_of(options.attr("rule")),
       options.attr("normalize").cast<bool>(),
-      options.attr("consensus_method").cast<std::string>() == "unweighted" ? Vote::unweighted : Vote::weighted,
-      min_divisor.is_none() ? -INFINITY : min_divisor.cast<double>()};
+      vote_of(options.attr("consensus_method")),
+      number_or(-INFINITY, options.attr("min_divisor"))};
   require(static_cast<int>(read.weights.size()) == n, "weights: need one for each expert");
   const AggregateResult result{output(merged, "merged", group->numel()),
                                elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
@@ -174,9 +171,8 @@ void py_delta_stats(py::handle base, const py::sequence& experts, py::handle opt
   const int64_t vectors = group->n_experts() * group->rows;
   const bool histogram = options.attr("histogram").cast<bool>();
   const int64_t bins = histogram ? vectors * kHistogramBins : 0;
-  const py::object kappa = options.attr("kappa");
   const DeltaStatsOptions read{options.attr("eps").cast<double>(), options.attr("eps_rel").cast<double>(),
-                               kappa.is_none() ? -1.0 : kappa.cast<double>()};
+                               number_or(-1.0, options.attr("kappa"))};
   DeltaStatsResult result{elements_of<double>(moments, "moments", vectors * kMoments),
                           elements_of<int64_t>(counts, "counts", vectors * kCounts),
                           elements_of<int64_t>(bin_counts, "bin_counts", bins),

@@ -11,6 +11,7 @@
 #include <type_traits>
 
 #include "common/dtype.h"
+#include "common/elect.h"
 
 namespace resm::python {
 
@@ -67,6 +68,15 @@ T* elements_of(py::handle tensor, const char* name, int64_t numel) {
     throw py::type_error(std::string(name) + ": got dtype " + std::string(py::str(dtype)) + ", need " +
                          std::string(py::str(dtype_of_elements<T>())));
   return reinterpret_cast<T*>(data_of(tensor, name, numel));
+}
+
+// An optional number; `none` in place of None.
+inline double number_or(double none, py::handle number) { return number.is_none() ? none : number.cast<double>(); }
+
+// The names that AggregateOptions has for rules and consensus methods.
+inline Rule rule_of(py::handle name) { return name.cast<std::string>() == "ties" ? Rule::ties : Rule::sum; }
+inline Vote vote_of(py::handle name) {
+  return name.cast<std::string>() == "unweighted" ? Vote::unweighted : Vote::weighted;
 }
 
 }  // namespace resm::python

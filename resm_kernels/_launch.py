@@ -1,74 +1,191 @@
-"""What the hosts of GPU kernels share: one table for the tensors of a launch, and which tensors can share one."""
+"""The preparation of GPU kernels that Triton's and CUDA's launchers share.
+
+Kernels take contiguous tensors, whose experts have one dtype and a table of addresses on the device; numbers for each
+expert as float64 on the device; and results that start as zeros where kernels add to them.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.reference.aggregate import AggregateOptions
+from resm_kernels.reference.delta_stats import DeltaStatsOptions
+from resm_kernels.reference.deltas import SparsityOptions, vector_layout
 
-_VECTOR = 16
-"""Bytes of the widest access."""
+_VECTOR_BYTES = 16
+"""The widest access of a thread."""
 
 
 @dataclass(frozen=True)
-class Launch:
-    """L tensors of one kind, each cut into chunks of `block` elements; program p works on one chunk.
+class Group:
+    """Base and experts of an op as kernels take them. It keeps the tensors alive until the kernels are enqueued.
 
     Attributes:
-        table: int64 on the device: firsts[0 … 2^steps − 1], the tensors' first programs; lengths[0 … L − 1];
-            addresses[l][i], i over what belongs to tensor l.
-        programs: Of all tensors.
-        steps: Of a binary search in firsts.
-        block: Elements of a chunk.
-        aligned: Whether all addresses are multiples of 16 bytes.
+        base: Contiguous; None where the op has no base.
+        experts: Contiguous, of one dtype and the base's shape.
+        masks: Contiguous bit masks, one for each expert, or none.
+        addresses: (T,) int64 on the device, the experts' addresses; (2·T,) with the masks' after them.
+        compute: The dtype of the arithmetic, float32 or float64.
+        aligned: Whether base, experts and outputs all begin at multiples of 16 bytes.
+        rows: How many vectors the op treats, each by itself.
+        length: Elements of a vector.
     """
 
-    table: Tensor
-    programs: int
-    steps: int
-    block: int
+    base: Tensor | None
+    experts: list[Tensor]
+    masks: list[Tensor]
+    addresses: Tensor
+    compute: torch.dtype
     aligned: bool
+    rows: int
+    length: int
+
+    @property
+    def n_experts(self) -> int:
+        return len(self.experts)
+
+    @property
+    def device(self) -> torch.device:
+        return self.experts[0].device
+
+    def programs(self, chunk: int) -> int:
+        """How many programs a launch needs of which each works on one chunk of `chunk` elements of a vector."""
+        return self.rows * -(-self.length // chunk)
 
 
-def launch_of(groups: Sequence[Sequence[Tensor]], block: int) -> Launch:
-    """A launch over groups of tensors, each group of one length; they must stay alive until it is enqueued."""
-    lengths = [own[0].numel() for own in groups]
-    chunks = [-(-n // block) for n in lengths]
-    steps = max(len(groups) - 1, 0).bit_length()
-    firsts = np.full(1 << steps, np.iinfo(np.int64).max, dtype=np.int64)
-    firsts[: len(groups)] = np.cumsum([0, *chunks[:-1]])
-    addresses = [t.data_ptr() for own in groups for t in own]
-    table = np.concatenate([firsts, np.array(lengths, dtype=np.int64), np.array(addresses, dtype=np.int64)])
-    aligned = all(address % _VECTOR == 0 for address in addresses)
-    device = groups[0][0].device
-    return Launch(torch.from_numpy(table).to(device, non_blocking=True), sum(chunks), steps, block, aligned)
+def prepare_group(
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor] | None = None,
+    rows: bool = False,
+    outputs: Sequence[Tensor] = (),
+) -> Group:
+    """The group of an op's inputs. Experts of several dtypes are widened to a common one, which is exact.
 
-
-def kinds(
-    bases: Sequence[Tensor], experts: Sequence[Sequence[Tensor]], outs: Sequence[Tensor] = ()
-) -> dict[tuple[torch.dtype, ...], list[int]]:
-    """Which groups can share a launch: dtypes of base and experts, and of out, where there are any; arithmetic's."""
-    found: dict[tuple[torch.dtype, ...], list[int]] = {}
-    for i, own in enumerate(experts):
-        named = [*bases[i : i + 1], own[0], *outs[i : i + 1]]
-        kind = (*(t.dtype for t in named), compute_dtype(*bases[i : i + 1], *own))
-        found.setdefault(kind, []).append(i)
-    return found
-
-
-def of_one_dtype(experts: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous, and widened to a common dtype where they differ, which is exact."""
+    Args:
+        rows: Whether each row along the last dimension is a vector of its own, instead of the whole tensor.
+        outputs: Results of the experts' shape, which count for `Group.aligned`.
+    """
+    tensors = [*experts] if base is None else [base, *experts]
     dtypes = {e.dtype for e in experts}
-    common = next(iter(dtypes)) if len(dtypes) == 1 else compute_dtype(*experts)
-    return [e.to(common).contiguous() for e in experts]
+    common = experts[0].dtype if len(dtypes) == 1 else compute_dtype(*experts)
+    bases = [] if base is None else [base.contiguous()]
+    contiguous = [e.to(common).contiguous() for e in experts]
+    bit_masks = [mask.contiguous() for mask in masks or ()]
+    addresses = torch.tensor([t.data_ptr() for t in (*contiguous, *bit_masks)], dtype=torch.int64)
+    count, length = vector_layout(experts[0].shape, rows)
+    return Group(
+        base=bases[0] if bases else None,
+        experts=contiguous,
+        masks=bit_masks,
+        addresses=addresses.to(experts[0].device, non_blocking=True),
+        compute=compute_dtype(*tensors),
+        aligned=all(t.data_ptr() % _VECTOR_BYTES == 0 for t in (*bases, *contiguous, *outputs)),
+        rows=count,
+        length=length,
+    )
+
+
+def prepare_thresholds(
+    options: SparsityOptions, n_experts: int, device: torch.device
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The lower and the upper thresholds of every expert, float64 on the device; None where no expert has any."""
+    limits = ((options.thresholds, 0.0), (options.upper_thresholds, math.inf))
+    if all(thresholds is None for thresholds, _ in limits):
+        return None, None
+    lower, upper = (
+        torch.full((n_experts,), bound, dtype=torch.float64, device=device)
+        if thresholds is None
+        else thresholds.to(device, torch.float64).contiguous()
+        for thresholds, bound in limits
+    )
+    return lower, upper
+
+
+@dataclass(frozen=True)
+class AggregateLaunch:
+    """The arguments of `aggregate`'s kernels.
+
+    Attributes:
+        group: The inputs; its `aligned` holds for `merged` too.
+        scalars: (2,) float64: λ and the least divisor.
+        factors: (T,) float64: of the deltas, before the votes are counted.
+        divisors: (T,) float64: the weights, which a normalised merge divides by.
+        lower: (T,) float64 or None, as `prepare_thresholds` returns it.
+        upper: Likewise.
+        merged: The result, not written yet.
+        nonfinite: (1 + T,) int64, zeros.
+    """
+
+    group: Group
+    scalars: Tensor
+    factors: Tensor
+    divisors: Tensor
+    lower: Tensor | None
+    upper: Tensor | None
+    merged: Tensor
+    nonfinite: Tensor
+
+
+def prepare_aggregate(base: Tensor | None, experts: Sequence[Tensor], options: AggregateOptions) -> AggregateLaunch:
+    """The arguments of `aggregate`'s kernels, with the arithmetic that the definition gives to weights and rescales."""
+    first = experts[0] if base is None else base
+    device, n_experts = first.device, len(experts)
+    merged = torch.empty(first.shape, dtype=options.out_dtype or first.dtype, device=device)
+    least = -math.inf if options.min_divisor is None else options.min_divisor
+    numbers = torch.tensor([options.scale, least, *options.weights], dtype=torch.float64)
+    numbers = numbers.to(device, non_blocking=True)
+    divisors = numbers[2:]
+    factors = torch.ones_like(divisors) if options.votes_before_weights else divisors
+    if options.rescale is not None:
+        factors = factors * options.rescale.to(device, torch.float64)
+    lower, upper = prepare_thresholds(options, n_experts, device)
+    return AggregateLaunch(
+        group=prepare_group(base, experts, masks=options.masks, outputs=[merged]),
+        scalars=numbers[:2],
+        factors=factors,
+        divisors=divisors,
+        lower=lower,
+        upper=upper,
+        merged=merged,
+        nonfinite=torch.zeros(1 + n_experts, dtype=torch.int64, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class DeltaStatsLaunch:
+    """The arguments of `delta_stats`'s kernels: the inputs, and zeros for the results that the definition returns."""
+
+    group: Group
+    moments: Tensor
+    counts: Tensor
+    bin_counts: Tensor
+    bin_sums: Tensor
+
+    @property
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.moments, self.counts, self.bin_counts, self.bin_sums
+
+
+def prepare_delta_stats(base: Tensor, experts: Sequence[Tensor], options: DeltaStatsOptions) -> DeltaStatsLaunch:
+    """The arguments of `delta_stats`'s kernels."""
+    shape = (len(experts), *options.vectors_shape(base))
+    widths = {"moments": (5, torch.float64), "counts": (5, torch.int64)}
+    widths |= {"bin_counts": (options.bins, torch.int64), "bin_sums": (options.bins, torch.float64)}
+    results = {
+        name: torch.zeros((*shape, width), dtype=dtype, device=base.device) for name, (width, dtype) in widths.items()
+    }
+    return DeltaStatsLaunch(prepare_group(base, experts, rows=options.rows), **results)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels are launched on the current device: make that the tensors'."""
+    """Within it, the tensors' device is the current one: kernels are launched on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

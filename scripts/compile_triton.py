@@ -1,8 +1,8 @@
-"""Compiles every Triton kernel ahead of time, with no GPU, and holds registers, spills and shared memory to limits.
+"""Compiles every Triton kernel ahead of time for the GPUs of `TARGETS`; this needs no GPU.
 
-For the GPUs of `TARGETS`; a table of what each kernel takes is printed. Fails if a kernel spills more than a pair of
-registers or takes more shared memory than these GPUs have for a block, or if one that is bound by memory does not read
-16 bytes at a time on NVIDIA's.
+Prints a table of each kernel's registers, spills and shared memory. Fails if a kernel spills more than two registers or
+takes more shared memory than these GPUs have for a block, or if a kernel that is bound by memory does not read 16 bytes
+at a time on NVIDIA's GPUs.
 
     python scripts/compile_triton.py
 """
@@ -20,14 +20,15 @@ from typing import Any, NamedTuple
 
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from resm_kernels.triton import (
-    _delta_product,
     aggregate,
+    delta_product,
     delta_stats,
     inner_products,
     kept_moments,
@@ -40,9 +41,9 @@ from resm_kernels.triton import (
 
 TARGETS = [GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)] + [GPUTarget("hip", "gfx942", 64)]
 MOST_SHARED = {"cuda": 99 << 10, "hip": 64 << 10}
-"""Bytes a block: what the smaller GPUs from sm_80 on have (sm_86, sm_120), and gfx942."""
+"""Bytes of a block: the limits of the smaller GPUs from sm_80 on (sm_86, sm_120), and of gfx942."""
 MOST_SPILLED = {"cuda": 8, "hip": 0}
-"""Bytes a thread (AMD: registers). At times ptxas parks one or two registers to fit one more block; more is a loss."""
+"""Bytes of a thread (on AMD: registers). ptxas may spill one or two registers to fit one more block; more is a loss."""
 WIDE = re.compile(r"ld\.global[^;]*\.(v4\.b32|v2\.b64|v4\.b64|v8\.b32)")
 """Loads of 16 bytes or more in PTX."""
 
@@ -63,18 +64,20 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     kinds = [(tl.bfloat16, tl.float32), (tl.float16, tl.float32), (tl.float32, tl.float32), (tl.float64, tl.float64)]
-    table = {"table": "*i64", "n_tensors": "i32"}
     for dtype, compute in kinds:
-        of = {"BASE": dtype, "EXPERT": dtype, "COMPUTE": compute, "ALIGNED": True, "T": 3, "STEPS": 3}
+        inputs = {"base": f"*{_short(dtype)}", "experts": "*i64", "length": "i32"}
+        common = {"BASE": dtype, "EXPERT": dtype, "COMPUTE": compute, "ALIGNED": True, "T": 3}
         for rule, masks in (("sum", False), ("ties", False), ("sum", True), ("ties", True)):
-            numbers = ("factors", "weights", "lower", "upper", "scale")
+            numbers = ("factors", "divisors", "lower", "upper", "scalars")
             yield Case(
                 f"aggregate {rule}{' of masks' if masks else ''} {dtype}",
                 aggregate.aggregate_kernel,
-                table | dict.fromkeys(numbers, "*fp64") | {"nonfinite": "*i64"},
-                of
-                | {"TIES": rule == "ties", "NORMALIZE": rule == "ties", "HAS_BASE": True, "OUT": dtype}
-                | {"VOTE": "weighted", "TRIMS": rule == "ties" and not masks, "MASKS": masks}
+                inputs
+                | dict.fromkeys(numbers, "*fp64")
+                | {"masks": "*i64", "merged": f"*{_short(dtype)}", "nonfinite": "*i64"},
+                common
+                | {"TIES": rule == "ties", "NORMALIZE": rule == "ties", "HAS_BASE": True, "MERGED": dtype}
+                | {"UNWEIGHTED": False, "TRIMS": rule == "ties" and not masks, "MASKS": masks}
                 | {"BLOCK": aggregate.BLOCK},
                 {"num_warps": aggregate.WARPS, "enable_fp_fusion": False},
                 is_wide=True,
@@ -91,46 +94,48 @@ def cases() -> Iterator[Case]:
         yield Case(
             f"variance_mask {dtype}",
             variance_mask.variance_kernel,
-            {"base": f"*{_short(dtype)}", "addresses": "*i64", "out": f"*{_short(compute)}", "length": "i32"},
+            inputs | {"out": f"*{_short(compute)}"},
             {"T": 3, "BASE": dtype, "EXPERT": dtype, "COMPUTE": compute, "BLOCK": variance_mask.BLOCK},
             {"num_warps": variance_mask.WARPS, "enable_fp_fusion": False},
         )
         sizes = {"BLOCK": delta_stats.BLOCK, "BLOCKS": delta_stats.BLOCKS, "FIELDS": delta_stats.FIELDS}
-        for second in (False, True):
+        for second, by_rows in ((False, False), (True, False), (True, True)):
             yield Case(
-                f"delta_stats {'second' if second else 'first'} {dtype}",
+                f"delta_stats {'second' if second else 'first'}{' of rows' if by_rows else ''} {dtype}",
                 delta_stats.chunks_kernel,
-                table | {"limits": "*fp64", "moments": "*fp64", "rows": "*fp64"},
-                of | sizes | {"SECOND": second, "OUTLIERS": True},
+                inputs | {"limits": "*fp64", "moments": "*fp64", "chunk_sums": "*fp64", "n_rows": "i32"},
+                common | sizes | {"SECOND": second, "OUTLIERS": True, "BY_ROWS": by_rows},
                 {"num_warps": delta_stats.WARPS, "enable_fp_fusion": True},
-                is_wide=True,
+                is_wide=not by_rows,
             )
         yield Case(
             f"delta_stats histogram {dtype}",
             delta_stats.histogram_kernel,
-            table | {"bin_counts": "*i64", "bin_sums": "*fp64"},
-            of | {"BLOCK": delta_stats.HISTOGRAM_BLOCK, "BINS": delta_stats.HISTOGRAM_BINS},
+            inputs | {"bin_counts": "*i64", "bin_sums": "*fp64", "n_rows": "i32"},
+            common | {"BLOCK": delta_stats.HISTOGRAM_BLOCK, "BINS": delta_stats.HISTOGRAM_BINS, "BY_ROWS": False},
             {"num_warps": delta_stats.HISTOGRAM_WARPS, "enable_fp_fusion": False},
         )
         for with_base in (False, True):
             yield Case(
                 f"inner_products {'of deltas ' if with_base else ''}{dtype}",
                 inner_products.chunks_kernel,
-                table | {"sums": "*fp64"},
-                of | {"HAS_BASE": with_base, "BLOCK": inner_products.BLOCK, "BLOCKS": inner_products.BLOCKS},
+                inputs | {"sums": "*fp64"},
+                common
+                | {"HAS_BASE": with_base, "BLOCK": inner_products.BLOCK, "BLOCKS": inner_products.BLOCKS}
+                | {"BY_ROWS": False},
                 {"num_warps": inner_products.WARPS, "enable_fp_fusion": True},
                 is_wide=True,
             )
-        own = magnitude_threshold
-        low = own.DIGITS[own.torch.float64 if dtype == tl.float64 else own.torch.float32][0]
+        low = magnitude_threshold.DIGITS[torch.float64 if dtype == tl.float64 else torch.float32][0]
         yield Case(
             f"magnitude_threshold {dtype}",
-            own.digits_kernel,
-            table | {"found": "*i64", "frequencies": "*i64", "nonfinite": "*i64"},
-            of
+            magnitude_threshold.digits_kernel,
+            inputs | {"prefixes": "*i64", "frequencies": "*i64", "nonfinite": "*i64"},
+            common
             | {"FIRST": True, "LOW": low, "ABOVE": 63 if dtype == tl.float64 else 31}
-            | {"BLOCK": own.BLOCK, "BLOCKS": own.BLOCKS, "BINS": own.BINS},
-            {"num_warps": own.WARPS, "enable_fp_fusion": False},
+            | {"BLOCK": magnitude_threshold.BLOCK, "BLOCKS": magnitude_threshold.BLOCKS}
+            | {"BINS": magnitude_threshold.BINS},
+            {"num_warps": magnitude_threshold.WARPS, "enable_fp_fusion": False},
         )
         if dtype != tl.float64:
             for by_rows in (False, True):
@@ -148,14 +153,14 @@ def cases() -> Iterator[Case]:
         for energy in (False, True):
             yield Case(
                 f"delta product{' with energy' if energy else ''} {dtype}",
-                _delta_product.delta_product_kernel,
+                delta_product.delta_product_kernel,
                 {"base": f"*{_short(dtype)}", "expert": f"*{_short(dtype)}", "x": "*fp32", "out": "*fp32"}
                 | {"energy": "*fp64", "rows": "i32", "inner": "i32", "columns": "i32", "row_stride": "i32"}
                 | {"part": "i32"},
                 {"inner_stride": 1, "HAS_BASE": True, "ENERGY": energy, "BASE": dtype, "EXPERT": dtype}
-                | {"COMPUTE": compute, "PRECISION": "tf32x3", "ROWS": _delta_product.ROWS}
-                | {"COLUMNS": _delta_product.COLUMNS, "INNER": _delta_product.INNER[compute]},
-                {"num_warps": _delta_product.WARPS, "num_stages": _delta_product.STAGES, "enable_fp_fusion": True},
+                | {"COMPUTE": compute, "PRECISION": "tf32x3", "ROWS": delta_product.ROWS}
+                | {"COLUMNS": delta_product.COLUMNS, "INNER": delta_product.INNER[compute]},
+                {"num_warps": delta_product.WARPS, "num_stages": delta_product.STAGES, "enable_fp_fusion": True},
             )
     yield Case(
         "variance_mask bits",
@@ -176,22 +181,22 @@ def cases() -> Iterator[Case]:
     yield Case(
         "delta_stats totals",
         delta_stats.totals_kernel,
-        {"table": "*i64", "rows": "*fp64", "moments": "*fp64", "counts": "*i64"},
-        {"SECOND": False, "SMALL": False, "STEPS": 3, "T": 3, "CHUNK": delta_stats.BLOCK * delta_stats.BLOCKS}
-        | {"FIELDS": delta_stats.FIELDS, "ROWS": delta_stats.ROWS},
+        {"chunk_sums": "*fp64", "moments": "*fp64", "counts": "*i64", "length": "i32", "n_rows": "i32"},
+        {"SECOND": False, "SMALL": False, "T": 3, "CHUNK": delta_stats.BLOCK * delta_stats.BLOCKS}
+        | {"FIELDS": delta_stats.FIELDS, "CHUNKS": delta_stats.CHUNKS},
         {"num_warps": delta_stats.WARPS, "enable_fp_fusion": False},
     )
     yield Case(
         "inner_products totals",
         inner_products.totals_kernel,
-        {"table": "*i64", "sums": "*fp64", "grams": "*fp64"},
-        {"STEPS": 3, "T": 3, "CHUNK": inner_products.BLOCK * inner_products.BLOCKS, "ROWS": inner_products.ROWS},
+        {"sums": "*fp64", "grams": "*fp64", "length": "i32"},
+        {"T": 3, "CHUNK": inner_products.BLOCK * inner_products.BLOCKS, "CHUNKS": inner_products.CHUNKS},
         {"num_warps": inner_products.WARPS, "enable_fp_fusion": False},
     )
     yield Case(
         "magnitude_threshold choose",
         magnitude_threshold.choose_kernel,
-        {"found": "*i64", "ranks": "*i64", "frequencies": "*i64"},
+        {"prefixes": "*i64", "ranks": "*i64", "frequencies": "*i64"},
         {"WIDTH": 11, "BINS": magnitude_threshold.BINS},
         {"num_warps": magnitude_threshold.WARPS, "enable_fp_fusion": False},
     )
@@ -214,7 +219,7 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     constants = dict(case.constants)
     if target.backend == "hip" and "PRECISION" in constants:
         constants["PRECISION"] = "ieee"
-    # What a launch finds out by itself: pointers and sizes are multiples of 16.
+    # A launch derives these by itself: pointers and sizes are multiples of 16.
     attributes = {
         (names.index(name),): [["tt.divisibility", 16]]
         for name, kind in case.arguments.items()

@@ -1,15 +1,18 @@
-"""Where CUDA kernels run in tests: on a GPU, or, the same source compiled by a C++ compiler, on the CPU."""
+"""The device of the tests of CUDA kernels: a GPU, or the CPU, for which a C++ compiler compiles the same source."""
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
+import importlib.machinery
+import importlib.util
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+import sysconfig
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -17,26 +20,26 @@ from inputs import group
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.cuda import _launch
-from resm_kernels.cuda.aggregate import CHUNK
+from resm_kernels.cuda import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLAGS = ["-std=c++17", "-Og", "-fPIC", "-shared", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror", "-Icsrc"]
+FLAGS = ["-std=c++17", "-Og", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Icsrc", "-Ipython"]
+FLAGS += ["-Wall", "-Wextra", "-Werror"]
+MODULE = "cuda_on_host"
 
 if DEVICE == "cpu" and os.environ.get("RESM_REQUIRE_GPU"):
     pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
 
-LENGTHS = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5, 0)
 GUARD = 64
 
-Groups = tuple[list[Tensor], list[Tensor]]
 
-
-def groups(dtype: torch.dtype, n_experts: int, lengths: tuple[int, ...] = LENGTHS, kind: str = "weights") -> Groups:
-    """Bases and all experts of tensors of these lengths."""
-    made = [group((n,), n_experts, kind, base_dtype=dtype, seed=10 * i) for i, n in enumerate(lengths)]
-    return [base.to(DEVICE) for base, _ in made], [e.to(DEVICE) for _, own in made for e in own]
+def device_group(
+    n: int, dtype: torch.dtype, n_experts: int, kind: str = "weights", seed: int = 0
+) -> tuple[Tensor, list[Tensor]]:
+    """A base of n elements and its experts, of one dtype, on DEVICE."""
+    base, experts = group((n,), n_experts, kind, base_dtype=dtype, seed=seed)
+    return base.to(DEVICE), [e.to(DEVICE) for e in experts]
 
 
 def shifted(tensor: Tensor) -> Tensor:
@@ -48,59 +51,50 @@ def shifted(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def guarded_memory() -> Iterator[None]:
-    """Every tensor that the hosts allocate within it lies between guards, which no kernel may touch."""
-    kept: list[Tensor] = []
+    """Every tensor that the launchers allocate within it lies between guards, which no kernel may touch."""
+    rooms: list[Tensor] = []
 
     def guarded(shape: object, *, dtype: torch.dtype, device: object) -> Tensor:
         size = torch.Size([shape] if isinstance(shape, int) else shape)  # type: ignore[arg-type]
         room = torch.full((size.numel() + 2 * GUARD,), 77, dtype=dtype, device=device)  # type: ignore[call-overload]
-        kept.append(room)
+        rooms.append(room)
         return room[GUARD:-GUARD].view(size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", guarded)
         patch.setattr(torch, "zeros", lambda *a, **k: guarded(*a, **k).zero_())
         yield
-    assert kept
-    assert all(bool((room[:GUARD] == 77).all()) and bool((room[-GUARD:] == 77).all()) for room in kept)
+    assert rooms
+    assert all(bool((room[:GUARD] == 77).all()) and bool((room[-GUARD:] == 77).all()) for room in rooms)
 
 
-class OnHost:
-    """The functions of csrc/cuda/ops.h, and `run_backwards`: integers and floats in, an error as an exception."""
+def kernels_on_host() -> ModuleType:
+    """python/cuda.cpp with kernels that run on the CPU, and `run_backwards`, as a module.
 
-    def __init__(self, library: Path):
-        self._library = ctypes.CDLL(str(library))
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        function = getattr(self._library, name)
-        if name != "run_backwards":
-            function.restype = ctypes.c_char_p
-
-        def call(*arguments: int | float) -> None:
-            plain = [(ctypes.c_double if isinstance(a, float) else ctypes.c_int64)(a) for a in arguments]
-            error = function(*plain)
-            if isinstance(error, bytes):
-                raise RuntimeError(error.decode())
-
-        return call
-
-
-def built() -> Path:
-    """The kernels compiled for this machine, in build/, again only where their source has changed."""
+    The library lies in build/. It is compiled again only where its sources, its compiler or its flags have changed.
+    """
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler here: the CUDA kernels are not compiled for the host")
-    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "tests/cuda_on_host.cpp"]
-    headers = [*sorted((ROOT / "csrc/cuda").glob("*.h")), *sorted((ROOT / "csrc/common").glob("*.h"))]
-    content = b"".join(p.read_bytes() for p in (*sources, *headers))
-    key = hashlib.sha256(content + " ".join([compiler, *FLAGS]).encode()).hexdigest()[:16]
-    library = ROOT / f"build/cuda_on_host/{key}.so"
+    pybind11 = pytest.importorskip("pybind11")
+    includes = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "python/cuda.cpp", ROOT / f"tests/{MODULE}.cpp"]
+    headers = [path for folder in ("csrc/cuda", "csrc/common", "python") for path in (ROOT / folder).glob("*.h")]
+    content = b"".join(path.read_bytes() for path in (*sources, *sorted(headers)))
+    command = [compiler, *FLAGS, *includes]
+    key = hashlib.sha256(content + " ".join(command).encode()).hexdigest()[:16]
+    library = ROOT / f"build/{MODULE}/{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
-        fresh = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([compiler, *FLAGS, "-x", "c++", *map(str, sources), "-o", str(fresh)], cwd=ROOT, check=True)
-        fresh.replace(library)  # in one step: another session may be here too
-    return library
+        new = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-x", "c++", *map(str, sources), "-o", str(new)], cwd=ROOT, check=True)
+        new.replace(library)  # in one step, as another session may do the same
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, str(library))
+    spec = importlib.util.spec_from_file_location(MODULE, library, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module", params=["forwards", "backwards"] if DEVICE == "cpu" else ["on the GPU"])
@@ -111,9 +105,9 @@ def cuda_kernels(request: pytest.FixtureRequest) -> Iterator[None]:
             pytest.fail("the extension was built without CUDA", pytrace=False)
         yield
         return
-    on_host = OnHost(built())
+    on_host = kernels_on_host()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_launch, "native", on_host)
-        on_host.run_backwards(int(request.param == "backwards"))
+        patch.setattr(launch, "native", on_host)
+        on_host.run_backwards(request.param == "backwards")
         yield
-        on_host.run_backwards(0)
+        on_host.run_backwards(False)

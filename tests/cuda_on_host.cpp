@@ -1,5 +1,12 @@
-// What the tests need of the CUDA kernels compiled for the host beside the ops themselves.
+// A Python module of the CUDA ops compiled for the host, for the tests.
+#include <pybind11/pybind11.h>
+
 #include "cuda/block.h"
 
-// Turns the order of threads and blocks round, or back.
-extern "C" void run_backwards(int64_t backwards) { resm::cuda::backwards = backwards != 0; }
+void define_cuda_ops(pybind11::module_& m);
+
+PYBIND11_MODULE(cuda_on_host, m) {
+  define_cuda_ops(m);
+  m.def("run_backwards", [](bool backwards) { resm::cuda::backwards = backwards; },
+        "Reverse the order of threads and blocks, or restore it.");
+}

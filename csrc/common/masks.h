@@ -11,6 +11,7 @@ namespace resm {
 constexpr int kRun = 128;                // elements that 32 counters draw for
 constexpr int kRunCounters = kRun / 4;   // word w of counter c of a run is of the run's element 32·w + c
 constexpr int kRunBytes = kRun / 8;
+constexpr int64_t mask_bytes(int64_t numel) { return (numel + kRun - 1) / kRun * kRunBytes; }
 
 // An element of doubled mean rank m = 2·#{less} + #{equal} − 1 is kept with probability (lowest + step·m)/2^62.
 struct MaskLaw {

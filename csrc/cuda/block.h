@@ -1,15 +1,16 @@
-// What the kernels are written in: a kernel is a sequence of phases over the threads of a block, each of which ends
-// with a barrier. On a GPU a phase is every thread at once; compiled by a C++ compiler, it is a loop over the threads,
-// so that tests run the same source on any machine. There the order of threads and blocks can be turned round, and
-// shared memory starts as garbage, which brings out phases that rely on other threads' work in them, or on zeros.
+// The language of the kernels. A kernel is a sequence of phases over the threads of a block, each of which ends with a
+// barrier. On a GPU all threads run a phase at once. A C++ compiler makes a loop over the threads of it, so that tests run
+// the same source on any machine: there the order of threads and blocks can be reversed, and shared memory starts as
+// garbage, so that a phase which relies on other threads' work in it, or on zeros, gives wrong results.
 #pragma once
 
 #include <climits>
 #include <cstdint>
 #include <cstring>
+#include <stdexcept>
 #include <string>
 
-#include "common/dtype.h"
+#include "cuda/ops.h"
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
@@ -18,7 +19,6 @@
 #define RESM_ROLLED _Pragma("unroll 1")
 #define RESM_UNROLL_TWICE _Pragma("unroll 2")
 #else
-#include <stdexcept>
 #define RESM_DEVICE inline
 #define RESM_UNROLL
 #define RESM_ROLLED
@@ -52,29 +52,29 @@ class Block {
     __syncthreads();
   }
 
-  // Each warp's first thread gets what its values combine to: 16 apart, then 8, 4, 2, 1.
+  // Each warp's first thread gets the combination of its warp's values: those 16 apart first, then 8, 4, 2 and 1.
   template <class T, class Combine>
-  RESM_DEVICE void combine_in_warps(PerThread<T, kThreads>& own, Combine combine) const {
+  RESM_DEVICE void combine_in_warps(PerThread<T, kThreads>& values, Combine combine) const {
     for (int apart = kWarp / 2; apart > 0; apart /= 2)
-      own[0] = combine(own[0], __shfl_down_sync(~0u, own[0], apart));
+      values[0] = combine(values[0], __shfl_down_sync(~0u, values[0], apart));
   }
 
   // Each thread's value becomes the sum of those of the threads before it in its warp; `sums` gets the warps' sums.
   template <class T>
-  RESM_DEVICE void sum_before_in_warps(PerThread<T, kThreads>& own, T* sums) const {
+  RESM_DEVICE void sum_before_in_warps(PerThread<T, kThreads>& values, T* sums) const {
     const int lane = threadIdx.x % kWarp;
-    T including = own[0];
+    T including = values[0];
     for (int apart = 1; apart < kWarp; apart *= 2) {
       const T other = __shfl_up_sync(~0u, including, apart);
       if (lane >= apart) including += other;
     }
     if (lane == kWarp - 1) sums[threadIdx.x / kWarp] = including;
-    own[0] = including - own[0];
+    values[0] = including - values[0];
     __syncthreads();
   }
 };
 
-// Returns what was there before.
+// Returns the value before the addition.
 template <class T>
 RESM_DEVICE T atomic_add(T* to, T value) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "CUDA adds words of 32 and 64 bits");
@@ -85,13 +85,13 @@ RESM_DEVICE T atomic_add(T* to, T value) {
         atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
 }
 
-// What no kernel writes while this one runs: the compiler need not read it again after a store.
+// Reads memory that no kernel writes while this one runs: the compiler need not read it again after a store.
 template <class T>
 RESM_DEVICE T constant(const T* from) { return __ldg(from); }
 
-// 16 bytes, at an address that is a multiple of 16. What is read is not written by the same kernel.
-RESM_DEVICE uint4 read16(const void* from, int which) { return __ldg(static_cast<const uint4*>(from) + which); }
-RESM_DEVICE void write16(void* to, int which, uint4 value) { static_cast<uint4*>(to)[which] = value; }
+// 16 bytes at an address that is a multiple of 16, number `index` from there. No kernel reads what it writes.
+RESM_DEVICE uint4 read16(const void* from, int index) { return __ldg(static_cast<const uint4*>(from) + index); }
+RESM_DEVICE void write16(void* to, int index, uint4 value) { static_cast<uint4*>(to)[index] = value; }
 
 // A multiprocessor is to hold kResident blocks: that limits the registers of a thread.
 template <class Kernel>
@@ -135,19 +135,19 @@ class Block {
   }
 
   template <class T, class Combine>
-  void combine_in_warps(PerThread<T, kThreads>& own, Combine combine) const {
+  void combine_in_warps(PerThread<T, kThreads>& values, Combine combine) const {
     for (int first = 0; first < kThreads; first += kWarp)
       for (int apart = kWarp / 2; apart > 0; apart /= 2)
-        for (int lane = first; lane < first + apart; ++lane) own[lane] = combine(own[lane], own[lane + apart]);
+        for (int lane = first; lane < first + apart; ++lane) values[lane] = combine(values[lane], values[lane + apart]);
   }
 
   template <class T>
-  void sum_before_in_warps(PerThread<T, kThreads>& own, T* sums) const {
+  void sum_before_in_warps(PerThread<T, kThreads>& values, T* sums) const {
     for (int first = 0; first < kThreads; first += kWarp) {
       T before = 0;
       for (int lane = 0; lane < kWarp; ++lane) {
-        const T value = own[first + lane];
-        own[first + lane] = before;
+        const T value = values[first + lane];
+        values[first + lane] = before;
         before += value;
       }
       sums[first / kWarp] = before;
@@ -172,27 +172,27 @@ inline void check_16_bytes(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0)
     throw std::logic_error("access of 16 bytes at an address that is no multiple of 16");
 }
-inline uint4 read16(const void* from, int which) {
+inline uint4 read16(const void* from, int index) {
   check_16_bytes(from);
   uint4 value;
-  memcpy(&value, static_cast<const char*>(from) + 16 * which, sizeof value);
+  memcpy(&value, static_cast<const char*>(from) + 16 * index, sizeof value);
   return value;
 }
-inline void write16(void* to, int which, uint4 value) {
+inline void write16(void* to, int index, uint4 value) {
   check_16_bytes(to);
-  memcpy(static_cast<char*>(to) + 16 * which, &value, sizeof value);
+  memcpy(static_cast<char*>(to) + 16 * index, &value, sizeof value);
 }
 
 #endif
 
-// What the threads' values combine to, in an order that is always the same; every thread gets it. `scratch` is in
+// The combination of the threads' values, in an order that is always the same; every thread gets it. `scratch` is in
 // shared memory.
 template <class T, int kThreads, class Combine>
-RESM_DEVICE T combined(const Block<kThreads>& block, PerThread<T, kThreads>& own, T (&scratch)[kThreads / kWarp],
+RESM_DEVICE T combined(const Block<kThreads>& block, PerThread<T, kThreads>& values, T (&scratch)[kThreads / kWarp],
                        Combine combine) {
-  block.combine_in_warps(own, combine);
+  block.combine_in_warps(values, combine);
   block.each([&](int thread) {
-    if (thread % kWarp == 0) scratch[thread / kWarp] = own[thread];
+    if (thread % kWarp == 0) scratch[thread / kWarp] = values[thread];
   });
   T total = scratch[0];
   for (int warp = 1; warp < kThreads / kWarp; ++warp) total = combine(total, scratch[warp]);
@@ -201,64 +201,56 @@ RESM_DEVICE T combined(const Block<kThreads>& block, PerThread<T, kThreads>& own
 }
 
 template <class T, int kThreads>
-RESM_DEVICE T sum_of(const Block<kThreads>& block, PerThread<T, kThreads>& own, T (&scratch)[kThreads / kWarp]) {
-  return combined(block, own, scratch, [](T a, T b) { return a + b; });
+RESM_DEVICE T sum_of(const Block<kThreads>& block, PerThread<T, kThreads>& values, T (&scratch)[kThreads / kWarp]) {
+  return combined(block, values, scratch, [](T a, T b) { return a + b; });
 }
 
 template <class T, int kThreads>
-RESM_DEVICE T largest_of(const Block<kThreads>& block, PerThread<T, kThreads>& own, T (&scratch)[kThreads / kWarp]) {
-  return combined(block, own, scratch, [](T a, T b) { return a > b ? a : b; });
+RESM_DEVICE T largest_of(const Block<kThreads>& block, PerThread<T, kThreads>& values, T (&scratch)[kThreads / kWarp]) {
+  return combined(block, values, scratch, [](T a, T b) { return a > b ? a : b; });
 }
 
-// What n numbers, `stride` apart, and 0 combine to, in an order that depends on n only; every thread gets it.
+// The combination of n numbers, `stride` apart, and 0, in an order that depends on n only; every thread gets it.
 template <class T, int kThreads, class Combine>
 RESM_DEVICE T combined_rows(const Block<kThreads>& block, const T* rows, int64_t n, int64_t stride,
                             T (&scratch)[kThreads / kWarp], Combine combine) {
-  PerThread<T, kThreads> own;
+  PerThread<T, kThreads> values;
   block.each([&](int thread) {
-    own[thread] = 0;
-    for (int64_t i = thread; i < n; i += kThreads) own[thread] = combine(rows[i * stride], own[thread]);
+    values[thread] = 0;
+    for (int64_t i = thread; i < n; i += kThreads) values[thread] = combine(rows[i * stride], values[thread]);
   });
-  return combined(block, own, scratch, combine);
+  return combined(block, values, scratch, combine);
 }
 
 // Each thread's value becomes the sum of those of the threads before it.
 template <class T, int kThreads>
-RESM_DEVICE void sum_before(const Block<kThreads>& block, PerThread<T, kThreads>& own,
+RESM_DEVICE void sum_before(const Block<kThreads>& block, PerThread<T, kThreads>& values,
                             T (&scratch)[kThreads / kWarp]) {
-  block.sum_before_in_warps(own, scratch);
+  block.sum_before_in_warps(values, scratch);
   block.each([&](int thread) {
-    for (int warp = 0; warp < thread / kWarp; ++warp) own[thread] += scratch[warp];
+    for (int warp = 0; warp < thread / kWarp; ++warp) values[thread] += scratch[warp];
   });
 }
 
-// Enqueues a block of `kernel` for each of 0 … blocks − 1. The text of the error, null if there was none.
+// Enqueues a block of `kernel` for each of 0 … blocks − 1. `op` is named in errors.
 template <class Kernel>
-const char* launch(const char* name, const Kernel& kernel, int64_t blocks, [[maybe_unused]] int64_t stream) {
-  thread_local std::string error;
-  error.clear();
-  if (blocks > INT_MAX) {
-    error = "a launch has at most 2147483647 blocks, got " + std::to_string(blocks) + "; merge fewer tensors at a time";
-  } else if (blocks > 0) {
+void launch(const char* op, const Kernel& kernel, int64_t blocks, [[maybe_unused]] Stream stream) {
+  const auto fail = [op](const std::string& reason) {
+    throw std::runtime_error(std::string("resm_kernels: ") + op + " on CUDA: " + reason);
+  };
+  if (blocks > INT_MAX) fail("a launch has at most 2147483647 blocks, got " + std::to_string(blocks));
+  if (blocks <= 0) return;
 #if defined(__CUDACC__)
-    run_kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, 0, reinterpret_cast<cudaStream_t>(stream)>>>(kernel);
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) error = cudaGetErrorString(status);
+  run_kernel<<<static_cast<unsigned>(blocks), Kernel::kThreads, 0, static_cast<cudaStream_t>(stream)>>>(kernel);
+  const cudaError_t status = cudaGetLastError();
+  if (status != cudaSuccess) fail(cudaGetErrorString(status));
 #else
-    try {
-      in_order(blocks, [&](int64_t index) {
-        typename Kernel::Shared shared;
-        memset(static_cast<void*>(&shared), 0xa5, sizeof shared);
-        kernel(Block<Kernel::kThreads>(index), shared);
-      });
-    } catch (const std::logic_error& mistake) {
-      error = mistake.what();
-    }
+  in_order(blocks, [&](int64_t index) {
+    typename Kernel::Shared shared;
+    memset(static_cast<void*>(&shared), 0xa5, sizeof shared);
+    kernel(Block<Kernel::kThreads>(index), shared);
+  });
 #endif
-  }
-  if (error.empty()) return nullptr;
-  error = std::string("resm_kernels: ") + name + " on CUDA: " + error;
-  return error.c_str();
 }
 
 }  // namespace resm::cuda

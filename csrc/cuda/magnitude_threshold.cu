@@ -1,17 +1,17 @@
 // magnitude_threshold on the GPU: the exact k-th largest |d|, reading the inputs about once.
 //
-// |d| is compared by its key, an integer in the same order (common/key.h). Of each tensor and expert:
+// |d| is compared by its key, an integer in the same order (common/key.h). For each expert:
 //
-// 1. Sample: a block draws n keys, one at a hashed place in each of n equal parts of the tensor (all of them where it
-//    has no more: then the answer is among them), and takes two of their order statistics as a bracket.
-// 2. Bracket: one read of the tensor counts the keys above the bracket, at its upper and at its lower end (where the
-//    many ties of half-precision weights mostly are), and collects those strictly between in a buffer.
+// 1. Sample: a block draws n keys, one at a hashed position in each of n equal parts of the tensor, and takes two of
+//    their order statistics as a bracket. A tensor of at most n elements is sampled whole and has its answer now.
+// 2. Bracket: one read of the tensor counts the keys above the bracket, at its upper and at its lower end (where most of
+//    the many ties of half-precision weights are), and collects the keys strictly between the ends in a buffer.
 // 3. Decide: the counts say where the answer lies: at an end; in the buffer; or, if the bracket missed it or the buffer
 //    overflowed, anywhere in the tensor.
-// 4. Count, Choose: digit by digit of eleven bits, from histograms of the buffer, or of the whole tensor. What is
-//    decided already returns at once; the host waits for nothing.
+// 4. Count, Choose: the answer is found digit by digit of eleven bits, from histograms of the buffer or of the whole
+//    tensor. Blocks of experts whose answer is known return at once; the host waits for nothing.
 //
-// The number found depends on neither the sample nor the order of the buffer. Sizes, for a share p = k/N:
+// The answer depends on neither the sample nor the order of the buffer. Sizes, for a share p = k/N:
 // - The rank of the answer in the sample, how many of its keys are above, is a sum of independent trials, one for each
 //   part; its mean is n·p and its variance at most n·p(1 − p). The bracket lies z standard deviations on either side,
 //   and a few more ranks where the share is so small that the rank is no normal variable.
@@ -24,7 +24,6 @@
 //   (p = 1/2) 3.4 % ± 0.2 %, in float64 4.8 % ± 0.3 %. Buffers have room for 1/16, 6.25 %.
 #include <cmath>
 
-#include "cuda/ops.h"
 #include "cuda/select.h"
 
 namespace resm::cuda {
@@ -43,21 +42,15 @@ constexpr int kSample = kSampleBytes / sizeof(C);
 // What all kernels know.
 template <class C>
 struct Problem {
-  Table table;
-  Dtypes<C, kMixed> dtypes;
-  int32_t n_experts;
-  const int64_t* k;       // (L, T)
-  Selection* selections;  // (L, T)
-  int64_t* frequencies;   // (L, T, kDigits), zeros but between Count and Choose
-  double* thresholds;     // (L, T)
-  int64_t* nonfinite;     // (L, T)
+  Group group;
+  const int64_t* k;         // (T,)
+  Selection* selections;    // (T,)
+  int64_t* frequencies;     // (T, kDigits), zeros except between Count and Choose
+  Key<C>* buffers;          // (T, capacity)
+  ThresholdResult result;
 
-  RESM_DEVICE static int64_t capacity(int64_t length) { return length / kBufferShare; }
-  RESM_DEVICE Key<C>* buffer(const int64_t* addresses, int64_t length, int t) const {
-    return reinterpret_cast<Key<C>*>(addresses[1 + n_experts]) + t * capacity(length);
-  }
-  // A tensor that is sampled whole has its answer at once.
-  RESM_DEVICE static bool is_small(int64_t length) { return length <= kSample<C>; }
+  RESM_DEVICE int64_t capacity() const { return group.length / kBufferShare; }
+  RESM_DEVICE Key<C>* buffer(int t) const { return buffers + t * capacity(); }
 };
 
 template <class C>
@@ -68,7 +61,7 @@ RESM_DEVICE double value_of(Key<C> key) {
 template <class C>
 struct Sample : Problem<C> {
   using P = Problem<C>;
-  static constexpr int kThreads = 1024, kResident = 1;  // one block a tensor: as many reads at once as can be
+  static constexpr int kThreads = 1024, kResident = 1;  // one block an expert: as many reads at once as possible
   struct Shared {
     Key<C> keys[kSample<C>];
     uint32_t frequencies[kDigits];
@@ -97,38 +90,37 @@ struct Sample : Problem<C> {
     return prefix;
   }
 
-  // The place of the i-th of `count` samples: somewhere in the i-th of as many parts, all where there are no more.
-  RESM_DEVICE static int64_t place(int64_t i, int64_t count, int64_t length) {
+  // The position of the i-th of `count` samples, in the i-th of as many parts; every element where count = length.
+  RESM_DEVICE static int64_t position(int64_t i, int64_t count, int64_t length) {
     const int64_t whole = length / count, rest = length % count;
     const int64_t begin = i * whole + (i < rest ? i : rest), size = whole + (i < rest ? 1 : 0);
     return begin + static_cast<int64_t>(hash(0x9e3779b97f4a7c15u * uint64_t(i + 1)) % uint64_t(size));
   }
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared& shared) const {
-    const int64_t tensor = block.index() / P::n_experts, length = P::table.length(tensor);
-    const int t = static_cast<int>(block.index() % P::n_experts);
-    const int64_t* addresses = P::table.addresses(tensor);
-    const Array base{reinterpret_cast<char*>(addresses[0]), P::dtypes.base()};
-    const Array expert{reinterpret_cast<char*>(addresses[1 + t]), P::dtypes.expert()};
-    const bool small = P::is_small(length);
+    using Kind = Dtypes<C, kMixed>;
+    const int64_t length = P::group.length;
+    const auto t = static_cast<int>(block.index());
+    const Array base = Kind::base(P::group), expert = Kind::expert(P::group, t);
+    const bool small = length <= kSample<C>;
     const int count = small ? static_cast<int>(length) : kSample<C>;
     PerThread<int64_t, kThreads> nonfinite;
     block.each([&](int thread) {
       for (int i = thread; i < count; i += kThreads) {
-        const int64_t at = place(i, count, length);
-        const Key<C> key = key_of(load_one<C>(expert, at) - load_one<C>(base, at));
+        const int64_t sample = position(i, count, length);
+        const Key<C> key = key_of(load_one<C>(expert, sample) - load_one<C>(base, sample));
         shared.keys[i] = key;
         nonfinite[thread] += key >= kInfinityKey<C> ? 1 : 0;
       }
     });
-    const int64_t bad = sum_of(block, nonfinite, shared.search.sums), k = P::k[block.index()];
-    Selection found = {};
+    const int64_t bad = sum_of(block, nonfinite, shared.search.sums), k = P::k[t];
+    Selection selection = {};
     if (small) {
       const Key<C> answer = select(block, shared, count, k);
       block.each([&](int thread) {
         if (thread != 0) return;
-        P::nonfinite[block.index()] = bad;
-        P::thresholds[block.index()] = k == 0 ? value_of<C>(kInfinityKey<C>) : value_of<C>(answer);
+        P::result.nonfinite[t] = bad;
+        P::result.thresholds[t] = k == 0 ? value_of<C>(kInfinityKey<C>) : value_of<C>(answer);
       });
     } else {
       const double share = static_cast<double>(k) / static_cast<double>(length);
@@ -136,11 +128,11 @@ struct Sample : Problem<C> {
       const auto upper = static_cast<int64_t>(share * count - margin);
       const auto lower = static_cast<int64_t>(share * count + margin) + 1;
       // Past the ends of the sample the bracket is open.
-      found.high = upper >= 1 ? select(block, shared, count, upper) : kLargestKey<C>;
-      found.low = lower <= count ? select(block, shared, count, lower) : 0;
+      selection.high = upper >= 1 ? select(block, shared, count, upper) : kLargestKey<C>;
+      selection.low = lower <= count ? select(block, shared, count, lower) : 0;
     }
     block.each([&](int thread) {
-      if (thread == 0) P::selections[block.index()] = found;
+      if (thread == 0) P::selections[t] = selection;
     });
   }
 };
@@ -157,9 +149,8 @@ struct Bracket : Problem<typename Kind::Compute> {
     uint64_t begin;
     int64_t sums[kWarps];
   };
-  Kind kind;
 
-  // How many keys lie below the bracket's ends, and up to them.
+  // How many keys lie below the bracket's ends, and how many are at most as large as them.
   struct Counts {
     int32_t below_low = 0, to_low = 0, below_high = 0, to_high = 0, nonfinite = 0;
   };
@@ -193,47 +184,43 @@ struct Bracket : Problem<typename Kind::Compute> {
         if (low < key && key < high) put(slot++, key);
       }
     };
-    if (slot + inside <= kStage) return collect([&](uint32_t at, Key<C> key) { shared.keys[at] = key; });
-    collect([&](uint32_t at, Key<C> key) {
-      if (at < kStage) {
-        shared.keys[at] = key;
+    if (slot + inside <= kStage) return collect([&](uint32_t staged, Key<C> key) { shared.keys[staged] = key; });
+    collect([&](uint32_t staged, Key<C> key) {
+      if (staged < kStage) {
+        shared.keys[staged] = key;
         return;
       }
-      const int64_t place = atomic_add(&selection.between, int64_t(1));
-      if (place < capacity) buffer[place] = key;
+      const int64_t position = atomic_add(&selection.between, int64_t(1));
+      if (position < capacity) buffer[position] = key;
     });
   }
 
   template <class Get>
   RESM_DEVICE void add(const Block<kThreads>& block, Shared& shared, int64_t* to, Get get) const {
-    PerThread<int64_t, kThreads> own;
-    block.each([&](int thread) { own[thread] = get(thread); });
-    const int64_t total = sum_of(block, own, shared.sums);
+    PerThread<int64_t, kThreads> values;
+    block.each([&](int thread) { values[thread] = get(thread); });
+    const int64_t total = sum_of(block, values, shared.sums);
     block.each([&](int thread) {
       if (thread == 0 && total != 0) atomic_add(to, total);
     });
   }
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared& shared) const {
-    const Table::Chunk chunk = P::table.chunk_of(block.index());
-    if (P::is_small(chunk.length)) return;
-    const int64_t wide_end = Kind::kWide ? chunk.wide_end(1 + P::n_experts) : chunk.begin;
-    const int64_t capacity = P::capacity(chunk.length);
-    const Array base = chunk.array(0, kind.base());
-    for (int t = 0; t < P::n_experts; ++t) {
-      const Array expert = chunk.array(1 + t, kind.expert());
-      const int64_t place = chunk.tensor * P::n_experts + t;
-      Selection& selection = P::selections[place];
-      Key<C>* buffer = P::buffer(chunk.addresses, chunk.length, t);
+    const Chunk chunk = chunk_of<Kind>(P::group, block.index());
+    const int64_t capacity = P::capacity();
+    for (int t = 0; t < P::group.n_experts; ++t) {
+      Selection& selection = P::selections[t];
+      Key<C>* buffer = P::buffer(t);
       const auto low = static_cast<Key<C>>(selection.low), high = static_cast<Key<C>>(selection.high);
       block.each([&](int thread) {
         if (thread == 0) shared.staged = 0;
       });
       PerThread<Counts, kThreads> counts;
       block.each([&](int thread) {
-        for_deltas<Kind, kThreads>(chunk, wide_end, base, expert, thread, [&](const auto& delta, int64_t) {
+        const auto visit = [&](const auto& delta, int64_t) {
           take(delta, low, high, counts[thread], shared, selection, buffer, capacity);
-        });
+        };
+        for_deltas<Kind, kThreads>(chunk, Kind::base(P::group), Kind::expert(P::group, t), thread, visit);
       });
       const int64_t staged = shared.staged < kStage ? shared.staged : kStage;
       block.each([&](int thread) {
@@ -247,32 +234,32 @@ struct Bracket : Problem<typename Kind::Compute> {
       add(block, shared, &selection.to_low, [&](int thread) { return counts[thread].to_low; });
       add(block, shared, &selection.below_high, [&](int thread) { return counts[thread].below_high; });
       add(block, shared, &selection.to_high, [&](int thread) { return counts[thread].to_high; });
-      add(block, shared, P::nonfinite + place, [&](int thread) { return counts[thread].nonfinite; });
+      add(block, shared, P::result.nonfinite + t, [&](int thread) { return counts[thread].nonfinite; });
     }
   }
 };
 
-// A thread for each tensor and expert.
+// A thread for each expert.
 template <class C>
 struct Decide : Problem<C> {
   using P = Problem<C>;
   static constexpr int kThreads = cuda::kThreads, kResident = 1;
   struct Shared {};
 
-  RESM_DEVICE void decide(int64_t place) const {
-    const int64_t length = P::table.length(place / P::n_experts), k = P::k[place];
-    if (P::is_small(length)) return;
-    Selection& s = P::selections[place];
+  RESM_DEVICE void decide(int64_t t) const {
+    const int64_t length = P::group.length, k = P::k[t];
+    Selection& s = P::selections[t];
+    double& threshold = P::result.thresholds[t];
     const int64_t above = length - s.to_high, from_high = length - s.below_high;
     const int64_t above_low = length - s.to_low, from_low = length - s.below_low;
     s.source = Source::none;
     if (k == 0) {
-      P::thresholds[place] = value_of<C>(kInfinityKey<C>);
+      threshold = value_of<C>(kInfinityKey<C>);
     } else if (above < k && k <= from_high) {
-      P::thresholds[place] = value_of<C>(static_cast<Key<C>>(s.high));
+      threshold = value_of<C>(static_cast<Key<C>>(s.high));
     } else if (above_low < k && k <= from_low) {
-      P::thresholds[place] = value_of<C>(static_cast<Key<C>>(s.low));
-    } else if (from_high < k && k <= above_low && s.between <= P::capacity(length)) {
+      threshold = value_of<C>(static_cast<Key<C>>(s.low));
+    } else if (from_high < k && k <= above_low && s.between <= P::capacity()) {
       s.source = Source::buffer;
       s.rank = k - from_high;
     } else {
@@ -283,8 +270,8 @@ struct Decide : Problem<C> {
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared&) const {
     block.each([&](int thread) {
-      const int64_t place = block.index() * kThreads + thread;
-      if (place < P::table.n_tensors * P::n_experts) decide(place);
+      const int64_t t = block.index() * kThreads + thread;
+      if (t < P::group.n_experts) decide(t);
     });
   }
 };
@@ -300,20 +287,17 @@ struct Count : Problem<C> {
   int32_t number;  // of the digit
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared& shared) const {
-    const Table::Chunk chunk = P::table.chunk_of(block.index());
-    if (P::is_small(chunk.length)) return;
-    const Array base = chunk.array(0, P::dtypes.base());
-    for (int t = 0; t < P::n_experts; ++t) {
-      const int64_t place = chunk.tensor * P::n_experts + t;
-      const Selection& s = P::selections[place];
+    using Kind = Dtypes<C, kMixed>;
+    const Chunk chunk = chunk_of<Kind>(P::group, block.index());
+    for (int t = 0; t < P::group.n_experts; ++t) {
+      const Selection& s = P::selections[t];
       const Digit digit = Digit::of(bits_of<C>(s), number);
-      const int64_t keys = s.source == Source::buffer ? s.between : chunk.length;
+      const int64_t keys = s.source == Source::buffer ? s.between : P::group.length;
       if (s.source == Source::none || digit.bits == 0 || chunk.begin >= keys) continue;
-      const int64_t end = chunk.begin + P::table.chunk < keys ? chunk.begin + P::table.chunk : keys;
+      const int64_t end = chunk.end < keys ? chunk.end : keys;
       const Source source = s.source;
       const auto prefix = static_cast<Key<C>>(s.prefix);
-      const Key<C> origin = origin_of<C>(s), *buffer = P::buffer(chunk.addresses, chunk.length, t);
-      const Array expert = chunk.array(1 + t, P::dtypes.expert());
+      const Key<C> origin = origin_of<C>(s), *buffer = P::buffer(t);
       block.each([&](int thread) {
         for (int i = thread; i < kDigits; i += kThreads) shared.frequencies[i] = 0;
       });
@@ -327,19 +311,19 @@ struct Count : Problem<C> {
           for (int64_t i = chunk.begin + thread; i < end; i += kThreads) count(buffer[i]);
           return;
         }
-        for_deltas<Dtypes<C, kMixed>, kThreads>(chunk, chunk.begin, base, expert, thread,
-                                                [&](const auto& delta, int64_t) { count(key_of(delta[0])); });
+        for_deltas<Kind, kThreads>(chunk, Kind::base(P::group), Kind::expert(P::group, t), thread,
+                                   [&](const auto& delta, int64_t) { count(key_of(delta[0])); });
       });
       block.each([&](int thread) {
         for (int i = thread; i < kDigits; i += kThreads)
           if (shared.frequencies[i] != 0)
-            atomic_add(P::frequencies + place * kDigits + i, int64_t(shared.frequencies[i]));
+            atomic_add(P::frequencies + t * kDigits + i, int64_t(shared.frequencies[i]));
       });
     }
   }
 };
 
-// A block for each tensor and expert.
+// A block for each expert.
 template <class C>
 struct Choose : Problem<C> {
   using P = Problem<C>;
@@ -364,44 +348,35 @@ struct Choose : Problem<C> {
       s.prefix = s.prefix << digit.bits | uint64_t(shared.search.digit);
       s.rank = shared.search.rank;
       if (digit.low == 0)
-        P::thresholds[block.index()] = value_of<C>(origin_of<C>(s) + static_cast<Key<C>>(s.prefix));
+        P::result.thresholds[block.index()] = value_of<C>(origin_of<C>(s) + static_cast<Key<C>>(s.prefix));
     });
   }
 };
 
 }  // namespace
-}  // namespace resm::cuda
 
-const char* magnitude_threshold_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                                     int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
-                                     int64_t longest, int64_t k, int64_t selections, int64_t frequencies,
-                                     int64_t thresholds, int64_t nonfinite, int64_t stream) {
-  using namespace resm;
-  using namespace resm::cuda;
+void magnitude_threshold(const Group& group, const int64_t* k, const ThresholdResult& result,
+                         const ThresholdWorkspace& workspace, Stream stream) {
   constexpr const char* kName = "magnitude_threshold";
-  const auto experts = static_cast<int32_t>(n_experts);
-  const Table tensors{reinterpret_cast<const int64_t*>(table), n_tensors, static_cast<int32_t>(steps), 2 + experts,
-                      chunk};
-  return with_dtypes(base_dtype, expert_dtype, in_double != 0, [&](auto dtypes) -> const char* {
-    using Kind = decltype(dtypes);
+  const int64_t n_experts = group.n_experts;
+  with_dtypes(group, [&](auto kind) {
+    using Kind = decltype(kind);
     using C = typename Kind::Compute;
-    const Problem<C> problem{tensors,
-                             {dtypes.base_code, dtypes.expert_code},
-                             experts,
-                             reinterpret_cast<const int64_t*>(k),
-                             reinterpret_cast<Selection*>(selections),
-                             reinterpret_cast<int64_t*>(frequencies),
-                             reinterpret_cast<double*>(thresholds),
-                             reinterpret_cast<int64_t*>(nonfinite)};
-    const int64_t places = n_tensors * n_experts;
-    const char* error = launch(kName, Sample<C>{problem}, places, stream);
-    if (error != nullptr || longest <= kSample<C>) return error;
-    error = launch(kName, Bracket<Kind>{problem, dtypes}, blocks, stream);
-    if (error == nullptr) error = launch(kName, Decide<C>{problem}, (places + kThreads - 1) / kThreads, stream);
-    for (int number = 0; error == nullptr && number * kDigitBits < kKeyBits<C>; ++number) {
-      error = launch(kName, Count<C>{problem, number}, blocks, stream);
-      if (error == nullptr) error = launch(kName, Choose<C>{problem, number}, places, stream);
+    const Problem<C> problem{group,
+                             k,
+                             reinterpret_cast<Selection*>(workspace.selections),
+                             workspace.frequencies,
+                             reinterpret_cast<Key<C>*>(workspace.buffer),
+                             result};
+    launch(kName, Sample<C>{problem}, n_experts, stream);
+    if (group.length <= kSample<C>) return;
+    launch(kName, Bracket<Kind>{problem}, group.blocks(), stream);
+    launch(kName, Decide<C>{problem}, (n_experts + kThreads - 1) / kThreads, stream);
+    for (int number = 0; number * kDigitBits < kKeyBits<C>; ++number) {
+      launch(kName, Count<C>{problem, number}, group.blocks(), stream);
+      launch(kName, Choose<C>{problem, number}, n_experts, stream);
     }
-    return error;
   });
 }
+
+}  // namespace resm::cuda

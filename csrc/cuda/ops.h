@@ -1,66 +1,107 @@
-// The CUDA ops: what python/cuda.cpp gives to Python, and what the tests call where they are compiled for the host.
+// The CUDA ops: python/cuda.cpp calls them for Python, and the tests compile them for the host.
 //
-// Every argument is an int64_t or a double, so that any foreign function interface calls them: addresses of device
-// memory, counts, dtypes as common/dtype.h codes them, flags. All is enqueued on `stream` of the current device, and
-// nothing waits. They return null, or the text of what went wrong, which holds until the thread's next call.
-//
-// `table` is as cuda/table.h describes it, of n_tensors tensors in 2^steps rows, whose chunks of `chunk` elements (a
-// multiple of 8) make up `blocks` blocks. All tensors of a launch have the same dtypes; in_double chooses float64
-// arithmetic. L is n_tensors, T is n_experts. "Zeroed" memory is zeroed by the caller.
+// An op enqueues its kernels on a stream of the current device and waits for nothing. All memory is on that device and
+// belongs to the caller; "zeroed" memory must hold zeros. T is the number of experts. A launch that CUDA refuses is a
+// std::runtime_error that names the op.
 #pragma once
 
 #include <cstdint>
 
-extern "C" {
+#include "common/dtype.h"
+#include "common/elect.h"
+#include "common/masks.h"
 
-// Addresses of a tensor: out, base if base_dtype is not -1, experts, a mask of bits for each of them if masked. factors
-// (of the deltas), weights (that divisors add up, and that unweighted votes get once they are counted), lower, upper
-// (both 0: trim nothing): (L, T) float64. rule, vote: as common/elect.h codes them. nonfinite: (L, 1 + T) int64, zeroed;
-// base first.
-const char* aggregate_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                           int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t out_dtype,
-                           int64_t in_double, int64_t factors, int64_t weights, int64_t lower, int64_t upper,
-                           int64_t masked, double scale, int64_t rule, int64_t normalize, int64_t vote,
-                           double min_divisor, int64_t nonfinite, int64_t stream);
+namespace resm::cuda {
 
-// Addresses of a tensor: base, experts. kappa < 0: no outliers. moments: (L, T, 5) float64 and counts: (L, T, 5) int64,
-// zeroed. rows: (blocks, T, 8) float64. bin_counts (0: no histogram), significands: (L, T, 256) int64, zeroed;
-// bin_sums: (L, T, 256) float64. chunk < 65536.
-const char* delta_stats_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                             int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double, double eps,
-                             double eps_rel, double kappa, int64_t moments, int64_t counts, int64_t rows,
-                             int64_t bin_counts, int64_t significands, int64_t bin_sums, int64_t stream);
+using Stream = void*;  // a cudaStream_t: a C++ compiler need not have CUDA's headers
 
-// Addresses of a tensor: base, experts, buffer. The buffer has room for length/16 keys (of 4 bytes, 8 in double) of
-// every expert, those of expert 0 first. longest: the greatest length. k, nonfinite: (L, T) int64, the latter zeroed;
-// thresholds: (L, T) float64. selections: (L, T, 10) int64; frequencies: (L, T, 2048) int64, zeroed.
-const char* magnitude_threshold_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                                     int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
-                                     int64_t longest, int64_t k, int64_t selections, int64_t frequencies,
-                                     int64_t thresholds, int64_t nonfinite, int64_t stream);
+struct Array {
+  char* data;  // null where there is none
+  DType dtype;
+};
 
-// Addresses of the tensor: base, experts, a mask of bits for each of them if masked. lower, upper (both 0: trim nothing):
-// (T,) float64. rows: (blocks, T, 3) float64; moments: (T, 3) float64.
-const char* kept_moments_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                              int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
-                              int64_t lower, int64_t upper, int64_t masked, int64_t rows, int64_t moments,
-                              int64_t stream);
+// Base and experts of an op: contiguous tensors of one shape, cut into chunks. A block works on one chunk.
+struct Group {
+  Array base;              // without data where there is no base; its dtype is the experts' then
+  const int64_t* experts;  // (T,) addresses in device memory
+  const int64_t* masks;    // (T,) addresses of masks of bits; null where there are none
+  DType expert_dtype;      // of every expert
+  int32_t n_experts;
+  bool in_double;  // whether the arithmetic is float64
+  bool aligned;    // whether the base, the experts and an output of their shape begin at multiples of 16 bytes
+  int64_t rows;    // the op treats each row by itself; 1 where it treats the tensor as a whole
+  int64_t length;  // elements of a row
+  int64_t chunk;   // elements of a chunk, a multiple of 8
 
-// Addresses of a tensor: its mask, and its elements' doubled ranks, of rank_bytes (4 or 8) each; none if that is 0.
-// Lengths in the table, and chunks, which are multiples of 16, are bytes of masks; length is elements.
-const char* random_mask_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                             int64_t length, int64_t rank_bytes, int64_t seed, int64_t expert, int64_t lowest,
-                             int64_t step, int64_t stream);
+  int64_t chunks_of_row() const { return (length + chunk - 1) / chunk; }
+  int64_t blocks() const { return rows * chunks_of_row(); }
+};
 
-// variance_mask in two steps. Addresses of the tensor: variances (float32, or float64 if in_double), base, experts.
-// nonzero: one int64, zeroed.
-const char* variances_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                           int64_t n_experts, int64_t base_dtype, int64_t expert_dtype, int64_t in_double,
-                           int64_t nonzero, int64_t stream);
+// An expert's delta counts as 0 where its magnitude is below `lower` or above `upper`. Both are null where no expert has
+// thresholds.
+struct Thresholds {
+  const double *lower, *upper;  // (T,)
+};
 
-// Address of the tensor: its mask, whose bytes are the length in the table and chunks. length: of the variances, as
-// above; threshold: one float64.
-const char* variance_mask_cuda(int64_t table, int64_t n_tensors, int64_t steps, int64_t blocks, int64_t chunk,
-                               int64_t length, int64_t in_double, int64_t variances, int64_t threshold,
-                               int64_t stream);
-}
+struct AggregateOptions {
+  const double *factors, *divisors;  // (T,): of the deltas; what a normalised merge divides by, added up
+  Thresholds thresholds;
+  double scale, min_divisor;
+  Rule rule;
+  Vote vote;
+  bool normalize;
+};
+struct AggregateResult {
+  Array merged;
+  int64_t* nonfinite;  // (1 + T,), zeroed: of the base, of each expert
+};
+void aggregate(const Group&, const AggregateOptions&, const AggregateResult&, Stream);
+
+struct DeltaStatsOptions {
+  double eps, eps_rel, kappa;  // kappa < 0: no outliers
+};
+struct DeltaStatsResult {
+  double* moments;      // (T, rows, 5), zeroed
+  int64_t* counts;      // (T, rows, 5), zeroed
+  int64_t* bin_counts;  // (T, rows, 256), zeroed; null: no histogram
+  double* bin_sums;     // (T, rows, 256)
+};
+struct DeltaStatsWorkspace {
+  double* chunk_sums;     // (blocks, T, 8)
+  int64_t* significands;  // (T, rows, 256), zeroed
+};
+void delta_stats(const Group&, const DeltaStatsOptions&, const DeltaStatsResult&, const DeltaStatsWorkspace&, Stream);
+
+struct ThresholdResult {
+  double* thresholds;  // (T,)
+  int64_t* nonfinite;  // (T,), zeroed
+};
+struct ThresholdWorkspace {
+  int64_t* selections;   // (T, 10)
+  int64_t* frequencies;  // (T, 2048), zeroed
+  char* buffer;          // (T, length / 16) keys of 4 bytes, or of 8 in double
+};
+void magnitude_threshold(const Group&, const int64_t* k, const ThresholdResult&, const ThresholdWorkspace&, Stream);
+
+// moments: (T, 3). chunk_sums, workspace: (blocks, T, 3).
+void kept_moments(const Group&, const Thresholds&, double* moments, double* chunk_sums, Stream);
+
+// The mask of one expert of `length` elements.
+struct RandomMaskOptions {
+  int64_t length;
+  uint64_t seed;
+  uint32_t expert;
+  MaskLaw law;
+};
+struct Ranks {
+  const char* doubled;  // of each element; null where one law holds for all
+  int64_t bytes;        // of one rank: 4 or 8
+};
+void random_mask(const RandomMaskOptions&, const Ranks&, uint8_t* mask, Stream);
+
+// The experts' variances, float32, or float64 in double. nonzero, zeroed, counts those that are not 0.
+void variances(const Group&, char* variances, int64_t* nonzero, Stream);
+// The mask of the variances that are at least as large as *threshold.
+void variance_mask(const Array& variances, int64_t length, const double* threshold, uint8_t* mask, Stream);
+
+}  // namespace resm::cuda

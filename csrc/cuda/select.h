@@ -1,28 +1,28 @@
-// What magnitude_threshold knows of each tensor and expert, and how a digit of its answer is found.
+// The state of magnitude_threshold's selection for one expert, and the search for a digit of its answer.
 #pragma once
 
-#include "cuda/table.h"
+#include "cuda/elements.h"
 
 namespace resm::cuda {
 
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 
-// Where the answer is still to be looked for.
+// The keys among which the answer is still to be searched; none once it is known.
 enum class Source : int64_t { none = 0, buffer, tensor };
 
-// What is known of one tensor and expert. Plain 64-bit words: tests read them.
+// The state for one expert. Plain 64-bit words: tests read them.
 struct Selection {
   uint64_t low, high;                              // the bracket, keys
   int64_t below_low, to_low, below_high, to_high;  // how many keys are less than an end, or at most as much
   int64_t between;                                 // how many are collected, or would be if there were room
   Source source;
   int64_t rank;     // of the answer, from 1, among the source's keys that begin like it
-  uint64_t prefix;  // how the answer less origin_of begins, as far as that is known
+  uint64_t prefix;  // the first digits of the answer less origin_of, as far as they are known
 };
 static_assert(sizeof(Selection) == 10 * 8, "see ops.h");
 
-// What is taken off the source's keys, and how many bits then are left.
+// The number that is subtracted from the source's keys, and how many bits the differences have.
 template <class C>
 RESM_DEVICE Key<C> origin_of(const Selection& s) {
   return s.source == Source::buffer ? static_cast<Key<C>>(s.low) : Key<C>(0);
@@ -35,7 +35,7 @@ RESM_DEVICE int bits_of(const Selection& s) {
   return bits;
 }
 
-// Where digit number `digit` of keys of so many bits begins, from the top; 0 and no bits once all are found.
+// The lowest bit and the width of digit number `digit`, from the top, of keys of key_bits bits; 0 bits past the last digit.
 struct Digit {
   int low, bits;
 
@@ -46,7 +46,7 @@ struct Digit {
   }
 };
 
-// Where find_digit works and puts what it found.
+// The shared memory of find_digit, and its result.
 template <int kThreads>
 struct DigitSearch {
   int64_t sums[kThreads / kWarp];
@@ -58,13 +58,13 @@ struct DigitSearch {
 template <class T, int kThreads>
 RESM_DEVICE void find_digit(const Block<kThreads>& block, const T* frequencies, int64_t rank,
                             DigitSearch<kThreads>& shared) {
-  constexpr int kOwn = kDigits / kThreads;
-  PerThread<int64_t, kThreads> before, own;
+  constexpr int kShare = kDigits / kThreads;
+  PerThread<int64_t, kThreads> before, counts;
   block.each([&](int thread) {
-    const int last = kDigits - 1 - thread * kOwn;  // thread 0 has the largest digits
-    own[thread] = 0;
-    for (int i = 0; i < kOwn; ++i) own[thread] += frequencies[last - i];
-    before[thread] = own[thread];
+    const int last = kDigits - 1 - thread * kShare;  // thread 0 has the largest digits
+    counts[thread] = 0;
+    for (int i = 0; i < kShare; ++i) counts[thread] += frequencies[last - i];
+    before[thread] = counts[thread];
     if (thread == 0) {
       shared.digit = 0;  // of no keys at all
       shared.rank = rank;
@@ -73,8 +73,8 @@ RESM_DEVICE void find_digit(const Block<kThreads>& block, const T* frequencies, 
   sum_before(block, before, shared.sums);
   block.each([&](int thread) {
     int64_t left = rank - before[thread];
-    if (left <= 0 || left > own[thread]) return;
-    int digit = kDigits - 1 - thread * kOwn;
+    if (left <= 0 || left > counts[thread]) return;
+    int digit = kDigits - 1 - thread * kShare;
     for (; frequencies[digit] < left; --digit) left -= frequencies[digit];
     shared.digit = digit;
     shared.rank = left;

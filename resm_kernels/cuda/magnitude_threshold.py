@@ -1,62 +1,50 @@
-"""magnitude_threshold on a GPU by CUDA: exact, reading about once. See csrc/cuda/magnitude_threshold.cu."""
+"""magnitude_threshold on a GPU by CUDA: exact, about one read of the inputs. See csrc/cuda/magnitude_threshold.cu."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from resm_kernels._launch import kinds, launch_of, of_one_dtype, on_device
-from resm_kernels.cuda._launch import DTYPE_CODES, call
+from resm_kernels._launch import prepare_group
+from resm_kernels.cuda.launch import call
+from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
 
 CHUNK = 16384
 """Elements of a block."""
 DIGITS = 2048
 """Values of a digit."""
 BUFFER_SHARE = 16
-"""A buffer has room for one of so many |δ|: for those that the sample's bracket leaves undecided."""
+"""A buffer has room for one |δ| in so many: for those that the sample's bracket leaves undecided."""
 SELECTION_WORDS = 10
-"""64-bit words of what is known of a tensor and expert."""
+"""64-bit words of the selection's state for an expert."""
 
 
-def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> tuple[Tensor, Tensor]:
+def magnitude_threshold(
+    base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions
+) -> tuple[Tensor, Tensor]:
     """See `resm_kernels.ops.magnitude_threshold` and its reference, whose arguments and results these are."""
-    device = bases[0].device if bases else torch.device("cpu")
-    wanted = torch.tensor(k, dtype=torch.int64).reshape(len(bases), len(experts) // max(len(bases), 1))
-    return selected(bases, experts, wanted.to(device, non_blocking=True))
+    k = torch.tensor(options.k, dtype=torch.int64)
+    return select(base, experts, k.to(base.device, non_blocking=True))
 
 
-def selected(bases: list[Tensor], experts: list[Tensor], wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """magnitude_threshold of ranks (L, T), int64, that lie on the device."""
-    n_experts, device, shape = wanted.shape[1], wanted.device, wanted.shape
-    thresholds = torch.empty(shape, dtype=torch.float64, device=device)
-    nonfinite = torch.zeros(shape, dtype=torch.int64, device=device)
-    groups = [of_one_dtype(experts[i * n_experts : (i + 1) * n_experts]) for i in range(len(bases))]
-    origins = [b.contiguous() for b in bases]
-    with on_device(device):
-        for (base, expert, compute), which in kinds(origins, groups).items():
-            lengths = [bases[i].numel() for i in which]
-            sizes = [n // BUFFER_SHARE * n_experts for n in lengths]
-            buffers = torch.empty(sum(sizes), dtype=compute, device=device).split(sizes)
-            launch = launch_of([[origins[i], *groups[i], b] for i, b in zip(which, buffers, strict=True)], CHUNK)
-            # Copies only where not all tensors are of one kind.
-            whole = len(which) == len(bases)
-            picked = slice(None) if whole else torch.tensor(which).to(device, non_blocking=True)
-            found, bad = thresholds[picked], nonfinite[picked]
-            call(
-                "magnitude_threshold",
-                launch,
-                len(which),
-                device,
-                n_experts,
-                DTYPE_CODES[base],
-                DTYPE_CODES[expert],
-                int(compute == torch.float64),
-                max(lengths),
-                wanted[picked],
-                torch.empty((len(which), n_experts, SELECTION_WORDS), dtype=torch.int64, device=device),
-                torch.zeros((len(which), n_experts, DIGITS), dtype=torch.int64, device=device),
-                found,
-                bad,
-            )
-            thresholds[picked], nonfinite[picked] = found, bad
+def select(base: Tensor, experts: Sequence[Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
+    """magnitude_threshold of ranks (T,) int64 that lie on the device, so that the host need not know them."""
+    n_experts, device = len(experts), base.device
+    group = prepare_group(base, experts)
+    thresholds = torch.empty(n_experts, dtype=torch.float64, device=device)
+    nonfinite = torch.zeros(n_experts, dtype=torch.int64, device=device)
+    call(
+        "magnitude_threshold",
+        device,
+        group=group,
+        chunk=CHUNK,
+        k=k,
+        thresholds=thresholds,
+        nonfinite=nonfinite,
+        selections=torch.empty((n_experts, SELECTION_WORDS), dtype=torch.int64, device=device),
+        frequencies=torch.zeros((n_experts, DIGITS), dtype=torch.int64, device=device),
+        buffer=torch.empty(n_experts * (group.length // BUFFER_SHARE), dtype=group.compute, device=device),
+    )
     return thresholds, nonfinite

@@ -8,29 +8,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resm_kernels._launch import launch_of, of_one_dtype, on_device
-from resm_kernels.cuda._launch import DTYPE_CODES, call
-from resm_kernels.cuda.magnitude_threshold import selected
+from resm_kernels._launch import prepare_group
+from resm_kernels.cuda.launch import call
+from resm_kernels.cuda.magnitude_threshold import select
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.masks import mask_bytes
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 
-CHUNK, MASK_CHUNK = 8192, 2048
-"""Elements of a block that finds variances, bytes of one that makes bits."""
+CHUNK = 8192
+"""Elements of a block that computes variances."""
 
 
-def variance_mask(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
-    """See `resm_kernels.ops.variance_mask` and its reference, whose arguments these are."""
-    n, device, dtype = base.numel(), base.device, compute_dtype(base, *experts)
-    in_double = int(dtype == torch.float64)
-    origin, own = base.contiguous(), of_one_dtype(experts)
-    mask = torch.empty(mask_bytes(n), dtype=torch.uint8, device=device)
-    spread = torch.empty(n, dtype=dtype, device=device)
+def variance_mask(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:
+    """See `resm_kernels.ops.variance_mask` and its reference, whose arguments and result these are."""
+    device, length = base.device, base.numel()
+    variances = torch.empty(length, dtype=compute_dtype(base, *experts), device=device)
     nonzero = torch.zeros((), dtype=torch.int64, device=device)
-    codes = DTYPE_CODES[origin.dtype], DTYPE_CODES[own[0].dtype]
-    with on_device(device):
-        variances = launch_of([[spread, origin, *own]], CHUNK)
-        call("variances", variances, 1, device, len(own), *codes, in_double, nonzero)
-        k = (nonzero.double() * density).long()
-        threshold, _ = selected([torch.zeros_like(spread)], [spread], k.reshape(1, 1))
-        call("variance_mask", launch_of([[mask]], MASK_CHUNK), 1, device, n, in_double, spread, threshold)
+    group = prepare_group(base, experts, outputs=[variances])
+    call("variances", device, group=group, chunk=CHUNK, variances=variances, nonzero=nonzero)
+    k = (nonzero.double() * options.density).long().reshape(1)
+    threshold, _ = select(torch.zeros_like(variances), [variances], k)
+    mask = torch.empty(mask_bytes(length), dtype=torch.uint8, device=device)
+    call("variance_mask", device, variances=variances, threshold=threshold, mask=mask)
     return mask

@@ -1,6 +1,6 @@
-"""What the kernels share: exact loads and stores of every dtype, and the table that finds a program's tensor.
+"""Device functions that the kernels share: exact loads and stores of every dtype, and the chunk of a program.
 
-bf16 is loaded and rounded as integers: exact on every device, and in Triton's interpreter, whose own bf16 is not.
+bf16 is loaded and rounded as integers. That is exact on every device and in Triton's interpreter, whose bf16 is not.
 """
 
 from __future__ import annotations
@@ -72,20 +72,16 @@ def is_finite(value):
 
 
 @triton.jit
-def tensor_of(firsts, program, STEPS: tl.constexpr):
-    """The tensor l that a program works on: firsts[l] ≤ program < firsts[l + 1]; 2^STEPS tensors at most."""
-    low = 0
-    for step in tl.static_range(STEPS):
-        middle = low + (1 << (STEPS - 1 - step))
-        # firsts is padded to 2^STEPS with what no program reaches.
-        low = tl.where(tl.load(firsts + middle) <= program, middle, low)
-    return low
+def chunk_of(length, CHUNK: tl.constexpr, BY_ROWS: tl.constexpr):
+    """The row of this program's chunk, the chunk's first element, and the end of the row.
 
-
-@triton.jit
-def chunk_of(table, program, n_tensors, STEPS: tl.constexpr, ADDRESSES: tl.constexpr, CHUNK: tl.constexpr):
-    """A program's tensor, where its chunk starts, the tensor's length, where its addresses are: `Launch`'s table."""
-    tensor = tensor_of(table, program, STEPS)
-    start = (program - tl.load(table + tensor)) * CHUNK
-    length = tl.load(table + (1 << STEPS) + tensor)
-    return tensor, start, length, table + (1 << STEPS) + n_tensors + tensor * ADDRESSES
+    Rows have `length` elements. BY_ROWS is False where there is one row: then the compiler knows that chunks begin at
+    multiples of CHUNK.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    if BY_ROWS:
+        chunks = (length + CHUNK - 1) // CHUNK
+        row = program // chunks
+        return row, row * length + program % chunks * CHUNK, (row + 1) * length
+    else:
+        return 0, program * CHUNK, length

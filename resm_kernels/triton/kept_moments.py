@@ -7,14 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resm_kernels._launch import on_device
-from resm_kernels.dtypes import compute_dtype
+from resm_kernels._launch import on_device, prepare_group, prepare_thresholds
+from resm_kernels.reference.deltas import SparsityOptions
 from resm_kernels.triton._device import bit_of, load_as
 from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, WARPS = 4096, 8
 """Elements and warps of a program."""
 SUMS = 3
+"""Sums of an expert."""
 
 
 @triton.jit
@@ -42,42 +43,28 @@ def kept_moments_kernel(
     tl.store(parts + 2, tl.sum(wide * wide))
 
 
-def kept_moments(
-    base: Tensor,
-    experts: list[Tensor],
-    thresholds: Tensor | None,
-    upper_thresholds: Tensor | None,
-    masks: list[Tensor] | None,
-) -> Tensor:
-    """See `resm_kernels.ops.kept_moments` and its reference, whose arguments these are."""
-    device, n_experts = base.device, len(experts)
-    compute = DTYPES[compute_dtype(base, *experts)]
-    trims = thresholds is not None or upper_thresholds is not None
-    limits = torch.tensor([0.0, torch.inf], dtype=torch.float64, device=device).repeat(n_experts, 1)
-    for column, given in enumerate((thresholds, upper_thresholds)):
-        if given is not None:
-            limits[:, column] = given.to(device)
-    chunks = triton.cdiv(base.numel(), BLOCK)
-    parts = torch.zeros((chunks, n_experts, SUMS), dtype=torch.float64, device=device)
-    origin = base.contiguous()
-    with on_device(device):
-        for t, expert in enumerate(experts):
-            if not chunks:
-                break
+def kept_moments(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:
+    """See `resm_kernels.ops.kept_moments` and its reference, whose arguments and result these are."""
+    group = prepare_group(base, experts, masks=options.masks)
+    lower, upper = prepare_thresholds(options, group.n_experts, group.device)
+    chunks = group.programs(BLOCK)
+    parts = torch.zeros((chunks, group.n_experts, SUMS), dtype=torch.float64, device=group.device)
+    with on_device(group.device):
+        for t, expert in enumerate(group.experts if chunks else ()):
             kept_moments_kernel[(chunks,)](
-                origin,
-                expert.contiguous(),
-                origin if masks is None else masks[t],
-                limits[t, 0:],
-                limits[t, 1:],
+                group.base,
+                expert,
+                group.masks[t] if group.masks else expert,
+                parts if lower is None else lower[t:],
+                parts if upper is None else upper[t:],
                 parts[0, t],
-                base.numel(),
-                n_experts * SUMS,
-                TRIMS=trims,
-                MASKS=masks is not None,
+                group.length,
+                group.n_experts * SUMS,
+                TRIMS=lower is not None,
+                MASKS=bool(group.masks),
                 BASE=DTYPES[base.dtype],
                 EXPERT=DTYPES[expert.dtype],
-                COMPUTE=compute,
+                COMPUTE=DTYPES[group.compute],
                 BLOCK=BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=False,

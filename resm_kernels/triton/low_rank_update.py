@@ -1,6 +1,6 @@
-"""low_rank_update on a GPU: a tile of L·Rᵀ in registers, from its first product to its sum with the base.
+"""low_rank_update on a GPU: a tile of L·Rᵀ stays in registers from its first product to its sum with the base.
 
-Tiles are taken in groups of neighbours, whose rows of L and R the GPU's cache then holds.
+Programs take tiles in groups of neighbours, whose rows of L and R the GPU's cache then holds.
 """
 
 from __future__ import annotations
@@ -12,14 +12,15 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.reference.low_rank_update import LowRankUpdateOptions
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
-from resm_kernels.triton._delta_product import precision
 from resm_kernels.triton._device import load_as, store_from
 from resm_kernels.triton._dtypes import DTYPES
+from resm_kernels.triton.delta_product import precision
 
 ROWS, COLUMNS, INNER, GROUP, WARPS, STAGES = 128, 64, 32, 8, 8, 3
-"""Rows and columns of a program's tile, how much of the sum it takes at a time, rows of tiles that are neighbours, its
-warps, and how many loads it is ahead."""
+"""Rows and columns of a program's tile, terms of the sum that it takes at a time, rows of tiles in a group, its warps,
+and how many loads it is ahead."""
 
 
 @triton.jit
@@ -37,35 +38,35 @@ def low_rank_update_kernel(
     column = (within // height).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for first in range(0, inner, INNER):
-        at = first + tl.arange(0, INNER)
+        terms = first + tl.arange(0, INNER)
         a = tl.load(
-            left + row[:, None] * left_row + at[None, :],
-            mask=(row[:, None] < rows) & (at[None, :] < inner),
+            left + row[:, None] * left_row + terms[None, :],
+            mask=(row[:, None] < rows) & (terms[None, :] < inner),
             other=0.0,
         )
         b = tl.load(
-            right + column[None, :] * right_row + at[:, None] * right_step,
-            mask=(column[None, :] < columns) & (at[:, None] < inner),
+            right + column[None, :] * right_row + terms[:, None] * right_step,
+            mask=(column[None, :] < columns) & (terms[:, None] < inner),
             other=0.0,
         )
         total = tl.dot(a, b, total, input_precision=PRECISION)
-    place = row[:, None] * columns + column[None, :]
+    element = row[:, None] * columns + column[None, :]
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    origin = load_as(base, place, inside, True, BASE, False, tl.float32)
-    store_from(out, place, origin + total * tl.load(scale), inside, True, OUT, False)
+    origin = load_as(base, element, inside, True, BASE, False, tl.float32)
+    store_from(out, element, origin + total * tl.load(scale), inside, True, OUT, False)
 
 
-def low_rank_update(base: Tensor, left: Tensor, right: Tensor, scale: float, out_dtype: torch.dtype | None) -> Tensor:
-    """See `resm_kernels.ops.low_rank_update` and its reference, whose arguments these are."""
+def low_rank_update(base: Tensor, left: Tensor, right: Tensor, options: LowRankUpdateOptions) -> Tensor:
+    """See `resm_kernels.ops.low_rank_update` and its reference, whose arguments and result these are."""
     if compute_dtype(base, left) == torch.float64:
-        return _reference(base, left, right, scale, out_dtype)
+        return _reference(base, left, right, options)
     base, left = base.contiguous(), left.contiguous()
     if not right.mT.is_contiguous():
         right = right.contiguous()
     (m, n), k = base.shape, left.shape[1]
-    out = torch.empty_like(base, dtype=out_dtype or base.dtype)
-    # On the device: a number among the arguments would compile the kernel anew for 1.
-    factor = torch.full((1,), scale, dtype=torch.float32, device=base.device)
+    out = torch.empty_like(base, dtype=options.out_dtype or base.dtype)
+    # On the device, because Triton compiles a kernel again for an argument that is the number 1.
+    factor = torch.full((1,), options.scale, dtype=torch.float32, device=base.device)
     if m and n:
         with on_device(base.device):
             low_rank_update_kernel[(triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS),)](

@@ -1,18 +1,21 @@
 """magnitude_threshold on a GPU: radix selection, eleven bits of |δ| at a time from the top, no sort.
 
-Every digit takes two launches: how often each value of the digit comes up among the |δ| that share the digits found
-so far, and which value the k-th largest has. Non-negative floats are ordered as their bits are.
+Every digit takes two launches. The first counts how often each value of the digit occurs among the |δ| that share the
+digits known so far, the second finds the digit of the k-th largest. Non-negative floats are ordered as their bits are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from resm_kernels._launch import kinds, launch_of, of_one_dtype, on_device
-from resm_kernels.triton._device import chunk_of, is_finite, load_as
+from resm_kernels._launch import on_device, prepare_group
+from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
+from resm_kernels.triton._device import is_finite, load_as
 from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, BLOCKS, WARPS = 2048, 16, 16
@@ -20,6 +23,7 @@ BLOCK, BLOCKS, WARPS = 2048, 16, 16
 DIGITS = {torch.float32: (20, 10, 0), torch.float64: (52, 41, 30, 20, 10, 0)}
 """Lowest bits of the digits; the sign's bit is always 0."""
 BINS = 2048
+"""Values of a digit."""
 
 
 @triton.jit
@@ -29,7 +33,7 @@ def _count(
     COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, MASKED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
     BINS: tl.constexpr,
 ):  # fmt: skip
-    """A chunk's share of the frequencies of one tensor and expert."""
+    """A chunk's share of the frequencies of one expert."""
     total = tl.zeros([BINS], tl.int32)
     bad = tl.zeros([BLOCK], tl.int32)
     for i in range(BLOCKS):
@@ -57,94 +61,88 @@ def _count(
             tl.atomic_add(nonfinite, amount.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["length"])
 def digits_kernel(
-    table, found, frequencies, nonfinite, n_tensors,
-    FIRST: tl.constexpr, LOW: tl.constexpr, ABOVE: tl.constexpr, STEPS: tl.constexpr, T: tl.constexpr,
-    BASE: tl.constexpr, EXPERT: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCKS: tl.constexpr, BINS: tl.constexpr,
+    base, experts, prefixes, frequencies, nonfinite, length,
+    FIRST: tl.constexpr, LOW: tl.constexpr, ABOVE: tl.constexpr, T: tl.constexpr, BASE: tl.constexpr,
+    EXPERT: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BLOCKS: tl.constexpr,
+    BINS: tl.constexpr,
 ):  # fmt: skip
-    """frequencies (L, T, BINS) of bits LOW … ABOVE − 1 of those whose bits from ABOVE on are found (L, T)."""
-    program = tl.program_id(0)
-    tensor, start, length, addresses = chunk_of(table, program, n_tensors, STEPS, 1 + T, BLOCK * BLOCKS)
+    """frequencies (T, BINS) of bits LOW … ABOVE − 1 among the |δ| whose bits from ABOVE on are prefixes (T,)."""
+    start = tl.program_id(0).to(tl.int64) * (BLOCK * BLOCKS)
     for t in range(T):
-        place = tensor * T + t
-        base = tl.load(addresses)
-        expert = tl.load(addresses + 1 + t)
-        prefix = tl.load(found + place)
+        expert = tl.load(experts + t)
+        prefix = tl.load(prefixes + t)
         if start + BLOCK * BLOCKS <= length:
             _count(
-                base, expert, start, length, prefix, frequencies + place * BINS, nonfinite + place, FIRST, LOW, ABOVE,
-                BASE, EXPERT, COMPUTE, ALIGNED, False, BLOCK, BLOCKS, BINS,
+                base, expert, start, length, prefix, frequencies + t * BINS, nonfinite + t, FIRST, LOW, ABOVE, BASE,
+                EXPERT, COMPUTE, ALIGNED, False, BLOCK, BLOCKS, BINS,
             )  # fmt: skip
         else:
             _count(
-                base, expert, start, length, prefix, frequencies + place * BINS, nonfinite + place, FIRST, LOW, ABOVE,
-                BASE, EXPERT, COMPUTE, ALIGNED, True, BLOCK, BLOCKS, BINS,
+                base, expert, start, length, prefix, frequencies + t * BINS, nonfinite + t, FIRST, LOW, ABOVE, BASE,
+                EXPERT, COMPUTE, ALIGNED, True, BLOCK, BLOCKS, BINS,
             )  # fmt: skip
 
 
 @triton.jit
-def choose_kernel(found, ranks, frequencies, WIDTH: tl.constexpr, BINS: tl.constexpr):
-    """Of each tensor and expert: the k-th largest's digit, which found gets at its end, and its rank among those."""
-    place = tl.program_id(0)
-    rank = tl.load(ranks + place)
-    frequency = tl.load(frequencies + place * BINS + tl.arange(0, BINS))
+def choose_kernel(prefixes, ranks, frequencies, WIDTH: tl.constexpr, BINS: tl.constexpr):
+    """For each expert: append the k-th largest's digit to its prefix, and rank it among those that share the digit."""
+    t = tl.program_id(0)
+    rank = tl.load(ranks + t)
+    frequency = tl.load(frequencies + t * BINS + tl.arange(0, BINS))
     from_here = tl.cumsum(frequency, 0, reverse=True)
     digit = tl.sum((from_here >= rank).to(tl.int64)) - 1
-    digit = tl.maximum(digit, 0)  # of an empty tensor or k = 0, which the caller sees to
+    digit = tl.maximum(digit, 0)  # for an empty tensor and for k = 0, which the caller handles
     before = tl.sum(tl.where(tl.arange(0, BINS) > digit, frequency, 0))
-    tl.store(found + place, (tl.load(found + place) << WIDTH) | digit)
-    tl.store(ranks + place, rank - before)
+    tl.store(prefixes + t, (tl.load(prefixes + t) << WIDTH) | digit)
+    tl.store(ranks + t, rank - before)
 
 
-def magnitude_threshold(bases: list[Tensor], experts: list[Tensor], k: list[int]) -> tuple[Tensor, Tensor]:
+def magnitude_threshold(
+    base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions
+) -> tuple[Tensor, Tensor]:
     """See `resm_kernels.ops.magnitude_threshold` and its reference, whose arguments and results these are."""
-    n_experts = len(experts) // len(bases) if bases else 0
-    device = bases[0].device if bases else torch.device("cpu")
-    shape = (len(bases), n_experts)
-    wanted = torch.tensor(k, dtype=torch.int64).reshape(shape).to(device, non_blocking=True)
-    thresholds = torch.full(shape, torch.inf, dtype=torch.float64, device=device)
-    nonfinite = torch.zeros(shape, dtype=torch.int64, device=device)
-    groups = [of_one_dtype(experts[i * n_experts : (i + 1) * n_experts]) for i in range(len(bases))]
-    origins = [b.contiguous() for b in bases]
-    with on_device(device):
-        for (base, expert, compute), which in kinds(origins, groups).items():
-            launch = launch_of([[origins[i], *groups[i]] for i in which], BLOCK * BLOCKS)
-            if not launch.programs:
-                continue
-            picked = torch.tensor(which).to(device, non_blocking=True)  # made there, it would wait for the device
-            found = torch.zeros((len(which), n_experts), dtype=torch.int64, device=device)
-            ranks, bad = wanted[picked], nonfinite[picked]
-            top = above = 31 if compute == torch.float32 else 63
-            for low in DIGITS[compute]:
-                frequencies = torch.zeros((*found.shape, BINS), dtype=torch.int64, device=device)
-                digits_kernel[(launch.programs,)](
-                    launch.table,
-                    found,
-                    frequencies,
-                    bad,
-                    len(which),
-                    FIRST=above == top,
-                    LOW=low,
-                    ABOVE=above,
-                    STEPS=launch.steps,
-                    T=n_experts,
-                    BASE=DTYPES[base],
-                    EXPERT=DTYPES[expert],
-                    COMPUTE=DTYPES[compute],
-                    ALIGNED=launch.aligned,
-                    BLOCK=BLOCK,
-                    BLOCKS=BLOCKS,
-                    BINS=BINS,
-                    num_warps=WARPS,
-                    enable_fp_fusion=False,
-                )
-                choose_kernel[(found.numel(),)](
-                    found, ranks, frequencies, WIDTH=above - low, BINS=BINS, num_warps=WARPS, enable_fp_fusion=False
-                )
-                above = low
-            sizes = found.to(torch.int32).view(torch.float32) if compute == torch.float32 else found.view(torch.float64)
-            thresholds[picked] = torch.where(wanted[picked] > 0, sizes.double(), torch.inf)
-            nonfinite[picked] = bad
-    return thresholds, nonfinite
+    k = torch.tensor(options.k, dtype=torch.int64)
+    return select(base, experts, k.to(base.device, non_blocking=True))
+
+
+def select(base: Tensor, experts: Sequence[Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
+    """magnitude_threshold of ranks (T,) int64 that lie on the device, so that the host need not know them."""
+    group = prepare_group(base, experts)
+    n_experts, compute = group.n_experts, group.compute
+    nonfinite, prefixes = torch.zeros_like(k), torch.zeros_like(k)
+    programs, ranks = group.programs(BLOCK * BLOCKS), k.clone()
+    if not programs:
+        return torch.full_like(k, torch.inf, dtype=torch.float64), nonfinite
+    top = above = 31 if compute == torch.float32 else 63
+    with on_device(group.device):
+        for low in DIGITS[compute]:
+            frequencies = torch.zeros((n_experts, BINS), dtype=torch.int64, device=group.device)
+            digits_kernel[(programs,)](
+                group.base,
+                group.addresses,
+                prefixes,
+                frequencies,
+                nonfinite,
+                group.length,
+                FIRST=above == top,
+                LOW=low,
+                ABOVE=above,
+                T=n_experts,
+                BASE=DTYPES[base.dtype],
+                EXPERT=DTYPES[group.experts[0].dtype],
+                COMPUTE=DTYPES[compute],
+                ALIGNED=group.aligned,
+                BLOCK=BLOCK,
+                BLOCKS=BLOCKS,
+                BINS=BINS,
+                num_warps=WARPS,
+                enable_fp_fusion=False,
+            )
+            choose_kernel[(n_experts,)](
+                prefixes, ranks, frequencies, WIDTH=above - low, BINS=BINS, num_warps=WARPS, enable_fp_fusion=False
+            )
+            above = low
+    bits = prefixes.to(torch.int32).view(torch.float32) if compute == torch.float32 else prefixes.view(torch.float64)
+    return torch.where(k > 0, bits.double(), torch.inf), nonfinite

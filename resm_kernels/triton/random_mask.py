@@ -1,6 +1,6 @@
 """random_mask on a GPU: Philox in registers, bits packed by a sum over lanes, the reference's bits.
 
-Ranks within rows come from torch's sort, in groups of rows that bound what it allocates; uniform masks read nothing.
+Ranks within rows come from torch's sort, in groups of rows that bound its memory; uniform masks read nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from resm_kernels._launch import on_device
 from resm_kernels.masks import RUN, mask_bytes
 from resm_kernels.philox import MASK_STREAM
-from resm_kernels.reference.random_mask import probability_law, ranks_of, row_length
+from resm_kernels.reference.random_mask import RandomMaskOptions, probability_law, ranks_of, row_length
 
 RUNS, WARPS = 32, 4
 """Runs of a program, and its warps."""
@@ -21,7 +21,7 @@ RUNS, WARPS = 32, 4
 
 @triton.jit
 def _pack(words, out, ranks, lowest, step, first, length, WORD: tl.constexpr, RANKED: tl.constexpr, RUNS: tl.constexpr):
-    """Bits of word WORD of 32 counters of each run: 32 elements in four bytes."""
+    """The bits of word WORD of each run's 32 counters: those of 32 elements, in four bytes."""
     runs = first + tl.arange(0, RUNS)[:, None]
     lanes = tl.arange(0, 32)[None, :]
     elements = runs * 128 + WORD * 32 + lanes
@@ -30,8 +30,8 @@ def _pack(words, out, ranks, lowest, step, first, length, WORD: tl.constexpr, RA
         limits += step * tl.load(ranks + elements, mask=elements < length, other=0).to(tl.int64)
     kept = (words.to(tl.int64) < (limits >> 30)) & (elements < length)
     bits = tl.sum(tl.where(kept, tl.full([RUNS, 32], 1, tl.int64) << lanes, 0), 1)
-    places = first + tl.arange(0, RUNS)
-    tl.store(out + places * 4 + WORD, bits.to(tl.uint32).to(tl.int32, bitcast=True), mask=places * 128 < length)
+    run = first + tl.arange(0, RUNS)
+    tl.store(out + run * 4 + WORD, bits.to(tl.uint32).to(tl.int32, bitcast=True), mask=run * 128 < length)
 
 
 @triton.jit
@@ -50,27 +50,21 @@ def random_mask_kernel(
     _pack(x3, out, ranks, lowest, step, first, length, 3, RANKED, RUNS)
 
 
-def random_mask(
-    base: Tensor, experts: list[Tensor], density: list[float], epsilon: list[float], seed: int
-) -> list[Tensor]:
-    """See `resm_kernels.ops.random_mask` and its reference, whose arguments these are."""
-    masks = []
-    with on_device(base.device):
-        for t, expert in enumerate(experts):
-            lowest, step = probability_law(density[t], epsilon[t], row_length(expert))
-            mask = torch.zeros(mask_bytes(expert.numel()), dtype=torch.uint8, device=expert.device)
-            masks.append(mask)
-            if not expert.numel():
-                continue
-            ranks = ranks_of(base, experts, t) if step else mask
-            random_mask_kernel[(triton.cdiv(expert.numel(), RUN * RUNS),)](
+def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
+    """See `resm_kernels.ops.random_mask` and its reference, whose arguments and results these are."""
+    device, length = base.device, base.numel()
+    masks = [torch.zeros(mask_bytes(length), dtype=torch.uint8, device=device) for _ in experts]
+    with on_device(device):
+        for t, mask in enumerate(masks if length else ()):
+            lowest, step = probability_law(options.density[t], options.epsilon[t], row_length(base))
+            random_mask_kernel[(triton.cdiv(length, RUN * RUNS),)](
                 mask.view(torch.int32),
-                ranks,
-                seed,
+                ranks_of(base, experts, t) if step else mask,
+                options.seed,
                 lowest,
                 step,
                 t,
-                expert.numel(),
+                length,
                 STREAM=MASK_STREAM,
                 RANKED=step > 0,
                 RUNS=RUNS,

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device
 from resm_kernels.philox import SKETCH_STREAM
+from resm_kernels.reference.random_matrix import RandomMatrixOptions
 
 ROWS, PAIRS, WARPS = 32, 16, 4
 """Rows and pairs of columns of a program, and its warps."""
 
 
 @triton.jit
-def _ones(word):
-    """How many bits are set."""
+def _count_ones(word):
+    """How many bits of a word are set."""
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
@@ -35,25 +36,26 @@ def random_matrix_kernel(
     pair = tl.broadcast_to(pairs.to(tl.uint32), [ROWS, PAIRS])
     x0, x1, x2, x3 = tl.philox(seed, low, high, pair, tl.full([ROWS, PAIRS], STREAM, tl.uint32))
     column = pairs * 2 - first_column
-    place = out + rows * columns + column
-    even = (_ones(x0) + _ones(x1) - 32).to(tl.float32) * 0.25
-    odd = (_ones(x2) + _ones(x3) - 32).to(tl.float32) * 0.25
-    tl.store(place, even, mask=(rows < n) & (column >= 0) & (column < columns))
-    tl.store(place + 1, odd, mask=(rows < n) & (column + 1 >= 0) & (column + 1 < columns))
+    entry = out + rows * columns + column
+    even = (_count_ones(x0) + _count_ones(x1) - 32).to(tl.float32) * 0.25
+    odd = (_count_ones(x2) + _count_ones(x3) - 32).to(tl.float32) * 0.25
+    tl.store(entry, even, mask=(rows < n) & (column >= 0) & (column < columns))
+    tl.store(entry + 1, odd, mask=(rows < n) & (column + 1 >= 0) & (column + 1 < columns))
 
 
-def random_matrix(n: int, columns: int, seed: int, first_column: int = 0, device: torch.device | None = None) -> Tensor:
-    """See `resm_kernels.ops.random_matrix` and its reference, whose arguments these are."""
-    out = torch.empty((n, columns), dtype=torch.float32, device=device)
-    pairs = (first_column + columns + 1) // 2 - first_column // 2
+def random_matrix(options: RandomMatrixOptions) -> Tensor:
+    """See `resm_kernels.ops.random_matrix` and its reference, whose argument and result these are."""
+    n, columns, first = options.n, options.columns, options.first_column
+    out = torch.empty((n, columns), dtype=torch.float32, device=options.device)
+    pairs = (first + columns + 1) // 2 - first // 2
     if out.numel():
         with on_device(out.device):
             random_matrix_kernel[(triton.cdiv(n, ROWS), triton.cdiv(pairs, PAIRS))](
                 out,
-                seed,
+                options.seed,
                 n,
                 columns,
-                first_column,
+                first,
                 STREAM=SKETCH_STREAM,
                 ROWS=ROWS,
                 PAIRS=PAIRS,

@@ -1,4 +1,7 @@
-"""variance_mask on a GPU: variances in a temporary, the selection of magnitude_threshold, then the bits."""
+"""variance_mask on a GPU: variances in a temporary, the selection of magnitude_threshold, then the bits.
+
+The rank of the threshold stays on the device, so that the host waits for nothing.
+"""
 
 from __future__ import annotations
 
@@ -7,31 +10,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from resm_kernels._launch import launch_of, of_one_dtype, on_device
-from resm_kernels.dtypes import compute_dtype
+from resm_kernels._launch import on_device, prepare_group
 from resm_kernels.masks import RUN, mask_bytes
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 from resm_kernels.triton._device import load_as
 from resm_kernels.triton._dtypes import DTYPES
-from resm_kernels.triton.magnitude_threshold import magnitude_threshold
+from resm_kernels.triton.magnitude_threshold import select
 
 BLOCK, RUNS, WARPS = 1024, 32, 4
-"""Elements of a program that finds variances, runs of one that makes bits, and warps."""
+"""Elements of a program that computes variances, runs of one that makes bits, and warps."""
 
 
 @triton.jit
 def variance_kernel(
-    base, addresses, out, length,
+    base, experts, out, length,
     T: tl.constexpr, BASE: tl.constexpr, EXPERT: tl.constexpr, COMPUTE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Welford's updates in float64, in the order of the experts; addresses: (T,) int64."""
+    """Welford's updates in float64, in the order of the experts, which is that of their addresses."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < length
     origin = load_as(base, offsets, inside, True, BASE, False, COMPUTE)
-    first = load_as(tl.load(addresses), offsets, inside, True, EXPERT, False, COMPUTE)
+    first = load_as(tl.load(experts), offsets, inside, True, EXPERT, False, COMPUTE)
     mean = (first - origin).to(tl.float64)
     squares = tl.zeros([BLOCK], tl.float64)
     for t in tl.static_range(1, T):
-        value = load_as(tl.load(addresses + t), offsets, inside, True, EXPERT, False, COMPUTE)
+        value = load_as(tl.load(experts + t), offsets, inside, True, EXPERT, False, COMPUTE)
         delta = (value - origin).to(tl.float64)
         change = delta - mean
         mean = mean + change / (t + 1)
@@ -51,32 +54,31 @@ def bits_kernel(values, threshold, out, length, RUNS: tl.constexpr):
     tl.store(out + words, bits.to(tl.uint32).to(tl.int32, bitcast=True), mask=words * 32 < length)
 
 
-def variance_mask(base: Tensor, experts: list[Tensor], density: float) -> Tensor:
-    """See `resm_kernels.ops.variance_mask` and its reference, whose arguments these are."""
-    n, device, dtype = base.numel(), base.device, compute_dtype(base, *experts)
-    mask = torch.zeros(mask_bytes(n), dtype=torch.uint8, device=device)
-    if not n:
+def variance_mask(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:
+    """See `resm_kernels.ops.variance_mask` and its reference, whose arguments and result these are."""
+    device, length = base.device, base.numel()
+    mask = torch.zeros(mask_bytes(length), dtype=torch.uint8, device=device)
+    if not length:
         return mask
-    own, origin = of_one_dtype(experts), base.contiguous()
-    spread = torch.empty(n, dtype=dtype, device=device)
+    group = prepare_group(base, experts)
+    variances = torch.empty(length, dtype=group.compute, device=device)
     with on_device(device):
-        addresses = launch_of([own], BLOCK).table[2:]
-        variance_kernel[(triton.cdiv(n, BLOCK),)](
-            origin,
-            addresses,
-            spread,
-            n,
-            T=len(own),
+        variance_kernel[(group.programs(BLOCK),)](
+            group.base,
+            group.addresses,
+            variances,
+            length,
+            T=group.n_experts,
             BASE=DTYPES[base.dtype],
-            EXPERT=DTYPES[own[0].dtype],
-            COMPUTE=DTYPES[dtype],
+            EXPERT=DTYPES[group.experts[0].dtype],
+            COMPUTE=DTYPES[group.compute],
             BLOCK=BLOCK,
             num_warps=WARPS,
             enable_fp_fusion=False,
         )
-        k = int(int(torch.count_nonzero(spread)) * density)
-        threshold, _ = magnitude_threshold([torch.zeros_like(spread)], [spread], [k])
-        bits_kernel[(triton.cdiv(n, RUN * RUNS),)](
-            spread, threshold, mask.view(torch.int32), n, RUNS=RUNS, num_warps=WARPS, enable_fp_fusion=False
+        k = (torch.count_nonzero(variances).double() * options.density).long().reshape(1)
+        threshold, _ = select(torch.zeros_like(variances), [variances], k)
+        bits_kernel[(triton.cdiv(length, RUN * RUNS),)](
+            variances, threshold, mask.view(torch.int32), length, RUNS=RUNS, num_warps=WARPS, enable_fp_fusion=False
         )
     return mask

@@ -1,7 +1,7 @@
-"""Δ·x and Δᵀ·x with Δ = expert − base formed in registers, fp32 in, fp32 accuracy.
+"""Δ·x and Δᵀ·x with Δ = expert − base formed in registers: fp32 factors, products as exact as fp32's.
 
-Tensor cores multiply TF32: three products of the two halves of each factor (tf32x3) are as exact as fp32. Where that is
-not to be had, fp32 units do it (ieee). Long sums are split among programs, whose parts are added in a fixed order.
+Tensor cores multiply TF32. Three products of the two halves of each factor (tf32x3) are as exact as fp32; GPUs without
+them use their fp32 units (ieee). Long sums are split among programs, whose parts are added in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from resm_kernels.triton._dtypes import DTYPES
 ROWS, COLUMNS, WARPS, STAGES = 64, 64, 8, 3
 """Rows and columns of a program's tile of the product, its warps, and how many loads it is ahead."""
 INNER = {tl.float32: 32, tl.float64: 16}
-"""How much of the sum it takes at a time: shared memory holds so much of Δ's tensors for every load ahead."""
+"""Terms of the sum that a program takes at a time: shared memory holds so many of Δ's columns for every load ahead."""
 _PROGRAMS = 528
 """Programs that keep a large GPU busy: four for each of the H100's 132 multiprocessors."""
 
@@ -31,7 +31,7 @@ def delta_product_kernel(
     HAS_BASE: tl.constexpr, ENERGY: tl.constexpr, BASE: tl.constexpr, EXPERT: tl.constexpr, COMPUTE: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
-    """out[p] (rows, columns) = D[:, p·part … (p + 1)·part]·x[p·part …], D (rows, inner) by strides; ‖D‖² likewise."""
+    """out[p] (rows, columns) = D[:, p·part … (p + 1)·part]·x[p·part …], D (rows, inner) by strides; energy: ‖D‖²."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     first = tl.program_id(2).to(tl.int64) * part
@@ -39,23 +39,23 @@ def delta_product_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     squares = tl.zeros([ROWS, INNER], tl.float64 if ENERGY else tl.float32)
     for k in range(first, last, INNER):
-        at = k + tl.arange(0, INNER)
-        inside = (row[:, None] < rows) & (at[None, :] < last)
-        place = row[:, None] * row_stride + at[None, :] * inner_stride
-        delta = load_as(expert, place, inside, True, EXPERT, False, COMPUTE)
+        terms = k + tl.arange(0, INNER)
+        inside = (row[:, None] < rows) & (terms[None, :] < last)
+        element = row[:, None] * row_stride + terms[None, :] * inner_stride
+        delta = load_as(expert, element, inside, True, EXPERT, False, COMPUTE)
         if HAS_BASE:
-            delta = delta - load_as(base, place, inside, True, BASE, False, COMPUTE)
+            delta = delta - load_as(base, element, inside, True, BASE, False, COMPUTE)
         single = delta.to(tl.float32)
         if ENERGY:
             squares += single.to(tl.float64) * single.to(tl.float64)
         factor = tl.load(
-            x + at[:, None] * columns + column[None, :],
-            mask=(at[:, None] < last) & (column[None, :] < columns),
+            x + terms[:, None] * columns + column[None, :],
+            mask=(terms[:, None] < last) & (column[None, :] < columns),
             other=0.0,
         )
         total = tl.dot(single, factor, total, input_precision=PRECISION)
-    place = (tl.program_id(2).to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
-    tl.store(out + place, total, mask=(row[:, None] < rows) & (column[None, :] < columns))
+    element = (tl.program_id(2).to(tl.int64) * rows + row[:, None]) * columns + column[None, :]
+    tl.store(out + element, total, mask=(row[:, None] < rows) & (column[None, :] < columns))
     if ENERGY:
         # Every column of tiles forms the same Δ.
         if tl.program_id(1) == 0:
@@ -70,7 +70,7 @@ class Product(NamedTuple):
 
 
 def precision() -> str:
-    """How the GPU at hand multiplies fp32 as exactly as fp32."""
+    """The input_precision with which the GPU's products are as exact as fp32."""
     return "ieee" if torch.version.hip else "tf32x3"
 
 
@@ -86,7 +86,7 @@ def delta_product(
     compute = tl.float64 if double else tl.float32
     step = INNER[compute]
     tiles = triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS)
-    # Parts are multiples of what is taken at a time, and long enough to be worth a result of their own.
+    # Parts are multiples of the step, and long enough to be worth a separate result.
     parts = max(min(_PROGRAMS // max(tiles, 1), inner // (8 * step)), 1)
     part = triton.cdiv(triton.cdiv(inner, parts), step) * step if inner else step
     parts = max(triton.cdiv(inner, part), 1)
