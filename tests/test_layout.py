@@ -63,7 +63,7 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 SHARED = {
     "csrc/cpu": {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
     | {"sparsity", "sample"},
-    "csrc/cuda": {"block", "elements", "ops", "select", "table"},
+    "csrc/cuda": {"block", "elements", "ops", "select"},
     "resm_kernels/reference": {"__init__", "deltas"},
     "resm_kernels/triton": {"__init__", "delta_product"},
     "resm_kernels/cuda": {"__init__", "launch"},
