@@ -23,7 +23,7 @@ def bench_aggregate(timed, checkpoint, rule):
     thresholds = magnitude_threshold(base, experts, base.numel() // 2) if rule == "ties" else None
     options = {"rule": rule, "normalize": rule == "ties", "thresholds": thresholds}
     weights = [1.0, 0.5, 0.25]
-    found = aggregate(base, experts, weights, **options)
+    result = aggregate(base, experts, weights, **options)
     expected, _ = reference(base, experts, AggregateOptions(weights=tuple(weights), **options))
-    assert torch.equal(found, expected)
+    assert torch.equal(result, expected)
     timed(lambda: aggregate(base, experts, weights, **options))

@@ -32,9 +32,9 @@ def bench_delta_stats(timed, checkpoint, benchmark, options):
     errors = []
     for t, expert in enumerate(experts):
         delta = (expert.float() - base.float()).double()
-        found = torch.stack([stats.sum[t], stats.sum_sq[t], stats.sum_abs[t]])
+        result = torch.stack([stats.sum[t], stats.sum_sq[t], stats.sum_abs[t]])
         exact = torch.stack([delta.sum(), delta.square().sum(), delta.abs().sum()])
-        errors.append(float(((found - exact) / exact).abs().max()))
+        errors.append(float(((result - exact) / exact).abs().max()))
     benchmark.extra_info["error against float64"] = max(errors)
     assert max(errors) <= 1e-6
     timed(lambda: delta_stats(base, experts, **options))

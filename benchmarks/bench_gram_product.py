@@ -18,7 +18,7 @@ CASES = [
 
 
 @pytest.fixture(params=CASES, ids=lambda s: f"{s[0]}x{s[1]} {str(s[3])[6:]}, {s[2]} columns", scope="module")
-def given(request):
+def inputs(request):
     """Base, expert, Δ in fp32, x in fp32."""
     m, n, columns, dtype = request.param
     torch.manual_seed(0)
@@ -28,9 +28,9 @@ def given(request):
 
 
 @pytest.fixture(autouse=True)
-def group(benchmark, given):
-    m, n = given[0].shape
-    benchmark.group = f"gram_product {m}x{n} {str(given[0].dtype)[6:]}, {given[3].shape[1]}"
+def group(benchmark, inputs):
+    m, n = inputs[0].shape
+    benchmark.group = f"gram_product {m}x{n} {str(inputs[0].dtype)[6:]}, {inputs[3].shape[1]}"
 
 
 def _products(delta, x):
@@ -38,30 +38,30 @@ def _products(delta, x):
     return y, torch.mm(delta.mT, y)
 
 
-def bench_torch_mm_of_a_ready_delta(timed, given):
-    _, _, delta, x = given
+def bench_torch_mm_of_a_ready_delta(timed, inputs):
+    _, _, delta, x = inputs
     timed(lambda: _products(delta, x), yardstick=True)
 
 
-def bench_torch_form_delta_and_mm(timed, given):
-    base, expert, _, x = given
+def bench_torch_form_delta_and_mm(timed, inputs):
+    base, expert, _, x = inputs
     timed(lambda: _products(expert.float() - base.float(), x))
 
 
-def bench_torch_mm_of_a_ready_delta_and_project(timed, given):
-    base, expert, delta, x = given
+def bench_torch_mm_of_a_ready_delta_and_project(timed, inputs):
+    base, expert, delta, x = inputs
     timed(lambda: project(base, expert, torch.mm(delta, x)))
 
 
-def bench_gram_product(timed, given, benchmark):
-    base, expert, delta, x = given
+def bench_gram_product(timed, inputs, benchmark):
+    base, expert, delta, x = inputs
     y, z, energy = gram_product(base, expert, x)
     pairs = [
         (y[:200], delta[:200].double() @ x.double()),
         (z[:200], delta[:, :200].double().mT @ y.double()),
         (energy, delta.norm(dtype=torch.float64) ** 2),
     ]
-    error = max(float((found - exact).norm() / exact.norm()) for found, exact in pairs)
+    error = max(float((result - exact).norm() / exact.norm()) for result, exact in pairs)
     benchmark.extra_info["error against float64"] = error
     assert error <= 2e-6
     timed(lambda: gram_product(base, expert, x))

@@ -21,10 +21,12 @@ def bench_read_bytes(timed, checkpoint):
 @pytest.mark.parametrize("count", ["three task vectors", "two models"])
 def bench_inner_products(timed, checkpoint, benchmark, count, rows):
     base, experts = checkpoint
-    origin, own = (base, experts) if count == "three task vectors" else (None, [base, experts[0]])
-    found = inner_products(origin, own, rows=rows).reshape(-1, len(own), len(own)).sum(0)
-    wide = torch.stack([(e.float() - (0.0 if origin is None else origin.float())).double().reshape(-1) for e in own])
-    error = float(((found - wide @ wide.mT).abs() / (wide.abs() @ wide.abs().mT)).max())
+    origin, vectors = (base, experts) if count == "three task vectors" else (None, [base, experts[0]])
+    result = inner_products(origin, vectors, rows=rows).reshape(-1, len(vectors), len(vectors)).sum(0)
+    wide = torch.stack(
+        [(e.float() - (0.0 if origin is None else origin.float())).double().reshape(-1) for e in vectors]
+    )
+    error = float(((result - wide @ wide.mT).abs() / (wide.abs() @ wide.abs().mT)).max())
     benchmark.extra_info["error against float64"] = error
     assert error <= 1e-12
-    timed(lambda: inner_products(origin, own, rows=rows))
+    timed(lambda: inner_products(origin, vectors, rows=rows))

@@ -22,6 +22,6 @@ def bench_kept_moments(timed, checkpoint, kept):
     base, experts = checkpoint
     limits = torch.tensor([1e-3] * 3).double()
     options = {"thresholds": limits} if kept == "thresholds" else {"masks": random_mask(base, experts, 0.5)}
-    wanted = reference(base, experts, SparsityOptions(**options))
-    torch.testing.assert_close(torch.stack(kept_moments(base, experts, **options), 1), wanted, rtol=1e-9, atol=0)
+    expected = reference(base, experts, SparsityOptions(**options))
+    torch.testing.assert_close(torch.stack(kept_moments(base, experts, **options), 1), expected, rtol=1e-9, atol=0)
     timed(lambda: kept_moments(base, experts, **options))

@@ -11,7 +11,7 @@ SHAPES = [(1024, 2816, 341), (1024, 2816, 1024), (4096, 4096, 1365), (4096, 4096
 
 
 @pytest.fixture(params=SHAPES, ids=lambda s: f"{s[0]}x{s[1]}, rank {s[2]}", scope="module")
-def given(request):
+def inputs(request):
     """A bf16 base, L and Rᵀ in fp32."""
     m, n, k = request.param
     torch.manual_seed(0)
@@ -19,28 +19,28 @@ def given(request):
 
 
 @pytest.fixture(autouse=True)
-def group(benchmark, given):
-    m, n = given[0].shape
-    benchmark.group = f"low_rank_update {m}x{n}, rank {given[1].shape[1]}"
+def group(benchmark, inputs):
+    m, n = inputs[0].shape
+    benchmark.group = f"low_rank_update {m}x{n}, rank {inputs[1].shape[1]}"
 
 
-def bench_torch_mm_alone(timed, given):
-    _, left, right = given
+def bench_torch_mm_alone(timed, inputs):
+    _, left, right = inputs
     timed(lambda: torch.mm(left, right), yardstick=True)
 
 
-def bench_torch_mm_and_sum(timed, given):
-    base, left, right = given
+def bench_torch_mm_and_sum(timed, inputs):
+    base, left, right = inputs
     timed(lambda: torch.mm(left, right).mul_(0.7).add_(base).to(base.dtype))
 
 
-def bench_low_rank_update(timed, given):
-    base, left, right = given
+def bench_low_rank_update(timed, inputs):
+    base, left, right = inputs
     timed(lambda: low_rank_update(base, left, right.mT, scale=0.7))
 
 
-def bench_low_rank_update_of_rows(timed, given):
+def bench_low_rank_update_of_rows(timed, inputs):
     """R as a tensor of rows, which the kernel transposes as it packs them."""
-    base, left, right = given
+    base, left, right = inputs
     rows = right.mT.contiguous()
     timed(lambda: low_rank_update(base, left, rows, scale=0.7))

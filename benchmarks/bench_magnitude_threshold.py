@@ -18,7 +18,7 @@ def bench_torch_sort_of_one(timed, checkpoint):
 def bench_magnitude_threshold(timed, checkpoint, density):
     base, experts = checkpoint
     k = int(density * base.numel())
-    for expert, found in zip(experts, magnitude_threshold(base, experts, k), strict=True):
+    for expert, result in zip(experts, magnitude_threshold(base, experts, k), strict=True):
         size = (expert.float() - base.float()).abs()
-        assert (size >= found).sum() >= k > (size > found).sum()
+        assert (size >= result).sum() >= k > (size > result).sum()
     timed(lambda: magnitude_threshold(base, experts, k))

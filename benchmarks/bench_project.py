@@ -11,7 +11,7 @@ SHAPES = [(4096, 11008, 48), (1024, 1024, 400)]
 
 
 @pytest.fixture(params=SHAPES, ids=lambda s: f"{s[0]}x{s[1]}, {s[2]} columns", scope="module")
-def given(request):
+def inputs(request):
     """Base, expert, Δ in fp32, q in fp32."""
     m, n, columns = request.param
     torch.manual_seed(0)
@@ -21,29 +21,29 @@ def given(request):
 
 
 @pytest.fixture(autouse=True)
-def group(benchmark, given):
-    m, n = given[0].shape
-    benchmark.group = f"project {m}x{n}, {given[3].shape[1]}"
+def group(benchmark, inputs):
+    m, n = inputs[0].shape
+    benchmark.group = f"project {m}x{n}, {inputs[3].shape[1]}"
 
 
-def bench_torch_mm_of_a_ready_delta(timed, given):
-    _, _, delta, q = given
+def bench_torch_mm_of_a_ready_delta(timed, inputs):
+    _, _, delta, q = inputs
     timed(lambda: torch.mm(q.mT, delta), yardstick=True)
 
 
-def bench_torch_form_delta_and_mm(timed, given):
-    base, expert, _, q = given
+def bench_torch_form_delta_and_mm(timed, inputs):
+    base, expert, _, q = inputs
     timed(lambda: torch.mm(q.mT, expert.float() - base.float()))
 
 
-def bench_torch_form_delta_and_mm_in_bf16(timed, given):
-    base, expert, _, q = given
+def bench_torch_form_delta_and_mm_in_bf16(timed, inputs):
+    base, expert, _, q = inputs
     q = q.bfloat16()
     timed(lambda: torch.mm(q.mT, expert - base))
 
 
-def bench_project(timed, given, benchmark):
-    base, expert, delta, q = given
+def bench_project(timed, inputs, benchmark):
+    base, expert, delta, q = inputs
     exact = q.double().mT @ delta[:, :200].double()
     error = float((project(base, expert, q)[:, :200] - exact).norm() / exact.norm())
     benchmark.extra_info["error against float64"] = error

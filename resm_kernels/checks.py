@@ -18,7 +18,7 @@ from resm_kernels.suggestions import did_you_mean
 _collecting: Final = threading.local()
 
 Check = tuple[Tensor, Callable[[Tensor], None]]
-"""Values that an op computed, and what raises an error if, on the CPU, they show that its input was bad."""
+"""Values that an op computed, and a function that raises an error if these values, on the CPU, show a bad input."""
 
 
 class NonFiniteError(ValueError):
@@ -168,23 +168,23 @@ def raise_counted(counts: Tensor) -> None:
 
 
 def check_values(values: Tensor, check: Callable[[Tensor], None]) -> None:
-    """Call `check` with the values on the CPU: now, or within `collected_checks`, by whoever collects.
+    """Call `check` with the values on the CPU: now, or, within `collected_checks`, when its caller calls it.
 
-    Only for checks whose outcome changes nothing but whether there is an error: reading values from a GPU waits for all
-    that it was asked to do before.
+    Collecting pays on a GPU: reading a value from it waits for all the work that it has been given before. It suits
+    only checks that decide nothing but whether there is an error.
     """
-    found: list[Check] | None = getattr(_collecting, "checks", None)
-    if found is None:
+    collected: list[Check] | None = getattr(_collecting, "checks", None)
+    if collected is None:
         check(values.cpu())
     else:
-        found.append((values, check))
+        collected.append((values, check))
 
 
 @contextmanager
 def collected_checks() -> Iterator[list[Check]]:
-    """Within it, on the calling thread, `check_values` only notes what is to be checked, in the list that it yields.
+    """Yield a list to which `check_values` adds the checks of the calling thread, instead of calling them.
 
-    Results are not to be used before all of these have been called, in order.
+    The caller must call all of these, in order, before it uses a result.
     """
     outer: list[Check] | None = getattr(_collecting, "checks", None)
     _collecting.checks = []

@@ -1,6 +1,7 @@
 """Masks of elements as bits: element i of a flattened tensor is bit i mod 8 of byte ⌊i/8⌋.
 
-They end on a whole run of 128 elements, the random numbers of 32 Philox counters; what lies past the tensor is 0.
+A mask has whole runs of 128 elements, as many as 32 Philox counters draw random numbers for; its bits past the tensor
+are 0.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ def mask_bytes(numel: int) -> int:
     return -(-numel // RUN) * (RUN // 8)
 
 
-def packed(kept: Tensor) -> Tensor:
-    """The mask of a tensor of booleans."""
-    bits = torch.zeros(mask_bytes(kept.numel()) * 8, dtype=torch.uint8, device=kept.device)
-    bits[: kept.numel()] = kept.reshape(-1)
-    places = torch.arange(8, dtype=torch.uint8, device=kept.device)
-    return (bits.reshape(-1, 8) << places).sum(1, dtype=torch.uint8)
+def packed(kept_elements: Tensor) -> Tensor:
+    """The mask of a tensor of booleans that says which elements are kept."""
+    n, device = kept_elements.numel(), kept_elements.device
+    bits = torch.zeros(mask_bytes(n) * 8, dtype=torch.uint8, device=device)
+    bits[:n] = kept_elements.reshape(-1)
+    positions = torch.arange(8, dtype=torch.uint8, device=device)
+    return (bits.reshape(-1, 8) << positions).sum(1, dtype=torch.uint8)
 
 
 def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
-    """The booleans of a tensor's mask."""
-    places = torch.arange(8, dtype=torch.uint8, device=mask.device)
-    return ((mask[:, None] >> places) & 1).bool().reshape(-1)[: shape.numel()].reshape(shape)
+    """The booleans that `packed` made a mask of, in the shape of their tensor."""
+    positions = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return ((mask[:, None] >> positions) & 1).bool().reshape(-1)[: shape.numel()].reshape(shape)

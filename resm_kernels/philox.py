@@ -1,11 +1,11 @@
-"""Philox4x32-10 in plain torch, the same bits on every device; csrc/common/philox.h is its twin."""
+"""Philox4x32-10 in plain torch: the same bits on every device. csrc/common/philox.h has the same function."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 SKETCH_STREAM, MASK_STREAM = 0, 1
-"""The counter's last word, which tells uses of one seed apart (RandomStream of csrc/common/philox.h)."""
+"""The last word of the counter: ops that use one seed differ in it (RandomStream of csrc/common/philox.h)."""
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _WEYL = 0x9E3779B9, 0xBB67AE85

@@ -55,7 +55,7 @@ def check_against_reference(
     thresholds: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> None:
-    found = aggregate(
+    result = aggregate(
         base, experts, weights, scale=scale, rule=rule, normalize=normalize, thresholds=thresholds, out_dtype=out_dtype
     )
     options = AggregateOptions(
@@ -66,8 +66,8 @@ def check_against_reference(
         thresholds=None if thresholds is None else thresholds.double(),
         out_dtype=out_dtype,
     )
-    wanted, _ = reference(base, experts, options)
-    assert found.is_contiguous() and same_bits(found, wanted)
+    expected, _ = reference(base, experts, options)
+    assert result.is_contiguous() and same_bits(result, expected)
 
 
 def test_hand_computed_sum() -> None:
@@ -107,14 +107,14 @@ def test_sum_against_exact_arithmetic(seed: int, n_experts: int, scale: float, n
     base = torch.randn(7, generator=g)
     experts = [torch.randn(7, generator=g) for _ in range(n_experts)]
     weights = (torch.rand(n_experts, generator=g) + 0.1).tolist()
-    found = aggregate(base, experts, weights, scale=scale, normalize=normalize)
+    result = aggregate(base, experts, weights, scale=scale, normalize=normalize)
     divisor = sum(map(Fraction, weights)) if normalize else Fraction(1)
     for i in range(7):
         start = Fraction(float(base[i]))
         terms = [Fraction(w) * (Fraction(float(e[i])) - start) for w, e in zip(weights, experts, strict=True)]
         exact = start + Fraction(scale) * sum(terms) / divisor
         size = abs(start) + abs(Fraction(scale)) * sum(map(abs, terms)) / divisor
-        assert abs(Fraction(float(found[i])) - exact) <= (2 * n_experts + 4) * size / 2**24 + Fraction(2) ** -149
+        assert abs(Fraction(float(result[i])) - exact) <= (2 * n_experts + 4) * size / 2**24 + Fraction(2) ** -149
 
 
 @pytest.mark.parametrize("rule, normalize", list(itertools.product(RULES, (False, True))), ids=str)
@@ -175,12 +175,12 @@ def float32_from_half_bits(pattern: int, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_all_65536_patterns_are_read_exactly(dtype: torch.dtype) -> None:
     halves = every_half(dtype)
-    found = aggregate(None, [halves], [1.0], out_dtype=torch.float32, check_finite=False)
-    wanted = torch.tensor([float32_from_half_bits(p & 0xFFFF, dtype) for p in range(-(2**15), 2**15)])
-    assert torch.equal(found.isnan(), wanted.isnan())
-    number = ~wanted.isnan()
-    assert torch.equal(bits(found)[number], bits(wanted)[number])
-    back = aggregate(None, [found], [1.0], out_dtype=dtype, check_finite=False)
+    result = aggregate(None, [halves], [1.0], out_dtype=torch.float32, check_finite=False)
+    expected = torch.tensor([float32_from_half_bits(p & 0xFFFF, dtype) for p in range(-(2**15), 2**15)])
+    assert torch.equal(result.isnan(), expected.isnan())
+    number = ~expected.isnan()
+    assert torch.equal(bits(result)[number], bits(expected)[number])
+    back = aggregate(None, [result], [1.0], out_dtype=dtype, check_finite=False)
     assert torch.equal(bits(back)[number], bits(halves)[number]) and bool(back[~number].isnan().all())
 
 
@@ -197,14 +197,14 @@ def test_rounding_to_half_is_to_nearest_even_around_every_pattern(dtype: torch.d
     rounded_up = above.clone()
     rounded_up[-1] = math.inf  # past the largest finite value lies infinity
     odd = bits(finite.to(dtype)).remainder(2) == 1
-    for point, wanted in (
+    for point, expected in (
         (below, finite),
         (midpoint, torch.where(odd, rounded_up, finite)),
         (beyond, rounded_up),
     ):
         keep = torch.isfinite(point)
-        found = aggregate(None, [point[keep]], [1.0], out_dtype=dtype)
-        assert torch.equal(found.double(), wanted[keep])
+        result = aggregate(None, [point[keep]], [1.0], out_dtype=dtype)
+        assert torch.equal(result.double(), expected[keep])
 
 
 def test_float64_is_rounded_once_on_its_way_to_half() -> None:
@@ -232,16 +232,18 @@ def test_no_change_leaves_every_bit_of_the_base() -> None:
 def test_weights_may_be_a_tensor_and_thresholds_a_list() -> None:
     base, experts = group((50,), 2)
     limits = [0.001, 0.0005]
-    found = aggregate(base, experts, torch.tensor([0.5, 2.0]), rule="ties", thresholds=limits)
-    assert same_bits(found, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=torch.tensor(limits).double()))
+    result = aggregate(base, experts, torch.tensor([0.5, 2.0]), rule="ties", thresholds=limits)
+    assert same_bits(
+        result, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=torch.tensor(limits).double())
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
     views = laid_out(layout)
     copies = [v.contiguous() for v in views]
-    found = aggregate(views[0], views[1:], [1.0, 0.5])
-    assert found.is_contiguous() and same_bits(found, aggregate(copies[0], copies[1:], [1.0, 0.5]))
+    result = aggregate(views[0], views[1:], [1.0, 0.5])
+    assert result.is_contiguous() and same_bits(result, aggregate(copies[0], copies[1:], [1.0, 0.5]))
     assert same_bits(aggregate(None, views, [1.0, 0.5, 2.0]), aggregate(None, copies, [1.0, 0.5, 2.0]))
 
 
@@ -259,11 +261,11 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(
 ) -> None:
     base, experts = group((2 * CHUNK + 3 * BLOCK + 7,), 3, base_dtype=dtype)
     limit = torch.tensor([1e-3, 2e-3, 5e-4]) if rule == "ties" else None
-    wanted = None
+    expected = None
     for way in every_way():
-        found = aggregate(base, experts, [0.7, -0.3, 1.1], scale=0.9, rule=rule, normalize=True, thresholds=limit)
-        wanted = found if wanted is None else wanted
-        assert same_bits(found, wanted), way
+        result = aggregate(base, experts, [0.7, -0.3, 1.1], scale=0.9, rule=rule, normalize=True, thresholds=limit)
+        expected = result if expected is None else expected
+        assert same_bits(result, expected), way
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

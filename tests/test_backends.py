@@ -58,15 +58,15 @@ GIVEN = {
 
 
 def test_backends_describes_this_installation() -> None:
-    found = backends()
-    json.dumps(found)  # plain values only
-    assert found["torch"] == torch.__version__ and found["threads"] == torch.get_num_threads()
-    assert set(found["ops"]) == OPS and found["ops"] == dispatch_table()
-    native = found["native"]
+    result = backends()
+    json.dumps(result)  # plain values only
+    assert result["torch"] == torch.__version__ and result["threads"] == torch.get_num_threads()
+    assert set(result["ops"]) == OPS and result["ops"] == dispatch_table()
+    native = result["native"]
     assert native["available"] == (_extension.native is not None)
-    assert all(row["CPU"] == ("native" if native["available"] else "reference") for row in found["ops"].values())
+    assert all(row["CPU"] == ("native" if native["available"] else "reference") for row in result["ops"].values())
     if not native.get("cuda"):
-        assert all(row["CUDA"] == on_gpu(op) for op, row in found["ops"].items())
+        assert all(row["CUDA"] == on_gpu(op) for op, row in result["ops"].items())
     if native["available"]:
         assert native["reason"] == "" and native["isa"] in native["isas"] and "baseline" in native["isas"]
     else:
@@ -93,10 +93,10 @@ def test_gpus_run_the_first_kernels_that_are_there(with_triton: bool) -> None:
     command = [sys.executable, "-c", WITH_CUDA, json.dumps(with_triton)]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    found = json.loads(ran.stdout)
+    result = json.loads(ran.stdout)
     first = "triton" if with_triton else "cuda"
-    assert (found["aggregate"], found["delta_stats"], found["magnitude_threshold"]) == (first, first, "cuda")
-    assert found["project"] == ("triton" if with_triton else "reference")
+    assert (result["aggregate"], result["delta_stats"], result["magnitude_threshold"]) == (first, first, "cuda")
+    assert result["project"] == ("triton" if with_triton else "reference")
 
 
 def test_dispatch_table_is_a_copy() -> None:
@@ -130,17 +130,17 @@ def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_p
     assert "Install a wheel, or build from source" in said["native"]["reason"]
     assert said["ops"] == {op: {"CPU": "reference", "CUDA": on_gpu(op)} for op in OPS}
 
-    found = torch.load(outputs)
-    assert set(found["merged"]) == set(names())
-    for name, merged in found["merged"].items():
-        wanted = merge(base, experts[: counts[name]], name, **given[name])
+    result = torch.load(outputs)
+    assert set(result["merged"]) == set(names())
+    for name, merged in result["merged"].items():
+        expected = merge(base, experts[: counts[name]], name, **given[name])
         if name in ("resm", "tsvm"):
-            torch.testing.assert_close(merged, wanted, rtol=2.0**-7, atol=SUMS)  # a bf16 unit where fp32 lies between
-            assert int((merged != wanted).sum()) <= merged.numel() // 100
+            torch.testing.assert_close(merged, expected, rtol=2.0**-7, atol=SUMS)  # a bf16 unit where fp32 lies between
+            assert int((merged != expected).sum()) <= merged.numel() // 100
         else:
-            assert same_bits(merged, wanted)
+            assert same_bits(merged, expected)
     for name, value in vars(delta_stats(base, experts, eps_rel=0.1, histogram=True)).items():
-        other = found["stats"][name]
+        other = result["stats"][name]
         assert other.dtype == value.dtype
         torch.testing.assert_close(other, value, rtol=SUMS if value.is_floating_point() else 0, atol=0)
 

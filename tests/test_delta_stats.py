@@ -42,47 +42,47 @@ def differences(base: Tensor, experts: list[Tensor]) -> list[Tensor]:
 
 
 def check_against_float64(base: Tensor, experts: list[Tensor], *, eps: float = 0.0, kappa: float = 3.0) -> None:
-    found = delta_stats(base, experts, eps=eps, kappa=kappa, histogram=True)
+    result = delta_stats(base, experts, eps=eps, kappa=kappa, histogram=True)
     for t, delta in enumerate(differences(base, experts)):
         d = delta.double()
         both_half = base.element_size() == 2 and experts[t].element_size() == 2
         n, size = d.numel(), d.abs()
         total = math.fsum(size.tolist())
         squares = math.fsum((d * d).tolist())
-        assert found.numel[t] == n
-        assert abs(float(found.sum[t]) - math.fsum(d.tolist())) <= SIGNED_SUM[both_half] * total
-        assert abs(float(found.sum_sq[t]) - squares) <= SQUARES[both_half] * squares
-        assert abs(float(found.sum_abs[t]) - total) <= ABSOLUTE_SUM * total
-        assert float(found.max_abs[t]) == (float(size.max()) if n else 0.0)
-        assert found.n_zero[t] == int((d == 0).sum())
-        assert found.n_small[t] == int((size <= eps).sum())
-        assert found.n_nonfinite[t] == 0
-        check_outliers(found, t, d, kappa)
-        check_histogram(found, t, delta)
+        assert result.numel[t] == n
+        assert abs(float(result.sum[t]) - math.fsum(d.tolist())) <= SIGNED_SUM[both_half] * total
+        assert abs(float(result.sum_sq[t]) - squares) <= SQUARES[both_half] * squares
+        assert abs(float(result.sum_abs[t]) - total) <= ABSOLUTE_SUM * total
+        assert float(result.max_abs[t]) == (float(size.max()) if n else 0.0)
+        assert result.n_zero[t] == int((d == 0).sum())
+        assert result.n_small[t] == int((size <= eps).sum())
+        assert result.n_nonfinite[t] == 0
+        check_outliers(result, t, d, kappa)
+        check_histogram(result, t, delta)
 
 
-def check_outliers(found: DeltaStats, t: int, d: Tensor, kappa: float) -> None:
-    """Exact for the moments that were found."""
-    mean = float(found.sum[t]) / max(d.numel(), 1)
-    spread = kappa * math.sqrt(max(float(found.sum_sq[t]) / max(d.numel(), 1) - mean * mean, 0.0))
+def check_outliers(result: DeltaStats, t: int, d: Tensor, kappa: float) -> None:
+    """Exact for the moments of the result."""
+    mean = float(result.sum[t]) / max(d.numel(), 1)
+    spread = kappa * math.sqrt(max(float(result.sum_sq[t]) / max(d.numel(), 1) - mean * mean, 0.0))
     outliers = d[(d > mean + spread) | (d < mean - spread)].abs()
-    assert found.n_outlier[t] == outliers.numel()
+    assert result.n_outlier[t] == outliers.numel()
     total = math.fsum(outliers.tolist())
-    assert abs(float(found.outlier_sum_abs[t]) - total) <= ABSOLUTE_SUM * total
+    assert abs(float(result.outlier_sum_abs[t]) - total) <= ABSOLUTE_SUM * total
 
 
-def check_histogram(found: DeltaStats, t: int, delta: Tensor) -> None:
-    assert found.histogram_counts is not None and found.histogram_sum_abs is not None
+def check_histogram(result: DeltaStats, t: int, delta: Tensor) -> None:
+    assert result.histogram_counts is not None and result.histogram_sum_abs is not None
     size = delta.abs().double()
     # Python's frexp knows nothing of torch's.
     bins = [0 if v == 0 else min(max(math.frexp(v)[1] - 1 + 127, 0), 254) for v in size.tolist()]
     counts = torch.bincount(torch.tensor(bins, dtype=torch.int64), minlength=256)
-    assert torch.equal(found.histogram_counts[t], counts)
+    assert torch.equal(result.histogram_counts[t], counts)
     for i in set(bins):
         exact = math.fsum(v for v, b in zip(size.tolist(), bins, strict=True) if b == i)
         if delta.dtype == torch.float64 and i in (0, 254):
             continue  # beyond fp32's range only the counts are meant to be exact
-        assert abs(float(found.histogram_sum_abs[t, i]) - exact) <= BIN_SUM[delta.dtype] * exact
+        assert abs(float(result.histogram_sum_abs[t, i]) - exact) <= BIN_SUM[delta.dtype] * exact
 
 
 def test_hand_computed_example() -> None:
@@ -129,24 +129,24 @@ def test_op_agrees_with_its_reference(
     eps, eps_rel, kappa = options
     record = DeltaStatsOptions(eps=eps, eps_rel=eps_rel, kappa=kappa, histogram=True)
     moments, counts, bin_counts, bin_sums = torch.ops.resm_kernels.delta_stats(base, experts, **vars(record))
-    wanted = reference(base, experts, record)
-    assert torch.equal(counts, wanted[1]) and torch.equal(bin_counts, wanted[2])
+    expected = reference(base, experts, record)
+    assert torch.equal(counts, expected[1]) and torch.equal(bin_counts, expected[2])
     for t, expert in enumerate(experts):
         both_half = expert.element_size() == 2  # the base is
-        total, squares, total_abs = wanted[0][t, :3]
+        total, squares, total_abs = expected[0][t, :3]
         assert abs(moments[t, 0] - total) <= SIGNED_SUM[both_half] * total_abs
         torch.testing.assert_close(moments[t, 1], squares, rtol=SQUARES[both_half], atol=0)
-    torch.testing.assert_close(moments[..., 2:], wanted[0][..., 2:], rtol=ABSOLUTE_SUM, atol=0)
-    torch.testing.assert_close(bin_sums, wanted[3], rtol=BIN_SUM[torch.float64], atol=1e-30)
+    torch.testing.assert_close(moments[..., 2:], expected[0][..., 2:], rtol=ABSOLUTE_SUM, atol=0)
+    torch.testing.assert_close(bin_sums, expected[3], rtol=BIN_SUM[torch.float64], atol=1e-30)
 
 
 @given(shift=st.floats(1.0, 2.0, width=16), n=st.sampled_from([BLOCK, 3 * BLOCK + 7, 16 * BLOCK]))
 def test_sums_of_one_repeated_half_precision_value_stay_within_the_contract(shift: float, n: int) -> None:
     expert = torch.full((n,), shift, dtype=torch.float16)
-    found = delta_stats(torch.zeros(n, dtype=torch.float16), [expert], kappa=None)
+    result = delta_stats(torch.zeros(n, dtype=torch.float16), [expert], kappa=None)
     value = float(expert[0].double())
-    assert abs(float(found.sum) - value * n) <= SIGNED_SUM[True] * value * n
-    assert abs(float(found.sum_sq) - value**2 * n) <= SQUARES[True] * value**2 * n
+    assert abs(float(result.sum) - value * n) <= SIGNED_SUM[True] * value * n
+    assert abs(float(result.sum_sq) - value**2 * n) <= SQUARES[True] * value**2 * n
 
 
 @given(
@@ -156,36 +156,36 @@ def test_sums_of_one_repeated_half_precision_value_stay_within_the_contract(shif
 def test_sum_of_magnitudes_of_one_repeated_value_stays_within_the_contract(shift: float, n: int) -> None:
     # The worst case for sums in fp32: all roundings may go the same way.
     expert = torch.full((n,), shift)
-    found = delta_stats(torch.zeros(n), [expert], kappa=None).sum_abs
+    result = delta_stats(torch.zeros(n), [expert], kappa=None).sum_abs
     exact = float(expert[0].double()) * n
-    assert abs(float(found) - exact) <= ABSOLUTE_SUM * exact
+    assert abs(float(result) - exact) <= ABSOLUTE_SUM * exact
 
 
 def test_large_cancelling_sum() -> None:
     d = randn(CHUNK * 3 + 1, seed=5)
     both = torch.cat([d, -d])
-    found = delta_stats(torch.zeros_like(both), [both], kappa=None)
-    assert abs(float(found.sum)) <= SIGNED_SUM[False] * float(both.double().abs().sum())
+    result = delta_stats(torch.zeros_like(both), [both], kappa=None)
+    assert abs(float(result.sum)) <= SIGNED_SUM[False] * float(both.double().abs().sum())
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
     views = laid_out(layout)
-    found = delta_stats(views[0], views[1:], histogram=True)
-    wanted = delta_stats(views[0].contiguous(), [v.contiguous() for v in views[1:]], histogram=True)
-    for name, value in vars(wanted).items():
-        assert torch.equal(getattr(found, name), value), name
+    result = delta_stats(views[0], views[1:], histogram=True)
+    expected = delta_stats(views[0].contiguous(), [v.contiguous() for v in views[1:]], histogram=True)
+    for name, value in vars(expected).items():
+        assert torch.equal(getattr(result, name), value), name
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (4, 33), (3, 2, 17), (6, 1), (3, 0), (0, 4), (3, CHUNK + 9)], ids=str)
 def test_rows_are_the_statistics_of_each(shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 3, expert_dtypes=[torch.float32, torch.bfloat16, torch.float64])
     options: dict[str, Any] = {"eps": 1e-4, "eps_rel": 0.2, "kappa": 1.5, "histogram": True}
-    found = delta_stats(base, experts, rows=True, **options)
-    assert found.sum.shape == (3, *shape[:-1]) and found.sparsity().shape == (3, *shape[:-1])
+    result = delta_stats(base, experts, rows=True, **options)
+    assert result.sum.shape == (3, *shape[:-1]) and result.sparsity().shape == (3, *shape[:-1])
     for index in itertools.product(*map(range, shape[:-1])):
         for name, value in vars(delta_stats(base[index], [e[index] for e in experts], **options)).items():
-            assert same_bits(getattr(found, name)[(slice(None), *index)], value), name
+            assert same_bits(getattr(result, name)[(slice(None), *index)], value), name
 
 
 def test_rows_that_are_not_finite_are_refused_by_name() -> None:
@@ -200,12 +200,12 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(
     every_way: Callable[[], Iterator[str]], dtype: torch.dtype
 ) -> None:
     base, experts = group((5 * CHUNK + 3 * BLOCK + 7,), 2, base_dtype=dtype)
-    wanted = None
+    expected = None
     for way in every_way():
-        found = delta_stats(base, experts, eps_rel=0.3, histogram=True)
-        wanted = wanted or found
-        for name, value in vars(wanted).items():
-            assert same_bits(getattr(found, name), value), f"{name}: {way}"
+        result = delta_stats(base, experts, eps_rel=0.3, histogram=True)
+        expected = expected or result
+        for name, value in vars(expected).items():
+            assert same_bits(getattr(result, name), value), f"{name}: {way}"
 
 
 def test_eps_and_eps_rel() -> None:
@@ -241,10 +241,10 @@ def test_padding_is_no_outlier_where_the_mean_is_far_from_zero() -> None:
 @given(seed=st.integers(0, 1000), q=st.floats(0, 1), n=st.sampled_from([1, 2, 10, 1000]), spread=st.floats(0, 20))
 def test_quantile_lies_in_the_bin_of_the_exact_one(seed: int, q: float, n: int, spread: float) -> None:
     size = torch.exp2(spread * randn(n, seed=seed)).float()
-    found = float(delta_stats(torch.zeros(n), [size], histogram=True).quantile(q))
+    result = float(delta_stats(torch.zeros(n), [size], histogram=True).quantile(q))
     exact = float(size.sort().values[max(math.ceil(q * n), 1) - 1])
     low = 2.0 ** math.floor(math.log2(exact))
-    assert low <= found <= 2 * low or exact < 2.0**-126 > found
+    assert low <= result <= 2 * low or exact < 2.0**-126 > result
 
 
 def test_quantiles_of_nothing_and_of_zeros_are_zero() -> None:

@@ -22,15 +22,15 @@ SIZES = [(1, 1), (5, 7), (96, 24), (97, 25), (95, 23), (300, 48), (40, 383), (20
 EMPTY = [(0, 3), (3, 0), (0, 0)]
 
 
-def check(found: Tensor, x: Tensor) -> None:
+def check(result: Tensor, x: Tensor) -> None:
     """Fail unless G is symmetric and within the bound that `gram_matrix` states."""
     n, c = x.shape
     wide = x.double()
     steps = (min(n, 96) + math.ceil(n / 96) + 1) * 2.0**-53
-    assert found.dtype == torch.float64 and list(found.shape) == [c, c] and found.is_contiguous()
-    assert same_bits(found, found.mT.contiguous())
+    assert result.dtype == torch.float64 and list(result.shape) == [c, c] and result.is_contiguous()
+    assert same_bits(result, result.mT.contiguous())
     # The yardstick rounds too, within n·2⁻⁵³ of the same.
-    assert bool(((found - wide.mT @ wide).abs() <= (steps + n * 2.0**-53) * 1.01 * (wide.abs().mT @ wide.abs())).all())
+    assert bool(((result - wide.mT @ wide).abs() <= (steps + n * 2.0**-53) * 1.01 * (wide.abs().mT @ wide.abs())).all())
 
 
 @pytest.mark.parametrize("n, c", SIZES + EMPTY, ids=str)
@@ -58,17 +58,17 @@ def test_bits_depend_on_no_thread_count_and_no_instruction_set(
     every_way: Callable[[], Iterator[str]], n: int, c: int
 ) -> None:
     x = randn(n, c, seed=1)
-    found = {way: gram_matrix(x) for way in every_way()}
-    first = next(iter(found.values()))
-    assert all(same_bits(g, first) for g in found.values())
+    result = {way: gram_matrix(x) for way in every_way()}
+    first = next(iter(result.values()))
+    assert all(same_bits(g, first) for g in result.values())
 
 
 def test_bits_are_the_same_on_more_threads_than_there_are_groups(use_threads: Callable[[int], None]) -> None:
     x = randn(900, 50, seed=1)
-    wanted = gram_matrix(x)
+    expected = gram_matrix(x)
     for threads in (2, 3, 5):
         use_threads(threads)
-        assert same_bits(gram_matrix(x), wanted)
+        assert same_bits(gram_matrix(x), expected)
 
 
 def test_layouts_give_what_contiguous_copies_give() -> None:

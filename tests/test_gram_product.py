@@ -25,7 +25,7 @@ WIDTHS = [*range(1, 10), 16, 17, 24, 32, 33, 40, 41, 48, 56, 128, 160, 193]
 EMPTY = [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)]
 
 
-def check(found: GramProduct, base: Tensor | None, expert: Tensor, x: Tensor) -> None:
+def check(result: GramProduct, base: Tensor | None, expert: Tensor, x: Tensor) -> None:
     """Fail unless y, z and the energy are within the bounds that `gram_product` states, and subnormals' roundings."""
     (m, n), c = expert.shape, x.shape[1]
     delta = task_matrix_fp32(base, expert).double()
@@ -36,12 +36,12 @@ def check(found: GramProduct, base: Tensor | None, expert: Tensor, x: Tensor) ->
         bound = steps / (1 - steps) * (left.abs() @ right.abs()) + depth * 2.0**-149
         return bool(((product.double() - left @ right).abs() <= bound).all())
 
-    assert [t.dtype for t in found] == [torch.float32, torch.float32, torch.float64]
-    assert [list(t.shape) for t in found] == [[m, c], [n, c], []] and all(t.is_contiguous() for t in found)
-    assert within(found.y, delta, x.double(), 96)
-    assert within(found.z, delta.mT, found.y.double(), 48)
+    assert [t.dtype for t in result] == [torch.float32, torch.float32, torch.float64]
+    assert [list(t.shape) for t in result] == [[m, c], [n, c], []] and all(t.is_contiguous() for t in result)
+    assert within(result.y, delta, x.double(), 96)
+    assert within(result.z, delta.mT, result.y.double(), 48)
     energy = float(delta.square().sum())
-    assert abs(float(found.energy) - energy) <= 1e-6 * energy
+    assert abs(float(result.energy) - energy) <= 1e-6 * energy
 
 
 @pytest.mark.parametrize("m, n, c", SIZES + EMPTY, ids=str)
@@ -84,8 +84,8 @@ def test_every_kind_of_values_is_within_the_bound(kind: str, dtype: torch.dtype)
 def test_sums_that_round_nothing_are_exact(m: int, n: int, columns: int, seed: int) -> None:
     base, (expert,) = group((m, n), 1, "ties", base_dtype=torch.bfloat16, seed=seed)
     x = torch.randint(-3, 4, (n, columns), generator=generator(seed)).float()
-    for found, wanted in zip(gram_product(base, expert, x), reference(base, expert, x), strict=True):
-        assert torch.equal(found, wanted)
+    for result, expected in zip(gram_product(base, expert, x), reference(base, expert, x), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_power_iterations_find_the_dominant_subspace() -> None:
@@ -94,8 +94,8 @@ def test_power_iterations_find_the_dominant_subspace() -> None:
     p = torch.linalg.qr(randn(150, 12, seed=5)).Q
     for _ in range(20):
         p = torch.linalg.qr(gram_product(None, delta, p).z).Q
-    found = torch.linalg.svdvals(gram_product(None, delta, p).y.double())
-    torch.testing.assert_close(found[:5], spectrum[:5], rtol=1e-5, atol=0)
+    result = torch.linalg.svdvals(gram_product(None, delta, p).y.double())
+    torch.testing.assert_close(result[:5], spectrum[:5], rtol=1e-5, atol=0)
 
 
 def test_columns_depend_on_no_other_columns_and_the_energy_on_none() -> None:
@@ -114,30 +114,30 @@ def test_bits_depend_on_no_thread_count_and_on_no_fused_instruction_set(
 ) -> None:
     base, (expert,) = group((m, n), 1, base_dtype=torch.bfloat16)
     x = randn(n, c, seed=1)
-    found = {way: gram_product(base, expert, x) for way in every_way()}
-    for way, product in found.items():
+    result = {way: gram_product(base, expert, x) for way in every_way()}
+    for way, product in result.items():
         isa = way.split(",")[0]
         alike = f"{ISAS[0]}, 1 threads" if isa != "baseline" else "baseline, 1 threads"
-        assert all(same_bits(a, b) for a, b in zip(product, found[alike], strict=True)), way
-    check(found["baseline, 1 threads"], base, expert, x)
+        assert all(same_bits(a, b) for a, b in zip(product, result[alike], strict=True)), way
+    check(result["baseline, 1 threads"], base, expert, x)
 
 
 def test_bits_are_the_same_on_more_threads_than_there_are_groups(use_threads: Callable[[int], None]) -> None:
     base, (expert,) = group((500, 120), 1)
     x = randn(120, 20, seed=1)
-    wanted = gram_product(base, expert, x)
+    expected = gram_product(base, expert, x)
     for threads in (2, 3, 5):
         use_threads(threads)
-        assert all(same_bits(a, b) for a, b in zip(gram_product(base, expert, x), wanted, strict=True))
+        assert all(same_bits(a, b) for a, b in zip(gram_product(base, expert, x), expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
     base, expert, _ = laid_out(layout)
     x = randn(9, expert.shape[1], seed=1).mT
-    found = gram_product(base, expert, x)
-    wanted = gram_product(base.contiguous(), expert.contiguous(), x.contiguous())
-    assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True))
+    result = gram_product(base, expert, x)
+    expected = gram_product(base.contiguous(), expert.contiguous(), x.contiguous())
+    assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -146,10 +146,10 @@ def test_a_value_that_is_not_finite_shows_in_its_row_in_z_and_in_the_energy(bad:
     x = randn(160, 30, seed=1)
     x[113, 7] = 0.0
     expert[270, 113] = bad
-    found = gram_product(base, expert, x)
-    finite = torch.isfinite(found.y)
+    result = gram_product(base, expert, x)
+    finite = torch.isfinite(result.y)
     assert not bool(finite[270].any()) and int(finite.sum()) == 299 * 30
-    assert not bool(torch.isfinite(found.z).any()) and not math.isfinite(float(found.energy))
+    assert not bool(torch.isfinite(result.z).any()) and not math.isfinite(float(result.energy))
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:

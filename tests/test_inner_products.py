@@ -25,12 +25,12 @@ def vectors(base: Tensor | None, experts: list[Tensor]) -> Tensor:
     return torch.stack([(e.to(dtype) - origin).double().reshape(-1) for e in experts])
 
 
-def check(found: Tensor, base: Tensor | None, experts: list[Tensor]) -> None:
+def check(result: Tensor, base: Tensor | None, experts: list[Tensor]) -> None:
     x = vectors(base, experts)
     size = x.abs() @ x.abs().mT
     steps = 4112 + x.shape[1] / CHUNK + 2 * math.sqrt(x.shape[1])  # ours, and what the float64 oracle rounds itself
-    assert found.shape == (len(experts), len(experts)) and same_bits(found, found.mT.contiguous())
-    assert bool(((found - x @ x.mT).abs() <= steps * 2.0**-53 * size).all())
+    assert result.shape == (len(experts), len(experts)) and same_bits(result, result.mT.contiguous())
+    assert bool(((result - x @ x.mT).abs() <= steps * 2.0**-53 * size).all())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -74,10 +74,10 @@ def test_one_wide_value_among_many_is_not_lost() -> None:
 def test_rows_are_the_gram_matrices_of_each(shape: tuple[int, ...], with_base: bool) -> None:
     base, experts = group(shape, 3, expert_dtypes=[torch.float32, torch.bfloat16])
     origin = base if with_base else None
-    found = inner_products(origin, experts, rows=True)
-    assert found.shape == (*shape[:-1], 3, 3)
-    flat = [t.reshape(found[..., 0, 0].numel(), -1) if found.numel() else t for t in (base, *experts)]
-    for i, gram in enumerate(found.reshape(-1, 3, 3)):
+    result = inner_products(origin, experts, rows=True)
+    assert result.shape == (*shape[:-1], 3, 3)
+    flat = [t.reshape(result[..., 0, 0].numel(), -1) if result.numel() else t for t in (base, *experts)]
+    for i, gram in enumerate(result.reshape(-1, 3, 3)):
         own = [t[i] for t in flat]
         assert same_bits(gram, inner_products(own[0] if with_base else None, own[1:]))
 
@@ -85,10 +85,10 @@ def test_rows_are_the_gram_matrices_of_each(shape: tuple[int, ...], with_base: b
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_same_bits_for_threads_and_instruction_sets(dtype: torch.dtype, every_way: Callable[[], Iterator[str]]) -> None:
     base, experts = group((2, CHUNK + 513), 5, base_dtype=dtype)
-    wanted = [inner_products(base, experts), inner_products(None, experts[:2], rows=True)]
+    expected = [inner_products(base, experts), inner_products(None, experts[:2], rows=True)]
     for way in every_way():
-        found = [inner_products(base, experts), inner_products(None, experts[:2], rows=True)]
-        assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True)), way
+        result = [inner_products(base, experts), inner_products(None, experts[:2], rows=True)]
+        assert all(same_bits(a, b) for a, b in zip(result, expected, strict=True)), way
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -108,8 +108,8 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float, where: str) 
         with pytest.raises(NonFiniteError) as caught:
             inner_products(base, experts, rows=rows)
         assert caught.value.argument == where and caught.value.count == 1
-    found = inner_products(base, experts, check_finite=False).diag()
-    assert torch.isfinite(found).tolist() == [where == "experts[1]", where == "experts[0]"]
+    result = inner_products(base, experts, check_finite=False).diag()
+    assert torch.isfinite(result).tolist() == [where == "experts[1]", where == "experts[0]"]
 
 
 def test_what_overflows_is_refused() -> None:
@@ -136,6 +136,6 @@ def test_opcheck() -> None:
 def test_reference_agrees() -> None:
     base, experts = group((30, 7), 3, base_dtype=torch.float64)
     for rows in (False, True):
-        found = inner_products(base, experts, rows=rows)
-        wanted = reference(base, experts, InnerProductsOptions(rows=rows))
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-16)
+        result = inner_products(base, experts, rows=rows)
+        expected = reference(base, experts, InnerProductsOptions(rows=rows))
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-16)

@@ -29,43 +29,43 @@ def test_sums_of_what_is_kept(shape: tuple[int, ...], dtype: torch.dtype) -> Non
         (None, None, None), (0, None, None), (None, 1, None), (0, 1, None), (None, None, masks), (0, 1, masks)
     ):  # fmt: skip
         low, high = (None if i is None else tensors[i] for i in (lower, upper))
-        found = kept_moments(base, experts, thresholds=low, upper_thresholds=high, masks=own)
+        result = kept_moments(base, experts, thresholds=low, upper_thresholds=high, masks=own)
         options = SparsityOptions(thresholds=low, upper_thresholds=high, masks=None if own is None else tuple(own))
-        wanted = reference(base, experts, options)
-        torch.testing.assert_close(torch.stack(found, 1), wanted, rtol=max(base.numel(), 1) * 2.0**-52, atol=0)
+        expected = reference(base, experts, options)
+        torch.testing.assert_close(torch.stack(result, 1), expected, rtol=max(base.numel(), 1) * 2.0**-52, atol=0)
 
 
 def test_hand_computed() -> None:
     base, expert = torch.ones(4), torch.tensor([1.5, -1.0, 4.0, 1.0])  # Δ = 0.5 −2 3 0
-    found = kept_moments(base, [expert], thresholds=[1.0])
-    assert [float(x) for x in found] == [5.5, 5.0, 13.0]
-    found = kept_moments(
+    result = kept_moments(base, [expert], thresholds=[1.0])
+    assert [float(x) for x in result] == [5.5, 5.0, 13.0]
+    result = kept_moments(
         base, [expert], upper_thresholds=[2.0], masks=[packed(torch.tensor([False, True, True, True]))]
     )
-    assert [float(x) for x in found] == [5.5, 2.0, 4.0]
+    assert [float(x) for x in result] == [5.5, 2.0, 4.0]
 
 
 def test_sums_are_of_what_aggregate_keeps() -> None:
     base, experts = group((33, 31), 2, base_dtype=torch.float64)
     masks = random_mask(base, experts, 0.5, seed=1)
     options = {"thresholds": [1e-4, 1e-3], "upper_thresholds": [2e-3, 1e-2], "masks": masks}
-    found = kept_moments(base, experts, **options)
+    result = kept_moments(base, experts, **options)
     for t in range(2):
         weights = [float(t == 0), float(t == 1)]
         delta = aggregate(torch.zeros_like(base), [e - base for e in experts], weights, **options)
-        assert float(found.kept_sum_abs[t]) == pytest.approx(float(delta.abs().sum()), rel=1e-12)
-        assert float(found.kept_sum_sq[t]) == pytest.approx(float(delta.square().sum()), rel=1e-12)
+        assert float(result.kept_sum_abs[t]) == pytest.approx(float(delta.abs().sum()), rel=1e-12)
+        assert float(result.kept_sum_sq[t]) == pytest.approx(float(delta.square().sum()), rel=1e-12)
 
 
 def test_bits_depend_on_neither_threads_nor_instruction_set(every_way: Callable[[], Iterator[str]]) -> None:
     for dtype in (torch.bfloat16, torch.float64):
         base, experts = group((2 * CHUNK + 77,), 2, base_dtype=dtype)
         masks = random_mask(base, experts, 0.5)
-        wanted = None
+        expected = None
         for way in every_way():
-            found = torch.stack(kept_moments(base, experts, thresholds=[1e-4, 1e-3], masks=masks))
-            wanted = found if wanted is None else wanted
-            assert same_bits(found, wanted), way
+            result = torch.stack(kept_moments(base, experts, thresholds=[1e-4, 1e-3], masks=masks))
+            expected = result if expected is None else expected
+            assert same_bits(result, expected), way
 
 
 def test_values_that_are_not_finite_show() -> None:

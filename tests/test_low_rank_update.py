@@ -29,21 +29,21 @@ def factors(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> tuple
     return randn(m, k, seed=1, dtype=dtype), randn(n, k, seed=2, dtype=dtype) * 1e-3
 
 
-def check(found: Tensor, base: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    """Fail unless `found` is the update within the bound that `low_rank_update` states."""
+def check(result: Tensor, base: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
+    """Fail unless `result` is the update within the bound that `low_rank_update` states."""
     double = torch.float64 in (base.dtype, left.dtype)
     unit, block = (2.0**-53, 128) if double else (2.0**-24, 256)
     k = left.shape[1]
     steps = (min(k, block) + math.ceil(k / block) + 1) * unit
     size = abs(scale) * (left.double().abs() @ right.double().abs().mT)
     update = scale * (left.double() @ right.double().mT)
-    wanted = base.double() + update
-    bound = steps * size + 2 * unit * (wanted.abs() + update.abs())
-    if found.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        info = torch.finfo(found.dtype)
-        bound = bound + (wanted.abs() + bound) * info.eps / 2 + info.smallest_normal * info.eps
-    assert found.shape == base.shape and found.is_contiguous()
-    assert bool(((found.double() - wanted).abs() <= bound).all())
+    expected = base.double() + update
+    bound = steps * size + 2 * unit * (expected.abs() + update.abs())
+    if result.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        info = torch.finfo(result.dtype)
+        bound = bound + (expected.abs() + bound) * info.eps / 2 + info.smallest_normal * info.eps
+    assert result.shape == base.shape and result.is_contiguous()
+    assert bool(((result.double() - expected).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("m, n, k", SIZES + EMPTY, ids=str)
@@ -60,9 +60,9 @@ def test_every_pair_of_dtypes_is_within_the_bound(base_dtype: torch.dtype, out_d
     base = values((33, 61), "weights", base_dtype, 0)
     for dtype in (torch.float32, torch.float64):
         left, right = factors(33, 61, 30, dtype)
-        found = low_rank_update(base, left, right, scale=-1.5, out_dtype=out_dtype)
-        assert found.dtype == (out_dtype or base_dtype)
-        check(found, base, left, right, -1.5)
+        result = low_rank_update(base, left, right, scale=-1.5, out_dtype=out_dtype)
+        assert result.dtype == (out_dtype or base_dtype)
+        check(result, base, left, right, -1.5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -77,8 +77,8 @@ def test_sums_that_round_nothing_are_exact(m: int, n: int, k: int, seed: int) ->
     g = generator(seed)
     base, left, right = (torch.randint(-9, 10, size, generator=g).float() for size in ((m, n), (m, k), (n, k)))
     for dtype in (torch.float32, torch.float64):
-        found = low_rank_update(base, left.to(dtype), right.to(dtype), scale=0.5)
-        assert torch.equal(found, reference(base, left, right, LowRankUpdateOptions(scale=0.5)))
+        result = low_rank_update(base, left.to(dtype), right.to(dtype), scale=0.5)
+        assert torch.equal(result, reference(base, left, right, LowRankUpdateOptions(scale=0.5)))
 
 
 def test_rounds_once_after_the_sum() -> None:
@@ -86,8 +86,8 @@ def test_rounds_once_after_the_sum() -> None:
     base, (left, right) = values((70, 90), "weights", torch.bfloat16, 0), factors(70, 90, 40)
     product = low_rank_update(torch.zeros(70, 90), left, right)
     for out_dtype in (torch.float32, torch.bfloat16, torch.float16):
-        wanted = aggregate(None, [base, product], [1.0, 0.7], out_dtype=out_dtype)
-        assert same_bits(low_rank_update(base, left, right, scale=0.7, out_dtype=out_dtype), wanted)
+        expected = aggregate(None, [base, product], [1.0, 0.7], out_dtype=out_dtype)
+        assert same_bits(low_rank_update(base, left, right, scale=0.7, out_dtype=out_dtype), expected)
 
 
 def test_elements_depend_on_their_own_row_and_column_alone() -> None:
@@ -103,19 +103,19 @@ def test_bits_depend_on_no_thread_count_and_on_no_fused_instruction_set(
     every_way: Callable[[], Iterator[str]], m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
     base, (left, right) = values((m, n), "weights", torch.bfloat16, 0), factors(m, n, k, dtype)
-    found = {way: low_rank_update(base, left, right, out_dtype=dtype) for way in every_way()}
-    for way, theta in found.items():
+    result = {way: low_rank_update(base, left, right, out_dtype=dtype) for way in every_way()}
+    for way, theta in result.items():
         isa = way.split(",")[0]
         alike = f"{ISAS[0]}, 1 threads" if isa != "baseline" else "baseline, 1 threads"
-        assert same_bits(theta, found[alike]), way
-    check(found["baseline, 1 threads"], base, left, right, 1.0)
+        assert same_bits(theta, result[alike]), way
+    check(result["baseline, 1 threads"], base, left, right, 1.0)
 
 
 def test_layouts_give_what_contiguous_copies_give() -> None:
     base, (left, right) = values((60, 100), "weights", torch.float32, 0), factors(60, 100, 24)
-    wanted = low_rank_update(base, left, right)
+    expected = low_rank_update(base, left, right)
     for other in (right.mT.contiguous().mT, torch.stack([right, right], 2)[..., 0]):
-        assert same_bits(low_rank_update(base.mT.contiguous().mT, left.mT.contiguous().mT, other), wanted)
+        assert same_bits(low_rank_update(base.mT.contiguous().mT, left.mT.contiguous().mT, other), expected)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

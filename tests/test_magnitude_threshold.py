@@ -43,11 +43,11 @@ def check_against_sort(base: Tensor, experts: list[Tensor], ks: list[int], run: 
     """For each k the thresholds that a sort gives; fails where the op gives others."""
     wide = torch.float64 if any(t.dtype == torch.float64 for t in [base, *experts]) else torch.float32
     sizes = [(e.to(wide) - base.to(wide)).abs().flatten().sort(descending=True).values for e in experts]
-    wanted = [[math.inf if k == 0 else float(s[k - 1]) for s in sizes] for k in ks]
-    for k, thresholds in zip(ks, wanted, strict=True):
+    expected = [[math.inf if k == 0 else float(s[k - 1]) for s in sizes] for k in ks]
+    for k, thresholds in zip(ks, expected, strict=True):
         if run:
             assert magnitude_threshold(base, experts, k).tolist() == thresholds, f"k = {k}"
-    return wanted
+    return expected
 
 
 def ks_of(n: int) -> list[int]:
@@ -57,8 +57,8 @@ def ks_of(n: int) -> list[int]:
 def test_hand_computed_example() -> None:
     base = torch.zeros(6)
     expert = torch.tensor([3.0, -1.0, 2.0, -2.0, 0.0, 0.5])
-    found = [float(magnitude_threshold(base, [expert], k)) for k in range(7)]
-    assert found == [math.inf, 3.0, 2.0, 2.0, 1.0, 0.5, 0.0]
+    result = [float(magnitude_threshold(base, [expert], k)) for k in range(7)]
+    assert result == [math.inf, 3.0, 2.0, 2.0, 1.0, 0.5, 0.0]
 
 
 @pytest.mark.parametrize("n_experts", [1, 2, 5])
@@ -171,16 +171,16 @@ def test_op_agrees_with_its_reference(n_experts: int, shape: tuple[int, ...]) ->
         experts[0].view(-1)[1] = math.nan
         experts[-1].view(-1)[2] = math.inf
     k = [max(base.numel() // (t + 2), 0) for t in range(n_experts)]
-    found = torch.ops.resm_kernels.magnitude_threshold(base, experts, k=k)
-    wanted = reference(base, experts, MagnitudeThresholdOptions(k=tuple(k)))
-    for a, b in zip(found, wanted, strict=True):
+    result = torch.ops.resm_kernels.magnitude_threshold(base, experts, k=k)
+    expected = reference(base, experts, MagnitudeThresholdOptions(k=tuple(k)))
+    for a, b in zip(result, expected, strict=True):
         assert same_bits(a, b)
 
 
 def test_one_k_for_each_expert() -> None:
     base, experts = group((100,), 3)
-    found = magnitude_threshold(base, experts, [1, 50, 0])
-    assert found.tolist() == [
+    result = magnitude_threshold(base, experts, [1, 50, 0])
+    assert result.tolist() == [
         by_sorting(base, experts, 1)[0],
         by_sorting(base, experts, 50)[1],
         math.inf,
@@ -202,9 +202,9 @@ def test_result_depends_on_neither_threads_nor_instruction_set(
 ) -> None:
     base, experts = group((3 * CHUNK + BLOCK + 7,), 2, kind, base_dtype=dtype)
     k = base.numel() // 5
-    wanted = by_sorting(base, experts, k)
+    expected = by_sorting(base, experts, k)
     for way in every_way():
-        assert magnitude_threshold(base, experts, k).tolist() == wanted, way
+        assert magnitude_threshold(base, experts, k).tolist() == expected, way
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -30,7 +30,7 @@ expert = base * 1.5
 def work(threads=3):
     torch.set_num_threads(threads)
     return delta_stats(base, [expert]).sum_sq
-wanted = work()
+expected = work()
 """
 
 
@@ -61,13 +61,13 @@ def python(script: str) -> None:
 
 def test_calls_side_by_side_have_the_bits_of_calls_in_turn(use_threads: Callable[[int], None]) -> None:
     use_threads(1)
-    wanted = every_op()
+    expected = every_op()
     together = Barrier(4)
 
     def caller(i: int) -> bool:
         torch.set_num_threads(COUNTS[i % 4])
         together.wait(timeout=20)
-        return all(same_bits(a, b) for _ in range(5) for a, b in zip(every_op(), wanted, strict=True))
+        return all(same_bits(a, b) for _ in range(5) for a, b in zip(every_op(), expected, strict=True))
 
     with ThreadPoolExecutor(4) as callers:
         assert all(callers.map(caller, range(8)))
@@ -75,10 +75,10 @@ def test_calls_side_by_side_have_the_bits_of_calls_in_turn(use_threads: Callable
 
 def test_many_small_calls_follow_each_other(use_threads: Callable[[int], None]) -> None:
     base, experts = group((2 * CHUNK + 1,), 1)
-    wanted = delta_stats(base, experts).sum_sq
+    expected = delta_stats(base, experts).sum_sq
     for i in range(300):
         use_threads(COUNTS[i % 4])
-        assert same_bits(delta_stats(base, experts).sum_sq, wanted)
+        assert same_bits(delta_stats(base, experts).sum_sq, expected)
 
 
 @pytest.mark.usefixtures("flush_denormals")
@@ -97,10 +97,10 @@ def test_forked_processes_have_threads_of_their_own() -> None:
 def fork(generations):
     child = os.fork()
     if child == 0:
-        ok = torch.equal(work(), wanted) and (generations == 1 or fork(generations - 1))
+        ok = torch.equal(work(), expected) and (generations == 1 or fork(generations - 1))
         os._exit(0 if ok else 1)
     return os.waitpid(child, 0)[1] == 0
-assert fork(2) and torch.equal(work(), wanted)
+assert fork(2) and torch.equal(work(), expected)
 """)
 
 
@@ -117,7 +117,7 @@ failed = 0
 for _ in range(10):
     child = os.fork()
     if child == 0:
-        os._exit(0 if torch.equal(work(), wanted) else 1)
+        os._exit(0 if torch.equal(work(), expected) else 1)
     failed += os.waitpid(child, 0)[1]
 go_on = False
 thread.join()
@@ -143,7 +143,7 @@ except RuntimeError as error:
     assert "cannot start thread" in str(error) and "ask for fewer threads" in str(error), error
 else:
     sys.exit("64 threads were started")
-assert torch.equal(work(), wanted)
+assert torch.equal(work(), expected)
 """)
 
 

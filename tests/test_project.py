@@ -24,14 +24,14 @@ SIZES = [(1, 1, 1), (5, 3, 2), (256, 48, 24), (257, 49, 25), (300, 7, 6), (33, 2
 EMPTY = [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)]
 
 
-def check(found: Tensor, base: Tensor | None, expert: Tensor, q: Tensor) -> None:
-    """Fail unless `found` is qᵀΔ within the bound that `project` states, and m roundings of subnormal products."""
+def check(result: Tensor, base: Tensor | None, expert: Tensor, q: Tensor) -> None:
+    """Fail unless `result` is qᵀΔ within the bound that `project` states, and m roundings of subnormal products."""
     m = expert.shape[0]
     delta, left = task_matrix_fp32(base, expert).double(), q.double().mT
     steps = (min(m, 256) + math.ceil(m / 256) + 1) * 2.0**-24
     bound = steps / (1 - steps) * (left.abs() @ delta.abs()) + m * 2.0**-149
-    assert found.dtype == torch.float32 and found.shape == (q.shape[1], expert.shape[1]) and found.is_contiguous()
-    assert bool(((found.double() - left @ delta).abs() <= bound).all())
+    assert result.dtype == torch.float32 and result.shape == (q.shape[1], expert.shape[1]) and result.is_contiguous()
+    assert bool(((result.double() - left @ delta).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("m, n, l", SIZES + EMPTY, ids=str)
@@ -88,12 +88,12 @@ def test_bits_depend_on_no_thread_count_and_on_no_fused_instruction_set(
 ) -> None:
     base, (expert,) = group((m, n), 1, base_dtype=torch.bfloat16)
     q = randn(m, l, seed=1)
-    found = {way: project(base, expert, q) for way in every_way()}
-    for way, b in found.items():
+    result = {way: project(base, expert, q) for way in every_way()}
+    for way, b in result.items():
         isa = way.split(",")[0]
         alike = f"{ISAS[0]}, 1 threads" if isa != "baseline" else "baseline, 1 threads"
-        assert same_bits(b, found[alike]), way
-    check(found["baseline, 1 threads"], base, expert, q)
+        assert same_bits(b, result[alike]), way
+    check(result["baseline, 1 threads"], base, expert, q)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

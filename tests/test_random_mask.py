@@ -46,9 +46,9 @@ def test_every_shape_has_the_reference_bits(shape: tuple[int, ...], epsilon: flo
     for dtype, kind in ((torch.float32, "weights"), (torch.bfloat16, "ties"), (torch.float64, "weights")):
         base, experts = group(shape, 3, kind, base_dtype=dtype)
         density = [0.3, 0.5, 0.8]
-        found = random_mask(base, experts, density, epsilon, seed=2**63 - 1)
-        wanted = reference(base, experts, density, epsilon, 2**63 - 1)
-        for a, b in zip(found, wanted, strict=True):
+        result = random_mask(base, experts, density, epsilon, seed=2**63 - 1)
+        expected = reference(base, experts, density, epsilon, 2**63 - 1)
+        for a, b in zip(result, expected, strict=True):
             assert a.shape == (mask_bytes(base.numel()),) and torch.equal(a, b)
 
 
@@ -65,17 +65,17 @@ def test_random_arguments_have_the_reference_bits(
     seed: int, rows: int, columns: int, density: float, epsilon: float, kind: str, dtype: torch.dtype
 ) -> None:
     base, experts = group((rows, columns), 2, kind, base_dtype=dtype, seed=seed % 1000)
-    found = random_mask(base, experts, density, epsilon, seed=seed)
-    wanted = reference(base, experts, [density] * 2, epsilon, seed)
-    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    result = random_mask(base, experts, density, epsilon, seed=seed)
+    expected = reference(base, experts, [density] * 2, epsilon, seed)
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
 def test_rows_of_many_equal_magnitudes_have_the_reference_bits() -> None:
     """Buckets that are sorted before ranks are counted in them."""
     base = torch.zeros(2, 9000)
     experts = [values((2, 9000), "ties", torch.float32, 0), values((2, 9000), "ties", torch.float32, 1) + 1]
-    found = random_mask(base, experts, 0.5, 0.4, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(found, reference(base, experts, [0.5] * 2, 0.4, 3), strict=True))
+    result = random_mask(base, experts, 0.5, 0.4, seed=3)
+    assert all(torch.equal(a, b) for a, b in zip(result, reference(base, experts, [0.5] * 2, 0.4, 3), strict=True))
 
 
 @pytest.mark.parametrize("row", [64, 333, 5000])
@@ -89,9 +89,9 @@ def test_magnitudes_however_they_lie_have_the_reference_bits(row: int) -> None:
     experts = [close, apart, outliers, mostly_zero]
     for dtype in (torch.float32, torch.float64):
         base = torch.zeros(4, row, dtype=dtype)
-        found = random_mask(base, experts, 0.5, 0.45, seed=7)
-        wanted = reference(base, experts, [0.5] * 4, 0.45, 7)
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), dtype
+        result = random_mask(base, experts, 0.5, 0.45, seed=7)
+        expected = reference(base, experts, [0.5] * 4, 0.45, 7)
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), dtype
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.15])
@@ -99,21 +99,21 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(
     every_way: Callable[[], Iterator[str]], epsilon: float
 ) -> None:
     base, experts = group((70, 1111), 2, base_dtype=torch.bfloat16)
-    wanted = None
+    expected = None
     for way in every_way():
-        found = random_mask(base, experts, [0.3, 0.6], epsilon, seed=5)
-        wanted = found if wanted is None else wanted
-        assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True)), way
+        result = random_mask(base, experts, [0.3, 0.6], epsilon, seed=5)
+        expected = result if expected is None else expected
+        assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True)), way
 
 
 def test_elements_are_kept_by_the_words_the_definition_names() -> None:
     base = torch.zeros(300)
-    (found,) = kept(base, [base], 0.25, seed=9)
+    (result,) = kept(base, [base], 0.25, seed=9)
     for i in (0, 31, 32, 127, 128, 299):
         counter = torch.tensor(32 * (i // 128) + i % 32)
         zero = torch.tensor(0)
         words = philox((counter, zero, zero, zero + 1), 9)
-        assert bool(found[i]) == (int(words[i // 32 % 4]) < 2**30)
+        assert bool(result[i]) == (int(words[i // 32 % 4]) < 2**30)
 
 
 def test_a_part_of_a_tensor_is_drawn_as_in_the_whole() -> None:

@@ -31,10 +31,10 @@ def reference(n: int, columns: int, seed: int, first_column: int = 0) -> torch.T
 @pytest.mark.parametrize("n, columns", SIZES, ids=str)
 def test_the_reference_bit_for_bit_every_way(every_way: Callable[[], Iterator[str]], n: int, columns: int) -> None:
     for seed, first in OFFSETS:
-        wanted = reference(n, columns, seed, first)
+        expected = reference(n, columns, seed, first)
         for way in every_way():
-            found = random_matrix(n, columns, seed=seed, first_column=first)
-            assert same_bits(found, wanted) and found.is_contiguous(), way
+            result = random_matrix(n, columns, seed=seed, first_column=first)
+            assert same_bits(result, expected) and result.is_contiguous(), way
 
 
 @pytest.mark.parametrize("columns", [1, 2, 7])
@@ -56,16 +56,16 @@ def test_columns_side_by_side_and_rows_above() -> None:
 
 
 def test_products_take_it() -> None:
-    found = gram_product(None, torch.eye(30), random_matrix(30, 7, seed=2))
-    assert torch.equal(found.y, reference(30, 7, 2))
+    result = gram_product(None, torch.eye(30), random_matrix(30, 7, seed=2))
+    assert torch.equal(result.y, reference(30, 7, 2))
 
 
 def test_device_is_the_cpu_unless_given() -> None:
     with torch.device("meta"):
         assert same_bits(random_matrix(6, 5), reference(6, 5, 0))
     assert same_bits(random_matrix(6, 5, device="cpu"), random_matrix(6, 5))
-    found = random_matrix(6, 5, first_column=1, device="meta")
-    assert found.is_meta and found.shape == (6, 5) and found.dtype == torch.float32
+    result = random_matrix(6, 5, first_column=1, device="meta")
+    assert result.is_meta and result.shape == (6, 5) and result.dtype == torch.float32
     with pytest.raises(RuntimeError, match="nowhere"):
         random_matrix(6, 5, device="nowhere")
 
@@ -109,8 +109,8 @@ KNOWN_ANSWERS = [
 def test_philox_gives_the_published_answers(counter: str, key: str, answer: str) -> None:
     words = [torch.tensor([int(word, 16)]) for word in counter.split()]
     low, high = (int(word, 16) for word in key.split())
-    found = philox((words[0], words[1], words[2], words[3]), low + (high << 32))
-    assert [f"{int(word):08x}" for word in found] == answer.split()
+    result = philox((words[0], words[1], words[2], words[3]), low + (high << 32))
+    assert [f"{int(word):08x}" for word in result] == answer.split()
 
 
 def test_entries_are_the_bits_the_definition_names() -> None:

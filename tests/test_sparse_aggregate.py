@@ -32,7 +32,7 @@ def masks_of(base: Tensor, n: int) -> list[Tensor]:
 def check_against_reference(
     base: Tensor | None, experts: list[Tensor], rule: str, consensus_method: str, **options: Any
 ) -> None:
-    found = aggregate(base, experts, WEIGHTS, scale=0.8, rule=rule, consensus_method=consensus_method, **options)
+    result = aggregate(base, experts, WEIGHTS, scale=0.8, rule=rule, consensus_method=consensus_method, **options)
     for key in ("thresholds", "upper_thresholds", "rescale"):
         options[key] = None if options.get(key) is None else torch.tensor(options[key], dtype=torch.float64)
     if options.get("masks") is not None:
@@ -40,8 +40,8 @@ def check_against_reference(
     record = AggregateOptions(
         weights=tuple(WEIGHTS), scale=0.8, rule=rule, consensus_method=consensus_method, **options
     )
-    wanted, _ = reference(base, experts, record)
-    assert same_bits(found, wanted)
+    expected, _ = reference(base, experts, record)
+    assert same_bits(result, expected)
 
 
 @pytest.mark.parametrize("rule, consensus_method", RULES)
@@ -84,17 +84,17 @@ def test_bf16_has_the_reference_bits_on_every_instruction_set(
         options |= {"consensus_method": consensus_method, "min_divisor": 0.5 if rule == "ties" else None}
         if sparse:
             options |= {"thresholds": limits, "rescale": limits * 4, "masks": tuple(masks_of(base, count))}
-        wanted, _ = reference(base, experts, AggregateOptions(**options))
+        expected, _ = reference(base, experts, AggregateOptions(**options))
         for way in every_way():
-            found, nonfinite = torch.ops.resm_kernels.aggregate(base, experts, **options)
-            assert same_bits(found, wanted) and not nonfinite.any(), (way, kind, normalize, sparse)
+            result, nonfinite = torch.ops.resm_kernels.aggregate(base, experts, **options)
+            assert same_bits(result, expected) and not nonfinite.any(), (way, kind, normalize, sparse)
 
 
 def test_hand_computed() -> None:
     base = torch.zeros(4)
     a, b = torch.tensor([1.0, -4.0, 2.0, 3.0]), torch.tensor([-3.0, 1.0, 4.0, -1.0])
-    found = aggregate(base, [a, b], [1, 1], thresholds=[2, 1], upper_thresholds=[3, 3])
-    assert found.tolist() == [-3.0, 1.0, 2.0, 2.0]
+    result = aggregate(base, [a, b], [1, 1], thresholds=[2, 1], upper_thresholds=[3, 3])
+    assert result.tolist() == [-3.0, 1.0, 2.0, 2.0]
     masks = [packed(torch.tensor([True, False, True, True])), packed(torch.tensor([True, True, False, False]))]
     assert aggregate(base, [a, b], [1, 1], masks=masks).tolist() == [-2.0, 1.0, 2.0, 3.0]
     assert aggregate(base, [a, b], [1, 2], masks=masks, rescale=[2, 3]).tolist() == [-16.0, 6.0, 4.0, 6.0]
@@ -117,8 +117,8 @@ def test_elected_terms_of_no_weight_keep_the_sign_of_zero() -> None:
     base, expert = torch.tensor([-0.0]), torch.tensor([-1.0])
     assert same_bits(aggregate(base, [expert], [0.0], rule="ties", consensus_method="unweighted"), base)
     options = AggregateOptions(weights=(0.0,), rule="ties", consensus_method="unweighted")
-    wanted, _ = reference(base, [expert], options)
-    assert same_bits(wanted, base)
+    expected, _ = reference(base, [expert], options)
+    assert same_bits(expected, base)
 
 
 def test_least_divisor() -> None:
@@ -132,8 +132,8 @@ def test_least_divisor() -> None:
 def test_one_mask_may_serve_all_experts() -> None:
     base, experts = group((BLOCK + 1,), 2)
     mask = masks_of(base, 1)[0]
-    found = aggregate(base, experts, [1.0, 2.0], masks=[mask, mask])
-    assert same_bits(found, aggregate(base, experts, [1.0, 2.0], masks=[mask, mask.clone()]))
+    result = aggregate(base, experts, [1.0, 2.0], masks=[mask, mask])
+    assert same_bits(result, aggregate(base, experts, [1.0, 2.0], masks=[mask, mask.clone()]))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
@@ -143,13 +143,13 @@ def test_bits_depend_on_neither_threads_nor_instruction_set(
 ) -> None:
     base, experts = group((2 * CHUNK + 3 * BLOCK + 7,), 3, base_dtype=dtype)
     options: dict[str, Any] = {"thresholds": LOWER, "upper_thresholds": UPPER, "masks": masks_of(base, 3)}
-    wanted = None
+    expected = None
     for way in every_way():
-        found = aggregate(
+        result = aggregate(
             base, experts, WEIGHTS, rule=rule, consensus_method=consensus_method, rescale=SCALES, **options
         )
-        wanted = found if wanted is None else wanted
-        assert same_bits(found, wanted), way
+        expected = result if expected is None else expected
+        assert same_bits(result, expected), way
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -28,8 +28,8 @@ SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 10, 15, 16, 17, 23, 24, 25, 31, 33, 34, 35, 48,
 
 @pytest.fixture(params=DTYPES, ids=["fp32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    found: torch.dtype = request.param
-    return found
+    result: torch.dtype = request.param
+    return result
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -120,15 +120,15 @@ def spectra(n: int) -> dict[str, Tensor]:
 def check(a: Tensor, k: int | None = None, *, may_fall_back: bool = False) -> None:
     """Fail unless the op finds the k largest eigenpairs of a, by itself."""
     n, dtype = a.shape[0], a.dtype
-    found = symmetric_eigen(a, k)
+    result = symmetric_eigen(a, k)
     count = n if k is None else k
-    assert found.values.shape == (count,) and found.vectors.shape == (n, count) and found.vectors.is_contiguous()
-    assert found.values.dtype == found.vectors.dtype == dtype
-    assert may_fall_back or not found.fallback
+    assert result.values.shape == (count,) and result.vectors.shape == (n, count) and result.vectors.is_contiguous()
+    assert result.values.dtype == result.vectors.dtype == dtype
+    assert may_fall_back or not result.fallback
     a = a.double()
     scale = a.abs().max().clamp(min=2.0**-1022)  # so that no norm overflows
     whole = (a / scale).triu() + (a / scale).triu(1).mT
-    values, vectors = found.values.double() / scale, found.vectors.double()
+    values, vectors = result.values.double() / scale, result.vectors.double()
     exact = torch.linalg.eigvalsh(whole).flip(0)
     norm = float(exact.abs().max()) if n else 0.0
     eps = torch.finfo(dtype).eps
@@ -178,9 +178,9 @@ def test_any_repeated_values(n: int, seed: int, values: list[float], dtype: torc
 
 
 def test_hand_computed_example(dtype: torch.dtype) -> None:
-    found = symmetric_eigen(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype))
-    assert (found.values - torch.tensor([3.0, 1.0])).abs().max() <= 4 * torch.finfo(dtype).eps
-    assert (found.vectors.abs() - 0.5**0.5).abs().max() <= 4 * torch.finfo(dtype).eps
+    result = symmetric_eigen(torch.tensor([[2.0, 1.0], [1.0, 2.0]], dtype=dtype))
+    assert (result.values - torch.tensor([3.0, 1.0])).abs().max() <= 4 * torch.finfo(dtype).eps
+    assert (result.vectors.abs() - 0.5**0.5).abs().max() <= 4 * torch.finfo(dtype).eps
 
 
 def test_only_the_upper_triangle_is_read(dtype: torch.dtype) -> None:
@@ -199,9 +199,9 @@ def test_fewer_are_the_first_of_more(dtype: torch.dtype) -> None:
 
 def test_sums_of_like_terms_keep_fp32s_digits() -> None:
     # Rounding errors of like signs: sums over 1000 rows in one go lose two digits.
-    found = symmetric_eigen(torch.ones(1000, 1000), 100)
-    assert abs(float(found.values[0]) - 1000) <= 16 * 2.0**-24 * 1000
-    wide = found.vectors.double()
+    result = symmetric_eigen(torch.ones(1000, 1000), 100)
+    assert abs(float(result.values[0]) - 1000) <= 16 * 2.0**-24 * 1000
+    wide = result.vectors.double()
     assert _largest(wide.mT @ wide - torch.eye(100, dtype=torch.float64)) <= 48 * 2.0**-24
 
 
@@ -227,23 +227,23 @@ def use_isa() -> Iterator[Callable[[str], None]]:
 def test_same_bits_for_any_number_of_threads(use_threads: Callable[[int], None], dtype: torch.dtype) -> None:
     a = gram(torch.arange(310) + 1.0).to(dtype)
     use_threads(1)
-    wanted = symmetric_eigen(a, 100)
+    expected = symmetric_eigen(a, 100)
     for threads in (2, 3):
         use_threads(threads)
-        found = symmetric_eigen(a, 100)
-        assert same_bits(found.values, wanted.values) and same_bits(found.vectors, wanted.vectors)
+        result = symmetric_eigen(a, 100)
+        assert same_bits(result.values, expected.values) and same_bits(result.vectors, expected.vectors)
     with ThreadPoolExecutor(3) as pool:  # side by side
-        for found in pool.map(lambda _: symmetric_eigen(a, 100), range(6)):
-            assert same_bits(found.vectors, wanted.vectors)
+        for result in pool.map(lambda _: symmetric_eigen(a, 100), range(6)):
+            assert same_bits(result.vectors, expected.vectors)
 
 
 def test_reference_agrees(dtype: torch.dtype) -> None:
     a, eps = symmetric(40).to(dtype), torch.finfo(dtype).eps
     values, vectors, status = reference(a, SymmetricEigenOptions(k=9))
-    found = symmetric_eigen(a, 9)
+    result = symmetric_eigen(a, 9)
     assert values.dtype == vectors.dtype == dtype
-    assert int(status) == 0 and (values - found.values).abs().max() <= 450 * eps
-    assert ((vectors * found.vectors).sum(0).abs() - 1).abs().max() <= 4500 * eps
+    assert int(status) == 0 and (values - result.values).abs().max() <= 450 * eps
+    assert ((vectors * result.vectors).sum(0).abs() - 1).abs().max() <= 4500 * eps
 
 
 @pytest.mark.skipif(_extension.native is None, reason="the native kernels are not built")
@@ -255,10 +255,10 @@ def test_fallback_is_said(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -
 
     a = symmetric(20).to(dtype)
     monkeypatch.setattr(_extension, "native", GivesUp)
-    found = symmetric_eigen(a, 5)
-    assert found.fallback and same_bits(found.vectors, reference(a, SymmetricEigenOptions(k=5))[1])
+    result = symmetric_eigen(a, 5)
+    assert result.fallback and same_bits(result.vectors, reference(a, SymmetricEigenOptions(k=5))[1])
     assert same_bits(
-        found.vectors, reference(a.double(), SymmetricEigenOptions(k=5))[1].to(dtype)
+        result.vectors, reference(a.double(), SymmetricEigenOptions(k=5))[1].to(dtype)
     )  # in float64, then rounded
 
 

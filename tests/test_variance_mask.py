@@ -42,8 +42,8 @@ def test_variances_that_samples_mislead_about_have_the_reference_bits(kind: str)
         "one": torch.where(steps == CHUNK, 1.0, 0.0),
     }[kind]
     for density in (0.0, 1e-5, 0.1, 0.5, 0.9, 0.9999, 1.0):
-        found = variance_mask(base, [base, second], density)
-        assert torch.equal(found, reference(base, [base, second], VarianceMaskOptions(density=density))), density
+        result = variance_mask(base, [base, second], density)
+        assert torch.equal(result, reference(base, [base, second], VarianceMaskOptions(density=density))), density
 
 
 @given(seed=st.integers(0, 10**6), n_experts=st.integers(1, 6), density=st.floats(0.0, 1.0))
@@ -76,11 +76,11 @@ def test_equal_changes_have_no_variance_and_are_never_kept() -> None:
 
 def test_bits_depend_on_neither_threads_nor_instruction_set(every_way: Callable[[], Iterator[str]]) -> None:
     base, experts = group((2 * CHUNK + 77,), 3, base_dtype=torch.bfloat16)
-    wanted = None
+    expected = None
     for way in every_way():
-        found = variance_mask(base, experts, 0.3)
-        wanted = found if wanted is None else wanted
-        assert torch.equal(found, wanted), way
+        result = variance_mask(base, experts, 0.3)
+        expected = result if expected is None else expected
+        assert torch.equal(result, expected), way
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:

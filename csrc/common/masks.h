@@ -7,7 +7,7 @@
 
 namespace resm {
 
-// Element i of a flattened tensor is bit i mod 8 of byte i/8. Masks end on whole runs, zeros past the tensor.
+// Element i of a flattened tensor is bit i mod 8 of byte i/8. Masks have whole runs; bits past the tensor are 0.
 constexpr int kRun = 128;                // elements that 32 counters draw for
 constexpr int kRunCounters = kRun / 4;   // word w of counter c of a run is of the run's element 32·w + c
 constexpr int kRunBytes = kRun / 8;
@@ -16,7 +16,7 @@ constexpr int64_t mask_bytes(int64_t numel) { return (numel + kRun - 1) / kRun *
 // An element of doubled mean rank m = 2·#{less} + #{equal} − 1 is kept with probability (lowest + step·m)/2^62.
 struct MaskLaw {
   uint64_t lowest, step;
-  // The element stays if its 32 random bits are below this, which is at most 2^32.
+  // The element is kept if its 32 random bits are below this number, which is at most 2^32.
   RESM_HD uint64_t limit(uint64_t doubled_rank) const { return (lowest + step * doubled_rank) >> 30; }
 };
 

@@ -6,11 +6,11 @@
 
 namespace resm {
 
-// The counter's last word tells uses of one seed apart, so that they stay independent.
+// The last word of the counter. Ops that use one seed differ in it, so that their random numbers are independent.
 enum class RandomStream : uint32_t { sketch = 0, mask = 1 };
 
-// What the rounds need of a type of words, here of one; vectors of them bring their own. Words are the lower halves of
-// 64 bits, the upper ones hold anything.
+// The operations on words that the rounds need. Types that hold several words define their own. A word is the lower half
+// of 64 bits; the upper half may hold anything.
 RESM_HD uint64_t times_lower(uint64_t x, uint32_t factor) { return uint64_t(uint32_t(x)) * factor; }
 RESM_HD uint64_t upper(uint64_t x) { return x >> 32; }
 

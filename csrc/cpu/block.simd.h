@@ -67,9 +67,9 @@ void store(const C* __restrict block, int64_t begin, int n, const Array& to) {
 
 template <class C>
 int64_t count_nonfinite(const C* block, int n) {
-  Key<C> found = 0;
-  for (int i = 0; i < n; ++i) found += key_of(block[i]) >= kInfinityKey<C> ? 1 : 0;
-  return static_cast<int64_t>(found);
+  Key<C> nonfinite = 0;
+  for (int i = 0; i < n; ++i) nonfinite += key_of(block[i]) >= kInfinityKey<C> ? 1 : 0;
+  return static_cast<int64_t>(nonfinite);
 }
 
 }  // namespace resm::cpu::RESM_ISA

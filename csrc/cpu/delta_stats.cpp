@@ -181,7 +181,7 @@ class Statistics {
       // The padding's zeros are outliers too where the mean lies that far from zero.
       const bool zero_is_outside = bounds[t].low > 0 || bounds[t].high < 0;
       into[t] = {total<double>(lanes[t].sum_abs),
-                 total<int64_t>(lanes[t].found) - (zero_is_outside ? pad : 0),
+                 total<int64_t>(lanes[t].outliers) - (zero_is_outside ? pad : 0),
                  total<int64_t>(lanes[t].smalls) - pad};
     }
   }

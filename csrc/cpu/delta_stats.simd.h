@@ -104,15 +104,15 @@ void outliers_of_block(const C* base, Source expert, int n, const Bounds<C>& bou
   using L = Lanes<C>;
   L sums[kStep] = {L::all(C(0)), L::all(C(0)), L::all(C(0)), L::all(C(0))};
   const L low = L::all(bounds.low), high = L::all(bounds.high), limit = L::all(bounds.small);
-  auto found = L::Counts::load(into.found), smalls = L::Counts::load(into.smalls);
+  auto outliers = L::Counts::load(into.outliers), smalls = L::Counts::load(into.smalls);
   for (int i = 0; i < n; i += kStep * kLanes)
     for (int j = 0; j < kStep; ++j) {
       const int at = i + j * kLanes;
       const L d = expert.lanes(at).minus(L::load(base + at));
-      d.add_outside(low, high, found, sums[j]);
+      d.add_outside(low, high, outliers, sums[j]);
       if (kCountsSmalls) d.magnitude().count_at_most(limit, smalls);
     }
-  found.store(into.found);
+  outliers.store(into.outliers);
   smalls.store(into.smalls);
   const L block = sum_of(sums);
   if (block.all_finite()) {

@@ -37,7 +37,7 @@ struct UnitRow {
 template <int kUnits>
 constexpr int kUnitRows = kMostUnits == 6 ? (kUnits <= 2 ? 24 : kUnits <= 4 ? 12 : 8) : kMostUnits / kUnits * 6;
 
-// Walks over the block of Δ that is wanted next and asks for its cache lines: down all rows, then on to the right.
+// Walks over the next block of Δ and prefetches its cache lines: down all rows, then on to the right.
 // Spread over the products before it, these requests overlap with them; all at once they would wait for memory.
 class Walk {
  public:

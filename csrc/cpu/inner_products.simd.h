@@ -10,9 +10,9 @@ void add_products(const C* x, const C* y, int n, double* sums) {
   typename L::Doubles total[kCount];
   for (int t = 0; t < kCount; ++t) total[t] = L::Doubles::load(sums + t * kLanes);
   for (int i = 0; i < n; i += kLanes) {
-    const L own = L::load(x + i);
-    if (kWithItself) total[0].add_square(own);
-    for (int t = kWithItself ? 1 : 0; t < kCount; ++t) total[t].add_product(own, L::load(y + t * kBlock + i));
+    const L values = L::load(x + i);
+    if (kWithItself) total[0].add_square(values);
+    for (int t = kWithItself ? 1 : 0; t < kCount; ++t) total[t].add_product(values, L::load(y + t * kBlock + i));
   }
   for (int t = 0; t < kCount; ++t) total[t].store(sums + t * kLanes);
 }

@@ -14,25 +14,25 @@ namespace avx512 { extern const Kernels table; }
 
 namespace {
 
-int runnable(const Kernels* found[3]) {
+int runnable(const Kernels* candidates[3]) {
   int n = 0;
 #if defined(RESM_X86_VARIANTS)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512cd"))
-    found[n++] = &avx512::table;
+    candidates[n++] = &avx512::table;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
       __builtin_cpu_supports("bmi2"))
-    found[n++] = &avx2::table;
+    candidates[n++] = &avx2::table;
 #endif
-  found[n++] = &baseline::table;
+  candidates[n++] = &baseline::table;
   return n;
 }
 
 const Kernels* best() {
-  const Kernels* found[3];
-  runnable(found);
-  return found[0];
+  const Kernels* candidates[3];
+  runnable(candidates);
+  return candidates[0];
 }
 
 std::atomic<const Kernels*>& chosen() {
@@ -45,18 +45,18 @@ std::atomic<const Kernels*>& chosen() {
 const Kernels& kernels() { return *chosen().load(); }
 
 int available_isas(const char* names[3]) {
-  const Kernels* found[3];
-  const int n = runnable(found);
-  for (int i = 0; i < n; ++i) names[i] = found[i]->isa;
+  const Kernels* candidates[3];
+  const int n = runnable(candidates);
+  for (int i = 0; i < n; ++i) names[i] = candidates[i]->isa;
   return n;
 }
 
 bool use_isa(const char* name) {
-  const Kernels* found[3];
-  const int n = runnable(found);
+  const Kernels* candidates[3];
+  const int n = runnable(candidates);
   for (int i = 0; i < n; ++i)
-    if (std::strcmp(found[i]->isa, name) == 0) {
-      chosen().store(found[i]);
+    if (std::strcmp(candidates[i]->isa, name) == 0) {
+      chosen().store(candidates[i]);
       return true;
     }
   return false;

@@ -1,9 +1,9 @@
 // The inner loops of the CPU ops: compiled once for each instruction set (*.simd.cpp), chosen at run time.
 //
-// They work on blocks of at most kBlock elements that are first converted to the compute type C (float, or double if
-// any input is double) in scratch that stays in the first-level cache. Results do not depend on the instruction set:
-// sums run over fixed lanes, and multiplications are fused with additions only where that changes no rounding. Products
-// with Δ and symmetric_eigen alone are fused wherever there is an instruction for it; their results depend on that.
+// They work on blocks of at most kBlock elements, which are first converted to the compute type C (float, or double if
+// any input is double) in memory that the first-level cache holds. Results do not depend on the instruction set: sums run
+// over fixed lanes, and a multiplication is fused with an addition only where that changes no rounding. Only products
+// with Δ and symmetric_eigen use fused instructions wherever there are any; their results depend on that.
 #pragma once
 
 #include <cstddef>
@@ -61,7 +61,7 @@ struct Moments {
 
 struct Outliers {
   double sum_abs[kLanes];
-  int32_t found[kLanes], smalls[kLanes];
+  int32_t outliers[kLanes], smalls[kLanes];
 };
 
 static_assert(kChunk / kHistogramCopies + kBlock < (1 << 16), "a chunk's counts must fit above the sums");
@@ -129,7 +129,7 @@ struct DeltaTile {
   const Array* expert;
   int64_t begin, stride;
   int rows, columns;
-  bool ahead = true;  // whether to prefetch what lies below
+  bool ahead = true;  // whether to prefetch the rows below
 };
 
 // Memory of a block of Δ to prefetch: cache lines side by side in each row of base and of expert.
@@ -190,8 +190,8 @@ struct BlockKernels {
   // Counts keys; those strictly between low and high go to `between` (room for kBlock + kLanes): returns how many.
   int (*bracket)(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<C>* between,
                  BracketCounts& counts);
-  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten by ties and by what is
-  // sparse. True if the result shows that all inputs are finite; false says nothing.
+  // merged[i] from base (may be null) and n_experts blocks of kBlock; `experts` is overwritten for rule ties and where
+  // there is sparsity. Returns true if the result shows that all inputs are finite; false says nothing.
   bool (*aggregate)(const C* base, C* experts, int n, const Election<C>& election, C* merged);
   // Of low_rank_update, see low_rank_update.simd.h.
   void (*add_update)(const C* left, const C* right, int depth, bool fresh, C* sums, int64_t stride);
@@ -199,24 +199,25 @@ struct BlockKernels {
   // Adds the products of every pair s <= t of n_experts blocks of kBlock, base subtracted where there is one, to that
   // pair's kLanes of `sums`, pairs (0, 0), (0, 1), … first; `experts` is overwritten.
   void (*inner_products)(const C* base, C* experts, int n, int n_experts, double* sums);
-  // Of expert t of what `sparsity` tells.
+  // Adds the sums of expert t, of which `sparsity` says what is kept.
   void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
   void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
-  // The cell of each key; below[c]: how many are in cells before c, up to the number of cells. counts: scratch for two
-  // numbers a cell.
+  // Writes the cell of each key, and to below[c], for c up to the number of cells, how many keys are in cells before c.
+  // counts: memory for two numbers a cell.
   void (*count_cells)(const Key<C>* keys, int64_t n, const KeyGrid<C>& grid, uint16_t* cells, uint32_t* counts,
                       uint32_t* below);
   // How many of n keys are less than, and how many are equal to key.
   void (*count_keys)(const Key<C>* keys, int64_t n, Key<C> key, int64_t& less, int64_t& equal);
   // to[i] = variance of n_experts blocks of kBlock at i; returns how many of the n are not 0.
   int (*variance)(const C* base, const C* experts, int n, int n_experts, C* to);
-  // Bits of i below n of which values[i], blocks padded to kLanes, is at least bracket.high, in whole pairs of bytes;
-  // and how the others lie to the bracket.
+  // Sets bit i of mask for values[i] >= bracket.high, for i below n, in whole pairs of bytes, and says how the other
+  // values lie to the bracket. Blocks are padded to kLanes.
   void (*split_values)(const C* values, int n, const ValueBracket<C>& bracket, uint8_t* mask, BracketSplit& split);
 };
 
 struct MaskKernels {
-  // Runs first_run … of a mask whose elements stay with limit/2^32, and the words they are drawn with.
+  // random_bits writes runs of a mask from first_run on, whose elements are kept with probability limit/2^32;
+  // random_words writes the 32-bit words that such runs are drawn with.
   void (*random_bits)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint8_t* mask);
   void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words);
   // bits: which of n elements have words below the least limit of the range their cell is in; open: the indices of the
@@ -228,7 +229,8 @@ struct MaskKernels {
 struct Kernels {
   const char* isa;
   BlockKernels<float> f32;
-  // The commonest experts by far, read without a trip through scratch; n must be a multiple of kPad.
+  // For bf16 experts, which are the most common: they are read without a conversion to blocks. n must be a multiple of
+  // kPad.
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);

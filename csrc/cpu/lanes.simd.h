@@ -241,9 +241,9 @@ struct Lanes<float> {
     __m256 a, b;
     static RESM_HD Where bits(uint32_t set) { return {half(set), half(set >> 8)}; }
     static RESM_HD __m256 half(uint32_t set) {
-      const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-      const __m256i own = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), places);
-      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(own, places));
+      const __m256i lane_bits = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i set_bits = _mm256_and_si256(_mm256_set1_epi32(static_cast<int>(set)), lane_bits);
+      return _mm256_castsi256_ps(_mm256_cmpeq_epi32(set_bits, lane_bits));
     }
     RESM_HD Where operator&(const Where& o) const { return {_mm256_and_ps(a, o.a), _mm256_and_ps(b, o.b)}; }
   };

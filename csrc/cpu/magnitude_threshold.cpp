@@ -3,9 +3,9 @@
 // |d| is compared by its bit pattern, an integer in the same order (its key). A fixed sample brackets the answer
 // between two of its order statistics; one pass over all experts counts what lies above and at the bracket's ends (where
 // the many ties of half-precision weights mostly are) and collects what lies strictly between them, a percent or two;
-// the rest is decided among the collected. Should the bracket miss, or too much lie in it, the key is found digit by
-// digit from histograms over the whole tensor: exact for any input, three reads. Both ways give the same number, so
-// nothing about the sample shows in the result.
+// the rest is decided among the collected. If the bracket misses the answer, or holds too many values, the key is found
+// digit by digit from histograms over the whole tensor: exact for any input, in three reads. Both ways give the same
+// number, so that the result does not depend on the sample.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -23,12 +23,12 @@ int bracket(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<
   counts.nonfinite += nonfinite;
   if (above_low == from_high) return 0;
   // Every key is written, and stays if it is between: no branch to guess.
-  int found = 0;
+  int n_between = 0;
   for (int i = 0; i < n; ++i) {
-    between[found] = keys[i];
-    found += (keys[i] > low) & (keys[i] < high) ? 1 : 0;
+    between[n_between] = keys[i];
+    n_between += (keys[i] > low) & (keys[i] < high) ? 1 : 0;
   }
-  return found;
+  return n_between;
 }
 
 #if defined(__AVX512F__)
@@ -46,7 +46,7 @@ int bracket<float>(const float* base, const float* expert, int n, uint32_t low, 
   const __m512i infinity = _mm512_set1_epi32(0x7f800000);
   __m512i largest = _mm512_setzero_si512();
   Lanes<float>::Counts above_high, from_high, above_low, from_low;
-  int found = 0;
+  int n_between = 0;
   const auto keys_at = [&](int i) {
     return _mm512_castps_si512(Lanes<float>::load(expert + i).minus(Lanes<float>::load(base + i)).magnitude().v);
   };
@@ -57,8 +57,8 @@ int bracket<float>(const float* base, const float* expert, int n, uint32_t low, 
     from_low.add(placed.from_low);
     // Always written, and stays if it is between: no branch to guess.
     const auto hit = static_cast<__mmask16>(placed.above_low & ~placed.from_high);
-    _mm512_storeu_si512(between + found, _mm512_maskz_compress_epi32(hit, keys));
-    found += __builtin_popcount(hit);
+    _mm512_storeu_si512(between + n_between, _mm512_maskz_compress_epi32(hit, keys));
+    n_between += __builtin_popcount(hit);
   };
   int i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -80,7 +80,7 @@ int bracket<float>(const float* base, const float* expert, int n, uint32_t low, 
   counts.from_low += from_low.total();
   if (_mm512_cmpge_epu32_mask(largest, infinity) != 0)
     for (i = 0; i < n; ++i) counts.nonfinite += key_of(expert[i] - base[i]) >= kInfinityKey<float> ? 1 : 0;
-  return found;
+  return n_between;
 }
 
 #endif

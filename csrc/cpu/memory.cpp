@@ -36,7 +36,7 @@ void* map(size_t capacity) {
   return data;
 }
 
-// Its contents are not needed, and under pressure neither is the memory.
+// The system may drop the block's contents, and take its memory when it runs short.
 void lend_to_system(const Block& block) { madvise(block.data, block.capacity, MADV_FREE); }
 #else
 void unmap(void* data, size_t) { ::operator delete(data, std::align_val_t(kPage)); }
@@ -45,38 +45,38 @@ void lend_to_system(const Block&) {}
 #endif
 
 // Blocks that are not in use, the oldest first. Never destroyed: tensors may outlive it at exit.
-std::vector<Block>& kept() {
+std::vector<Block>& unused() {
   static auto* blocks = new std::vector<Block>;
   return *blocks;
 }
 
-size_t kept_bytes() {
+size_t unused_bytes() {
   size_t sum = 0;
-  for (const Block& block : kept()) sum += block.capacity;
+  for (const Block& block : unused()) sum += block.capacity;
   return sum;
 }
 
 void drop_oldest() {
-  const Block oldest = kept().front();
-  kept().erase(kept().begin());
+  const Block oldest = unused().front();
+  unused().erase(unused().begin());
   unmap(oldest.data, oldest.capacity);
 }
 
-// The smallest kept block that will do and is not wasted on it, or a fresh one in the place of others.
+// The smallest unused block that is large enough, but not much larger, or a fresh one, for which others are dropped.
 Block take(size_t bytes) {
   constexpr size_t kMostWaste = 4;
   const size_t capacity = round_up(bytes, kPage);
-  auto best = kept().end();
-  for (auto block = kept().begin(); block != kept().end(); ++block)
+  auto best = unused().end();
+  for (auto block = unused().begin(); block != unused().end(); ++block)
     if (capacity <= block->capacity && block->capacity <= kMostWaste * capacity &&
-        (best == kept().end() || block->capacity < best->capacity))
+        (best == unused().end() || block->capacity < best->capacity))
       best = block;
-  if (best != kept().end()) {
-    const Block found = *best;
-    kept().erase(best);
-    return found;
+  if (best != unused().end()) {
+    const Block reused = *best;
+    unused().erase(best);
+    return reused;
   }
-  for (size_t dropped = 0; dropped < capacity && !kept().empty(); drop_oldest()) dropped += kept().front().capacity;
+  for (size_t dropped = 0; dropped < capacity && !unused().empty(); drop_oldest()) dropped += unused().front().capacity;
   return {map(capacity), capacity};
 }
 
@@ -90,9 +90,9 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
 
 Memory::~Memory() {
   const Block block{data_, capacity_};
-  kept().push_back(block);
-  while (kept_bytes() > kMostKept) drop_oldest();
-  if (!kept().empty() && kept().back().data == data_) lend_to_system(block);
+  unused().push_back(block);
+  while (unused_bytes() > kMostKept) drop_oldest();
+  if (!unused().empty() && unused().back().data == data_) lend_to_system(block);
 }
 
 }  // namespace resm::cpu

@@ -1,16 +1,16 @@
-// Memory for large outputs. Fresh pages cost more than a merge's arithmetic: the system clears each when it is first
-// written, and takes longer for it than the kernel for its element-wise work. So what an output lay in is kept for the
-// next, and what is fresh begins at a 2 MiB boundary and asks for pages of that size: 512 times fewer faults, and
-// threads that work on runs of 2 MiB do not wait for one another's.
+// Memory for large outputs. Fresh pages cost more than a merge's arithmetic: the system clears each page when it is first
+// written, which takes longer than the kernel's element-wise work. So the memory of an output is kept for the next one.
+// Fresh memory begins at a 2 MiB boundary and asks for pages of that size: there are 512 times fewer page faults, and
+// threads that work on runs of 2 MiB do not wait for each other's faults.
 #pragma once
 
 #include <cstddef>
 
 namespace resm::cpu {
 
-// A block of at least `bytes`, of no particular contents, until it is destroyed. Mapped blocks, those kept for the next
-// included, are at no time more than have been in use at once; kMostKept of them outlast the last use, and those the
-// system may take back when it runs short. Not thread-safe: Python's lock guards it.
+// A block of at least `bytes`, of no particular contents, until it is destroyed. All mapped blocks together, including
+// those kept for later, are never larger than the blocks that were in use at once. At most kMostKept bytes are kept after
+// use, and the system may take them back when it runs short. Not thread-safe: Python's lock guards it.
 class Memory {
  public:
   static constexpr size_t kMostKept = size_t(256) << 20;

@@ -1,8 +1,8 @@
 // random_mask: uniform masks are drawn as they are; for others the ranks within rows are found without sorting them.
 //
-// A row's keys of |δ| are counted in the cells of a grid, every other of which holds one key alone. Most random numbers
-// lie outside the limits of all ranks in the range of cells an element is in; for most others its own cell says of the
-// rank all there is to know, or enough. Those few for which it does not are compared with the row.
+// A row's keys of |δ| are counted in the cells of a grid; every second cell holds one key alone. Most random numbers lie
+// outside the limits of all ranks in an element's range of cells, which decides. For most of the other elements their
+// cell determines the rank well enough. The few that are still undecided are compared with the whole row.
 #include <algorithm>
 #include <numeric>
 

@@ -57,7 +57,7 @@ int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restri
                       int cells_of_range, const RankLimits& limits, uint8_t* __restrict bits,
                       uint32_t* __restrict open) {
   const int shift = __builtin_ctz(static_cast<unsigned>(cells_of_range));
-  int64_t found = 0, begin = 0;
+  int64_t n_open = 0, begin = 0;
 #if defined(__AVX512F__)
   static_assert(kCellRanges == 2 * kLanes, "two registers");
   const __m512i least[2] = {_mm512_loadu_si512(limits.least), _mm512_loadu_si512(limits.least + kLanes)};
@@ -71,8 +71,8 @@ int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restri
     const __mmask16 maybe = _mm512_cmplt_epu32_mask(drawn, _mm512_permutex2var_epi32(most[0], range, most[1]));
     const auto hit = static_cast<__mmask16>(maybe & ~kept);
     memcpy(bits + begin / 8, &kept, sizeof kept);
-    _mm512_storeu_si512(open + found, _mm512_maskz_compress_epi32(hit, at));
-    found += __builtin_popcount(hit);
+    _mm512_storeu_si512(open + n_open, _mm512_maskz_compress_epi32(hit, at));
+    n_open += __builtin_popcount(hit);
     at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes));
   }
 #endif
@@ -83,12 +83,12 @@ int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restri
       const int range = cells[i] >> shift;
       const unsigned kept = words[i] < limits.least[range] ? 1 : 0;
       eight |= kept << (i - begin);
-      open[found] = static_cast<uint32_t>(i);
-      found += (words[i] < limits.most[range] ? 1 : 0) & (kept ^ 1);
+      open[n_open] = static_cast<uint32_t>(i);
+      n_open += (words[i] < limits.most[range] ? 1 : 0) & (kept ^ 1);
     }
     bits[begin / 8] = static_cast<uint8_t>(eight);
   }
-  return found;
+  return n_open;
 }
 
 // Keys of |δ|, their cells, and how many of them are equal to or less than one.
@@ -131,8 +131,8 @@ void count_cells(const Key<C>* __restrict keys, int64_t n, const KeyGrid<C>& gri
     const auto key = static_cast<Signed>(keys[i]);
     const Signed above = (key > least ? key : least) - first;
     const Signed within = above < last ? above : last;
-    const Signed place = key == 0 ? 0 : within;
-    cells[i] = static_cast<uint16_t>((place >> grid.shift) + ((place + part) >> grid.shift));
+    const Signed offset = key == 0 ? 0 : within;
+    cells[i] = static_cast<uint16_t>((offset >> grid.shift) + ((offset + part) >> grid.shift));
   }
   // Neighbours count in tables of their own: of equal ones none waits for the other's sum.
   const int n_cells = grid.cells();

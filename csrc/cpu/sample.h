@@ -1,4 +1,4 @@
-// Samples of tensors that selections begin with. What they show decides on the way to a result, never on the result.
+// Samples of tensors that selections begin with. They decide how a result is computed, never what it is.
 #pragma once
 
 #include <algorithm>
@@ -8,14 +8,14 @@
 
 namespace resm::cpu {
 
-constexpr int kRunLength = 8;      // neighbours taken at each place: they come with the same cache line
-constexpr int kMostRuns = 4096;    // places; tensors with fewer elements than these have are not sampled
-constexpr int kRunsAtOnce = 128;   // that a task takes
+constexpr int kRunLength = 8;      // neighbours in a run of the sample: they come with the same cache line
+constexpr int kMostRuns = 4096;    // runs of a sample; tensors with no more elements than that are not sampled
+constexpr int kRunsAtOnce = 128;   // runs that a task takes
 
-// Smaller tensors do with fewer: what a wider bracket leaves to look at is less there than the sample itself.
+// Smaller tensors get fewer runs: there, a wider bracket leaves fewer elements to look at than the sample would have.
 inline int64_t sample_runs(int64_t numel) { return std::clamp<int64_t>(numel >> 10, kMostRuns / 16, kMostRuns); }
 
-// Where a run begins: hashed, so that no structure of a tensor meets the sample.
+// The first element of a run. It is hashed, so that the sample does not follow a structure of the tensor.
 inline int64_t sampled_run(int64_t run, int64_t numel) {
   return static_cast<int64_t>(hash(0x9e3779b97f4a7c15u * (run + 1)) % static_cast<uint64_t>(numel - kRunLength + 1));
 }

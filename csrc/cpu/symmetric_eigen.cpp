@@ -20,7 +20,7 @@ namespace {
 
 template <class T>
 constexpr double kOrthogonal = sizeof(T) == 4 ? 1e-8 : 2e-14;  // pairs bounded by this are left as they are
-constexpr double kDependent = 1e-4;    // of a vector's squared norm: less than this left over, and it is found anew
+constexpr double kDependent = 1e-4;    // of a vector's squared norm: with less than this left over it is replaced
 constexpr double kResidual = 2e-13;    // the largest ‖Tz - λz‖/‖T‖ let through
 constexpr double kChanged = 0.1;       // scalar products above this ask for another pass
 constexpr int kPasses = 8;
@@ -106,64 +106,64 @@ class Vectors {
     return finite ? worst : INFINITY;
   }
 
-  // Those before strip s whose vectors may not be orthogonal to its own.
+  // The strips before s whose vectors may not be orthogonal to those of s.
   std::vector<int64_t> neighbours(int64_t s) const {
-    std::vector<int64_t> found;
-    const Pair& own = pairs_[s * kStrip];
+    std::vector<int64_t> close;
+    const Pair& top = pairs_[s * kStrip];
     for (int64_t t = s - 1; t >= 0; --t) {
       const Pair& other = pairs_[t * kStrip + kStrip - 1];
-      if (other.block != own.block) break;
+      if (other.block != top.block) break;
       const double residuals = strips_[s].residual + strips_[t].residual + 2 * kEps * spectrum_.norm();
-      if (!((other.value - own.value) * orthogonal_ > residuals)) found.push_back(t);
+      if (!((other.value - top.value) * orthogonal_ > residuals)) close.push_back(t);
     }
-    return found;
+    return close;
   }
 
   // Block Gram-Schmidt of strip s against its neighbours, and Cholesky QR within it; again where that changed much.
-  // Vectors that depend on those before them are found anew by inverse iteration.
+  // Vectors that depend on those before them are replaced by inverse iteration.
   bool orthogonalize(int64_t s) {
     Strip& strip = strips_[s];
     const int64_t rows = strip.end - strip.begin;
-    double* own = strip.z + strip.begin * kStrip;
-    std::vector<int64_t> near = neighbours(s);
+    double* vectors = strip.z + strip.begin * kStrip;
+    std::vector<int64_t> close = neighbours(s);
     for (int pass = 0; pass < kPasses; ++pass) {
       double product[kStrip * kStrip], inverse[kStrip * kStrip];
       bool dependent[kStrip] = {};
-      double worst = project(s, near);
-      kernels_.gram(own, own, rows, product);
+      double worst = project(s, close);
+      kernels_.gram(vectors, vectors, rows, product);
       worst = std::max(worst, invert_cholesky(product, used(s), inverse, dependent));
-      kernels_.multiply(inverse, rows, own);
+      kernels_.multiply(inverse, rows, vectors);
       if (std::any_of(dependent, dependent + kStrip, [](bool d) { return d; })) {
-        find_anew(s, near, dependent);
+        replace_dependent(s, close, dependent);
         continue;
       }
       strip.residual = residual_of(s);
-      const size_t before = near.size();
-      near = neighbours(s);  // with larger residuals there are more
-      if (worst < kChanged && near.size() <= before) return strip.residual <= kResidual * spectrum_.norm();
+      const size_t before = close.size();
+      close = neighbours(s);  // with larger residuals there are more
+      if (worst < kChanged && close.size() <= before) return strip.residual <= kResidual * spectrum_.norm();
     }
     return false;
   }
 
   // Strip s -= Z Zᵀ strip s for the strips Z before it. Returns the largest element of Zᵀ strip s.
-  double project(int64_t s, const std::vector<int64_t>& near) {
+  double project(int64_t s, const std::vector<int64_t>& close) {
     const Strip& strip = strips_[s];
     double product[kStrip * kStrip], worst = 0;
-    for (const int64_t t : near) {
+    for (const int64_t t : close) {
       // Rows where both may differ from zero.
       const int64_t begin = std::max(strip.begin, strips_[t].begin), end = std::min(strip.end, strips_[t].end);
       const double* z = strips_[t].z + begin * kStrip;
-      double* own = strip.z + begin * kStrip;
-      kernels_.gram(z, own, end - begin, product);
+      double* vectors = strip.z + begin * kStrip;
+      kernels_.gram(z, vectors, end - begin, product);
       for (const double p : product) worst = std::max(worst, std::fabs(p));
-      kernels_.subtract(z, product, end - begin, own);
+      kernels_.subtract(z, product, end - begin, vectors);
     }
     return worst;
   }
 
-  // New vectors in the place of dependent ones: two steps of inverse iteration from random numbers that are clear of
+  // Replaces dependent vectors: two steps of inverse iteration from random numbers that are clear of
   // the strips before. The next pass leaves what is new of them.
-  void find_anew(int64_t s, const std::vector<int64_t>& near, const bool* dependent) {
+  void replace_dependent(int64_t s, const std::vector<int64_t>& close, const bool* dependent) {
     const Strip& strip = strips_[s];
     for (int column = 0; column < kStrip; ++column) {
       if (!dependent[column]) continue;
@@ -174,7 +174,7 @@ class Vectors {
         strip.z[i * kStrip + column] = static_cast<double>(state >> 11) * 0x1p-53 - 0.5;
       }
     }
-    project(s, near);
+    project(s, close);
     for (int column = 0; column < kStrip; ++column) {
       if (!dependent[column]) continue;
       const Block& block = spectrum_.block_of(s * kStrip + column);
@@ -264,9 +264,9 @@ EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vect
   for (int64_t i = 0; i < n; ++i) reduced.diagonal[i] += 0.0;  // no -0, which Sturm counts take for positive
   const Spectrum spectrum(kernels, n, reduced.diagonal, reduced.off_diagonal, k);
   if (static_cast<int64_t>(spectrum.pairs().size()) != k) return EigenStatus::inaccurate;
-  for (const Pair& pair : spectrum.pairs()) values[pair.place] = static_cast<T>(std::ldexp(pair.value, exponent));
-  Vectors found(kernels, spectrum, n, reduced.diagonal, reduced.off_diagonal, kOrthogonal<T>);
-  if (!found.find()) return EigenStatus::inaccurate;
+  for (const Pair& pair : spectrum.pairs()) values[pair.rank] = static_cast<T>(std::ldexp(pair.value, exponent));
+  Vectors vectors_of_t(kernels, spectrum, n, reduced.diagonal, reduced.off_diagonal, kOrthogonal<T>);
+  if (!vectors_of_t.find()) return EigenStatus::inaccurate;
   const auto cleared = [n] {
     Buffer<T> columns = allocate<T>(padded<T>(n) * kColumns<T>);
     std::fill_n(columns.get(), padded<T>(n) * kColumns<T>, T(0));
@@ -275,7 +275,7 @@ EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vect
   parallel_for((k + kColumns<T> - 1) / kColumns<T>, threads, cleared, [&](int64_t group, Buffer<T>& columns) {
     const int64_t first = group * kColumns<T>, n_columns = std::min<int64_t>(kColumns<T>, k - first);
     for (int64_t at = first; at < first + n_columns; at += kStrip) {
-      const double* z = found.strip(at / kStrip);
+      const double* z = vectors_of_t.strip(at / kStrip);
       T* to = columns.get() + at - first;
       for (int64_t i = 0; i < n; ++i)
         for (int c = 0; c < kStrip; ++c) to[i * kColumns<T> + c] = static_cast<T>(z[i * kStrip + c]);
@@ -283,7 +283,7 @@ EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vect
     reduction.back_transform(reduced, n, columns.get());
     for (int64_t i = 0; i < n; ++i)
       for (int64_t c = 0; c < n_columns; ++c)
-        vectors[i * k + spectrum.pairs()[first + c].place] = columns[i * kColumns<T> + c];
+        vectors[i * k + spectrum.pairs()[first + c].rank] = columns[i * kColumns<T> + c];
   });
   return EigenStatus::found;
 }

@@ -36,28 +36,28 @@ void count_below(const double* diagonal, const double* squares, int64_t n, const
 // λ are.
 void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t n, const double* lambda, double* z,
                      double* scratch) {
-  constexpr double kTiny = 1e-150;  // in place of smaller pivots; a product of two stays in range
+  constexpr double kTiny = 1e-150;  // replaces smaller pivots; a product of two is still in range
   constexpr int kVecs = 3;
   double *down = scratch, *up = scratch + n * kStrip;
   for (int at = 0; at < kStrip; at += kVecs * kVec) {
     Vec shift[kVecs], pivot[kVecs], least[kVecs], twist[kVecs], norm[kVecs] = {};
-    const auto place = [&](double* p, int64_t i, int c) { return p + i * kStrip + at + c * kVec; };
+    const auto address = [&](double* p, int64_t i, int c) { return p + i * kStrip + at + c * kVec; };
     const auto guarded = [](Vec p) { return (p < all(kTiny)) & (p > all(-kTiny)) ? all(-kTiny) : p; };
     // Pivots from the top go to z, multipliers to `down`.
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {
       shift[c] = load(lambda + at + c * kVec);
       pivot[c] = guarded(all(diagonal[0]) - shift[c]);
-      store(place(z, 0, c), pivot[c]);
+      store(address(z, 0, c), pivot[c]);
     }
     for (int64_t i = 0; i + 1 < n; ++i) {
       const Vec e = all(off_diagonal[i]), d = all(diagonal[i + 1]);
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
         const Vec factor = e / pivot[c];
-        store(place(down, i, c), factor);
+        store(address(down, i, c), factor);
         pivot[c] = guarded((d - shift[c]) - e * factor);
-        store(place(z, i + 1, c), pivot[c]);
+        store(address(z, i + 1, c), pivot[c]);
       }
     }
     // From the bottom, and γ_i = (pivot from the top) - e_i²/(pivot from the bottom, i + 1).
@@ -72,9 +72,9 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
         const Vec factor = e / pivot[c], lost = e * factor;
-        store(place(up, i + 1, c), factor);
+        store(address(up, i + 1, c), factor);
         pivot[c] = guarded((d - shift[c]) - lost);
-        const Vec gamma = load(place(z, i, c)) - lost, size = gamma < Vec{} ? -gamma : gamma;
+        const Vec gamma = load(address(z, i, c)) - lost, size = gamma < Vec{} ? -gamma : gamma;
         twist[c] = size < least[c] ? index : twist[c];
         least[c] = size < least[c] ? size : least[c];
       }
@@ -85,9 +85,9 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
       const Vec index = all(static_cast<double>(i));
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
-        const Vec next = i == n - 1 ? Vec{} : load(place(down, i, c));
+        const Vec next = i == n - 1 ? Vec{} : load(address(down, i, c));
         last[c] = twist[c] == index ? all(1.0) : -(next * last[c]);
-        store(place(z, i, c), last[c]);
+        store(address(z, i, c), last[c]);
         norm[c] = fma(last[c], last[c], norm[c]);
       }
     }
@@ -97,9 +97,9 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
       const Vec index = all(static_cast<double>(i));
 #pragma GCC unroll 4
       for (int c = 0; c < kVecs; ++c) {
-        const Vec below = -(load(place(up, i, c)) * last[c]);
+        const Vec below = -(load(address(up, i, c)) * last[c]);
         norm[c] = fma(below, below, norm[c]);
-        store(place(z, i, c), load(place(z, i, c)) + below);
+        store(address(z, i, c), load(address(z, i, c)) + below);
         last[c] = twist[c] == index ? all(1.0) : below;
       }
     }
@@ -112,7 +112,7 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
     }
     for (int64_t i = 0; i < n; ++i)
 #pragma GCC unroll 4
-      for (int c = 0; c < kVecs; ++c) store(place(z, i, c), load(place(z, i, c)) * last[c]);
+      for (int c = 0; c < kVecs; ++c) store(address(z, i, c), load(address(z, i, c)) * last[c]);
   }
 }
 
@@ -130,9 +130,9 @@ void residuals(const double* diagonal, const double* off_diagonal, int64_t n, co
       before = current;
       current = next;
     }
-    double found[kVec];
-    store(found, squares);
-    for (int i = 0; i < kVec; ++i) norms[at + i] = __builtin_sqrt(found[i]);
+    double sums[kVec];
+    store(sums, squares);
+    for (int i = 0; i < kVec; ++i) norms[at + i] = __builtin_sqrt(sums[i]);
   }
 }
 

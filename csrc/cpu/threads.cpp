@@ -33,7 +33,7 @@ void poll(Ready ready) {
 // One call of share_out; lies on its caller's stack.
 struct Job {
   const std::function<void()>& share;
-  int wanted;                   // threads that may still join
+  int vacancies;                // threads that may still join
   std::atomic<int> running{0};  // threads that have joined and not yet left
   std::fenv_t floating_point{};
   std::exception_ptr failure{};
@@ -43,14 +43,14 @@ struct Job {
 class Pool {
  public:
   void run(Job& job) {
-    const int wanted = job.wanted;
+    const int vacancies = job.vacancies;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (; workers_ < wanted; ++workers_) start();
+      for (; workers_ < vacancies; ++workers_) start();
       jobs_.push_back(&job);
       ++queue_length_;
     }
-    for (int i = 0; i < wanted; ++i) queued_.notify_one();
+    for (int i = 0; i < vacancies; ++i) queued_.notify_one();
     perform(job);
     std::unique_lock<std::mutex> lock(mutex_);
     close(job);
@@ -84,7 +84,7 @@ class Pool {
       queued_.wait(lock, [&] { return !jobs_.empty(); });
       Job& job = *jobs_.front();
       ++job.running;
-      if (--job.wanted == 0) close(job);
+      if (--job.vacancies == 0) close(job);
       lock.unlock();
       std::fesetenv(&job.floating_point);
       perform(job);
@@ -127,13 +127,13 @@ const int fork_error = pthread_atfork(nullptr, nullptr, [] { current.store(nullp
 
 Pool& pool() {
   if (fork_error != 0) throw std::system_error(fork_error, std::generic_category(), "resm_kernels: pthread_atfork");
-  Pool* found = current.load();
-  if (found == nullptr) {
+  Pool* existing = current.load();
+  if (existing == nullptr) {
     auto fresh = std::make_unique<Pool>();
-    // Where another thread was quicker, `found` becomes its pool.
-    if (current.compare_exchange_strong(found, fresh.get())) found = fresh.release();
+    // Where another thread was quicker, `existing` becomes its pool.
+    if (current.compare_exchange_strong(existing, fresh.get())) existing = fresh.release();
   }
-  return *found;
+  return *existing;
 }
 
 }  // namespace

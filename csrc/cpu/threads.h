@@ -1,5 +1,5 @@
-// Threads that share out the work of one call. They are started when first needed, kept, and block when there is
-// nothing to do: threads that spun for more would take the processor from what the caller does next, BLAS say.
+// Threads that share the work of one call. They are started when first needed, are kept, and block when there is nothing
+// to do: threads that kept polling would take the processor from the caller's next work, in BLAS for example.
 #pragma once
 
 #include <algorithm>

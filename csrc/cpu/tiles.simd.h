@@ -148,13 +148,13 @@ RESM_HD void multiply_into(int64_t depth, Left<T> left, Right<T> right, Result<T
   constexpr int all_columns = groups * kPerTile, n = all_columns - C0 < 3 ? all_columns - C0 : 3;
   for (int r0 = 0; r0 < kTile<T>; r0 += kRows) {
     Vector<T> acc[kRows][n];
-    const auto place = [&](int r, int c) {
+    const auto address = [&](int r, int c) {
       return into.p + (r0 + r) * into.row + (C0 + c) / kPerTile * into.group + (C0 + c) % kPerTile * kWidth<T>;
     };
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < n; ++c) acc[r][c] = how == Store::subtract ? load(place(r, c)) : Vector<T>{};
+      for (int c = 0; c < n; ++c) acc[r][c] = how == Store::subtract ? load(address(r, c)) : Vector<T>{};
     constexpr bool subtract = how == Store::subtract;
     accumulate<subtract, n, C0>(depth, Left<T>{left.p + r0 * left.row, left.row, left.step}, right, acc);
     if (left2.p != nullptr)
@@ -162,7 +162,7 @@ RESM_HD void multiply_into(int64_t depth, Left<T> left, Right<T> right, Result<T
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-      for (int c = 0; c < n; ++c) store(place(r, c), how == Store::add ? load(place(r, c)) + acc[r][c] : acc[r][c]);
+      for (int c = 0; c < n; ++c) store(address(r, c), how == Store::add ? load(address(r, c)) + acc[r][c] : acc[r][c]);
   }
   if constexpr (C0 + n < all_columns) multiply_into<T, how, groups, C0 + n>(depth, left, right, into, left2, right2);
 }

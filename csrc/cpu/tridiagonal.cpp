@@ -39,8 +39,8 @@ Spectrum::Spectrum(const EigenKernels& kernels, int64_t n, const double* diagona
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return pairs_[a].value > pairs_[b].value; });
-  for (size_t i = 0; i < order.size(); ++i) pairs_[order[i]].place = i;
-  pairs_.erase(std::remove_if(pairs_.begin(), pairs_.end(), [&](const Pair& p) { return p.place >= k; }),
+  for (size_t i = 0; i < order.size(); ++i) pairs_[order[i]].rank = i;
+  pairs_.erase(std::remove_if(pairs_.begin(), pairs_.end(), [&](const Pair& p) { return p.rank >= k; }),
                pairs_.end());
 }
 
@@ -58,12 +58,12 @@ double Spectrum::threshold(int64_t k) const {
       count_below(block, x, below);
       for (int i = 0; i < kShifts; ++i) total[i] += below[i];
     }
-    int found = 0;
-    while (found < kShifts && total[found] <= n_ - k) ++found;
-    if (found < kShifts) high = x[found];
-    if (found == 0) continue;
-    low = x[found - 1];
-    if (total[found - 1] == n_ - k) break;
+    int n_low = 0;
+    while (n_low < kShifts && total[n_low] <= n_ - k) ++n_low;
+    if (n_low < kShifts) high = x[n_low];
+    if (n_low == 0) continue;
+    low = x[n_low - 1];
+    if (total[n_low - 1] == n_ - k) break;
   }
   return low;
 }
@@ -74,25 +74,25 @@ void Spectrum::bisect(int64_t b, double from) {
   double x[kShifts], below[kShifts];
   std::fill(x, x + kShifts, from);
   count_below(block, x, below);
-  const int64_t lowest = static_cast<int64_t>(below[0]), wanted = block.size - lowest;
-  if (wanted == 0) return;
+  const int64_t lowest = static_cast<int64_t>(below[0]), count = block.size - lowest;
+  if (count == 0) return;
   if (block.size == 1) {
     pairs_.push_back({d_[block.begin], b, 0});
     return;
   }
   // A grid first, which serves all eigenvalues at once.
-  const int64_t grid = (wanted + kShifts - 1) / kShifts * kShifts;
-  std::vector<double> lows(wanted, from), highs(wanted, high_);  // of the eigenvalue lowest + i
+  const int64_t grid = (count + kShifts - 1) / kShifts * kShifts;
+  std::vector<double> lows(count, from), highs(count, high_);  // of the eigenvalue lowest + i
   for (int64_t g = 0; g < grid; g += kShifts) {
     for (int i = 0; i < kShifts; ++i) x[i] = from + (high_ - from) * (g + i + 1) / (grid + 1);
     count_below(block, x, below);
     for (int i = 0; i < kShifts; ++i) {
       const int64_t n = std::max<int64_t>(static_cast<int64_t>(below[i]) - lowest, 0);
-      for (int64_t p = n; p < wanted && lows[p] < x[i]; ++p) lows[p] = x[i];
+      for (int64_t p = n; p < count && lows[p] < x[i]; ++p) lows[p] = x[i];
       for (int64_t p = n - 1; p >= 0 && highs[p] > x[i]; --p) highs[p] = x[i];
     }
   }
-  for (int64_t first = wanted; first > 0; first -= kShifts) {
+  for (int64_t first = count; first > 0; first -= kShifts) {
     const int64_t n = std::min<int64_t>(first, kShifts);
     double low[kShifts], high[kShifts];
     for (int i = 0; i < kShifts; ++i) {
@@ -116,10 +116,10 @@ void Spectrum::bisect(int64_t b, double from) {
 
 // A shift above all eigenvalues that follow each other closely, from pair p upwards.
 double Spectrum::shift_above(int64_t p) const {
-  const double own = pairs_[p].value, step = kAside * norm_;
+  const double value = pairs_[p].value, step = kAside * norm_;
   const int64_t block = pairs_[p].block;
   while (p > 0 && pairs_[p - 1].block == block && pairs_[p - 1].value - pairs_[p].value < step &&
-         pairs_[p - 1].value - own < 4 * step)
+         pairs_[p - 1].value - value < 4 * step)
     --p;
   return pairs_[p].value + step;
 }

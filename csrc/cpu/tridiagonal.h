@@ -17,7 +17,8 @@ struct Block {  // of T, cut where off-diagonal elements are negligible
 
 struct Pair {
   double value;
-  int64_t block, place;  // place: its position among all, largest first
+  int64_t block;
+  int64_t rank;  // its position among all pairs, the largest first
 };
 
 class Spectrum {
@@ -29,8 +30,8 @@ class Spectrum {
   // In blocks one after the other, in each the largest first.
   const std::vector<Pair>& pairs() const { return pairs_; }
   const Block& block_of(int64_t pair) const { return blocks_[pairs_[pair].block]; }
-  // x, of the pair's block: one step of inverse iteration. The shift lies so far above the pair's eigenvalue that all
-  // those as close as rounding are as far from it: a random x comes out random in their space, not near one of them.
+  // One step of inverse iteration on x, a vector of the pair's block. The shift lies so far above the pair's eigenvalue
+  // that eigenvalues as close as rounding are about as far from it: a random x becomes a random vector of their space.
   void iterate(int64_t pair, double* x) const;
 
  private:

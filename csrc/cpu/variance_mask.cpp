@@ -1,8 +1,8 @@
 // variance_mask: one pass, in which a sample's bracket of the threshold decides on nearly all elements.
 //
-// Those whose variances lie in the bracket are decided when all have been seen, for the rank depends on how many are
-// not 0. Should the bracket miss, or too much lie in it, variances go to memory, where the threshold is then found
-// without a sort. Both ways give the same mask, so that nothing about the sample shows in the result.
+// Elements whose variances lie in the bracket are decided at the end, for the rank depends on how many variances are not
+// 0. If the bracket misses the threshold, or holds too many variances, all variances are written to memory, where the
+// threshold is found without a sort. Both ways give the same mask, so that the result does not depend on the sample.
 #include <algorithm>
 #include <cmath>
 #include <functional>

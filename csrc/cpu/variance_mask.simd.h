@@ -6,7 +6,7 @@ namespace resm::cpu::RESM_ISA {
 // Welford's updates in double, in the order of the experts: all δ the same give 0 exactly.
 template <int kCount, class C>
 int variance_of(const C* __restrict base, const C* __restrict experts, int n, C* __restrict to) {
-  Key<C> found = 0;
+  Key<C> nonzero = 0;
   for (int i = 0; i < n; ++i) {
     double mean = double(C(experts[i] - base[i])), squares = 0;
     for (int t = 1; t < kCount; ++t) {
@@ -15,15 +15,15 @@ int variance_of(const C* __restrict base, const C* __restrict experts, int n, C*
       squares = squares + change * (delta - mean);
     }
     to[i] = C(squares / double(kCount));
-    found += key_of(to[i]) != 0 ? 1 : 0;
+    nonzero += key_of(to[i]) != 0 ? 1 : 0;
   }
-  return static_cast<int>(found);
+  return static_cast<int>(nonzero);
 }
 
 // Any number of experts: the sums of kLanes elements stay in registers while these go by. Blocks are padded.
 template <class C>
 int variance_of_many(const C* base, const C* experts, int n, int n_experts, C* to) {
-  Key<C> found = 0;
+  Key<C> nonzero = 0;
   for (int begin = 0; begin < n; begin += kLanes) {
     double mean[kLanes], squares[kLanes] = {};
     for (int i = 0; i < kLanes; ++i) mean[i] = double(C(experts[begin + i] - base[begin + i]));
@@ -37,10 +37,10 @@ int variance_of_many(const C* base, const C* experts, int n, int n_experts, C* t
     }
     for (int i = 0; i < kLanes && begin + i < n; ++i) {
       to[begin + i] = C(squares[i] / double(n_experts));
-      found += key_of(to[begin + i]) != 0 ? 1 : 0;
+      nonzero += key_of(to[begin + i]) != 0 ? 1 : 0;
     }
   }
-  return static_cast<int>(found);
+  return static_cast<int>(nonzero);
 }
 
 template <class C>

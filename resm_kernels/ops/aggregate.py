@@ -1,4 +1,4 @@
-"""θ = θ₀ + λ·rule(w_t·r_t·sparse(Δ_t)), in fp32 with one rounding at the end."""
+"""Element-wise merging: weighted sums and TIES of task vectors that may be sparsified."""
 
 from __future__ import annotations
 
@@ -38,21 +38,20 @@ def aggregate(
 ) -> Tensor:
     """Merge T experts into one tensor, θ = θ₀ + λ·m, element by element.
 
-    One pass over the inputs composes five choices; each has its own argument, and Δ_t = θ_t − θ₀ (without a base
-    θ_t) is never written down. Element by element,
+    With Δ_t = θ_t − θ₀, or Δ_t = θ_t without a base, one pass over the inputs makes five choices, each of which has an
+    argument. Δ_t is never stored. For each element,
 
-    1. the elements that are kept: δ_t = Δ_t where τ_t ≤ |Δ_t| ≤ κ_t (`thresholds`, `upper_thresholds`) and bit i of
-       `masks[t]` is set, else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv
-       2311.03099), DELLA (arXiv 2406.11617) and SCE (arXiv 2408.07990) use masks, which `random_mask` and
-       `variance_mask` make;
-    2. its size: δ_t·r_t (`rescale`: 1/density as DARE has it, or Σ|Δ_t|/Σ|δ_t| from `kept_moments`, mergekit's);
-    3. the rule. ``sum``: m = Σ_t w_t·r_t·δ_t (task arithmetic, arXiv 2212.04089; without a base the weighted average of
-       models, arXiv 2203.05482). ``ties`` (arXiv 2306.01708): s = + where Σ_t v_t ≥ 0, else −; m = the Σ of the
-       w_t·r_t·δ_t whose vote v_t has sign s;
-    4. the votes of ``ties`` (`consensus_method`): v_t = w_t·r_t·δ_t (``weighted``: mergekit) or r_t·δ_t
-       (``unweighted``: peft, SCE);
-    5. the divisor (`normalize`): Σ_t w_t for ``sum``; for ``ties`` the Σ of the w_t that had sign s, or 1 where that is
-       0, or `min_divisor` where it is less.
+    1. trim: δ_t = Δ_t where τ_t ≤ |Δ_t| ≤ κ_t (`thresholds`, `upper_thresholds`) and the element's bit of `masks[t]` is
+       set, else 0. TIES trims by τ, Model Breadcrumbs (arXiv 2312.06795) by τ and κ; DARE (arXiv 2311.03099), DELLA
+       (arXiv 2406.11617) and SCE (arXiv 2408.07990) use masks, which `random_mask` and `variance_mask` make;
+    2. rescale: δ_t·r_t (`rescale`), with r_t = 1/density in DARE, or Σ|Δ_t|/Σ|δ_t| from `kept_moments` in mergekit;
+    3. the rule. ``sum``: m = Σ_t w_t·r_t·δ_t, which is task arithmetic (arXiv 2212.04089) or, without a base, the
+       weighted average of models (arXiv 2203.05482). ``ties`` (arXiv 2306.01708) elects the sign s, + where
+       Σ_t v_t ≥ 0 and else −; m is the sum of the w_t·r_t·δ_t whose vote v_t has the sign s;
+    4. the votes of ``ties`` (`consensus_method`): v_t = w_t·r_t·δ_t (``weighted``, as in mergekit) or v_t = r_t·δ_t
+       (``unweighted``, as in peft and SCE);
+    5. the divisor of m (`normalize`): Σ_t w_t for ``sum``; for ``ties`` the sum of the w_t whose votes had the sign s,
+       but 1 where that sum is 0, and `min_divisor` where it is less than that.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64; None for none. A tensor that is not contiguous is copied.
@@ -67,11 +66,11 @@ def aggregate(
             them: uint8, element i of a flattened tensor is bit i mod 8 of byte ⌊i/8⌋. None keeps all.
         rescale: r_1 … r_T; None for 1. r_t·w_t is rounded once to the dtype of the arithmetic (with the
             consensus method ``unweighted`` each of the two is).
-        consensus_method: What the experts' votes are; rule ``ties`` only.
-        min_divisor: The least that a normalised ``ties`` divides by; None (default) for no bound.
+        consensus_method: "weighted" or "unweighted", the experts' votes; for rule ``ties`` only.
+        min_divisor: A lower bound of the divisor of a normalised ``ties``; None (default) for no bound.
         out_dtype: The result's dtype; base's (without a base the first expert's) if None.
-        check_finite: Refuse NaN and infinity in base and experts, also where they are left out (the default; costs
-            nothing).
+        check_finite: Refuse NaN and infinity in base and experts, also in elements that are trimmed. This is the
+            default, for it takes no time.
 
     Returns:
         θ, contiguous, of base's shape. Arithmetic is fp32 (float64 if any input is float64) in the order of the

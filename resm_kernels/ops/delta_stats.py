@@ -66,9 +66,9 @@ class DeltaStats:
         return self.outlier_sum_abs / self.numel.clamp(min=1)
 
     def quantile(self, q: float) -> Tensor:
-        """The q-quantile of |δ|, read off the histogram: right to the bin, that is within a factor of two.
+        """The q-quantile of |δ|, read from the histogram: it lies in the right bin, which is right to a factor of two.
 
-        Inside its bin the value is interpolated linearly. For an exact order statistic see `magnitude_threshold`.
+        Inside that bin it is interpolated linearly. `magnitude_threshold` finds exact order statistics.
 
         Raises:
             ValueError: If q is outside [0, 1] or the histogram was not asked for.
@@ -101,8 +101,8 @@ def delta_stats(
 ) -> DeltaStats:
     """Sparsity, moments, outliers and histogram of the task vectors of T experts (RESM, arXiv 2502.06876).
 
-    Δ is formed in fp32 on the fly (float64 if base or any expert is float64) and never stored. Base and experts are
-    read once; a second read happens only for what needs the moments first: outliers (κ) and a relative ε.
+    Δ is formed in fp32 (float64 if base or any expert is float64) and never stored. Base and experts are read once, or
+    twice if outliers (κ) or a relative ε are asked for, because those need the moments first.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
@@ -122,12 +122,13 @@ def delta_stats(
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
         NonFiniteError: An input has NaN or infinite values.
 
-    Determinism: sums run over a fixed tree, fp32 within 512 values where that is accurate enough and float64 above, so
-    that the result has the same bits for any number of threads and any instruction set. Against exact sums of the
-    fp32 Δ, Σ|δ|, Σδ² and the outliers' Σ|δ| are right to 7e-7 of themselves (at the worst; 1e-9 is usual), and Σδ to
-    1e-12·Σ|δ| (2e-7 at the worst if both inputs are half precision, where it is mostly exact). Counts are exact, as
-    are the histogram's sums; for float64 inputs those keep 24 bits of each value. On a GPU all sums are float64, of
-    chunks of 16384 values in their order: the same bits on one kind of GPU, nearer to the exact ones than the CPU's.
+    Precision: Σ|δ|, Σδ² and the outliers' Σ|δ| have relative errors of at most 7e-7 (1e-9 is usual) against exact sums
+    of the fp32 Δ. The error of Σδ is at most 1e-12·Σ|δ|, or 2e-7·Σ|δ| if both inputs are half precision, where Σδ is
+    mostly exact. Counts and the histogram's sums are exact; for float64 inputs the sums take 24 bits of each value.
+
+    Determinism: the CPU adds in a fixed tree, in fp32 within 512 values where that is accurate enough and in float64
+    above, so that the result has the same bits for any number of threads and any instruction set. A GPU adds chunks of
+    16384 values in float64, in their order: the bits are the same on one kind of GPU, and closer to the exact sums.
     """
     check_group(base, experts)
     options = DeltaStatsOptions(

@@ -12,10 +12,10 @@ from resm_kernels.reference.gram_matrix import gram_matrix as _reference
 
 
 def gram_matrix(x: Tensor) -> Tensor:
-    """G = xᵀ·x in float64, of x in fp32: what Cholesky-QR factors (Yamazaki, Tomov, Dongarra 2015).
+    """G = xᵀ·x in float64, of x in fp32: the matrix that Cholesky-QR factors (Yamazaki, Tomov, Dongarra 2015).
 
-    fp32 rows are widened where they are used, not as a whole, and only products up to the diagonal are made
-    (benchmarks/bench_gram_matrix.py has its time beside torch.mm's).
+    Rows are widened to float64 where they are used, not all at once, and only one half of the symmetric product is
+    computed (benchmarks/bench_gram_matrix.py compares its time with that of torch.mm).
 
     Args:
         x: (n, c) fp32. A tensor that is not contiguous is copied.
@@ -30,8 +30,8 @@ def gram_matrix(x: Tensor) -> Tensor:
     Precision: products are exact and their sums are rounded to float64. To first order
     |error| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻⁵³·(|x|ᵀ·|x|).
 
-    Memory: besides x and G, on a CPU for each thread 96 widened rows and the sums of up to 384 columns with all. Where
-    no native kernel is live, the reference widens x whole.
+    Memory: on a CPU, besides x and G, for each thread 96 widened rows and the products of up to 384 columns with all
+    columns. Where there is no native kernel, the reference widens the whole x.
 
     Determinism: the same bits for any number of threads and every instruction set; other devices differ within that
     bound.

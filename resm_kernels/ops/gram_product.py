@@ -30,9 +30,9 @@ class GramProduct(NamedTuple):
 def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     """y = Δ·x, z = Δᵀ·y and ‖Δ‖_F², Δ = θ_t − θ₀: a power iteration on ΔᵀΔ (arXiv 0909.4061, algorithm 4.3).
 
-    A panel of 48 rows of Δ is formed, and both products done with it while it is in the cache: base and expert are
-    read from memory once, not twice. Between the products nothing is orthonormalised (algorithm 4.4 does): z has the
-    squared condition number of y.
+    Base and expert are read from memory once, not twice: a panel of 48 rows of Δ is formed, and both products are done
+    with it while it is in the cache. y is not orthonormalised before the second product, as algorithm 4.4 does it, so
+    that z has the squared condition number of y.
 
     Args:
         base: θ₀, (m, n), bf16, fp16, fp32 or float64; None for Δ = θ_t. A tensor that is not contiguous is copied.
@@ -41,7 +41,7 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
         x: (n, c) fp32, on the same device. A tensor that is not contiguous is copied.
 
     Returns:
-        GramProduct. Values that are not finite are not looked for: a row of Δ that has one gives a row of y without a
+        GramProduct. There is no check of finite values: a row of Δ that has NaN or infinity gives a row of y without a
         finite value, and then z has none either; the energy is NaN or infinite.
 
     Raises:
@@ -49,18 +49,18 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
 
     Precision: y is added up in fp32 over blocks of 96 columns of Δ in order, by fused multiply-adds, and the blocks'
     sums in their order; z over panels of 48 rows, and the panels' sums in up to 16 groups of neighbours. To first order
-    |error of y| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻²⁴·(|Δ|·|x|) and, against Δᵀ times the y that is returned,
-    |error of z| ≤ (min(m, 48) + ⌈m/48⌉ + 1)·2⁻²⁴·(|Δ|ᵀ·|y|). The energy is right to a relative 1e-6, also where fp32
-    could not hold the squares.
-    On a GPU sums run over parts of neighbours, three TF32 products for each fp32 one: 2⁻²¹ of the same sum more.
+    |error of y| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻²⁴·(|Δ|·|x|) and, against Δᵀ times the y that is returned, |error of z| ≤
+    (min(m, 48) + ⌈m/48⌉ + 1)·2⁻²⁴·(|Δ|ᵀ·|y|). The energy is right to a relative 1e-6, also where fp32 could not hold
+    the squares. A GPU sums parts of neighbours and makes three TF32 products for each fp32 product, which adds 2⁻²¹ of
+    the same sums.
 
-    Memory: besides inputs and outputs, on a CPU, a copy of x (none where c is 8, 16, … 48) and for each thread a z of
-    up to 192 columns and a panel of Δ, which are kept for the next call up to 8 MiB a thread. Where no kernel is live,
-    the reference forms Δ whole, in float64.
+    Memory: on a CPU, besides inputs and outputs, a copy of x (none where c is 8, 16, … 48) and for each thread a z of
+    up to 192 columns and a panel of Δ; up to 8 MiB a thread are kept for the next call. Where there is no kernel, the
+    reference forms the whole Δ in float64.
 
-    Determinism: the same bits for any number of threads and for AVX2 and AVX-512, and columns of y and z that depend
-    on their own column of x alone; the baseline instruction set has no fused multiply-add and differs within those
-    bounds, as do other devices.
+    Determinism: the same bits for any number of threads and for AVX2 and AVX-512, and a column of y or z depends on no
+    other column of x. The baseline instruction set has no fused multiply-add and differs within those bounds, and so do
+    other devices.
     """
     check_matrices(base, expert)
     check_factor("x", x, "(n, c)", ("expert", expert), "gram_product")

@@ -19,16 +19,17 @@ def inner_products(
 ) -> Tensor:
     """G_st = Σ_i x_s,i·x_t,i with x_t = θ_t − θ₀, or x_t = θ_t without a base: every norm and angle between experts.
 
-    What SLERP (Shoemake 1985), Karcher means and Model Stock (arXiv 2403.19522) weigh experts by: an iterate that is a
-    linear combination Σ_t c_t·x_t has the norm √(cᵀGc) and the inner products Gc, so that all they do after this read
-    happens on T coefficients.
+    SLERP (Shoemake 1985), Karcher means and Model Stock (arXiv 2403.19522) weigh experts by G. An iterate that is a
+    linear combination Σ_t c_t·x_t has the norm √(cᵀGc) and the inner products Gc with the experts, so that after this
+    one read these methods compute with T coefficients alone.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64; None for none. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes. Differences are formed in fp32
             (float64 if any of them is float64) and never stored.
         rows: One Gram matrix for each row, a vector along the last dimension, in place of one for the whole tensor.
-        check_finite: Refuse NaN and infinity (the default; costs nothing). If False, G shows them: G_tt is not finite.
+        check_finite: Refuse NaN and infinity (the default, for it takes no time). If False, they make a G_tt that is
+            not finite.
 
     Returns:
         (T, T), or with `rows` (*shape[:-1], T, T); float64, symmetric to the bit. An empty vector has G = 0.

@@ -20,8 +20,8 @@ class KeptMoments(NamedTuple):
 
     Attributes:
         sum_abs: Σ|Δ_t|.
-        kept_sum_abs: Σ|δ_t| of what is kept.
-        kept_sum_sq: Σδ_t² of what is kept.
+        kept_sum_abs: Σ|δ_t| over the kept elements.
+        kept_sum_sq: Σδ_t² over the kept elements.
     """
 
     sum_abs: Tensor
@@ -39,16 +39,17 @@ def kept_moments(
 ) -> KeptMoments:
     """Sum |δ| and δ² of what `aggregate` keeps with the same thresholds and masks, in one pass.
 
-    Σ|Δ_t|/Σ|δ_t| is the factor that restores the L1 norm of a sparsified task vector (mergekit's `rescale`); Σδ_t²/N is
-    the mean square that SCE weighs experts by (arXiv 2408.07990).
+    Σ|Δ_t|/Σ|δ_t| is the factor that restores the L1 norm of a sparsified task vector (`rescale` in mergekit). Σδ_t²/N
+    is the mean square by which SCE weighs experts (arXiv 2408.07990).
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
-        thresholds, upper_thresholds, masks: What is kept, see `aggregate`; None keeps all.
+        thresholds, upper_thresholds, masks: They say which elements are kept, see `aggregate`; None keeps all.
 
     Returns:
-        The sums, float64, of Δ formed in fp32 (float64 if any input is float64). NaN and infinity show in them.
+        The sums in float64, of Δ formed in fp32 (float64 if any input is float64). An input with NaN or infinity makes
+        sums that are not finite.
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.

@@ -1,4 +1,4 @@
-"""θ = θ₀ + λ·L·Rᵀ with one rounding: the last product of a merge, which is never in memory by itself."""
+"""θ = θ₀ + λ·L·Rᵀ with one rounding: the last product of a spectral merge, which is never stored by itself."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _FACTOR_DTYPES = (torch.float32, torch.float64)
 def low_rank_update(
     base: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """θ = θ₀ + λ·L·Rᵀ: a base and what a spectral merge adds to it, as factors.
+    """θ = θ₀ + λ·L·Rᵀ: a base plus the update of a spectral merge, which is given by its factors.
 
-    Not addmm, which would add the product's parts to the much larger base one by one, a rounding each: products are
-    added up first, then multiplied by λ, then added to θ₀, then rounded.
+    The products are added up first; the sum is multiplied by λ, added to θ₀ and rounded. torch.addmm, in contrast, may
+    add parts of the product to the much larger base one by one, with a rounding each.
 
     Args:
         base: θ₀, (m, n), bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
@@ -32,7 +32,7 @@ def low_rank_update(
         out_dtype: The result's dtype; base's if None.
 
     Returns:
-        θ, (m, n), contiguous. Values that are not finite are not looked for; they give values that are not.
+        θ, (m, n), contiguous. There is no check of finite values: NaN and infinity give values that are not finite.
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape or device.
@@ -40,10 +40,10 @@ def low_rank_update(
     Precision: everything is fp32, or float64 if an argument is. Products are added up over blocks of 256 in order (128
     in float64), by fused multiply-adds, and the blocks' sums in their order: with u = 2⁻²⁴ (2⁻⁵³), before the rounding
     to `out_dtype`, |error| ≤ (min(k, 256) + ⌈k/256⌉ + 1)·u·|λ|·(|L|·|R|ᵀ) + u·(|θ| + |λ·L·Rᵀ|) to first order.
-    On a GPU fp32 products are three TF32 products each: 2⁻²¹ of |λ|·(|L|·|R|ᵀ) more.
+    A GPU makes three TF32 products for each fp32 product, which adds 2⁻²¹ of |λ|·(|L|·|R|ᵀ).
 
-    Memory: besides the inputs and θ, on a CPU 0.4 MiB and 192 packed rows of R for each thread. Where no kernel is
-    live, and for float64 on a GPU, the reference forms the product whole, in float64.
+    Memory: on a CPU, besides the inputs and θ, 0.4 MiB and 192 packed rows of R for each thread. Where there is no
+    kernel, and for float64 on a GPU, the reference forms the whole product in float64.
 
     Determinism: the same bits for any number of threads and for AVX2 and AVX-512; the baseline instruction set has no
     fused multiply-add and differs within that bound, as do other devices.

@@ -18,10 +18,11 @@ from resm_kernels.reference.magnitude_threshold import magnitude_threshold as _r
 def magnitude_threshold(
     base: Tensor, experts: Sequence[Tensor], k: int | Sequence[int], *, check_finite: bool = True
 ) -> Tensor:
-    """τ_t, the k-th largest |δ| of Δ_t = θ_t − θ₀: what TIES (arXiv 2306.01708) and its kin trim by.
+    """τ_t, the k-th largest |δ| of Δ_t = θ_t − θ₀: the threshold by which TIES (arXiv 2306.01708) trims.
 
-    Keeping every |δ| ≥ τ_t keeps at least k values: all those tied with the k-th stay, which depends on no order.
-    (bf16 checkpoints tie often; a sort that keeps exactly k drops an arbitrary part of them.)
+    Keeping every |δ| ≥ τ_t keeps at least k values, for it keeps all values that tie with the k-th. So the result does
+    not depend on the order of elements. (Values of bf16 checkpoints often tie; a sort that keeps exactly k values drops
+    an arbitrary part of those.)
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.

@@ -21,21 +21,21 @@ def project(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
         q: (m, l) fp32, on the same device. A tensor that is not contiguous is copied.
 
     Returns:
-        B, (l, n) fp32, contiguous. Values that are not finite are not looked for: a column of Δ that has one gives a
-        column of B without a finite value, one of q a row.
+        B, (l, n) fp32, contiguous. There is no check of finite values: a column of Δ that has NaN or infinity gives a
+        column of B without a finite value, and a column of q gives such a row.
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape or device.
 
     Precision: products are added up in fp32 over blocks of 256 rows of Δ in order, by fused multiply-adds, and the
     blocks' sums in their order: |error| ≤ (min(m, 256) + ⌈m/256⌉ + 1)·2⁻²⁴·(|q|ᵀ·|Δ|) to first order.
-    On a GPU sums run over parts of neighbours, three TF32 products for each fp32 one: 2⁻²¹ of the same sum more.
+    A GPU sums parts of neighbours and makes three TF32 products for each fp32 product, which adds 2⁻²¹ of the same sum.
 
-    Memory: besides the inputs and B, a copy of at most 8 MiB of q (256 rows of it, if they are more) and 192 KiB a
-    thread on a CPU. Where no native kernel is live, the reference forms Δ whole, in float64.
+    Memory: on a CPU, besides the inputs and B, a copy of 8 MiB of q (or of 256 rows, if they are more) and 192 KiB a
+    thread. Where there is no kernel, the reference forms the whole Δ in float64.
 
     Determinism: the same bits for any number of threads and for AVX2 and AVX-512; the baseline instruction set has no
-    fused multiply-add and differs within that bound, as do other devices.
+    fused multiply-add and differs within that bound, and so do other devices.
     """
     check_matrices(base, expert)
     check_factor("q", q, "(m, l)", ("expert", expert), "project")

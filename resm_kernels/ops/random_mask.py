@@ -1,4 +1,4 @@
-"""Which elements of task vectors survive a random drop, as bit masks."""
+"""Random masks of the elements of task vectors: DARE and DELLA."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ Shares = float | Sequence[float]
 def random_mask(
     base: Tensor, experts: Sequence[Tensor], density: Shares, epsilon: Shares = 0.0, *, seed: int = 0
 ) -> list[Tensor]:
-    """Draw which elements of each Δ_t = θ_t − θ₀ stay: DARE's Bernoulli mask, or DELLA's, which favours large ones.
+    """Draw which elements of each Δ_t = θ_t − θ₀ are kept: DARE's Bernoulli mask, or DELLA's, which prefers large ones.
 
-    An element is kept with probability q = p − ε + 2ε·(rank − 1)/(n − 1), independently of all others; p is `density`,
-    ε `epsilon`, and rank the element's from 1, the smallest |δ|, to n in its row of n elements (those along the last
-    dimension; all of a vector). Elements of equal |δ| have the mean of their ranks, so that q depends on no order.
-    ε = 0 is DARE (arXiv 2311.03099), whose inputs are not read; ε > 0 is DELLA's MagPrune (arXiv 2406.11617; ε as in
-    mergekit and the authors' code, half of the span of q). Rows of one element have q = p;
-    p ≥ 1 keeps all and p ≤ 0 nothing, whatever ε.
+    An element is kept with probability q = p − ε + 2ε·(rank − 1)/(n − 1), independently of all others. Here p is
+    `density`, ε is `epsilon`, and the ranks of a row of n elements (those along the last dimension, or a whole vector)
+    count from 1 for the smallest |δ| to n. Elements of equal |δ| have the mean of their ranks, so that q does not
+    depend on the order of elements. ε = 0 is DARE (arXiv 2311.03099), which does not read the inputs; ε > 0 is DELLA's
+    MagPrune (arXiv 2406.11617), where ε is half of the span of q, as in mergekit and the authors' code. Rows of one
+    element have q = p. Whatever ε is, p ≥ 1 keeps all elements and p ≤ 0 none.
 
     q is ⌊2⁶²·(p − ε)⌋ + ⌊⌊2⁶²·ε⌋/(n − 1)⌋·(2·#{less} + #{equal} − 1) in units of 2⁻⁶², in integers, of which the 32
-    highest bits below the point are compared with 32 random ones: an expected density is right to 2⁻³¹. They are word
-    ⌊i/32⌋ mod 4 of Philox4x32-10 (Salmon et al., SC 2011) at counter (j mod 2³², ⌊j/2³²⌋, t, 1), j = 32·⌊i/128⌋ + i mod
-    32, for element i of the flattened tensor of expert t; the key is the seed. So a mask depends on seed, expert and
-    element alone, and those of different experts, and of different seeds, are independent.
+    highest bits below the point are compared with 32 random bits: an expected density is right to 2⁻³¹. The bits are
+    word ⌊i/32⌋ mod 4 of Philox4x32-10 (Salmon et al., SC 2011) at counter (j mod 2³², ⌊j/2³²⌋, t, 1), j = 32·⌊i/128⌋ +
+    i mod 32, for element i of the flattened tensor of expert t; the key is the seed. So a mask depends on seed, expert
+    and element alone, and those of different experts, and of different seeds, are independent.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied where ε > 0.

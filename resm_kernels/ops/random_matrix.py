@@ -25,10 +25,10 @@ def random_matrix(
     """Columns first_column … of the first n rows of Ω, a matrix of independent random numbers; seed picks which Ω.
 
     The entries are independent, z = (popcount(64 random bits) − 32)/4: a sum of 64 fair coins, standardised. It has
-    mean 0, variance 1, fourth moment 3 − 1/32 and E exp(λz) = cosh(λ/8)^64 ≤ exp(λ²/2), which is the standard
-    normal's own: what is proved of sub-Gaussian sketches applies. All 65 values are multiples of 1/4, exact in fp32
-    and bf16, and take integers alone to find. A Box–Muller transform would need log, sin and cos, which no two maths
-    libraries round alike: Ω would differ between devices.
+    mean 0, variance 1, fourth moment 3 − 1/32 and E exp(λz) = cosh(λ/8)^64 ≤ exp(λ²/2), the bound of the standard
+    normal distribution: theorems about sub-Gaussian sketches apply. All 65 values are multiples of 1/4, exact in fp32
+    and bf16, and are computed with integers alone. A Box–Muller transform would need log, sin and cos, which maths
+    libraries round differently: Ω would differ between devices.
 
     Bits 64·(c mod 2) … of Philox4x32-10 (Salmon et al., SC 2011) at counter (i mod 2³², ⌊i/2³²⌋, ⌊c/2⌋, 0), its
     words from the lowest, make Ω_ic; the key is the seed. So Ω_ic depends on i, c and the seed alone.

@@ -22,7 +22,7 @@ class SymmetricEigen(NamedTuple):
     Attributes:
         values: The k largest eigenvalues, descending, of A's dtype, (k,).
         vectors: Their eigenvectors, orthonormal columns, of A's dtype, (n, k).
-        fallback: Whether the native kernel gave up on this matrix and `torch.linalg.eigh` found them.
+        fallback: Whether the native kernel gave up on this matrix, so that `torch.linalg.eigh` computed the result.
     """
 
     values: Tensor
@@ -35,7 +35,7 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
 
     The native kernel reduces A to tridiagonal form T by blocked Householder reflections (LAPACK's dsytrd), finds the
     eigenvalues by bisection and each eigenvector of T by a twisted factorisation in O(n) (Parlett and Dhillon 1997),
-    several side by side in vector lanes, makes those of close eigenvalues orthogonal, and transforms them back: about
+    several at once in vector lanes, makes those of close eigenvalues orthogonal, and transforms them back: about
     4/3·n³ + 2·n²·k floating-point operations, and 2·n·k² more where many eigenvalues are close. LAPACK's dsyevd, behind
     `torch.linalg.eigh`, always finds all n eigenvectors. Of an fp32 matrix these 4/3·n³ + 2·n²·k are done in fp32, for
     half the time; T's eigenproblem, O(n·k), stays in float64.
@@ -51,15 +51,15 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
         TypeError, ValueError: An argument of the wrong type, dtype, shape or range.
         NonFiniteError: The upper triangle has NaN or infinite values.
 
-    Precision: as LAPACK's, errors of eigenvalues and ‖Av − λv‖ are a small multiple of 2⁻⁵²·‖A‖, and those of
-    VᵀV = I of 2⁻⁵²; not each eigenvalue to its own last places. Each vector of T is checked to ‖Tz − λz‖ ≤ 6e-13·‖T‖,
+    Precision: as LAPACK's, errors of eigenvalues and ‖Av − λv‖ are a small multiple of 2⁻⁵²·‖A‖, and those of VᵀV = I
+    of 2⁻⁵²; small eigenvalues are not right to their last digits. Each vector of T is checked to ‖Tz − λz‖ ≤ 6e-13·‖T‖,
     and each pair of them held to |zᵢᵀzⱼ| ≤ 2e-14, by these residuals or by orthogonalisation. Where clusters of
     eigenvalues keep the kernel from that, it says so, and `torch.linalg.eigh` does the work, with `fallback` set. That
-    is rare: repeated eigenvalues, rank deficiency and clusters of any width as such do not need it.
-    In fp32 the unit is 2⁻²⁴ and pairs are held to 1e-8, less than a vector's own rounding. Measured for n up to 1024 on
-    power laws, flat and clustered spectra, rank deficiency and Wishart matrices: eigenvalues and ‖Av − λv‖ within 30
-    units of ‖A‖, VᵀV = I within 31, where LAPACK's ssyevd has 50, 70 and 50. Long sums are taken in pieces, and
-    lengths of reflectors in float64. A fallback works in float64 and rounds.
+    is rare: repeated eigenvalues, rank deficiency and clusters of any width as such do not need it. In fp32 the unit is
+    2⁻²⁴ and pairs are held to 1e-8, less than the rounding of a vector. Measured for n up to 1024 on power laws, flat
+    and clustered spectra, rank deficiency and Wishart matrices: eigenvalues and ‖Av − λv‖ within 30 units of ‖A‖, VᵀV =
+    I within 31, where LAPACK's ssyevd has 50, 70 and 50. Long sums are taken in pieces, and lengths of reflectors in
+    float64. A fallback works in float64 and rounds.
 
     Range: A is scaled by a power of two to about 1 and the eigenvalues back. Those beyond the dtype's range become
     infinite; those of a subnormal A are multiples of the smallest subnormal number.

@@ -19,8 +19,9 @@ from resm_kernels.reference.variance_mask import variance_mask as _reference
 def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Tensor:
     """Mask of the elements whose δ varies most over the experts, the "select" of SCE (arXiv 2408.07990).
 
-    With v_i = Σ_t (δ_ti − mean_i)²/T, the mask keeps v_i ≥ τ, τ the k-th largest variance and k = ⌊density·#{v_i ≠ 0}⌋:
-    at least k elements, for all tied with the k-th stay, which depends on no order. k = 0 keeps nothing.
+    With v_i = Σ_t (δ_ti − mean_i)²/T and k = ⌊density·#{v_i ≠ 0}⌋, the mask keeps v_i ≥ τ, where τ is the k-th largest
+    variance. It keeps at least k elements, for it keeps all that tie with the k-th, so that the order of elements does
+    not matter. k = 0 keeps nothing.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
@@ -36,9 +37,10 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
     The variance is accumulated in float64 by Welford's updates in the order of the experts (which find 0 exactly where
     all δ are the same) and rounded to the dtype of Δ, fp32 (float64 if any input is float64).
 
-    Memory: on CPU what lies in a bracket of the threshold, a percent or two of the elements; where a sample does not
-    bracket it, and on GPUs, the variances, four bytes an element (eight in float64), and what `magnitude_threshold`
-    takes. NaN counts as no variance or the largest; `aggregate` refuses it.
+    Memory: on a CPU the variances near the threshold, one or two percent of them. Where a sample does not bracket the
+    threshold, and on GPUs, all variances, of four bytes (eight in float64), and the memory of `magnitude_threshold`.
+
+    NaN counts as no variance or as the largest; `aggregate` refuses it.
 
     Determinism: exact, hence the same for any number of threads, block size and device.
     """
