@@ -1,8 +1,8 @@
-"""A GPU's double on the CPU: it copies as late as it may, and notes what a GPU would have got wrong.
+"""A GPU's double on the CPU: it copies as late as it may, and records the errors that a GPU would have made.
 
-A copy is done when its mark is waited for, when later work of the same queue is, or after a given number of calls of
-the device; until then its target holds garbage. So whatever uses memory too early, or gives it to others too early,
-has other bits, every time.
+A copy is done when its mark is waited for, when the mark of later work in the same queue is, or after a set number of
+calls of the device; until then its target holds garbage. So code that uses memory too early, or frees it too early, gets
+other bits every time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def garbage(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(eq=False)
 class Copy:
-    """A mark, and what is to be done until it is reached."""
+    """A mark, and the action that is done before it is reached."""
 
     device: LateDevice
     queue: deque[Copy]
@@ -51,10 +51,10 @@ class LateDevice:
     Attributes:
         lags: After how many calls of the device the copies are done at the latest, over and over.
         fail: Called with the name of each stage, "copy_in", "run" and "copy_out", to raise an error there.
-        problems: What a GPU would have got wrong.
-        peak: The most bytes that tensors took: copies and results, from their making until nobody has them.
+        problems: The errors that a GPU would have made.
+        peak: The most bytes that copies and results took together, each until its last reference went.
         began: How many groups of tensors were copied in.
-        most: The most of them that were there at once, from their copy in to the end of the copy out.
+        most: The most groups that were on the device at once, from their copy in to the end of the copy out.
     """
 
     name: str = "cuda:0"
@@ -140,7 +140,7 @@ class LateDevice:
 
     def busy(self) -> float:
         if self._in or self._out:
-            self.problems.append("asked how long it was busy, which it is")
+            self.problems.append("asked how long it was busy while it is busy")
         return 0.25
 
     def tick(self) -> None:
@@ -157,7 +157,7 @@ class LateDevice:
                 self._do(copy.queue.popleft())
 
     def allocate_for_a_while(self, nbytes: int) -> None:
-        """Note the bytes that a computation takes beside its inputs and its result."""
+        """Count the bytes that a computation takes besides its inputs and its result."""
         with self._lock:
             self.peak = max(self.peak, self._live + nbytes)
 
