@@ -1,4 +1,4 @@
-"""Kernels and whole spectral merges on a GPU, against the device's own copy, torch.svd_lowrank and torch.linalg.svd.
+"""Kernels and whole spectral merges on a GPU, against a copy on the device, torch.svd_lowrank and torch.linalg.svd.
 
 Rates are bytes that must be read and written once over seconds; shares are of a copy's rate in the same run. Every case
 is checked before it is timed; one that fails is reported, and the others go on. Where an op has kernels in Triton and

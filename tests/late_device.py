@@ -1,8 +1,8 @@
 """A GPU's double on the CPU: it copies as late as it may, and records the errors that a GPU would have made.
 
 A copy is done when its mark is waited for, when the mark of later work in the same queue is, or after a set number of
-calls of the device; until then its target holds garbage. So code that uses memory too early, or frees it too early, gets
-other bits every time.
+calls of the device; until then its target holds garbage. So code that uses or frees memory too early gets other bits
+every time.
 """
 
 from __future__ import annotations

@@ -142,7 +142,7 @@ struct Bracket : Problem<typename Kind::Compute> {
   using C = typename Kind::Compute;
   using P = Problem<C>;
   static constexpr int kThreads = cuda::kThreads, kResident = 3;
-  static constexpr int kStage = 2048;  // an eighth of a chunk; what does not fit goes to the buffer at once
+  static constexpr int kStage = 2048;  // an eighth of a chunk; further keys go to the buffer at once
   struct Shared {
     Key<C> keys[kStage];
     uint32_t staged;
