@@ -1,13 +1,13 @@
-"""Kernels and whole spectral merges on a GPU, against the device's own copy, torch.svd_lowrank and torch.linalg.svd.
+"""Kernels and whole spectral merges on a GPU, against a copy on the device, torch.svd_lowrank and torch.linalg.svd.
 
 Rates are bytes that must be read and written once over seconds; shares are of a copy's rate in the same run. Every case
 is checked before it is timed; one that fails is reported, and the others go on. Where an op has kernels in Triton and
-in CUDA both are timed: `gpu=` in resm_kernels/ops/<op>.py names the one to use first, and these figures decide which.
+in CUDA both are timed; these figures decide which of them `gpu=` in resm_kernels/ops/<op>.py declares first.
 
     python -m benchmarks.bench_gpu --json benchmarks/results/gpu.json
 
---dry-run does all of it on small CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1), so that what is wrong with
-this file shows where there is no GPU; its figures mean nothing.
+--dry-run runs the cases on small CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1), so that mistakes in this
+file show on a machine without a GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -44,6 +44,12 @@ from resm_kernels.ops import (
     random_matrix,
     variance_mask,
 )
+from resm_kernels.reference.aggregate import AggregateOptions
+from resm_kernels.reference.delta_stats import DeltaStatsOptions
+from resm_kernels.reference.deltas import SparsityOptions
+from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
+from resm_kernels.reference.random_mask import RandomMaskOptions
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 
 N_EXPERTS = 3
 Row = dict[str, Any]
@@ -51,7 +57,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is measured: one large weight, a layer's matrices and how many there are of each, small tensors, ranks."""
+    """The sizes of the cases: one large weight, a layer's matrices and how many it has of each, ranks, columns."""
 
     shape: tuple[int, int] = (4096, 14336)
     layers: Mapping[str, tuple[tuple[int, int], int]] = field(
@@ -61,16 +67,15 @@ class Sizes:
             "up, gate, down": ((4096, 14336), 3),
         }
     )
-    small: Sequence[int] = tuple(1 << (12 + i % 9) for i in range(200))
     ranks: tuple[int, int] = (32, 512)
     columns: Sequence[int] = (16, 48, 64, 128)
 
 
-TINY = Sizes((128, 192), {"q, o": ((64, 64), 2), "up, gate, down": ((64, 96), 3)}, (5, 4096), (4, 16), (16,))
+TINY = Sizes((128, 192), {"q, o": ((64, 64), 2), "up, gate, down": ((64, 96), 3)}, (4, 16), (16,))
 
 
 class Bench:
-    """Where, how often and on what sizes it is measured, and the rate of a copy in TB/s."""
+    """The device, rounds and sizes of the measurement, and the rate of a copy in TB/s."""
 
     def __init__(self, device: str, rounds: int, sizes: Sizes):
         self.device, self.rounds, self.sizes = device, rounds, sizes
@@ -120,119 +125,104 @@ class Bench:
         """One large tensor, by the kernels of one backend."""
         merge, stats, select = (gpu_kernel(op, backend) for op in ("aggregate", "delta_stats", "magnitude_threshold"))
         base, experts = self.inputs(self.sizes.shape)
-        weights, k = [1.0] * N_EXPERTS, [base.numel() // 5] * N_EXPERTS
+        weights = (1.0,) * N_EXPERTS
         read = (1 + N_EXPERTS) * base.nbytes
         part, parts = base[:64], [e[:64] for e in experts]
         on_cpu = part.cpu(), [e.cpu() for e in parts]
-        for rule, limits in (("sum", None), ("ties", [1e-3] * N_EXPERTS)):
-            thresholds = None if limits is None else torch.tensor([limits], dtype=torch.float64, device=self.device)
-
-            def merged(rule: str = rule, thresholds: Tensor | None = thresholds) -> Tensor:
-                return merge([base], experts, weights, N_EXPERTS, 1.0, rule, False, thresholds, None)[0][0]
-
-            wanted = aggregate(*on_cpu, weights, rule=rule, thresholds=limits)
-            assert torch.equal(merged()[:64].cpu(), wanted), f"{backend}, {rule}: differs from the CPU"
-            yield self.row(f"aggregate {rule}, {backend}", merged, read + base.nbytes)
-        for name, kappa, histogram in (
-            ("one read", None, False),
-            ("with outliers", 3.0, False),
-            ("with histogram", None, True),
+        for rule, limit in (("sum", None), ("ties", 1e-3)):
+            limits = None if limit is None else torch.full((N_EXPERTS,), limit, dtype=torch.float64, device=self.device)
+            options = AggregateOptions(weights=weights, rule=rule, thresholds=limits)
+            expected = aggregate(*on_cpu, weights, rule=rule, thresholds=None if limit is None else [limit] * N_EXPERTS)
+            merged = merge(base, experts, options)[0]
+            assert torch.equal(merged[:64].cpu(), expected), f"{backend}, {rule}: differs from the CPU"
+            call = partial(merge, base, experts, options)
+            yield self.row(f"aggregate {rule}, {backend}", call, read + base.nbytes)
+        for name, choices in (
+            ("one read", {}),
+            ("with outliers", {"kappa": 3.0}),
+            ("with histogram", {"histogram": True}),
+            ("of rows", {"rows": True}),
         ):
-            counts = stats([part], parts, 0.0, 0.0, kappa, histogram)[1]
-            outliers = delta_stats(*on_cpu, kappa=kappa).n_outlier
-            assert torch.equal(counts[0, :, 2].cpu(), outliers), f"{backend}, delta_stats: differs from the CPU"
-            yield self.row(
-                f"delta_stats, {name}, {backend}",
-                lambda kappa=kappa, histogram=histogram: stats([base], experts, 0.0, 0.0, kappa, histogram),
-                read,
-            )
+            if "rows" in choices and self.device == "cpu":
+                continue  # hundreds of programs take the interpreter minutes; tests/test_triton.py has this case
+            options = DeltaStatsOptions(**choices)
+            expected = delta_stats(*on_cpu, **({"kappa": None} | choices)).n_outlier
+            counts = stats(part, parts, options)[1]
+            assert torch.equal(counts[..., 2].cpu(), expected), f"{backend}, delta_stats: differs from the CPU"
+            yield self.row(f"delta_stats, {name}, {backend}", partial(stats, base, experts, options), read)
         for share in (0.01, 0.2, 0.5):
-            few = [int(share * part.numel())] * N_EXPERTS
-            wanted = magnitude_threshold(*on_cpu, few[0])
-            assert torch.equal(select([part], parts, few)[0][0].cpu(), wanted), f"{backend}: differs from the CPU"
-            many = [int(share * base.numel())] * N_EXPERTS
+            few = int(share * part.numel())
+            threshold = select(part, parts, MagnitudeThresholdOptions(k=(few,) * N_EXPERTS))[0]
+            assert torch.equal(threshold.cpu(), magnitude_threshold(*on_cpu, few)), f"{backend}: differs from the CPU"
+            options = MagnitudeThresholdOptions(k=(int(share * base.numel()),) * N_EXPERTS)
             name = f"magnitude_threshold of {share:.0%}, {backend}"
-            yield self.row(name, lambda many=many: select([base], experts, many), read)
+            yield self.row(name, partial(select, base, experts, options), read)
+        ranks = MagnitudeThresholdOptions(k=(base.numel() // 5,) * N_EXPERTS)
 
         def ties() -> Tensor:
-            thresholds = select([base], experts, k)[0]
-            return merge([base], experts, weights, N_EXPERTS, 1.0, "ties", True, thresholds, None)[0][0]
+            thresholds = select(base, experts, ranks)[0]
+            options = AggregateOptions(weights=weights, rule="ties", normalize=True, thresholds=thresholds)
+            return merge(base, experts, options)[0]
 
         yield self.row(f"ties, threshold and merge, {backend}", ties, read + base.nbytes)
 
     def masks(self, backend: str) -> Iterator[Row]:
-        """Masks of one large tensor, and what is done with them, by the kernels of one backend."""
+        """Masks of one large tensor, and merges and moments of the elements that they keep, by one backend."""
         ops = ("random_mask", "variance_mask", "kept_moments", "aggregate")
         draw, select, sums, merge = (gpu_kernel(op, backend) for op in ops)
         base, experts = self.inputs(self.sizes.shape)
-        weights, density = [1.0] * N_EXPERTS, [0.5] * N_EXPERTS
+        weights, density = (1.0,) * N_EXPERTS, (0.5,) * N_EXPERTS
         read, bits = (1 + N_EXPERTS) * base.nbytes, base.numel() // 8
         part, parts = base[:64], [e[:64] for e in experts]
         on_cpu = part.cpu(), [e.cpu() for e in parts]
         for epsilon, n_bytes in ((0.0, N_EXPERTS * bits), (0.2, read + N_EXPERTS * bits)):
-            law = (density, [epsilon] * N_EXPERTS, 1)
-            for found, wanted in zip(draw(part, parts, *law), random_mask(*on_cpu, 0.5, epsilon, seed=1), strict=True):
-                assert torch.equal(found.cpu(), wanted), f"{backend}, random_mask: differs from the CPU"
+            law = RandomMaskOptions(density=density, epsilon=(epsilon,) * N_EXPERTS, seed=1)
+            expected_masks = random_mask(*on_cpu, 0.5, epsilon, seed=1)
+            for mask, expected in zip(draw(part, parts, law), expected_masks, strict=True):
+                assert torch.equal(mask.cpu(), expected), f"{backend}, random_mask: differs from the CPU"
             name = f"random_mask{', by rank' if epsilon else ''}, {backend}"
-            yield self.row(name, lambda law=law: draw(base, experts, *law), n_bytes)
-        found = select(part, parts, 0.3).cpu()
-        assert torch.equal(found, variance_mask(*on_cpu, 0.3)), f"{backend}, variance_mask: differs from the CPU"
-        yield self.row(f"variance_mask, {backend}", lambda: select(base, experts, 0.3), read + bits)
-        masks = draw(base, experts, density, [0.0] * N_EXPERTS, 1)
-        own = [mask[: part.numel() // 8] for mask in masks]
-        kept = kept_moments(*on_cpu, masks=[mask.cpu() for mask in own])
-        close = torch.allclose(sums(part, parts, None, None, own).cpu(), torch.stack(kept, 1), rtol=1e-12)
-        assert close, f"{backend}, kept_moments: differs from the CPU"
+            yield self.row(name, partial(draw, base, experts, law), n_bytes)
+        share = VarianceMaskOptions(density=0.3)
+        mask = select(part, parts, share).cpu()
+        assert torch.equal(mask, variance_mask(*on_cpu, 0.3)), f"{backend}, variance_mask: differs from the CPU"
+        yield self.row(f"variance_mask, {backend}", partial(select, base, experts, share), read + bits)
+        uniform = RandomMaskOptions(density=density, epsilon=(0.0,) * N_EXPERTS, seed=1)
+        masks = tuple(draw(base, experts, uniform))
+        part_masks = tuple(mask[: part.numel() // 8] for mask in masks)
+        masks_on_cpu = [mask.cpu() for mask in part_masks]
+        expected = torch.stack(kept_moments(*on_cpu, masks=masks_on_cpu), 1)
+        moments = sums(part, parts, SparsityOptions(masks=part_masks)).cpu()
+        assert torch.allclose(moments, expected, rtol=1e-12), f"{backend}, kept_moments: differs from the CPU"
         read += N_EXPERTS * bits
-        yield self.row(f"kept_moments of masks, {backend}", lambda: sums(base, experts, None, None, masks), read)
-        rescale = torch.full((1, N_EXPERTS), 2.0, dtype=torch.float64, device=self.device)
+        sparsity = SparsityOptions(masks=masks)
+        yield self.row(f"kept_moments of masks, {backend}", partial(sums, base, experts, sparsity), read)
+        rescale = torch.full((N_EXPERTS,), 2.0, dtype=torch.float64, device=self.device)
         for rule in ("sum", "ties"):
-
-            def merged(rule: str = rule) -> Tensor:
-                call = ([base], experts, weights, N_EXPERTS, 1.0, rule, False, None, None)
-                return merge(*call, None, masks, rescale)[0][0]
-
-            options = {"rule": rule, "masks": [mask.cpu() for mask in own], "rescale": [2.0] * N_EXPERTS}
-            wanted = aggregate(*on_cpu, weights, **options)
-            assert torch.equal(merged()[:64].cpu(), wanted), f"{backend}, {rule} of masks: differs from the CPU"
-            yield self.row(f"aggregate {rule} of masks, {backend}", merged, read + base.nbytes)
-
-    def small_tensors(self, backend: str) -> Iterator[Row]:
-        """A shard of 200 tensors of 4 K to 1 M elements in one call."""
-        sizes = self.sizes.small
-        made = [self.inputs((n,), seed=i) for i, n in enumerate(sizes)]
-        bases, experts = [b for b, _ in made], [e for _, own in made for e in own]
-        weights, k = [1.0] * len(experts), [e.numel() // 5 for e in experts]
-        written = 2 * sum(sizes)
-        calls: dict[str, tuple[Any, ...]] = {
-            "aggregate": (bases, experts, weights, N_EXPERTS, 1.0, "sum", False, None, None),
-            "delta_stats": (bases, experts, 0.0, 0.0, None, False),
-            "magnitude_threshold": (bases, experts, k),
-        }
-        for op, arguments in calls.items():
-            kernel = gpu_kernel(op, backend)
-            n_bytes = written * (1 + N_EXPERTS + (op == "aggregate"))
-            name = f"{op}, {len(sizes)} tensors, {backend}"
-            yield self.row(name, lambda kernel=kernel, arguments=arguments: kernel(*arguments), n_bytes)
+            options = AggregateOptions(weights=weights, rule=rule, masks=masks, rescale=rescale)
+            expected = aggregate(*on_cpu, weights, rule=rule, masks=masks_on_cpu, rescale=[2.0] * N_EXPERTS)
+            merged = merge(base, experts, options)[0]
+            assert torch.equal(merged[:64].cpu(), expected), f"{backend}, {rule} of masks: differs from the CPU"
+            call = partial(merge, base, experts, options)
+            yield self.row(f"aggregate {rule} of masks, {backend}", call, read + base.nbytes)
 
     def products(self) -> Iterator[Row]:
         base, experts = self.inputs(self.sizes.shape)
         for columns in self.sizes.columns:
             x = random_matrix(self.sizes.shape[1], columns, device=self.device)
             y = gram_product(base, experts[0], x).y
-            wanted = (experts[0].double() - base.double()) @ x.double()
-            assert float((y - wanted).norm() / wanted.norm()) < 1e-6, "gram_product: less exact than fp32"
+            expected = (experts[0].double() - base.double()) @ x.double()
+            assert float((y - expected).norm() / expected.norm()) < 1e-6, "gram_product: less exact than fp32"
             row = self.row(
                 f"gram_product, {columns} columns", lambda x=x: gram_product(base, experts[0], x), 2 * base.nbytes
             )
             yield row | {"TFLOP/s": 4 * base.numel() * columns / row["ms"] / 1e9}
 
     def large_products(self) -> Iterator[Row]:
-        """What spectral projectors are made of: the square of a symmetric fp32 matrix, by whatever could do it."""
+        """The product of spectral projectors, the square of a symmetric fp32 matrix, by several functions."""
         size = self.sizes.shape[0]
         x = torch.randn(size, size, device=self.device)
         x, zero = x + x.mT, torch.zeros_like(x)
-        wanted, flops = x.double() @ x.double(), 2 * size**3
+        expected, flops = x.double() @ x.double(), 2 * size**3
         ways = {
             "project": lambda: project(None, x, x),
             "low_rank_update": lambda: low_rank_update(zero, x, x),
@@ -240,7 +230,7 @@ class Bench:
             "torch.mm in float64": lambda: torch.mm(x.double(), x.double()),
         }
         for name, way in ways.items():
-            error = float((way() - wanted).norm() / wanted.norm())
+            error = float((way() - expected).norm() / expected.norm())
             row = self.row(f"square of {size}², {name}", way, 2 * x.nbytes)
             yield row | {"TFLOP/s": flops / row["ms"] / 1e9, "error": error}
 
@@ -265,8 +255,8 @@ class Bench:
             for accuracy in (0.1, 3e-2, 1e-2, 1e-3):
 
                 def ours(k: int = k, accuracy: float = accuracy) -> tuple[Tensor, Tensor, Tensor]:
-                    found = truncated_svd(delta, rank=k, accuracy=accuracy)
-                    return found.left, found.singular_values, found.right
+                    svd = truncated_svd(delta, rank=k, accuracy=accuracy)
+                    return svd.left, svd.singular_values, svd.right
 
                 name = f"truncated_svd, rank {k}, accuracy {accuracy:g}"
                 yield self.row(name, ours, delta.nbytes) | {"excess": excess(*ours())}
@@ -282,7 +272,7 @@ class Bench:
         self.rounds = rounds
 
     def merges(self) -> Iterator[Row]:
-        """RESM of one Llama-3-8B layer's matrices with three experts, times 32 layers; how many went the exact way."""
+        """RESM of a Llama-3-8B layer's matrices with three experts, times 32 layers; `exact` counts exact subspaces."""
         rounds, self.rounds = self.rounds, 1 if self.rounds < 50 else 3
         total = 0.0
         for name, (shape, count) in self.sizes.layers.items():
@@ -294,8 +284,8 @@ class Bench:
             )
             total += 32 * count * row["ms"]
             matrices = [e.float() - base.float() for e in experts]
-            found = subspaces(matrices, [min(shape) // N_EXPERTS] * N_EXPERTS, accuracy=1e-3)
-            yield row | {"exact": sum(s.method != "projector" for s in found)}
+            spaces = subspaces(matrices, [min(shape) // N_EXPERTS] * N_EXPERTS, accuracy=1e-3)
+            yield row | {"exact": sum(s.method != "projector" for s in spaces)}
         self.rounds = rounds
         yield {"name": "resm, all layers of Llama-3-8B", "ms": total}
 
@@ -312,12 +302,11 @@ def main() -> None:
     failures: list[str] = []
     rows: list[Row] = [{"name": "copy", "TB/s": bench.copy, "share of copy": 1.0}]
     parts: dict[str, Callable[[], Iterator[Row]]] = {}
-    # The interpreter's are Triton's; tests/test_cuda.py runs the CUDA kernels without a GPU.
+    # The interpreter runs Triton's kernels only; tests/test_cuda.py runs the CUDA kernels without a GPU.
     for backend in ("triton",) if arguments.dry_run else ("triton", "cuda"):
         if has_gpu_kernel("aggregate", backend):
             parts[f"elementwise, {backend}"] = partial(bench.elementwise, backend)
             parts[f"masks, {backend}"] = partial(bench.masks, backend)
-            parts[f"small tensors, {backend}"] = partial(bench.small_tensors, backend)
     parts |= {"products": bench.products, "large products": bench.large_products}
     parts |= {"decompositions": bench.decompositions, "merges": bench.merges}
     for name, part in parts.items():

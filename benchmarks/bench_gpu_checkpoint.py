@@ -7,7 +7,7 @@ run. All files have just been written: both read from the page cache, if the mac
 
     python -m benchmarks.bench_gpu_checkpoint --json benchmarks/results/gpu.json
 
-The record goes beside what bench_gpu.py wrote to the same file.
+The record joins that of bench_gpu.py in the same file.
 """
 
 from __future__ import annotations

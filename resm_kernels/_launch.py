@@ -56,7 +56,7 @@ class Group:
         return self.experts[0].device
 
     def programs(self, chunk: int) -> int:
-        """How many programs a launch needs of which each works on one chunk of `chunk` elements of a vector."""
+        """How many programs a launch needs if each works on one chunk of `chunk` elements of a vector."""
         return self.rows * -(-self.length // chunk)
 
 
@@ -71,7 +71,7 @@ def prepare_group(
     """The group of an op's inputs. Experts of several dtypes are widened to a common one, which is exact.
 
     Args:
-        rows: Whether each row along the last dimension is a vector of its own, instead of the whole tensor.
+        rows: Whether each row along the last dimension is a vector, instead of the whole tensor.
         outputs: Results of the experts' shape, which count for `Group.aligned`.
     """
     tensors = [*experts] if base is None else [base, *experts]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Compiles csrc/cuda for every architecture of CMakeLists.txt, prints what they take, and fails if one spills.
+# Compiles csrc/cuda for every architecture of CMakeLists.txt, prints the registers and shared memory of each kernel, and
+# fails if a kernel spills.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if ! command -v nvcc >/dev/null; then

@@ -139,16 +139,19 @@ def cases() -> Iterator[Case]:
         )
         if dtype != tl.float64:
             for by_rows in (False, True):
-                own = low_rank_update
                 yield Case(
                     f"low_rank_update{'' if by_rows else ' transposed'} {dtype}",
-                    own.low_rank_update_kernel,
+                    low_rank_update.low_rank_update_kernel,
                     {"base": f"*{_short(dtype)}", "left": "*fp32", "right": "*fp32", "out": f"*{_short(dtype)}"}
                     | {"scale": "*fp32", "rows": "i32", "columns": "i32", "inner": "i32", "left_row": "i32"}
                     | {"right_row" if by_rows else "right_step": "i32"},
                     {"right_step" if by_rows else "right_row": 1, "BASE": dtype, "OUT": dtype, "PRECISION": "tf32x3"}
-                    | {"ROWS": own.ROWS, "COLUMNS": own.COLUMNS, "INNER": own.INNER, "GROUP": own.GROUP},
-                    {"num_warps": own.WARPS, "num_stages": own.STAGES, "enable_fp_fusion": True},
+                    | {name: getattr(low_rank_update, name) for name in ("ROWS", "COLUMNS", "INNER", "GROUP")},
+                    {
+                        "num_warps": low_rank_update.WARPS,
+                        "num_stages": low_rank_update.STAGES,
+                        "enable_fp_fusion": True,
+                    },
                 )
         for energy in (False, True):
             yield Case(
@@ -244,9 +247,9 @@ def resources(kernel: Any, target: GPUTarget) -> tuple[int, int]:
         text = subprocess.run(
             [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
-    assert found, text
-    return int(found[1]), int(found[2]) + int(found[3])
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", text)
+    assert usage, text
+    return int(usage[1]), int(usage[2]) + int(usage[3])
 
 
 def main() -> None:

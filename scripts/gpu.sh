@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, with what is installed (no network): build, tests, memory checker, benchmarks.
-# A step that fails does not hide the ones after it; the exit status says whether all passed. `gpu.sh --quick` takes less;
-# `gpu.sh --dry-run` does what can be done without a GPU: it builds, collects the tests, and goes through the benchmarks on
-# small CPU tensors, in Triton's interpreter.
+# Runs everything that needs a GPU, with the installed packages and no network: build, tests, memory checker, benchmarks.
+# After a step that fails the next ones still run; the exit status says whether all passed. `gpu.sh --quick` takes less time.
+# `gpu.sh --dry-run` needs no GPU: it builds, collects the tests, and runs the benchmarks on small CPU tensors, in Triton's
+# interpreter.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}

@@ -1,4 +1,4 @@
-"""Ops and methods on a GPU as they are called by users: `aggregate` has the CPU's bits, the rest is within tolerance.
+"""Ops and methods on a GPU as users call them: `aggregate` has the CPU's bits, the others agree within a tolerance.
 
 Without a GPU these are skipped; `make gpu` sets RESM_REQUIRE_GPU, which turns the skip into a failure.
 """
@@ -19,14 +19,13 @@ import resm_kernels
 from resm_kernels.engine import merge_checkpoints
 from resm_kernels.linalg import subspaces
 from resm_kernels.linalg.projector import project_dominant
-from resm_kernels.ops import (
-    aggregate,
-    delta_stats,
-    dispatch_table,
-    gpu_kernel,
-    has_gpu_kernel,
-    magnitude_threshold,
-)
+from resm_kernels.ops import aggregate, delta_stats, dispatch_table, gpu_kernel, has_gpu_kernel, magnitude_threshold
+from resm_kernels.reference.aggregate import AggregateOptions
+from resm_kernels.reference.delta_stats import DeltaStatsOptions
+from resm_kernels.reference.deltas import SparsityOptions
+from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
+from resm_kernels.reference.random_mask import RandomMaskOptions
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 
 if not torch.cuda.is_available():
     if os.environ.get("RESM_REQUIRE_GPU"):
@@ -78,57 +77,60 @@ BACKENDS = [
 ]
 
 
-def arguments(op: str, base: torch.Tensor, experts: list[torch.Tensor]) -> tuple[Any, ...]:
-    """What an op's kernels are called with for one tensor; half of it is masked where the op takes masks."""
-    masks = [torch.full((base.numel() // 8,), 0x5A, dtype=torch.uint8, device="cuda") for _ in experts]
-    limits = torch.full((1, 3), 0.05, dtype=torch.float64, device="cuda")
-    several: dict[str, tuple[Any, ...]] = {
-        "aggregate": ([1.0] * 3, 3, 1.0, "ties", True, limits, None, None, masks, limits, "unweighted", 0.5),
-        "delta_stats": (0.0, 0.5, 3.0, True),
-        "magnitude_threshold": ([1000, 2000, 500],),
-    }
-    if op in several:
-        return ([base], experts, *several[op])
-    one: dict[str, tuple[Any, ...]] = {
-        "kept_moments": (limits[0], None, masks),
-        "random_mask": ([0.5] * 3, [0.0, 0.0, 0.2], 1),
-        "variance_mask": (0.3,),
-    }
-    return (base, experts, *one[op])
+def options_of(op: str, numel: int) -> Any:
+    """Options of an op for three tensors of so many elements; masks, where the op takes them, keep half of them."""
+    masks = tuple(torch.full((numel // 8,), 0x5A, dtype=torch.uint8, device="cuda") for _ in range(3))
+    limits = torch.full((3,), 0.05, dtype=torch.float64, device="cuda")
+    return {
+        "aggregate": AggregateOptions(
+            weights=(1.0,) * 3,
+            rule="ties",
+            normalize=True,
+            thresholds=limits,
+            masks=masks,
+            rescale=limits,
+            consensus_method="unweighted",
+            min_divisor=0.5,
+        ),
+        "delta_stats": DeltaStatsOptions(eps_rel=0.5, kappa=3.0, histogram=True),
+        "magnitude_threshold": MagnitudeThresholdOptions(k=(1000, 2000, 500)),
+        "kept_moments": SparsityOptions(thresholds=limits, masks=masks),
+        "random_mask": RandomMaskOptions(density=(0.5,) * 3, epsilon=(0.0, 0.0, 0.2), seed=1),
+        "variance_mask": VarianceMaskOptions(density=0.3),
+    }[op]
 
 
 @pytest.mark.parametrize(("op", "backend"), BACKENDS)
 def test_ops_run_on_the_current_stream(op: str, backend: str) -> None:
     base, experts = on_gpu(*group((1024, 1024), torch.bfloat16))
-    call = gpu_kernel(op, backend)
-    wanted = call(*arguments(op, base, experts))
+    kernel, options = gpu_kernel(op, backend), options_of(op, base.numel())
+    expected = kernel(base, experts, options)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         late = torch.empty_like(base)
-        torch.cuda._sleep(100_000_000)  # so that what runs elsewhere runs too early
+        torch.cuda._sleep(100_000_000)  # so that work on another stream reads `late` too early
         late.copy_(base)
-        found = call(*arguments(op, late, experts))
+        results = kernel(late, experts, options)
     torch.cuda.current_stream().wait_stream(stream)
-    for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+    for a, b in zip(tree_leaves(results), tree_leaves(expected), strict=True):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("op", IN_CUDA)
 def test_cuda_kernels_do_not_make_the_host_wait(op: str) -> None:
     base, experts = on_gpu(*group((256, 256), torch.bfloat16))
-    given = arguments(op, base, experts)
-    call = gpu_kernel(op, "cuda")
-    call(*given)
+    kernel, options = gpu_kernel(op, "cuda"), options_of(op, base.numel())
+    kernel(base, experts, options)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        call(*given)
+        kernel(base, experts, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_the_table_names_kernels_that_are_there() -> None:
+def test_the_dispatch_table_names_kernels_that_exist() -> None:
     assert dispatch_table()["magnitude_threshold"]["CUDA"] == "cuda"
     for op, row in dispatch_table().items():
         assert row["CUDA"] == "reference" or has_gpu_kernel(op, row["CUDA"])
@@ -136,9 +138,11 @@ def test_the_table_names_kernels_that_are_there() -> None:
 
 def test_statistics_and_thresholds_small() -> None:
     base, experts = group((64, 33), torch.bfloat16)
-    on_cpu, found = delta_stats(base, experts), delta_stats(*on_gpu(base, experts))
-    torch.testing.assert_close(found.sum_sq.cpu(), on_cpu.sum_sq, rtol=1e-6, atol=0)
-    assert torch.equal(found.n_zero.cpu(), on_cpu.n_zero)
+    for rows in (False, True):
+        expected = delta_stats(base, experts, rows=rows)
+        stats = delta_stats(*on_gpu(base, experts), rows=rows)
+        torch.testing.assert_close(stats.sum_sq.cpu(), expected.sum_sq, rtol=1e-6, atol=0)
+        assert torch.equal(stats.n_zero.cpu(), expected.n_zero)
     assert torch.equal(magnitude_threshold(*on_gpu(base, experts), 500).cpu(), magnitude_threshold(base, experts, 500))
 
 
@@ -148,20 +152,20 @@ def test_merged_checkpoints_agree_with_the_cpu(method: str, tmp_path: Path) -> N
     merge_checkpoints(family.recipe(method), family.out, device="cpu")
     on_cpu = load_model(family.out)
     merge_checkpoints(family.recipe(method), family.out, device="cuda", overwrite=True)
-    found = load_model(family.out)
-    assert found.keys() == on_cpu.keys()
+    on_device = load_model(family.out)
+    assert on_device.keys() == on_cpu.keys()
     for name, tensor in on_cpu.items():
-        assert (found[name].double() - tensor.double()).norm() <= 2.0**-8 * tensor.double().norm()
+        assert (on_device[name].double() - tensor.double()).norm() <= 2.0**-8 * tensor.double().norm()
 
 
 @pytest.mark.parametrize("method", resm_kernels.methods.names())
 def test_methods_agree_with_the_cpu(method: str) -> None:
-    n_experts, given = call_of(method)
+    n_experts, arguments = call_of(method)
     base, experts = group((64, 48), torch.float32, n_experts)
-    on_cpu = resm_kernels.merge(base, experts, method, **given)
-    found = resm_kernels.merge(*on_gpu(base, experts), method, **given)
-    assert found.device.type == "cuda"
-    assert (found.cpu() - on_cpu).norm() <= 1e-5 * (on_cpu - base).norm()
+    on_cpu = resm_kernels.merge(base, experts, method, **arguments)
+    merged = resm_kernels.merge(*on_gpu(base, experts), method, **arguments)
+    assert merged.device.type == "cuda"
+    assert (merged.cpu() - on_cpu).norm() <= 1e-5 * (on_cpu - base).norm()
 
 
 @pytest.mark.parametrize("rank", [4, 42])
@@ -171,9 +175,9 @@ def test_subspaces_by_products_alone(rank: int) -> None:
     subspaces([matrix], [rank], accuracy=1e-3)  # kernels are compiled, libraries set up
     torch.cuda.set_sync_debug_mode("error")
     try:
-        found = project_dominant(matrix, rank, seed=0)
+        projection = project_dominant(matrix, rank, seed=0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert found.figures[1] <= 1e-3 and abs(found.figures[2].cpu() - on_cpu.figures[2]) <= 1e-5
+    assert projection.figures[1] <= 1e-3 and abs(projection.figures[2].cpu() - on_cpu.figures[2]) <= 1e-5
     (s,) = subspaces([matrix], [rank], accuracy=1e-3)
     assert s.method == "projector" and s.error**2 <= float(on_cpu.figures[2]) + 1e-5

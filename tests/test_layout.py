@@ -66,7 +66,7 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 SHARED = {
     "csrc/cpu": {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
     | {"sparsity", "sample"},
-    "csrc/cuda": {"block", "elements", "ops", "select", "table"},
+    "csrc/cuda": {"block", "elements", "ops", "select"},
     "resm_kernels/reference": {"__init__", "deltas"},
     "resm_kernels/triton": {"__init__", "delta_product"},
     "resm_kernels/cuda": {"__init__", "launch"},
@@ -106,17 +106,13 @@ def test_triton_launches_say_whether_products_are_contracted() -> None:
     assert launches >= 10
 
 
-# Packages whose underscore modules others still import.
-NOT_YET_CLOSED = {"linalg", "methods", "cuda", "triton"}
-
-
 def test_underscore_modules_are_imported_within_their_package_alone() -> None:
     for folder in ("resm_kernels", "tests", "benchmarks", "scripts", "examples"):
         for path in (ROOT / folder).rglob("*.py"):
             parts = path.relative_to(ROOT).parts
             package = parts[1] if parts[0] == "resm_kernels" else ""
             for owner, module in _private_imports(path):
-                assert owner == package or owner in NOT_YET_CLOSED, f"{path}: {module} belongs to the package {owner}"
+                assert owner == package, f"{path}: {module} belongs to the package {owner}"
 
 
 def _private_imports(path: Path) -> list[tuple[str, str]]:

@@ -90,17 +90,18 @@ void merge_group(const Group& group, const AggregateOptions& options, const Aggr
   const bool all_bf16 = sizeof(C) == 4 && is_all_bf16(group, options, result.merged.dtype);
   const std::vector<Chunk> chunks = chunks_of(group);
   std::mutex counting;
-  parallel_for(static_cast<int64_t>(chunks.size()), threads, [&] { return MergeBlocks<C>(n_experts); },
-               [&](int64_t i, MergeBlocks<C>& memory) {
-                 BlockSparsity<C> sparsity(options.sparsity, limits);
-                 Chunk rest = chunks[i];
-                 if constexpr (sizeof(C) == 4)
-                   if (all_bf16) rest.begin = merge_bf16_chunk(group, rest, election, sparsity, result.merged);
-                 if (rest.begin == rest.end) return;
-                 merge_chunk<C>(group, rest, election, sparsity, result.merged, memory);
-                 const std::lock_guard<std::mutex> lock(counting);
-                 for (int t = 0; t <= n_experts; ++t) result.nonfinite[t] += memory.nonfinite[t];
-               });
+  parallel_for(
+      static_cast<int64_t>(chunks.size()), threads, [&] { return MergeBlocks<C>(n_experts); },
+      [&](int64_t i, MergeBlocks<C>& memory) {
+        BlockSparsity<C> sparsity(options.sparsity, limits);
+        Chunk rest = chunks[i];
+        if constexpr (sizeof(C) == 4)
+          if (all_bf16) rest.begin = merge_bf16_chunk(group, rest, election, sparsity, result.merged);
+        if (rest.begin == rest.end) return;
+        merge_chunk<C>(group, rest, election, sparsity, result.merged, memory);
+        const std::lock_guard<std::mutex> lock(counting);
+        for (int t = 0; t <= n_experts; ++t) result.nonfinite[t] += memory.nonfinite[t];
+      });
 }
 
 }  // namespace

@@ -5,8 +5,7 @@ namespace resm::cpu::RESM_ISA {
 
 // total += Σ w_t·Δ_t over kCount experts in their order, in registers.
 template <int kCount, bool kHasBase, class C>
-void add_weighted(const C* __restrict base, const C* __restrict experts, int n, const C* weights,
-                  C* __restrict total) {
+void add_weighted(const C* __restrict base, const C* __restrict experts, int n, const C* weights, C* __restrict total) {
   for (int i = 0; i < n; ++i) {
     C sum = total[i];
     for (int t = 0; t < kCount; ++t) {
@@ -49,8 +48,9 @@ void weigh(const C* __restrict base, C* __restrict expert, int n, const Election
 template <bool kHasBase, class C>
 void weigh_all(const C* base, C* experts, int n, const Election<C>& election, C* total) {
   const bool masks = election.sparsity.masks != nullptr;
-  const auto step = election.sparsity.trims() ? (masks ? weigh<kHasBase, true, true, C> : weigh<kHasBase, true, false, C>)
-                                              : (masks ? weigh<kHasBase, false, true, C> : weigh<kHasBase, false, false, C>);
+  const auto step = election.sparsity.trims()
+                        ? (masks ? weigh<kHasBase, true, true, C> : weigh<kHasBase, true, false, C>)
+                        : (masks ? weigh<kHasBase, false, true, C> : weigh<kHasBase, false, false, C>);
   for (int t = 0; t < election.n_experts; ++t) step(base, experts + t * kBlock, n, election, t, total);
 }
 

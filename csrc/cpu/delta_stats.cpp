@@ -112,10 +112,9 @@ class Statistics {
 
   void second_pass() {
     std::vector<ChunkOutliers> partial(chunks_.size() * n_experts_);
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return StatsBlocks<C>(); },
-                 [&](int64_t i, StatsBlocks<C>& memory) {
-                   add_outliers(chunks_[i], memory, partial.data() + i * n_experts_);
-                 });
+    parallel_for(
+        static_cast<int64_t>(chunks_.size()), threads_, [] { return StatsBlocks<C>(); },
+        [&](int64_t i, StatsBlocks<C>& memory) { add_outliers(chunks_[i], memory, partial.data() + i * n_experts_); });
     const bool count_smalls = options_.eps_rel > 0;
     if (count_smalls)
       for (int64_t r = 0; r < n_experts_ * group_.rows; ++r) result_.counts[r * kCounts + 1] = 0;
@@ -155,8 +154,13 @@ class Statistics {
     for (int t = 0; t < n_experts_; ++t) {
       const Moments<C>& m = lanes[t];
       const double max_abs = *std::max_element(m.max_abs, m.max_abs + kLanes);
-      into[t] = {total<double>(m.sum), total<double>(m.sum_sq), total<double>(m.sum_abs), max_abs,
-                 total<int64_t>(m.zeros) - pad, total<int64_t>(m.smalls) - pad, m.n_nonfinite};
+      into[t] = {total<double>(m.sum),
+                 total<double>(m.sum_sq),
+                 total<double>(m.sum_abs),
+                 max_abs,
+                 total<int64_t>(m.zeros) - pad,
+                 total<int64_t>(m.smalls) - pad,
+                 m.n_nonfinite};
       if (bins.empty()) continue;
       const std::lock_guard<std::mutex> lock(histogram_);
       bins[position(t, chunk.row)].take(memory.packed.data() + t * per_expert);
@@ -180,8 +184,7 @@ class Statistics {
     for (int t = 0; t < n_experts_; ++t) {
       // The padding's zeros are outliers too where the mean lies that far from zero.
       const bool zero_is_outside = bounds[t].low > 0 || bounds[t].high < 0;
-      into[t] = {total<double>(lanes[t].sum_abs),
-                 total<int64_t>(lanes[t].outliers) - (zero_is_outside ? pad : 0),
+      into[t] = {total<double>(lanes[t].sum_abs), total<int64_t>(lanes[t].outliers) - (zero_is_outside ? pad : 0),
                  total<int64_t>(lanes[t].smalls) - pad};
     }
   }

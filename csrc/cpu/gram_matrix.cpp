@@ -4,10 +4,10 @@
 namespace resm::cpu {
 namespace {
 
-constexpr int64_t kPiece = 96;         // rows widened at a time: a strip's panels of them stay in the cache
-constexpr int64_t kStripPanels = 16;   // panels of a strip, one to a task: its sums stay in the cache
-constexpr int64_t kMostParts = 8;      // of the rows, which are summed each by itself
-constexpr int64_t kFewestPieces = 4;   // of a part: with fewer, adding up the parts would take noticeable time
+constexpr int64_t kPiece = 96;        // rows widened at a time: a strip's panels of them stay in the cache
+constexpr int64_t kStripPanels = 16;  // panels of a strip, one to a task: its sums stay in the cache
+constexpr int64_t kMostParts = 8;     // of the rows, which are summed each by itself
+constexpr int64_t kFewestPieces = 4;  // of a part: with fewer, adding up the parts would take noticeable time
 constexpr int64_t kSquare = int64_t(kGramPanel) * kGramPanel;
 
 // Columns' panels begin … end, and for each the sums of its products with all panels up to itself, one after the other.
@@ -32,19 +32,20 @@ class Gram {
     };
     Turns turns;
     const Strip last = strip(strips_ - 1);
-    parallel_for(strips_ * parts_, threads,
-                 [&] {
-                   return Panels{Blocks<double>(blocks_for(panels_ * kPiece * kGramPanel)),
-                                  Blocks<double>(blocks_for(last.squares() * kSquare))};
-                 },
-                 [&](int64_t, Panels& memory) {
-                   const int64_t task = turns.begin(), part = task % parts_;
-                   const Strip s = strip(strips_ - 1 - task / parts_);  // the longest first
-                   std::fill_n(memory.sums[0], s.squares() * kSquare, 0.0);
-                   for (int64_t p = pieces_ * part / parts_; p < pieces_ * (part + 1) / parts_; ++p)
-                     add_piece(p * kPiece, s, memory.wide[0], memory.sums[0]);
-                   turns.when_due(task, [&] { add_to(g, s, memory.sums[0]); });
-                 });
+    parallel_for(
+        strips_ * parts_, threads,
+        [&] {
+          return Panels{Blocks<double>(blocks_for(panels_ * kPiece * kGramPanel)),
+                        Blocks<double>(blocks_for(last.squares() * kSquare))};
+        },
+        [&](int64_t, Panels& memory) {
+          const int64_t task = turns.begin(), part = task % parts_;
+          const Strip s = strip(strips_ - 1 - task / parts_);  // the longest first
+          std::fill_n(memory.sums[0], s.squares() * kSquare, 0.0);
+          for (int64_t p = pieces_ * part / parts_; p < pieces_ * (part + 1) / parts_; ++p)
+            add_piece(p * kPiece, s, memory.wide[0], memory.sums[0]);
+          turns.when_due(task, [&] { add_to(g, s, memory.sums[0]); });
+        });
   }
 
  private:

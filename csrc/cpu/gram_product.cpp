@@ -19,9 +19,7 @@ struct UnitPanels {
   int64_t first(int64_t panel) const { return std::min(ceil_div(units, 2) * panel / count * 2, units); }
   int units_of(int64_t panel) const { return static_cast<int>(first(panel + 1) - first(panel)); }
   int64_t first_column(int64_t panel) const { return first(panel) * kUnit; }
-  int64_t columns_of(int64_t panel) const {
-    return std::min(first(panel + 1) * kUnit, columns) - first_column(panel);
-  }
+  int64_t columns_of(int64_t panel) const { return std::min(first(panel + 1) * kUnit, columns) - first_column(panel); }
 };
 
 // A matrix of `rows` rows, its panels one after the other from panel `begin` on.
@@ -80,34 +78,38 @@ class Pass {
   void pack(const float* x, int threads) const {
     if (as_is_) return;
     const Packed<float> to{panels_, 0, delta_.n, copy_[0]};
-    parallel_for(blocks_, threads, [] { return 0; }, [&](int64_t b, int) {
-      for (int64_t p = 0; p < panels_.count; ++p) {
-        const int64_t columns = panels_.columns_of(p), padded = panels_.units_of(p) * kUnit;
-        for (int64_t row = b * kGramColumns; row < b * kGramColumns + width_of(b); ++row) {
-          std::copy_n(x + row * panels_.columns + panels_.first_column(p), columns, to.at(p, row));
-          std::fill(to.at(p, row) + columns, to.at(p, row) + padded, 0.0f);
-        }
-      }
-    });
+    parallel_for(
+        blocks_, threads, [] { return 0; },
+        [&](int64_t b, int) {
+          for (int64_t p = 0; p < panels_.count; ++p) {
+            const int64_t columns = panels_.columns_of(p), padded = panels_.units_of(p) * kUnit;
+            for (int64_t row = b * kGramColumns; row < b * kGramColumns + width_of(b); ++row) {
+              std::copy_n(x + row * panels_.columns + panels_.first_column(p), columns, to.at(p, row));
+              std::fill(to.at(p, row) + columns, to.at(p, row) + padded, 0.0f);
+            }
+          }
+        });
   }
 
   void run(const GramProductResult& result, int threads) const {
     const int64_t row_panels = ceil_div(delta_.m, kGramRows), parts = parts_for(row_panels, kMostParts, kFewestPanels);
     Turns turns;
-    parallel_for(slices_ * parts, threads, [&] { return make_buffers(); }, [&](int64_t, PassBuffers& buffers) {
-      const int64_t task = turns.begin(), slice = task / parts, part = task % parts;
-      const int64_t first = panels_.count * slice / slices_, last = panels_.count * (slice + 1) / slices_;
-      const int64_t begin = row_panels * part / parts, end = row_panels * (part + 1) / parts;
-      double squares = 0.0;
-      for (int64_t panel = begin; panel < end; ++panel) {
-        squares += add_images(panel * kGramRows, first, last, buffers, result.y);
-        add_preimages(panel * kGramRows, first, last, panel == begin, buffers);
-      }
-      turns.when_due(task, [&] {
-        if (slice == 0) *result.energy += squares;
-        add_to(result.z, first, last, part == 0, buffers);
-      });
-    });
+    parallel_for(
+        slices_ * parts, threads, [&] { return make_buffers(); },
+        [&](int64_t, PassBuffers& buffers) {
+          const int64_t task = turns.begin(), slice = task / parts, part = task % parts;
+          const int64_t first = panels_.count * slice / slices_, last = panels_.count * (slice + 1) / slices_;
+          const int64_t begin = row_panels * part / parts, end = row_panels * (part + 1) / parts;
+          double squares = 0.0;
+          for (int64_t panel = begin; panel < end; ++panel) {
+            squares += add_images(panel * kGramRows, first, last, buffers, result.y);
+            add_preimages(panel * kGramRows, first, last, panel == begin, buffers);
+          }
+          turns.when_due(task, [&] {
+            if (slice == 0) *result.energy += squares;
+            add_to(result.z, first, last, part == 0, buffers);
+          });
+        });
   }
 
  private:
@@ -115,7 +117,9 @@ class Pass {
     return static_cast<int>(std::min<int64_t>(kGramColumns, delta_.n - block * kGramColumns));
   }
   int height_of(int64_t row) const { return static_cast<int>(std::min<int64_t>(kGramRows, delta_.m - row)); }
-  Packed<float> image(int64_t first, const PassBuffers& buffers) const { return {panels_, first, kGramRows, buffers.y}; }
+  Packed<float> image(int64_t first, const PassBuffers& buffers) const {
+    return {panels_, first, kGramRows, buffers.y};
+  }
   Packed<float> sums(int64_t first, const PassBuffers& buffers) const {
     return {panels_, first, blocks_ * kGramColumns, buffers.z};
   }

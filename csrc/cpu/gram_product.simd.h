@@ -35,7 +35,10 @@ struct UnitRow {
 // Rows of a tile: narrower tiles have more, so that loads stay few against products. All of them divide kGramRows and
 // kGramColumns.
 template <int kUnits>
-constexpr int kUnitRows = kMostUnits == 6 ? (kUnits <= 2 ? 24 : kUnits <= 4 ? 12 : 8) : kMostUnits / kUnits * 6;
+constexpr int kUnitRows = kMostUnits == 6 ? (kUnits <= 2   ? 24
+                                             : kUnits <= 4 ? 12
+                                                           : 8)
+                                          : kMostUnits / kUnits * 6;
 
 // Walks over the next block of Δ and prefetches its cache lines: down all rows, then on to the right.
 // Spread over the products before it, these requests overlap with them; all at once they would wait for memory.

@@ -36,10 +36,11 @@ void multiply_group(const Group& group, double* grams, int threads) {
   const int64_t pairs = int64_t(n_experts) * (n_experts + 1) / 2;
   const std::vector<Chunk> chunks = chunks_of(group);
   std::vector<double> partial(chunks.size() * pairs);
-  parallel_for(static_cast<int64_t>(chunks.size()), threads, [&] { return ProductBlocks<C>(n_experts, pairs); },
-               [&](int64_t i, ProductBlocks<C>& memory) {
-                 multiply_chunk(group, chunks[i], memory, partial.data() + i * pairs, pairs);
-               });
+  parallel_for(
+      static_cast<int64_t>(chunks.size()), threads, [&] { return ProductBlocks<C>(n_experts, pairs); },
+      [&](int64_t i, ProductBlocks<C>& memory) {
+        multiply_chunk(group, chunks[i], memory, partial.data() + i * pairs, pairs);
+      });
   for (size_t i = 0; i < chunks.size(); ++i) {
     const double* sum = partial.data() + i * pairs;
     double* gram = grams + chunks[i].row * n_experts * n_experts;

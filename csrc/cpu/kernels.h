@@ -24,7 +24,7 @@ constexpr int kPad = 4 * kLanes;  // blocks are filled up with zeros to a multip
 constexpr int kHistogramCopies = 8;
 constexpr int64_t kChunk = 65536;  // elements a task works on
 
-constexpr int kMostAtOnce = 16;    // experts that aggregate_bf16 takes
+constexpr int kMostAtOnce = 16;  // experts that aggregate_bf16 takes
 
 // Of products with Δ (gemm.simd.h):
 constexpr int kDepth = 256;        // products that are added up before their sum is added to the output
@@ -247,9 +247,13 @@ struct Kernels {
   const BlockKernels<C>& of() const;
 };
 template <>
-inline const BlockKernels<float>& Kernels::of<float>() const { return f32; }
+inline const BlockKernels<float>& Kernels::of<float>() const {
+  return f32;
+}
 template <>
-inline const BlockKernels<double>& Kernels::of<double>() const { return f64; }
+inline const BlockKernels<double>& Kernels::of<double>() const {
+  return f64;
+}
 
 // The kernels in use: the best this processor runs, unless `use_isa` chose another.
 const Kernels& kernels();

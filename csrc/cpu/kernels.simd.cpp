@@ -30,21 +30,21 @@ namespace resm::cpu::RESM_ISA {
 
 template <class C>
 constexpr BlockKernels<C> block_kernels() {
-  return {load<C>,      store<C>,     count_nonfinite<C>, moments<C>,    outliers<C>,       histogram<C>,
-          bracket<C>,   aggregate<C>, add_update<C>,      add_scaled<C>, inner_products<C>, kept_sums<C>,
-          keys<C>,      count_cells<C>, count_keys<C>,    variance<C>,   split_values<C>};
+  return {load<C>,    store<C>,       count_nonfinite<C>, moments<C>,    outliers<C>,       histogram<C>,
+          bracket<C>, aggregate<C>,   add_update<C>,      add_scaled<C>, inner_products<C>, kept_sums<C>,
+          keys<C>,    count_cells<C>, count_keys<C>,      variance<C>,   split_values<C>};
 }
 
 extern const Kernels table;
-const Kernels table = {RESM_ISA_NAME,
-                       block_kernels<float>(),
-                       moments_bf16,
-                       outliers_bf16,
-                       aggregate_bf16,
-                       block_kernels<double>(),
-                       {delta_tile, random_rows, add_projection, add_image, add_preimage,
-                        block_energy, widen_panel, add_panel_gram},
-                       {random_bits, random_words, keep_by_range},
-                       eigen::eigen_kernels()};
+const Kernels table = {
+    RESM_ISA_NAME,
+    block_kernels<float>(),
+    moments_bf16,
+    outliers_bf16,
+    aggregate_bf16,
+    block_kernels<double>(),
+    {delta_tile, random_rows, add_projection, add_image, add_preimage, block_energy, widen_panel, add_panel_gram},
+    {random_bits, random_words, keep_by_range},
+    eigen::eigen_kernels()};
 
 }  // namespace resm::cpu::RESM_ISA

@@ -208,7 +208,8 @@ struct Lanes<float> {
     const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
     const __m512i up = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
     const __m512i quiet = _mm512_or_si512(high, _mm512_set1_epi32(0x40));
-    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
+    const __m512i rounded =
+        _mm512_mask_mov_epi32(_mm512_srli_epi32(up, 16), _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), quiet);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded));
   }
   RESM_HD bool all_finite() const {
@@ -224,8 +225,7 @@ struct Lanes<float> {
   RESM_HD void count_zero(Counts& n) const { n.add(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_EQ_OQ)); }
   RESM_HD void count_at_most(const Lanes& o, Counts& n) const { n.add(_mm512_cmp_ps_mask(v, o.v, _CMP_LE_OQ)); }
   RESM_HD void add_outside(const Lanes& low, const Lanes& high, Counts& n, Lanes& sum) const {
-    const __mmask16 outside =
-        _mm512_cmp_ps_mask(v, low.v, _CMP_LT_OQ) | _mm512_cmp_ps_mask(v, high.v, _CMP_GT_OQ);
+    const __mmask16 outside = _mm512_cmp_ps_mask(v, low.v, _CMP_LT_OQ) | _mm512_cmp_ps_mask(v, high.v, _CMP_GT_OQ);
     n.add(outside);
     sum.v = _mm512_mask_add_ps(sum.v, outside, sum.v, magnitude().v);
   }
@@ -330,8 +330,8 @@ struct Lanes<float> {
   RESM_HD bool all_finite() const {
     const __m256 most = _mm256_set1_ps(__FLT_MAX__);
     const Lanes size = magnitude();
-    return _mm256_movemask_ps(_mm256_and_ps(_mm256_cmp_ps(size.a, most, _CMP_LE_OQ),
-                                            _mm256_cmp_ps(size.b, most, _CMP_LE_OQ))) == 0xff;
+    return _mm256_movemask_ps(
+               _mm256_and_ps(_mm256_cmp_ps(size.a, most, _CMP_LE_OQ), _mm256_cmp_ps(size.b, most, _CMP_LE_OQ))) == 0xff;
   }
   RESM_HD bool all_zero_or_within(float low, float high) const {
     const auto holds = [&](__m256 x) {

@@ -4,9 +4,9 @@
 namespace resm::cpu {
 namespace {
 
-constexpr int kRowGroup = 192;            // rows whose sums stay in the cache while the depth is gone through
-constexpr int64_t kTaskRows = 1024;       // of a task: for so many a span of R is packed once
-constexpr int kSpanPanels = 4;            // panels of a span
+constexpr int kRowGroup = 192;       // rows whose sums stay in the cache while the depth is gone through
+constexpr int64_t kTaskRows = 1024;  // of a task: for so many a span of R is packed once
+constexpr int kSpanPanels = 4;       // panels of a span
 
 template <class T>
 class Update {
@@ -18,15 +18,16 @@ class Update {
   void run(int threads) const {
     // How outputs are shared out changes no bit: each adds up its buffers products, in order.
     const int64_t row_tasks = ceil_div(u_.m, kTaskRows);
-    parallel_for(row_tasks * ceil_div(u_.n, kSpan), threads, [&] { return UpdateBuffers(depths_); },
-                 [&](int64_t task, UpdateBuffers& buffers) {
-                   const int64_t column = task / row_tasks * kSpan, row = task % row_tasks * kTaskRows;
-                   const int columns = static_cast<int>(std::min<int64_t>(kSpan, u_.n - column));
-                   pack_right(column, columns, buffers.right[0]);
-                   for (int64_t r = row; r < std::min(row + kTaskRows, u_.m); r += kRowGroup)
-                     add_group(r, static_cast<int>(std::min<int64_t>(kRowGroup, std::min(row + kTaskRows, u_.m) - r)),
-                               column, columns, buffers);
-                 });
+    parallel_for(
+        row_tasks * ceil_div(u_.n, kSpan), threads, [&] { return UpdateBuffers(depths_); },
+        [&](int64_t task, UpdateBuffers& buffers) {
+          const int64_t column = task / row_tasks * kSpan, row = task % row_tasks * kTaskRows;
+          const int columns = static_cast<int>(std::min<int64_t>(kSpan, u_.n - column));
+          pack_right(column, columns, buffers.right[0]);
+          for (int64_t r = row; r < std::min(row + kTaskRows, u_.m); r += kRowGroup)
+            add_group(r, static_cast<int>(std::min<int64_t>(kRowGroup, std::min(row + kTaskRows, u_.m) - r)), column,
+                      columns, buffers);
+        });
   }
 
  private:

@@ -121,13 +121,14 @@ class Selection {
                    for (int i = 0; i < n; ++i) samples[t][run * kRunLength + i] = key_of(C(expert[i] - base[i]));
                  });
     };
-    parallel_for(ceil_div(runs, kRunsAtOnce), threads_, [] { return SelectionBlocks<C>(); },
-                 [&](int64_t task, SelectionBlocks<C>& memory) {
-                   const int64_t last = std::min(runs, (task + 1) * kRunsAtOnce);
-                   for (int64_t run = task * kRunsAtOnce; run < last; ++run) take(run, memory);
-                 });
-    parallel_for(n_experts_, threads_, [] { return 0; },
-                 [&](int64_t t, int) { narrow(samples[t], static_cast<int>(t)); });
+    parallel_for(
+        ceil_div(runs, kRunsAtOnce), threads_, [] { return SelectionBlocks<C>(); },
+        [&](int64_t task, SelectionBlocks<C>& memory) {
+          const int64_t last = std::min(runs, (task + 1) * kRunsAtOnce);
+          for (int64_t run = task * kRunsAtOnce; run < last; ++run) take(run, memory);
+        });
+    parallel_for(
+        n_experts_, threads_, [] { return 0; }, [&](int64_t t, int) { narrow(samples[t], static_cast<int>(t)); });
   }
 
   // Four standard deviations of the sampled rank on either side; past the sample's ends the bracket stays open.
@@ -143,19 +144,19 @@ class Selection {
 
   void pass() {
     const int64_t limit = std::max<int64_t>(numel_ / kMostCandidates, kMostRuns * kRunLength);
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return SelectionBlocks<C>(); },
-                 [&](int64_t i, SelectionBlocks<C>& memory) {
-                   std::vector<Tally<C>> chunk_tallies(n_experts_);
-                   for_deltas(chunks_[i], 0, n_experts_, memory, [&](int t, const C* base, const C* expert, int n) {
-                     Tally<C>& tally = chunk_tallies[t];
-                     const int between = kernels().of<C>().bracket(base, expert, n, tallies_[t].low, tallies_[t].high,
-                                                                   memory.between.data(), tally.counts);
-                     tally.between.insert(tally.between.end(), memory.between.begin(),
-                                          memory.between.begin() + between);
-                   });
-                   const std::lock_guard<std::mutex> lock(adding_);
-                   for (int t = 0; t < n_experts_; ++t) add(chunk_tallies[t], tallies_[t], limit);
-                 });
+    parallel_for(
+        static_cast<int64_t>(chunks_.size()), threads_, [] { return SelectionBlocks<C>(); },
+        [&](int64_t i, SelectionBlocks<C>& memory) {
+          std::vector<Tally<C>> chunk_tallies(n_experts_);
+          for_deltas(chunks_[i], 0, n_experts_, memory, [&](int t, const C* base, const C* expert, int n) {
+            Tally<C>& tally = chunk_tallies[t];
+            const int between = kernels().of<C>().bracket(base, expert, n, tallies_[t].low, tallies_[t].high,
+                                                          memory.between.data(), tally.counts);
+            tally.between.insert(tally.between.end(), memory.between.begin(), memory.between.begin() + between);
+          });
+          const std::lock_guard<std::mutex> lock(adding_);
+          for (int t = 0; t < n_experts_; ++t) add(chunk_tallies[t], tallies_[t], limit);
+        });
   }
 
   static void add(const Tally<C>& chunk_tally, Tally<C>& into, int64_t limit) {
@@ -185,18 +186,19 @@ class Selection {
   Key<C> select_from_all(int t) {
     return radix_select<C>(k_[t], [&](int shift, int bits, Key<C> prefix, std::vector<int64_t>& histogram) {
       const Key<C> mask = (Key<C>(1) << bits) - 1;
-      parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [] { return SelectionBlocks<C>(); },
-                   [&](int64_t i, SelectionBlocks<C>& memory) {
-                     std::vector<int32_t> counts(histogram.size(), 0);
-                     for_deltas(chunks_[i], t, t + 1, memory, [&](int, const C* base, const C* expert, int n) {
-                       for (int j = 0; j < n; ++j) {
-                         const Key<C> key = key_of(C(expert[j] - base[j]));
-                         if (has_prefix<C>(key, prefix, shift, bits)) ++counts[(key >> shift) & mask];
-                       }
-                     });
-                     const std::lock_guard<std::mutex> lock(adding_);
-                     for (size_t d = 0; d < counts.size(); ++d) histogram[d] += counts[d];
-                   });
+      parallel_for(
+          static_cast<int64_t>(chunks_.size()), threads_, [] { return SelectionBlocks<C>(); },
+          [&](int64_t i, SelectionBlocks<C>& memory) {
+            std::vector<int32_t> counts(histogram.size(), 0);
+            for_deltas(chunks_[i], t, t + 1, memory, [&](int, const C* base, const C* expert, int n) {
+              for (int j = 0; j < n; ++j) {
+                const Key<C> key = key_of(C(expert[j] - base[j]));
+                if (has_prefix<C>(key, prefix, shift, bits)) ++counts[(key >> shift) & mask];
+              }
+            });
+            const std::lock_guard<std::mutex> lock(adding_);
+            for (size_t d = 0; d < counts.size(); ++d) histogram[d] += counts[d];
+          });
     });
   }
 

@@ -23,34 +23,35 @@ void project(const DeltaMatrix& delta, const float* q, int64_t l, float* b, int 
   const int64_t task = std::clamp(panels / (4 * threads) * kPanel, int64_t(kPanel), int64_t(kSpan));
   for (int64_t start = 0; start < delta.m; start += span) {
     const int64_t height = std::min(span, delta.m - start);
-    parallel_for(ceil_div(height, kDepth), threads, [] { return 0; },
-                 [&](int64_t i, int) {
-                   for (int64_t row = i * kDepth; row < std::min((i + 1) * kDepth, height); ++row)
-                     for (int64_t c = 0; c < l; c += kStripRows)
-                       std::copy_n(q + (start + row) * l + c, std::min<int64_t>(kStripRows, l - c),
-                                   strip_at(c / kStripRows, row));
-                 });
-    parallel_for(ceil_div(delta.n, task), threads,
-                 [] {
-                   Blocks<float> block(blocks_for(kDepth * kSpan));
-                   std::fill(block[0], block[0] + kDepth * kSpan, 0.0f);
-                   return block;
-                 },
-                 [&](int64_t t, Blocks<float>& block) {
-                   const int64_t begin = t * task;
-                   const int columns = static_cast<int>(std::min(task, delta.n - begin));
-                   for (int64_t at = 0; at < height; at += kDepth) {
-                     const int depth = static_cast<int>(std::min<int64_t>(kDepth, height - at));
-                     k.delta_tile({delta.base, delta.expert, (start + at) * delta.n + begin, delta.n, depth, columns},
-                                  block[0], kSpan);
-                     for (int c = 0; c < columns; c += kPanel)
-                       for (int64_t s = 0; s < strips; ++s)
-                         k.add_projection(strip_at(s, at),
-                                          static_cast<int>(std::min<int64_t>(kStripRows, l - s * kStripRows)),
-                                          block[0] + c, std::min(kPanel, columns - c), depth,
-                                          b + s * kStripRows * delta.n + begin + c, delta.n);
-                   }
-                 });
+    parallel_for(
+        ceil_div(height, kDepth), threads, [] { return 0; },
+        [&](int64_t i, int) {
+          for (int64_t row = i * kDepth; row < std::min((i + 1) * kDepth, height); ++row)
+            for (int64_t c = 0; c < l; c += kStripRows)
+              std::copy_n(q + (start + row) * l + c, std::min<int64_t>(kStripRows, l - c),
+                          strip_at(c / kStripRows, row));
+        });
+    parallel_for(
+        ceil_div(delta.n, task), threads,
+        [] {
+          Blocks<float> block(blocks_for(kDepth * kSpan));
+          std::fill(block[0], block[0] + kDepth * kSpan, 0.0f);
+          return block;
+        },
+        [&](int64_t t, Blocks<float>& block) {
+          const int64_t begin = t * task;
+          const int columns = static_cast<int>(std::min(task, delta.n - begin));
+          for (int64_t at = 0; at < height; at += kDepth) {
+            const int depth = static_cast<int>(std::min<int64_t>(kDepth, height - at));
+            k.delta_tile({delta.base, delta.expert, (start + at) * delta.n + begin, delta.n, depth, columns}, block[0],
+                         kSpan);
+            for (int c = 0; c < columns; c += kPanel)
+              for (int64_t s = 0; s < strips; ++s)
+                k.add_projection(strip_at(s, at), static_cast<int>(std::min<int64_t>(kStripRows, l - s * kStripRows)),
+                                 block[0] + c, std::min(kPanel, columns - c), depth,
+                                 b + s * kStripRows * delta.n + begin + c, delta.n);
+          }
+        });
   }
 }
 

@@ -142,11 +142,13 @@ void keep_by_rank(const Group& group, const std::vector<int>& ranked, const Rand
 void keep_uniformly(int64_t length, int t, const RandomMaskOptions& options, uint8_t* mask, int threads) {
   const int64_t runs = ceil_div(length, kRun);
   const uint64_t limit = options.laws[t].limit(0);
-  parallel_for(ceil_div(runs, kRunsAtOnce), threads, [] { return 0; }, [&](int64_t task, int) {
-    const int64_t first = task * kRunsAtOnce, count = std::min(kRunsAtOnce, runs - first);
-    kernels().masks.random_bits(options.seed, static_cast<uint32_t>(t), first, count, limit,
-                                mask + first * kRunBytes);
-  });
+  parallel_for(
+      ceil_div(runs, kRunsAtOnce), threads, [] { return 0; },
+      [&](int64_t task, int) {
+        const int64_t first = task * kRunsAtOnce, count = std::min(kRunsAtOnce, runs - first);
+        kernels().masks.random_bits(options.seed, static_cast<uint32_t>(t), first, count, limit,
+                                    mask + first * kRunBytes);
+      });
   // Bits past the tensor are 0.
   for (int64_t i = length; i < runs * kRun; ++i) mask[i / 8] = static_cast<uint8_t>(mask[i / 8] & ~(1u << i % 8));
 }

@@ -53,9 +53,8 @@ void random_words(uint64_t seed, uint32_t expert, int64_t first_run, int64_t run
   });
 }
 
-int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restrict words, int64_t n,
-                      int cells_of_range, const RankLimits& limits, uint8_t* __restrict bits,
-                      uint32_t* __restrict open) {
+int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restrict words, int64_t n, int cells_of_range,
+                      const RankLimits& limits, uint8_t* __restrict bits, uint32_t* __restrict open) {
   const int shift = __builtin_ctz(static_cast<unsigned>(cells_of_range));
   int64_t n_open = 0, begin = 0;
 #if defined(__AVX512F__)

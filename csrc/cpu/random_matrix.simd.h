@@ -48,8 +48,7 @@ RESM_HD Words operator^(Words x, uint32_t key) { return x ^ Words::all(key); }
 
 RESM_HD __m256i ones_of(Words first, Words second) {
   const __m256i bits = _mm256_blend_epi32(first.v, _mm256_slli_epi64(second.v, 32), 0xaa);
-  const __m256i counts =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  const __m256i counts = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
   const __m256i nibble = _mm256_set1_epi8(15);
   const __m256i low = _mm256_shuffle_epi8(counts, _mm256_and_si256(bits, nibble));
   const __m256i high = _mm256_shuffle_epi8(counts, _mm256_and_si256(_mm256_srli_epi64(bits, 4), nibble));

@@ -8,9 +8,9 @@
 
 namespace resm::cpu {
 
-constexpr int kRunLength = 8;      // neighbours in a run of the sample: they come with the same cache line
-constexpr int kMostRuns = 4096;    // runs of a sample; tensors with no more elements than that are not sampled
-constexpr int kRunsAtOnce = 128;   // runs that a task takes
+constexpr int kRunLength = 8;     // neighbours in a run of the sample: they come with the same cache line
+constexpr int kMostRuns = 4096;   // runs of a sample; tensors with no more elements than that are not sampled
+constexpr int kRunsAtOnce = 128;  // runs that a task takes
 
 // Smaller tensors get fewer runs: there, a wider bracket leaves fewer elements to look at than the sample would have.
 inline int64_t sample_runs(int64_t numel) { return std::clamp<int64_t>(numel >> 10, kMostRuns / 16, kMostRuns); }

@@ -20,9 +20,9 @@ namespace {
 
 template <class T>
 constexpr double kOrthogonal = sizeof(T) == 4 ? 1e-8 : 2e-14;  // pairs bounded by this are left as they are
-constexpr double kDependent = 1e-4;    // of a vector's squared norm: with less than this left over it is replaced
-constexpr double kResidual = 2e-13;    // the largest ‖Tz - λz‖/‖T‖ let through
-constexpr double kChanged = 0.1;       // scalar products above this ask for another pass
+constexpr double kDependent = 1e-4;  // of a vector's squared norm: with less than this left over it is replaced
+constexpr double kResidual = 2e-13;  // the largest ‖Tz - λz‖/‖T‖ let through
+constexpr double kChanged = 0.1;     // scalar products above this ask for another pass
 constexpr int kPasses = 8;
 // Matrices are scaled to 1, or up by as much as the scale's own range allows.
 template <class T>
@@ -38,7 +38,7 @@ Buffer<T> allocate(int64_t n) {
   return Buffer<T>(static_cast<T*>(::operator new(std::max<int64_t>(n, 1) * sizeof(T), std::align_val_t(64))));
 }
 
-struct Strip {  // of kStrip pairs, the last one of fewer
+struct Strip {         // of kStrip pairs, the last one of fewer
   int64_t begin, end;  // rows its vectors may differ from zero in, multiples of 8
   double residual;
   double* z;

@@ -26,9 +26,13 @@ struct Tridiagonal {
 };
 
 template <class T>
-RESM_HD int64_t tiles_in(int64_t n) { return (n + kTile<T> - 1) / kTile<T>; }
+RESM_HD int64_t tiles_in(int64_t n) {
+  return (n + kTile<T> - 1) / kTile<T>;
+}
 template <class T>
-RESM_HD int64_t padded(int64_t n) { return tiles_in<T>(n) * kTile<T>; }
+RESM_HD int64_t padded(int64_t n) {
+  return tiles_in<T>(n) * kTile<T>;
+}
 template <class T>
 RESM_HD int64_t tile_offset(int64_t panel, int64_t panels) {
   return kTile<T> * kTile<T> * (panel * panels - panel * (panel - 1) / 2);
@@ -44,9 +48,11 @@ RESM_HD int64_t reflectors_size(int64_t n) {
 // g·kGroup + kTile·q + r and W's kTile·kReflectors later. One spare line a group keeps the groups out of each other's
 // cache sets.
 template <class T>
-constexpr int64_t kGroup = kTile<T>*(2 * kReflectors + 1);
+constexpr int64_t kGroup = kTile<T> * (2 * kReflectors + 1);
 template <class T>
-RESM_HD int64_t tridiagonalize_scratch(int64_t n) { return tiles_in<T>(n) * (kGroup<T> + 2 * kTile<T>); }
+RESM_HD int64_t tridiagonalize_scratch(int64_t n) {
+  return tiles_in<T>(n) * (kGroup<T> + 2 * kTile<T>);
+}
 
 template <class T>
 struct ReductionKernels {
@@ -77,8 +83,12 @@ struct EigenKernels {
   const ReductionKernels<T>& of() const;
 };
 template <>
-inline const ReductionKernels<float>& EigenKernels::of<float>() const { return f32; }
+inline const ReductionKernels<float>& EigenKernels::of<float>() const {
+  return f32;
+}
 template <>
-inline const ReductionKernels<double>& EigenKernels::of<double>() const { return f64; }
+inline const ReductionKernels<double>& EigenKernels::of<double>() const {
+  return f64;
+}
 
 }  // namespace resm::cpu

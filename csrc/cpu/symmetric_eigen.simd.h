@@ -159,11 +159,19 @@ void multiply_strip(const double* factor, int64_t n, double* a) {
 }
 
 template <class T>
-constexpr ReductionKernels<T> reduction_kernels() { return {pack<T>, tridiagonalize<T>, back_transform<T>}; }
+constexpr ReductionKernels<T> reduction_kernels() {
+  return {pack<T>, tridiagonalize<T>, back_transform<T>};
+}
 
 constexpr EigenKernels eigen_kernels() {
-  return {reduction_kernels<float>(), reduction_kernels<double>(), count_below, twisted_vectors, residuals, gram,
-          subtract, multiply_strip};
+  return {reduction_kernels<float>(),
+          reduction_kernels<double>(),
+          count_below,
+          twisted_vectors,
+          residuals,
+          gram,
+          subtract,
+          multiply_strip};
 }
 
 }  // namespace resm::cpu::RESM_ISA::eigen

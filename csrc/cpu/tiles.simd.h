@@ -14,31 +14,47 @@ template <class T>
 struct VectorOf;
 #if defined(__AVX512F__)
 template <>
-struct VectorOf<float> { using Type = __m512; };
+struct VectorOf<float> {
+  using Type = __m512;
+};
 template <>
-struct VectorOf<double> { using Type = __m512d; };
+struct VectorOf<double> {
+  using Type = __m512d;
+};
 RESM_HD __m512 fma(__m512 a, __m512 b, __m512 c) { return _mm512_fmadd_ps(a, b, c); }
 RESM_HD __m512 fnma(__m512 a, __m512 b, __m512 c) { return _mm512_fnmadd_ps(a, b, c); }
 RESM_HD __m512d fma(__m512d a, __m512d b, __m512d c) { return _mm512_fmadd_pd(a, b, c); }
 RESM_HD __m512d fnma(__m512d a, __m512d b, __m512d c) { return _mm512_fnmadd_pd(a, b, c); }
 #elif defined(__AVX2__)
 template <>
-struct VectorOf<float> { using Type = __m256; };
+struct VectorOf<float> {
+  using Type = __m256;
+};
 template <>
-struct VectorOf<double> { using Type = __m256d; };
+struct VectorOf<double> {
+  using Type = __m256d;
+};
 RESM_HD __m256 fma(__m256 a, __m256 b, __m256 c) { return _mm256_fmadd_ps(a, b, c); }
 RESM_HD __m256 fnma(__m256 a, __m256 b, __m256 c) { return _mm256_fnmadd_ps(a, b, c); }
 RESM_HD __m256d fma(__m256d a, __m256d b, __m256d c) { return _mm256_fmadd_pd(a, b, c); }
 RESM_HD __m256d fnma(__m256d a, __m256d b, __m256d c) { return _mm256_fnmadd_pd(a, b, c); }
 #else
 template <>
-struct VectorOf<float> { typedef float Type __attribute__((vector_size(16))); };
+struct VectorOf<float> {
+  typedef float Type __attribute__((vector_size(16)));
+};
 template <>
-struct VectorOf<double> { typedef double Type __attribute__((vector_size(16))); };
+struct VectorOf<double> {
+  typedef double Type __attribute__((vector_size(16)));
+};
 template <class V>
-RESM_HD V fma(V a, V b, V c) { return a * b + c; }
+RESM_HD V fma(V a, V b, V c) {
+  return a * b + c;
+}
 template <class V>
-RESM_HD V fnma(V a, V b, V c) { return c - a * b; }
+RESM_HD V fnma(V a, V b, V c) {
+  return c - a * b;
+}
 #endif
 
 template <class T>
@@ -54,7 +70,9 @@ RESM_HD Vector<T> load(const T* p) {
   return v;
 }
 template <class T>
-RESM_HD void store(T* p, Vector<T> v) { memcpy(p, &v, sizeof v); }
+RESM_HD void store(T* p, Vector<T> v) {
+  memcpy(p, &v, sizeof v);
+}
 RESM_HD Vector<float> all(float x) { return x - Vector<float>{}; }
 RESM_HD Vector<double> all(double x) { return x - Vector<double>{}; }
 // v, as a register holds it: GCC otherwise reads it from memory again for its second use.
@@ -144,7 +162,7 @@ enum class Store { set, add, subtract };
 // What is added was added up before.
 template <class T, Store how, int groups, int C0 = 0>
 RESM_HD void multiply_into(int64_t depth, Left<T> left, Right<T> right, Result<T> into, Left<T> left2 = {},
-                     Right<T> right2 = {}) {
+                           Right<T> right2 = {}) {
   constexpr int all_columns = groups * kPerTile, n = all_columns - C0 < 3 ? all_columns - C0 : 3;
   for (int r0 = 0; r0 < kTile<T>; r0 += kRows) {
     Vector<T> acc[kRows][n];

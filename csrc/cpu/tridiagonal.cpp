@@ -37,11 +37,9 @@ Spectrum::Spectrum(const EigenKernels& kernels, int64_t n, const double* diagona
   for (int64_t b = 0; b < static_cast<int64_t>(blocks_.size()); ++b) bisect(b, from);
   std::vector<int64_t> order(pairs_.size());
   for (size_t i = 0; i < order.size(); ++i) order[i] = i;
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int64_t a, int64_t b) { return pairs_[a].value > pairs_[b].value; });
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return pairs_[a].value > pairs_[b].value; });
   for (size_t i = 0; i < order.size(); ++i) pairs_[order[i]].rank = i;
-  pairs_.erase(std::remove_if(pairs_.begin(), pairs_.end(), [&](const Pair& p) { return p.rank >= k; }),
-               pairs_.end());
+  pairs_.erase(std::remove_if(pairs_.begin(), pairs_.end(), [&](const Pair& p) { return p.rank >= k; }), pairs_.end());
 }
 
 void Spectrum::count_below(const Block& block, const double* x, double* below) const {

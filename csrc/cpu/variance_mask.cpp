@@ -16,7 +16,7 @@
 namespace resm::cpu {
 namespace {
 
-constexpr int64_t kMostCandidates = 8;             // give the bracket up when more than 1/8 of a tensor lies inside
+constexpr int64_t kMostCandidates = 8;  // give the bracket up when more than 1/8 of a tensor lies inside
 
 int64_t rank_of(int64_t nonzero, double density) {
   return static_cast<int64_t>(static_cast<double>(nonzero) * density);
@@ -55,8 +55,9 @@ class VarianceSelection {
   Blocks<C> make_blocks() const { return Blocks<C>(group_.n_experts() + 2); }  // base, variances, then the experts
 
   void for_chunks(const std::function<void(const Chunk&, const Blocks<C>&)>& visit) const {
-    parallel_for(static_cast<int64_t>(chunks_.size()), threads_, [&] { return make_blocks(); },
-                 [&](int64_t i, Blocks<C>& blocks) { visit(chunks_[i], blocks); });
+    parallel_for(
+        static_cast<int64_t>(chunks_.size()), threads_, [&] { return make_blocks(); },
+        [&](int64_t i, Blocks<C>& blocks) { visit(chunks_[i], blocks); });
   }
 
   // Four standard deviations of the sampled rank on either side; past the sample's ends the bracket stays open.
@@ -114,7 +115,8 @@ class VarianceSelection {
                      [](const Candidate& a, const Candidate& b) { return a.value > b.value; });
     const C threshold = kth->value;
     for (const Candidate& candidate : all.candidates)
-      if (candidate.value >= threshold) mask_[candidate.position / 8] |= static_cast<uint8_t>(1u << candidate.position % 8);
+      if (candidate.value >= threshold)
+        mask_[candidate.position / 8] |= static_cast<uint8_t>(1u << candidate.position % 8);
     return true;
   }
 
@@ -123,8 +125,7 @@ class VarianceSelection {
     C* const variances = memory.get();
     std::atomic<int64_t> nonzero{0};
     for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
-      for_blocks(chunk,
-                 [&](int64_t begin, int n) { nonzero += variance_at(begin, n, blocks, variances + begin); });
+      for_blocks(chunk, [&](int64_t begin, int n) { nonzero += variance_at(begin, n, blocks, variances + begin); });
     });
     const int64_t k = rank_of(nonzero.load(), density_);
     const DType dtype = sizeof(C) == 4 ? DType::f32 : DType::f64;

@@ -78,7 +78,7 @@ RESM_DEVICE void store_one(const Array& to, int64_t i, C value) {
 }
 
 // kVector elements of fp32 or a half type as they come from memory, from an address that is a multiple of 16. `widen`
-// is a step of its own, so that several reads can be in flight before the first is waited for.
+// is a separate step, so that several reads can be in flight before the first is waited for.
 template <int kBytes>
 struct Raw {
   uint4 words[kBytes * kVector / 16];
@@ -117,7 +117,7 @@ RESM_DEVICE void load(const Array& from, int64_t i, C (&values)[kCount]) {
     widen(read_vector<2>(from, i), from.dtype, values);
 }
 
-// The reverse of `load`, rounded once. `to` need not have the dtype of what was loaded.
+// The reverse of `load`, rounded once. `to` need not have the dtype of the array that was loaded.
 template <class C, int kCount>
 RESM_DEVICE void store(const Array& to, int64_t i, const C (&values)[kCount]) {
   if constexpr (kCount == 1) {

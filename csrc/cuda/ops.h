@@ -44,7 +44,7 @@ struct Thresholds {
 };
 
 struct AggregateOptions {
-  const double *factors, *divisors;  // (T,): of the deltas; what a normalised merge divides by, added up
+  const double *factors, *divisors;  // (T,): of the deltas; the terms of a normalised merge's divisor
   Thresholds thresholds;
   double scale, min_divisor;
   Rule rule;

@@ -14,13 +14,13 @@ constexpr int kParts = kRunCounters / kCounters;  // threads that share a run
 constexpr int kPartBytes = kRunBytes / kParts;    // of a mask that a thread makes at a time
 constexpr int kWords = 4;                         // of a counter
 constexpr int kWordBytes = kRunCounters / 8;      // of a mask, for one word of a run's counters
-constexpr int64_t kBlockParts = 512;              // that a block makes
+constexpr int kThreads = 256;                     // of a block, each of which makes one part of a mask
 static_assert(kCounters == 8 && kPartBytes == kWords, "a thread makes one byte of each word");
 
 // Rank: the type of the doubled ranks; void where one limit holds for all elements.
 template <class Rank>
 struct Draw {
-  static constexpr int kThreads = 256, kResident = 4;
+  static constexpr int kThreads = cuda::kThreads, kResident = 4;
   struct Shared {};
 
   RandomMaskOptions options;
@@ -40,7 +40,7 @@ struct Draw {
     const int64_t run = part / kParts, position = part % kParts;
     uint32_t bits[kWords] = {};
     RESM_UNROLL_TWICE  // two hide each other's latency; eight do not fit the registers
-    for (int j = 0; j < kCounters; ++j) {
+        for (int j = 0; j < kCounters; ++j) {
       const uint64_t counter = static_cast<uint64_t>(part) * kCounters + j;
       uint64_t x[kWords] = {counter, counter >> 32, options.expert, static_cast<uint64_t>(RandomStream::mask)};
       philox(x, options.seed);
@@ -52,15 +52,13 @@ struct Draw {
       }
     }
     RESM_UNROLL
-    for (int w = 0; w < kWords; ++w)
-      mask[run * kRunBytes + position + w * kWordBytes] = static_cast<uint8_t>(bits[w]);
+    for (int w = 0; w < kWords; ++w) mask[run * kRunBytes + position + w * kWordBytes] = static_cast<uint8_t>(bits[w]);
   }
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared&) const {
-    const int64_t begin = block.index() * kBlockParts;
-    const int64_t end = begin + kBlockParts < parts ? begin + kBlockParts : parts;
     block.each([&](int thread) {
-      for (int64_t part = begin + thread; part < end; part += kThreads) draw(part);
+      const int64_t part = block.index() * kThreads + thread;
+      if (part < parts) draw(part);
     });
   }
 };
@@ -72,7 +70,7 @@ void random_mask(const RandomMaskOptions& options, const Ranks& ranks, uint8_t* 
   const auto draw = [&](auto rank) {
     using Rank = std::remove_pointer_t<decltype(rank)>;
     const Draw<Rank> kernel{options, reinterpret_cast<const Rank*>(ranks.doubled), mask, parts};
-    launch("random_mask", kernel, (parts + kBlockParts - 1) / kBlockParts, stream);
+    launch("random_mask", kernel, (parts + kThreads - 1) / kThreads, stream);
   };
   if (ranks.doubled == nullptr) return draw(static_cast<void*>(nullptr));
   return ranks.bytes == 4 ? draw(static_cast<uint32_t*>(nullptr)) : draw(static_cast<uint64_t*>(nullptr));

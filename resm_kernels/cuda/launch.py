@@ -21,8 +21,8 @@ def call(op: str, device: torch.device, **arguments: Any) -> None:
         arguments: The function's arguments, apart from the stream.
 
     Raises:
-        RuntimeError: With CUDA's own words, if a launch fails.
-        TypeError: If an argument or the dtype of a tensor is not what the function takes.
+        RuntimeError: If a launch fails, with CUDA's message.
+        TypeError: If the function does not take an argument, or the dtype of a tensor.
         ValueError: If a tensor does not have the size that the group asks for.
     """
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
