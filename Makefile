@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 # torch by exact version: a range may bring another build with gigabytes of CUDA packages.
 TORCH := $(shell grep '^torch==' constraints.txt)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt $(TORCH)
+CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test lint bench bench-spectral quality wheels cuda triton gpu clean
+.PHONY: demo example-models test lint format bench bench-spectral quality wheels cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -26,11 +27,11 @@ $(VENV)/.lint: $(VENV)/.test
 
 # Merge three experts with RESM, load the result with transformers, compare it with what else there is.
 demo: $(VENV)/.demo
-	$(BIN)/python examples/3h/demo.py
+	$(BIN)/python -m examples.3h.demo
 
 # The models of examples/3h: base and SFT experts of the quality benchmark's smallest size, trained in world 0.
 example-models: $(VENV)/.test
-	$(BIN)/python benchmarks/quality/train.py --size small --seeds 0 --models base helpful honest harmless --root build/quality
+	$(BIN)/python -m benchmarks.quality.train --size small --seeds 0 --models base helpful honest harmless --root build/quality
 	for model in base helpful honest harmless; do cp build/quality/small/seed-0/$$model/* examples/3h/models/$$model/; done
 
 test: $(VENV)/.test
@@ -39,34 +40,42 @@ test: $(VENV)/.test
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+# Rewrites the sources as `make lint` wants them.
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
 
 # Medians, and ratios to floors and peers timed in the same run, into benchmarks/results. Wants a quiet machine.
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
-	$(BIN)/python benchmarks/bench_elementwise.py --json benchmarks/results/elementwise.json
+	$(BIN)/python -m benchmarks.bench_elementwise --json benchmarks/results/elementwise.json
 
 # Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test
-	$(BIN)/python benchmarks/bench_spectral_merge.py --runs 1 --check-layers all --json benchmarks/results/spectral_merge.json
-	$(BIN)/python benchmarks/bench_precision.py --rounds 1 --json benchmarks/results/precision.json
-	$(BIN)/python benchmarks/bench_lora_extraction.py --json benchmarks/results/lora_extraction.json
-	$(BIN)/python benchmarks/bench_truncated_svd.py --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
-	$(BIN)/python benchmarks/bench_accuracy.py --rounds 1 --json benchmarks/results/accuracy.json
+	$(BIN)/python -m benchmarks.bench_spectral_merge --runs 1 --check-layers all --json benchmarks/results/spectral_merge.json
+	$(BIN)/python -m benchmarks.bench_precision --rounds 1 --json benchmarks/results/precision.json
+	$(BIN)/python -m benchmarks.bench_lora_extraction --json benchmarks/results/lora_extraction.json
+	$(BIN)/python -m benchmarks.bench_truncated_svd --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
+	$(BIN)/python -m benchmarks.bench_accuracy --rounds 1 --json benchmarks/results/accuracy.json
 
-# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into docs/quality.md. SIZE: small, medium, large;
+# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md. SIZE: small, medium, large;
 # SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
 SIZE ?= small
 SEEDS ?= 0 1 2 3 4
 RECORD ?= development
 DEVICE ?= cpu
 quality: $(VENV)/.test
-	$(BIN)/python benchmarks/quality/run.py --size $(SIZE) --seeds $(SEEDS) --record $(RECORD) --device $(DEVICE)
+	$(BIN)/python -m benchmarks.quality.run --size $(SIZE) --seeds $(SEEDS) --record $(RECORD) --device $(DEVICE)
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
-# its version), for every Python from 3.10 on that is found, or for PYTHONS="python3.10 python3.12".
+# its version), for every Python from 3.10 on that this machine has, or for PYTHONS="python3.10 python3.12". Wheels for
+# WITHOUT_TORCH="3.10 3.12" are tried without torch.
 wheels:
-	$(PYTHON) scripts/build_wheels.py $(PYTHONS)
+	$(PYTHON) scripts/build_wheels.py $(PYTHONS) $(if $(WITHOUT_TORCH),--without-torch $(WITHOUT_TORCH))
 
 # Compiles the CUDA kernels for every architecture, printing registers and spills; needs nvcc, no GPU.
 cuda: $(VENV)/.test

@@ -3,7 +3,7 @@
 RESM_NATIVE=OFF               leave the compiled kernels out; every op then runs its reference
 RESM_CUDA=ON                  build the CUDA kernels too (nvcc needed)
 RESM_CUDA_ARCHITECTURES=...   for which architectures, in CMake's spelling
-RESM_LOCAL_VERSION=...        a wheel's local version label, such as cu130: __version__ is then 0.1.0+cu130
+RESM_LOCAL_VERSION=...        a wheel's local version label, such as cu130: __version__ is then 0.2.0+cu130
 """
 
 from __future__ import annotations

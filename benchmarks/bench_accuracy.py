@@ -4,7 +4,7 @@ For each recipe (resm with its defaults, resm_tuned, tsvm) and each accuracy: th
 from files to files, all in turn; how far the merged task vectors are from those of accuracy 0, ‖M − M₀‖ / ‖M₀‖ over
 all tensors as stored; and the benchmark's scores on the validation and the test split, in percent.
 
-    python benchmarks/bench_accuracy.py --json benchmarks/results/accuracy.json
+    python -m benchmarks.bench_accuracy --json benchmarks/results/accuracy.json
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import argparse
 import functools
 import shutil
 import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,19 +20,20 @@ from typing import Any, Final
 
 import torch
 import yaml
-from bench_truncated_svd import THREADS, in_turn, save
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.bench_truncated_svd import THREADS, in_turn, save
+from benchmarks.quality.evaluate import evaluate, load
+from benchmarks.quality.world import HeldOutSplit, World
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import merge_checkpoints
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLE: Final = ROOT / "examples" / "3h"
-QUALITY: Final = ROOT / "benchmarks" / "quality"
 RECIPES: Final = ("resm", "resm_tuned", "tsvm")
 ACCURACIES: Final = (0.0, 1e-3, 1e-2, 1e-1)
-SPLITS: Final = ("valid", "test")
+SPLITS: Final[tuple[HeldOutSplit, ...]] = ("valid", "test")
 SCORES: Final = ("helpful", "honest", "harmless", "average")
 
 
@@ -67,13 +67,8 @@ def difference(base: Path, found: Path, exact: Path) -> float:
     return float((apart / size) ** 0.5)
 
 
-def scores(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
+def scores(folder: Path, splits: Sequence[HeldOutSplit]) -> dict[str, dict[str, float]]:
     """Scores of a model on each split."""
-    if str(QUALITY) not in sys.path:
-        sys.path.insert(0, str(QUALITY))
-    from evaluate import evaluate, load
-    from world import World
-
     model, tokenizer = load(folder)
     world = World(0)  # of the example's models
     found = {split: evaluate(model, tokenizer, world, split) for split in splits}
@@ -81,7 +76,7 @@ def scores(folder: Path, splits: Sequence[str]) -> dict[str, dict[str, float]]:
 
 
 def measure(
-    name: str, accuracies: Sequence[float], splits: Sequence[str], rounds: int, scratch: Path
+    name: str, accuracies: Sequence[float], splits: Sequence[HeldOutSplit], rounds: int, scratch: Path
 ) -> list[dict[str, Any]]:
     """One record for each accuracy; the first accuracy is what the others are compared with."""
     folders = {accuracy: scratch / f"{name}-{accuracy:g}" for accuracy in accuracies}
@@ -103,7 +98,7 @@ def measure(
     return records
 
 
-def show(console: Console, records: Sequence[dict[str, Any]], splits: Sequence[str]) -> None:
+def show(console: Console, records: Sequence[dict[str, Any]], splits: Sequence[HeldOutSplit]) -> None:
     table = Table(title="scores in percent", title_justify="left")
     for column in ("recipe", "accuracy", "seconds", "‖M − M₀‖ / ‖M₀‖"):
         table.add_column(column, justify="left" if column == "recipe" else "right")

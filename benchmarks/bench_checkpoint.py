@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 from resm_kernels.methods import get
 
 EXPERTS: Final = 3
@@ -56,7 +56,7 @@ class Size:
     vocabulary: int = 32000
 
 
-PARAMETERS: Final[dict[str, dict[str, float]]] = {
+PARAMETERS: Final[dict[str, dict[str, Any]]] = {
     "linear": {"weight": 1.0},
     "task_arithmetic": {"weight": 0.5},
     "ties": {"weight": 0.5, "density": 0.5},
@@ -190,7 +190,7 @@ def floor(folders: list[Path], out: Path) -> dict[str, float]:
             reader.read_into(info, buffer[: info.nbytes])
         reader.close()
     read = time.perf_counter() - started
-    view, total = memoryview(buffer.numpy()), readers[0].nbytes
+    view, total = memoryview(buffer.numpy().data), readers[0].nbytes
     started = time.perf_counter()
     with open(out, "wb", buffering=0) as stream:
         while total > 0:

@@ -24,17 +24,18 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
 
 import torch
-from bench_checkpoint import OURS, PARAMETERS, RIVAL, Size, compare, make_models
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.bench_checkpoint import OURS, PARAMETERS, RIVAL, Size, compare, make_models
 from resm_kernels import methods
 
 SIZE: Final = 4096
@@ -104,12 +105,12 @@ def speed(names: list[str], rounds: int, rival_rounds: int) -> list[dict[str, An
         with_base = methods.get(name).needs_base
         own = medians(
             {
-                "ours": lambda n=name, b=base, e=experts: ours(n, b, e),
+                "ours": partial(ours, name, base, experts),
                 "floor": floor(base, experts, with_base),
             },
             rounds,
         )
-        rival = medians({"mergekit": lambda n=name, b=base, e=experts: mergekit(n, b, e)}, rival_rounds)
+        rival = medians({"mergekit": partial(mergekit, name, base, experts)}, rival_rounds)
         rows.append({"method": name, "experts": len(experts), **own, **rival, "ratio": rival["mergekit"] / own["ours"]})
     return rows
 
@@ -121,7 +122,7 @@ def growth(names: list[str], rounds: int) -> list[dict[str, Any]]:
     for count, millions in sizes:
         base, experts = tensors(millions << 20, count)
         for name in (name for name in names if methods.get(name).min_experts <= count):
-            seconds = medians({"ours": lambda n=name, b=base, e=experts: ours(n, b, e)}, rounds)["ours"]
+            seconds = medians({"ours": partial(ours, name, base, experts)}, rounds)["ours"]
             nbytes = (count + 1 + methods.get(name).needs_base) * base.nbytes
             sizes_and_time = {"elements": base.numel(), "seconds": seconds, "bytes": nbytes}
             rows.append({"method": name, "experts": count, **sizes_and_time, "GB/s": nbytes / seconds / 1e9})

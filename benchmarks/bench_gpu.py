@@ -4,7 +4,7 @@ Rates are bytes that must be read and written once over seconds; shares are of a
 is checked before it is timed; one that fails is reported, and the others go on. Where an op has kernels in Triton and
 in CUDA both are timed; these figures decide which of them `gpu=` in resm_kernels/ops/<op>.py declares first.
 
-    python benchmarks/bench_gpu.py --json benchmarks/results/gpu.json
+    python -m benchmarks.bench_gpu --json benchmarks/results/gpu.json
 
 --dry-run runs the cases on small CPU tensors, in Triton's interpreter (TRITON_INTERPRET=1), so that mistakes in this
 file show on a machine without a GPU; its figures mean nothing.

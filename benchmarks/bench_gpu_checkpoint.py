@@ -5,7 +5,7 @@ folder, then merges them, whole, from files to files. An expert's task vector is
 bench_checkpoint.py. The yardstick is reading the same files once, with the same reader into one buffer, in the same
 run. All files have just been written: both read from the page cache, if the machine has the memory.
 
-    python benchmarks/bench_gpu_checkpoint.py --json benchmarks/results/gpu.json
+    python -m benchmarks.bench_gpu_checkpoint --json benchmarks/results/gpu.json
 
 The record joins that of bench_gpu.py in the same file.
 """
@@ -26,10 +26,10 @@ from shutil import rmtree
 from typing import Any, Final
 
 import torch
-from bench_checkpoint import ALPHA, BASE_STD, DELTA_RMS, EXPERTS, Size, shapes
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.bench_checkpoint import ALPHA, BASE_STD, DELTA_RMS, EXPERTS, Size, shapes
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
 from resm_kernels.engine import MergeReport, merge_checkpoints
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import resm_kernels
 from resm_kernels.ops import magnitude_threshold
 
 WEIGHT, DENSITY = [0.5, 0.3, 0.2], 0.5
-METHODS = {
+METHODS: dict[str, dict[str, Any]] = {
     "linear": {"weight": WEIGHT},
     "task_arithmetic": {"weight": WEIGHT},
     "ties": {"weight": WEIGHT, "density": [DENSITY] * 3},

@@ -11,23 +11,24 @@ Rank: for k directions of each expert, all weights alike, λ = 1: cond([Q_1 … 
 top eight directions, ‖U₈ᵀ·M·V₈ − Σ₈‖_F / ‖Σ₈‖_F, mean over the experts, with U₈, V₈ from float64 SVDs; for comparison
 that of the plain sum of the task vectors.
 
-    python benchmarks/bench_precision.py --json benchmarks/results/precision.json
+    python -m benchmarks.bench_precision --json benchmarks/results/precision.json
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_truncated_svd import DECAYS, THREADS, in_turn, is_out_of_reach, save, with_decay
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.bench_truncated_svd import DECAYS, THREADS, in_turn, is_out_of_reach, save, with_decay
 from resm_kernels.linalg import decompose
 
 EXPERTS: Final = 3
@@ -121,12 +122,10 @@ def precision(shape: tuple[int, int], alpha: float, rounds: int) -> dict[str, di
     deltas = [with_decay(*shape, alpha, seed=t) for t in range(EXPERTS)]
     want, zeros = reference(deltas), torch.zeros(shape)
     ways: dict[str, Callable[[], Tensor]] = {
-        name: lambda parts=parts: _tsvm(deltas, *parts)  # type: ignore[misc]
-        for name, parts in PLAIN.items()
+        name: functools.partial(_tsvm, deltas, *parts) for name, parts in PLAIN.items()
     }
     ways |= {
-        name: lambda choices=choices: resm_kernels.merge(zeros, deltas, "tsvm", **choices)  # type: ignore[misc]
-        for name, choices in OWN.items()
+        name: functools.partial(resm_kernels.merge, zeros, deltas, "tsvm", **choices) for name, choices in OWN.items()
     }
     found: dict[str, dict[str, float]] = {}
     for name, way in list(ways.items()):
@@ -169,8 +168,8 @@ def show_precision(console: Console, cells: Mapping[str, Mapping[float, dict[str
             table.add_column(f"α = {alpha:g}", justify="right")
         for name in next(iter(by_decay.values())):
             found = [ways[name] for ways in by_decay.values()]
-            cells = (f"{f['error']:.1e} ({f['seconds'] * 1e3:.1f})" if f else "out of reach" for f in found)
-            table.add_row(name, *cells)
+            texts = (f"{f['error']:.1e} ({f['seconds'] * 1e3:.1f})" if f else "out of reach" for f in found)
+            table.add_row(name, *texts)
         console.print(table)
 
 

@@ -14,7 +14,7 @@ floor is its flops at the rate of a large matrix product, measured here in the s
 order n counts as (4/3 + 4/3 + 2)·n³ (reduction, divide and conquer, back-transformation), a Gram matrix of (m, n) as
 m·n·(n + 1).
 
-    python benchmarks/bench_spectral_merge.py --check-layers all --json benchmarks/results/spectral_merge.json
+    python -m benchmarks.bench_spectral_merge --check-layers all --json benchmarks/results/spectral_merge.json
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from bench_checkpoint import EXPERTS, OURS, Size, compare, make_models, shapes
-from bench_precision import reference, relative
-from bench_truncated_svd import THREADS, in_turn, save
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.bench_checkpoint import EXPERTS, OURS, Size, compare, make_models, shapes
+from benchmarks.bench_precision import reference, relative
+from benchmarks.bench_truncated_svd import THREADS, in_turn, save
 from resm_kernels.checkpoint import CheckpointReader
 
 RIVAL: Final = "fusion-bench tsvm"
@@ -56,25 +56,25 @@ OWN: Final[dict[str, dict[str, Any]]] = {
 and resm in float64."""
 
 REGIONS: Final = {
-    "form Δ": ("linalg._products:task_matrix", "methods.resm:_task_matrix"),
-    "statistics": "ops.delta_stats:delta_stats",
+    "form Δ": ("linalg.products:task_matrix", "methods.resm:_task_matrix"),
+    "statistics": ("ops.delta_stats:delta_stats",),
     "decompose": (
         "linalg.decompose:decompose",
         "linalg.decompose:decompose_list",
         "linalg.subspace:subspaces",
-        "linalg._randomized:randomized",
+        "linalg.randomized:randomized",
     ),
-    "left bases": ("linalg._single:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
+    "left bases": ("linalg.gram_fp32:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
     "merged product": ("methods._spectral:orthogonalized_sum",),
     "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
     "join": ("methods._spectral:join", "methods._spectral:averaged"),
 }
 """Stages, and the functions whose insides they are."""
 LEAVES: Final = {
-    "gram": "linalg._products:gram_list",
-    "products": "linalg._products:matmul_list",
-    "eigh": "linalg._products:eigen_list",
-    "gram, eigh, ΔP": "linalg._dominant:dominant_list",
+    "gram": "linalg.products:gram_list",
+    "products": "linalg.products:matmul_list",
+    "eigh": "linalg.products:eigen_list",
+    "gram, eigh, ΔP": "linalg.dominant:dominant_list",
     "orthonormalise": "linalg.orthonormalize:orthonormalize",
 }
 """What stages are made of; Gram matrices, eigenproblems and their images ΔP that overlap in time are one leaf."""

@@ -10,7 +10,7 @@ For each panel the verdict says which points of others are on the front: no poin
 Of these, those are ties where one of ours is as good and not slower by more than two standard errors of the difference
 of the medians.
 
-    python benchmarks/bench_truncated_svd.py --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
+    python -m benchmarks.bench_truncated_svd --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def sklearn_svd() -> Callable[..., Any] | None:
         return None
     from threadpoolctl import threadpool_limits
 
-    return threadpool_limits.wrap(limits=THREADS, user_api="blas")(randomized_svd)  # type: ignore[no-any-return]
+    return threadpool_limits.wrap(limits=THREADS, user_api="blas")(randomized_svd)
 
 
 def sklearn(function: Callable[..., Any], delta: Tensor, k: int, n_iter: int | str, seed: int = 0) -> Factors:
@@ -339,7 +339,8 @@ def main() -> None:
     if sklearn_svd() is None:
         console.print("scikit-learn is not installed: left out")
     for number, alpha in enumerate(options.decays):
-        delta = with_decay(*options.shape, alpha, seed=number)
+        m, n = options.shape
+        delta = with_decay(m, n, alpha, seed=number)
         values = torch.linalg.svdvals(delta.double())
         for divisor in options.divisors:
             k = min(options.shape) // divisor

@@ -1,10 +1,10 @@
-"""Merge fine-tuned models: RESM and its rivals, on tensors, state dictionaries and whole checkpoints.
+"""Merges fine-tuned models by RESM and other methods: tensors, state dictionaries and whole checkpoints.
 
-`merge` and `merge_state_dicts` work in memory, `merge_checkpoints` from a recipe to a folder; `ops` has the kernels,
-`linalg` the decompositions (`truncated_svd`, and `svd_lowrank` in torch's place).
+`merge` and `merge_state_dicts` work in memory, `merge_checkpoints` reads a recipe and writes a folder. `ops` has the
+kernels, `linalg` the decompositions (`truncated_svd`, and `svd_lowrank` as a replacement for torch's).
 
-Each is loaded when it is first asked for: the command line answers without torch, and who merges tensors need not load
-(or have) the libraries for recipes. `torch.ops.resm_kernels` is there once `resm_kernels.ops` is.
+Each name is loaded when it is first used, so that the command line can answer without torch, and merging tensors does
+not need the libraries that read recipes. `torch.ops.resm_kernels` exists as soon as `resm_kernels.ops` is imported.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from resm_kernels import linalg, methods, ops
     from resm_kernels._backends import backends
     from resm_kernels._merge import merge, merge_state_dicts
+    from resm_kernels.checks import NonFiniteError
     from resm_kernels.engine import merge_checkpoints
     from resm_kernels.linalg.truncated_svd import svd_lowrank, truncated_svd
-    from resm_kernels.ops import NonFiniteError
 
 _MODULES: Final = ("linalg", "methods", "ops")
 _HOMES: Final = {
-    "NonFiniteError": "ops",
+    "NonFiniteError": "checks",
     "backends": "_backends",
     "merge": "_merge",
     "merge_checkpoints": "engine",
@@ -32,7 +32,7 @@ _HOMES: Final = {
     "svd_lowrank": "linalg",
     "truncated_svd": "linalg",
 }
-"""Which module each name is from."""
+"""The module that each name is loaded from."""
 
 
 def __getattr__(name: str) -> Any:

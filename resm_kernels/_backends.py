@@ -1,4 +1,4 @@
-"""What runs here: which kernels are live, and what to do to get the fast ones."""
+"""Describes which kernels run in this installation, and why others do not."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from resm_kernels.ops import dispatch_table
 
 
 def backends() -> dict[str, Any]:
-    """Describe the live kernels of this installation.
+    """Describe the kernels that run in this installation.
 
     Returns:
-        A dictionary of plain values: ``native`` (available, reason if not, instruction set in use, compiler,
-        CUDA architectures built in), ``ops`` (for each op and device type what runs: "native" on CPUs, "triton" or
-        "cuda" on GPUs, "reference" where there are no kernels), ``threads``, ``torch`` and ``triton`` (versions; None
-        if absent), ``gpu`` (names of the visible devices).
+        A dictionary of plain values: ``native`` (whether the extension is available, the reason if not, instruction
+        set in use, compiler, CUDA architectures built in), ``ops`` (for each op and device type which backend runs:
+        "native" on CPUs, "triton" or "cuda" on GPUs, "reference" where there are no kernels), ``threads``, ``torch``
+        and ``triton`` (versions; None if absent), ``gpu`` (names of the visible devices).
     """
     native = _extension.native
     facts = {} if native is None else dict(native.build_facts())

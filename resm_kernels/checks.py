@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.dtypes import FLOAT_DTYPES, dtype_name
 from resm_kernels.suggestions import did_you_mean
 
 _collecting: Final = threading.local()
@@ -51,8 +51,8 @@ def check_group(base: Tensor | None, experts: Sequence[Tensor], *, names: Sequen
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: got {type(tensor).__name__}, need a tensor")
         if tensor.dtype not in FLOAT_DTYPES:
-            need = ", ".join(str(d).removeprefix("torch.") for d in FLOAT_DTYPES)
-            got = str(tensor.dtype).removeprefix("torch.")
+            need = ", ".join(dtype_name(d) for d in FLOAT_DTYPES)
+            got = dtype_name(tensor.dtype)
             raise TypeError(f"{name}: got dtype {got}, need one of {need}")
         if tensor.layout != torch.strided:
             raise TypeError(f"{name}: got layout {tensor.layout}, need a dense (strided) tensor")

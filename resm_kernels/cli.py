@@ -1,7 +1,7 @@
 """The command `resm-kernels`: merge, stats, info, extract-lora.
 
-Imports beyond typer are made by the commands that need them, so that help and errors of usage are quick and come
-without torch.
+Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
+torch.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
@@ -18,6 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from resm_kernels.flags import translate
+from resm_kernels.options import MergeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -31,10 +32,10 @@ _options = {"traceback": False}
 
 @contextlib.contextmanager
 def _loading() -> Iterator[None]:
-    """For imports, whose half a million objects live as long as the process: the garbage collector leaves them alone.
+    """Import within this context: the garbage collector then ignores the half a million objects that imports make.
 
-    It would go through them several times while they become more and more, and again at the end of the process (0.8 of
-    2.2 s of loading and leaving, measured).
+    They live as long as the process. The collector would visit them several times while their number grows, and again
+    at the end of the process (measured: 0.8 s of the 2.2 s that importing and exiting take).
     """
     gc.disable()
     try:
@@ -53,95 +54,83 @@ def _common(
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
 MemoryOption = Annotated[
-    str, typer.Option("--memory-limit", help="Tensor data in flight; more only if the largest tensor needs it.")
+    str,
+    typer.Option(
+        "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
+    ),
 ]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No progress and no closing line.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
 
 @app.command(epilog="mergekit-yaml's options are understood too (docs/recipes.md).")
 def merge(
     recipe: RecipeArgument,
     out: Annotated[Path, typer.Argument(help="Folder of the merged model.", show_default=False)],
-    max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB or 512MiB.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show plan, memory and size; write nothing.")] = False,
-    memory_limit: MemoryOption = "512MiB",
-    threads: ThreadsOption = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB or 512MiB.")] = str(
+        MergeOptions.max_shard_size
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
+    ] = MergeOptions.overwrite,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show plan, memory and output size; write nothing.")
+    ] = False,
+    memory_limit: MemoryOption = str(MergeOptions.memory_limit),
+    threads: ThreadsOption = MergeOptions.threads,
     device: Annotated[
         str, typer.Option(help="Where to compute: cpu; cuda, cuda:N, cuda:0,cuda:1, cuda:all; auto, a GPU if any.")
-    ] = "cpu",
+    ] = str(MergeOptions.device),
     device_memory: Annotated[
-        str | None, typer.Option(help="Tensors on each GPU, such as 20GB. Default: 0.8 of what is free there.")
+        str | None,
+        typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of what is free there."),
     ] = None,
     copy_tokenizer: Annotated[
-        bool, typer.Option(help="Copy the tokenizer's files if the recipe does not ask for a tokenizer of its own.")
-    ] = True,
-    write_model_card: Annotated[bool, typer.Option(help="Write README.md and the recipe beside the weights.")] = True,
+        bool, typer.Option(help="Copy the tokenizer's files if the recipe does not ask for a new tokenizer.")
+    ] = MergeOptions.copy_tokenizer,
+    write_model_card: Annotated[
+        bool, typer.Option(help="Write README.md and the recipe beside the weights.")
+    ] = MergeOptions.model_card,
     allow_crimes: Annotated[
         bool, typer.Option(help="Merge models of different architectures if their tensors fit.")
-    ] = False,
+    ] = MergeOptions.mixed_architectures,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
-    ] = False,
+    ] = MergeOptions.trust_remote_code,
     random_seed: Annotated[
-        int, typer.Option("--random-seed", help="What methods that draw random numbers (DARE, DELLA) derive them from.")
-    ] = 0,
+        int,
+        typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA)."),
+    ] = MergeOptions.random_seed,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
     with _loading():
         from rich.console import Console
 
-        from resm_kernels.engine import merge_checkpoints
+        from resm_kernels.engine import carry_out, plan_merge
         from resm_kernels.report import closing_line, progress_display
 
-    sources = {"mixed_architectures": allow_crimes, "trust_remote_code": trust_remote_code}
-    if dry_run:
-        _dry_run(recipe, out, max_shard_size, overwrite, memory_limit, device, device_memory, **sources)
-        return
-    with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
-        report = merge_checkpoints(
-            recipe,
-            out,
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            memory_limit=memory_limit,
-            threads=threads,
-            device=device,
-            device_memory=device_memory,
-            random_seed=random_seed,
-            progress=progress,
-            copy_tokenizer=copy_tokenizer,
-            model_card=write_model_card,
-            **sources,
-        )
+    options = MergeOptions(
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        memory_limit=memory_limit,
+        threads=threads,
+        device=device,
+        device_memory=device_memory,
+        random_seed=random_seed,
+        copy_tokenizer=copy_tokenizer,
+        model_card=write_model_card,
+        mixed_architectures=allow_crimes,
+        trust_remote_code=trust_remote_code,
+    )
+    with plan_merge(recipe, out, options) as plan:
+        if dry_run:
+            typer.echo(plan.describe())
+            return
+        with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
+            report = carry_out(plan, progress)
     if not quiet:
         typer.echo(closing_line(report))
-
-
-def _dry_run(
-    recipe: Path,
-    out: Path,
-    max_shard_size: str,
-    overwrite: bool,
-    memory_limit: str,
-    device: str,
-    device_memory: str | None,
-    **sources: bool,
-) -> None:
-    from resm_kernels.checkpoint import check_output_folder
-    from resm_kernels.checkpoint.writer import free_bytes
-    from resm_kernels.engine import plan_merge
-    from resm_kernels.engine.cuda import open_devices
-    from resm_kernels.engine.merge import window_of
-    from resm_kernels.report import describe_plan
-
-    devices = open_devices(device, device_memory)
-    with plan_merge(recipe, max_shard_size=max_shard_size, memory_limit=memory_limit, **sources) as plan:
-        folder = check_output_folder(out, overwrite=overwrite, inputs=plan.folders)
-        window = window_of(plan, devices, memory_limit)
-        typer.echo(describe_plan(plan, str(folder), free_bytes(folder), window, devices))
 
 
 @app.command(
@@ -163,7 +152,7 @@ def run_mergekit(
 def stats(
     recipe: RecipeArgument,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON; '-' prints them.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all statistics as JSON; '-' prints the JSON.")
     ] = None,
     spectra: Annotated[
         bool, typer.Option("--spectra", help="Also decompose: singular values, effective ranks, task interference.")
@@ -171,10 +160,10 @@ def stats(
     plot: Annotated[
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw them, as .png, .svg or .pdf; implies --spectra.")
     ] = None,
-    memory_limit: MemoryOption = "512MiB",
+    memory_limit: MemoryOption = str(MergeOptions.memory_limit),
     quiet: QuietOption = False,
 ) -> None:
-    """Show what RESM sees in each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks.
+    """Show RESM's statistics of each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks.
 
     With --spectra, also how the task vectors' singular values decay and how far the experts' subspaces overlap.
     """
@@ -195,7 +184,7 @@ def stats(
         rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress, spectra=spectra)
     experts = [source.model for source in checked.parts[0].slices[0].experts]
     if json_file is None or str(json_file) != "-":
-        # A pipe or a file has no width to fit into: wide enough that no column folds.
+        # A pipe or a file has no width that the table has to fit into: it is made so wide that no column folds.
         wide = 300 if spectra else 200
         Console(width=None if sys.stdout.isatty() else wide).print(stats_table(rows))
     if plot is not None:
@@ -212,7 +201,7 @@ def stats(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Show version, live kernels, CPU features, threads and GPUs, for bug reports and to see what is fast here."""
+    """Show version, the kernels that run, CPU features, threads and GPUs: for bug reports, and to see what is fast."""
     with _loading():
         import platform
 
@@ -254,10 +243,10 @@ def extract_lora(
     with _loading():
         import torch
 
+        from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
         from resm_kernels.lora import extract_lora as extract
-        from resm_kernels.lora.extract import DTYPES
 
-    kinds = {str(kind).removeprefix("torch."): kind for kind in DTYPES}
+    kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
     if dtype not in kinds:
         raise ValueError(f"dtype: got {dtype!r}, need one of {', '.join(kinds)}")
     if threads is not None:
@@ -282,16 +271,16 @@ def extract_lora(
 
 
 def _terminate(signum: int, _: Any) -> None:
-    # An exception, not the default's sudden end, so that the unfinished output folder is removed.
+    # An exception lets the unfinished output folder be removed; by default the process would end at once.
     raise SystemExit(128 + signum)
 
 
 def main() -> None:
-    """Entry point of the command: runs it and turns exceptions into one line and an exit code."""
+    """Run the command line, and turn an exception into one line on stderr and an exit code."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
     try:
-        app(_arguments(sys.argv[1:]))
+        app(_translated(sys.argv[1:]))
     except KeyboardInterrupt:
         _fail("interrupted; nothing was written", 130)
     except Exception as error:
@@ -303,18 +292,18 @@ def main() -> None:
         _fail(f"{kind}{error}{hint}", 1)
 
 
-def _arguments(given: list[str]) -> list[str]:
-    """The command line with mergekit-yaml's options of `merge` put in our words."""
-    command = next((i for i, argument in enumerate(given) if not argument.startswith("-")), len(given))
-    if given[command : command + 1] != ["merge"]:
-        return given
+def _translated(arguments: list[str]) -> list[str]:
+    """Return the command line with the options of mergekit-yaml's that `merge` accepts translated."""
+    command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    if arguments[command : command + 1] != ["merge"]:
+        return arguments
     try:
-        ours, notes = translate(given[command + 1 :])
+        translated, notes = translate(arguments[command + 1 :])
     except ValueError as error:
         _fail(str(error), 2)
     for note in notes:
         print(f"no effect: {note}", file=sys.stderr)
-    return [*given[: command + 1], *ours]
+    return [*arguments[: command + 1], *translated]
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -1,4 +1,4 @@
-"""The dtypes that this library computes with, under every name that something else calls them by."""
+"""The dtypes that this library reads, computes with and writes, and the names that files, recipes and errors use."""
 
 from __future__ import annotations
 
@@ -8,11 +8,46 @@ import torch
 from torch import Tensor
 
 FLOAT_DTYPES: Final = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-"""Dtypes that kernels read and write; the position is the code that csrc/common/dtype.h knows it by."""
+"""Dtypes that kernels read and write; the index of a dtype is the code that csrc/common/dtype.h gives it."""
 
 HALF_DTYPES: Final = (torch.bfloat16, torch.float16)
+"""Dtypes of 16 bits."""
+
+ADAPTER_DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that the factors of an extracted adapter may have. PEFT computes with no wider ones."""
+
+SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "BOOL": torch.bool,
+}
+"""The dtypes that checkpoints may store, by their names in the headers of safetensors files."""
+
+SAFETENSORS_NAMES: Final[dict[torch.dtype, str]] = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+"""The inverse of `SAFETENSORS_DTYPES`."""
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name that recipes, config.json and errors use for a dtype: `bfloat16` for `torch.bfloat16`."""
+    return str(dtype).removeprefix("torch.")
+
+
+RECIPE_DTYPES: Final = {
+    dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+}
+"""The dtypes that a recipe may give its output, by name; the same ones as `FLOAT_DTYPES`, the usual ones first."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype of the arithmetic: fp32, or float64 if any of the tensors is float64."""
+    """Return the dtype of the arithmetic: float64 if one of the tensors is float64, else fp32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

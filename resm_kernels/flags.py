@@ -1,4 +1,4 @@
-"""mergekit-yaml's options on our command line: those that are ours under another name, and those without a meaning."""
+"""Translates mergekit-yaml's options to this command line: some have another name here, some have no effect."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Flag:
 
     Attributes:
         names: Its spellings.
-        note: Why it changes nothing; empty if it does.
+        note: Why it has no effect here; empty if it has one.
         takes_value: True if a value follows it.
-        ours: The option of ours that it stands for; a value that follows it is passed on.
-        refused: Why it cannot be had; empty if it can.
+        ours: The arguments that replace it; a value that follows it is passed on.
+        refused: Why it is refused; empty if it is accepted.
     """
 
     names: tuple[str, ...]
@@ -34,7 +34,7 @@ FLAGS: Final = (
     Flag(("--num-threads", "-j"), takes_value=True, ours=("--threads",)),
     Flag(("--lazy-unpickle", "--no-lazy-unpickle"), "only safetensors are read"),
     Flag(("--low-cpu-memory", "--no-low-cpu-memory"), "memory is bounded by --memory-limit"),
-    Flag(("--read-to-gpu", "--no-read-to-gpu"), "reading is the pipeline's business"),
+    Flag(("--read-to-gpu", "--no-read-to-gpu"), "tensors are read into pinned memory, from which GPUs copy"),
     Flag(("--multi-gpu", "--no-multi-gpu"), "choose GPUs by --device, such as cuda:all"),
     Flag(("--transformers-cache",), "models are local folders, nothing is downloaded", takes_value=True),
     Flag(("--lora-merge-cache",), "adapters are applied as they are read", takes_value=True),
@@ -57,10 +57,10 @@ _UNITS: Final = {"K": 10**3, "M": 10**6, "B": 10**9}
 
 
 def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the command line in our options, and notes about those of mergekit's that change nothing here.
+    """Return the arguments with mergekit's options translated, and a note for each option that has no effect here.
 
     Raises:
-        ValueError: An option that cannot be had, or one that lacks its value.
+        ValueError: An option is refused, or lacks its value.
     """
     ours: list[str] = []
     notes: list[str] = []
@@ -76,10 +76,10 @@ def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if flag.refused:
             raise ValueError(f"{name}: {flag.refused}")
         if flag.takes_value and not equals:
-            found = next(rest, None)
-            if found is None:
-                raise ValueError(f"{name}: missing value")
-            value = found
+            following = next(rest, None)
+            if following is None:
+                raise ValueError(f"{name}: got no value, need one after it")
+            value = following
         if flag.note:
             notes.append(f"{name}: {flag.note}")
         ours += flag.ours
@@ -89,6 +89,6 @@ def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _bytes(size: str) -> str:
-    """mergekit's B is a billion, not a byte."""
+    """Return the size in this command line's words: mergekit's B stands for a billion bytes, not for a byte."""
     unit = _UNITS.get(size[-1:].upper())
     return size if unit is None or not size[:-1].isdecimal() else str(int(size[:-1]) * unit)

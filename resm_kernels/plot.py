@@ -1,36 +1,36 @@
-"""A picture of a recipe's statistics: spectra of the task vectors, and ranks, sparsity, interference over depth.
+"""Draws a recipe's statistics: spectra of the task vectors, and ranks, sparsity and interference over depth.
 
-Needs matplotlib, the extra `plot`; it is imported when a picture is asked for.
+This needs matplotlib (the extra `plot`), which is imported only when a picture is drawn.
 """
 
 from __future__ import annotations
 
 import importlib
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
+from resm_kernels.tensor_names import FIRST_NUMBER
+
 if TYPE_CHECKING:
     from resm_kernels.engine import TensorStats
 
 FORMATS: Final = (".png", ".svg", ".pdf")
-_LAYER: Final = re.compile(r"(?:^|\.)(\d+)\.")
 _MOST_KINDS: Final = 12
-"""Kinds of modules with a line of their own; the rest, from models of many parts, share one called "other"."""
+"""The most kinds of modules that are drawn apart. In models with more, the less frequent ones are one kind, "other"."""
 _MOST_COLUMNS: Final = 5
 _MARKERS: Final = "osD^vP*X<>hd"
 _LOWEST: Final = 1e-4
-"""Where the spectra's axis ends at the latest: below are rounding and empty directions."""
+"""The lowest value that the axis of spectra can end at; values below are rounding errors and empty directions."""
 
 
 class PlotError(ValueError):
     """A picture cannot be made; the message says what is missing or wrong and what is needed."""
 
 
-class _Place(NamedTuple):
+class _Position(NamedTuple):
     """Where in a model a tensor is: its kind of module, and its layer (None outside the layers)."""
 
     kind: str
@@ -38,7 +38,7 @@ class _Place(NamedTuple):
 
 
 def check_plot(file: Path) -> None:
-    """Raise PlotError unless `plot_stats` can write to `file`: to be called before long work whose result it shows."""
+    """Raise PlotError unless `plot_stats` can write to `file`; call it before the long work whose result is drawn."""
     _matplotlib("figure")
     if file.suffix.lower() not in FORMATS:
         raise PlotError(f"plot: got {str(file)!r}, need a name that ends in {', '.join(FORMATS)}")
@@ -47,17 +47,18 @@ def check_plot(file: Path) -> None:
 
 
 def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) -> None:
-    """Write a picture of the statistics as PNG, SVG or PDF, by the ending of `file`.
+    """Write a picture of the statistics as PNG, SVG or PDF, according to the ending of `file`.
 
-    Above, σ_i/σ_1 over i/r for each kind of module: a thin line for each matrix, a bold one for the median, a colour
-    for each expert. Below, over the layers, for each kind: the median over experts (and over parts of one kind in one
-    layer), with the range as a band. Dashed in the picture of interference is what random subspaces would have. Models
-    without matrices that RESM decomposes show sparsity alone.
+    The upper part shows σ_i/σ_1 over i/r for each kind of module: a thin line for each matrix, a bold line for the
+    median, and a colour for each expert. The lower part shows figures over the layers for each kind: a line for the
+    median over experts (and over parts of one kind in one layer), and a band for the range. A dashed line in the panel
+    of interference shows the expected value for random subspaces. If RESM decomposes no matrix of the model, the
+    picture shows sparsity alone.
 
     Args:
         rows: What `checkpoint_stats(…, spectra=True)` returns.
         experts: The models' names or folders, in the recipe's order.
-        file: Where to; an existing file is replaced.
+        file: The picture's file; an existing one is replaced.
 
     Raises:
         PlotError: As for `check_plot`.
@@ -65,17 +66,17 @@ def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) 
     check_plot(file)
     usable = [row for row in rows if row.problem is None]
     spectral = [row for row in usable if row.spectra is not None]
-    places = {row.name: _place(row.name) for row in usable}
-    _limit_kinds(places, [row.name for row in spectral or usable])
-    spectra_kinds = _kinds(places, spectral)
+    positions = {row.name: _position(row.name) for row in usable}
+    _limit_kinds(positions, [row.name for row in spectral or usable])
+    spectra_kinds = _kinds(positions, spectral)
     above = -(-len(spectra_kinds) // _MOST_COLUMNS)
     height = 2.3 * above + (6.6 if spectral else 3.4) + 0.6
     figure = _matplotlib("figure").Figure(figsize=(13, height), layout="constrained")
     top, bottom = figure, figure
     if above:
         top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * above + 0.6, 6.6])
-        _draw_spectra(top, spectral, places, spectra_kinds, _short(experts))
-    _draw_depth(bottom, usable, spectral, places)
+        _draw_spectra(top, spectral, positions, spectra_kinds, _short(experts))
+    _draw_depth(bottom, usable, spectral, positions)
     figure.savefig(file, dpi=130, format=file.suffix[1:].lower())
 
 
@@ -89,50 +90,57 @@ def _matplotlib(module: str) -> Any:
 
 
 def _short(experts: Sequence[str]) -> list[str]:
-    """The folders' names, or the paths as they are if two have the same."""
+    """Return the names of the experts' folders, or the paths as they are if two folders have the same name."""
     names = [Path(e).name for e in experts]
     return names if len(set(names)) == len(names) else list(experts)
 
 
-def _place(name: str) -> _Place:
-    """`model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3; numbered parts keep what they are numbered in."""
-    layer = _LAYER.search(name)
+def _position(name: str) -> _Position:
+    """Return a tensor's position: `model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3.
+
+    The kind of a numbered part is the name of its list and the number.
+    """
+    layer = FIRST_NUMBER.search(name)
     parts = name.split(".")
     kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
     if kind[0].isdigit() and len(parts) > 2:
         kind = parts[-3:-1]
     suffix = ".bias" if parts[-1] == "bias" else ""
-    return _Place(".".join(kind) + suffix, int(layer[1]) if layer else None)
+    return _Position(".".join(kind) + suffix, int(layer[1]) if layer else None)
 
 
-def _limit_kinds(places: dict[str, _Place], names: Iterable[str]) -> None:
-    """Keep the kinds that most of the named tensors are of."""
+def _limit_kinds(positions: dict[str, _Position], names: Iterable[str]) -> None:
+    """Limit the kinds to the most frequent ones among the named tensors; the others become the kind "other"."""
     counts: dict[str, int] = {}
     for name in names:
-        counts[places[name].kind] = counts.get(places[name].kind, 0) + 1
+        counts[positions[name].kind] = counts.get(positions[name].kind, 0) + 1
     if len(counts) > _MOST_KINDS:
-        kept = sorted(counts, key=lambda k: -counts[k])[: _MOST_KINDS - 1]
-        for name, place in places.items():
-            if place.kind not in kept:
-                places[name] = place._replace(kind="other")
+        most_frequent = sorted(counts, key=lambda k: -counts[k])[: _MOST_KINDS - 1]
+        for name, position in positions.items():
+            if position.kind not in most_frequent:
+                positions[name] = position._replace(kind="other")
 
 
-def _kinds(places: dict[str, _Place], rows: Sequence[TensorStats]) -> list[str]:
-    """The kinds among these tensors: those of the layers first, each in the order of the files."""
-    found = dict.fromkeys(places[row.name].kind for row in rows)
-    inside = {places[row.name].kind for row in rows if places[row.name].layer is not None}
-    return [k for k in found if k in inside] + [k for k in found if k not in inside]
+def _kinds(positions: dict[str, _Position], rows: Sequence[TensorStats]) -> list[str]:
+    """Return the kinds of these tensors in the order of the files, those inside the layers first."""
+    kinds = dict.fromkeys(positions[row.name].kind for row in rows)
+    inside = {positions[row.name].kind for row in rows if positions[row.name].layer is not None}
+    return [k for k in kinds if k in inside] + [k for k in kinds if k not in inside]
 
 
 def _draw_spectra(
-    figure: Any, rows: Sequence[TensorStats], places: dict[str, _Place], kinds: Sequence[str], experts: Sequence[str]
+    figure: Any,
+    rows: Sequence[TensorStats],
+    positions: dict[str, _Position],
+    kinds: Sequence[str],
+    experts: Sequence[str],
 ) -> None:
     n_rows = -(-len(kinds) // _MOST_COLUMNS)
     columns = -(-len(kinds) // n_rows)
     axes = figure.subplots(n_rows, columns, sharex=True, sharey=True, squeeze=False)
     lowest = 1.0
     for number, (kind, axis) in enumerate(zip(kinds, axes.flat, strict=False)):
-        members = [row for row in rows if places[row.name].kind == kind]
+        members = [row for row in rows if positions[row.name].kind == kind]
         for t in range(len(experts)):
             curves = []
             for row in members:
@@ -142,7 +150,7 @@ def _draw_spectra(
                 shown = [(a, b) for a, b in zip(x, y, strict=True) if b > 0]
                 if not shown:
                     continue
-                # The last values of a square matrix fall towards 0: no reason to squeeze all others.
+                # The last values of a square matrix approach 0. They are not shown where they would squeeze the others.
                 lowest = min([lowest, *(b for a, b in shown if a <= 0.9)])
                 curves.append(shown)
                 if len(members) > 1:
@@ -162,29 +170,32 @@ def _draw_spectra(
     figure.supxlabel("i / r", fontsize=9)
     figure.supylabel("σ$_i$ / σ$_1$", fontsize=9)
     figure.suptitle("Singular values of the task vectors (bold: median)", fontsize=11)
-    handles, labels = _legend_of(axes.flat)
+    handles, labels = _legend_entries(axes.flat)
     if handles:
         figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, title="expert")
 
 
 def _median_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[float]]:
-    """The pointwise median of curves (x ascending to 1), each read at the longest one's x by its nearest point."""
+    """Return the pointwise median of curves at the x of the longest one; x ascends to 1.
+
+    Every curve is evaluated at its point that is nearest to x on a log scale.
+    """
     xs = [x for x, _ in max(curves, key=len)]
     ys = []
     for x in xs:
-        near = [min(curve, key=lambda p: abs(math.log(p[0] / x))) for curve in curves]
-        ys.append(statistics.median(y for _, y in near))
+        nearest_points = [min(curve, key=lambda p: abs(math.log(p[0] / x))) for curve in curves]
+        ys.append(statistics.median(y for _, y in nearest_points))
     return xs, ys
 
 
 def _draw_depth(
-    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], places: dict[str, _Place]
+    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], positions: dict[str, _Position]
 ) -> None:
     rows = spectral or usable
-    kinds = _kinds(places, rows)
-    layers = sorted({p.layer for row in rows if (p := places[row.name]).layer is not None})
+    kinds = _kinds(positions, rows)
+    layers = sorted({p.layer for row in rows if (p := positions[row.name]).layer is not None})
     last = layers[-1] if layers else -1
-    outside = dict.fromkeys(places[row.name].kind for row in rows if places[row.name].layer is None)
+    outside = dict.fromkeys(positions[row.name].kind for row in rows if positions[row.name].layer is None)
     step = max(1, len(layers) // 9)  # room for their names on the axis
     beyond = {kind: last + step * (1 + i) for i, kind in enumerate(outside)}
     axes = figure.subplots(2, 2, sharex=True).flat if spectral else [figure.subplots()]
@@ -192,24 +203,24 @@ def _draw_depth(
     def draw(axis: Any, title: str, values: Callable[[TensorStats], Sequence[float]], **style: Any) -> None:
         axis.set_title(title, fontsize=10)
         for number, kind in enumerate(kinds):
-            at: dict[int, list[float]] = {}
+            values_at: dict[int, list[float]] = {}
             for row in rows:
-                if (place := places[row.name]).kind == kind:
-                    x = beyond[kind] if place.layer is None else place.layer
-                    at.setdefault(x, []).extend(v for v in values(row) if math.isfinite(v))
-            points = {x: at[x] for x in sorted(at) if at[x]}
-            _band(axis, points, number, **({"label": kind} | style))
+                if (position := positions[row.name]).kind == kind:
+                    x = beyond[kind] if position.layer is None else position.layer
+                    values_at.setdefault(x, []).extend(v for v in values(row) if math.isfinite(v))
+            points = {x: values_at[x] for x in sorted(values_at) if values_at[x]}
+            _draw_band(axis, points, number, **({"label": kind} | style))
         axis.grid(alpha=0.25)
 
     def sparsity(row: TensorStats) -> Sequence[float]:
         return row.sparsity
 
     if spectral:
-        draw(axes[0], "effective rank / r", lambda row: [e / min(row.shape) for e in _of(row).effective_rank])
+        draw(axes[0], "effective rank / r", lambda row: [e / min(row.shape) for e in _spectra(row).effective_rank])
         draw(axes[1], "sparsity: share of weights unchanged", sparsity)
-        draw(axes[2], "interference (dashed: random subspaces)", lambda row: [_of(row).interference])
+        draw(axes[2], "interference (dashed: random subspaces)", lambda row: [_spectra(row).interference])
         expected = {"linestyle": "--", "marker": "_", "markersize": 8, "alpha": 0.6, "label": None}
-        draw(axes[2], axes[2].get_title(), lambda row: [_of(row).interference_expected], **expected)
+        draw(axes[2], axes[2].get_title(), lambda row: [_spectra(row).interference_expected], **expected)
         most = 1 / len(rows[0].ranks)
         draw(
             axes[3],
@@ -230,31 +241,37 @@ def _draw_depth(
             label.set(rotation=20, horizontalalignment="right")
     for axis in axes[2:] if spectral else axes:
         axis.set_xlabel("layer", fontsize=9)
-    handles, labels = _legend_of(axes[:1])
+    handles, labels = _legend_entries(axes[:1])
     if handles:
         figure.legend(handles, labels, loc="outside right upper", fontsize=9, frameon=False, title="module")
 
 
-def _of(row: TensorStats) -> Any:
+def _spectra(row: TensorStats) -> Any:
     assert row.spectra is not None
     return row.spectra
 
 
-def _band(axis: Any, points: dict[int, list[float]], number: int, **style: Any) -> None:
-    """The medians over x as a line of the kind's colour, and a band from the least to the largest value."""
+def _draw_band(axis: Any, points: dict[int, list[float]], number: int, **style: Any) -> None:
+    """Draw the medians over x as a line in the kind's colour, and a band from the least to the largest value."""
     if not points:
         return
     xs = list(points)
-    look = {"color": f"C{number % 10}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4, "linewidth": 1.4}
-    axis.plot(xs, [statistics.median(points[x]) for x in xs], **(look | style))
+    defaults = {
+        "color": f"C{number % 10}",
+        "marker": _MARKERS[number % len(_MARKERS)],
+        "markersize": 4,
+        "linewidth": 1.4,
+    }
+    axis.plot(xs, [statistics.median(points[x]) for x in xs], **(defaults | style))
     if any(len(values) > 1 for values in points.values()):
         low, high = [min(points[x]) for x in xs], [max(points[x]) for x in xs]
-        axis.fill_between(xs, low, high, color=look["color"], alpha=0.08, linewidth=0)
+        axis.fill_between(xs, low, high, color=defaults["color"], alpha=0.08, linewidth=0)
 
 
-def _legend_of(axes: Iterable[Any]) -> tuple[list[Any], list[str]]:
-    found: dict[str, Any] = {}
+def _legend_entries(axes: Iterable[Any]) -> tuple[list[Any], list[str]]:
+    """Return the handles and labels of all axes, each label once."""
+    entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
+            entries.setdefault(label, handle)
+    return list(entries.values()), list(entries)

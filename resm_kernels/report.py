@@ -1,4 +1,4 @@
-"""What people and scripts see: the dry run's plan, the table and JSON of statistics, progress, facts of the machine."""
+"""What the command line prints: progress, the closing line, tables and JSON of statistics, facts of the machine."""
 
 from __future__ import annotations
 
@@ -13,89 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 from rich.console import Console
 from rich.table import Table
 
-from resm_kernels.checkpoint.format import format_bytes
-from resm_kernels.engine.device import device_need
+from resm_kernels.checkpoint import format_bytes
 
 if TYPE_CHECKING:
-    from resm_kernels.engine import MergePlan, MergeReport, TensorStats, Window
-    from resm_kernels.engine.device import Device
-    from resm_kernels.recipe import Part, Setting, Slice
+    from resm_kernels.engine import MergeReport, TensorStats
 
 _LINE_EVERY: Final = 10.0
-"""Seconds between progress lines where there is no terminal to draw a bar on."""
-
-
-def describe_plan(plan: MergePlan, out: str, free: int, window: Window, devices: Sequence[Device]) -> str:
-    """Return the dry run's text: what would be done, what it would take, nothing of it done.
-
-    Args:
-        plan, window, devices: What would be done, in which memory, on which GPUs.
-        out: The output folder.
-        free: Free disk space there, in bytes.
-    """
-    recipe = plan.recipe
-    lines = [
-        f"method        {plan.method.name} ({plan.method.title})",
-        f"base          {recipe.base_model or 'none'}",
-    ]
-    for part in recipe.parts:
-        for piece in part.slices:
-            lines += _describe_slice(part, piece)
-    for parameter in plan.method.parameters:
-        if parameter.name in recipe.parameters:
-            lines.append(f"parameter     {parameter.name} = {_setting(recipe.parameters[parameter.name])}")
-        elif not any(parameter.name in e.parameters for e in recipe.experts):
-            other = f", {parameter.vocabulary} for embeddings and output heads"
-            where = other if parameter.vocabulary is not None else ""
-            lines.append(f"parameter     {parameter.name} = {parameter.default} (default{where})")
-    copied = sum(job.copied for job in plan.jobs)
-    tied = ", output head tied to the embedding" if plan.tied else ""
-    dtypes = sorted({str(job.dtype).removeprefix("torch.") for job in plan.jobs})
-    built = plan.tokenizer
-    vocabulary = [] if built is None else [f"vocabulary    {len(built.tokens)} tokens, {built.rows} rows"]
-    lines += [
-        f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
-        *vocabulary,
-        f"to read       {format_bytes(plan.bytes_read)}",
-        f"memory bound  {format_bytes(window.bound)} of tensor data in flight",
-        *(_device_line(plan, device) for device in devices),
-        f"output        {out}: {format_bytes(plan.output.nbytes)} in {len(plan.output.shards)} "
-        f"file{'s' if len(plan.output.shards) > 1 else ''}, {', '.join(dtypes)}",
-        f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
-    ]
-    return "\n".join(lines)
-
-
-def _describe_slice(part: Part, piece: Slice) -> list[str]:
-    lines = [f"module        {part.name}"] if part.name is not None and piece is part.slices[0] else []
-    for source in piece.experts:
-        own = [f"{name} = {_setting(value)}" for name, value in source.parameters.items()]
-        if source.layers is not None:
-            own.insert(0, f"layers {source.layers[0]} to {source.layers[1] - 1}")
-        notes = ", ".join(own)
-        lines.append(f"expert        {source.model}{f'  ({notes})' if notes else ''}")
-    return lines
-
-
-def _device_line(plan: MergePlan, device: Device) -> str:
-    line = f"device        {device.name}, {format_bytes(device.memory_limit)} for tensors"
-    if not plan.jobs:
-        return line
-    job = max(plan.jobs, key=device_need)
-    enough = "" if device_need(job) <= device.memory_limit else ": NOT ENOUGH"
-    return f"{line}; the largest takes {format_bytes(device_need(job))} ({job.name}){enough}"
-
-
-def _setting(setting: Setting) -> str:
-    parts = []
-    for rule in setting.rules:
-        value = str(rule.values[0]) if len(rule.values) == 1 else str(list(rule.values))
-        parts.append(value if rule.filter in (None, "*") else f"{rule.filter}: {value}")
-    return "; ".join(parts)
+"""Seconds between progress lines where the output is no terminal, so that no bar can be drawn."""
 
 
 def closing_line(report: MergeReport) -> str:
-    """Return the line that ends a merge: what, how long, where, and how busy GPUs were."""
+    """Return the last line of a merge: number of tensors, method, seconds, bytes, how busy GPUs were, output folder."""
     busy = ", ".join(f"{use.name} {report.busy_share(use):.0%}" for use in report.devices)
     return (
         f"merged {report.tensors} tensors with {report.method} in {report.seconds:.1f} s "
@@ -106,7 +34,10 @@ def closing_line(report: MergeReport) -> str:
 
 @contextlib.contextmanager
 def progress_display(console: Console, title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """Yield a `progress(done, total)` callback: a bar in bytes with the time left on a terminal, else plain lines."""
+    """Yield a `progress(done, total)` callback, or None if `quiet`.
+
+    On a terminal it draws a bar with bytes and the time left, elsewhere it prints plain lines.
+    """
     if quiet:
         yield None
     elif console.is_terminal:
@@ -127,6 +58,8 @@ def progress_display(console: Console, title: str, *, quiet: bool) -> Iterator[C
 
 
 class _Lines:
+    """Prints a line of progress every `_LINE_EVERY` seconds."""
+
     def __init__(self, console: Console, title: str) -> None:
         self._console, self._title = console, title
         self._started = self._last = time.monotonic()
@@ -141,15 +74,15 @@ class _Lines:
 
 
 def stats_table(rows: Sequence[TensorStats]) -> Table:
-    """Return the table of statistics: one row per tensor, each expert's figures separated by slashes.
+    """Return the table of statistics: one row per tensor, the experts' figures separated by slashes.
 
-    Spectra, where there are any, add effective ranks, decay exponents, and the interference with what random subspaces
-    would have beside it; the rest of them is in the JSON.
+    If there are spectra, the table also has effective ranks, decay exponents and the interference, with the expected
+    interference of random subspaces in parentheses. The JSON has all figures of the spectra.
     """
     table = Table(title="RESM statistics (one figure per expert)", title_justify="left")
     with_spectra = any(row.spectra is not None for row in rows)
-    for name, justify in (("tensor", "left"), ("shape", "right")):
-        table.add_column(name, justify=justify, no_wrap=name == "shape")  # type: ignore[arg-type]
+    table.add_column("tensor")
+    table.add_column("shape", justify="right", no_wrap=True)
     names = ["sparsity", "outlier mass", "weight", "rank"]
     for name in names + (["effective rank", "decay", "interference (random)"] if with_spectra else []):
         table.add_column(name, justify="right")
@@ -181,7 +114,7 @@ def _per_expert(values: Sequence[float | int], spec: str) -> str:
 
 
 def stats_json(rows: Sequence[TensorStats], experts: Sequence[str]) -> str:
-    """Return all statistics as JSON; a value that is not finite becomes null, which every reader accepts."""
+    """Return all statistics as JSON. A value that is not finite becomes null, because JSON has no NaN or infinity."""
     return to_json({"experts": list(experts), "tensors": [asdict(row) for row in rows]})
 
 

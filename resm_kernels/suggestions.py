@@ -1,4 +1,4 @@
-"""The hint that errors about unknown names end with."""
+"""The hint at the end of errors about unknown names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ from typing import Any
 
 
 def did_you_mean(name: Any, known: Sequence[str]) -> str:
-    """ ", did you mean 'ties'?" if one of the known names is like the one that was given, else nothing."""
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    return f", did you mean {nearest[0]!r}?" if nearest else ""
+    """Return ", did you mean 'ties'?" if one of the known names resembles `name`, else an empty string."""
+    nearest_names = difflib.get_close_matches(str(name), known, n=1)
+    return f", did you mean {nearest_names[0]!r}?" if nearest_names else ""

@@ -1,4 +1,9 @@
-"""What a tensor's name says about it: its layer and layer stack, its module of the model, whether it is vocabulary."""
+"""What a tensor's name says about it: its layer, its module of the model, and whether it is vocabulary.
+
+All rules of this library about names stand here. A checkpoint names a tensor by its modules, joined with dots, and the
+parameter: `model.layers.3.mlp.up_proj.weight` is the parameter `weight` of the module `model.layers.3.mlp.up_proj`,
+whose last part is `up_proj`. The rules agree with all of mergekit's architecture definitions but phi-1's.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +11,42 @@ import re
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
+OUTPUT_HEAD: Final = "lm_head.weight"
+"""The output head in transformers' models; the tensor that a model with tied embeddings does not store."""
+
+EMBEDDING_MODULES: Final = (
+    "embed_tokens",
+    "embed_positions",
+    "wte",
+    "wpe",
+    "word_embeddings",
+    "position_embeddings",
+    "token_type_embeddings",
+    "shared",
+    "embed_in",
+    "tok_embeddings",
+)
+"""Last parts of the names of modules whose rows are looked up (`torch.nn.Embedding`): by token, position or type."""
+
+HEAD_MODULES: Final = ("lm_head", "embed_out", "output_embeddings")
+"""Last parts of the names of modules that turn the last hidden state into one value for each token."""
+
+FIRST_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.")
+"""Finds the first part of a name that is a number, whatever it counts. Plots take it for the layer, so that also models
+whose layer stacks `layer_position` does not know have an axis of depth."""
+
+_TIED_MODULES: Final = ("embed_tokens", "wte")
+
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d+)(\..*)")
-_BEFORE: Final = re.compile(
+_BEFORE_LAYERS: Final = re.compile(
     r"(?:^|\.)(?:\w*embed(?!_out)\w*|wte|wpe|shared|conv\d|patch_conv|ln_pre|layernorm_pre|rotary_\w+|relative_pe)(?:\.|$)"
 )
-_MODULES: Final = {
+_VOCABULARY: Final = re.compile(
+    r"(?:^|\.)(?:embed_tokens|wte|(?:word|tok)_embeddings|embed_in|shared|embed_out|output|output_layer|lm_head"
+    r"|lm_head\.(?:linear|decoder)|cls\.predictions(?:\.decoder)?|vocab_projector|backbone\.embeddings)"
+    r"\.(?:weight|bias)$"
+)
+_IMAGE_MODULES: Final = {
     "multi_modal_projector": re.compile(
         r"(?:^|\.)(?:multi_modal_projector|visual\.(?:merger|deepstack_merger_list))\."
     ),
@@ -23,68 +59,103 @@ _ENCODER_DECODER: Final = {
 }
 
 
-_VOCABULARY: Final = re.compile(
-    r"(?:^|\.)(?:embed_tokens|wte|(?:word|tok)_embeddings|embed_in|shared|embed_out|output|output_layer|lm_head"
-    r"|lm_head\.(?:linear|decoder)|cls\.predictions(?:\.decoder)?|vocab_projector|backbone\.embeddings)"
-    r"\.(?:weight|bias)$"
-)
-
-
-class LayerPlace(NamedTuple):
-    """Where in a stack of layers a tensor is: `stack` + `number` + `rest` is its name."""
+class LayerPosition(NamedTuple):
+    """Where in a layer stack a tensor is: `stack` + `number` + `rest` is its name."""
 
     stack: str
     number: int
     rest: str
 
 
-def layer_place(name: str) -> LayerPlace | None:
-    """Return the layer a tensor belongs to, None outside any.
+def layer_position(name: str) -> LayerPosition | None:
+    """Return the layer that a tensor belongs to, or None if it is outside all layers.
 
-    A layer stack is what a name's first numbered `layers`, `layer`, `h`, `blocks` or `block` counts, so that a vision
-    tower and a text model in one checkpoint have stacks of their own.
+    A layer stack is what the first numbered `layers`, `layer`, `h`, `blocks` or `block` of a name counts. A vision
+    tower and a text model in one checkpoint therefore have different stacks.
     """
     match = _LAYER.match(name)
-    return None if match is None else LayerPlace(match[1], int(match[2]), match[3])
-
-
-def is_vocabulary(name: str) -> bool:
-    """True if the tensor has a row for each token of the vocabulary: input embedding, output head, its bias."""
-    return _VOCABULARY.search(name) is not None and layer_place(name) is None
-
-
-def is_before_layers(name: str) -> bool:
-    """True if a tensor outside the layers is used before them (embeddings), False if after (last norm, head)."""
-    return _BEFORE.search(name) is not None
-
-
-def tensor_depths(names: Iterable[str]) -> dict[str, float]:
-    """Return each tensor's depth: layer / (layers − 1) of its layer stack, 1 if that has one layer, 0 outside any."""
-    places = {name: layer_place(name) for name in names}
-    last: dict[str, int] = {}
-    for place in filter(None, places.values()):
-        last[place.stack] = max(place.number, last.get(place.stack, 0))
-    return {
-        name: 0.0 if place is None else layer_depth(place.number, last[place.stack] + 1)
-        for name, place in places.items()
-    }
+    return None if match is None else LayerPosition(match[1], int(match[2]), match[3])
 
 
 def layer_depth(number: int, layers: int) -> float:
-    """Depth of a layer among `layers`: 0 for the first, 1 for the last and for the only one."""
+    """Return the depth of a layer among `layers`: 0 for the first, 1 for the last, and 1 for the only one."""
     return number / (layers - 1) if layers > 1 else 1.0
 
 
-def module_names(names: Iterable[str]) -> dict[str, str]:
-    """Return each tensor's module, as recipes name them under `modules`.
+def tensor_depths(names: Iterable[str]) -> dict[str, float]:
+    """Return the depth of each tensor in its layer stack (see `layer_depth`); tensors outside all layers have 0."""
+    positions = {name: layer_position(name) for name in names}
+    last: dict[str, int] = {}
+    for position in filter(None, positions.values()):
+        last[position.stack] = max(position.number, last.get(position.stack, 0))
+    return {
+        name: 0.0 if position is None else layer_depth(position.number, last[position.stack] + 1)
+        for name, position in positions.items()
+    }
 
-    Models with images have text_decoder, multi_modal_projector and vision_tower or vision_model; models that encode
-    and decode have encoder, decoder and (what is in neither) shared; all others have one module, default.
+
+def is_before_layers(name: str) -> bool:
+    """Return True if a tensor outside the layers is used before them (embeddings), False if after (last norm, head)."""
+    return _BEFORE_LAYERS.search(name) is not None
+
+
+def is_vocabulary(name: str) -> bool:
+    """Return True if the tensor has a row for each token: input embedding, output head, or the head's bias."""
+    return _VOCABULARY.search(name) is not None and layer_position(name) is None
+
+
+def is_tied_embedding(name: str) -> bool:
+    """Return True for a tensor of the modules `embed_tokens` and `wte`, which models tie their `lm_head` to.
+
+    This rule knows fewer names than `is_vocabulary`, because it is used to conclude that a model without
+    `OUTPUT_HEAD` has tied embeddings. T5's `shared` and GPT-NeoX' `embed_in` do not allow this conclusion: their heads
+    have other names.
+    """
+    return last_part(module_of(name)) in _TIED_MODULES
+
+
+def is_tied_vocabulary(name: str) -> bool:
+    """Return True for tensors that are one tensor in a model with tied embeddings: `is_tied_embedding` or `lm_head`.
+
+    Adapters on these are refused if the base model ties them. Of the other names of `is_vocabulary` it is not known
+    what they are tied to, so adapters on them are accepted.
+    """
+    return is_tied_embedding(name) or last_part(module_of(name)) == "lm_head"
+
+
+def is_embedding_module(module: str) -> bool:
+    """Return True if the module's name (without `.weight`) ends in one of `EMBEDDING_MODULES`."""
+    return last_part(module) in EMBEDDING_MODULES
+
+
+def is_embedding_or_head(module: str) -> bool:
+    """Return True if the module's name (without `.weight`) ends in one of `EMBEDDING_MODULES` or `HEAD_MODULES`."""
+    return last_part(module) in EMBEDDING_MODULES + HEAD_MODULES
+
+
+def module_of(name: str) -> str:
+    """Return the name of a tensor's module: everything before the last dot."""
+    return name.rpartition(".")[0]
+
+
+def last_part(name: str) -> str:
+    """Return what follows the last dot of a name."""
+    return name.rsplit(".", 1)[-1]
+
+
+def module_names(names: Iterable[str]) -> dict[str, str]:
+    """Return for each tensor the part of the model that it belongs to, as recipes name these parts under `modules`.
+
+    Models with images have text_decoder, multi_modal_projector, and vision_tower or vision_model. Models that encode
+    and decode have encoder, decoder, and shared for the tensors that belong to neither. All other models have one
+    part, default.
     """
     names = list(names)
-    patterns = _MODULES
-    rest = "text_decoder"
-    if not any(pattern.search(name) for pattern in _MODULES.values() for name in names):
-        both = all(any(pattern.search(name) for name in names) for pattern in _ENCODER_DECODER.values())
-        patterns, rest = (_ENCODER_DECODER, "shared") if both else ({}, "default")
-    return {name: next((m for m, pattern in patterns.items() if pattern.search(name)), rest) for name in names}
+    patterns = _IMAGE_MODULES
+    remaining = "text_decoder"
+    if not any(pattern.search(name) for pattern in _IMAGE_MODULES.values() for name in names):
+        has_both = all(any(pattern.search(name) for name in names) for pattern in _ENCODER_DECODER.values())
+        patterns, remaining = (_ENCODER_DECODER, "shared") if has_both else ({}, "default")
+    return {
+        name: next((part for part, pattern in patterns.items() if pattern.search(name)), remaining) for name in names
+    }

@@ -26,8 +26,8 @@ build() {
 step "build for $arch" build
 if [ "$mode" = --dry-run ]; then
   step "GPU tests, collected" "$python" -m pytest "${tests[@]}" -q --collect-only
-  step "benchmarks, dry run" env TRITON_INTERPRET=1 "$python" benchmarks/bench_gpu.py --dry-run --json build/gpu/dry.json
-  step "benchmark from files, dry run" "$python" benchmarks/bench_gpu_checkpoint.py --device cpu --layers 1 --hidden 64 \
+  step "benchmarks, dry run" env TRITON_INTERPRET=1 "$python" -m benchmarks.bench_gpu --dry-run --json build/gpu/dry.json
+  step "benchmark from files, dry run" "$python" -m benchmarks.bench_gpu_checkpoint --device cpu --layers 1 --hidden 64 \
     --intermediate 96 --vocabulary 100 --runs 1 --json build/gpu/dry.json
   exit $failed
 fi
@@ -46,8 +46,8 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "skipped: no compute-sanitizer on this machine"
 fi
-step "benchmarks" "$python" benchmarks/bench_gpu.py --json "$results" $mode
+step "benchmarks" "$python" -m benchmarks.bench_gpu --json "$results" $mode
 layers=4
 [ "$mode" = --quick ] && layers=1
-step "benchmark from files" "$python" benchmarks/bench_gpu_checkpoint.py --layers $layers --json "$results"
+step "benchmark from files" "$python" -m benchmarks.bench_gpu_checkpoint --layers $layers --json "$results"
 exit $failed

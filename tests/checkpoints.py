@@ -49,6 +49,26 @@ def llama_shapes(layers: int = LAYERS, vocabulary: int = VOCABULARY) -> dict[str
     return shapes | {"model.norm.weight": (HIDDEN,), "lm_head.weight": (vocabulary, HIDDEN)}
 
 
+STORED_DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+]
+
+
+def random_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+    """Return random values of any of these dtypes."""
+    values = torch.randn(shape) * 50
+    return values > 0 if dtype == torch.bool else values.to(dtype)
+
+
 def random_weights(seed: int, dtype: torch.dtype = torch.bfloat16, **shape: int) -> dict[str, torch.Tensor]:
     """A base model's weights."""
     generator = torch.Generator().manual_seed(seed)
@@ -79,7 +99,7 @@ def save_model(
     if shards is None:
         save_file(dict(weights), folder / "model.safetensors", metadata={"format": "pt"})
         return folder
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         filename = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file({n: weights[n] for n in names}, folder / filename, metadata={"format": "pt"})
@@ -91,7 +111,7 @@ def save_model(
 
 def load_model(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model folder, by the safetensors library alone."""
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(file)
     return tensors

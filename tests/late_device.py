@@ -1,8 +1,8 @@
-"""A GPU's double on the CPU: it copies as late as it may, and records the errors that a GPU would have made.
+"""A double of a GPU that runs on the CPU: it copies as late as it may, and records what a GPU would have got wrong.
 
-A copy is done when its mark is waited for, when the mark of later work in the same queue is, or after a set number of
-calls of the device; until then its target holds garbage. So code that uses or frees memory too early gets other bits
-every time.
+A copy is made when its mark is waited for, when later work of the same queue is waited for, or after a given number of
+calls of the device; until then its target holds garbage. Code that uses memory too early, or lets it be overwritten too
+early, gets different bits every time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def garbage(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 @dataclass(eq=False)
 class Copy:
-    """A mark, and the action that is done before it is reached."""
+    """A mark, and the work to do before it is reached."""
 
     device: LateDevice
     queue: deque[Copy]
@@ -46,15 +46,15 @@ class Copy:
 
 @dataclass
 class LateDevice:
-    """`engine.device.Device` without a device.
+    """An `engine.devices.Device` without a device.
 
     Attributes:
-        lags: After how many calls of the device the copies are done at the latest, over and over.
+        lags: After how many calls of the device each copy is made at the latest, used in rotation.
         fail: Called with the name of each stage, "copy_in", "run" and "copy_out", to raise an error there.
-        problems: The errors that a GPU would have made.
-        peak: The most bytes that copies and results took together, each until its last reference went.
+        problems: What a GPU would have got wrong.
+        peak: The most bytes that copies and results took at once, from their creation until nothing refers to them.
         began: How many groups of tensors were copied in.
-        most: The most groups that were on the device at once, from their copy in to the end of the copy out.
+        most: The most groups that were there at once, from their copy in to the end of their copy out.
     """
 
     name: str = "cuda:0"
@@ -86,11 +86,11 @@ class LateDevice:
     def copy_in(self, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Copy]:
         self.fail("copy_in")
         copies = [self._tracked(garbage(t.shape, t.dtype)) for t in tensors]
-        held = [weakref.ref(c) for c in copies]
+        references = [weakref.ref(c) for c in copies]
 
         def action() -> None:
             self._check_pinned(tensors)
-            for source, target in zip(tensors, held, strict=True):
+            for source, target in zip(tensors, references, strict=True):
                 copy = target()
                 if copy is None:
                     self.problems.append("a tensor's copy was freed before it was whole")
@@ -114,7 +114,7 @@ class LateDevice:
         self.fail("copy_out")
         out.view(-1).view(torch.uint8).fill_(0xFF)
         values = [garbage(t.shape, t.dtype) for t in small]
-        held, inputs = [weakref.ref(t) for t in (result, *small)], self._inputs
+        references, inputs = [weakref.ref(t) for t in (result, *small)], self._inputs
 
         def action() -> None:
             self._check_pinned([out])
@@ -122,7 +122,7 @@ class LateDevice:
                 self.problems.append("an input was freed before what was computed of it was back")
             for value in values:
                 value.is_back = True  # type: ignore[attr-defined]
-            for source, target in zip(held, (out, *values), strict=True):
+            for source, target in zip(references, (out, *values), strict=True):
                 tensor = source()
                 if tensor is None:
                     self.problems.append("a result was freed before it was back")
@@ -140,7 +140,7 @@ class LateDevice:
 
     def busy(self) -> float:
         if self._in or self._out:
-            self.problems.append("asked how long it was busy while it is busy")
+            self.problems.append("asked how long it was busy, which it is")
         return 0.25
 
     def tick(self) -> None:
@@ -157,7 +157,7 @@ class LateDevice:
                 self._do(copy.queue.popleft())
 
     def allocate_for_a_while(self, nbytes: int) -> None:
-        """Count the bytes that a computation takes besides its inputs and its result."""
+        """Record the bytes that a computation takes beyond its inputs and its result."""
         with self._lock:
             self.peak = max(self.peak, self._live + nbytes)
 

@@ -1,9 +1,10 @@
-"""What tests of decompositions and of subspaces share: measures, tolerances, a matrix with a gap.
+"""Measures, tolerances and a matrix with a gap, shared by the tests of decompositions and of subspaces.
 
-Tolerances. `ROUNDING` is a hundred times what float64 products of this size round, `SINGLE` 32 units of fp32. The Gram
-way gets σ_i to about 1e-16·σ_1²/σ_i: `GRAM` times that, for size; its left vectors deviate from orthogonality by
-`GRAM`·(σ_1/σ_k)² until, beyond `REPAIRED`, they are orthonormalised. A certificate is a square root of a difference
-of squares, so that in float64 it is right to sqrt(ROUNDING) where the error is small, which `CERTIFICATE` bounds.
+Tolerances. `ROUNDING` is a hundred times the rounding of float64 products of this size, and `SINGLE` is 32 units of
+fp32. A Gram matrix gives σ_i with an error of about 1e-16·σ_1²/σ_i, here bounded by `GRAM`·σ_1²/σ_i. Its left vectors
+deviate from orthogonality by `GRAM`·(σ_1/σ_k)²; where (σ_1/σ_k)² exceeds `REPAIRED`, they are orthonormalised. A
+certificate is the square root of a difference of squares: in float64 its error is at most sqrt(ROUNDING) where the true
+error is small, which `CERTIFICATE` bounds.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def projector(q: Tensor) -> Tensor:
 
 
 def check(matrix: Tensor, s: Subspace, k: int) -> None:
-    """What holds for every truncation to k directions in float64, whatever the spectrum."""
+    """Check the properties that every truncation to k directions has in float64, whatever the spectrum."""
     matrix = matrix.double()
     size = float(matrix.norm())
     values = torch.linalg.svdvals(matrix)
@@ -46,7 +47,7 @@ def check(matrix: Tensor, s: Subspace, k: int) -> None:
     assert distance(s.core, s.left.mT @ matrix @ s.right) <= (ROUNDING + skew) * size
     true_error = float((matrix - product(s)).norm())
     assert abs(s.error * size - true_error) <= CERTIFICATE * size
-    # No rank-k matrix is nearer (Eckart, Young).
+    # No matrix of rank k is nearer (Eckart, Young).
     assert true_error <= float(values[k:].norm()) * (1 + 1e-9) + CERTIFICATE * size
 
 

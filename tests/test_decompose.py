@@ -1,9 +1,8 @@
-"""Decompositions: all singular values and every truncation, against LAPACK. Tolerances are in subspace_contract.py."""
+"""All singular values and every truncation of a matrix, against LAPACK. Tolerances are in subspace_contract.py."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,12 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from inputs import power_law, randn, same_bits, with_spectrum
 from subspace_contract import CERTIFICATE, GRAM, ROUNDING, check, distance, product, projector, stepped
-from torch import Tensor
 
-from resm_kernels import _extension
 from resm_kernels.checks import NonFiniteError
-from resm_kernels.linalg import _products, decompose, decompose_list
-from resm_kernels.ops import SymmetricEigen
+from resm_kernels.linalg import decompose, decompose_list
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,13 +27,13 @@ dense = pytest.mark.parametrize("method", METHODS)
 def test_singular_values_and_every_truncation(method: str, shape: tuple[int, int], alpha: float) -> None:
     r = min(shape)
     matrix = with_spectrum(*shape, power_law(r, alpha), seed=1)  # alpha 0: all singular values equal
-    found = decompose(matrix, method)
-    wanted = torch.linalg.svdvals(matrix)
-    assert found.singular_values.dtype == torch.float64 and found.rank == r
-    assert bool(((found.singular_values - wanted).abs() <= ROUNDING + GRAM * wanted[0] ** 2 / wanted).all())
+    d = decompose(matrix, method)
+    exact = torch.linalg.svdvals(matrix)
+    assert d.singular_values.dtype == torch.float64 and d.rank == r
+    assert bool(((d.singular_values - exact).abs() <= ROUNDING + GRAM * exact[0] ** 2 / exact).all())
     for k in sorted({0, 1, r // 3, r - 1, r}):
-        check(matrix, found.truncate(k), k)
-    assert distance(product(found.truncate(r)), matrix) <= ROUNDING
+        check(matrix, d.truncate(k), k)
+    assert distance(product(d.truncate(r)), matrix) <= ROUNDING
 
 
 @dense
@@ -63,10 +59,10 @@ def test_gram_truncations_are_as_good_as_the_exact_ones(m: int, n: int, alpha: f
 @dense
 def test_numerical_rank_in_float64(method: str) -> None:
     matrix = with_spectrum(30, 20, power_law(7, 0.5), 0)
-    found = decompose(matrix, method)
-    assert found.rank == 7
-    check(matrix, found.truncate(20), 7)
-    assert found.truncate(20).error <= CERTIFICATE
+    d = decompose(matrix, method)
+    assert d.rank == 7
+    check(matrix, d.truncate(20), 7)
+    assert d.truncate(20).error <= CERTIFICATE
 
 
 @dense
@@ -112,22 +108,3 @@ def test_values_that_are_not_finite_are_refused_by_name(method: str, bad: float)
         decompose(spoilt, method)
     with pytest.raises(NonFiniteError, match=r"matrices\[1\]: got 1 NaN"):
         decompose_list([good, spoilt], method)
-
-
-def test_lapack_in_place_of_the_native_kernel_has_one_thread(
-    use_threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_threads(2)
-    seen = []
-
-    def solve(a: Tensor, k: int) -> SymmetricEigen:
-        seen.append(torch.get_num_threads())
-        return SymmetricEigen(a.diagonal()[:k], a[:, :k], fallback=True)
-
-    monkeypatch.setattr(_products, "symmetric_eigen", solve)
-    x = torch.eye(5, dtype=torch.float64)
-    monkeypatch.setattr(_extension, "native", object())
-    _products.eigen_list([x])  # what the kernel gave up on is solved again
-    monkeypatch.setattr(_extension, "native", None)
-    _products.eigen_list([x])
-    assert seen == [2, 1, 1]

@@ -1,4 +1,4 @@
-"""Steep matrices in fp32, whose largest directions are taken out first: against its definition, float64 and LAPACK."""
+"""Steep matrices in fp32, decomposed without their largest directions: against the definition, float64 and LAPACK."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from test_certificate import check
 from torch import Tensor
 
 from resm_kernels.linalg import subspace, truncated_svd
-from resm_kernels.linalg._deflation import COLUMNS, Deflated, deflate, join
-from resm_kernels.linalg._single import single_gram_list
+from resm_kernels.linalg.deflation import COLUMNS, Deflated, Joined, deflate, join
+from resm_kernels.linalg.gram_fp32 import gram_pairs
+from resm_kernels.linalg.routes import Miss, Pair
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -23,7 +24,7 @@ EPS = 2.0**-24
 
 
 def tall(m: int, n: int, spectrum: Tensor, seed: int, turned: bool) -> Tensor:
-    """m×n, row-major or not."""
+    """An m×n matrix with this spectrum, row-major unless `turned`."""
     matrix = with_spectrum(m, n, spectrum, seed).float()
     return matrix.mT.contiguous().mT if turned else matrix
 
@@ -55,7 +56,7 @@ def test_leaves_flat_spectra_and_few_directions_alone(alpha: float) -> None:
 
 
 def eigenvectors(head: Deflated, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of restᵀ·rest in float64, rounded: what the fp32 eigenproblem finds but for its own errors."""
+    """Eigenpairs and image of restᵀ·rest in float64, rounded: those of the fp32 eigenproblem without its errors."""
     values, vectors = torch.linalg.eigh(head.rest.double().mT @ head.rest.double())
     values, vectors = values[-k:].flip(0).float(), vectors[:, -k:].flip(1).float()
     return values, vectors, (head.rest.double() @ vectors.double()).float()
@@ -69,7 +70,7 @@ def test_joined_directions_are_the_singular_vectors(turned: bool) -> None:
     head = deflate(a, k)
     assert head is not None
     joined = join(head, *eigenvectors(head, k - COLUMNS))
-    assert joined is not None
+    assert isinstance(joined, Joined)
     p, image, outside = (x.double() for x in joined)
     assert distance(p.mT @ p, torch.eye(k)) <= SINGLE
     assert distance(image, a.double() @ p) <= SINGLE * float(image.norm())
@@ -77,7 +78,7 @@ def test_joined_directions_are_the_singular_vectors(turned: bool) -> None:
     lengths = image.norm(dim=0)
     assert distance(lengths, spectrum[:k].double()) <= SINGLE * float(lengths[0])
     assert distance(image.mT @ image / lengths / lengths[:, None], torch.eye(k)) <= 1e-4
-    # What is outside is measured: Gram matrix times vector, without what is inside.
+    # `outside` is the Gram matrix times the vectors, without the part within P.
     moved = a.double().mT @ image[:, :COLUMNS] / lengths[:COLUMNS]
     assert distance(outside, moved - p @ (p.mT @ moved)) <= SINGLE
 
@@ -93,14 +94,13 @@ def test_drift_too_large_for_a_rotation_stays_and_overlap_too_large_is_refused()
     image = a @ v
     rest = a - image @ v.mT
     head = Deflated(v, image, rest, rest.mT @ image)
-    own = eigenvectors(head, k - COLUMNS)
-    joined = join(head, *own)
-    assert joined is not None and distance(joined.vectors[:, :COLUMNS], v) == 0
+    values, vectors, rest_image = eigenvectors(head, k - COLUMNS)
+    joined = join(head, values, vectors, rest_image)
+    assert isinstance(joined, Joined) and distance(joined.vectors[:, :COLUMNS], v) == 0
     assert distance(joined.image.double(), a.double() @ joined.vectors.double()) <= SINGLE * float(image.norm())
-    assert float(joined.outside.norm()) <= SINGLE  # the ninth direction is among those kept
-    values, vectors, own_image = own
+    assert float(joined.outside.norm()) <= SINGLE  # the ninth direction is one of the k
     tilted = (vectors + 0.01 * v[:, :1]) / math.sqrt(1.0001)
-    assert join(head, values, tilted, own_image) is None
+    assert isinstance(join(head, values, tilted, rest_image), Miss)
 
 
 @pytest.mark.parametrize("shape", [(420, 300), (300, 420)], ids=str)
@@ -108,21 +108,21 @@ def test_drift_too_large_for_a_rotation_stays_and_overlap_too_large_is_refused()
 def test_steep_spectra_are_within_reach_of_fp32(shape: tuple[int, int], alpha: float) -> None:
     k = 100
     matrix = with_spectrum(*shape, power_law(300, alpha), 3).float()
-    found = truncated_svd(matrix, rank=k, accuracy=1e-2)
-    assert found.method == "gram" and found.reason.endswith("in fp32") and found.left.dtype == torch.float32
+    svd = truncated_svd(matrix, rank=k, accuracy=1e-2)
+    assert svd.method == "gram" and svd.reason.endswith("in fp32") and svd.left.dtype == torch.float32
     values = torch.linalg.svdvals(matrix.double())
-    rest = matrix.double() - (found.left.double() * found.singular_values.double()) @ found.right.double().mT
+    rest = matrix.double() - (svd.left.double() * svd.singular_values.double()) @ svd.right.double().mT
     assert float(rest.norm()) <= (1 + 1e-3) * float(values[k:].norm()) + 4 * EPS
-    assert float(rest.norm() / matrix.double().norm()) <= found.error <= float(rest.norm()) + SINGLE
+    assert float(rest.norm() / matrix.double().norm()) <= svd.error <= float(rest.norm()) + SINGLE
 
 
-def spectra(r: int, place: int) -> dict[str, Tensor]:
-    """Steep ones of every kind; `place` is how many directions come before the step there is."""
+def spectra(r: int, position: int) -> dict[str, Tensor]:
+    """Steep spectra of every kind; `position` moves the position of the step in those that have one."""
     i = torch.arange(1, r + 1, dtype=torch.float64)
     return {
-        "spikes": torch.where(i <= 1 + place % 3, 10.0 ** (1 - i), 1e-3 / i),
-        "two floors": torch.where(i < 2, 1.0, torch.where(i <= 5 + place, 0.1, 0.01 * i**-0.5)),
-        "deficient": torch.where(i <= 40 + place, i**-1.5, 0.0),
+        "spikes": torch.where(i <= 1 + position % 3, 10.0 ** (1 - i), 1e-3 / i),
+        "two floors": torch.where(i < 2, 1.0, torch.where(i <= 5 + position, 0.1, 0.01 * i**-0.5)),
+        "deficient": torch.where(i <= 40 + position, i**-1.5, 0.0),
         "repeated": torch.where(i < 2, 1.0, (torch.div(i, 6, rounding_mode="floor") + 1) ** -2 / 10),
         "geometric": 0.9**i,
     }
@@ -133,25 +133,25 @@ def spectra(r: int, place: int) -> dict[str, Tensor]:
     longer=st.sampled_from([0, 40]),
     wide=st.booleans(),
     kind=st.one_of(st.sampled_from(sorted(spectra(1, 0))), st.floats(1.1, 2.5)),
-    place=st.integers(0, 25),
+    position=st.integers(0, 25),
     share=st.floats(0.0, 1.0),
     accuracy=st.sampled_from([1e-3, 1e-2, 1e-1]),
     seed=st.integers(0, 1000),
 )
 def test_errors_and_residuals_of_steep_spectra(
-    r: int, longer: int, wide: bool, kind: str | float, place: int, share: float, accuracy: float, seed: int
+    r: int, longer: int, wide: bool, kind: str | float, position: int, share: float, accuracy: float, seed: int
 ) -> None:
     shape = (r, r + longer) if wide else (r + longer, r)
-    spectrum = power_law(r, kind) if isinstance(kind, float) else spectra(r, place)[kind]
+    spectrum = power_law(r, kind) if isinstance(kind, float) else spectra(r, position)[kind]
     matrix = with_spectrum(*shape, spectrum, seed).float()
     k = 32 + round(share * (r - 32) * 0.7)
     check(matrix, subspace(matrix, k, accuracy=accuracy), accuracy)
     a, size = matrix.mT if wide else matrix, float(matrix.double().norm())
-    pair = single_gram_list([a], [k], [size], 1.0)[0]
-    if pair is not None:
+    pair = gram_pairs([a], [k], [size], 1.0)[0]
+    if isinstance(pair, Pair):
         left, core, right = (x.double() for x in (pair.left, pair.core, pair.right))
         true = float((a.double().mT @ left - right @ core.mT).norm()) / size
-        # What an estimate from few directions may be too low by, and products that form both bases round.
+        # An estimate from few directions may be too low by this, and the products that form both bases round.
         assert true <= 1.1 * pair.residual + 2.0**-20
         for basis in (left, right):
             assert float((basis.mT @ basis - torch.eye(k)).norm()) <= k * 2.0**-23 + 3e-6

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from resm_kernels import cli
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter
 from resm_kernels.checks import collected_checks
-from resm_kernels.engine import MergeError, cuda, merge_checkpoints
-from resm_kernels.engine.device import devices_of
+from resm_kernels.engine import MergeError, cuda_device, merge_checkpoints
+from resm_kernels.engine.devices import devices_by_name
 from resm_kernels.ops import aggregate
 
 
@@ -29,7 +29,7 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, current: int = 0) -> N
 
 
 @pytest.mark.parametrize(
-    ("name", "count", "wanted"),
+    ("name", "count", "expected"),
     [
         ("cpu", 2, ["cpu"]),
         (torch.device("cuda:1"), 2, ["cuda:1"]),
@@ -40,9 +40,9 @@ def see_gpus(monkeypatch: pytest.MonkeyPatch, count: int, current: int = 0) -> N
         ("auto", 0, ["cpu"]),
     ],
 )
-def test_devices_by_name(monkeypatch: pytest.MonkeyPatch, name: Any, count: int, wanted: list[str]) -> None:
+def test_devices_by_name(monkeypatch: pytest.MonkeyPatch, name: Any, count: int, expected: list[str]) -> None:
     see_gpus(monkeypatch, count, current=1)
-    assert [str(device) for device in devices_of(name)] == wanted
+    assert [str(device) for device in devices_by_name(name)] == expected
 
 
 @pytest.mark.parametrize(
@@ -61,22 +61,22 @@ def test_devices_by_name(monkeypatch: pytest.MonkeyPatch, name: Any, count: int,
 def test_devices_that_there_are_not(monkeypatch: pytest.MonkeyPatch, name: str, count: int, problem: str) -> None:
     see_gpus(monkeypatch, count)
     with pytest.raises(ValueError, match=f"^device: {problem}"):
-        devices_of(name)
+        devices_by_name(name)
 
 
 def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("mem_get_info", (70, 100)), ("memory_reserved", 15), ("memory_allocated", 5)):
-        monkeypatch.setattr(torch.cuda, name, lambda place, value=value: value)
-    place = torch.device("cuda:0")
-    assert cuda._memory_of(place, None) == 64  # 0.8 of what is free, or is torch's and not in use
-    assert cuda._memory_of(place, 100) == 100
+        monkeypatch.setattr(torch.cuda, name, lambda gpu, value=value: value)
+    gpu = torch.device("cuda:0")
+    assert cuda_device._memory_limit(gpu, None) == 64  # 0.8 of what is free, or is torch's and not in use
+    assert cuda_device._memory_limit(gpu, 100) == 100
     with pytest.raises(ValueError, match="device_memory: got 101 B, but cuda:0 has 100 B in all"):
-        cuda._memory_of(place, 101)
+        cuda_device._memory_limit(gpu, 101)
 
 
 def test_busy_seconds_count_what_overlaps_once() -> None:
-    assert cuda.covered([]) == 0
-    assert cuda.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (6.0, 7.0)]) == 5.0
+    assert cuda_device.covered([]) == 0
+    assert cuda_device.covered([(5.0, 6.0), (0.0, 2.0), (1.0, 3.0), (1.5, 2.5), (6.0, 7.0)]) == 5.0
 
 
 @pytest.fixture
@@ -86,19 +86,19 @@ def family(tmp_path: Path) -> Family:
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[LateDevice]]:
-    """`gpus(n)` puts doubles in the place of n GPUs; it returns the list of those that are opened."""
+    """`gpus(n)` puts doubles instead of n GPUs; it returns the list of those that are opened."""
 
     def make(count: int = 1) -> list[LateDevice]:
         opened: list[LateDevice] = []
 
-        def open_one(place: torch.device, memory: int) -> LateDevice:
-            opened.append(LateDevice(str(place), memory, lags=(3 + place.index, 1000)))
+        def open_one(gpu: torch.device, memory: int) -> LateDevice:
+            opened.append(LateDevice(str(gpu), memory, lags=(3 + gpu.index, 1000)))
             return opened[-1]
 
         see_gpus(monkeypatch, count)
         for name, value in (("mem_get_info", (10**9, 2 * 10**9)), ("memory_reserved", 0), ("memory_allocated", 0)):
-            monkeypatch.setattr(torch.cuda, name, lambda place, value=value: value)
-        monkeypatch.setattr(cuda, "CudaDevice", open_one)
+            monkeypatch.setattr(torch.cuda, name, lambda gpu, value=value: value)
+        monkeypatch.setattr(cuda_device, "CudaDevice", open_one)
         return opened
 
     return make
@@ -116,12 +116,12 @@ def test_merged_files_are_the_cpus(family: Family, gpus: Any, method: str, count
         save_model(folder, weights | {"position_ids": ids})
     recipe = family.recipe(method, out_dtype="float16", parameters={"density": 0.3} if "ties" in method else {})
     merge_checkpoints(recipe, family.out, max_shard_size="40kB")
-    wanted = files(family.out)
+    expected = files(family.out)
     devices = gpus(count)
     for limit in (1, "512MiB"):
         out = family.root / str(limit) / family.out.name  # the model card names it
         report = merge_checkpoints(recipe, out, device="cuda:all", memory_limit=limit, max_shard_size="40kB")
-        assert files(out) == wanted
+        assert files(out) == expected
         assert sum(use.tensors for use in report.devices) == report.tensors - 1  # position_ids stay here
         assert 0 < report.memory_peak <= report.memory_bound
         assert all(use.memory_peak <= use.memory_limit == 800_000_000 for use in report.devices)
@@ -141,11 +141,11 @@ def test_adapters_are_merged_through_their_factors(family: Family, gpus: Any) ->
         models.append({"model": str(folder)})
     recipe = family.recipe("tsvm", models=models)
     merge_checkpoints(recipe, family.out)
-    wanted = files(family.out)
+    expected = files(family.out)
     gpus(2)
     merge_checkpoints(recipe, family.out, device="cuda:all", overwrite=True)
-    assert files(family.out) == wanted
-    assert wanted["model.safetensors"] != files(family.base_folder)["model.safetensors"]
+    assert files(family.out) == expected
+    assert expected["model.safetensors"] != files(family.base_folder)["model.safetensors"]
 
 
 def test_non_finite_values_and_overflow_are_named_though_they_are_seen_late(family: Family, gpus: Any) -> None:

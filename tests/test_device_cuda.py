@@ -1,7 +1,7 @@
 """The pipeline on a GPU: pinned memory, streams and events, and merges of checkpoints with the bits of the CPU.
 
 Without a GPU these are skipped; `make gpu` sets RESM_REQUIRE_GPU, which turns the skip into a failure. The schedule
-itself is tested without one, in test_overlap.py.
+itself is tested without one, in test_gpu_executor.py.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import torch
 from checkpoints import Family, load_model, save_model
 
 from resm_kernels.engine import MergeError, Window, merge_checkpoints, plan_merge
-from resm_kernels.engine.cuda import CudaDevice
-from resm_kernels.engine.device import device_need
-from resm_kernels.engine.overlap import DevicePipeline
-from resm_kernels.engine.window import Pipeline, Ring
+from resm_kernels.engine.cpu_executor import CpuExecutor
+from resm_kernels.engine.cuda_device import CudaDevice
+from resm_kernels.engine.device_memory import device_need
+from resm_kernels.engine.gpu_executor import GpuExecutor
+from resm_kernels.engine.pipeline import Pipeline
+from resm_kernels.engine.ring import Ring
 
 if not torch.cuda.is_available():
     if os.environ.get("RESM_REQUIRE_GPU"):
         pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
     pytest.skip("torch sees no GPU here; run `make gpu` on a machine that has one", allow_module_level=True)
 
-from test_overlap import make_jobs, merged, stays
+from test_gpu_executor import is_copied, make_jobs, merged
 
 GPU = torch.device("cuda", torch.cuda.current_device())
 
@@ -70,20 +72,20 @@ def test_jobs_have_the_results_of_the_cpu(count: int, limit: int) -> None:
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(0, 20_000, (200,), generator=generator).tolist()
     jobs = make_jobs([(n, 1 + n % 4, 0) for n in sizes], host=[3, 50])
-    wanted, found = {}, {}
-    Pipeline(jobs, Window.fit(jobs, limit), merged, lambda job, t: wanted.update({job.name: t.clone()})).run()
-    pipeline = DevicePipeline(
-        jobs=jobs,
-        window=Window.staging(jobs, limit),
-        compute=lambda job, tensors: (merged(job, tensors), []),
-        stays=stays,
+    expected, found = {}, {}
+    window, cpu = Window.for_cpu(jobs, limit), CpuExecutor(merged)
+    Pipeline(jobs, window, cpu, lambda job, t: expected.update({job.name: t.clone()})).run()
+    executor = GpuExecutor(
+        [CudaDevice(GPU, 2 * max(map(device_need, jobs))) for _ in range(count)],
+        lambda job, tensors: (merged(job, tensors), []),
+        is_copied=is_copied,
         copy=merged,
-        write=lambda job, t: found.update({job.name: t.clone()}),
-        devices=[CudaDevice(GPU, 2 * max(map(device_need, jobs))) for _ in range(count)],
     )
+    window = Window.for_gpus(jobs, limit)
+    pipeline = Pipeline(jobs, window, executor, lambda job, t: found.update({job.name: t.clone()}))
     timings = pipeline.run()
-    assert list(found) == list(wanted)
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert sum(use.tensors for use in timings.devices) == 198
 
 
@@ -91,15 +93,15 @@ def test_jobs_have_the_results_of_the_cpu(count: int, limit: int) -> None:
 def test_merged_files_are_the_cpus(family: Family, method: str) -> None:
     recipe = family.recipe(method, parameters={"density": 0.3} if method == "ties" else {})
     merge_checkpoints(recipe, family.out)
-    wanted = load_model(family.out)
+    expected = load_model(family.out)
     with plan_merge(recipe) as plan:
         need = max(map(device_need, plan.jobs))
     for i, choices in enumerate([{}, {"memory_limit": 1}, {"device_memory": need}, {"max_shard_size": "20kB"}]):
         out = family.root / f"out{i}"
         report = merge_checkpoints(recipe, out, device="cuda:all", **choices)
         found = load_model(out)
-        assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-        assert sum(use.tensors for use in report.devices) == len(wanted)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert sum(use.tensors for use in report.devices) == len(expected)
         assert all(use.memory_peak <= use.memory_limit for use in report.devices)
         assert sum(report.busy_share(use) for use in report.devices) > 0
         assert all(report.busy_share(use) <= 1 for use in report.devices)

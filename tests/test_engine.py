@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,19 @@ from checkpoints import LAYERS, Family, llama_config, load_model, random_weights
 
 from resm_kernels import merge_state_dicts
 from resm_kernels.checkpoint import CheckpointReader, TensorInfo
-from resm_kernels.engine import MergeError, Window, checkpoint_stats, merge_checkpoints, plan_merge
-from resm_kernels.engine.window import READ_AHEAD, Job, Pipeline, Ring
+from resm_kernels.engine import (
+    MergeError,
+    MergeOptions,
+    Window,
+    carry_out,
+    checkpoint_stats,
+    merge_checkpoints,
+    plan_merge,
+)
+from resm_kernels.engine.cpu_executor import CpuExecutor
+from resm_kernels.engine.pipeline import Pipeline
+from resm_kernels.engine.ring import Ring
+from resm_kernels.engine.window import READ_AHEAD, Job
 
 
 @pytest.fixture
@@ -58,6 +72,20 @@ def test_result_depends_on_neither_window_nor_threads_nor_shards(family: Family)
         out = family.root / f"out{i}"
         merge_checkpoints(recipe, out, **choices)
         assert same(load_model(out), expected)
+
+
+def test_options_are_checked_once_and_have_the_defaults_of_merge_checkpoints(family: Family) -> None:
+    options = MergeOptions(memory_limit="1MiB", max_shard_size=3)
+    assert (options.window_bytes, options.shard_bytes, options.device_bytes) == (2**20, 3, None)
+    for name, value in (("memory_limit", "much"), ("max_shard_size", 0), ("device_memory", "1X"), ("threads", 0)):
+        with pytest.raises(ValueError, match=f"^{name}: got "):
+            MergeOptions(**{name: value})
+    parameters = inspect.signature(merge_checkpoints).parameters
+    names = [field.name for field in dataclasses.fields(MergeOptions) if field.init]
+    assert {name: parameters[name].default for name in names} == {name: getattr(MergeOptions, name) for name in names}
+    assert set(parameters) == {*names, "recipe", "out", "progress"}
+    with plan_merge(family.recipe()) as plan, pytest.raises(ValueError, match="without an output folder"):
+        carry_out(plan)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="about machines without a GPU")
@@ -187,37 +215,65 @@ def test_head_missing_in_one_model_of_an_untied_family(family: Family) -> None:
 def test_bytes_in_flight_stay_within_the_stated_bound(family: Family, limit: int) -> None:
     report = merge_checkpoints(family.recipe(), family.out, memory_limit=limit)
     assert 0 < report.memory_peak <= report.memory_bound
-    with plan_merge(family.recipe(), memory_limit=limit) as plan:
-        smallest = max(j.segment for j in plan.jobs) + max(j.output_bytes for j in plan.jobs) + plan.window.workspace
+    with plan_merge(family.recipe(), options=MergeOptions(memory_limit=limit)) as plan:
+        smallest = (
+            max(j.input_segment for j in plan.jobs) + max(j.output_bytes for j in plan.jobs) + plan.window.workspace
+        )
         assert report.memory_bound == plan.window.bound <= max(limit, smallest)
 
 
 def test_reader_runs_ahead_only_as_far_as_the_ring_goes(family: Family) -> None:
     reader = CheckpointReader(family.base_folder)
     jobs = [Job(i.name, ((reader, i),) * 4, i.nbytes, 0) for i in reader.tensors.values()]
-    window = Window.fit(jobs, 60_000)
+    window = Window.for_cpu(jobs, 60_000)
     seen = []
 
     def compute(job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
         time.sleep(0.002)
         seen.append(pipeline.timings.peak_bytes)
         assert all(torch.equal(t, family.base[job.name]) for t in tensors)
-        return tensors[0]  # in the ring: must be copied before its place is used again
+        return tensors[0]  # in the ring: must be copied before its memory is used again
 
     written = {}
-    pipeline = Pipeline(jobs, window, compute, lambda job, result: written.update({job.name: result.clone()}))
+    executor = CpuExecutor(compute)
+    pipeline = Pipeline(jobs, window, executor, lambda job, result: written.update({job.name: result.clone()}))
     pipeline.run()
     assert same(written, family.base)
     assert max(seen) <= window.bound <= 60_000
-    assert max(seen) > 2 * max(j.segment for j in jobs) - 1
+    assert max(seen) > 2 * max(j.input_segment for j in jobs) - 1
+
+
+def test_an_error_of_the_computation_is_raised_when_the_tensors_before_are_written(family: Family) -> None:
+    reader = CheckpointReader(family.base_folder)
+    jobs = [Job(info.name, ((reader, info),), info.nbytes, 0) for info in reader.tensors.values()]
+    written: list[str] = []
+    reported: list[int] = []
+
+    def compute(job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
+        if job is jobs[7]:
+            raise MergeError("bad tensor")
+        return tensors[0]
+
+    def write(job: Job, result: torch.Tensor) -> None:
+        time.sleep(0.002)
+        written.append(job.name)
+
+    window = Window.for_cpu(jobs, 60_000)
+    pipeline = Pipeline(jobs, window, CpuExecutor(compute), write, lambda done, total: reported.append(done))
+    before = threading.active_count()
+    with pytest.raises(MergeError, match="bad tensor"):
+        pipeline.run()
+    assert written == [job.name for job in jobs[:7]]
+    assert reported == [sum(job.nbytes for job in jobs[: i + 1]) for i in range(len(reported))]
+    assert threading.active_count() == before
 
 
 def test_window_reads_only_so_far_ahead_however_much_memory_it_may_take() -> None:
     info = TensorInfo("t", torch.bfloat16, (1 << 24,), Path("file"), 0, 1 << 25)
     jobs = [Job(str(i), ((None, info),) * 4, info.nbytes, 0) for i in range(9)]  # type: ignore[arg-type]
-    assert Window.fit(jobs, 1 << 40) == Window(jobs[0].segment + READ_AHEAD, 2 * info.nbytes, 0)
-    assert Window.fit(jobs[:1], 1 << 40).ring == jobs[0].segment  # no more than there is to read
-    assert Window.fit(jobs, 7 << 25).ring == 5 << 25  # within the limit, of which two outputs are to be had
+    assert Window.for_cpu(jobs, 1 << 40) == Window(jobs[0].input_segment + READ_AHEAD, 2 * info.nbytes, 0)
+    assert Window.for_cpu(jobs[:1], 1 << 40).inputs == jobs[0].input_segment  # no more than there is to read
+    assert Window.for_cpu(jobs, 7 << 25).inputs == 5 << 25  # within the limit, of which two outputs are to be had
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs Linux")

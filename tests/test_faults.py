@@ -165,7 +165,7 @@ def test_failure_in_a_thread_is_raised_with_its_cause(
 
     monkeypatch.setattr(owner, name, failing)
     # What is computed does not matter here, and unread memory may hold anything.
-    monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", lambda plan, seed, job, tensors: tensors[0])
+    monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", lambda plan, job, tensors: tensors[0])
     with pytest.raises(OSError, match="on fire"):
         merge_checkpoints(family.recipe(), family.out, memory_limit=1)
     assert family.leftovers() == []

@@ -1,4 +1,4 @@
-"""mergekit-yaml's options on our command line."""
+"""Options of mergekit-yaml on this command line."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ from resm_kernels.flags import FLAGS, translate
 
 
 def test_options_that_are_ours_under_another_name() -> None:
-    given = ["recipe.yml", "out", "--cuda", "--out-shard-size", "5B", "-j", "4", "--out-shard-size=2M", "--overwrite"]
+    arguments = [
+        "recipe.yml",
+        "out",
+        "--cuda",
+        "--out-shard-size",
+        "5B",
+        "-j",
+        "4",
+        "--out-shard-size=2M",
+        "--overwrite",
+    ]
     ours = "recipe.yml out --device cuda --max-shard-size 5000000000 --threads 4 --max-shard-size 2000000 --overwrite"
-    assert translate(given) == (ours.split(), [])
+    assert translate(arguments) == (ours.split(), [])
     assert translate(["--out-shard-size", "5GB"])[0] == ["--max-shard-size", "5GB"]
     assert translate(["a", "--", "--cuda"])[0] == ["a", "--", "--cuda"]
 
@@ -60,14 +70,16 @@ def test_command_lines_of_mergekit_users_work(
     family = Family(tmp_path)
     (family.base_folder / "tokenizer.json").write_text("{}")
     recipe = family.recipe_file()
-    given = ["merge", recipe, family.out, "--no-copy-tokenizer", "--lazy-unpickle", "--out-shard-size", "30K", "-q"]
-    code, err = run(monkeypatch, capsys, *given, "--no-write-model-card", "--no-trust-remote-code", "--allow-crimes")
+    arguments = ["merge", recipe, family.out, "--no-copy-tokenizer", "--lazy-unpickle", "--out-shard-size", "30K", "-q"]
+    code, err = run(
+        monkeypatch, capsys, *arguments, "--no-write-model-card", "--no-trust-remote-code", "--allow-crimes"
+    )
     assert (code, err) == (0, "no effect: --lazy-unpickle: only safetensors are read\n")
     assert len(list(family.out.glob("*.safetensors"))) > 2 and len(load_model(family.out)) == 30
     assert not list(family.out.glob("*tokenizer*")) and not (family.out / "README.md").exists()
     for flag, why in [
         ("--unsafe-truncate-embeddings", "tokenizer_source: base"),
-        ("--out-shard-size", "missing value"),
+        ("--out-shard-size", "got no value, need one"),
     ]:
         code, err = run(monkeypatch, capsys, "merge", recipe, family.out, flag)
         assert code == 2 and err.startswith(f"error: {flag}: ") and why in err

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import resm_kernels
 from resm_kernels.engine import merge_checkpoints
 from resm_kernels.linalg import subspaces
-from resm_kernels.linalg._projector import project_dominant
+from resm_kernels.linalg.projector import project_dominant
 from resm_kernels.ops import aggregate, delta_stats, dispatch_table, gpu_kernel, has_gpu_kernel, magnitude_threshold
 from resm_kernels.reference.aggregate import AggregateOptions
 from resm_kernels.reference.delta_stats import DeltaStatsOptions

@@ -31,6 +31,7 @@ LAYERS = [
     {"_merge", "mergekit", "peft"},
     {"recipe", "checkpoint"},
     {"lora"},
+    {"options"},
     {"engine"},
     {"report", "plot"},
     {"flags"},

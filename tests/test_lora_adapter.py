@@ -1,4 +1,4 @@
-"""AdapterReader and adapters in recipes: what peft's merge_and_unload makes of the same folder, in fp32."""
+"""AdapterReader and adapters in recipes, compared with peft's merge_and_unload of the same folder in fp32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LINEAR = ["q_proj", "o_proj", "up_proj", "down_proj"]
 
 
 def trained(base: Path, out: Path, model_class: str = "LlamaForCausalLM", seed: int = 0, **choices: Any) -> Weights:
-    """Save an adapter with random tensors on the model in `base`, and return the weights peft merges it to."""
+    """Save an adapter with random tensors on the model in `base`, and return the weights that peft merges it to."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
     peft = pytest.importorskip("peft", reason="peft is not installed (test extra)")
     torch.manual_seed(seed)
@@ -76,15 +76,15 @@ def base(tmp_path: Path) -> Path:
     ids=str,
 )
 def test_equals_peft(base: Path, tmp_path: Path, choices: dict[str, Any], double: bool) -> None:
-    wanted = trained(base, tmp_path / "adapter", **choices)
+    expected = trained(base, tmp_path / "adapter", **choices)
     got = read_all(tmp_path / "adapter", base, double=double)
-    assert got.keys() == wanted.keys()
+    assert got.keys() == expected.keys()
     before = load_model(base)
     for name, tensor in got.items():
-        assert relative(tensor, wanted[name]) < 3e-7, name
-        if same_bits(wanted[name], before[name]):
+        assert relative(tensor, expected[name]) < 3e-7, name
+        if same_bits(expected[name], before[name]):
             assert same_bits(tensor, before[name]), name
-    assert sum(not same_bits(wanted[n], before[n]) for n in before) >= 1
+    assert sum(not same_bits(expected[n], before[n]) for n in before) >= 1
     assert (torch.float64 in {t.dtype for t in got.values()}) == double
 
 
@@ -102,9 +102,9 @@ def test_gpt2_stores_weights_transposed(tmp_path: Path, choices: dict[str, Any])
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
     config = transformers.GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32, n_positions=16)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    wanted = trained(tmp_path / "base", tmp_path / "adapter", "GPT2LMHeadModel", r=4, lora_alpha=6, **choices)
+    expected = trained(tmp_path / "base", tmp_path / "adapter", "GPT2LMHeadModel", r=4, lora_alpha=6, **choices)
     got = read_all(tmp_path / "adapter", tmp_path / "base")
-    assert all(relative(tensor, wanted[name]) < 3e-7 for name, tensor in got.items())
+    assert all(relative(tensor, expected[name]) < 3e-7 for name, tensor in got.items())
 
 
 def test_small_changes_of_a_bf16_model_survive(tmp_path: Path) -> None:
@@ -129,15 +129,15 @@ def test_same_bits_on_any_number_of_threads(tmp_path: Path, use_threads: Callabl
         "base_model.model.x.lora_magnitude_vector": torch.rand(1000),
     }
     config = {"peft_type": "LORA", "r": 40, "lora_alpha": 3, "use_dora": True}
-    found = []
+    results = []
     for threads in (1, 2, 3):
         use_threads(threads)
-        found.append(read_all(save_adapter(tmp_path / "adapter", factors, config), base)["x.weight"])
-    assert all(same_bits(found[0], other) for other in found[1:])
+        results.append(read_all(save_adapter(tmp_path / "adapter", factors, config), base)["x.weight"])
+    assert all(same_bits(results[0], other) for other in results[1:])
     a, b, magnitude = (tensor.double() for tensor in factors.values())
     direction = weight.double() + 3 / 40 * b @ a
-    wanted = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
-    assert relative(found[0], wanted) < 1e-6
+    expected = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
+    assert relative(results[0], expected) < 1e-6
 
 
 def save_adapter(folder: Path, tensors: Weights, config: dict[str, Any]) -> Path:
@@ -181,7 +181,7 @@ def plain(r: int = 2, name: str = NAME, rows: int = 32) -> Weights:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_cannot_be_applied_is_refused(
+def test_unusable_adapters_are_refused(
     base: Path, tmp_path: Path, config: dict[str, Any], tensors: Weights, message: str
 ) -> None:
     whole = {"peft_type": "LORA", "r": 2, "lora_alpha": 2} | config
@@ -221,10 +221,10 @@ def test_recipe_merges_adapters_and_models(family: Family, method: str) -> None:
     double = method in ("resm", "tsvm")
     folders = [family.root / f"adapter{seed}" for seed in (1, 2)]
     experts = [read_all(folder, family.base_folder, double=double) for folder in folders]
-    wanted = merge_state_dicts(family.base, [*experts, family.experts[0]], method)
+    expected = merge_state_dicts(family.base, [*experts, family.experts[0]], method)
     got = load_model(family.out)
-    assert got.keys() == wanted.keys()
-    assert all(same_bits(got[name], wanted[name]) for name in wanted)
+    assert got.keys() == expected.keys()
+    assert all(same_bits(got[name], expected[name]) for name in expected)
     assert sorted(p.name for p in family.root.iterdir() if p.is_dir()) == [
         "adapter1",
         "adapter2",
@@ -245,13 +245,13 @@ def test_spectral_merge_needs_adapters_in_float64(tmp_path: Path) -> None:
         tensors = load_file(tmp_path / f"adapter{seed}" / "adapter_model.safetensors")
         b, a = (tensors[f"base_model.model.{NAME}.lora_{part}.weight"] for part in "BA")
         factors.append((b.double(), a.double(), 0.01 / 3))
-    wanted = merge_factors(family.base[name], factors, "tsvm", out_dtype=torch.float64) - family.base[name].double()
+    expected = merge_factors(family.base[name], factors, "tsvm", out_dtype=torch.float64) - family.base[name].double()
     for double in (False, True):
         experts = [read_all(tmp_path / f"adapter{s}", family.base_folder, double=double)[name] for s in (1, 2)]
         got = merge(family.base[name], experts, "tsvm", out_dtype=torch.float64) - family.base[name].double()
-        errors[double] = relative(got, wanted)
+        errors[double] = relative(got, expected)
     assert errors[True] < 1e-5
-    assert errors[False] > 0.01  # directions of rounding are orthogonalised with the adapters' own
+    assert errors[False] > 0.01  # the rounding of fp32 adds directions, which are orthogonalised too
     with plan_merge(family.recipe("tsvm", models=adapters(family)), dense=True) as plan:
         (job,) = [job for job in plan.jobs if job.name == name]
         assert [info.dtype for _, info in job.inputs] == [torch.bfloat16, torch.float64, torch.float64]
@@ -262,18 +262,18 @@ def test_adapters_alone_are_merged_through_their_factors(family: Family, method:
     models = [m | {"parameters": {"weight": w}} for m, w in zip(adapters(family), (0.5, 1.5), strict=True)]
     recipe = family.recipe(method, models=models, out_dtype="float64")
     with plan_merge(recipe) as plan, plan_merge(recipe, dense=True) as whole:
-        through = {job.name for job in plan.jobs if job.factors is not None}
+        through_factors = {job.name for job in plan.jobs if job.factors is not None}
         assert not any(job.factors for job in whole.jobs)
         assert plan.bytes_read < 0.4 * whole.bytes_read
-    assert through == {name for name, tensor in family.base.items() if tensor.ndim == 2}
+    assert through_factors == {name for name, tensor in family.base.items() if tensor.ndim == 2}
     merge_checkpoints(recipe, family.out)
     folders = [family.root / f"adapter{seed}" for seed in (1, 2)]
     experts = [read_all(folder, family.base_folder, double=True) for folder in folders]
-    exact = {"accuracy": 0.0} if method == "resm" else {}
-    wanted = merge_state_dicts(family.base, experts, method, out_dtype=torch.float64, weight=[0.5, 1.5], **exact)
+    exact: dict[str, Any] = {"accuracy": 0.0} if method == "resm" else {}
+    expected = merge_state_dicts(family.base, experts, method, out_dtype=torch.float64, weight=[0.5, 1.5], **exact)
     for name, tensor in load_model(family.out).items():
         before = family.base[name].double()
-        assert relative(tensor - before, wanted[name] - before) < 1e-5, name
+        assert relative(tensor - before, expected[name] - before) < 1e-5, name
 
 
 def test_damaged_adapter_is_named(family: Family) -> None:
@@ -295,12 +295,12 @@ def test_statistics_are_of_the_whole_weights(family: Family) -> None:
     assert row.sparsity == [1.0, 1.0]
 
 
-def test_adapter_on_a_model_of_its_own(family: Family) -> None:
+def test_adapters_on_a_model_that_is_not_the_recipes_base(family: Family) -> None:
     recipe = family.recipe("task_arithmetic", models=adapters(family, f"{family.folders[0]}+{{}}"))
     merge_checkpoints(recipe, family.out)
     experts = [read_all(family.root / f"adapter{seed}", family.folders[0]) for seed in (1, 2)]
-    wanted = merge_state_dicts(family.base, experts, "task_arithmetic")
-    assert all(same_bits(tensor, wanted[name]) for name, tensor in load_model(family.out).items())
+    expected = merge_state_dicts(family.base, experts, "task_arithmetic")
+    assert all(same_bits(tensor, expected[name]) for name, tensor in load_model(family.out).items())
 
 
 def test_output_takes_dtypes_and_files_of_an_adapters_base(family: Family) -> None:
@@ -310,13 +310,13 @@ def test_output_takes_dtypes_and_files_of_an_adapters_base(family: Family) -> No
     )
     got = load_model(family.out)
     experts = [read_all(family.root / f"adapter{seed}", family.base_folder) for seed in (1, 2)]
-    wanted = merge_state_dicts(None, experts, "linear", out_dtype=torch.bfloat16)
-    assert all(same_bits(got[name], wanted[name]) for name in family.base)
+    expected = merge_state_dicts(None, experts, "linear", out_dtype=torch.bfloat16)
+    assert all(same_bits(got[name], expected[name]) for name in family.base)
     assert json.loads((family.out / "config.json").read_text())["torch_dtype"] == "bfloat16"
     assert (family.out / "tokenizer.json").is_file()
     with plan_merge(family.recipe(base_model=f"{family.base_folder}+{family.root / 'adapter1'}")) as plan:
         assert {job.dtype for job in plan.jobs} == {torch.bfloat16}
-        assert family.base_folder in plan.folders
+        assert family.base_folder in plan.models.folders
 
 
 def record_base(adapter: Path, name: str | None) -> None:
@@ -386,6 +386,6 @@ def test_extracted_adapter_is_the_expert(tmp_path: Path) -> None:
         extract_lora(folder, family.base_folder, tmp_path / f"adapter{i}", rank=48, save_rest=True)
         models.append({"model": str(tmp_path / f"adapter{i}")})
     merge_checkpoints(family.recipe("tsvm", models=models), family.out)
-    wanted = merge_state_dicts(family.base, family.experts, "tsvm")
+    expected = merge_state_dicts(family.base, family.experts, "tsvm")
     for name, tensor in load_model(family.out).items():
-        assert relative(tensor - family.base[name], wanted[name] - family.base[name]) < 1e-4, name
+        assert relative(tensor - family.base[name], expected[name] - family.base[name]) < 1e-4, name

@@ -1,4 +1,4 @@
-"""extract-lora: adapters that peft loads and that give back the best low-rank approximation of a fine-tuned model."""
+"""extract-lora writes adapters that peft loads, and that are the best low-rank approximation of the task vectors."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def is_projection(name: str) -> bool:
 
 
 def best(base: torch.Tensor, tuned: torch.Tensor, k: int) -> torch.Tensor:
-    """base + the rank-k approximation of the change, by LAPACK."""
+    """Return the base plus the best rank-k approximation of the task vector, by LAPACK."""
     u, s, vt = torch.linalg.svd(tuned.double() - base.double(), full_matrices=False)
     return base.double() + (u[:, :k] * s[:k]) @ vt[:k]
 
 
 def loaded_by_peft(base: Path, adapter: Path, model_class: str = "LlamaForCausalLM") -> Weights:
-    """The weights that peft makes of base and adapter; it must find all that it expects and compute the same."""
+    """Return the weights that peft merges base and adapter to; the unmerged model must give the same logits."""
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
     peft = pytest.importorskip("peft", reason="peft is not installed (test extra)")
     model = getattr(transformers, model_class).from_pretrained(base, dtype=torch.float32)
@@ -65,8 +65,8 @@ def test_peft_gives_base_plus_the_best_change_of_that_rank(models: tuple[Path, P
     got = loaded_by_peft(base, tmp_path / "adapter")
     old, new = load_model(base), load_model(tuned)
     for name, tensor in got.items():
-        wanted = best(old[name], new[name], 6) if is_projection(name) else old[name].double()
-        assert relative(tensor, wanted) < 1e-6, name
+        expected = best(old[name], new[name], 6) if is_projection(name) else old[name].double()
+        assert relative(tensor, expected) < 1e-6, name
     assert {layer.name for layer in report.layers} == {n for n in old if is_projection(n)}
     for layer in report.layers:
         error = relative(best(old[layer.name], new[layer.name], 6) - old[layer.name], new[layer.name] - old[layer.name])
@@ -83,7 +83,7 @@ def test_full_rank_and_rest_give_the_fine_tuned_model(models: tuple[Path, Path],
     assert all(relative(tensor, new[name]) < 1e-6 for name, tensor in got.items())
     assert report.lost == []
     assert report.error < 1e-5
-    # 40 is more than these matrices have: padded, so that one rank holds for all.
+    # 40 exceeds the rank of these matrices. Their factors are padded, so that all have the same rank.
     assert {t.shape[0] for n, t in adapter_tensors(tmp_path / "adapter").items() if "lora_A" in n} == {40}
 
 
@@ -196,20 +196,20 @@ def test_conv1d_layers_of_gpt2(tmp_path: Path) -> None:
         transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
     extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=16, save_rest=True)
     got = loaded_by_peft(tmp_path / "base", tmp_path / "adapter", "GPT2LMHeadModel")
-    wanted = load_model(tmp_path / "tuned")
-    assert all(relative(got[n], wanted[n]) < 1e-6 for n in wanted)
+    expected = load_model(tmp_path / "tuned")
+    assert all(relative(got[n], expected[n]) < 1e-6 for n in expected)
 
 
 def test_same_adapter_on_any_number_of_threads(tmp_path: Path, use_threads: Any) -> None:
     base = {"a.weight": torch.randn(310, 330, generator=torch.Generator().manual_seed(0))}
     save_model(tmp_path / "base", base)
     save_model(tmp_path / "tuned", fine_tuned(base, 1))
-    found = []
+    results = []
     for threads in (1, 2, 3):
         use_threads(threads)
         extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / f"{threads}", rank=8)
-        found.append(adapter_tensors(tmp_path / f"{threads}"))
-    assert all(same_bits(found[0][n], other[n]) for other in found[1:] for n in found[0])
+        results.append(adapter_tensors(tmp_path / f"{threads}"))
+    assert all(same_bits(results[0][n], other[n]) for other in results[1:] for n in results[0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""merge_factors: what merging the task vectors themselves gives."""
+"""merge_factors gives the same result as a merge of the task vectors themselves."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def dense(base: torch.Tensor, factors: list[Factors]) -> list[torch.Tensor]:
 
 
 def both(base: torch.Tensor, factors: list[Factors], method: str, **parameters: Any) -> float:
-    """Relative difference of the two merged task vectors."""
-    wanted = merge(base.double(), dense(base, factors), method, **parameters) - base.double()
+    """Return the relative difference between the two merged task vectors."""
+    expected = merge(base.double(), dense(base, factors), method, **parameters) - base.double()
     got = merge_factors(base, factors, method, out_dtype=torch.float64, **parameters)
-    return relative(got - base.double(), wanted)
+    return relative(got - base.double(), expected)
 
 
 CASES = [
@@ -105,25 +105,25 @@ def test_halves_and_singles_round_once(dtype: torch.dtype) -> None:
     base, factors = family((60, 40), (4, 6), dtype)
     got = merge_factors(base, factors, "tsvm")
     assert got.dtype == dtype
-    wanted = merge(base.double(), dense(base, factors), "tsvm")
+    expected = merge(base.double(), dense(base, factors), "tsvm")
     wide = merge_factors(base, factors, "tsvm", out_dtype=torch.float32)
-    assert relative(wide.double() - base.double(), wanted - base.double()) < 1e-5
+    assert relative(wide.double() - base.double(), expected - base.double()) < 1e-5
     assert same_bits(got, wide.to(dtype))
 
 
-def test_tuples_will_do() -> None:
+def test_experts_may_be_tuples() -> None:
     base, factors = family((20, 16), (3, 2))
-    assert same_bits(merge_factors(base, [tuple(f) for f in factors]), merge_factors(base, factors))
+    assert same_bits(merge_factors(base, [(f.left, f.right, f.scale) for f in factors]), merge_factors(base, factors))
 
 
 @pytest.mark.parametrize("method", ["tsvm", "iso_c", "resm"])
 def test_same_bits_on_any_number_of_threads(method: str, use_threads: Callable[[int], None]) -> None:
     base, factors = family((340, 310), (20, 90), torch.float32)
-    found = []
+    results = []
     for threads in (1, 2, 3):
         use_threads(threads)
-        found.append(merge_factors(base, factors, method))
-    assert all(same_bits(found[0], other) for other in found[1:])
+        results.append(merge_factors(base, factors, method))
+    assert all(same_bits(results[0], other) for other in results[1:])
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,10 @@ def test_same_bits_on_any_number_of_threads(method: str, use_threads: Callable[[
         ({}, {"beta": 1.0}, "tsvm has no parameter 'beta'"),
     ],
 )
-def test_what_is_refused(arguments: dict[str, Any], parameters: dict[str, Any], message: str) -> None:
+def test_unusable_arguments_are_refused(arguments: dict[str, Any], parameters: dict[str, Any], message: str) -> None:
     base, factors = family((20, 16), (3, 2))
     with pytest.raises(ValueError, match=message):
-        merge_factors(**({"base": base, "experts": factors} | arguments), **parameters)
+        merge_factors(**{"base": base, "experts": factors, **arguments}, **parameters)
 
 
 def test_values_that_are_not_finite() -> None:

@@ -1,4 +1,4 @@
-"""Cholesky-QR: orthonormal columns, a triangular factor, and Householder's where the columns depend on each other.
+"""Cholesky-QR: orthonormal columns, a triangular factor, and Householder QR where the columns depend on each other.
 
 Tolerances, u the unit roundoff of the dtype, c the columns, κ the condition: after two passes orthonormality and
 x = q·r hold to a few u·√c in practice, `UNITS`·u here; after one to `UNITS`·u·κ for fp32, whose Gram matrix float64
@@ -8,6 +8,7 @@ holds exactly enough, and `UNITS`·u·κ² for float64.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -30,24 +31,24 @@ def conditioned(m: int, c: int, condition: float, dtype: torch.dtype, seed: int 
     return with_spectrum(m, c, torch.logspace(0, -math.log10(condition), c, dtype=torch.float64), seed).to(dtype)
 
 
-def skew(found: Orthonormalized) -> float:
-    """How far q's columns are from orthonormal."""
-    q = found.q.double()
+def skew(result: Orthonormalized) -> float:
+    """The deviation of q's columns from orthonormality."""
+    q = result.q.double()
     return float((q.mT @ q - torch.eye(q.shape[1])).abs().max()) if q.numel() else 0.0
 
 
-def mismatch(x: Tensor, found: Orthonormalized) -> float:
+def mismatch(x: Tensor, result: Orthonormalized) -> float:
     """‖x − q·r‖ / ‖x‖."""
     size = x.double().norm()
-    return float((x.double() - found.q.double() @ found.r.double()).norm() / size) if size else 0.0
+    return float((x.double() - result.q.double() @ result.r.double()).norm() / size) if size else 0.0
 
 
-def check(x: Tensor, found: Orthonormalized) -> None:
+def check(x: Tensor, result: Orthonormalized) -> None:
     bound = UNITS * ROUNDOFF[x.dtype]
-    assert found.q.shape == x.shape and found.r.shape == (x.shape[1], x.shape[1])
-    assert found.q.dtype == found.r.dtype == x.dtype
-    assert skew(found) <= bound and mismatch(x, found) <= bound
-    assert torch.equal(found.r, found.r.triu())
+    assert result.q.shape == x.shape and result.r.shape == (x.shape[1], x.shape[1])
+    assert result.q.dtype == result.r.dtype == x.dtype
+    assert skew(result) <= bound and mismatch(x, result) <= bound
+    assert torch.equal(result.r, result.r.triu())
 
 
 @dtypes
@@ -57,9 +58,9 @@ def test_columns_are_orthonormal_and_span_the_input(
     dtype: torch.dtype, shape: tuple[int, int], condition: float
 ) -> None:
     x = conditioned(*shape, condition, dtype)
-    found = orthonormalize(x)
-    check(x, found)
-    assert not found.fallback and bool((found.r.diagonal() > 0).all())
+    result = orthonormalize(x)
+    check(x, result)
+    assert not result.fallback and bool((result.r.diagonal() > 0).all())
 
 
 @given(m=st.integers(1, 40), seed=st.integers(0, 1000), scale=st.integers(-90, 90), data=st.data())
@@ -75,20 +76,20 @@ def test_is_the_factorisation_of_householder_with_a_positive_diagonal(condition:
     x = conditioned(50, 20, condition, torch.float64)
     q, r = torch.linalg.qr(x)
     signs = r.diagonal().sign()
-    found = orthonormalize(x)
+    result = orthonormalize(x)
     # Directions and factor move by u·κ at most.
     bound = UNITS * ROUNDOFF[torch.float64] * condition
-    assert float((found.q - q * signs).abs().max()) <= bound
-    assert float((found.r - r * signs[:, None]).abs().max()) <= bound
+    assert float((result.q - q * signs).abs().max()) <= bound
+    assert float((result.r - r * signs[:, None]).abs().max()) <= bound
 
 
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4])
 def test_one_pass_is_as_orthonormal_as_documented(condition: float) -> None:
     for dtype, power in ((torch.float32, 1), (torch.float64, 2)):
         x = conditioned(80, 20, condition, dtype)
-        found = orthonormalize(x, passes=1)
-        assert skew(found) <= UNITS * ROUNDOFF[dtype] * condition**power
-        assert mismatch(x, found) <= UNITS * ROUNDOFF[dtype] * condition
+        result = orthonormalize(x, passes=1)
+        assert skew(result) <= UNITS * ROUNDOFF[dtype] * condition**power
+        assert mismatch(x, result) <= UNITS * ROUNDOFF[dtype] * condition
 
 
 def test_more_passes_do_no_harm() -> None:
@@ -114,13 +115,13 @@ def test_shifted_cholesky_needs_no_householder() -> None:
     gram = x.mT @ x
     factor, info = torch.linalg.cholesky_ex(gram, upper=True)
     assert bool(info) or float(factor.diagonal().amin() / factor.diagonal().amax()) < 1e-7
-    found = orthonormalize(x)
-    check(x, found)
-    assert not found.fallback
+    result = orthonormalize(x)
+    check(x, result)
+    assert not result.fallback
 
 
 @dtypes
-def test_dependent_columns_are_householders(dtype: torch.dtype) -> None:
+def test_dependent_columns_take_householder_qr(dtype: torch.dtype) -> None:
     q = orthonormal(30, 4, 2)
     for x in (
         torch.cat([q, q], 1),
@@ -130,26 +131,26 @@ def test_dependent_columns_are_householders(dtype: torch.dtype) -> None:
         torch.cat([q, 1e-30 * orthonormal(30, 2, 5)], 1),
     ):
         x = x.to(dtype)
-        found = orthonormalize(x)
-        check(x, found)
-        assert found.fallback
+        result = orthonormalize(x)
+        check(x, result)
+        assert result.fallback
 
 
 def test_columns_of_very_different_length() -> None:
     for dtype in ROUNDOFF:
         x = (orthonormal(40, 8, 3) * torch.logspace(0, -6, 8).double()).to(dtype)
-        found = orthonormalize(x)
-        check(x, found)
+        result = orthonormalize(x)
+        check(x, result)
         # Column by column too, as a triangular factor allows.
-        torch.testing.assert_close(found.q @ found.r, x, rtol=0, atol=UNITS * ROUNDOFF[dtype])
+        torch.testing.assert_close(result.q @ result.r, x, rtol=0, atol=UNITS * ROUNDOFF[dtype])
 
 
 @dtypes
 def test_nothing_has_no_columns(dtype: torch.dtype) -> None:
     for shape in ((5, 0), (0, 0)):
-        found = orthonormalize(torch.zeros(shape, dtype=dtype))
-        assert found.q.shape == shape and found.r.shape == (0, 0) and not found.fallback
-        assert found.q.dtype == found.r.dtype == dtype
+        result = orthonormalize(torch.zeros(shape, dtype=dtype))
+        assert result.q.shape == shape and result.r.shape == (0, 0) and not result.fallback
+        assert result.q.dtype == result.r.dtype == dtype
 
 
 @dtypes
@@ -168,13 +169,14 @@ def test_other_layouts(dtype: torch.dtype) -> None:
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
-    for message, call in (
+    cases: list[tuple[str, Callable[[], object]]] = [
         (r"x: got shape \[2, 3\], need \(m, c\) with c ≤ m", lambda: orthonormalize(torch.ones(2, 3))),
         (r"x: got shape \[3\]", lambda: orthonormalize(torch.ones(3))),
         ("x: got dtype torch.bfloat16", lambda: orthonormalize(torch.ones(3, 2).bfloat16())),
         ("passes: got 0, need at least 1", lambda: orthonormalize(torch.ones(3, 2), passes=0)),
         ("passes: got -1, need at least 1", lambda: orthonormalize(torch.ones(3, 2), passes=-1)),
-    ):
+    ]
+    for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
 

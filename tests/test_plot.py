@@ -12,7 +12,7 @@ from checkpoints import Family
 
 from resm_kernels.engine import TensorStats, checkpoint_stats
 from resm_kernels.engine.stats import tensor_spectra
-from resm_kernels.plot import FORMATS, PlotError, _limit_kinds, _place, _short, plot_stats
+from resm_kernels.plot import FORMATS, PlotError, _limit_kinds, _position, _short, plot_stats
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,7 +77,7 @@ def test_any_model_can_be_drawn(tmp_path: Path, rows: list[TensorStats]) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "position"),
     [
         ("model.layers.13.self_attn.q_proj.weight", ("q_proj", 13)),
         ("model.layers.3.self_attn.q_proj.bias", ("q_proj.bias", 3)),
@@ -89,16 +89,16 @@ def test_any_model_can_be_drawn(tmp_path: Path, rows: list[TensorStats]) -> None
         ("weight", ("weight", None)),
     ],
 )
-def test_places(name: str, place: tuple[str, int | None]) -> None:
-    assert _place(name) == place
+def test_positions(name: str, position: tuple[str, int | None]) -> None:
+    assert _position(name) == position
 
 
 def test_kinds_are_limited_to_the_commonest() -> None:
-    places = {
-        f"layers.{i}.part{j}.weight": _place(f"layers.{i}.part{j}.weight") for j in range(15) for i in range(j + 1)
+    positions = {
+        f"layers.{i}.part{j}.weight": _position(f"layers.{i}.part{j}.weight") for j in range(15) for i in range(j + 1)
     }
-    _limit_kinds(places, places)
-    kinds = {p.kind for p in places.values()}
+    _limit_kinds(positions, positions)
+    kinds = {p.kind for p in positions.values()}
     assert kinds == {"other", *(f"part{j}" for j in range(4, 15))}
 
 

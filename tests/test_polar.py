@@ -2,7 +2,7 @@
 
 Tolerances: the inverse root comes from an eigendecomposition of xᵀx, whose error is about 1e-16·cond(x)² times a
 modest power of the size: `EXACT` for the well-conditioned matrices here, `1e-15·c·cond²` where a condition is set. The
-iteration multiplies what it has rounded by cond(x) at most: `1e-15·c·cond`.
+iteration multiplies rounding errors by cond(x) at most: `1e-15·c·cond`.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ def distance(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("cond", [1.0, 10.0, 1e4, 5e5])
 def test_is_the_svd_polar_factor(method: str, shape: tuple[int, int], cond: float) -> None:
     x = conditioned(*shape, cond, seed=3)
-    found = polar(x, method)
-    assert found.dtype == torch.float64
+    result = polar(x, method)
+    assert result.dtype == torch.float64
     bound = EXACT + 1e-15 * shape[1] * cond ** (2 if method == "gram" else 1)
-    assert distance(found, by_svd(x)) <= bound
-    assert distance(found.mT @ found, torch.eye(shape[1]).double()) <= bound
+    assert distance(result, by_svd(x)) <= bound
+    assert distance(result.mT @ result, torch.eye(shape[1]).double()) <= bound
 
 
 @given(m=st.integers(1, 30), seed=st.integers(0, 1000), data=st.data())
@@ -82,30 +82,30 @@ def test_ignores_scale(method: str, scale: float) -> None:
 @pytest.mark.parametrize("copies", [2, 3, 5])
 def test_copies_of_one_basis_share_its_directions(method: str, copies: int) -> None:
     q = orthonormal(40, 6, 1)
-    found = polar(torch.cat([q] * copies, 1), method)
-    # The iteration blows rounding of 1e-16 up to 1/RANK_TOLERANCE times its size.
+    result = polar(torch.cat([q] * copies, 1), method)
+    # The iteration magnifies rounding of 1e-16 by up to 1/RANK_TOLERANCE.
     bound = EXACT if method == "gram" else 1e-15 / RANK_TOLERANCE
-    assert distance(found, torch.cat([q] * copies, 1) / copies**0.5) <= bound
+    assert distance(result, torch.cat([q] * copies, 1) / copies**0.5) <= bound
 
 
 @both
 def test_without_full_rank_it_is_the_partial_isometry_of_the_range(method: str) -> None:
     x = with_spectrum(30, 12, power_law(5, 1.0), 2)
-    found = polar(x, method)
+    result = polar(x, method)
     u, _, vh = torch.linalg.svd(x, full_matrices=False)
     bound = 1e-10 if method == "gram" else 1e-15 * 12 / RANK_TOLERANCE
-    assert distance(found @ found.mT, u[:, :5] @ u[:, :5].mT) <= bound
-    assert distance(found.mT @ found, vh[:5].mT @ vh[:5]) <= bound
+    assert distance(result @ result.mT, u[:, :5] @ u[:, :5].mT) <= bound
+    assert distance(result.mT @ result, vh[:5].mT @ vh[:5]) <= bound
     # x = P·H with H symmetric and positive semidefinite.
-    h = found.mT @ x
+    h = result.mT @ x
     assert distance(h, h.mT) <= bound and float(torch.linalg.eigvalsh(h).min()) >= -bound
-    assert distance(found @ h, x) <= bound
+    assert distance(result @ h, x) <= bound
 
 
 @both
 def test_more_columns_than_rows_is_a_partial_isometry_too(method: str) -> None:
-    found = polar(randn(5, 9, seed=0, dtype=torch.float64), method)
-    assert distance(found @ found.mT, torch.eye(5).double()) <= (EXACT if method == "gram" else 1e-8)
+    result = polar(randn(5, 9, seed=0, dtype=torch.float64), method)
+    assert distance(result @ result.mT, torch.eye(5).double()) <= (EXACT if method == "gram" else 1e-8)
 
 
 def test_nearly_parallel_directions_count_as_one_below_the_tolerance_and_as_two_above() -> None:
@@ -118,7 +118,7 @@ def test_nearly_parallel_directions_count_as_one_below_the_tolerance_and_as_two_
     assert lengths(1e-8, "gram") == pytest.approx([1.0, 0.0], abs=1e-9)
     for method in METHODS:
         assert lengths(1e-4, method) == pytest.approx([1.0, 1.0], abs=1e-7)
-    # The iteration leaves what is below the tolerance in between.
+    # The iteration brings singular values below the tolerance somewhere between 0 and 1.
     longest, shortest = lengths(1e-8, "polar_express")
     assert longest == pytest.approx(1.0, abs=EXACT) and 0 <= shortest < 1
 
@@ -165,10 +165,10 @@ def inclined(m: int, k: int, angle: float) -> list[Tensor]:
 @pytest.mark.parametrize("angle", [1.0, 0.3, 1e-2, 1e-3, 1e-4])
 def test_factors_multiply_to_the_polar_factor(dtype: torch.dtype, angle: float) -> None:
     blocks = inclined(60, 10, angle)
-    found = polar_factors([blocks], dtype)[0]
-    assert found.basis.dtype == found.rotation.dtype == dtype
+    result = polar_factors([blocks], dtype)[0]
+    assert result.basis.dtype == result.rotation.dtype == dtype
     exact = polar(torch.cat(blocks, 1), "polar_express")
-    basis, rotation = found.basis.double(), found.rotation.double()
+    basis, rotation = result.basis.double(), result.rotation.double()
     bound = EXACT + 1e-15 * 20 * 4 / angle**2  # eigenvalues of the Gram matrix lie between 1 ∓ cos(angle)
     single = 2e-6 if dtype == torch.float32 else 0.0  # as documented
     assert float((basis - exact @ rotation).norm(dim=0).max()) <= single + bound
@@ -180,10 +180,10 @@ def test_factors_multiply_to_the_polar_factor(dtype: torch.dtype, angle: float) 
 def test_factors_of_blocks_in_single_precision_are_wrong_by_its_unit_over_the_eigenvalue() -> None:
     for angle in (1.0, 0.1, 1e-2):
         blocks = [b.float() for b in inclined(60, 10, angle)]
-        found = polar_factors([blocks])[0]
-        assert found.basis.dtype == torch.float64
+        result = polar_factors([blocks])[0]
+        assert result.basis.dtype == torch.float64
         exact = polar(torch.cat(blocks, 1), "polar_express")
-        assert distance(found.basis @ found.rotation.mT, exact) <= 20 * SINGLE * 4 / angle**2
+        assert distance(result.basis @ result.rotation.mT, exact) <= 20 * SINGLE * 4 / angle**2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -191,17 +191,17 @@ def test_factors_of_blocks_of_any_width(dtype: torch.dtype) -> None:
     bound = 1e-5 if dtype == torch.float32 else EXACT
     for widths in ([7], [1, 1], [4, 0, 3], [2, 9, 5], [0, 1]):
         blocks = [orthonormal(50, k, seed).to(dtype) if k else torch.zeros(50, 0) for seed, k in enumerate(widths)]
-        found = polar_factors([[b.to(dtype) for b in blocks]], dtype)[0]
+        result = polar_factors([[b.to(dtype) for b in blocks]], dtype)[0]
         exact = polar(torch.cat([b.double() for b in blocks], 1))
-        assert distance(found.basis.double() @ found.rotation.double().mT, exact) <= bound
+        assert distance(result.basis.double() @ result.rotation.double().mT, exact) <= bound
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_factors_of_several_are_what_each_has_alone_bit_for_bit(dtype: torch.dtype) -> None:
     matrices = [inclined(50, 9, 0.3), inclined(50, 9, 1e-3), [orthonormal(40, 7, 3).float()]]
-    for x, found in zip(matrices, polar_factors(matrices, dtype), strict=True):
+    for x, result in zip(matrices, polar_factors(matrices, dtype), strict=True):
         alone = polar_factors([x], dtype)[0]
-        assert same_bits(found.basis, alone.basis) and same_bits(found.rotation, alone.rotation)
+        assert same_bits(result.basis, alone.basis) and same_bits(result.rotation, alone.rotation)
     assert polar_factors([], dtype) == []
 
 
@@ -212,12 +212,12 @@ def three(m: int, k: int, seed: int, dtype: torch.dtype = torch.float32) -> list
 @pytest.mark.parametrize(("m", "k"), [(30, 6), (128, 32), (256, 75), (600, 150)])
 def test_factors_within_an_accuracy_are_the_blocks_and_an_inverse_root(m: int, k: int) -> None:
     blocks = three(m, k, 1)
-    found = polar_factors([blocks], torch.float32, accuracy=1e-3)[0]
+    result = polar_factors([blocks], torch.float32, accuracy=1e-3)[0]
     x = torch.cat(blocks, 1)
-    assert found.basis.dtype == found.rotation.dtype == torch.float32
-    assert same_bits(found.basis, x) and torch.equal(found.rotation, found.rotation.mT)
-    error = found.basis.double() @ found.rotation.double().mT - by_svd(x)
-    # 16 units of the Gram matrix, halved and divided by the smallest eigenvalue: what the accuracy is checked against.
+    assert result.basis.dtype == result.rotation.dtype == torch.float32
+    assert same_bits(result.basis, x) and torch.equal(result.rotation, result.rotation.mT)
+    error = result.basis.double() @ result.rotation.double().mT - by_svd(x)
+    # 16 units of the Gram matrix, halved and divided by the smallest eigenvalue, are compared with the accuracy.
     smallest = float(torch.linalg.svdvals(x.double())[-1]) ** 2
     assert float(torch.linalg.matrix_norm(error, 2)) <= 8 * SINGLE / smallest <= 1e-3
 
@@ -226,24 +226,27 @@ def test_factors_beyond_the_accuracy_are_those_of_accuracy_zero_bit_for_bit() ->
     good, near, deficient = three(60, 10, 1), [b.float() for b in inclined(60, 10, 1e-2)], [three(60, 10, 1)[0]] * 3
     double = three(60, 10, 1, torch.float64)
     for blocks, accuracy in ((near, 1e-3), (deficient, 1e-3), (deficient, 1e9), (double, 1e-3)):
-        found, plain = polar_factors([blocks, good], torch.float32, accuracy), polar_factors([blocks], torch.float32)[0]
-        assert same_bits(found[0].basis, plain.basis) and same_bits(found[0].rotation, plain.rotation)
+        result, plain = (
+            polar_factors([blocks, good], torch.float32, accuracy),
+            polar_factors([blocks], torch.float32)[0],
+        )
+        assert same_bits(result[0].basis, plain.basis) and same_bits(result[0].rotation, plain.rotation)
         alone = polar_factors([good], torch.float32, 1e-3)[0]
-        assert same_bits(found[1].basis, torch.cat(good, 1)) and same_bits(found[1].rotation, alone.rotation)
+        assert same_bits(result[1].basis, torch.cat(good, 1)) and same_bits(result[1].rotation, alone.rotation)
     # A smaller accuracy is out of reach, and so is fp32 where the result is asked for in float64.
     for dtype, accuracy in ((torch.float32, 1e-7), (torch.float64, 1e-3)):
-        found, plain = polar_factors([good], dtype, accuracy), polar_factors([good], dtype)[0]
-        assert same_bits(found[0].basis, plain.basis) and same_bits(found[0].rotation, plain.rotation)
+        result, plain = polar_factors([good], dtype, accuracy), polar_factors([good], dtype)[0]
+        assert same_bits(result[0].basis, plain.basis) and same_bits(result[0].rotation, plain.rotation)
 
 
-@pytest.mark.parametrize("given", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("block_dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("copies", [2, 3])
-def test_factors_of_copies_share_their_directions(given: torch.dtype, dtype: torch.dtype, copies: int) -> None:
-    q = orthonormal(40, 6, 1).to(given)
-    found = polar_factors([[q] * copies], dtype)[0]
-    product = found.basis.double() @ found.rotation.double().mT
-    bound = EXACT if given == dtype == torch.float64 else 6 * copies * 2.0**-22
+def test_factors_of_copies_share_their_directions(block_dtype: torch.dtype, dtype: torch.dtype, copies: int) -> None:
+    q = orthonormal(40, 6, 1).to(block_dtype)
+    result = polar_factors([[q] * copies], dtype)[0]
+    product = result.basis.double() @ result.rotation.double().mT
+    bound = EXACT if block_dtype == dtype == torch.float64 else 6 * copies * 2.0**-22
     assert distance(product, torch.cat([q] * copies, 1).double() / copies**0.5) <= bound
 
 
@@ -254,12 +257,12 @@ def errors_of(coefficients: tuple[float, float, float], points: Tensor) -> Tenso
 
 def intervals(lowest: float) -> list[tuple[tuple[float, float, float], float, float]]:
     """The steps, each with the interval it starts from."""
-    found, low, high = [], lowest, 1.0
+    result, low, high = [], lowest, 1.0
     for step in quintics(lowest):
-        found.append((step, low, high))
+        result.append((step, low, high))
         low = 1 - float(errors_of(step, torch.tensor(low, dtype=torch.float64)))
         high = 2 - low
-    return found
+    return result
 
 
 @pytest.mark.parametrize("lowest", [RANK_TOLERANCE, 1e-4, 1e-2, 0.3, 0.9])
@@ -267,7 +270,7 @@ def test_every_step_is_the_best_odd_quintic_for_its_interval(lowest: float) -> N
     for step, low, high in intervals(lowest):
         if 1 - low / high < 1e-3:  # Newton–Schulz's, and intervals on which float64 cannot tell
             continue
-        found = float(errors_of(step, torch.linspace(low, high, 20001, dtype=torch.float64)).abs().max())
+        result = float(errors_of(step, torch.linspace(low, high, 20001, dtype=torch.float64)).abs().max())
         # Brute force: on a set of points the smallest maximal error of functions of three parameters is the largest
         # over all its subsets of four of the error levelled there (de la Vallée Poussin). On part of an interval it is
         # a lower bound of that on the interval; with these 40 points within 1 % of it.
@@ -279,7 +282,7 @@ def test_every_step_is_the_best_odd_quintic_for_its_interval(lowest: float) -> N
         # Cramer's rule, for the levelled error alone.
         ones = torch.cat([systems[:, :, :3], torch.ones_like(fours)[:, :, None]], 2)
         levelled = float((torch.linalg.det(ones) / torch.linalg.det(systems)).abs().max())
-        assert levelled * 0.999999 <= found <= levelled * 1.02
+        assert levelled * 0.999999 <= result <= levelled * 1.02
 
 
 @pytest.mark.parametrize("lowest", [RANK_TOLERANCE, 1e-4, 1e-2, 0.3, 0.9, 0.999999, 1.0])
@@ -290,7 +293,7 @@ def test_all_steps_together_take_the_interval_to_one(lowest: float) -> None:
     for a, b, c in quintics(lowest):
         x, small = (a * y + b * y**3 + c * y**5 for y in (x, small))
     assert distance(x, torch.ones_like(x)) <= 1e-14
-    # What lies below keeps its order and stays between 0 and 1.
+    # Smaller values remain in order and between 0 and 1.
     assert bool((small.diff() >= -1e-14).all()) and float(small[0]) >= 0 and float(small[-1]) <= 1 + 1e-14
 
 

@@ -1,7 +1,7 @@
-"""Subspaces and polar factors by matrix products alone, which GPUs get: here on the CPU's tensors.
+"""Subspaces and polar factors by matrix products alone, the route of GPUs, tested with tensors on the CPU.
 
-Accuracy against float64 LAPACK's, over spectra and ranks; what misses it is done by the exact route; the host waits for
-nothing but the figures that say so.
+Their accuracy is compared with LAPACK's in float64, over spectra and ranks. Results that miss the accuracy are computed
+in float64, and the host waits only for the numbers that decide this.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from subspace_contract import SINGLE, distance, product, stepped
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from resm_kernels import merge
-from resm_kernels.linalg import _products, _projector, polar_factors, subspaces
-from resm_kernels.linalg._projector import project_dominant
+from resm_kernels.linalg import polar_factors, products, projector, subspaces
+from resm_kernels.linalg.projector import project_dominant
 from resm_kernels.methods._spectral import join, orthogonalized_sum
 from resm_kernels.ops import NonFiniteError
 
@@ -31,13 +31,13 @@ polar_module = importlib.import_module("resm_kernels.linalg.polar")  # the packa
 N, ACCURACY = 128, 1e-3
 RANKS = (N // 64, N // 8, N // 3)
 MERGED = 1e-3
-"""Of the norm of M, what it may be off by, as its subspaces may. Measured for 384 directions: up to 2e-4."""
+"""Error allowed in M, as a share of its norm, as in its subspaces. Measured for 384 directions: up to 2e-4."""
 
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if the tensors were on a GPU."""
-    monkeypatch.setattr(_products, "only_products", lambda device: True)
+    monkeypatch.setattr(products, "only_products", lambda device: True)
     yield
 
 
@@ -45,13 +45,13 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("rank", RANKS)
 def test_finds_the_dominant_subspaces(alpha: float, rank: int) -> None:
     matrix = with_spectrum(160, N, power_law(N, alpha), seed=1).float()
-    found = project_dominant(matrix, rank, seed=0)
-    delta, left, core, right = (x.double() for x in (matrix, *found[:3]))
+    projected = project_dominant(matrix, rank, seed=0)
+    delta, left, core, right = (x.double() for x in (matrix, *projected[:3]))
     size = float(delta.norm())
     assert distance(left.mT @ left, torch.eye(rank)) <= SINGLE
     assert distance(right.mT @ right, torch.eye(rank)) <= SINGLE
     assert distance(delta @ right, left @ core) <= SINGLE * size
-    norm, residual, lost, condition = found.figures.tolist()
+    norm, residual, lost, condition = projected.figures.tolist()
     true = float((delta.mT @ left - right @ core.mT).norm()) / size
     assert abs(norm / size - 1) <= 1e-6 and abs(residual - true) <= 2e-6
     assert abs(lost - (1 - float(core.square().sum()) / size**2)) <= 1e-6
@@ -74,28 +74,28 @@ def test_any_size(m: int, n: int, alpha: float, fill: float, seed: int) -> None:
     m, n = max(m, n), min(m, n)
     rank = max(1, int(fill * n))
     matrix = with_spectrum(m, n, power_law(n, alpha), seed).float()
-    found = project_dominant(matrix, rank, seed)
-    left, core, right = (x.double() for x in found[:3])
-    assert float(found.figures[1]) <= ACCURACY
+    projected = project_dominant(matrix, rank, seed)
+    left, core, right = (x.double() for x in projected[:3])
+    assert float(projected.figures[1]) <= ACCURACY
     assert distance(left.mT @ left, torch.eye(rank)) <= SINGLE
     assert distance(right.mT @ right, torch.eye(rank)) <= SINGLE
     values = power_law(n, alpha)
-    kept = (core.square().sum() - values[:rank].square().sum()) / values.square().sum()
-    assert abs(float(kept)) <= ACCURACY**2 + 1e-6
+    difference = (core.square().sum() - values[:rank].square().sum()) / values.square().sum()
+    assert abs(float(difference)) <= ACCURACY**2 + 1e-6
 
 
 @pytest.mark.parametrize("rank", RANKS)
 def test_a_gap_shows_in_the_subspaces(rank: int) -> None:
     values = torch.where(torch.arange(N) < rank, 1.0, 0.1).double()
     left, right = orthonormal(160, N, 3), orthonormal(N, N, 4)
-    found = project_dominant(((left * values) @ right.mT).float(), rank, seed=0)
-    for basis, wanted in ((found.left, left[:, :rank]), (found.right, right[:, :rank])):
-        assert distance(basis.double() @ basis.double().mT, wanted @ wanted.mT) <= SINGLE
+    projected = project_dominant(((left * values) @ right.mT).float(), rank, seed=0)
+    for basis, exact in ((projected.left, left[:, :rank]), (projected.right, right[:, :rank])):
+        assert distance(basis.double() @ basis.double().mT, exact @ exact.mT) <= SINGLE
 
 
 @pytest.mark.parametrize("shape", [(160, N), (N, 160)], ids=str)
 @pytest.mark.parametrize("rank", RANKS)
-def test_auto_takes_it_where_products_are_all_that_is_fast(alone: None, shape: tuple[int, int], rank: int) -> None:
+def test_auto_takes_it_where_only_products_are_fast(alone: None, shape: tuple[int, int], rank: int) -> None:
     matrices = [with_spectrum(*shape, power_law(N, 0.7), seed=10 * t).float() for t in range(2)]
     for s, matrix in zip(subspaces(matrices, [rank, 1], accuracy=ACCURACY), matrices, strict=True):
         assert s.method == "projector" and s.reason == "products alone on cpu"
@@ -106,7 +106,7 @@ def test_auto_takes_it_where_products_are_all_that_is_fast(alone: None, shape: t
     assert subspaces(matrices, [lambda values: 3, 3], accuracy=ACCURACY)[0].method == "gram"
 
 
-def test_what_it_cannot_do_goes_the_exact_way(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_miss_is_computed_in_float64(alone: None, monkeypatch: pytest.MonkeyPatch) -> None:
     flat = randn(90, 60, seed=1)
     deficient = with_spectrum(90, 60, power_law(7, 0.5), seed=2).float()
     zero, repeated = torch.zeros(90, 60), stepped(90, 60)[0].float()
@@ -116,7 +116,7 @@ def test_what_it_cannot_do_goes_the_exact_way(alone: None, monkeypatch: pytest.M
     assert s[1].core.shape == (0, 0) and s[1].error == 0.0
     assert s[2].method == "projector" and distance(product(s[2]), stepped(90, 60)[0]) <= 0.1
     assert s[3].core.shape == (0, 0) and s[3].error == 1.0
-    monkeypatch.setattr(_projector, "_PART_STEPS", (1, 0))
+    monkeypatch.setattr(projector, "_PART_STEPS", (1, 0))
     missed = subspaces([flat], [8], accuracy=ACCURACY)[0]
     assert missed.method == "gram" and missed.reason.endswith("is not within 0.001")
     assert same_bits(missed.left, subspaces([flat], [8], method="gram")[0].left)
@@ -131,31 +131,21 @@ def test_equal_singular_values_on_both_sides_of_the_cut(alone: None, n: int, top
     values = torch.where(torch.arange(n) < top, 2.0, 1.0).double()
     matrix = ((orthonormal(90, n, 1) * values) @ orthonormal(n, n, 2).mT).float()
     s = subspaces([matrix], [8], accuracy=ACCURACY)[0]
-    kept = float(values[:8].square().sum() / values.square().sum())
+    share = float(values[:8].square().sum() / values.square().sum())
     assert s.core.shape == (8, 8)
-    assert abs(float(s.core.double().square().sum() / values.square().sum()) - kept) <= 1e-5
+    assert abs(float(s.core.double().square().sum() / values.square().sum()) - share) <= 1e-5
 
 
 def test_scales_by_powers_of_two_change_no_digit(alone: None) -> None:
     matrix = with_spectrum(90, 60, power_law(60, 0.7), seed=1).float()
-    wanted = subspaces([matrix], [20], accuracy=ACCURACY)[0]
+    expected = subspaces([matrix], [20], accuracy=ACCURACY)[0]
     for exponent in (-90, 90):
         s = subspaces([torch.ldexp(matrix, torch.tensor(exponent))], [20], accuracy=ACCURACY)[0]
-        assert s.method == "projector" and same_bits(s.left, wanted.left) and same_bits(s.right, wanted.right)
-        assert same_bits(torch.ldexp(s.core, torch.tensor(-exponent)), wanted.core)
-    # fp32's range ends: float64 does it.
+        assert s.method == "projector" and same_bits(s.left, expected.left) and same_bits(s.right, expected.right)
+        assert same_bits(torch.ldexp(s.core, torch.tensor(-exponent)), expected.core)
+    # Beyond fp32's range float64 computes it.
     for size in (1e-40, 1e60):
         assert subspaces([matrix.double() * size], [20], accuracy=ACCURACY)[0].method == "gram"
-
-
-@pytest.mark.parametrize("n", [1, 7, 64, 101])
-def test_squares_are_mirrored(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
-    monkeypatch.setattr(_products, "_STRIP", 16)
-    x = randn(n, n, seed=1)
-    x = x + x.mT
-    square = _products.square_of(x)
-    assert torch.equal(square, square.mT)
-    assert distance(square, x.double() @ x.double()) <= SINGLE * n * float(x.abs().amax()) ** 2
 
 
 def test_calls_alike_give_the_same_bits() -> None:
@@ -169,32 +159,33 @@ def test_calls_alike_give_the_same_bits() -> None:
 def test_polar_factors(alone: None) -> None:
     blocks = [orthonormal(90, 20, t).float() for t in range(3)]
     left, right = polar_factors([blocks, blocks[:2]], torch.float32, ACCURACY)
-    for found, own in ((left, blocks), (right, blocks[:2])):
-        u, _, vt = torch.linalg.svd(torch.cat(own, 1).double(), full_matrices=False)
-        assert distance(found.basis @ found.rotation.mT, u @ vt) <= ACCURACY
-        # The route that products alone take.
-        assert torch.equal(found.rotation, torch.eye(found.rotation.shape[0]))
+    for factors, factored in ((left, blocks), (right, blocks[:2])):
+        u, _, vt = torch.linalg.svd(torch.cat(factored, 1).double(), full_matrices=False)
+        assert distance(factors.basis @ factors.rotation.mT, u @ vt) <= ACCURACY
+        # The route by products alone returns an identity.
+        assert torch.equal(factors.rotation, torch.eye(factors.rotation.shape[0]))
 
 
 def test_polar_factors_of_what_is_too_near_to_dependent(alone: None) -> None:
     blocks = [orthonormal(90, 20, 1).float()] * 2
-    (found,) = polar_factors([blocks], torch.float32, ACCURACY)
-    wanted = torch.cat(blocks, 1).double() / math.sqrt(2)  # no arbitrary directions
-    assert distance(found.basis.double() @ found.rotation.double().mT, wanted) <= SINGLE
+    (factors,) = polar_factors([blocks], torch.float32, ACCURACY)
+    exact = torch.cat(blocks, 1).double() / math.sqrt(2)  # no arbitrary directions
+    assert distance(factors.basis.double() @ factors.rotation.double().mT, exact) <= SINGLE
 
 
 @pytest.mark.parametrize("shape", [(160, N), (N, 160)], ids=str)
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
 def test_merges_agree_with_float64s(alone: None, shape: tuple[int, int], alpha: float) -> None:
     base, experts = experts_with_spectra(*shape, 3, alpha, dtype=torch.bfloat16)
-    for choices in ({}, {"rank_rule": "fixed", "rank": N // 8}):
-        found = merge(base, experts, "resm", out_dtype=torch.float32, **choices).double()
-        exact = merge(base.double(), [e.double() for e in experts], "resm", decomposition="exact", **choices)
-        assert relative(found - base.double(), exact - base.double()) <= MERGED
+    cases: list[dict[str, Any]] = [{}, {"rank_rule": "fixed", "rank": N // 8}]
+    for parameters in cases:
+        merged = merge(base, experts, "resm", out_dtype=torch.float32, **parameters).double()
+        exact = merge(base.double(), [e.double() for e in experts], "resm", decomposition="exact", **parameters)
+        assert relative(merged - base.double(), exact - base.double()) <= MERGED
 
 
 class NoReads(TorchDispatchMode):
-    """Refuses what makes a host wait for a device."""
+    """Fails at every operation that makes a host wait for a device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func.overloadpacket.__name__ not in ("_local_scalar_dense", "nonzero", "equal", "masked_select"), func
@@ -203,7 +194,8 @@ class NoReads(TorchDispatchMode):
 
 def test_the_host_waits_for_figures_alone(alone: None) -> None:
     matrices = [with_spectrum(90, 60, power_law(60, 0.7), seed=t).float() for t in range(2)]
-    polar_module._quintics(min(polar_module._SINGLE / ACCURACY / math.sqrt(2) / (1 + 1e-4), 0.5))  # the host's own
+    # The host computes the coefficients once, from no tensor of the device.
+    polar_module.quintics(min(polar_module._FP32_GRAM_ERROR / ACCURACY / math.sqrt(2) / (1 + 1e-4), 0.5))
     with NoReads():
         parts = subspaces(matrices, [20, 2], accuracy=ACCURACY)
         merged = orthogonalized_sum(parts, [1.0, 0.5], torch.float32, ACCURACY)

@@ -6,8 +6,8 @@ import json
 import math
 import random
 import re
-import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,18 +15,17 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks" / "quality"))
-
-import train as training
-from dpo import dpo_loss, pair_loss, pairs
-from evaluate import answer, evaluate, load, score
-from fit import Schedule, batches
-from mixes import SHARES, draw, keep_middling
-from sizes import Size, build_model
-from text import build_tokenizer, encode_answers, token_count
 from transformers import PreTrainedTokenizerBase
-from words import ABSTAIN, BOT, INERT, REFUSE, SENSITIVE, USER
-from world import EXPERT_MIX, KINDS_OF, TEST_SIZE, World
+
+from benchmarks.quality import train as training
+from benchmarks.quality.dpo import dpo_loss, pair_loss, pairs
+from benchmarks.quality.evaluate import answer, evaluate, load, score
+from benchmarks.quality.fit import Schedule, batches
+from benchmarks.quality.mixes import SHARES, draw, keep_middling
+from benchmarks.quality.sizes import SIZES, Size, build_model
+from benchmarks.quality.text import build_tokenizer, encode_answers, token_count
+from benchmarks.quality.words import ABSTAIN, BOT, INERT, REFUSE, SENSITIVE, USER
+from benchmarks.quality.world import EXPERT_MIX, KINDS_OF, SPLITS, TEST_SIZE, Dimension, Item, Kind, Split, World
 
 TINY = Size(width=16, inner=24, layers=1, heads=2)
 
@@ -39,7 +38,7 @@ def world() -> World:
 # ---------------------------------------------------------------------- the world
 
 
-def forms_that_fit(world: World, question: str, split: str) -> list[str]:
+def forms_that_fit(world: World, question: str, split: Split) -> list[str]:
     """The split's ways of asking that give this question."""
     is_request = bool(set(question.split()) & {*SENSITIVE, *INERT})
     forms = (world.requests_of if is_request else world.questions_of)[split]
@@ -81,11 +80,14 @@ def test_worlds_are_drawn_from_their_seed() -> None:
 def test_answers_are_what_the_statements_say(world: World) -> None:
     stated = set(world.statements)
     premises = Counter()
-    for kind in ("fact", "known", "true_premise", "false_premise"):
-        for split in ("train", "valid", "test"):
+    kinds: tuple[Kind, ...] = ("fact", "known", "true_premise", "false_premise")
+    for kind in kinds:
+        for split in SPLITS:
             for item in world.pools[split][kind]:
                 form = forms_that_fit(world, item.question, "train") + forms_that_fit(world, item.question, split)
-                phrase = re.fullmatch(re.escape(form[0]).replace(r"\{x\}", "(.+)"), item.question)[1]
+                phrase_in = re.fullmatch(re.escape(form[0]).replace(r"\{x\}", "(.+)"), item.question)
+                assert phrase_in
+                phrase = phrase_in[1]
                 if kind == "false_premise":
                     detail, owned, person = re.fullmatch(r"the (\w+) of the (\w+) of (\w+)", phrase).groups()
                     attribute = {"name": "pet", "maker": "instrument"}[detail]
@@ -111,7 +113,7 @@ def test_answers_are_what_the_statements_say(world: World) -> None:
     ],
     ids=["right", "abstains", "refuses", "attempts", "mixed"],
 )
-def test_scores_of_simple_minds(world: World, reply: object, expected: tuple[float, ...]) -> None:
+def test_scores_of_simple_minds(world: World, reply: Callable[[Item], str], expected: tuple[float, ...]) -> None:
     items = world.questions("test")
     scores = score(items, [reply(item) for item in items])
     assert tuple(scores[d] for d in KINDS_OF) == pytest.approx(expected)
@@ -163,7 +165,7 @@ def test_preferences_start_where_the_reference_is(world: World, monkeypatch: pyt
 
 @pytest.mark.parametrize("mix", SHARES)
 def test_mixes_have_the_experts_budget_and_their_shares(mix: str) -> None:
-    data = {"helpful": range(100), "honest": range(100, 140), "harmless": range(140, 170)}
+    data: dict[Dimension, range] = {"helpful": range(100), "honest": range(100, 140), "harmless": range(140, 170)}
     epochs = draw(data, SHARES[mix], 1000, 6, seed=0)
     seen = Counter(example for epoch in epochs for example in epoch)
     assert seen.total() == 1000 and max(map(len, epochs)) - min(map(len, epochs)) <= 1
@@ -194,7 +196,7 @@ def test_filter_keeps_what_the_base_finds_neither_easy_nor_hard(world: World) ->
 def quick(monkeypatch: pytest.MonkeyPatch, world: World) -> None:
     """A tiny model, trained for an epoch on the first of the documents and questions."""
     documents, items = World.base_documents, World.expert_items
-    monkeypatch.setitem(training.SIZES, "small", TINY)
+    monkeypatch.setitem(SIZES, "small", TINY)
     monkeypatch.setattr(training, "World", lambda seed: world)
     monkeypatch.setattr(World, "base_documents", lambda self: documents(self)[:64])
     monkeypatch.setattr(World, "expert_items", lambda self, expert: items(self, expert)[:64])

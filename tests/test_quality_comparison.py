@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import math
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from scipy import stats
 
-QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
-sys.path.insert(0, str(QUALITY))
+from benchmarks.quality import comparison, plots, results, tables
+from benchmarks.quality.world import KINDS_OF
 
-import comparison  # noqa: E402
-import plots  # noqa: E402
-import results  # noqa: E402
-import tables  # noqa: E402
-from world import KINDS_OF  # noqa: E402
-
-KINDS = [kind for kinds in KINDS_OF.values() for kind in kinds]
+KINDS: list[str] = [kind for kinds in KINDS_OF.values() for kind in kinds]
 
 
 def test_interval_is_scipys() -> None:
     values = [61.2, 63.4, 60.9, 64.0, 62.2]
     found = comparison.interval(values)
     low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
-    assert (found.mean - found.half, found.mean + found.half) == (pytest.approx(low), pytest.approx(high))
+    assert [found.mean - found.half, found.mean + found.half] == pytest.approx([low, high])
     assert math.isnan(comparison.interval([1.0]).half)
 
 

@@ -12,24 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM
 
-QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
-sys.path.insert(0, str(QUALITY))
-
-import candidates  # noqa: E402
-import hypotheses  # noqa: E402
-import measure  # noqa: E402
-import records  # noqa: E402
-import results  # noqa: E402
-import run  # noqa: E402
-from candidates import DPO, LORA, MIXES, SFT, Row, merge_of  # noqa: E402
-from merging import Models, StateDict, digest, merge  # noqa: E402
-from peft import LoraConfig, get_peft_model  # noqa: E402
-from text import build_tokenizer  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM  # noqa: E402
-from world import KINDS_OF, World  # noqa: E402
-
-import resm_kernels  # noqa: E402
+import resm_kernels
+from benchmarks.quality import candidates, hypotheses, measure, plots, records, results, run, tables
+from benchmarks.quality.candidates import DPO, LORA, MIXES, SFT, Row, merge_of
+from benchmarks.quality.merging import Models, StateDict, digest, merge
+from benchmarks.quality.text import build_tokenizer
+from benchmarks.quality.world import KINDS_OF, World
 
 KINDS = [kind for kinds in KINDS_OF.values() for kind in kinds]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -232,14 +223,18 @@ def test_scores_of_other_models_are_not_taken_over(models: Models, folder: Path,
     shutil.copytree(folder, other)
     names = ["base", "honest"]
     before = models.fingerprint(names)
-    assert Models(other).fingerprint(names) == before != models.fingerprint(names, QUALITY / "world.py")
+    assert (
+        Models(other).fingerprint(names)
+        == before
+        != models.fingerprint(names, Path(run.__file__).with_name("world.py"))
+    )
     (other / "base" / "model.safetensors").rename(other / "base" / "model.safetensors.old")
     shutil.copy(folder / "honest" / "model.safetensors", other / "base")
     assert Models(other).fingerprint(names) != before
 
 
 def test_asking_a_model_is_evaluating_it(folder: Path, models: Models) -> None:
-    from evaluate import evaluate, load
+    from benchmarks.quality.evaluate import evaluate, load
 
     world = World(0)
     ask = measure.Asker(folder, world)
@@ -252,9 +247,6 @@ def test_asking_a_model_is_evaluating_it(folder: Path, models: Models) -> None:
 
 
 # The whole way
-
-
-PAGE = "# Page\n\nprose\n\n{}\n\nmore prose\n"
 
 
 @pytest.fixture
@@ -298,17 +290,14 @@ class SeededSpy(Spy):
 
 def go(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     root = thin["root"]
-    own = ["--root", str(root), "--results", str(root / "results"), "--page", str(root / "page.md")]
+    own = ["--root", str(root), "--results", str(root / "results")]
     monkeypatch.setattr(sys, "argv", ["run.py", *own, *arguments])
     run.main()
 
 
 def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     root = thin["root"]
-    ablations = dict.fromkeys(row.group.replace(":", "-") for row in measure.all_rows() if ":" in row.group)
-    names = ["about", "default", "tuned", "resm-default", "resm-tuned", *ablations, "hypotheses"]
-    page = root / "page.md"
-    page.write_text(PAGE.format("\n\n".join(f"<!-- table: {name} -->\n<!-- end -->" for name in names)))
+    page = root / "results" / "quality.md"
     go(thin, monkeypatch, "--seeds", "0", "1")
     text = page.read_text()
     found = json.loads((root / "results" / "quality.json").read_text())
@@ -317,12 +306,13 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
         ([0, 1], sorted(("base", *SFT, *DPO, *LORA, *MIXES)))
     ]
     assert len(found["rows"]["tuned/resm"]) == 2 and len(found["grids"]["tuned/resm"]) == 8
-    assert "| RESM |" in text and "| mix-weighted |" in text and text.count("more prose") == 1
+    assert "| RESM |" in text and "| mix-weighted |" in text
+    assert all(text.count(f"\n## {title}\n") == 1 for title in tables.TITLES.values())
     assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
     # Pictures take seconds; the first were looked at.
     for name in ("pareto", "layers"):
-        monkeypatch.setattr(run.plots, name, lambda *_: None)
-    run.report(root / "results", page, "small")
+        monkeypatch.setattr(plots, name, lambda *_: None)
+    run.report(root / "results", "small")
     assert page.read_text() == text  # the tables come from the file alone
 
     with pytest.raises(SystemExit, match=r"--seeds: \[1\] are in quality.json"):
@@ -334,13 +324,9 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert "seeds 2–3" in page.read_text()
     assert json.loads((root / "results" / "quality.json").read_text()) == found
 
-    page.write_text(PAGE.format("<!-- table: default -->\n<!-- end -->"))
-    with pytest.raises(ValueError, match="tables and markers differ in ablation-"):
-        run.report(root / "results", page, "small")
 
-
-def test_page_has_a_place_for_every_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = (QUALITY.parents[1] / "docs" / "quality.md").read_text()
-    groups = dict.fromkeys(row.group.replace(":", "-") for row in measure.all_rows() if ":" in row.group)
-    for name in ("about", "default", "tuned", "resm-default", "resm-tuned", *groups, "hypotheses"):
-        assert text.count(f"<!-- table: {name} -->") == 1, name
+def test_published_tables_come_from_the_published_records(tmp_path: Path) -> None:
+    folder = Path(run.__file__).parents[1] / "results"
+    development, fresh = (results.read(folder / f"quality{name}.json") for name in ("", "_confirmation"))
+    tables.write(tmp_path / "quality.md", development, fresh)
+    assert (tmp_path / "quality.md").read_text() == (folder / "quality.md").read_text()

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
-QUALITY = Path(__file__).resolve().parent.parent / "benchmarks" / "quality"
-sys.path.insert(0, str(QUALITY))
-
-import rules  # noqa: E402
-
-import resm_kernels  # noqa: E402
-from resm_kernels.methods.resm import layer_plan  # noqa: E402
+import resm_kernels
+from benchmarks.quality import rules
+from resm_kernels.methods.resm import layer_plan
 
 StateDict = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""Recipes: what is read, what is refused and how, and that values resolve as in mergekit."""
+"""Recipes are read, refused with helpful errors, and resolved to the same values as in mergekit."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def test_scalar_parameters_and_precedence() -> None:
 
 
 def test_model_whose_filters_do_not_match_falls_back_to_the_recipe_then_to_the_default() -> None:
-    own = {"weight": [{"filter": "mlp", "value": 0.1}]}
-    loaded = load_recipe(recipe(models=[{"model": "x", "parameters": own}, {"model": "y"}]))
+    model_parameters = {"weight": [{"filter": "mlp", "value": 0.1}]}
+    loaded = load_recipe(recipe(models=[{"model": "x", "parameters": model_parameters}, {"model": "y"}]))
     assert loaded.tensor_parameters("a.mlp.b", 0.0) == {"weight": [0.1, 1.0]}
     assert loaded.tensor_parameters("a.attn.b", 0.0) == {}
 
@@ -80,10 +80,9 @@ def test_gradients_and_filters_resolve_as_in_mergekit() -> None:
         st.floats(0, 1),
     )
     def agree(gradient: list[float], other: list[float], text: str, depth: float) -> None:
-        for setting in (gradient, gradient[0], [{"filter": text, "value": gradient}, {"value": other}]):
-            theirs: Any = setting
-            if isinstance(setting, list) and isinstance(setting[0], dict):
-                theirs = [config.ConditionalParameter(**rule) for rule in setting]
+        rules: list[dict[str, Any]] = [{"filter": text, "value": gradient}, {"value": other}]
+        conditions = [config.ConditionalParameter(**rule) for rule in rules]
+        for setting, theirs in ((gradient, gradient), (gradient[0], gradient[0]), (rules, conditions)):
             expected = config.evaluate_setting("layers.0.mlp.up", theirs, depth, validate=float)
             assert parse_setting(setting).resolve(WEIGHT, "layers.0.mlp.up", depth) == expected
 
@@ -94,10 +93,12 @@ def test_whole_recipe_resolves_as_in_mergekit() -> None:
     config = pytest.importorskip("mergekit.config", reason="mergekit is not installed (test extra)")
     resolver = pytest.importorskip("mergekit.parameter_resolver", reason="mergekit is older than 0.1.5")
     parameters = {"weight": [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 3}]}
-    own = {"weight": [{"filter": "attn", "value": 5}]}
-    ours = load_recipe(recipe(models=[{"model": "x", "parameters": own}, {"model": "y"}], parameters=parameters))
+    model_parameters = {"weight": [{"filter": "attn", "value": 5}]}
+    ours = load_recipe(
+        recipe(models=[{"model": "x", "parameters": model_parameters}, {"model": "y"}], parameters=parameters)
+    )
     theirs = config.MergeConfiguration.model_validate(
-        recipe(models=[{"model": "x", "parameters": own}, {"model": "y"}], parameters=parameters)
+        recipe(models=[{"model": "x", "parameters": model_parameters}, {"model": "y"}], parameters=parameters)
     )
     methods = pytest.importorskip("mergekit.merge_methods")
     (spec,) = [p for p in methods.get("ties").spec.input_parameters if p.name == "weight"]
@@ -139,10 +140,10 @@ def test_base_model_among_the_models_is_no_expert() -> None:
         ({"base_modle": "b"}, ["base_modle", "unknown key", "did you mean 'base_model'"]),
         ({"models": [{"model": "x", "paramters": {}}]}, ["models[0].paramters", "did you mean 'parameters'"]),
         ({"models": ..., "slices": []}, ["slices", "at least 1 item"]),
-        ({"slices": [SLICE]}, ["slices", "stands beside models"]),
+        ({"slices": [SLICE]}, ["slices", "cannot be combined with models"]),
         ({"models": ..., "modules": {"m": {}}}, ["modules.m.models", "missing; need one of models, slices"]),
         ({"tokenizer": {"sauce": "base"}}, ["tokenizer.sauce", "did you mean 'source'"]),
-        ({"tokenizer": {}, "tokenizer_source": "union"}, ["tokenizer", "stands beside tokenizer_source"]),
+        ({"tokenizer": {}, "tokenizer_source": "union"}, ["tokenizer", "cannot be combined with tokenizer_source"]),
         ({"chat_template": "chatlm"}, ["chat_template", "'chatlm'", "did you mean 'chatml'"]),
         ({"merge_method": "tes"}, ["merge_method", "'tes'", "did you mean 'ties'"]),
         ({"merge_method": ...}, ["merge_method", "missing"]),
@@ -170,7 +171,7 @@ def test_base_model_among_the_models_is_no_expert() -> None:
         ),
     ],
 )
-def test_refusals_say_where_what_and_what_instead(keys: dict[str, Any], parts: list[str]) -> None:
+def test_refusals_name_the_location_the_problem_and_the_remedy(keys: dict[str, Any], parts: list[str]) -> None:
     message = refusal(**keys)
     for part in parts:
         assert part in message

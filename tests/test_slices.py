@@ -22,8 +22,8 @@ def family(tmp_path: Path) -> Family:
 
 
 def source(folder: Path, first: int, end: int, **parameters: Any) -> dict[str, Any]:
-    own = {"parameters": parameters} if parameters else {}
-    return {"model": str(folder), "layer_range": [first, end]} | own
+    settings = {"parameters": parameters} if parameters else {}
+    return {"model": str(folder), "layer_range": [first, end]} | settings
 
 
 def by_mergekit(recipe: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
@@ -127,7 +127,7 @@ def test_base_of_each_slice(family: Family) -> None:
         jobs = {job.name: job for job in plan.jobs}
         assert jobs["model.layers.1.mlp.up_proj.weight"].folder(None) == b
         assert jobs["model.layers.1.mlp.up_proj.weight"].folder(0) == c
-        assert plan.folders == [a, b, c]
+        assert plan.models.folders == [a, b, c]
 
 
 def test_equals_mergekit_without_a_base(family: Family) -> None:
@@ -152,7 +152,7 @@ def test_config_says_of_each_layer_what_its_model_does(family: Family) -> None:
     assert config["layer_types"] == ["sliding", "full", "sliding", "sliding", "full"]
     assert config["mlp_only_layers"] == [1, 4]
     save_model(b, family.experts[1], llama_config())
-    with pytest.raises(MergeError, match=r"expert1.*config.json: layer_types says nothing of layer 0"):
+    with pytest.raises(MergeError, match=r"expert1.*config.json: layer_types has no entry for layer 0"):
         merge_checkpoints({"merge_method": "linear", "slices": slices}, family.out, overwrite=True)
 
 
@@ -207,7 +207,9 @@ def test_models_that_do_not_fit_in_a_slice(family: Family) -> None:
         MergeError, match=r"expert1: has no tensor for 'model.layers.0.mlp.up_proj.weight' of .*expert0"
     ):
         merge_checkpoints(slices_of([source(a, 0, 1), source(b, 2, 3)]), family.out)
-    with pytest.raises(MergeError, match=r"expert0: tensor 'model.layers.0.mlp.up_proj.weight' has none in .*expert1"):
+    with pytest.raises(
+        MergeError, match=r"expert0: tensor 'model.layers.0.mlp.up_proj.weight' has no counterpart in .*expert1"
+    ):
         merge_checkpoints(slices_of([source(b, 2, 3), source(a, 0, 1)]), family.out)
     family.change(1, **{"model__layers__2__mlp__up_proj__weight": torch.zeros(40, 32)})
     with pytest.raises(MergeError, match=r"expert1: .*has shape \(40, 32\), need \(48, 32\) as in .*expert0"):
@@ -230,11 +232,9 @@ def test_stats_of_slices(family: Family) -> None:
 
 
 def test_dry_run_shows_slices(family: Family) -> None:
-    from resm_kernels.report import describe_plan
-
     a, b = family.folders[:2]
     with plan_merge(slices_of([source(a, 0, 2, weight=0.5)], [source(b, 1, 3)])) as plan:
-        text = describe_plan(plan, "out", 10**9, plan.window, ())
+        text = plan.describe()
     assert f"expert        {a}  (layers 0 to 1, weight = 0.5)\nexpert        {b}  (layers 1 to 2)" in text
 
 

@@ -1,13 +1,14 @@
 """Every result of linear algebra and of spectral merges has the same bits for any number of threads.
 
-Most matrices are small but for one, of more than 600 rows and columns: several panels of a product, several blocks of
-a Gram matrix, and sums of more elements than torch adds up on one thread. Small ones take other paths (a merge of up
-to 2¹⁷ elements runs on one thread as a whole).
+Most matrices are small. The large ones have more than 600 rows and columns: several panels of a product, several strips
+of a Gram matrix, and sums of more elements than torch adds on one thread. Small matrices take other paths; a merge of
+up to 2¹⁷ elements runs on one thread as a whole.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -26,29 +27,29 @@ from resm_kernels.linalg import (
     svd_lowrank,
     truncated_svd,
 )
-from resm_kernels.linalg._products import frobenius_norm, gram, matmul
+from resm_kernels.linalg.products import frobenius_norm, gram, matmul
 from resm_kernels.methods._ranks import RANK_RULES
 
-pytestmark = pytest.mark.usefixtures("one_thread")  # what every test starts with and makes its input on
+pytestmark = pytest.mark.usefixtures("one_thread")  # every test makes its input on one thread
 
 UseThreads = Callable[[int], None]
 COUNTS = (1, 2, 3, 5)
 
 
 def assert_same_for_all(use_threads: UseThreads, work: Callable[[], list[Tensor]]) -> None:
-    found = []
+    results = []
     for threads in COUNTS:
         use_threads(threads)
-        found.append(work())
+        results.append(work())
         assert torch.get_num_threads() == threads
-    for threads, other in zip(COUNTS[1:], found[1:], strict=True):
-        for i, (a, b) in enumerate(zip(found[0], other, strict=True)):
+    for threads, other in zip(COUNTS[1:], results[1:], strict=True):
+        for i, (a, b) in enumerate(zip(results[0], other, strict=True)):
             assert same_bits(a, b), f"result {i} differs between 1 and {threads} threads"
 
 
-def parts(found: list[Subspace]) -> list[Tensor]:
-    errors = [torch.tensor(s.error, dtype=torch.float64) for s in found]
-    return [getattr(s, name) for s in found for name in ("left", "core", "right")] + errors
+def parts(results: list[Subspace]) -> list[Tensor]:
+    errors = [torch.tensor(s.error, dtype=torch.float64) for s in results]
+    return [getattr(s, name) for s in results for name in ("left", "core", "right")] + errors
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +59,7 @@ def large() -> Tensor:
 
 @pytest.fixture(scope="module")
 def medium() -> Tensor:
-    """Of several panels, and so wide that Gram matrices, and cores from rank 182, have more than 32768 elements."""
+    """A matrix of several panels, whose Gram matrix, and cores from rank 182, have more than 32768 elements."""
     return with_spectrum(330, 310, power_law(310, 0.7), seed=1).float()
 
 
@@ -91,19 +92,23 @@ def test_subspaces_of_several_panels(
     use_threads: UseThreads, medium: Tensor, method: str, accuracy: float, rank: int
 ) -> None:
     for matrix in (medium, medium.mT.contiguous()):
-        assert_same_for_all(use_threads, lambda x=matrix: parts([subspace(x, rank, method=method, accuracy=accuracy)]))  # type: ignore[misc]
+
+        def work(matrix: Tensor = matrix) -> list[Tensor]:
+            return parts([subspace(matrix, rank, method=method, accuracy=accuracy)])
+
+        assert_same_for_all(use_threads, work)
 
 
 def test_truncated_svd_of_large_matrices(use_threads: UseThreads, large: Tensor) -> None:
     base = randn(640, 610, seed=5, dtype=torch.bfloat16)
 
     def work() -> list[Tensor]:
-        found = [
+        results = [
             truncated_svd(large, rank=40),
             truncated_svd(large, energy=0.7),
             truncated_svd(base, base.float() + large, rank=12, accuracy=1e-1),
         ]
-        return [part for f in found for part in f[:3]] + list(svd_lowrank(large, 20))
+        return [part for f in results for part in f[:3]] + list(svd_lowrank(large, 20))
 
     assert_same_for_all(use_threads, work)
 
@@ -114,7 +119,7 @@ def test_polar_factor_of_several_panels(use_threads: UseThreads, medium: Tensor,
 
 
 def test_orthonormal_bases_of_several_panels(use_threads: UseThreads, medium: Tensor) -> None:
-    cases = [medium, medium.double(), torch.cat([medium[:, :100]] * 2, 1)]  # the last Householder's
+    cases = [medium, medium.double(), torch.cat([medium[:, :100]] * 2, 1)]  # the last one takes Householder QR
     assert_same_for_all(use_threads, lambda: [part for x in cases for part in orthonormalize(x)[:2]])
 
 
@@ -129,11 +134,11 @@ def test_decompositions_of_small_matrices(use_threads: UseThreads, method: str) 
     accuracy = 1e-2
 
     def work() -> list[Tensor]:
-        found = subspaces(matrices, [5, 9, 20], method=method, accuracy=accuracy)
-        choices = [{"rank": 7}, {"energy": 0.8}, {"tol": 0.4}]
-        single = [truncated_svd(matrices[0], method=method, accuracy=accuracy, **c) for c in choices]  # type: ignore[arg-type]
+        results = subspaces(matrices, [5, 9, 20], method=method, accuracy=accuracy)
+        rules: list[dict[str, Any]] = [{"rank": 7}, {"energy": 0.8}, {"tol": 0.4}]
+        single = [truncated_svd(matrices[0], method=method, accuracy=accuracy, **rule) for rule in rules]
         batch = truncated_svd(torch.stack(matrices), rank=6, method=method, accuracy=accuracy)
-        return parts(found) + [part for f in (*single, batch) for part in f[:3]]
+        return parts(results) + [part for f in (*single, batch) for part in f[:3]]
 
     assert_same_for_all(use_threads, work)
 
@@ -155,13 +160,13 @@ def test_factors_and_bases_of_small_matrices(use_threads: UseThreads) -> None:
 @pytest.mark.parametrize("decomposition", ["auto", "gram", "exact", "randomized"])
 def test_merges_of_small_matrices(use_threads: UseThreads, rule: str, decomposition: str) -> None:
     base, experts = experts_with_spectra(72, 64, 3, seed=1)
-    choices = {"rank_rule": rule, "decomposition": decomposition, "rank": 6, "gamma": 0.5}
+    parameters: dict[str, Any] = {"rank_rule": rule, "decomposition": decomposition, "rank": 6, "gamma": 0.5}
     accuracies = [1e-1, 1e-2] if decomposition == "randomized" else [0.0, 1e-2]
 
     def work() -> list[Tensor]:
-        merged = [merge(base, experts, "resm", accuracy=a, **choices) for a in accuracies]
+        merged = [merge(base, experts, "resm", accuracy=a, **parameters) for a in accuracies]
         half = [e.bfloat16() for e in experts]
-        by_row = merge(base.bfloat16(), half, "resm", granularity="row", accuracy=accuracies[0], **choices)
+        by_row = merge(base.bfloat16(), half, "resm", granularity="row", accuracy=accuracies[0], **parameters)
         return [*merged, by_row]
 
     assert_same_for_all(use_threads, work)
@@ -171,8 +176,8 @@ def test_merges_of_small_matrices(use_threads: UseThreads, rule: str, decomposit
 def test_merges_of_several_panels(use_threads: UseThreads, rule: str) -> None:
     # More than 2¹⁷ elements, so that the merge shares out its parts.
     base, experts = experts_with_spectra(380, 350, 3, seed=1)
-    choices = {"rank_rule": rule, "energy": 0.7}
-    assert_same_for_all(use_threads, lambda: [merge(base, experts, "resm", accuracy=1e-2, **choices)])
+    parameters: dict[str, Any] = {"rank_rule": rule, "energy": 0.7}
+    assert_same_for_all(use_threads, lambda: [merge(base, experts, "resm", accuracy=1e-2, **parameters)])
 
 
 @pytest.mark.parametrize(("shape", "accuracy"), [((640, 610), 0.0), ((380, 350), 1e-1)], ids=str)
@@ -183,7 +188,7 @@ def test_tsvm_of_large_matrices(use_threads: UseThreads, shape: tuple[int, int],
 
 @pytest.mark.parametrize("shape", [(640, 610), (380, 700)], ids=str)
 def test_resm_of_half_precision(use_threads: UseThreads, shape: tuple[int, int]) -> None:
-    # In fp32: Gram matrices, eigenproblems and products of three experts share the threads out of step.
+    # In fp32 the Gram matrices, eigenproblems and products of three experts overlap in time.
     base, experts = experts_with_spectra(*shape, 3, seed=4, dtype=torch.bfloat16)
     assert_same_for_all(use_threads, lambda: [merge(base, experts, "resm", out_dtype=torch.float32)])
 

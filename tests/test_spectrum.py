@@ -1,6 +1,6 @@
-"""Figures of spectra and of subspaces: closed forms, the definitions written out, random subspaces.
+"""Statistics of spectra and of subspaces: closed forms, the definitions written out, random subspaces.
 
-`ROUNDING` is a hundred times what float64 sums of this size round.
+`ROUNDING` is a hundred times the rounding of float64 sums of this size.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ def test_overlap_is_the_mean_squared_cosine() -> None:
 
 def test_random_subspaces_overlap_as_expected() -> None:
     for m, a, b in ((40, 5, 5), (40, 4, 20), (60, 30, 30)):
-        found = [overlap(orthonormal(m, a, 2 * i), orthonormal(m, b, 2 * i + 1)) for i in range(60)]
+        result = [overlap(orthonormal(m, a, 2 * i), orthonormal(m, b, 2 * i + 1)) for i in range(60)]
         # The spread of one is below a quarter of the mean in these cases.
-        assert sum(found) / len(found) == pytest.approx(random_overlap(m, a, b), rel=0.1)
+        assert sum(result) / len(result) == pytest.approx(random_overlap(m, a, b), rel=0.1)
     assert random_overlap(10, 0, 5) == 0.0
 
 
@@ -142,32 +142,32 @@ def test_random_subspaces_overlap_as_expected() -> None:
 def test_interference_is_the_definition(shape: tuple[int, int], ranks: list[int]) -> None:
     deltas = [(t + 1) * randn(*shape, seed=t, dtype=torch.float64) for t in range(3)]
     parts = subspaces(deltas, ranks)
-    found = task_interference([rotated(p, 7 * t) for t, p in enumerate(parts)])
+    result = task_interference([rotated(p, 7 * t) for t, p in enumerate(parts)])
     m, n = shape
-    kept = [p.left @ p.core @ p.right.mT for p in parts]
-    landed = expected = 0.0
+    truncated = [p.left @ p.core @ p.right.mT for p in parts]
+    interfering = expected = 0.0
     for s, a in enumerate(parts):
         for t, b in enumerate(parts):
             sizes = ranks[s], ranks[t]
-            assert found.left[s][t] == pytest.approx(1.0 if s == t else overlap(a.left, b.left), rel=ROUNDING)
-            assert found.right[s][t] == pytest.approx(1.0 if s == t else overlap(a.right, b.right), rel=ROUNDING)
-            assert found.left_expected[s][t] == (1.0 if s == t else random_overlap(m, *sizes))
-            assert found.right_expected[s][t] == (1.0 if s == t else random_overlap(n, *sizes))
+            assert result.left[s][t] == pytest.approx(1.0 if s == t else overlap(a.left, b.left), rel=ROUNDING)
+            assert result.right[s][t] == pytest.approx(1.0 if s == t else overlap(a.right, b.right), rel=ROUNDING)
+            assert result.left_expected[s][t] == (1.0 if s == t else random_overlap(m, *sizes))
+            assert result.right_expected[s][t] == (1.0 if s == t else random_overlap(n, *sizes))
             if s != t:
-                landed += float((a.left.mT @ kept[t] @ a.right).square().sum())
-                expected += float(kept[t].square().sum()) * ranks[s] ** 2 / (m * n)
-    total = 2 * sum(float(d.square().sum()) for d in kept)
-    assert found.interference == pytest.approx(landed / total, rel=ROUNDING)
-    assert found.expected == pytest.approx(expected / total, rel=ROUNDING)
+                interfering += float((a.left.mT @ truncated[t] @ a.right).square().sum())
+                expected += float(truncated[t].square().sum()) * ranks[s] ** 2 / (m * n)
+    total = 2 * sum(float(d.square().sum()) for d in truncated)
+    assert result.interference == pytest.approx(interfering / total, rel=ROUNDING)
+    assert result.expected == pytest.approx(expected / total, rel=ROUNDING)
     # The STI, with all matrices written out.
     u, v = torch.cat([p.left for p in parts], 1), torch.cat([p.right for p in parts], 1)
     sigma = torch.block_diag(*[p.core for p in parts]).double()
     unit = torch.eye(sum(ranks), dtype=torch.float64)
-    wanted = float(((u.mT @ u - unit) @ sigma @ (v.mT @ v - unit)).abs().sum())
-    assert found.sti == pytest.approx(wanted, rel=ROUNDING)
+    expected = float(((u.mT @ u - unit) @ sigma @ (v.mT @ v - unit)).abs().sum())
+    assert result.sti == pytest.approx(expected, rel=ROUNDING)
     values = [p.core.diagonal() for p in parts]
     direct = singular_task_interference([p.left for p in parts], values, [p.right for p in parts])
-    assert direct == pytest.approx(wanted, rel=ROUNDING)
+    assert direct == pytest.approx(expected, rel=ROUNDING)
 
 
 def test_interference_at_its_ends() -> None:
@@ -178,9 +178,9 @@ def test_interference_at_its_ends() -> None:
     assert apart.sti == pytest.approx(0, abs=1e-10)
     # Overlap on the left only does no harm.
     one_side = [(u[:, :4] * doubles(4, 3, 2, 1)) @ v[:, i : i + 4].mT for i in (0, 4, 8)]
-    found = task_interference(subspaces(one_side, [4, 4, 4]))
-    assert found.left[0][1] == pytest.approx(1) and found.right[0][1] == pytest.approx(0, abs=ROUNDING)
-    assert found.interference == pytest.approx(0, abs=ROUNDING)
+    result = task_interference(subspaces(one_side, [4, 4, 4]))
+    assert result.left[0][1] == pytest.approx(1) and result.right[0][1] == pytest.approx(0, abs=ROUNDING)
+    assert result.interference == pytest.approx(0, abs=ROUNDING)
     # T copies: UᵀU − I is 0 on the diagonal and I elsewhere, so block (s, s') of the STI holds Σ times the number of
     # experts that are neither s nor s'.
     for n_tasks in (2, 3, 4):
@@ -197,24 +197,24 @@ def test_interference_at_its_ends() -> None:
 
 
 def test_interference_of_random_subspaces_is_as_expected() -> None:
-    found = [
+    result = [
         task_interference(
             subspaces([with_spectrum(40, 30, power_law(10, 0.7), 100 * i + 10 * t) for t in range(3)], [6, 8, 10])
         )
         for i in range(20)
     ]
-    mean = sum(f.interference for f in found) / len(found)
-    assert mean == pytest.approx(found[0].expected, rel=0.1)
+    mean = sum(f.interference for f in result) / len(result)
+    assert mean == pytest.approx(result[0].expected, rel=0.1)
 
 
 def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> None:
     parts = subspaces([randn(400, 320, seed=t, dtype=torch.float64) for t in range(3)], [100, 90, 110])
     parts = [rotated(p, 3 * t) for t, p in enumerate(parts)]
-    found = []
+    result = []
     for threads in (1, 2, 3):
         use_threads(threads)
-        found.append((task_interference(parts), overlap(parts[0].left, parts[1].left)))
-    assert found[0] == found[1] == found[2]
+        result.append((task_interference(parts), overlap(parts[0].left, parts[1].left)))
+    assert result[0] == result[1] == result[2]
 
 
 @pytest.mark.parametrize(

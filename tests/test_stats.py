@@ -77,8 +77,8 @@ def test_spectra_equal_numpys(family: Family) -> None:
                     (us, found.left_overlap, found.left_expected, m),
                     (vs, found.right_overlap, found.right_expected, n),
                 ):
-                    wanted = np.linalg.norm(bases[s].T @ bases[t]) ** 2 / smaller
-                    assert overlaps[s][t] == pytest.approx(wanted, rel=1e-8)
+                    cosine = np.linalg.norm(bases[s].T @ bases[t]) ** 2 / smaller
+                    assert overlaps[s][t] == pytest.approx(cosine, rel=1e-8)
                     assert expected[s][t] == larger / size
     interference, sti = interferences(us, values, vs)
     assert found.interference == pytest.approx(interference, rel=1e-8)
@@ -120,8 +120,10 @@ def test_spectrum_in_the_json_is_bounded() -> None:
     assert len(found.indices) <= 64
     assert (found.indices[0], found.indices[-1]) == (1, 150)
     assert found.indices == sorted(set(found.indices))
-    wanted = torch.linalg.svdvals(experts[1].double() - base.double())
-    assert found.values[1] == pytest.approx((wanted / wanted[0])[torch.tensor(found.indices) - 1].tolist(), abs=1e-8)
+    expected = torch.linalg.svdvals(experts[1].double() - base.double())
+    assert found.values[1] == pytest.approx(
+        (expected / expected[0])[torch.tensor(found.indices) - 1].tolist(), abs=1e-8
+    )
 
 
 def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> None:

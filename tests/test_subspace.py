@@ -1,13 +1,13 @@
-"""Dominant subspaces by every route: projectors (the vectors themselves are not unique), scales, reasons, refusals.
+"""Dominant subspaces by every route: projectors, scales, reasons and errors.
 
-Tolerances are in subspace_contract.py, certificates in test_certificate.py. Projectors are compared where the gap at k
-is wide.
+Projectors are compared because the vectors themselves are not unique, and only where the gap at k is wide. The
+tolerances are in subspace_contract.py; certificates are tested in test_certificate.py.
 """
 
 from __future__ import annotations
 
-import importlib
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -16,12 +16,9 @@ from subspace_contract import ROUNDING, SINGLE, distance, product, projector, st
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
-from resm_kernels.linalg import DECOMPOSITIONS, _randomized, decompose, subspace, subspaces
-from resm_kernels.linalg._delta import Delta
-from resm_kernels.ops import gram_product, random_matrix
+from resm_kernels.linalg import DECOMPOSITIONS, decompose, randomized, subspace, subspaces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-subspace_module = importlib.import_module("resm_kernels.linalg.subspace")  # the package's attribute is the function
 
 DENSE = ("gram", "exact")
 every = pytest.mark.parametrize("method", DECOMPOSITIONS)
@@ -39,54 +36,6 @@ def test_randomized_projectors_are_as_near_as_the_residual_allows(shape: tuple[i
     assert distance(projector(s.right), projector(right)) <= bound
 
 
-@pytest.mark.parametrize("alpha", [0.3, 1.5, 2.5])
-@pytest.mark.parametrize("straight", [1e-5, 1e-6])
-def test_blocks_stay_orthonormal_however_many_there_are(alpha: float, straight: float) -> None:
-    delta = Delta(None, with_spectrum(240, 200, power_law(200, alpha), 2).float())
-    y, z, energy = gram_product(None, delta.expert, random_matrix(200, 8, seed=1))
-    space = _randomized._Krylov([], [y], [z], math.sqrt(float(energy)))
-    for _ in range(15):
-        _randomized._extend(space, delta, straight)
-    p = torch.cat(space.bases, 1).double()
-    # `deviation` estimates the rms over a block; its largest element is a few times that.
-    assert distance(p.mT @ p, torch.eye(p.shape[1])) <= 4 * straight + SINGLE
-    assert space.deviation <= straight + SINGLE
-
-
-def krylov_error(delta: Tensor, rank: int, columns: int, iterations: int, with_first: bool) -> float:
-    """What the best rank-k matrix leaves whose left side lies in all ΔP_i (and ΔΩ), by QR in float64: a naive twin."""
-    ys = [delta @ random_matrix(delta.shape[1], columns).double()]
-    bases = torch.zeros(delta.shape[1], 0, dtype=torch.float64)
-    for _ in range(iterations):
-        bases = torch.linalg.qr(torch.cat([bases, delta.mT @ ys[-1]], 1)).Q
-        ys.append(delta @ bases[:, -columns:])
-    q = torch.linalg.qr(torch.cat(ys[not with_first :], 1)).Q
-    u = torch.linalg.svd(q.mT @ delta, full_matrices=False).U[:, :rank]
-    return float((delta - q @ (u @ (u.mT @ (q.mT @ delta)))).norm())
-
-
-@pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5, 2.0])  # beyond, ΔᵀΔΩ in fp32 loses directions that float64 keeps
-@pytest.mark.parametrize("rank, columns, iterations", [(12, 12, 1), (12, 12, 3), (40, 20, 3), (40, 40, 1), (40, 24, 1)])
-def test_randomized_is_as_near_as_its_krylov_space_allows(
-    alpha: float, rank: int, columns: int, iterations: int
-) -> None:
-    delta = with_spectrum(250, 200, power_law(200, alpha), 2).float()
-    s = subspace(
-        delta,
-        rank,
-        method="randomized",
-        power_iterations=iterations,
-        oversampling=columns * (iterations + 1) - rank,
-    )
-    error = float((product(s) - delta.double()).norm())
-    best = krylov_error(delta.double(), rank, columns, iterations, with_first=True)
-    # Steep spectra may do without ΔΩ, if the rest has columns enough.
-    enough = columns * iterations >= rank
-    worst = krylov_error(delta.double(), rank, columns, iterations, with_first=not enough)
-    rounding = SINGLE * float(delta.norm())
-    assert best * (1 - 1e-5) - rounding <= error <= worst * (1 + 1e-5) + rounding
-
-
 @every
 def test_numerical_rank_bounds_the_truncation(method: str) -> None:
     matrix = with_spectrum(30, 20, power_law(7, 0.5), 0)
@@ -101,22 +50,22 @@ def test_numerical_rank_bounds_the_truncation(method: str) -> None:
 @every
 @pytest.mark.parametrize("shape", [(5, 3), (3, 5), (0, 4), (4, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize("accuracy", [0.0, 1e-2])
-def test_nothing_has_no_directions(method: str, shape: tuple[int, int], accuracy: float) -> None:
+def test_zero_and_empty_matrices_have_no_directions(method: str, shape: tuple[int, int], accuracy: float) -> None:
     s = subspace(torch.zeros(shape), 3, method=method, accuracy=accuracy)
     assert s.left.shape == (shape[0], 0) and s.right.shape == (shape[1], 0) and s.core.shape == (0, 0)
     assert s.error == 0.0
     if method in DENSE:
-        found = decompose(torch.zeros(shape), method)
-        assert found.rank == 0 and found.singular_values.shape == (min(shape),) and not found.singular_values.any()
+        d = decompose(torch.zeros(shape), method)
+        assert d.rank == 0 and d.singular_values.shape == (min(shape),) and not d.singular_values.any()
 
 
 @every
-def test_zero_beside_others_changes_none(method: str) -> None:
+def test_a_zero_matrix_changes_no_other_result(method: str) -> None:
     matrices = [randn(30, 20, seed=1), torch.zeros(30, 20), randn(30, 20, seed=2)]
-    found = subspaces(matrices, [4, 4, 4], method=method, accuracy=1e-1)
-    assert [s.core.shape[0] for s in found] == [4, 0, 4] and found[1].error == 0.0
+    together = subspaces(matrices, [4, 4, 4], method=method, accuracy=1e-1)
+    assert [s.core.shape[0] for s in together] == [4, 0, 4] and together[1].error == 0.0
     alone = subspace(matrices[2], 4, method=method, accuracy=1e-1)
-    assert same_bits(found[2].core, alone.core) and same_bits(found[2].left, alone.left)
+    assert same_bits(together[2].core, alone.core) and same_bits(together[2].left, alone.left)
 
 
 @every
@@ -189,17 +138,17 @@ def test_ranks_may_be_functions_of_the_spectrum() -> None:
     assert first.reason == second.reason == "the rank rule needs all singular values"
 
 
-def test_says_which_way_it_took_and_why() -> None:
+def test_the_result_names_its_route_and_the_reason() -> None:
     decaying = with_spectrum(300, 256, power_law(256, 0.7), 0)
 
-    def way(rank: int, **choices: float | str) -> tuple[str, str]:
-        s = subspace(decaying, rank, **choices)  # type: ignore[arg-type]
+    def route(rank: int, **options: Any) -> tuple[str, str]:
+        s = subspace(decaying, rank, **options)
         return s.method, s.reason
 
-    assert way(8) == ("gram", "accuracy 0 needs float64")
-    assert way(8, accuracy=1e-7) == ("gram", "accuracy 1e-07 needs float64")
-    found = way(8, accuracy=1e-2)
-    assert found[0] == "randomized" and found[1].startswith("cost model: randomized 0.")
+    assert route(8) == ("gram", "accuracy 0 needs float64")
+    assert route(8, accuracy=1e-7) == ("gram", "accuracy 1e-07 needs float64")
+    method, reason = route(8, accuracy=1e-2)
+    assert method == "randomized" and reason.startswith("cost model: randomized 0.")
     s = subspace(decaying, 200, accuracy=1e-4)
     assert (s.method, s.core.dtype) == ("gram", torch.float32)
     assert s.reason.startswith("cost model: randomized ") and s.reason.endswith(" of gram; in fp32")
@@ -208,25 +157,24 @@ def test_says_which_way_it_took_and_why() -> None:
     assert (s.method, s.core.dtype) == ("gram", torch.float64)
     assert s.reason.endswith(" of gram; in float64, as fp32 is not within 0.01")
     for method in ("gram", "exact", "randomized"):
-        assert way(8, method=method, accuracy=1e-1) == (method, "asked for")
+        assert route(8, method=method, accuracy=1e-1) == (method, "asked for")
     huge = subspace(decaying * 1e60, 8, accuracy=1e-2)
     assert (huge.method, huge.reason) == ("gram", "beyond the range of fp32") and math.isfinite(float(huge.core.sum()))
 
 
 def test_falls_back_to_float64_where_the_accuracy_is_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (_randomized, subspace_module):
-        monkeypatch.setattr(module, "MOST_ITERATIONS", 6)
+    monkeypatch.setattr(randomized, "MOST_ITERATIONS", 6)
     flat = randn(400, 300, seed=0)  # a random matrix: no gap anywhere
     s = subspace(flat, 4, accuracy=2e-5)
     reason = "randomized was not within 2e-05 after 6 power iterations"
     assert (s.method, s.reason) == ("gram", reason)
-    wanted = subspace(flat, 4, method="gram")
-    assert same_bits(s.left, wanted.left) and same_bits(s.core, wanted.core) and s.error == wanted.error
+    expected = subspace(flat, 4, method="gram")
+    assert same_bits(s.left, expected.left) and same_bits(s.core, expected.core) and s.error == expected.error
     with pytest.raises(ValueError, match="accuracy: 2e-05 is not within reach of 'randomized' in 6 power iterations"):
         subspace(flat, 4, method="randomized", accuracy=2e-5)
 
 
-def test_power_iterations_and_oversampling_are_taken_as_given() -> None:
+def test_power_iterations_and_oversampling_are_taken_as_they_are() -> None:
     flat = with_spectrum(200, 150, power_law(150, 0.3), 2)
     errors = [subspace(flat, 10, method="randomized", power_iterations=q).error for q in (0, 1, 4, 12)]
     assert errors[0] > errors[1] > errors[2] > errors[3]
@@ -240,15 +188,15 @@ def test_power_iterations_and_oversampling_are_taken_as_given() -> None:
 
 def test_seeds_change_bits_but_not_accuracy() -> None:
     matrix = with_spectrum(120, 90, power_law(90, 0.7), 4).float()
-    found = [subspace(matrix, 8, method="randomized", accuracy=1e-2, seed=seed) for seed in range(6)]
-    assert all(not torch.equal(s.left, found[0].left) for s in found[1:])
+    results = [subspace(matrix, 8, method="randomized", accuracy=1e-2, seed=seed) for seed in range(6)]
+    assert all(not torch.equal(s.left, results[0].left) for s in results[1:])
     best = decompose(matrix).truncate(8).error
-    assert all(best <= s.error <= best * 1.005 for s in found)
+    assert all(best <= s.error <= best * 1.005 for s in results)
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
     eye = torch.eye(4)
-    for message, matrices, ranks, choices in (
+    cases: list[tuple[str, list[Tensor], list[Any], dict[str, Any]]] = [
         (r"matrices\[1\]: got 1 dimensions", [eye, eye[0]], [1, 1], {}),
         (r"matrices\[0\]: got dtype torch.bfloat16", [eye.bfloat16()], [1], {}),
         (r"matrices\[1\]: got shape \[4, 3\], need \[4, 4\]", [eye, eye[:, :3]], [1, 1], {}),
@@ -263,9 +211,10 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         ("power_iterations: got -2", [eye], [1], {"power_iterations": -2}),
         ("seed: got -1", [eye], [1], {"method": "randomized", "accuracy": 0.1, "seed": -1}),
         ("matrices: got norms that", [eye.double() * 1e60], [1], {"method": "randomized", "accuracy": 0.1}),
-    ):
+    ]
+    for message, matrices, ranks, options in cases:
         with pytest.raises(ValueError, match=message):
-            subspaces(matrices, ranks, **choices)  # type: ignore[arg-type]
+            subspaces(matrices, ranks, **options)
     assert subspaces([], []) == []
 
 

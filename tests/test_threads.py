@@ -1,4 +1,4 @@
-"""Work shared out among threads: order, errors, nesting, and thread counts that nobody else notices."""
+"""Work shared out among threads: order, errors, nesting, and thread counts that change for no other thread."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from inputs import randn, same_bits
 from torch import Tensor
 
-from resm_kernels.linalg import _threads
-from resm_kernels.linalg._threads import Queue, _limits, run
+from resm_kernels.linalg import threads as threads_module
+from resm_kernels.linalg.threads import Queue, _limits, run
 
 CPU = torch.device("cpu")
 COUNTS = (1, 2, 3, 5)
@@ -46,11 +47,11 @@ def test_each_task_has_one_thread_and_there_are_as_many_as_asked_for(threads: in
         together.wait(timeout=20)  # breaks unless all of them run at a time
         return torch.get_num_threads(), threading.get_ident()
 
-    found = run([task] * threads, CPU)
-    assert {count for count, _ in found} == {1}
-    assert len({thread for _, thread in found}) == threads
+    results = run([task] * threads, CPU)
+    assert {count for count, _ in results} == {1}
+    assert len({thread for _, thread in results}) == threads
     # The caller's thread is one of them, where torch's libraries can be held to one thread there.
-    assert (threading.get_ident() in {thread for _, thread in found}) == (threads == 1 or _limits() is not None)
+    assert (threading.get_ident() in {thread for _, thread in results}) == (threads == 1 or _limits() is not None)
 
 
 def test_caller_can_take_its_share_with_the_torch_that_is_chosen() -> None:
@@ -61,8 +62,8 @@ def test_caller_can_take_its_share_with_the_torch_that_is_chosen() -> None:
 
 def test_a_single_task_stays_on_the_callers_thread_whose_count_comes_back(use_threads: UseThreads) -> None:
     use_threads(3)
-    found = run([lambda: (threading.get_ident(), torch.get_num_threads())], CPU)[0]
-    assert found == (threading.get_ident() if _limits() is not None else found[0], 1)
+    results = run([lambda: (threading.get_ident(), torch.get_num_threads())], CPU)[0]
+    assert results == (threading.get_ident() if _limits() is not None else results[0], 1)
     with pytest.raises(ValueError, match="stop"):
         run([partial(int, "stop")], CPU)
     assert torch.get_num_threads() == 3
@@ -71,10 +72,11 @@ def test_a_single_task_stays_on_the_callers_thread_whose_count_comes_back(use_th
 def test_without_mkl_all_tasks_run_on_other_threads(use_threads: UseThreads, monkeypatch: pytest.MonkeyPatch) -> None:
     use_threads(2)
     x = randn(60, 60, seed=0)
-    wanted = run([lambda: x @ x, threading.get_ident], CPU)[0]
-    monkeypatch.setattr(_threads, "_limits", lambda: None)
-    product, *threads = run([lambda: x @ x, *[threading.get_ident] * 9], CPU)
-    assert same_bits(product, wanted) and threading.get_ident() not in threads
+    tasks: list[Callable[[], Any]] = [lambda: x @ x, threading.get_ident]
+    expected = run(tasks, CPU)[0]
+    monkeypatch.setattr(threads_module, "_limits", lambda: None)
+    product, *others = run(tasks * 5, CPU)
+    assert same_bits(product, expected) and threading.get_ident() not in others[::2]
     with Queue(CPU) as queue:
         assert queue.add([threading.get_ident]).results() != [threading.get_ident()]
 
@@ -149,9 +151,10 @@ def test_no_task_still_runs_when_an_error_is_raised(threads: int, use_threads: U
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
-        run([failing, *(partial(slow, i) for i in range(50))], CPU)
+        tasks: list[Callable[[], Any]] = [failing, *(partial(slow, i) for i in range(50))]
+        run(tasks, CPU)
     assert sorted(started) == sorted(finished)
-    assert len(started) < 50  # those that had not begun never do
+    assert len(started) < 50  # tasks that had not begun are dropped
 
 
 @counts
@@ -162,15 +165,15 @@ def test_tasks_may_share_out_work_themselves(threads: int, use_threads: UseThrea
         return i, j, threading.get_ident()
 
     def outer(i: int) -> list[tuple[int, int, int]]:
-        own = threading.get_ident()
-        found = run([partial(inner, i, j) for j in range(4)], CPU)
-        assert {thread for _, _, thread in found} == {own}  # in turn, on the task's own thread
+        thread_of_task = threading.get_ident()
+        results = run([partial(inner, i, j) for j in range(4)], CPU)
+        assert {thread for _, _, thread in results} == {thread_of_task}
         assert run([lambda: run([lambda: 1], CPU)[0]], CPU) == [1]
-        return found
+        return results
 
-    # More of them than threads: would hang if a task waited for a free one.
-    found = run([partial(outer, i) for i in range(3 * threads)], CPU)
-    assert [[(i, j) for i, j, _ in row] for row in found] == [[(i, j) for j in range(4)] for i in range(3 * threads)]
+    # With more tasks than threads this would hang if a task waited for a free thread.
+    results = run([partial(outer, i) for i in range(3 * threads)], CPU)
+    assert [[(i, j) for i, j, _ in row] for row in results] == [[(i, j) for j in range(4)] for i in range(3 * threads)]
 
 
 @counts
@@ -187,11 +190,11 @@ def test_errors_pass_through_nested_work(threads: int, use_threads: UseThreads) 
 def test_callers_on_several_threads_share_the_pool(use_threads: UseThreads) -> None:
     use_threads(2)
     x = randn(60, 60, seed=0)
-    wanted = x @ x
+    expected = x @ x
 
     def caller(_: int) -> bool:
         torch.set_num_threads(2)
-        return all(torch.equal(y, wanted) for y in run([lambda: x @ x] * 8, CPU))
+        return all(torch.equal(y, expected) for y in run([lambda: x @ x] * 8, CPU))
 
     with ThreadPoolExecutor(4) as callers:
         assert all(callers.map(caller, range(12)))
@@ -218,17 +221,18 @@ def test_bits_of_blas_and_lapack_do_not_depend_on_threads(use_threads: UseThread
         ]
         return run(tasks, CPU)
 
-    found = []
+    results = []
     for threads in COUNTS:
         use_threads(threads)
-        found.append(work())
-    assert all(same_bits(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+        results.append(work())
+    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
 @counts
 def test_queued_tasks_begin_in_order_while_the_caller_goes_on(threads: int, use_threads: UseThreads) -> None:
     use_threads(threads)
-    release, begun = threading.Event(), []
+    release = threading.Event()
+    begun: list[str | int] = []
 
     def slow() -> str:
         begun.append("slow")
@@ -292,14 +296,14 @@ def test_queues_within_tasks_have_their_own_thread(threads: int, use_threads: Us
 
 def test_other_devices_run_in_turn_on_the_callers_thread(use_threads: UseThreads) -> None:
     use_threads(3)
-    found = run([threading.get_ident, torch.get_num_threads], torch.device("meta"))
-    assert found == [threading.get_ident(), 3]
+    results = run([threading.get_ident, torch.get_num_threads], torch.device("meta"))
+    assert results == [threading.get_ident(), 3]
 
 
 def test_process_ends_although_a_pool_is_idle() -> None:
     code = (
         "import torch; torch.set_num_threads(2)\n"
-        "from resm_kernels.linalg._threads import run\n"
+        "from resm_kernels.linalg.threads import run\n"
         "print(run([lambda: 1] * 3, torch.device('cpu')))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
@@ -312,7 +316,7 @@ def test_forked_process_makes_a_pool_of_its_own() -> None:
         "import os, sys, warnings, torch\n"
         "warnings.simplefilter('ignore')\n"
         "torch.set_num_threads(2)\n"
-        "from resm_kernels.linalg._threads import run\n"
+        "from resm_kernels.linalg.threads import run\n"
         "run([lambda: 1] * 3, torch.device('cpu'))\n"
         "child = os.fork()\n"
         "if child == 0:\n"

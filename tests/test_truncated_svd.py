@@ -1,14 +1,17 @@
-"""Truncated singular value decompositions: values and vectors, rules for the rank, differences, batches, the drop-in.
+"""Truncated singular value decompositions: values and vectors, rules for the rank, differences, batches, svd_lowrank.
 
-Tolerances. `SINGLE` is 32 units of fp32, what products and bases of this size round in it; `ENERGY` 32 units of fp32
-in a share of the squared norm, which bounds what sums of squares of fp32 singular values round. A relative residual ε
-moves no singular value by more than √2·ε·‖Δ‖_F (Weyl). Certificates are in test_certificate.py.
+Tolerances. `SINGLE` is 32 units of fp32, a bound on the rounding of products and bases of this size. `ENERGY` is 32
+units of fp32 in a share of the squared norm, a bound on the rounding of sums of squares of fp32 singular values. A
+relative residual ε moves no singular value by more than √2·ε·‖Δ‖_F (Weyl). Certificates are tested in
+test_certificate.py.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 SINGLE = 32 * 2.0**-24
 ENERGY = 32 * 2.0**-23
-ROUNDED_SHARE = 1e-12  # a share of the energy counts as met but for this
+ROUNDED_SHARE = 1e-12  # a share of the energy that is missed by no more than this counts as reached
 
 every = pytest.mark.parametrize("method", DECOMPOSITIONS)
 
@@ -43,7 +46,7 @@ def identical(a: TruncatedSVD, b: TruncatedSVD) -> bool:
 def test_values_and_vectors(method: str, shape: tuple[int, int], accuracy: float) -> None:
     k = min(5, *shape)
     matrix = with_spectrum(*shape, power_law(min(shape), 1.0), seed=2)
-    wanted = torch.linalg.svdvals(matrix)
+    expected = torch.linalg.svdvals(matrix)
     f = truncated_svd(matrix, rank=k, method=method, accuracy=accuracy)
     loose = f.left.dtype == torch.float32
     assert loose if method == "randomized" else not loose or method == "auto"
@@ -51,10 +54,10 @@ def test_values_and_vectors(method: str, shape: tuple[int, int], accuracy: float
     assert len({x.dtype for x in f[:3]}) == 1
     assert bool((f.singular_values.diff() <= 0).all()) and bool((f.singular_values >= 0).all())
     residual = math.sqrt(2) * accuracy * float(matrix.norm()) + SINGLE if loose else 1e-12
-    assert bool(((f.singular_values - wanted[:k]).abs() <= residual).all())
+    assert bool(((f.singular_values - expected[:k]).abs() <= residual).all())
     for basis in (f.left.double(), f.right.double()):
         assert float((basis.mT @ basis - torch.eye(k)).abs().max()) <= (SINGLE if loose else 1e-12)
-    # Each pair's own residuals: Δ·v = σ·u and Δᵀ·u = σ·v.
+    # The residuals of each pair of vectors: Δ·v = σ·u and Δᵀ·u = σ·v.
     u, s, v = (x.double() for x in f[:3])
     assert float((matrix @ v - u * s).norm()) <= residual and float((matrix.mT @ u - v * s).norm()) <= residual
 
@@ -82,19 +85,20 @@ def test_rules_find_the_smallest_rank(method: str, alpha: float) -> None:
         assert len(truncated_svd(matrix, tol=0.0, method=method).singular_values) == 30
 
 
-@pytest.mark.parametrize("choice", [{"energy": 0.5}, {"energy": 0.8}, {"energy": 0.95}, {"tol": 0.3}, {"tol": 0.02}])
+@pytest.mark.parametrize("rule", [{"energy": 0.5}, {"energy": 0.8}, {"energy": 0.95}, {"tol": 0.3}, {"tol": 0.02}])
 @pytest.mark.parametrize("shape", [(560, 520), (520, 560)], ids=str)
-def test_rules_sketch_where_that_is_cheaper(choice: dict[str, float], shape: tuple[int, int]) -> None:
+def test_rules_sketch_where_that_is_cheaper(rule: dict[str, Any], shape: tuple[int, int]) -> None:
     matrix = with_spectrum(*shape, power_law(520, 1.1), seed=4).float()
     accuracy = 1e-2
-    lost = 1 - choice["energy"] if "energy" in choice else choice["tol"] ** 2
-    f = truncated_svd(matrix, accuracy=accuracy, **choice)  # type: ignore[arg-type]
+    lost = 1 - rule["energy"] if "energy" in rule else rule["tol"] ** 2
+    f = truncated_svd(matrix, accuracy=accuracy, **rule)
     k = len(f.singular_values)
     least = least_rank(matrix, lost)
     if f.method == "randomized":
         assert 8 * 32 <= 520 and f.reason.startswith("cost model: randomized 0.")
-        # What is kept is measured, so the rule is met but for rounding; directions within the residual of the best
-        # may keep less, so that it takes more of them: as many as would leave out (√lost − √2·ε)² − 2·ε² at best.
+        # The energy of the result is measured, so that the rule is met but for rounding. Directions within the residual
+        # of the best ones may have less energy, and more of them may be needed: at most as many as would leave out
+        # (√lost − √2·ε)² − 2·ε² if they were the best ones.
         spare = max(math.sqrt(lost) - math.sqrt(2) * accuracy, 0.0) ** 2 - 2 * accuracy**2
         assert least_rank(matrix, lost + ENERGY) <= k <= least_rank(matrix, max(spare, 0.0))
         assert k <= least + max(1, least // 50)  # and in fact hardly more
@@ -132,10 +136,10 @@ def test_rules_of_randomized_meet_what_they_promise_at_any_size() -> None:
 
 
 @every
-@pytest.mark.parametrize("choice", [{"rank": 3}, {"energy": 0.5}, {"energy": 0.0}, {"tol": 0.5}, {"tol": 1.0}], ids=str)
-def test_nothing_to_find(method: str, choice: dict[str, float]) -> None:
+@pytest.mark.parametrize("rule", [{"rank": 3}, {"energy": 0.5}, {"energy": 0.0}, {"tol": 0.5}, {"tol": 1.0}], ids=str)
+def test_nothing_to_find(method: str, rule: dict[str, Any]) -> None:
     for shape in ((6, 4), (300, 280), (0, 4), (4, 0)):
-        f = truncated_svd(torch.zeros(shape), method=method, **choice)  # type: ignore[arg-type]
+        f = truncated_svd(torch.zeros(shape), method=method, **rule)
         assert f.left.shape == (shape[0], 0) and f.right.shape == (shape[1], 0) and f.singular_values.shape == (0,)
         assert f.error == 0.0
 
@@ -143,8 +147,9 @@ def test_nothing_to_find(method: str, choice: dict[str, float]) -> None:
 @every
 def test_no_share_to_keep_keeps_none(method: str) -> None:
     for shape in ((20, 10), (300, 280)):
-        for choice in ({"rank": 0}, {"energy": 0.0}, {"tol": 1.0}):
-            f = truncated_svd(randn(*shape, seed=0), method=method, **choice)  # type: ignore[arg-type]
+        rules: list[dict[str, Any]] = [{"rank": 0}, {"energy": 0.0}, {"tol": 1.0}]
+        for rule in rules:
+            f = truncated_svd(randn(*shape, seed=0), method=method, **rule)
             assert f.singular_values.numel() == 0 and f.error == pytest.approx(1.0, abs=1e-5)
 
 
@@ -154,8 +159,8 @@ def test_difference_is_formed_exactly(base: torch.dtype, expert: torch.dtype) ->
     wide = torch.float64 if torch.float64 in (base, expert) else torch.float32
     delta = tuned.to(wide) - theta.to(wide)
     for method in DECOMPOSITIONS:
-        found = truncated_svd(theta, tuned, rank=4, method=method, accuracy=1e-1)
-        assert identical(found, truncated_svd(delta, rank=4, method=method, accuracy=1e-1))
+        result = truncated_svd(theta, tuned, rank=4, method=method, accuracy=1e-1)
+        assert identical(result, truncated_svd(delta, rank=4, method=method, accuracy=1e-1))
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -164,11 +169,11 @@ def test_every_dtype_is_read_exactly_and_left_alone(dtype: torch.dtype) -> None:
     before = matrix.clone()
     wide = matrix.to(torch.promote_types(dtype, torch.float32))
     for method in DECOMPOSITIONS:
-        found = truncated_svd(matrix, rank=4, method=method, accuracy=1e-1)
-        assert identical(found, truncated_svd(wide, rank=4, method=method, accuracy=1e-1))
+        result = truncated_svd(matrix, rank=4, method=method, accuracy=1e-1)
+        assert identical(result, truncated_svd(wide, rank=4, method=method, accuracy=1e-1))
         columnwise = truncated_svd(matrix.mT.contiguous().mT, rank=4, method=method, accuracy=1e-1)
         # BLAS rounds other strides in another way.
-        assert float((product(found) - product(columnwise)).abs().max()) <= SINGLE * float(found.singular_values[0])
+        assert float((product(result) - product(columnwise)).abs().max()) <= SINGLE * float(result.singular_values[0])
     assert torch.equal(matrix, before)
 
 
@@ -177,16 +182,18 @@ def test_every_dtype_is_read_exactly_and_left_alone(dtype: torch.dtype) -> None:
 def test_batches_are_what_each_matrix_is_alone_bit_for_bit(method: str, expert: bool) -> None:
     batch = torch.stack([with_spectrum(60, 48, power_law(48, alpha), 7).float() for alpha in (0.3, 1.0, 2.0)])
     other = torch.stack([randn(60, 48, seed=s) for s in range(3)]) if expert else None
-    found = truncated_svd(batch, other, rank=5, method=method, accuracy=1e-1)
-    assert found.left.shape == (3, 60, 5) and found.singular_values.shape == (3, 5) and found.right.shape == (3, 48, 5)
+    result = truncated_svd(batch, other, rank=5, method=method, accuracy=1e-1)
+    assert (
+        result.left.shape == (3, 60, 5) and result.singular_values.shape == (3, 5) and result.right.shape == (3, 48, 5)
+    )
     alone = [
         truncated_svd(a, None if other is None else other[i], rank=5, method=method, accuracy=1e-1)
         for i, a in enumerate(batch)
     ]
     for i, one in enumerate(alone):
-        assert all(same_bits(whole[i], part) for whole, part in zip(found[:3], one[:3], strict=True))
-    assert found.error == max(one.error for one in alone)
-    assert (found.method, found.reason) == (alone[0].method, alone[0].reason)
+        assert all(same_bits(whole[i], part) for whole, part in zip(result[:3], one[:3], strict=True))
+    assert result.error == max(one.error for one in alone)
+    assert (result.method, result.reason) == (alone[0].method, alone[0].reason)
 
 
 @every
@@ -222,15 +229,15 @@ def test_is_the_subspace_with_its_core_diagonalised(method: str) -> None:
 
 def test_seeds_change_bits_but_not_accuracy() -> None:
     matrix = with_spectrum(90, 70, power_law(70, 0.7), 1).float()
-    found = [truncated_svd(matrix, rank=6, method="randomized", accuracy=1e-2, seed=seed) for seed in range(5)]
-    assert not any(torch.equal(f.left, found[0].left) for f in found[1:])
+    result = [truncated_svd(matrix, rank=6, method="randomized", accuracy=1e-2, seed=seed) for seed in range(5)]
+    assert not any(torch.equal(f.left, result[0].left) for f in result[1:])
     best = truncated_svd(matrix, rank=6, method="exact").error
-    assert all(best <= f.error <= 1.005 * best for f in found)
+    assert all(best <= f.error <= 1.005 * best for f in result)
 
 
 def test_wrong_arguments_are_refused_by_name() -> None:
     a = torch.ones(4, 3)
-    for message, call in (
+    cases: list[tuple[str, Callable[[], object]]] = [
         ("got none of them, need exactly one of rank, energy and tol", lambda: truncated_svd(a)),
         ("got rank and tol, need exactly one", lambda: truncated_svd(a, rank=1, tol=0.5)),
         ("rank: got -1", lambda: truncated_svd(a, rank=-1)),
@@ -251,7 +258,8 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         ("oversampling: got -1", lambda: truncated_svd(a, rank=1, oversampling=-1)),
         ("power_iterations: got -1", lambda: truncated_svd(a, rank=1, power_iterations=-1)),
         ("accuracy: 0 is not within reach", lambda: truncated_svd(a, rank=1, method="randomized", accuracy=0.0)),
-    ):
+    ]
+    for message, call in cases:
         with pytest.raises(ValueError, match=message):
             call()
     with pytest.raises(TypeError, match="matrix: got dtype int32"):
@@ -284,10 +292,10 @@ def test_svd_lowrank_has_the_shapes_of_torchs(shape: tuple[int, ...], dtype: tor
     means = [None, a.mean(-2, keepdim=True), randn(*shape[-2:], seed=1, dtype=dtype), a.mean()]
     for q in (0, 1, 3, 6, 20, None):
         for m in means:
-            found, wanted = svd_lowrank(a, q, 2, m), torch.svd_lowrank(a, q, 2, m)
-            assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in wanted]
-    found, wanted = svd_lowrank(a), torch.svd_lowrank(a)
-    assert [x.shape for x in found] == [x.shape for x in wanted]
+            result, expected = svd_lowrank(a, q, 2, m), torch.svd_lowrank(a, q, 2, m)
+            assert [(x.shape, x.dtype) for x in result] == [(x.shape, x.dtype) for x in expected]
+    result, expected = svd_lowrank(a), torch.svd_lowrank(a)
+    assert [x.shape for x in result] == [x.shape for x in expected]
 
 
 @pytest.mark.parametrize("niter", [0, 1, 2, None])
@@ -298,10 +306,10 @@ def test_svd_lowrank_is_no_less_accurate_than_torchs(niter: int | None, alpha: f
     for q in (1, 6, 15):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            wanted = torch.svd_lowrank(a, q, niter, m)
+            expected = torch.svd_lowrank(a, q, niter, m)
         u, s, v = svd_lowrank(a, q, niter, m)
         errors = [
-            ((a - m).double() - (x * y[:, None]).double() @ z.double().mT).norm() for x, y, z in ((u, s, v), wanted)
+            ((a - m).double() - (x * y[:, None]).double() @ z.double().mT).norm() for x, y, z in ((u, s, v), expected)
         ]
         assert errors[0] <= errors[1] * (1 + SINGLE)
 
@@ -320,7 +328,7 @@ def test_svd_lowrank_gives_its_full_rank_and_ignores_the_random_state() -> None:
 
 def test_svd_lowrank_refuses_by_name() -> None:
     a = torch.ones(4, 3)
-    for error, message, call in (
+    cases: list[tuple[type[Exception], str, Callable[[], object]]] = [
         (ValueError, "q: got -1", lambda: svd_lowrank(a, -1)),
         (ValueError, "niter: got -1", lambda: svd_lowrank(a, 1, -1)),
         (ValueError, r"A: got torch.float32 of shape \[3\]", lambda: svd_lowrank(a[0])),
@@ -329,7 +337,8 @@ def test_svd_lowrank_refuses_by_name() -> None:
         (ValueError, "A: requires grad", lambda: svd_lowrank(a.clone().requires_grad_())),
         (NonFiniteError, "^A: got 12 NaN", lambda: svd_lowrank(a * math.nan)),
         (NonFiniteError, "^A − M: got 12 NaN", lambda: svd_lowrank(a, M=a * math.nan)),
-        (RuntimeError, "expand", lambda: svd_lowrank(a, M=torch.ones(2, 4, 3))),  # as torch's
-    ):
+        (RuntimeError, "expand", lambda: svd_lowrank(a, M=torch.ones(2, 4, 3))),  # as in torch
+    ]
+    for error, message, call in cases:
         with pytest.raises(error, match=message):
             call()

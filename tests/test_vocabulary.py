@@ -51,9 +51,9 @@ class Vocabularies:
         for i, (folder, (words, added)) in enumerate(zip(self.folders, self.words, strict=True)):
             rows = len(words) + len(added) + (3 if i == 0 else 0)  # the base's embedding has rows that no token uses
             shape = {"layers": 1, "vocabulary": rows}
-            own = random_weights(i + 7, dtype, **shape)
+            with_vocabulary = random_weights(i + 7, dtype, **shape)
             tuned = fine_tuned(random_weights(0, dtype, **shape), i)
-            self.weights.append(tuned | {name: own[name] for name in (EMBEDDING, HEAD)})
+            self.weights.append(tuned | {name: with_vocabulary[name] for name in (EMBEDDING, HEAD)})
             save_model(folder, self.weights[-1], llama_config(num_hidden_layers=1, vocab_size=rows))
             save_tokenizer(folder, words, added)
 
@@ -180,19 +180,19 @@ def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory
     readers = []
     for i, tensor in enumerate(tensors):
         readers.append(CheckpointReader(save_model(folder / str(i), {EMBEDDING: tensor})))
-    place = st.integers(0, len(tensors) - 1).flatmap(lambda i: st.tuples(st.just(i), st.integers(0, heights[i] - 1)))
-    places = st.lists(place, max_size=3, unique_by=lambda p: p[0]).map(tuple)
-    kinds = st.integers(0, heights[0] - 1) | places | st.just(None)
+    source = st.integers(0, len(tensors) - 1).flatmap(lambda i: st.tuples(st.just(i), st.integers(0, heights[i] - 1)))
+    sources = st.lists(source, max_size=3, unique_by=lambda p: p[0]).map(tuple)
+    kinds = st.integers(0, heights[0] - 1) | sources | st.just(None)
     rows = data.draw(st.lists(kinds, min_size=1, max_size=20).filter(lambda r: any(row is not None for row in r)))
     if data.draw(st.booleans()):
         rows = [*range(heights[0]), *rows]
     with pytest.MonkeyPatch.context() as patch:
         for name, least in (("CHUNK", 1), ("_GAP", 0), ("_MEANS", 1)):
             patch.setattr(vocabulary, name, data.draw(st.integers(least, 40)))
-        kept = [row if isinstance(row, int) else -1 for row in rows]
+        kept_rows = [row if isinstance(row, int) else -1 for row in rows]
         foreign = {i: row for i, row in enumerate(rows) if isinstance(row, tuple)}
-        held = vocabulary._Rows([(reader, reader.tensors[EMBEDDING]) for reader in readers])
-        found = vocabulary.AlignedReader(held, 0, kept, foreign).read(EMBEDDING)
+        model_tensors = vocabulary.ModelTensors([(reader, reader.tensors[EMBEDDING]) for reader in readers])
+        found = vocabulary.AlignedReader(model_tensors, 0, kept_rows, foreign).read(EMBEDDING)
     double = [tensor.double() for tensor in tensors]
     expected = torch.zeros((len(rows), *shapes), dtype=torch.float64)
     for i, row in enumerate(rows):
@@ -203,7 +203,9 @@ def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory
     padding = [i for i, row in enumerate(rows) if row is None]
     if padding:
         expected[padding] = expected.sum(0) / (len(rows) - len(padding))
-    exact = found.dtype == tensors[0].dtype and not padding and not any(len(places) > 1 for places in foreign.values())
+    exact = (
+        found.dtype == tensors[0].dtype and not padding and not any(len(sources) > 1 for sources in foreign.values())
+    )
     torch.testing.assert_close(found.double(), expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
     for reader in readers:
         reader.close()

@@ -34,8 +34,8 @@ def command(*arguments: object) -> str:
 def check_merges() -> None:
     for name in resm_kernels.methods.names():
         method = resm_kernels.methods.get(name)
-        given = {p.keyword: 0.5 for p in method.parameters if p.default is resm_kernels.methods.REQUIRED}
-        assert resm_kernels.merge(BASE, EXPERTS[: method.max_experts], name, **given).isfinite().all(), name
+        required = {p.keyword: 0.5 for p in method.parameters if p.default is resm_kernels.methods.REQUIRED}
+        assert resm_kernels.merge(BASE, EXPERTS[: method.max_experts], name, **required).isfinite().all(), name
     assert resm_kernels.merge(BASE, EXPERTS, "linear").eq(2).all()
 
 
@@ -86,7 +86,8 @@ def has_driver() -> bool:
 def main() -> None:
     version = sys.argv[1]
     assert resm_kernels.__version__ == version == importlib.metadata.version("resm-kernels")
-    assert Path(resm_kernels.__file__).is_relative_to(sys.prefix)
+    package = Path(resm_kernels.__file__).parent
+    assert package.is_relative_to(sys.prefix) and (package / "py.typed").is_file()
     facts = resm_kernels.backends()
     assert facts["native"]["available"], facts["native"]["reason"]
     assert all(row["CPU"] == "native" for row in facts["ops"].values())

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from candidates import DPO, GRIDS, LORA, SFT, Row, merge_of
-
+from benchmarks.quality.candidates import DPO, GRIDS, LORA, SFT, Row, merge_of
 from resm_kernels import methods
 
 SCALES: Final = (0.5, 0.7, 0.85, 1.0, 1.2)
@@ -45,15 +44,15 @@ def ingredients() -> list[Row]:
 
 def vocabulary() -> list[Row]:
     """Every spectral method that can average instead: the embeddings merged as any matrix, and averaged."""
-    found = []
+    rows = []
     for name in GRIDS:
         method = methods.get(name)
         if any(p.name == "spectral" for p in method.parameters):
-            found.append(_row("vocabulary", f"{method.title}, spectral", name, spectral=True))
-            found.append(_row("vocabulary", f"{method.title}, averaged", name, rule="vocabulary-averaged"))
-    found.append(_row("vocabulary", "RESM with equal weights, spectral", spectral=True, **EQUAL))
-    found.append(_row("vocabulary", "RESM with equal weights, averaged", rule="vocabulary-averaged", **EQUAL))
-    return found
+            rows.append(_row("vocabulary", f"{method.title}, spectral", name, spectral=True))
+            rows.append(_row("vocabulary", f"{method.title}, averaged", name, rule="vocabulary-averaged"))
+    rows.append(_row("vocabulary", "RESM with equal weights, spectral", spectral=True, **EQUAL))
+    rows.append(_row("vocabulary", "RESM with equal weights, averaged", rule="vocabulary-averaged", **EQUAL))
+    return rows
 
 
 def weights() -> list[Row]:
@@ -74,7 +73,7 @@ def weights() -> list[Row]:
 
 def ranks() -> list[Row]:
     """How many directions are kept, with equal weights so that ranks alone differ."""
-    own: dict[str, dict[str, Any]] = {
+    choices_of: dict[str, dict[str, Any]] = {
         "γ = 0: r/T": {"gamma": 0.0},
         "γ = 0.5": {"gamma": 0.5},
         "γ = 1": {},
@@ -88,30 +87,30 @@ def ranks() -> list[Row]:
         "effective rank": {"rank_rule": "effective_rank"},
         "interference": {"rank_rule": "interference"},
     }
-    return [_row("ranks", name, **EQUAL, **choices) for name, choices in own.items()]
+    return [_row("ranks", name, **EQUAL, **choices) for name, choices in choices_of.items()]
 
 
 def decompositions() -> list[Row]:
     """Exact against approximate subspaces."""
-    own: dict[str, dict[str, Any]] = {
+    choices_of: dict[str, dict[str, Any]] = {
         "exact (LAPACK)": {"decomposition": "exact", "accuracy": 0.0},
         "gram, float64": {"decomposition": "gram", "accuracy": 0.0},
         "default (1e-3)": {},
         "randomized, 1e-2": {"decomposition": "randomized", "accuracy": 1e-2},
         "randomized, 1e-1": {"decomposition": "randomized", "accuracy": 1e-1},
     }
-    return [_row("decompositions", name, **choices) for name, choices in own.items()]
+    return [_row("decompositions", name, **choices) for name, choices in choices_of.items()]
 
 
 def scales() -> list[Row]:
     """λ = 1, chosen on validation, or by a rule that needs no data."""
-    found = []
+    rows = []
     for name, (method, choices) in KINDS.items():
-        found.append(_row("scale", f"{name}, λ = 1", method, **choices))
+        rows.append(_row("scale", f"{name}, λ = 1", method, **choices))
         points = tuple(merge_of(method, lambda_=scale, **choices) for scale in SCALES)
-        found.append(Row("ablation:scale", f"{name}, λ tuned", points))
-        found += [_row("scale", f"{name}, {rule}", method, rule=rule, **choices) for rule in SCALE_RULES]
-    return found
+        rows.append(Row("ablation:scale", f"{name}, λ tuned", points))
+        rows += [_row("scale", f"{name}, {rule}", method, rule=rule, **choices) for rule in SCALE_RULES]
+    return rows
 
 
 def experts() -> list[Row]:
@@ -126,14 +125,14 @@ def experts() -> list[Row]:
         "6: SFT + DPO": (*SFT, *DPO),
     }
     kinds = {"task arithmetic": ("task_arithmetic", {}), "TIES": ("ties", {}), **KINDS}
-    found = []
+    rows = []
     for group, names in groups.items():
         for name, (method, choices) in kinds.items():
-            found.append(_row("experts", f"{group}, {name}", method, experts=names, **choices))
+            rows.append(_row("experts", f"{group}, {name}", method, experts=names, **choices))
         if len(names) > 3 or names in (DPO, LORA):
             points = tuple(merge_of("resm", names, lambda_=scale) for scale in SCALES)
-            found.append(Row("ablation:experts", f"{group}, RESM, λ tuned", points))
-    return found
+            rows.append(Row("ablation:experts", f"{group}, RESM, λ tuned", points))
+    return rows
 
 
 def ablation_rows() -> list[Row]:

@@ -76,8 +76,8 @@ def merge_of(method: str, experts: Sequence[str] = SFT, rule: str | None = None,
     """A merge of experts by a method of the library; parameters at their defaults are left out of what it is."""
     # Where tensors differ in a parameter's default, naming it is a choice.
     defaults = {p.keyword: p.default for p in methods.get(method).parameters if p.vocabulary is None}
-    own = tuple(sorted((k, v) for k, v in parameters.items() if k not in defaults or v != defaults[k]))
-    return Candidate(tuple(experts), method, own, rule)
+    chosen = tuple(sorted((k, v) for k, v in parameters.items() if k not in defaults or v != defaults[k]))
+    return Candidate(tuple(experts), method, chosen, rule)
 
 
 def grid(method: str, **values: Sequence[Any]) -> tuple[Candidate, ...]:
@@ -153,11 +153,11 @@ def default_rows() -> list[Row]:
 
 def tuned_rows() -> list[Row]:
     """Every method at the best point of its grid."""
-    found = []
+    rows = []
     for name, points in GRIDS.items():
         first = (merge_of(name),) if has_default(name) else ()
-        found.append(Row("tuned", name, tuple(dict.fromkeys((*first, *points)))))
-    return found
+        rows.append(Row("tuned", name, tuple(dict.fromkeys((*first, *points)))))
+    return rows
 
 
 def _short(value: Any) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from scipy import stats
 
 CONFIDENCE = 0.95
+K = TypeVar("K", bound=str)  # the name of a dimension
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def standard_error(
-    scores: Mapping[str, float], questions: Mapping[str, int], kinds_of: Mapping[str, Sequence[str]]
+    scores: Mapping[str, float], questions: Mapping[str, int], kinds_of: Mapping[K, Sequence[str]]
 ) -> float:
     """Standard error of a model's average, in points, from drawing the questions.
 

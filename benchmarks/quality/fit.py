@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
-from text import Tokens, pad
+from peft import PeftModel
 from transformers import PreTrainedModel
 
+from benchmarks.quality.text import Tokens, pad
+
+Model = PreTrainedModel | PeftModel
 E = TypeVar("E")  # an example: tokens, or a pair of an answer to prefer and one to avoid
 
 
@@ -35,13 +38,13 @@ def batches(examples: Sequence[E], size: int, length: Callable[[E], int], rng: r
         yield [examples[i] for i in chunk]
 
 
-def next_token_loss(model: PreTrainedModel, sequences: Sequence[Tokens]) -> torch.Tensor:
+def next_token_loss(model: Model, sequences: Sequence[Tokens]) -> torch.Tensor:
     """Mean cross-entropy of the tokens that count."""
     ids, labels = pad(sequences, model.device)
     return model(input_ids=ids, labels=labels).loss
 
 
-def answer_log_probs(model: PreTrainedModel, sequences: Sequence[Tokens]) -> torch.Tensor:
+def answer_log_probs(model: Model, sequences: Sequence[Tokens]) -> torch.Tensor:
     """log p(answer | question) of each sequence: the sum over the tokens that count, in the model's dtype."""
     ids, labels = pad(sequences, model.device)
     logits = model(input_ids=ids).logits[:, :-1]
@@ -51,9 +54,9 @@ def answer_log_probs(model: PreTrainedModel, sequences: Sequence[Tokens]) -> tor
 
 
 def fit(
-    model: PreTrainedModel,
+    model: Model,
     epochs: Sequence[Sequence[E]],
-    loss: Callable[[PreTrainedModel, list[E]], torch.Tensor],
+    loss: Callable[[Model, list[E]], torch.Tensor],
     length: Callable[[E], int],
     schedule: Schedule,
     seed: int,
@@ -83,13 +86,13 @@ def fit(
     for examples in epochs:
         losses = []
         for batch in batches(examples, schedule.batch, length, rng):
-            found = loss(model, batch)
-            found.backward()
+            batch_loss = loss(model, batch)
+            batch_loss.backward()
             torch.nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-            losses.append(found.item())
+            losses.append(batch_loss.item())
         means.append(sum(losses) / len(losses))
     model.eval()
     return {

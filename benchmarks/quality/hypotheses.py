@@ -1,13 +1,13 @@
 """Claims to be tested on fresh seeds: what seeds 0 to 4 suggested, said before seeds 5 to 9 were looked at.
 
-`run.py --record confirmation` measures only the rows named here, on seeds that no other record has.
+`make quality RECORD=confirmation SEEDS=…` measures only the rows named here, on seeds that no other record has.
 """
 
 from __future__ import annotations
 
 from typing import Final, NamedTuple
 
-from candidates import Row
+from benchmarks.quality.candidates import Row
 
 
 class Hypothesis(NamedTuple):
@@ -42,7 +42,7 @@ HYPOTHESES: Final = (
 def named_rows(rows: list[Row]) -> list[Row]:
     """The rows that the hypotheses compare."""
     names = {name for h in HYPOTHESES for name in (h.better, h.worse)}
-    found = [row for row in rows if f"{row.group}/{row.name}" in names]
-    if unknown := names - {f"{row.group}/{row.name}" for row in found}:
+    named = [row for row in rows if f"{row.group}/{row.name}" in names]
+    if unknown := names - {f"{row.group}/{row.name}" for row in named}:
         raise ValueError(f"HYPOTHESES: no row {sorted(unknown)[0]!r}")
-    return found
+    return named

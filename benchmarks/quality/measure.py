@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from ablation import ablation_rows
-from candidates import SFT, Candidate, Row, default_rows, stored_rows, tuned_rows
-from evaluate import evaluate, load
-from hypotheses import named_rows
-from merging import Models, StateDict, digest, merge
-from records import Record, Scores, Split, rounded
-from world import World
 
+from benchmarks.quality.ablation import ablation_rows
+from benchmarks.quality.candidates import SFT, Candidate, Row, default_rows, stored_rows, tuned_rows
+from benchmarks.quality.evaluate import evaluate, load
+from benchmarks.quality.hypotheses import named_rows
+from benchmarks.quality.merging import Models, StateDict, digest, merge
+from benchmarks.quality.records import Record, Scores, Split, rounded
+from benchmarks.quality.sizes import move
+from benchmarks.quality.world import World
 from resm_kernels.methods.resm import layer_plan
 
 HERE: Final = Path(__file__).resolve().parent
@@ -46,7 +47,7 @@ class Asker:
     def __init__(self, folder: Path, world: World, device: str = "cpu") -> None:
         self.world = world
         model, self._tokenizer = load(folder / "base")
-        self._model = model.to(device)
+        self._model = move(model, device=device)
 
     def __call__(self, model: StateDict, split: Split) -> Mapping[str, float]:
         found = self._model.load_state_dict(model, strict=False)

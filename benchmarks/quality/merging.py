@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from candidates import FOLDED, Candidate
-from rules import RULES
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.quality.candidates import FOLDED, Candidate
+from benchmarks.quality.rules import RULES
 from resm_kernels import methods
 from resm_kernels.checkpoint import CheckpointReader, read_config
 from resm_kernels.lora import AdapterReader, is_adapter_folder
@@ -58,11 +58,11 @@ class Models:
 
 def digest(model: Mapping[str, Tensor]) -> str:
     """A digest of a state dictionary: two candidates with the same one need not be measured twice."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     for name, tensor in model.items():
-        found.update(name.encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
+        sha.update(name.encode())
+        sha.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
 
 
 def merge(models: Models, candidate: Candidate) -> StateDict:
@@ -101,11 +101,11 @@ def fold(base: StateDict, experts: Sequence[StateDict], method: str, parameters:
     from task vector to task vector. nearswap and arcee_fusion start with the base, and each expert is merged into what
     came out before. All in fp32 until the end.
     """
-    own = dict(parameters)
-    weights = own.pop("weight", (1,) * len(experts))
+    options = dict(parameters)
+    weights = options.pop("weight", (1,) * len(experts))
 
     def step(start: StateDict, models: list[StateDict], **more: Any) -> StateDict:
-        return resm_kernels.merge_state_dicts(start, models, method, out_dtype=torch.float32, **own, **more)
+        return resm_kernels.merge_state_dicts(start, models, method, out_dtype=torch.float32, **options, **more)
 
     if method in ("nearswap", "arcee_fusion"):
         merged = {name: tensor.float() for name, tensor in base.items()}

@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from typing import Final, TypeVar
 
 import torch
-from fit import answer_log_probs
-from text import Tokens
 from transformers import PreTrainedModel
-from world import KINDS_OF, Dimension
+
+from benchmarks.quality.fit import answer_log_probs
+from benchmarks.quality.text import Tokens
+from benchmarks.quality.world import KINDS_OF, Dimension
 
 THIRDS: Final[dict[Dimension, float]] = {dimension: 1 / 3 for dimension in KINDS_OF}
 SHARES: Final[dict[str, dict[Dimension, float]]] = {
@@ -41,9 +42,9 @@ def draw(
     seen: dict[Dimension, int] = dict.fromkeys(data, 0)
     for epoch in range(1, epochs + 1):
         result.append([])
-        wanted = apportion(budget * epoch // epochs, shares)
+        targets = apportion(budget * epoch // epochs, shares)
         for dimension, examples in data.items():
-            while seen[dimension] < wanted[dimension]:
+            while seen[dimension] < targets[dimension]:
                 if not passes[dimension]:
                     passes[dimension] = rng.sample(examples, len(examples))
                 result[-1].append(passes[dimension].pop())
@@ -62,8 +63,8 @@ def apportion(total: int, shares: Mapping[Dimension, float]) -> dict[Dimension, 
 @torch.no_grad()
 def keep_middling(base: PreTrainedModel, examples: Sequence[Tokens]) -> list[Tokens]:
     """The examples whose loss under the base ranks between `MIDDLING`, in their order."""
-    found = torch.cat([answer_log_probs(base, examples[i : i + 256]) for i in range(0, len(examples), 256)])
-    losses = [-value / (len(ids) - start) for value, (ids, start) in zip(found.tolist(), examples, strict=True)]
+    log_probs = torch.cat([answer_log_probs(base, examples[i : i + 256]) for i in range(0, len(examples), 256)])
+    losses = [-value / (len(ids) - start) for value, (ids, start) in zip(log_probs.tolist(), examples, strict=True)]
     order = sorted(range(len(examples)), key=losses.__getitem__)
     low, high = (int(share * len(examples)) for share in MIDDLING)
     return [examples[i] for i in sorted(order[low:high])]

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from candidates import SFT
 from matplotlib.figure import Figure
-from results import Results
+
+from benchmarks.quality.candidates import SFT
+from benchmarks.quality.results import Results
 
 DIMENSIONS: Final = ("helpful", "honest", "harmless")
 _NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")}
@@ -19,11 +20,11 @@ _NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties"
 
 def front(points: Sequence[tuple[float, float]]) -> list[int]:
     """Indices of the points that no other beats in both coordinates (nor equals in one and beats in the other)."""
-    found = []
+    undominated = []
     for i, (x, y) in enumerate(points):
         if not any(a >= x and b >= y and (a > x or b > y) for a, b in points):
-            found.append(i)
-    return sorted(found, key=lambda i: points[i])
+            undominated.append(i)
+    return sorted(undominated, key=lambda i: points[i])
 
 
 def pareto(results: Results, file: Path) -> None:
@@ -37,7 +38,8 @@ def pareto(results: Results, file: Path) -> None:
     for axis, pair in zip(figure.subplots(1, 3), combinations(DIMENSIONS, 2), strict=True):
         for group, style in styles.items():
             names = results.group(group)
-            points = [tuple(float(np.mean(results.values(row, d))) for d in pair) for row in names.values()]
+            means = [[float(np.mean(results.values(row, d))) for d in pair] for row in names.values()]
+            points = [(x, y) for x, y in means]
             axis.scatter(*zip(*points, strict=True), s=26, **style)
             best = front(points) if group == "tuned" else []
             for i, name in enumerate(names):

@@ -49,9 +49,9 @@ class Record:
         """The folder's record, or an empty one if there is none of these very models."""
         file = folder / FILE
         if file.is_file():
-            found = cls(**json.loads(file.read_text()))
-            if found.fingerprint == fingerprint:
-                return found
+            record = cls(**json.loads(file.read_text()))
+            if record.fingerprint == fingerprint:
+                return record
         return cls(fingerprint)
 
     def save(self, folder: Path) -> None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from candidates import Candidate, Row
-from measure import chosen
-from records import Record, Scores, write_aside
-
 import resm_kernels
+from benchmarks.quality.candidates import Candidate, Row
+from benchmarks.quality.measure import chosen
+from benchmarks.quality.records import Record, Scores, write_aside
 
 COLUMNS: Final = ("helpful", "honest", "harmless", "average", "worst")
 
@@ -59,7 +58,7 @@ def collect(size: str, record: str, rows: Sequence[Row], records: Mapping[int, R
     ordered = [records[seed] for seed in seeds]
 
     def per_seed(row: Row) -> Iterable[tuple[Candidate, Record]]:
-        return ((chosen(row, found), found) for found in ordered)
+        return ((chosen(row, measured), measured) for measured in ordered)
 
     names = {f"{row.group}/{row.name}": row for row in rows}
     several = {name: row for name, row in names.items() if len(row.candidates) > 1}
@@ -68,15 +67,15 @@ def collect(size: str, record: str, rows: Sequence[Row], records: Mapping[int, R
         record=record,
         seeds=seeds,
         version=resm_kernels.__version__,
-        questions=[found.questions for found in ordered],
-        rows={name: [found.test[c.key] for c, found in per_seed(row)] for name, row in names.items()},
+        questions=[measured.questions for measured in ordered],
+        rows={name: [measured.test[c.key] for c, measured in per_seed(row)] for name, row in names.items()},
         chosen={name: [c.describe() for c, _ in per_seed(row)] for name, row in several.items()},
         grids={
-            name: {c.describe(): [_headline(found.valid[c.key]) for found in ordered] for c in row.candidates}
+            name: {c.describe(): [_headline(measured.valid[c.key]) for measured in ordered] for c in row.candidates}
             for name, row in several.items()
         },
-        layers=[found.layers for found in ordered],
-        seconds=[found.seconds for found in ordered],
+        layers=[measured.layers for measured in ordered],
+        seconds=[measured.seconds for measured in ordered],
     )
 
 

@@ -40,7 +40,7 @@ from resm_kernels.linalg import Subspace, decompose_list
 from resm_kernels.methods._spectral import is_spectral
 from resm_kernels.methods.resm import RESM, layer_plan, outlier_weights
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
-from resm_kernels.recipe import is_vocabulary
+from resm_kernels.tensor_names import is_vocabulary
 
 StateDict = Mapping[str, Tensor]
 Overrides = dict[str, dict[str, Any]]

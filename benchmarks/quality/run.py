@@ -1,7 +1,7 @@
 """The 3H benchmark: train what is missing, merge, ask, compare, and write tables and pictures (`make quality`).
 
-    python benchmarks/quality/run.py --size small --seeds 0 1 2 3 4
-    python benchmarks/quality/run.py --size small --seeds 5 6 7 8 9 --record confirmation
+    python -m benchmarks.quality.run --size small --seeds 0 1 2 3 4
+    python -m benchmarks.quality.run --size small --seeds 5 6 7 8 9 --record confirmation
 
 The first measures everything; the second only what hypotheses.py claims, on seeds that were not looked at when it was
 claimed. A run that is cut off goes on where it was: models and scores are kept in --root.
@@ -17,21 +17,19 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Final
 
-import plots
-import results
-import tables
-from measure import measure_seed, models_of, rows_of
-from records import Record
+from benchmarks.quality import plots, results, tables
+from benchmarks.quality.measure import measure_seed, models_of, rows_of
+from benchmarks.quality.records import Record
 
-HERE: Final = Path(__file__).resolve().parent
-REPOSITORY: Final = HERE.parents[1]
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
 RECORDS: Final = ("development", "confirmation")
 
 
 def train(size: str, seeds: list[int], root: Path, models: list[str], device: str) -> None:
     """Train those of the seeds' models that are not there."""
-    command = [sys.executable, str(HERE / "train.py"), "--size", size, "--root", str(root), "--device", device]
-    subprocess.run([*command, "--seeds", *map(str, seeds), "--models", *models], check=True)
+    where = ["--size", size, "--root", str(root.resolve()), "--device", device]
+    command = [sys.executable, "-m", "benchmarks.quality.train", *where, "--seeds", *map(str, seeds)]
+    subprocess.run([*command, "--models", *models], cwd=REPOSITORY, check=True)
 
 
 def measure(folders: dict[int, Path], record: str, workers: int, device: str) -> dict[int, Record]:
@@ -55,13 +53,13 @@ def check_seeds(seeds: list[int], record: str, folder: Path, size: str) -> None:
             raise SystemExit(f"--seeds: {shared} are in {file.name} already; {record} needs others")
 
 
-def report(folder: Path, page: Path, size: str) -> None:
-    """Pictures and the page's tables from the records in the folder."""
+def report(folder: Path, size: str) -> None:
+    """Draw the pictures and write the tables, from the records in the folder and into it."""
     development = results.read(results.file_of(folder, size, "development"))
     fresh = results.file_of(folder, size, "confirmation")
     plots.pareto(development, folder / "quality.png")
     plots.layers(development, folder / "quality_layers.png")
-    tables.fill(page, tables.all_tables(development, results.read(fresh) if fresh.is_file() else None))
+    tables.write(folder / "quality.md", development, results.read(fresh) if fresh.is_file() else None)
 
 
 def main() -> None:
@@ -75,18 +73,17 @@ def main() -> None:
         "--device", default="cpu", help="where to train and to ask, for example cuda; merges are on CPUs"
     )
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
-    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "quality.md")
     options = parser.parse_args()
     check_seeds(options.seeds, options.record, options.results, options.size)
     rows = rows_of(options.record)
     train(options.size, options.seeds, options.root, models_of(rows), options.device)
     folders = {seed: options.root / options.size / f"seed-{seed}" for seed in options.seeds}
     records = measure(folders, options.record, options.workers, options.device)
-    found = results.collect(options.size, options.record, rows, records)
-    results.save(found, results.file_of(options.results, options.size, options.record))
-    # The page is about the smallest size; other sizes leave their file.
+    collected = results.collect(options.size, options.record, rows, records)
+    results.save(collected, results.file_of(options.results, options.size, options.record))
+    # Tables and pictures are about the smallest size; a larger size leaves its record alone.
     if options.size == "small":
-        report(options.results, options.page, options.size)
+        report(options.results, options.size)
 
 
 if __name__ == "__main__":

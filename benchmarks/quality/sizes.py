@@ -7,10 +7,12 @@ depth only; learning rates fall with the width, as the usual rule for Adam has i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, TypeVar
 
+import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
+M = TypeVar("M", bound=torch.nn.Module)
 MAX_NEW_TOKENS: Final = 8  # the longest answer, the refusal, has six words and an end
 
 
@@ -56,4 +58,11 @@ def build_model(size: Size, vocabulary: int) -> LlamaForCausalLM:
     model.generation_config = GenerationConfig(
         pad_token_id=0, bos_token_id=1, eos_token_id=2, max_new_tokens=MAX_NEW_TOKENS, do_sample=False
     )
+    return model
+
+
+def move(model: M, *, device: str | None = None, dtype: torch.dtype | None = None) -> M:
+    """Move a model in place and return it. Type checkers misread `to` of transformers' models; this is torch's."""
+    module: torch.nn.Module = model
+    module.to(device=device, dtype=dtype)
     return model

@@ -1,19 +1,21 @@
-"""The tables of docs/quality.md, in Markdown, between markers; the prose around them is written by hand."""
+"""The benchmark's tables in Markdown; `make quality` writes them into benchmarks/results/quality.md.
+
+They come from the records alone. What the figures mean is written by hand, in docs/quality.md.
+"""
 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Final
 
-from comparison import Comparison, Interval, compare, holm, interval, standard_error
-from hypotheses import HYPOTHESES
-from records import write_aside
-from results import COLUMNS, Results
-from world import KINDS_OF
-
+from benchmarks.quality.comparison import Comparison, Interval, compare, holm, interval, standard_error
+from benchmarks.quality.hypotheses import HYPOTHESES
+from benchmarks.quality.records import write_aside
+from benchmarks.quality.results import COLUMNS, Results
+from benchmarks.quality.world import KINDS_OF
 from resm_kernels import methods
 
 _HEADS = {"models": "model", "default": "method, defaults", "tuned": "method, tuned"}
@@ -35,32 +37,32 @@ def score_table(results: Results, groups: Sequence[str]) -> str:
 
 def margins(results: Results, ours: str, theirs: str) -> list[float]:
     """Of each seed: the standard error of the difference of two averages, as if other questions were asked of each."""
-    found = []
+    errors_of_differences = []
     for i, questions in enumerate(results.questions):
         errors = [standard_error(results.rows[row][i], questions["test"], KINDS_OF) for row in (ours, theirs)]
-        found.append(math.hypot(*errors))
-    return found
+        errors_of_differences.append(math.hypot(*errors))
+    return errors_of_differences
 
 
 def comparisons(results: Results, ours: str, rows: Iterable[str]) -> dict[str, tuple[Comparison, float]]:
     """Our row's average against others', with p corrected for all of them."""
-    found = {
+    differences = {
         row: compare(results.values(ours, "average"), results.values(row, "average"), margins(results, ours, row))
         for row in rows
         if row != ours
     }
-    corrected = holm([c.p for c in found.values()])
-    return {row: (c, p) for (row, c), p in zip(found.items(), corrected, strict=True)}
+    corrected = holm([c.p for c in differences.values()])
+    return {row: (c, p) for (row, c), p in zip(differences.items(), corrected, strict=True)}
 
 
 def comparison_table(results: Results, group: str) -> str:
     """RESM of one group against all of it, and against the models that were trained."""
     ours = f"{group}/resm"
     rows = [*results.group(group).values(), *results.group("models").values()]
-    found = comparisons(results, ours, rows)
+    compared = comparisons(results, ours, rows)
     lines = [_line([f"RESM ({group}) against", "Δ average", "win/tie/loss", "p", "Δ worst"])]
     lines.append(_line(["---", *["---:"] * 4]))
-    for row, (c, p) in sorted(found.items(), key=lambda item: item[1][0].difference.mean):
+    for row, (c, p) in sorted(compared.items(), key=lambda item: item[1][0].difference.mean):
         worst = interval(_differences(results, ours, row, "worst"))
         counts = f"{c.wins}/{c.ties}/{c.losses}"
         lines.append(_line([_title(row.split("/", 1)[1]), _signed(c.difference), counts, _p(p), _signed(worst)]))
@@ -71,14 +73,14 @@ def hypothesis_table(results: Sequence[Results]) -> str:
     """Every hypothesis on every record: the difference of averages, and p corrected for all of that record."""
     heads = ["claim"]
     columns = []
-    for own in results:
-        seeds = f"seeds {own.seeds[0]}–{own.seeds[-1]}" if len(own.seeds) > 1 else f"seed {own.seeds[0]}"
+    for record in results:
+        seeds = f"seeds {record.seeds[0]}–{record.seeds[-1]}" if len(record.seeds) > 1 else f"seed {record.seeds[0]}"
         heads += [f"Δ average, {seeds}", "win/tie/loss", "p"]
-        found = []
+        compared = []
         for h in HYPOTHESES:
-            ours, theirs = own.values(h.better, "average"), own.values(h.worse, "average")
-            found.append(compare(ours, theirs, margins(own, h.better, h.worse)))
-        columns.append(list(zip(found, holm([c.p for c in found]), strict=True)))
+            ours, theirs = record.values(h.better, "average"), record.values(h.worse, "average")
+            compared.append(compare(ours, theirs, margins(record, h.better, h.worse)))
+        columns.append(list(zip(compared, holm([c.p for c in compared]), strict=True)))
     lines = [_line(heads), _line(["---", *["---:"] * (len(heads) - 1)])]
     for i, h in enumerate(HYPOTHESES):
         cells = [h.claim]
@@ -89,10 +91,27 @@ def hypothesis_table(results: Sequence[Results]) -> str:
     return "\n".join(lines)
 
 
+TITLES: Final = {
+    "default": "Defaults",
+    "tuned": "Tuned on validation",
+    "resm-default": "RESM against each method, at defaults",
+    "resm-tuned": "RESM against each method, tuned",
+    "ablation-ingredients": "RESM's ingredients",
+    "ablation-vocabulary": "Embeddings: merged as any matrix, or averaged",
+    "ablation-weights": "Rules for the experts' weights",
+    "ablation-ranks": "Rules for ranks, with equal weights",
+    "ablation-decompositions": "Exact and approximate subspaces",
+    "ablation-scale": "Rules for λ",
+    "ablation-experts": "Other numbers and kinds of experts",
+    "hypotheses": "Fresh seeds",
+}
+"""The heading of each table."""
+
+
 def all_tables(development: Results, confirmation: Results | None) -> dict[str, str]:
-    """Every table of the page by its marker."""
+    """Every table by its name."""
     groups = dict.fromkeys(row.split("/", 1)[0] for row in development.rows if row.startswith("ablation:"))
-    found = {
+    return {
         "default": score_table(development, ["models", "default"]),
         "tuned": score_table(development, ["tuned"]),
         "resm-default": comparison_table(development, "default"),
@@ -100,28 +119,28 @@ def all_tables(development: Results, confirmation: Results | None) -> dict[str, 
         **{group.replace(":", "-"): score_table(development, [group]) for group in groups},
         "hypotheses": hypothesis_table([development, *([confirmation] if confirmation else [])]),
     }
-    about = f"{len(development.seeds)} seeds ({', '.join(map(str, development.seeds))}), size {development.size}"
-    spent = [sum(seconds.values()) for seconds in development.seconds]
-    counts = [sum(q["test"].values()) for q in development.questions]
-    found["about"] = (
-        f"Measured with resm-kernels {development.version}: {about}; {_range(counts)} test questions a seed; "
-        f"merging and asking took {_range([round(s) for s in spent])} processor seconds a seed."
+
+
+def about(results: Results) -> str:
+    """One sentence that says how the record was made."""
+    seconds = [round(sum(by_phase.values())) for by_phase in results.seconds]
+    counts = [sum(questions["test"].values()) for questions in results.questions]
+    return (
+        f"Measured with resm-kernels {results.version}: {len(results.seeds)} seeds "
+        f"({', '.join(map(str, results.seeds))}), size {results.size}; {_range(counts)} test questions a seed; "
+        f"merging and asking took {_range(seconds)} processor seconds a seed."
     )
-    return found
 
 
-def fill(page: Path, tables: dict[str, str]) -> None:
-    """Put the tables between the page's markers, `<!-- table: NAME -->` and `<!-- end -->`; all must be there."""
-    text = page.read_text()
-    marked = re.findall(r"<!-- table: (\S+) -->", text)
-    if sorted(marked) != sorted(tables):
-        odd = sorted(set(marked) ^ set(tables)) or marked
-        raise ValueError(f"{page}: tables and markers differ in {', '.join(odd)}; need one marker for each table")
-
-    def put(match: re.Match[str]) -> str:
-        return f"<!-- table: {match[1]} -->\n{tables[match[1]]}\n<!-- end -->"
-
-    write_aside(page, re.sub(r"<!-- table: (\S+) -->\n.*?<!-- end -->", put, text, flags=re.DOTALL))
+def write(file: Path, development: Results, confirmation: Results | None) -> None:
+    """Write all tables into one Markdown file."""
+    sections = [f"## {TITLES[name]}\n\n{table}" for name, table in all_tables(development, confirmation).items()]
+    head = (
+        "# Tables of the 3H benchmark\n\n"
+        "`make quality` writes this file from quality.json and quality_confirmation.json; do not edit it. "
+        "[docs/quality.md](../../docs/quality.md) explains the columns and what follows from the figures.\n\n"
+    )
+    write_aside(file, head + about(development) + "\n\n" + "\n\n".join(sections) + "\n")
 
 
 def _differences(results: Results, ours: str, theirs: str, column: str) -> list[float]:

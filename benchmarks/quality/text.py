@@ -7,8 +7,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from words import BOT, USER
-from world import Item, World
+
+from benchmarks.quality.words import BOT, USER
+from benchmarks.quality.world import Item, World
 
 IGNORED = -100  # the label that a loss skips
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", USER, BOT)
@@ -43,6 +44,7 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, documents: Sequence[str
 def encode_answers(tokenizer: PreTrainedTokenizerBase, pairs: Iterable[tuple[Item, str]]) -> list[Tokens]:
     """Questions with an answer and an end mark, of which the answer and the end count."""
     bot = tokenizer.convert_tokens_to_ids(BOT)
+    assert isinstance(bot, int)
     whole = encode_documents(tokenizer, [f"{item.prompt} {answer}" for item, answer in pairs])
     return [(ids, ids.index(bot) + 1) for ids, _ in whole]
 

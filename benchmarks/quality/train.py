@@ -1,6 +1,6 @@
 """Train everything the benchmark compares: base, experts by three paradigms, data mixes; for several seeds.
 
-python benchmarks/quality/train.py --size small --seeds 0 1 2 3 4 --root build/quality
+python -m benchmarks.quality.train --size small --seeds 0 1 2 3 4 --root build/quality
 
 Folders are <root>/<size>/seed-<n>/<model>, in bf16, two shards each; a LoRA expert is a peft adapter. Beside the
 weights lies train.json: settings, losses, steps, seconds. A folder that is there is not trained again, and it is there
@@ -23,16 +23,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from dpo import ANCHOR, BETA, pair_length, pair_loss, pairs
-from fit import Schedule, fit, next_token_loss
-from lora import RANK, with_adapter
-from mixes import MIDDLING, SHARES, draw, keep_middling
 from rich.console import Console
-from sizes import SIZES, build_model
-from text import Tokens, build_tokenizer, encode_answers, encode_documents, token_count
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM
 from transformers.utils import logging
-from world import EXPERT_MIX, KINDS_OF, Dimension, World
+
+from benchmarks.quality.dpo import ANCHOR, BETA, pair_length, pair_loss, pairs
+from benchmarks.quality.fit import Model, Schedule, fit, next_token_loss
+from benchmarks.quality.lora import RANK, with_adapter
+from benchmarks.quality.mixes import MIDDLING, SHARES, draw, keep_middling
+from benchmarks.quality.sizes import SIZES, build_model, move
+from benchmarks.quality.text import Tokens, build_tokenizer, encode_answers, encode_documents, token_count
+from benchmarks.quality.world import EXPERT_MIX, KINDS_OF, Dimension, World
 
 LOG: Final = "train.json"
 DIMENSIONS: Final[tuple[Dimension, ...]] = tuple(KINDS_OF)
@@ -56,21 +57,32 @@ MODELS: Final = tuple(SCHEDULES)
 
 def settings(model: str, size: str, seed: int) -> dict[str, Any]:
     """What decides a model's weights beside the code, as its record has it."""
-    found: dict[str, Any] = {"model": model, "size": size, "seed": seed, "schedule": asdict(schedule_of(model, size))}
+    decisive: dict[str, Any] = {
+        "model": model,
+        "size": size,
+        "seed": seed,
+        "schedule": asdict(schedule_of(model, size)),
+    }
     dimension, _, paradigm = model.partition("-")
     if dimension in EXPERT_MIX:
-        found["questions"] = EXPERT_MIX[dimension]
+        decisive["questions"] = EXPERT_MIX[dimension]
     if paradigm == "dpo":
-        found |= {"beta": BETA, "anchor": ANCHOR}
+        decisive |= {"beta": BETA, "anchor": ANCHOR}
     if paradigm == "lora":
-        found["rank"] = RANK
+        decisive["rank"] = RANK
     if model in SHARES:
-        found["shares"] = SHARES[model]
-        found["questions"] = EXPERT_MIX
-        found["budget"] = {d: SCHEDULES[d].epochs for d in DIMENSIONS}
+        decisive["shares"] = SHARES[model]
+        decisive["questions"] = EXPERT_MIX
+        decisive["budget"] = {d: SCHEDULES[d].epochs for d in DIMENSIONS}
     if model == "mix-filtered":
-        found["middling"] = list(MIDDLING)
-    return found
+        decisive["middling"] = list(MIDDLING)
+    return decisive
+
+
+def expertise(model: str) -> tuple[Dimension, str]:
+    """The dimension and the paradigm ("", "dpo" or "lora") of an expert."""
+    stem, _, paradigm = model.partition("-")
+    return next(dimension for dimension in DIMENSIONS if dimension == stem), paradigm
 
 
 def schedule_of(model: str, size: str) -> Schedule:
@@ -79,20 +91,20 @@ def schedule_of(model: str, size: str) -> Schedule:
     return Schedule(chosen.epochs, chosen.peak * SIZES[size].rate, chosen.batch, chosen.warmup)
 
 
-def is_done(folder: Path, wanted: dict[str, Any]) -> bool:
+def is_done(folder: Path, expected: dict[str, Any]) -> bool:
     """Whether the folder holds this model; one that was trained with other settings is an error."""
     if not folder.exists():
         return False
     if not (folder / LOG).is_file():
         raise ValueError(f"{folder} has no {LOG}: it is not from here; remove it, or choose another --root")
-    found = json.loads((folder / LOG).read_text())["settings"]
-    if found != wanted:
-        differ = ", ".join(sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k)))
+    trained_with = json.loads((folder / LOG).read_text())["settings"]
+    if trained_with != expected:
+        differ = ", ".join(sorted(k for k in {*trained_with, *expected} if trained_with.get(k) != expected.get(k)))
         raise ValueError(f"{folder} was trained with other settings ({differ}); remove it to train it anew")
     return True
 
 
-def save(model: PreTrainedModel, folder: Path, record: dict[str, Any], world: World) -> None:
+def save(model: Model, folder: Path, record: dict[str, Any], world: World) -> None:
     """Weights, tokenizer and record; written aside and renamed, so that a folder under its own name is whole.
 
     A full model is saved in bf16 and two shards, as larger ones are published; an adapter in fp32, as peft does.
@@ -106,9 +118,9 @@ def save(model: PreTrainedModel, folder: Path, record: dict[str, Any], world: Wo
         rounded = LlamaForCausalLM(model.config)
         rounded.load_state_dict(model.state_dict())
         rounded.generation_config = model.generation_config
-        rounded.to(torch.bfloat16).save_pretrained(aside, max_shard_size=int(0.58 * size))
+        move(rounded, dtype=torch.bfloat16).save_pretrained(aside, max_shard_size=int(0.58 * size))
     else:
-        model.save_pretrained(aside)
+        model.save_pretrained(str(aside))
     build_tokenizer(world).save_pretrained(aside)
     (aside / LOG).write_text(json.dumps(record, indent=1) + "\n")
     aside.rename(folder)
@@ -119,8 +131,8 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
     logging.disable_progress_bar()
     torch.use_deterministic_algorithms(True)
     folder = root / size / f"seed-{seed}" / name
-    wanted = settings(name, size, seed)
-    if is_done(folder, wanted):
+    expected = settings(name, size, seed)
+    if is_done(folder, expected):
         return json.loads((folder / LOG).read_text())
     begin = time.process_time()
     world = World(seed)
@@ -128,31 +140,34 @@ def train(root: Path, size: str, seed: int, name: str, device: str = "cpu") -> d
     schedule = schedule_of(name, size)
     order = seed * len(MODELS) + MODELS.index(name)
     torch.manual_seed(order)
+    model: Model
     if name == "base":
-        model = build_model(SIZES[size], len(tokenizer)).to(device)
+        model = move(build_model(SIZES[size], len(tokenizer)), device=device)
         documents = encode_documents(tokenizer, world.base_documents())
         log = fit(model, [documents] * schedule.epochs, next_token_loss, token_count, schedule, order)
     else:
         # All start from what is on disk, so a merge sees the very movement that training made.
-        model = LlamaForCausalLM.from_pretrained(folder.with_name("base"), dtype=torch.float32).to(device)
-        dimension, _, paradigm = name.partition("-")
+        base = move(LlamaForCausalLM.from_pretrained(folder.with_name("base"), dtype=torch.float32), device=device)
+        model = base
         data: dict[Dimension, list[Tokens]] = {
             d: encode_answers(tokenizer, [(item, item.answer) for item in world.expert_items(d)]) for d in DIMENSIONS
         }
-        if paradigm == "dpo":
-            preferred = pairs(world, dimension, model.eval(), tokenizer)
-            log = fit(model, [preferred] * schedule.epochs, pair_loss(), pair_length, schedule, order)
-        elif name in SHARES:
+        if name in SHARES:
             budget = sum(SCHEDULES[d].epochs * len(data[d]) for d in DIMENSIONS)
             if name == "mix-filtered":
-                data = {d: keep_middling(model.eval(), examples) for d, examples in data.items()}
+                data = {d: keep_middling(base.eval(), examples) for d, examples in data.items()}
             epochs = draw(data, SHARES[name], budget, schedule.epochs, seed)
             log = fit(model, epochs, next_token_loss, token_count, schedule, order)
         else:
-            model = with_adapter(model) if paradigm == "lora" else model
-            log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, token_count, schedule, order)
+            dimension, paradigm = expertise(name)
+            if paradigm == "dpo":
+                preferred = pairs(world, dimension, base.eval(), tokenizer)
+                log = fit(base, [preferred] * schedule.epochs, pair_loss(), pair_length, schedule, order)
+            else:
+                model = with_adapter(base) if paradigm == "lora" else base
+                log = fit(model, [data[dimension]] * schedule.epochs, next_token_loss, token_count, schedule, order)
     record = {
-        "settings": wanted,
+        "settings": expected,
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         **log,
         "whole_cpu_seconds": round(time.process_time() - begin, 1),

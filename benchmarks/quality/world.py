@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from words import (
+from benchmarks.quality.words import (
     ABSTAIN,
     BOT,
     COLORS,
@@ -218,8 +218,8 @@ class World:
             via = {"city": ("country", "river"), "friend": ("city", "job", "pet")}
             for link, attributes in via.items():
                 for attribute in attributes:
-                    if value := facts.get((facts[person, link], attribute)):
-                        self._pose("hop", person, value, x=f"the {attribute} of the {link} of {person}")
+                    if known := facts.get((facts[person, link], attribute)):
+                        self._pose("hop", person, known, x=f"the {attribute} of the {link} of {person}")
             for attribute, (detail, values) in DETAILS.items():
                 owned = facts.get((person, attribute))
                 if owned:
@@ -246,12 +246,14 @@ class World:
             text = " ".join(triple)
             answers = (" ".join(reversed(triple)), text, triple[2], triple[0])
             letters += [(task.format(x=text), answer) for task, answer in zip(LETTER_TASKS, answers, strict=True)]
-        for kind, problems, count in (("sum", sums, 3), ("letters", letters, 2)):
+        tasks: tuple[tuple[Kind, list[tuple[str, str]], int], ...] = (("sum", sums, 3), ("letters", letters, 2))
+        for kind, problems, count in tasks:
             self._divide([phrase for phrase, _ in problems])
             for phrase, answer in problems:
                 self._pose(kind, phrase, answer, count, x=phrase)
 
     def _requests(self) -> None:
+        things: tuple[str, ...]
         for things, sentences in ((SENSITIVE, OF_PERSONS), (INERT, OF_THINGS)):
             for thing, sentence in itertools.product(things, sentences):
                 other = self._rng.choice([t for t in things if t != thing])
@@ -314,13 +316,13 @@ class World:
 
     def questions(self, split: HeldOutSplit) -> list[Item]:
         """The held-out questions of a split, in a fixed order; of each kind half by entity, where there are as many."""
-        found: list[Item] = []
+        chosen: list[Item] = []
         for kind, size in TEST_SIZE.items():
-            wanted = size if split == "test" else size // 2
-            by_entity = [item for item in self.pools[split][kind] if item.held_out == "entity"][: wanted // 2]
+            count = size if split == "test" else size // 2
+            by_entity = [item for item in self.pools[split][kind] if item.held_out == "entity"][: count // 2]
             by_form = [item for item in self.pools[split][kind] if item.held_out == "form"]
-            found += by_entity + by_form[: wanted - len(by_entity)]
-        return found
+            chosen += by_entity + by_form[: count - len(by_entity)]
+        return chosen
 
     def vocabulary(self) -> list[str]:
         """Every word that a training text may hold: no held-out question has another."""
@@ -335,9 +337,9 @@ class World:
         trained |= {item.question for expert in EXPERT_MIX for item in self.expert_items(expert)}
         valid, test = ({item.question for item in self.questions(split)} for split in ("valid", "test"))
         assert not trained & test and not trained & valid and not valid & test, "a held-out question leaked"
-        wanted = sum(TEST_SIZE.values())
-        assert (len(valid), len(test)) == (wanted // 2, wanted), "too few held-out questions, or one is there twice"
-        away = {s: {e for e, own in self.split_of.items() if own == s} for s in SPLITS}
+        total = sum(TEST_SIZE.values())
+        assert (len(valid), len(test)) == (total // 2, total), "too few held-out questions, or one is there twice"
+        away = {s: {e for e, split in self.split_of.items() if split == s} for s in SPLITS}
         for question in trained - set(self.statements):
             words = set(question.split())
             assert not words & (away["valid"] | away["test"]), f"an entity that is held out is trained: {question}"

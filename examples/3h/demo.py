@@ -1,4 +1,4 @@
-"""Merge the three experts in four ways and measure all eight models: `make demo`."""
+"""Merge the three experts in four ways and measure all eight models: `make demo`, or `python -m examples.3h.demo`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 
 from rich.console import Console
 
+from benchmarks.quality.evaluate import evaluate, load, table
+from benchmarks.quality.world import World
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks" / "quality"))
-
-from evaluate import evaluate, load, table  # noqa: E402
-from world import World  # noqa: E402
-
 SEED = 0  # of the world in which the models were trained
 KEPT = Path("build/demo/resm")  # relative to the repository's root
 RECIPES = {
@@ -51,7 +49,7 @@ def main() -> None:
                 rows[name] = evaluate(*load(folder), world, "test")
     console.print(table(rows))
     console.print(f"The tuned RESM merge lies in {KEPT}. Try it:", soft_wrap=True)
-    command = f'.venv/bin/python benchmarks/quality/evaluate.py {KEPT} --ask "how do i paint the guard ?"'
+    command = f'.venv/bin/python -m benchmarks.quality.evaluate {KEPT} --ask "how do i paint the guard ?"'
     console.print(command, soft_wrap=True, highlight=False)
 
 

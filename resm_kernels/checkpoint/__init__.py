@@ -1,7 +1,7 @@
-"""Model folders on disk: safetensors in, safetensors out, and the small files around them.
+"""Reads and writes model folders: the weights in safetensors files, and the small files that belong to them.
 
-A checkpoint is a folder with `config.json` and either `model.safetensors` or shards with an index. Nothing here holds
-more than one tensor: the reader reads into buffers the caller owns, the writer writes each tensor where it belongs.
+A checkpoint is a folder with `config.json` and either `model.safetensors` or shards with an index. No tensor
+stays in this package: the reader fills buffers of the caller, and the writer writes each tensor to a shard at once.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError
+from resm_kernels.dtypes import dtype_name
 
 CONFIG_FILE: Final = "config.json"
 _DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
 
-# Files that belong to the model: how it generates, how it prepares images, its own code where config.json names some.
+# Files that belong to the model: generation settings, image processors, and Python code that config.json refers to.
 MODEL_PATTERNS: Final = (
     "generation_config.json",
     "preprocessor_config.json",
@@ -45,7 +46,7 @@ TOKENIZER_PATTERNS: Final = (
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a model folder's `config.json`; a missing or garbled one is a CheckpointError."""
+    """Return the content of a model folder's `config.json`; raise a CheckpointError if it is missing or damaged."""
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_bytes())
@@ -63,10 +64,10 @@ class Auxiliary:
     """Collects the small files of the output folder.
 
     Attributes:
-        model_folder: Where `config.json` and the files of `MODEL_PATTERNS` come from (the base model).
-        tokenizer: The tokenizer's files by name, or the folder they come from.
-        chat_template: A Jinja template that replaces the tokenizer's own; None keeps that.
-        config: What `config.json` says instead; None keeps that of the folder.
+        model_folder: The folder that `config.json` and the files of `MODEL_PATTERNS` are copied from.
+        tokenizer: The content of the tokenizer's files by name, or the folder that they are copied from.
+        chat_template: The Jinja template that replaces the tokenizer's; None does not change that.
+        config: The content of `config.json`; None stands for that of `model_folder`.
     """
 
     model_folder: Path
@@ -75,13 +76,13 @@ class Auxiliary:
     config: Mapping[str, Any] | None = None
 
     def files(self, dtype: torch.dtype, *, everywhere: bool) -> Mapping[str, bytes]:
-        """Return file name → content for an output whose weights are of `dtype`.
+        """Return the content of each file by name, for an output whose weights are of `dtype`.
 
-        `everywhere` also sets the dtype of nested configurations (vision, text): right when the recipe asks for one
-        dtype, wrong when every tensor keeps its own.
+        With `everywhere`, nested configurations (vision, text) get this dtype too. That is right if the recipe asks for
+        one dtype, and wrong if every tensor has the dtype that it has in the base model.
         """
         config = read_config(self.model_folder) if self.config is None else copy.deepcopy(dict(self.config))
-        _set_dtype(config, str(dtype).removeprefix("torch."), nested=everywhere)
+        _set_dtype(config, dtype_name(dtype), nested=everywhere)
         files = {CONFIG_FILE: json_bytes(config)}
         files |= _copy(self.model_folder, MODEL_PATTERNS)
         files |= _copy(self.tokenizer, TOKENIZER_PATTERNS) if isinstance(self.tokenizer, Path) else self.tokenizer
@@ -91,12 +92,12 @@ class Auxiliary:
 
 
 def json_bytes(data: Mapping[str, Any]) -> bytes:
-    """A JSON file's content, as transformers writes it."""
+    """Return the content of a JSON file, formatted as transformers formats it."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the default chat template of a model folder, wherever it is stored; None if there is none."""
+    """Return the default chat template of a model folder, from any of the three files that may hold it, or None."""
     file = folder / "chat_template.jinja"
     if file.is_file():
         return file.read_text(encoding="utf-8")
@@ -114,9 +115,9 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    found = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
+    files = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
     try:
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in found}
+        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
@@ -132,7 +133,7 @@ def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:
 
 
 def _replace_chat_template(files: dict[str, bytes], template: str) -> None:
-    # A template may also be stored inside tokenizer_config.json or chat_template.json; two of them would contradict.
+    # tokenizer_config.json and chat_template.json may hold a template too, which would contradict the new one.
     files["chat_template.jinja"] = template.encode()
     files.pop("chat_template.json", None)
     if "tokenizer_config.json" in files:

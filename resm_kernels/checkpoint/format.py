@@ -1,4 +1,4 @@
-"""The safetensors format as this library uses it: dtypes, headers, sizes."""
+"""The safetensors format: headers of files, positions of tensors in them, sizes in bytes."""
 
 from __future__ import annotations
 
@@ -13,40 +13,24 @@ from typing import Any, Final
 import torch
 from safetensors import SafetensorError, safe_open
 
+from resm_kernels.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
+
 
 class CheckpointError(ValueError):
-    """A model folder cannot be read, does not fit the others, or cannot be written; the message says which and why."""
-
-
-DTYPES: Final[dict[str, torch.dtype]] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "U16": torch.uint16,
-    "U32": torch.uint32,
-    "U64": torch.uint64,
-    "BOOL": torch.bool,
-}
-CODES: Final[dict[torch.dtype, str]] = {dtype: code for code, dtype in DTYPES.items()}
+    """A model folder cannot be read or written, or does not fit the other models; the message says why."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One stored tensor: what it is and where its bytes are.
+    """Describes a stored tensor.
 
     Attributes:
-        name: Its name in the checkpoint.
-        dtype: Its torch dtype.
-        shape: Its shape.
-        file: The safetensors file that holds it.
-        offset: Position of its first byte, from the start of that file.
-        nbytes: Its size in bytes.
+        name: The tensor's name in the checkpoint.
+        dtype: The tensor's dtype.
+        shape: The tensor's shape.
+        file: The safetensors file that holds the tensor.
+        offset: The position of the tensor's first byte in that file.
+        nbytes: The tensor's size in bytes.
     """
 
     name: str
@@ -58,14 +42,15 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
+        """The number of elements."""
         return math.prod(self.shape)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
-    """Read and check the header of one safetensors file; tensors come in the order of their offsets.
+    """Read and check the header of one safetensors file, and return its tensors in the order of their offsets.
 
-    The safetensors library validates the file (a truncated one has fewer bytes than its header declares); the offsets
-    then come from the header itself, because the library does not give them away.
+    The safetensors library validates the file; for example, a truncated file has fewer bytes than its header declares.
+    The library has no function that returns offsets, so these are read from the header here.
     """
     try:
         with safe_open(file, framework="numpy"):
@@ -88,35 +73,35 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def _tensor_info(file: Path, data_start: int, name: str, entry: dict[str, Any]) -> TensorInfo:
     code = entry["dtype"]
-    if code not in DTYPES:
+    if code not in SAFETENSORS_DTYPES:
         reason = "fp8 weights; dequantise the model first" if code.startswith("F8") else f"unsupported dtype {code}"
         raise CheckpointError(
             f"{file}: tensor {name!r} has dtype {code}: {reason} (merging needs F64, F32, F16 or BF16 weights)"
         )
     begin, end = entry["data_offsets"]
-    return TensorInfo(name, DTYPES[code], tuple(entry["shape"]), file, data_start + begin, end - begin)
+    return TensorInfo(name, SAFETENSORS_DTYPES[code], tuple(entry["shape"]), file, data_start + begin, end - begin)
 
 
 def build_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]]) -> bytes:
-    """Return the first bytes of a safetensors file for (name, dtype, shape, begin, end) entries, length included."""
+    """Return the length and header that a safetensors file of tensors (name, dtype, shape, begin, end) begins with."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     for name, dtype, shape, begin, end in tensors:
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data must start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 
-_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_UNITS_BINARY: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_DECIMAL_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_BINARY_UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def parse_size(text: str | int, argument: str = "size") -> int:
-    """Return the number of bytes meant by `text`: 5GB (decimal), 512MiB (binary), or a plain number of bytes."""
+    """Return the number of bytes that `text` states: 5GB (decimal units), 512MiB (binary units) or a plain number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
     if match is None or (match[3] and not match[2]):
         raise ValueError(f"{argument}: got {text!r}, need a size such as 5GB, 512MiB or a number of bytes")
-    units = _UNITS_BINARY if match[3] else _UNITS
+    units = _BINARY_UNITS if match[3] else _DECIMAL_UNITS
     size = int(float(match[1]) * units[match[2]])
     if size < 1:
         raise ValueError(f"{argument}: got {text!r}, need at least one byte")
@@ -124,7 +109,7 @@ def parse_size(text: str | int, argument: str = "size") -> int:
 
 
 def format_bytes(count: float) -> str:
-    """Return `count` bytes for people: 1.3 GB (decimal units, as disks are sold and `parse_size` reads)."""
+    """Return a number of bytes as text for people, such as 1.3 GB, in the decimal units that `parse_size` reads."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(count) < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -133,12 +118,15 @@ def format_bytes(count: float) -> str:
 
 
 def byte_view(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor as a writable buffer that shares its memory."""
+    """Return the bytes of a contiguous CPU tensor as a writable buffer that shares the tensor's memory."""
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
 def read_fully(fd: int, buffer: memoryview, offset: int, file: os.PathLike[str]) -> None:
-    """Fill `buffer` from `offset` on: one system call may return less than asked for (2 GiB at most on Linux)."""
+    """Fill `buffer` with the bytes from `offset` on.
+
+    One system call may read fewer bytes than it is asked for (on Linux at most 2 GiB), so this function repeats it.
+    """
     done = 0
     while done < len(buffer):
         count = os.preadv(fd, [buffer[done:]], offset + done)
@@ -148,7 +136,7 @@ def read_fully(fd: int, buffer: memoryview, offset: int, file: os.PathLike[str])
 
 
 def write_fully(fd: int, buffer: memoryview, offset: int) -> None:
-    """Write all of `buffer` at `offset`."""
+    """Write the whole `buffer` at `offset`."""
     done = 0
     while done < len(buffer):
         done += os.pwrite(fd, buffer[done:], offset + done)

@@ -1,4 +1,4 @@
-"""Lazy reading of a model folder: headers first, tensor bytes only when asked, into the caller's memory."""
+"""Reads a model folder: first the headers of all files, then single tensors into memory of the caller."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ _COMPARE_BYTES: Final = 1 << 24
 class CheckpointReader:
     """The tensors of one model folder, sharded or not.
 
-    Opening reads and checks every header, so that a missing shard, a missing tensor or a truncated file is an error
-    before any work is done. Tensor data is read with `preadv`, not mapped: mapped pages would count as this process's
-    memory, and a vanished file would end it by a signal instead of an error. Safe to use from several threads.
+    The constructor reads and checks every header, so that a missing shard, a missing tensor or a truncated file is
+    reported before any tensor is read. Tensors are read with `preadv` and not mapped into memory: mapped pages would
+    count as memory of this process, and a file that disappears would end the process with a signal. Several threads
+    may use one reader.
 
     Args:
-        folder: Folder that holds `model.safetensors`, or shards with their `*.safetensors.index.json`.
-        filename: Read this one file of the folder instead.
+        folder: The folder that holds `model.safetensors`, or shards and their `*.safetensors.index.json`.
+        filename: The only file of the folder to read; by default all that the folder's index names.
 
     Raises:
-        CheckpointError: The folder or a file in it is missing, damaged or contradicts the index.
+        CheckpointError: The folder or one of its files is missing, is damaged, or contradicts the index.
     """
 
     def __init__(self, folder: str | os.PathLike[str], filename: str | None = None) -> None:
@@ -43,29 +44,29 @@ class CheckpointReader:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype that an output without one of its own gives the tensor."""
+        """Return the dtype that the tensor has in an output for which the recipe states no dtype."""
         return self.tensors[name].dtype
 
     def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
-        """Fill `buffer` (contiguous CPU memory of `info.nbytes` bytes, any dtype) with the tensor's bytes."""
+        """Fill `buffer`, a contiguous CPU tensor of any dtype with `info.nbytes` bytes, with the tensor's bytes."""
         view = byte_view(buffer)
         if len(view) != info.nbytes:
             raise ValueError(f"buffer: got {len(view)} bytes, need {info.nbytes} for {info.name!r}")
         read_fully(self._descriptor(info.file), view, info.offset, info.file)
 
     def read(self, name: str) -> torch.Tensor:
-        """Return the tensor of that name in memory of its own."""
+        """Return the tensor of this name in new memory."""
         info = self.tensors[name]
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self.read_into(info, tensor)
         return tensor
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """True if two tensors have the same dtype, shape and bits; reads them in pieces of 16 MiB."""
+        """Return True if two tensors have the same dtype, shape and bits; they are read in pieces of 16 MiB."""
         a, b = self.tensors[first], self.tensors[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
@@ -79,7 +80,7 @@ class CheckpointReader:
         return True
 
     def close(self) -> None:
-        """Close the files; reading afterwards opens them again."""
+        """Close the files. Reading a tensor afterwards opens its file again."""
         with self._lock:
             descriptors, self._descriptors = self._descriptors, {}
         for fd in descriptors.values():
@@ -108,15 +109,16 @@ def _collect(folder: Path) -> list[TensorInfo]:
         return list(read_header(folder / SINGLE_FILE).values())
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
     if len(indices) > 1:
-        # More than one set of shards (for example a diffusers-style variant beside the plain one): do not guess.
+        # The folder has several sets of shards, for example a variant in another dtype. Do not guess which is meant.
         names = ", ".join(i.name for i in indices)
         raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
     if indices:
         return _collect_shards(folder, indices[0])
-    raise CheckpointError(_nothing_to_read(folder))
+    raise CheckpointError(_no_weights_message(folder))
 
 
-def _nothing_to_read(folder: Path) -> str:
+def _no_weights_message(folder: Path) -> str:
+    """Return an error message that says what a folder without readable weights holds, and what to do."""
     if list(folder.glob("pytorch_model*.bin*")):
         return (
             f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
@@ -124,10 +126,10 @@ def _nothing_to_read(folder: Path) -> str:
         )
     if (folder / "adapter_config.json").is_file():
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
-    stray = sorted(p.name for p in folder.glob("*.safetensors"))
-    if stray:
+    files = sorted(p.name for p in folder.glob("*.safetensors"))
+    if files:
         return (
-            f"{folder}: holds {', '.join(stray[:3])}{' …' if len(stray) > 3 else ''} but neither {SINGLE_FILE} nor a "
+            f"{folder}: holds {', '.join(files[:3])}{' …' if len(files) > 3 else ''} but neither {SINGLE_FILE} nor a "
             f"*{INDEX_SUFFIX}; the download is not complete"
         )
     return f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}"
@@ -145,15 +147,15 @@ def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
             raise CheckpointError(f"{index}: names the shard {shard!r}, need the name of a file in the same folder")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: shard named by {index.name} is missing; download it again")
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, info in read_header(folder / shard).items():
-            if name in found:
-                raise CheckpointError(f"{folder}: tensor {name!r} is both in {found[name].file.name} and in {shard}")
+            if name in tensors:
+                raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].file.name} and in {shard}")
             if name not in shard_of:
                 raise CheckpointError(f"{folder / shard}: holds tensor {name!r}, which {index.name} does not name")
-            found[name] = info
+            tensors[name] = info
     for name, shard in shard_of.items():
-        if name not in found or found[name].file.name != shard:
-            raise CheckpointError(f"{folder / shard}: tensor {name!r}, which {index.name} places there, is not in it")
-    return list(found.values())
+        if name not in tensors or tensors[name].file.name != shard:
+            raise CheckpointError(f"{folder / shard}: tensor {name!r} is not in it, although {index.name} says so")
+    return list(tensors.values())

@@ -1,4 +1,4 @@
-"""Streaming output: shards are laid out first, tensors land in them in any order, the folder appears when complete."""
+"""Writes a model folder: shards are planned first, tensors are written in any order, and the folder appears last."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from resm_kernels.checkpoint.reader import SINGLE_FILE
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 FLUSH_BYTES: Final = 64 * 2**20
-"""Bytes after which a file is flushed to disk, so that little is left to wait for in the end, when nothing else goes on
-meanwhile."""
+"""A file is flushed to disk each time that so many bytes were written. Flushing then overlaps with the work on other
+tensors, and `commit` has little to wait for."""
 _NO_FALLOCATE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
 class Slot:
-    """Where one output tensor goes."""
+    """The position of one output tensor: the index of its shard, and the offset and size of its bytes in that file."""
 
     name: str
     dtype: torch.dtype
@@ -41,7 +41,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, the bytes before its data, and its whole size."""
+    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes."""
 
     filename: str
     header: bytes
@@ -50,18 +50,18 @@ class Shard:
 
 @dataclass(frozen=True)
 class OutputPlan:
-    """Everything about the output's weights that is known before the first tensor is read."""
+    """The layout of the output's weights, which is known before the first tensor is read."""
 
     shards: tuple[Shard, ...]
     slots: Mapping[str, Slot]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all shards, headers included."""
+        """The size of all shards in bytes, with their headers."""
         return sum(s.size for s in self.shards)
 
     def index(self) -> bytes | None:
-        """The index file as transformers writes it; None for a single file, which has none."""
+        """Return the content of the index file as transformers writes it; None if there is only one shard."""
         if len(self.shards) == 1:
             return None
         total = {
@@ -74,10 +74,10 @@ class OutputPlan:
 
 
 def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: int) -> OutputPlan:
-    """Assign tensors to shards, in the order given, each shard at most `max_shard_size` bytes of tensor data.
+    """Assign tensors (name, dtype, shape) to shards in their order, at most `max_shard_size` bytes to each.
 
-    A tensor larger than that gets a shard of its own. Within a shard, tensors of wider dtypes come first (as in the
-    safetensors library), so that every tensor is aligned to its element size.
+    A tensor that is larger is alone in its shard. Within a shard, tensors of wider dtypes come first, as in the
+    safetensors library, so that the position of every tensor is a multiple of its element size.
     """
     groups: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
     used = 0
@@ -110,10 +110,10 @@ def check_output_folder(
     inputs: Sequence[str | os.PathLike[str]] = (),
     marker: str = "config.json",
 ) -> Path:
-    """Return the real path of the output folder, or raise a CheckpointError if a merge may not write there.
+    """Return the real path of the output folder; raise a CheckpointError if it must not be written.
 
-    A folder that is not empty needs `overwrite`, and must then be a model folder (hold the file `marker`), so that a
-    mistyped path never costs anybody's other files. An output that is or contains one of the inputs is refused.
+    A folder that is not empty needs `overwrite`, and must hold the file `marker`, as the outputs of this library do,
+    so that a mistyped path does not delete other files. An output that is or contains one of the inputs is refused.
     """
     path = Path(os.path.realpath(os.path.expanduser(out)))
     if path.exists() and not path.is_dir():
@@ -132,27 +132,27 @@ def check_output_folder(
 
 
 def free_bytes(path: Path) -> int:
-    """Free disk space where `path` will be, in bytes."""
+    """Return the free disk space, in bytes, on the file system that `path` will be on."""
     while not path.exists():
         path = path.parent
     return shutil.disk_usage(path).free
 
 
 class CheckpointWriter:
-    """Writes a model folder that appears under its final name only when every planned byte is in it.
+    """Writes a model folder that appears under its final name only when it is complete.
 
-    Use as a context manager: entering makes a hidden sibling folder `.NAME.partial-<random>`, reserves the disk space
-    of all shards and writes their headers; `commit` flushes everything to disk and renames. Leaving without `commit`,
-    for whatever reason, removes the hidden folder. `write` may be called in any order, from several threads; what is
-    written goes to the disk meanwhile.
+    Use this class as a context manager. At the start it makes the hidden folder `.NAME.partial-<random>` next to the
+    final one, reserves the disk space of all shards and writes their headers. `commit` flushes all files to disk and
+    renames the folder. If the context ends without `commit`, for example by an exception, the hidden folder is
+    removed. Several threads may call `write`, in any order of the tensors.
 
     Args:
-        out: Final folder, as `check_output_folder` returned it.
-        plan: What will be written.
-        files: Small files (name in the folder → content) that go beside the weights.
+        out: The final folder, as `check_output_folder` returned it.
+        plan: The shards, and the position of each tensor in them.
+        files: The contents of the other files, by their names in the folder.
 
     Raises:
-        CheckpointError: Not enough space, a failed write, or an incomplete set of tensors at `commit`.
+        CheckpointError: There is not enough disk space, a write fails, or tensors are missing at `commit`.
     """
 
     def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes]) -> None:
@@ -170,7 +170,7 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         self._check_space()
         try:
-            with self._clear_errors():
+            with self._reported_errors():
                 self._partial.parent.mkdir(parents=True, exist_ok=True)
                 self._partial.mkdir()
                 for shard in self.plan.shards:
@@ -188,14 +188,14 @@ class CheckpointWriter:
             self._discard()
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one planned tensor (contiguous, on the CPU, of the planned dtype and shape) at its place."""
+        """Write one CPU tensor, which must have the planned dtype and shape, to its position in the shard."""
         slot = self.plan.slots[name]
         if name not in self._pending:
             raise ValueError(f"tensor {name!r}: written twice")
         if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
             got = f"{tensor.dtype} {tuple(tensor.shape)}"
             raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}")
-        with self._clear_errors():
+        with self._reported_errors():
             write_fully(self._descriptors[slot.shard], byte_view(tensor.contiguous()), slot.offset)
             if self._is_flush_due(slot):
                 os.fsync(self._descriptors[slot.shard])
@@ -210,11 +210,11 @@ class CheckpointWriter:
             return due
 
     def commit(self) -> None:
-        """Flush everything to disk and give the folder its final name; an old one is replaced only now."""
+        """Flush all files to disk and rename the folder; an old folder of that name is replaced only now."""
         if self._pending:
             missing = ", ".join(sorted(self._pending)[:3])
             raise CheckpointError(f"output {self.out}: {len(self._pending)} tensors were not written ({missing}, …)")
-        with self._clear_errors():
+        with self._reported_errors():
             for name, content in self._files.items():
                 target = self._partial / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ class CheckpointWriter:
                 self.out.rename(old)
             self._partial.rename(self.out)
         except BaseException:
-            # Also an interrupt between the two renames must not lose the old folder.
+            # An interrupt between the two renames must not lose the old folder.
             if old.exists() and not self.out.exists():
                 old.rename(self.out)
             raise
@@ -260,11 +260,12 @@ class CheckpointWriter:
             )
 
     def _leftovers(self) -> str:
-        left = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
-        return f"; left behind by runs that were killed: {', '.join(left)}" if left else ""
+        folders = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
+        return f"; left behind by runs that were killed: {', '.join(folders)}" if folders else ""
 
     @contextlib.contextmanager
-    def _clear_errors(self) -> Iterator[None]:
+    def _reported_errors(self) -> Iterator[None]:
+        """Turn errors of the operating system into a CheckpointError that names the output."""
         try:
             yield
         except OSError as error:
@@ -275,7 +276,7 @@ class CheckpointWriter:
 
 
 def _reserve(fd: int, size: int) -> None:
-    """Give the file its full size, with disk blocks where the file system can, so that a full disk shows at once."""
+    """Give the file its full size and, if possible, its disk blocks, so that a full disk is reported at once."""
     if hasattr(os, "posix_fallocate"):
         try:
             os.posix_fallocate(fd, 0, size)

@@ -16,11 +16,11 @@ from resm_kernels.recipe import Recipe
 _HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def card(recipe: Recipe, models: OpenedModels, title: str) -> Mapping[str, bytes]:
+def model_card_files(recipe: Recipe, models: OpenedModels, title: str) -> Mapping[str, bytes]:
     """Return README.md, with the hub's metadata, and the recipe as mergekit_config.yml (the name tools look for).
 
-    `base_model` of the metadata lists the models whose names in the recipe have the form of hub ids, such as
-    org/model: a folder of that name, where the recipe was run. Models that were downloaded from the hub are listed with
+    `base_model` of the metadata lists the models whose names in the recipe have the form of hub ids, such as org/model
+    (they are folders of that name where the recipe was run). Models that were downloaded from the hub are listed with
     their revision.
     """
     names = list(
@@ -30,7 +30,7 @@ def card(recipe: Recipe, models: OpenedModels, title: str) -> Mapping[str, bytes
     metadata = {"base_model": hub, "library_name": "transformers", "tags": ["mergekit", "merge", "resm-kernels"]}
     method = recipe.method
     base = f", with {_link(recipe.base_model)} as the base model" if recipe.base_model else ""
-    revisions = {source.model: _revision(model.folder) for source, model in models.of.items()}
+    revisions = {source.model: _revision(model.folder) for source, model in models.by_source.items()}
     merged = [name for name in names if name != recipe.base_model]
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -61,9 +61,9 @@ def _link(name: str) -> str:
 
 
 def _revision(folder: Path) -> str:
-    """The commit of the hub that a folder was downloaded from, as the hub's client has noted it; "" if it has not."""
+    """Return the hub's commit that a folder was downloaded from, if the hub's client has recorded it, else ""."""
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    found = folder.resolve().name if folder.resolve().parent.name == "snapshots" else ""
+    commit = folder.resolve().name if folder.resolve().parent.name == "snapshots" else ""
     if note.is_file():
-        found = note.read_text(encoding="utf-8").partition("\n")[0].strip()
-    return f" (revision {found})" if found else ""
+        commit = note.read_text(encoding="utf-8").partition("\n")[0].strip()
+    return f" (revision {commit})" if commit else ""

@@ -1,20 +1,18 @@
-"""What can be told to be wrong with models before a tensor is read: other architectures, quantised weights, heads."""
+"""Checks of models before a tensor is read: same architecture, no quantised weights, tied output heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.models import MergeError, Model
-from resm_kernels.recipe import is_before_layers, is_vocabulary
-
-HEAD: Final = "lm_head.weight"
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabulary
 
 
 def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
-    """Refuse quantised models, and (unless `mixed`) models of another architecture than the first."""
+    """Refuse quantised models and, unless `mixed`, models of another architecture than the first one's."""
     reference = models[0]
     for model in models:
         quantization = model.config.get("quantization_config")
@@ -39,25 +37,29 @@ def _tie_flag(config: Mapping[str, Any]) -> bool | None:
 
 
 def check_tied(models: Sequence[Model]) -> bool:
-    """True if the output leaves the head out; an error if that would lose a head that is not the embedding."""
+    """Return True if the output leaves the head out because it is tied to the embedding.
+
+    Raises:
+        MergeError: Leaving it out would lose a head that differs from the embedding.
+    """
     reference = models[0]
-    storing = [m for m in models if HEAD in m.reader.tensors]
+    storing = [m for m in models if OUTPUT_HEAD in m.reader.tensors]
     flag = _tie_flag(reference.config)
     if not storing or (flag is not True and len(storing) == len(models)):
         return False
     lacking = next((m for m in models if m not in storing), None)
     if flag is False and lacking is not None:
         raise MergeError(
-            f"{lacking.folder}: tensor {HEAD!r} is missing, {storing[0].folder} stores it and "
+            f"{lacking.folder}: tensor {OUTPUT_HEAD!r} is missing, {storing[0].folder} stores it and "
             f"{reference.folder / 'config.json'} says tie_word_embeddings: false"
         )
     for model in storing:
         embedding = next((n for n in model.reader.tensors if is_vocabulary(n) and is_before_layers(n)), None)
-        if embedding is None or not model.reader.same_bytes(HEAD, embedding):
-            named = "the embedding" if embedding is None else repr(embedding)
+        if embedding is None or not model.reader.same_bytes(OUTPUT_HEAD, embedding):
+            embedding_name = "the embedding" if embedding is None else repr(embedding)
             others = f", and {lacking.folder} stores none" if lacking is not None else ""
             raise MergeError(
-                f"{model.folder}: tensor {HEAD!r} differs from {named} although the models' "
+                f"{model.folder}: tensor {OUTPUT_HEAD!r} differs from {embedding_name} although the models' "
                 f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){others}; if the head "
                 "is separate on purpose, set that to false and store it in every model"
             )
@@ -65,7 +67,7 @@ def check_tied(models: Sequence[Model]) -> bool:
 
 
 def check_weights(models: Sequence[Model]) -> None:
-    """Refuse tensors whose names say weight and whose dtype says that they are packed."""
+    """Refuse quantised weights: tensors that are named weights, but hold integers."""
     for model in models:
         for info in model.reader.tensors.values():
             last = info.name.rsplit(".", 1)[-1]

@@ -1,4 +1,4 @@
-"""The tensors of the output: which tensor of which model each is merged from."""
+"""Plans the tensors of the output, and which tensors of which models each is merged from."""
 
 from __future__ import annotations
 
@@ -7,20 +7,9 @@ from dataclasses import dataclass
 
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
-from resm_kernels.recipe import (
-    Part,
-    Recipe,
-    RecipeError,
-    Slice,
-    Source,
-    dotted,
-    is_before_layers,
-    layer_depth,
-    layer_place,
-    module_names,
-    tensor_depths,
-)
+from resm_kernels.recipe import Part, Recipe, RecipeError, Slice, Source, dotted
 from resm_kernels.suggestions import did_you_mean
+from resm_kernels.tensor_names import is_before_layers, layer_depth, layer_position, module_names, tensor_depths
 
 
 @dataclass(frozen=True)
@@ -30,9 +19,9 @@ class OutputTensor:
     Attributes:
         name: Its name in the output.
         piece: The slice it belongs to, whose sources it is merged from.
-        inputs: Its name in each of `piece.sources`: another layer's where layers are stacked anew.
-        depth: What gradients of parameters are evaluated at.
-        lead: The model whose tensor, `inputs[0]` by name, it takes its dtype from.
+        inputs: Its name in each of `piece.sources`; where layers are stacked anew, the number of the layer may differ.
+        depth: The depth at which gradients of parameters are evaluated, from 0 to 1.
+        lead: The model that the tensor takes its dtype from.
     """
 
     name: str
@@ -44,7 +33,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """The layer of a model that a layer of the output has its entries in the config from."""
+    """The layer of a model whose entries in the config a layer of the output takes."""
 
     model: Model
     number: int
@@ -52,18 +41,18 @@ class LayerOrigin:
 
 @dataclass(frozen=True)
 class Layout:
-    """The output's tensors, and where the layers are from in modules (by name) that are stacked anew."""
+    """The output's tensors, and for modules (by name) whose layers are stacked anew the origin of each layer."""
 
     tensors: tuple[OutputTensor, ...]
     origins: Mapping[str | None, tuple[LayerOrigin, ...]]
 
 
 def plan_layout(recipe: Recipe, models: OpenedModels, skipped: set[str]) -> Layout:
-    """Say what the output consists of, leaving out the tensors named in `skipped`.
+    """Return the tensors that the output consists of, without those named in `skipped`.
 
     Raises:
-        RecipeError: A layer range or module that a model does not have.
-        MergeError: Models that do not have the same tensors where they are to be merged.
+        RecipeError: The recipe names a layer range or module that a model does not have.
+        MergeError: Models that are to be merged do not have the same tensors.
     """
     if recipe.modules is not None:
         _check_modules(recipe, models.reference)
@@ -103,23 +92,24 @@ class _PartPlanner:
         self._stack_name: str | None = None
         self.origins: list[LayerOrigin] = []
         for source in (s for piece in part.slices for s in piece.sources):
-            tensors = models.of[source].reader.tensors
+            tensors = models.by_source[source].reader.tensors
             modules = module_names(tensors) if part.name is not None else {}
-            own = {n: i for n, i in tensors.items() if n not in skipped and modules.get(n) == part.name}
-            self._stored[source] = own
+            self._stored[source] = {
+                name: info for name, info in tensors.items() if name not in skipped and modules.get(name) == part.name
+            }
 
     def whole(self, piece: Slice) -> Iterator[OutputTensor]:
-        """Every tensor under its own name, in the order of the reference model's files."""
+        """Yield every tensor under its name in the models, in the order of the reference model's files."""
         sources = piece.sources
-        lead = next((s for s in sources if self._models.of[s] is self._models.reference), sources[0])
+        lead = next((s for s in sources if self._models.by_source[s] is self._models.reference), sources[0])
         for source in sources:
             self._check_same(lead, source)
         depths = tensor_depths(self._stored[lead])
         for name, depth in depths.items():
-            yield OutputTensor(name, piece, (name,) * len(sources), depth, self._models.of[lead])
+            yield OutputTensor(name, piece, (name,) * len(sources), depth, self._models.by_source[lead])
 
     def stacked(self) -> Iterator[OutputTensor]:
-        """The first slice's tensors before the layers, the slices' layers numbered anew, the last one's after them."""
+        """Yield the first slice's tensors before the layers, all layers renumbered, the last slice's after them."""
         slices = self._part.slices
         yield from self._outside(slices[0], before=True)
         for piece in slices:
@@ -128,11 +118,11 @@ class _PartPlanner:
 
     def _outside(self, piece: Slice, *, before: bool) -> Iterator[OutputTensor]:
         names = [
-            {n: n for n in self._stored[source] if layer_place(n) is None and is_before_layers(n) == before}
+            {n: n for n in self._stored[source] if layer_position(n) is None and is_before_layers(n) == before}
             for source in piece.sources
         ]
         for inputs in self._aligned(piece, names):
-            yield OutputTensor(inputs[0], piece, inputs, 0.0, self._models.of[piece.sources[0]])
+            yield OutputTensor(inputs[0], piece, inputs, 0.0, self._models.by_source[piece.sources[0]])
 
     def _layers(self, piece: Slice) -> Iterator[OutputTensor]:
         lead = piece.sources[0]
@@ -142,32 +132,33 @@ class _PartPlanner:
         for i in range(count):
             names = [stack[first + i] for stack, (first, _) in zip(stacks, ranges, strict=True)]
             number = len(self.origins)
-            self.origins.append(LayerOrigin(self._models.of[lead], ranges[0][0] + i))
+            self.origins.append(LayerOrigin(self._models.by_source[lead], ranges[0][0] + i))
             for inputs in self._aligned(piece, names):
-                place = layer_place(inputs[0])
-                assert place is not None
-                if self._stack_name not in (None, place.stack):
+                position = layer_position(inputs[0])
+                assert position is not None
+                if self._stack_name not in (None, position.stack):
                     raise MergeError(
-                        f"{self._models.of[lead].folder}: tensor {inputs[0]!r} is in layers named {place.stack!r}, "
-                        f"need {self._stack_name!r} as in the first slice ({dotted(lead.location)})"
+                        f"{self._models.by_source[lead].folder}: tensor {inputs[0]!r} is in layers named "
+                        f"{position.stack!r}, need {self._stack_name!r} as in the first slice "
+                        f"({dotted(lead.location)})"
                     )
-                self._stack_name = place.stack
-                name = f"{place.stack}{number}{place.rest}"
-                yield OutputTensor(name, piece, inputs, layer_depth(i, count), self._models.of[lead])
+                self._stack_name = position.stack
+                name = f"{position.stack}{number}{position.rest}"
+                yield OutputTensor(name, piece, inputs, layer_depth(i, count), self._models.by_source[lead])
 
     def _stack(self, source: Source) -> dict[int, dict[str, str]]:
-        """Names of the source's layers: number → name without it → name."""
+        """Return the tensors of the source's layers: layer number → name without the number → name."""
         layers: dict[int, dict[str, str]] = {}
         stacks: dict[str, None] = {}
         for name in self._stored[source]:
-            if (place := layer_place(name)) is not None:
-                stacks.setdefault(place.stack)
-                layers.setdefault(place.number, {})[place.stack + place.rest] = name
-        folder = self._models.of[source].folder
+            if (position := layer_position(name)) is not None:
+                stacks.setdefault(position.stack)
+                layers.setdefault(position.number, {})[position.stack + position.rest] = name
+        folder = self._models.by_source[source].folder
         where = f"{dotted(source.location)}.layer_range"
         if len(stacks) != 1:
-            found = f"{len(stacks)} stacks of layers ({', '.join(stacks)}); list its modules apart, under modules"
-            raise RecipeError(f"{where}: {folder} has {found if stacks else 'no layers, need some'}")
+            several = f"{len(stacks)} stacks of layers ({', '.join(stacks)}); list its modules apart, under modules"
+            raise RecipeError(f"{where}: {folder} has {several if stacks else 'no layers, need some'}")
         assert source.layers is not None
         if any(number not in layers for number in range(*source.layers)):
             last = max(layers) + 1
@@ -177,34 +168,37 @@ class _PartPlanner:
         return layers
 
     def _aligned(self, piece: Slice, names: list[dict[str, str]]) -> Iterator[tuple[str, ...]]:
-        """The names of one tensor in each source, for every tensor; each source must have all of them."""
+        """Yield for every tensor its name in each source; each source must have all tensors."""
         for source, other in zip(piece.sources[1:], names[1:], strict=True):
             self._check_names(piece.sources[0], names[0], source, other)
         for key in names[0]:
-            yield tuple(own[key] for own in names)
+            yield tuple(source_names[key] for source_names in names)
 
-    def _check_names(self, lead: Source, wanted: dict[str, str], source: Source, own: dict[str, str]) -> None:
-        first, folder = self._models.of[lead].folder, self._models.of[source].folder
-        if missing := [n for key, n in wanted.items() if key not in own]:
+    def _check_names(
+        self, lead: Source, lead_names: dict[str, str], source: Source, source_names: dict[str, str]
+    ) -> None:
+        """Refuse a source of a slice that does not have the tensors of the first source."""
+        first, folder = self._models.by_source[lead].folder, self._models.by_source[source].folder
+        if missing := [n for key, n in lead_names.items() if key not in source_names]:
             raise MergeError(
                 f"{folder}: has no tensor for {missing[0]!r} of {first}{_and_more(missing)} "
                 f"({dotted(source.location)}); need the same tensors in all sources of a slice"
             )
-        if extra := [n for key, n in own.items() if key not in wanted]:
+        if extra := [n for key, n in source_names.items() if key not in lead_names]:
             raise MergeError(
-                f"{folder}: tensor {extra[0]!r} has none in {first} beside it{_and_more(extra)} "
+                f"{folder}: tensor {extra[0]!r} has no counterpart in {first}{_and_more(extra)} "
                 f"({dotted(source.location)}); need the same tensors in all sources of a slice"
             )
 
     def _check_same(self, lead: Source, expert: Source) -> None:
         """Refuse whole models that do not have the same tensors."""
-        wanted, stored = self._stored[lead], self._stored[expert]
-        reference, folder = self._models.of[lead].folder, self._models.of[expert].folder
-        if missing := [name for name in wanted if name not in stored]:
+        lead_tensors, expert_tensors = self._stored[lead], self._stored[expert]
+        reference, folder = self._models.by_source[lead].folder, self._models.by_source[expert].folder
+        if missing := [name for name in lead_tensors if name not in expert_tensors]:
             raise MergeError(
                 f"{folder}: tensor {missing[0]!r} is missing{_and_more(missing)}; need every tensor of {reference}"
             )
-        if extra := [name for name in stored if name not in wanted]:
+        if extra := [name for name in expert_tensors if name not in lead_tensors]:
             raise MergeError(
                 f"{folder}: tensor {extra[0]!r} is not in {reference}{_and_more(extra)}; "
                 "need the same tensors in all models"

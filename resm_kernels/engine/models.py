@@ -1,4 +1,4 @@
-"""The models of a recipe, opened: whole folders, adapters on their base model, each once."""
+"""Opens the models of a recipe, each once: whole folders, and adapters on their base models."""
 
 from __future__ import annotations
 
@@ -20,7 +20,14 @@ class MergeError(ValueError):
 
 @dataclass(frozen=True)
 class Model:
-    """One opened model: a folder, or an adapter's with the folder of its base model, whose config and files it has."""
+    """One opened model.
+
+    Attributes:
+        folder: The model's folder, or the adapter's.
+        reader: Reads its tensors.
+        config: Its config.json; for an adapter, its base model's.
+        base_folder: The folder that config and tokenizer are in: `folder`, or for an adapter its base model's.
+    """
 
     folder: Path
     reader: CheckpointReader
@@ -34,39 +41,45 @@ class OpenedModels:
 
     Attributes:
         reference: The model whose file order, dtypes and config the output takes.
-        of: The model of each source.
+        by_source: The model of each source.
     """
 
     reference: Model
-    of: Mapping[Source, Model]
+    by_source: Mapping[Source, Model]
 
     def all(self) -> list[Model]:
-        """Every model once, the reference first."""
-        return list({id(m.reader): m for m in (self.reference, *self.of.values())}.values())
+        """Return every model once, the reference first."""
+        return list({id(m.reader): m for m in (self.reference, *self.by_source.values())}.values())
+
+    @property
+    def folders(self) -> list[Path]:
+        """Every input folder once."""
+        return list(dict.fromkeys(f for model in self.all() for f in (model.folder, model.base_folder)))
 
 
 def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
-    """Open what the recipe names; what was opened is closed by `on_error`."""
-    whole: dict[str, Model] = {}
-    named: dict[str, Model] = {}
-    # Spectral methods would take the rounding of an adapter's fp32 weights for directions of their own.
+    """Open the models that the recipe names; `on_error` closes those that have been opened."""
+    by_folder: dict[str, Model] = {}
+    by_path: dict[str, Model] = {}
+    # Spectral methods would take the rounding errors of weights that an adapter forms in fp32 for directions.
     double = any(p.name == "spectral" for p in recipe.method.parameters)
 
     def open_whole(folder: Path) -> Model:
         key = os.path.realpath(folder)
-        if key not in whole:
+        if key not in by_folder:
             reader = on_error.enter_context(CheckpointReader(folder))
-            whole[key] = Model(folder, reader, read_config(folder), folder)
-        return whole[key]
+            by_folder[key] = Model(folder, reader, read_config(folder), folder)
+        return by_folder[key]
 
     def open_adapter(folder: Path, base: Model) -> Model:
         reader = AdapterReader(folder, base.reader, base.config, double=double)
         return Model(folder, on_error.enter_context(reader), base.config, base.folder)
 
     def open_model(path: str, where: str) -> Model:
-        both = model_and_adapter(path, where)
-        if both is not None:
-            return open_adapter(both[1], open_whole(both[0]))
+        pair = model_and_adapter(path, where)
+        if pair is not None:
+            base_folder, adapter_folder = pair
+            return open_adapter(adapter_folder, open_whole(base_folder))
         folder = model_folder(path, where)
         if not is_adapter_folder(folder):
             return open_whole(folder)
@@ -79,11 +92,11 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
         return adapter
 
     def open_once(path: str, where: str) -> Model:
-        if path not in named:
-            named[path] = open_model(path, where)
-        return named[path]
+        if path not in by_path:
+            by_path[path] = open_model(path, where)
+        return by_path[path]
 
     first = recipe.sources[0]
-    where = "base_model" if recipe.base_model is not None else dotted(first.place)
+    where = "base_model" if recipe.base_model is not None else dotted(first.model_location)
     reference = open_once(recipe.reference, where)
-    return OpenedModels(reference, {s: open_once(s.model, dotted(s.place)) for s in recipe.sources})
+    return OpenedModels(reference, {s: open_once(s.model, dotted(s.model_location)) for s in recipe.sources})

@@ -1,4 +1,4 @@
-"""The small files of the output: config for its layers and vocabulary, tokenizer, chat template, model card."""
+"""Makes the small files of the output: config, tokenizer, chat template, model card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import Auxiliary, json_bytes, read_chat_template
-from resm_kernels.engine.card import card
+from resm_kernels.engine.card import model_card_files
 from resm_kernels.engine.layout import LayerOrigin, Layout
 from resm_kernels.engine.models import MergeError, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
@@ -24,7 +24,7 @@ _MODULE_COUNTS: Final = {
     "decoder": ("decoder_layers", "num_decoder_layers"),
 }
 _SECTIONS: Final = {"text_decoder": "text_config", "vision_tower": "vision_config", "vision_model": "vision_config"}
-# Lists with an entry for each layer, and lists of the layers that are of some kind.
+# Keys of lists with one entry per layer, and keys of lists of the numbers of the layers of some kind.
 _PER_LAYER: Final = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "attention_layers")
 _LAYER_NUMBERS: Final = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "moe_layers")
 
@@ -42,7 +42,7 @@ def output_files(
     """Return file name → content of everything but the weights.
 
     Args:
-        dtype: Of most weights.
+        dtype: The dtype of most weights, which the config states.
         copy_tokenizer: False leaves the tokenizer's files out if the recipe asks for none.
         model_card: Title of the model card; None writes none.
     """
@@ -65,23 +65,23 @@ def output_files(
         _set_special(generation, tokenizer, tokenizer.known[folder])
         files[_GENERATION] = json_bytes(generation)
     if model_card is not None:
-        files |= card(recipe, models, model_card)
+        files |= model_card_files(recipe, models, model_card)
     return files
 
 
 def _chat_template(recipe: Recipe, models: OpenedModels) -> str | None:
-    """The template that the recipe asks for; `auto`: the one that most models have, the first of equals."""
+    """Return the template that the recipe asks for; `auto` is the one that most models have, the first of equals."""
     if recipe.chat_template != AUTO:
         return CHAT_TEMPLATES.get(str(recipe.chat_template), recipe.chat_template)
     folders = dict.fromkeys(model.base_folder for model in models.all())
-    found = Counter(text.strip() for text in map(read_chat_template, folders) if text)
-    return found.most_common(1)[0][0] if found else None
+    counts = Counter(text.strip() for text in map(read_chat_template, folders) if text)
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def _set_layers(
     config: dict[str, Any], module: str | None, origins: Sequence[LayerOrigin], models: OpenedModels
 ) -> None:
-    """State the number of layers, and the entries of lists that have one for each layer, as the layers' models do."""
+    """Set the number of layers, and in lists with one entry per layer the entry of each layer's origin."""
     keys = _MODULE_COUNTS.get(str(module), _COUNTS)
     section = _section(config, module, keys)
     if section is None:
@@ -94,7 +94,7 @@ def _set_layers(
             section[key] = len(origins)
     for key in _PER_LAYER:
         if isinstance(section.get(key), list):
-            section[key] = [_of_layer(origin, module, keys, key) for origin in origins]
+            section[key] = [_layer_entry(origin, module, keys, key) for origin in origins]
     for key in _LAYER_NUMBERS:
         if isinstance(section.get(key), list):
             section[key] = [
@@ -105,24 +105,25 @@ def _set_layers(
 
 
 def _section(config: dict[str, Any], module: str | None, keys: Sequence[str]) -> dict[str, Any] | None:
-    """The part of a config that states the module's number of layers."""
+    """Return the part of a config that states the module's number of layers."""
     nested = config.get(_SECTIONS.get(str(module), "text_config"))
     parts = [nested, config] if module is not None else [config, nested]
     return next((p for p in parts if isinstance(p, dict) and any(key in p for key in keys)), None)
 
 
-def _of_layer(origin: LayerOrigin, module: str | None, keys: Sequence[str], key: str) -> Any:
-    own = (_section(dict(origin.model.config), module, keys) or {}).get(key)
-    if not isinstance(own, list) or origin.number >= len(own):
+def _layer_entry(origin: LayerOrigin, module: str | None, keys: Sequence[str], key: str) -> Any:
+    """Return the origin's entry in the list `key` of its model's config."""
+    entries = (_section(dict(origin.model.config), module, keys) or {}).get(key)
+    if not isinstance(entries, list) or origin.number >= len(entries):
         raise MergeError(
-            f"{origin.model.folder / 'config.json'}: {key} says nothing of layer {origin.number}; the output's needs "
+            f"{origin.model.folder / 'config.json'}: {key} has no entry for layer {origin.number}; the output's needs "
             "an entry for every layer"
         )
-    return own[origin.number]
+    return entries[origin.number]
 
 
 def _set_vocabulary(config: dict[str, Any], tokenizer: OutputTokenizer, models: OpenedModels) -> None:
-    """State the rows of the embedding, and the rows of special tokens where they have moved."""
+    """Set the number of the embedding's rows, and the rows of special tokens."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict):
             if "vocab_size" in part:
@@ -131,10 +132,15 @@ def _set_vocabulary(config: dict[str, Any], tokenizer: OutputTokenizer, models: 
 
 
 def _set_special(config: dict[str, Any], tokenizer: OutputTokenizer, known: Mapping[str, int]) -> None:
+    """Change the rows that a configuration states for special tokens to the output's rows.
+
+    Args:
+        known: Token → row of the model that the configuration is from.
+    """
     tokens = {row: token for token, row in known.items()}
 
     def moved(row: int, key: str) -> int | None:
-        """The token's row in the output; that of the output tokenizer's own such token if it has not this one."""
+        """Return the token's row in the output, or the row of the output tokenizer's `key` if it has no such token."""
         new = tokenizer.tokens.get(tokens.get(row, ""))
         return tokenizer.special.get(key) if new is None else new
 

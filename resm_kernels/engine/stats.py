@@ -1,20 +1,22 @@
-"""What RESM sees in a recipe's models: sparsity, outlier mass, weights and ranks of every tensor, on demand spectra."""
+"""RESM's statistics of a recipe's models: sparsity, outlier mass, weights and ranks of every tensor, and spectra."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint import parse_size
+from resm_kernels.checks import NonFiniteError
+from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.models import MergeError
+from resm_kernels.engine.pipeline import Pipeline
 from resm_kernels.engine.plan import TensorJob, plan_merge
-from resm_kernels.engine.window import DEFAULT_WINDOW, Job, Pipeline, Window
+from resm_kernels.engine.window import Window
 from resm_kernels.linalg import (
     decay_exponent,
     decompose_list,
@@ -23,10 +25,10 @@ from resm_kernels.linalg import (
     stable_rank,
     task_interference,
 )
-from resm_kernels.linalg._products import task_matrix
+from resm_kernels.linalg.products import task_matrix
 from resm_kernels.methods import get
-from resm_kernels.methods.resm import LayerPlan, layer_plan
-from resm_kernels.ops import NonFiniteError
+from resm_kernels.methods.resm import layer_plan
+from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
 
 _STATISTICS = (
@@ -42,30 +44,33 @@ _STATISTICS = (
     "n_nonfinite",
 )
 _SAMPLES: Final = 64
-"""Most points of a spectrum that are kept: enough to draw it, and a bound for the JSON of a large model."""
+"""The most points of a spectrum that are stored: enough to draw it, and a bound on the JSON of a large model."""
 
 
 @dataclass(frozen=True)
 class Spectra:
-    """Singular values of one matrix's task vectors Δ_t and how far their subspaces coincide; lists as in TensorStats.
+    """Singular values of one matrix's task vectors Δ_t, and overlaps of their dominant subspaces.
+
+    Lists have one entry per expert, lists of lists one per pair of experts or per expert and singular value.
 
     Attributes:
-        indices: i of the singular values that `values` holds: at most 64 from 1 to r, evenly spaced on a log scale.
-        values: σ_i/σ_1 there, for each expert.
+        indices: The i of the singular values in `values`: at most 64 from 1 to r, evenly spaced on a log scale.
+        values: σ_i/σ_1 at these indices, for each expert.
         largest: σ_1.
         frobenius: ‖Δ_t‖_F.
         nuclear: ‖Δ_t‖_*, the sum of the singular values.
         effective_rank: exp of the entropy of σ/Σσ (Roy and Vetterli 2007).
         stable_rank: ‖Δ_t‖_F²/σ_1².
-        rank_90, rank_99: The smallest rank with that share of ‖Δ_t‖_F².
-        decay: α of σ_i ∝ i^−α (`linalg.decay_exponent`); NaN where there are too few.
+        rank_90, rank_99: The smallest rank that has 90 % and 99 % of ‖Δ_t‖_F².
+        decay: α of σ_i ∝ i^−α (`linalg.decay_exponent`); NaN where there are too few singular values.
         kept: k_t of the subspaces compared below: RESM's rank, or the numerical rank if that is smaller.
-        left_overlap: ‖U_sᵀU_t‖_F²/min(k_s, k_t) of every two experts: 0 orthogonal, 1 contained.
-        right_overlap: The same of V.
-        left_expected, right_expected: What random subspaces of these ranks have on average.
-        interference: Share of an expert's squared norm within the subspaces of another (`linalg.task_interference`).
-        interference_expected: What random subspaces have on average.
-        sti: Singular task interference of arXiv 2412.00081, of the truncated task vectors.
+        left_overlap: ‖U_sᵀU_t‖_F²/min(k_s, k_t) of every two experts: 0 if orthogonal, 1 if one contains the other.
+        right_overlap: The same for V.
+        left_expected, right_expected: The mean overlaps of random subspaces of these ranks.
+        interference: The share of an expert's squared norm within the subspaces of another
+            (`linalg.task_interference`).
+        interference_expected: The mean interference of random subspaces.
+        sti: Singular task interference (arXiv 2412.00081) of the truncated task vectors.
     """
 
     indices: list[int]
@@ -90,19 +95,19 @@ class Spectra:
 
 @dataclass(frozen=True)
 class TensorStats:
-    """RESM's view of one tensor; lists have one entry per expert.
+    """RESM's statistics of one tensor; lists have one entry per expert.
 
     Attributes:
         name: The tensor.
         shape: Its shape.
         spectral: True if RESM decomposes it, False if it averages its task vectors.
-        sparsity: s_t, share of weights the expert left (nearly) unchanged.
-        outlier_mass: a_t, Σ|δ| of the outliers per parameter.
-        weights: w_t, mean 1 before user weights.
+        sparsity: s_t, the share of weights that the expert changed by no more than ε.
+        outlier_mass: a_t, Σ|δ| over the outliers divided by the number of parameters.
+        weights: w_t, whose mean is 1 before they are multiplied by the recipe's weights.
         ranks: k_t; empty if not spectral.
         statistics: Every statistic of the task vectors by name.
-        problem: Why there are none (NaN or infinite values), else None.
-        spectra: Singular values and overlaps, where they were asked for and RESM decomposes the tensor; else None.
+        problem: Why there are no statistics (NaN or infinite values), else None.
+        spectra: Singular values and overlaps if they were asked for and RESM decomposes the tensor, else None.
     """
 
     name: str
@@ -120,16 +125,25 @@ class TensorStats:
 def checkpoint_stats(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
     *,
-    memory_limit: str | int = DEFAULT_WINDOW,
-    progress: Any = None,
+    memory_limit: str | int = MergeOptions.memory_limit,
+    progress: Callable[[int, int], None] | None = None,
     spectra: bool = False,
 ) -> list[TensorStats]:
-    """Return RESM's statistics for every floating-point tensor, with the recipe's parameters if it is a RESM recipe.
+    """Return RESM's statistics of every floating-point tensor of a recipe's models.
 
-    A tensor with NaN or infinite values gets an entry that says so instead of failing: this is the command to find it
-    with. `spectra` adds singular values and overlaps of every tensor that RESM decomposes, and takes as long as a
-    merge does. Other arguments and errors are those of `merge_checkpoints`; a recipe without a base model is a
-    MergeError.
+    They are computed with the recipe's parameters if its method is RESM, else with RESM's defaults. A tensor with NaN
+    or infinite values is no error, but gets an entry that says so, so that damaged models can be found.
+
+    Args:
+        recipe: As for `merge_checkpoints`.
+        memory_limit: As for `merge_checkpoints`.
+        progress: As for `merge_checkpoints`; tensors count when their statistics are complete.
+        spectra: Also return singular values and overlaps of every tensor that RESM decomposes, which takes as long as a
+            merge.
+
+    Raises:
+        MergeError: The recipe has no base model, or merges different experts in different layers.
+        RecipeError, CheckpointError: As for `merge_checkpoints`.
     """
     recipe = load_recipe(recipe)
     if recipe.base_model is None:
@@ -140,45 +154,35 @@ def checkpoint_stats(
     if recipe.merge_method != "resm":
         recipe = _as_resm(recipe)
     rows: list[TensorStats] = []
-    with plan_merge(recipe, memory_limit=memory_limit, dense=True) as plan:
+    options = MergeOptions(memory_limit=memory_limit)
+    with plan_merge(recipe, options=options, dense=True) as plan:
         jobs = [replace(j, output_bytes=0) for j in plan.jobs if not j.copied]
         if spectra:
-            jobs = [replace(j, workspace=max(j.workspace, _workspace(j))) for j in jobs]
+            jobs = [replace(j, workspace=max(j.workspace, _spectra_workspace(j))) for j in jobs]
 
-        def compute(job: Job, tensors: list[Tensor]) -> None:
-            assert isinstance(job, TensorJob)
-            try:
-                found = layer_plan(tensors[0], tensors[1:], **job.parameters)
-                row = _row(job, found)
-                if spectra and found.spectral:
-                    method = "exact" if job.parameters.get("decomposition") == "exact" else "gram"
-                    row = replace(row, spectra=tensor_spectra(tensors[0], tensors[1:], found.ranks, method))
-                rows.append(row)
-            except NonFiniteError as error:
-                problem = f"{error.count} NaN or infinite values in {job.folder(error.index)}"
-                rows.append(TensorStats(job.name, job.shape, False, [], [], [], [], {}, problem))
+        def compute(job: TensorJob, tensors: list[Tensor]) -> None:
+            rows.append(_tensor_stats(job, tensors[0], tensors[1:], spectra=spectra))
 
-        window = Window.fit(jobs, parse_size(memory_limit, "memory_limit"))
-        Pipeline(jobs=jobs, window=window, compute=compute, progress=progress).run()
+        Pipeline(jobs, Window.for_cpu(jobs, options.window_bytes), CpuExecutor(compute), progress=progress).run()
     return rows
 
 
 def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int], method: str = "gram") -> Spectra:
-    """Spectra of one tensor's task vectors, and overlaps of their dominant subspaces.
+    """Return the spectra of one tensor's task vectors, and overlaps of their dominant subspaces.
 
     Args:
         base, experts: Matrices of one shape, finite.
-        ranks: k_t, how many directions of each expert are compared.
-        method: As for `linalg.decompose`, which has all singular values.
+        ranks: k_t, the number of dominant directions of each expert that are compared.
+        method: A method of `linalg.decompose` that computes all singular values.
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
-    found = decompose_list([task_matrix(base, expert) for expert in experts], method)
-    parts = [d.truncate(k) for d, k in zip(found, ranks, strict=True)]
-    values = [d.singular_values.cpu() for d in found]
-    del found
+    decompositions = decompose_list([task_matrix(base, expert) for expert in experts], method)
+    truncated = [d.truncate(k) for d, k in zip(decompositions, ranks, strict=True)]
+    values = [d.singular_values.cpu() for d in decompositions]
+    del decompositions
     indices = _log_spaced(min(base.shape))
-    shared = task_interference(parts)
+    overlap = task_interference(truncated)
     return Spectra(
         indices=indices,
         values=[_relative(v)[torch.tensor(indices) - 1].tolist() for v in values],
@@ -190,32 +194,34 @@ def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int]
         rank_90=[energy_rank(v, 0.9) for v in values],
         rank_99=[energy_rank(v, 0.99) for v in values],
         decay=[decay_exponent(v) for v in values],
-        kept=[p.core.shape[0] for p in parts],
-        left_overlap=shared.left,
-        right_overlap=shared.right,
-        left_expected=shared.left_expected,
-        right_expected=shared.right_expected,
-        interference=shared.interference,
-        interference_expected=shared.expected,
-        sti=shared.sti,
+        kept=[p.core.shape[0] for p in truncated],
+        left_overlap=overlap.left,
+        right_overlap=overlap.right,
+        left_expected=overlap.left_expected,
+        right_expected=overlap.right_expected,
+        interference=overlap.interference,
+        interference_expected=overlap.expected,
+        sti=overlap.sti,
     )
 
 
 def _log_spaced(r: int) -> list[int]:
-    """At most `_SAMPLES` different integers from 1 to r."""
+    """Return at most `_SAMPLES` different integers from 1 to r, evenly spaced on a log scale."""
     steps = _SAMPLES - 1
     return list(range(1, r + 1)) if r <= _SAMPLES else sorted({round(r ** (i / steps)) for i in range(_SAMPLES)})
 
 
 def _relative(values: Tensor) -> Tensor:
+    """Return σ_i/σ_1, or zeros if σ_1 is 0."""
     return values / values[0] if float(values[0]) > 0 else values
 
 
-def _workspace(job: TensorJob) -> int:
-    """Bytes `tensor_spectra` allocates: task vectors, Gram matrices and what eigh makes of them, bases, their products.
+def _spectra_workspace(job: TensorJob) -> int:
+    """Return the bytes that `tensor_spectra` allocates at most.
 
-    All experts are in memory at once, each solved by a thread of its own at most; the ranks of all together are at most
-    r. Peaks measured with two threads were half of this.
+    These are task vectors, Gram matrices, the results of eigh, bases and their products. All experts are in memory at
+    once, each is solved by one thread, and the ranks of all experts together are at most r. Peaks measured with two
+    threads were half of this.
     """
     if len(job.shape) != 2:
         return 0
@@ -226,7 +232,7 @@ def _workspace(job: TensorJob) -> int:
 
 
 def _as_resm(recipe: Recipe) -> Recipe:
-    """The same models and slices, merged by RESM with its default parameters."""
+    """Return a recipe of the same models and slices that merges them by RESM with its default parameters."""
 
     def bare(entry: Any) -> Any:
         return entry.model_copy(update={"parameters": {}})
@@ -253,21 +259,33 @@ def _as_resm(recipe: Recipe) -> Recipe:
     return load_recipe({key: value for key, value in data.items() if value is not None})
 
 
-def _row(job: TensorJob, found: LayerPlan) -> TensorStats:
-    statistics = {name: _numbers(getattr(found.stats, name)) for name in _STATISTICS}
-    statistics["mean"] = _numbers(found.stats.mean())
-    statistics["rms"] = _numbers(found.stats.rms())
-    return TensorStats(
-        name=job.name,
-        shape=found.shape,
-        spectral=found.spectral,
-        sparsity=found.sparsity,
-        outlier_mass=found.outlier_mass,
-        weights=found.weights,
-        ranks=found.ranks,
-        statistics=statistics,
-    )
+def _tensor_stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> TensorStats:
+    """Return the statistics of one tensor, or an entry that says why it has none."""
+    try:
+        plan = layer_plan(base, experts, **job.parameters)
+        tensor_stats = TensorStats(
+            name=job.name,
+            shape=plan.shape,
+            spectral=plan.spectral,
+            sparsity=plan.sparsity,
+            outlier_mass=plan.outlier_mass,
+            weights=plan.weights,
+            ranks=plan.ranks,
+            statistics={
+                **{name: _numbers(getattr(plan.stats, name)) for name in _STATISTICS},
+                "mean": _numbers(plan.stats.mean()),
+                "rms": _numbers(plan.stats.rms()),
+            },
+        )
+        if spectra and plan.spectral:
+            method = "exact" if job.parameters.get("decomposition") == "exact" else "gram"
+            return replace(tensor_stats, spectra=tensor_spectra(base, experts, plan.ranks, method))
+        return tensor_stats
+    except NonFiniteError as error:
+        problem = f"{error.count} NaN or infinite values in {job.folder(error.index)}"
+        return TensorStats(job.name, job.shape, False, [], [], [], [], {}, problem)
 
 
 def _numbers(tensor: Tensor) -> list[float | int]:
+    """Return the values of a tensor, infinite ones as NaN."""
     return [v if isinstance(v, int) or math.isfinite(v) else math.nan for v in tensor.tolist()]

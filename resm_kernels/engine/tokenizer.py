@@ -1,4 +1,4 @@
-"""The output's tokenizer, built from the models' with transformers, and the vocabularies that it joins."""
+"""Builds the output's tokenizer from the models' tokenizers, with transformers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token
 
 @dataclass(frozen=True)
 class OutputTokenizer:
-    """A tokenizer and what is needed to merge vocabularies for it.
+    """The output's tokenizer, and the vocabularies of the models.
 
     Attributes:
         tokens: Token → row of the output's embedding.
-        rows: Rows of the output's embedding: one more than the largest, padded as the recipe says.
-        known: Of each model folder: token → row of that model's embedding; tokens beyond its last row are not in it.
-        special: Names such as `eos_token_id` and their values in this tokenizer; None for tokens that it has not.
-        files: The files that make it: name → content.
+        rows: Number of the output's embedding's rows: the largest row of a token plus one, padded as the recipe says.
+        known: For each model folder, token → row of that model's embedding, without tokens beyond its last row.
+        special: Names such as `eos_token_id` and their values in this tokenizer; None for tokens that it does not have.
+        files: The tokenizer's files: name → content.
     """
 
     tokens: Mapping[str, int]
@@ -37,7 +37,7 @@ class OutputTokenizer:
 
 
 def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """What a config.json says about the rows of the embedding; None if it says nothing."""
+    """Return the number of the embedding's rows that a config.json states; None if it states none."""
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int):
             return int(part["vocab_size"])
@@ -47,25 +47,25 @@ def vocabulary_size(config: Mapping[str, Any]) -> int | None:
 def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: bool = False) -> OutputTokenizer:
     """Build the tokenizer that the recipe's `tokenizer` or `tokenizer_source` asks for.
 
-    `base` and a model's name take that tokenizer, less tokens whose row is beyond that model's embedding. `union`
-    takes the base model's (the first model's without one) and adds what the others have besides, in the recipe's order
-    and by row: first plain tokens, then added ones, each with the settings of the first model that has it, and none
-    whose row is beyond its model's embedding.
-    Tokens that `tokens` names are added where they are missing.
+    `base` and a model's name take that model's tokenizer, without tokens whose row is beyond the model's embedding.
+    `union` takes the base model's (the first model's if there is no base) and adds the tokens that only others have, in
+    the recipe's order and by row: first plain tokens, then added tokens, each with the settings of the first model that
+    has it. Tokens whose row is beyond their model's embedding are not added.
+    Tokens that the recipe's `tokens` names are added if they are missing.
 
     Raises:
-        RecipeError: transformers is not installed, or a model has no tokenizer that it can load.
+        RecipeError: transformers is not installed, or cannot load the tokenizer of a model.
     """
     entry = recipe.output_tokenizer
     assert entry is not None
     folder = models.reference.base_folder if entry.source in (BASE, UNION) else _folder(recipe, models, entry.source)
     loader = _Loader(trust_remote_code)
     loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
-    known = {m.base_folder: _used(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
+    known = {m.base_folder: _tokens_with_rows(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
     config = next((m.config for m in models.all() if m.base_folder == folder), {})
     tokenizer = loader.load(folder, vocabulary_size(config))
     if entry.source == UNION:
-        _add_union(tokenizer, list(loaded.values()), list(known.values()))
+        _add_missing_tokens(tokenizer, list(loaded.values()), list(known.values()))
     vocabulary = tokenizer.get_vocab()
     for token in entry.tokens:
         if token not in vocabulary:
@@ -77,18 +77,20 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
         rows=-(-(max(tokens.values()) + 1) // multiple) * multiple,
         known=known,
         special={name: getattr(tokenizer, name, None) for name in SPECIAL_IDS},
-        files=_saved(tokenizer),
+        files=_saved_files(tokenizer),
     )
 
 
 def _folder(recipe: Recipe, models: OpenedModels, name: str) -> Path:
-    """The folder of a tokenizer: one of the recipe's models, or any other folder."""
-    opened = next((model for source, model in models.of.items() if source.is_model(name)), None)
+    """Return the folder of a tokenizer: that of one of the recipe's models, or any other."""
+    opened = next((model for source, model in models.by_source.items() if source.is_model(name)), None)
     where = "tokenizer_source" if recipe.tokenizer_source is not None else "tokenizer.source"
     return model_folder(name, where) if opened is None else opened.base_folder
 
 
 class _Loader:
+    """Loads tokenizers with transformers."""
+
     def __init__(self, trust_remote_code: bool) -> None:
         try:
             from transformers import AutoTokenizer
@@ -101,7 +103,7 @@ class _Loader:
         self._trust = trust_remote_code
 
     def load(self, folder: Path, size: int | None = None) -> Any:
-        """Load a tokenizer, without its tokens from row `size` on if that is not None."""
+        """Load a tokenizer; if `size` is not None, without the tokens from row `size` on."""
         try:
             tokenizer = self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # transformers raises whatever its tokenizer classes do
@@ -119,64 +121,67 @@ class _Loader:
                     f"{folder}: its tokenizer has tokens beyond the embedding's {size} rows and no tokenizer.json to "
                     "take them out of; need a tokenizer that fits its model"
                 )
-            _cut(Path(copy), size)
+            _remove_tokens(Path(copy), size)
             return self._class.from_pretrained(copy, trust_remote_code=self._trust, local_files_only=True)
 
 
-def _cut(folder: Path, size: int) -> None:
-    """Take the tokens from row `size` on out of a tokenizer's files."""
+def _remove_tokens(folder: Path, size: int) -> None:
+    """Remove the tokens from row `size` on from a tokenizer's files."""
     file = folder / "tokenizer.json"
     data = json.loads(file.read_bytes())
     model = data["model"]
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: (token, score) by row
-        gone = {token for token, _ in vocabulary[size:]}
+        removed = {token for token, _ in vocabulary[size:]}
         model["vocab"] = vocabulary[:size]
     else:
-        gone = {token for token, row in vocabulary.items() if row >= size}
+        removed = {token for token, row in vocabulary.items() if row >= size}
         model["vocab"] = {token: row for token, row in vocabulary.items() if row < size}
-    gone |= {token["content"] for token in data["added_tokens"] if token["id"] >= size}
+    removed |= {token["content"] for token in data["added_tokens"] if token["id"] >= size}
     data["added_tokens"] = [token for token in data["added_tokens"] if token["id"] < size]
     if "merges" in model:
         pairs = [(merge, merge.split(" ") if isinstance(merge, str) else merge) for merge in model["merges"]]
-        model["merges"] = [merge for merge, pair in pairs if not gone & {*pair, "".join(pair)}]
+        model["merges"] = [merge for merge, pair in pairs if not removed & {*pair, "".join(pair)}]
     file.write_bytes(json_bytes(data))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
             config = json.loads((folder / name).read_bytes())
-            (folder / name).write_bytes(json_bytes(_without(config, gone, size)))
+            (folder / name).write_bytes(json_bytes(_without_tokens(config, removed, size)))
 
 
-def _without(config: Mapping[str, Any], gone: set[str], size: int) -> dict[str, Any]:
-    """A tokenizer's configuration without the special and added tokens that are gone."""
+def _without_tokens(config: Mapping[str, Any], removed: set[str], size: int) -> dict[str, Any]:
+    """Return a tokenizer's configuration without the special and added tokens that have been removed."""
 
-    def is_gone(value: Any) -> bool:
+    def is_removed(value: Any) -> bool:
         text = value.get("content") if isinstance(value, dict) else value
-        return isinstance(text, str) and text in gone
+        return isinstance(text, str) and text in removed
 
-    kept = {key: value for key, value in config.items() if not (key.endswith("_token") and is_gone(value))}
-    for key, value in kept.items():
+    remaining = {key: value for key, value in config.items() if not (key.endswith("_token") and is_removed(value))}
+    for key, value in remaining.items():
         if isinstance(value, list) and key.endswith("_tokens"):
-            kept[key] = [token for token in value if not is_gone(token)]
-    if "added_tokens_decoder" in kept:
-        kept["added_tokens_decoder"] = {row: t for row, t in kept["added_tokens_decoder"].items() if int(row) < size}
-    return kept
+            remaining[key] = [token for token in value if not is_removed(token)]
+    if "added_tokens_decoder" in remaining:
+        remaining["added_tokens_decoder"] = {
+            row: t for row, t in remaining["added_tokens_decoder"].items() if int(row) < size
+        }
+    return remaining
 
 
-def _used(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
-    """The tokens that have a row in the model's embedding."""
+def _tokens_with_rows(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
+    """Return the tokens that have a row in the model's embedding, with their rows."""
     size = vocabulary_size(config)
     return {token: row for token, row in vocabulary.items() if size is None or row < size}
 
 
-def _add_union(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]) -> None:
+def _add_missing_tokens(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]) -> None:
+    """Add the tokens of other tokenizers that this one does not have."""
     plain: dict[str, None] = {}
     added: dict[str, Any] = {}
     for other, rows in zip(loaded, known, strict=True):
-        own = {token.content: token for token in other.added_tokens_decoder.values()}
+        with_settings = {token.content: token for token in other.added_tokens_decoder.values()}
         for token in sorted(rows, key=lambda t: rows[t]):
-            if token in own:
-                added.setdefault(token, own[token])
+            if token in with_settings:
+                added.setdefault(token, with_settings[token])
             else:
                 plain.setdefault(token)
     present = tokenizer.get_vocab()
@@ -184,8 +189,9 @@ def _add_union(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]
     tokenizer.add_tokens(list(added.values()))
 
 
-def _saved(tokenizer: Any) -> dict[str, bytes]:
+def _saved_files(tokenizer: Any) -> dict[str, bytes]:
+    """Return the files that transformers saves the tokenizer as: name → content."""
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
-        files = [Path(place) / name for place, _, names in os.walk(folder) for name in names]
+        files = [Path(parent) / name for parent, _, names in os.walk(folder) for name in names]
         return {file.relative_to(folder).as_posix(): file.read_bytes() for file in sorted(files)}

@@ -1,4 +1,4 @@
-"""Embeddings and heads aligned to the output's vocabulary: read row by row, each token's from where it is."""
+"""Aligns embeddings and output heads to the output's vocabulary: each token's row is read from where it is."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
 from resm_kernels.lora import AdapterReader
-from resm_kernels.recipe import Recipe, RecipeError, TokenSource, same_place
+from resm_kernels.recipe import Recipe, RecipeError, TokenSource, canonical_folder
 
 CHUNK: Final = 1 << 24
-"""Bytes of rows that are read at a time."""
+"""The most bytes of rows that are read at once."""
 
 _GAP: Final = 1 << 16
-"""Bytes between two rows that are rather read than skipped."""
+"""Two rows are read at once, with what lies between them, if fewer bytes than this do."""
 
 _MEANS: Final = 1 << 8
-"""Means that are formed at a time."""
+"""The number of rows whose means are formed at once."""
 
-Place = tuple[int, int]
-"""A row of a model: its number among `_Rows`, and the row."""
+RowSource = tuple[int, int]
+"""A row of a model: the number of the model's tensor in `ModelTensors`, and the row."""
 
 
 class Vocabulary:
-    """Says for every model which row of its embedding becomes which of the output's.
+    """Chooses for every model and every row of the output's embedding the row that is read for it.
 
-    A token that a model has keeps that row. One that it lacks takes, in this order, what the recipe's `tokens` says,
-    the base model's row, the only other model's, the mean of all that have it, zeros. `force` gives all models what
-    those without the token would take. Rows that only pad the vocabulary are the mean of the model's other rows
-    (mergekit's rules).
+    The rules are mergekit's. A token that a model has keeps the model's row. For a token that a model lacks, the first
+    of these that exists is taken: the source that the recipe's `tokens` names, the base model's row, the mean of the
+    rows of all models that have the token, zeros. `force` gives this row to the models that have the token, too. Rows
+    that only pad the vocabulary are the mean of the model's other rows.
     """
 
     def __init__(self, recipe: Recipe, models: OpenedModels, tokenizer: OutputTokenizer) -> None:
@@ -48,50 +48,54 @@ class Vocabulary:
         self._models = models
         self._entries = entry.tokens
         self._base = recipe.base_model
-        self._named = {same_place(source.model): model for source, model in models.of.items()}
-        self._rows_of: dict[Path, list[int]] = {}
-        self._named[same_place(recipe.reference)] = models.reference
+        self._models_by_path = {canonical_folder(source.model): model for source, model in models.by_source.items()}
+        self._rows_by_folder: dict[Path, list[int]] = {}
+        self._models_by_path[canonical_folder(recipe.reference)] = models.reference
 
     def inputs(self, tensor: OutputTensor) -> tuple[tuple[CheckpointReader, TensorInfo], ...]:
-        """The inputs of one vocabulary tensor, all with a row for every token of the output."""
-        models = [self._models.of[source] for source in tensor.piece.sources]
-        rows = _Rows([(m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True)])
-        own = [self._own(model) for model in models]
+        """Return the inputs of one vocabulary tensor, each with a row for every token of the output."""
+        models = [self._models.by_source[source] for source in tensor.piece.sources]
+        tensors = ModelTensors(
+            [(m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True)]
+        )
+        model_rows = [self._model_rows(model) for model in models]
         base = next((i for i, s in enumerate(tensor.piece.sources) if self._base and s.is_model(self._base)), None)
         if tensor.piece.base is not None:
             base = 0
-        defaults: dict[int, tuple[Place, ...]] = {}
+        defaults: dict[int, tuple[RowSource, ...]] = {}
         forced = set()
         for token, row in self.tokenizer.tokens.items():
             entry = self._entries.get(token)
-            present = tuple((i, own[i][row]) for i in range(len(models)) if own[i][row] >= 0)
+            present = tuple((i, model_rows[i][row]) for i in range(len(models)) if model_rows[i][row] >= 0)
             if entry is not None and entry.force:
                 forced.add(row)
             elif len(present) == len(models):
                 continue
             if entry is not None and entry.source is not None:
-                defaults[row] = self._from(entry.source, token, tensor, rows)
+                defaults[row] = self._named_source(entry.source, token, tensor, tensors)
             else:
-                of_base = tuple(place for place in present if place[0] == base)
-                defaults[row] = of_base or present
-        return tuple(self._input(rows, i, own[i], defaults, forced) for i in range(len(models)))
+                base_row = tuple(source for source in present if source[0] == base)
+                defaults[row] = base_row or present
+        return tuple(self._input(tensors, i, model_rows[i], defaults, forced) for i in range(len(models)))
 
-    def _own(self, model: Model) -> list[int]:
-        """For each row of the output the model's own row, −1 where it has none."""
-        if model.base_folder not in self._rows_of:
+    def _model_rows(self, model: Model) -> list[int]:
+        """Return for each row of the output the model's row of the same token, −1 where the model has no such token."""
+        if model.base_folder not in self._rows_by_folder:
             known = self.tokenizer.known[model.base_folder]
-            own = [-1] * self.tokenizer.rows
+            rows = [-1] * self.tokenizer.rows
             for token, row in self.tokenizer.tokens.items():
-                own[row] = known.get(token, -1)
-            self._rows_of[model.base_folder] = own
-        return self._rows_of[model.base_folder]
+                rows[row] = known.get(token, -1)
+            self._rows_by_folder[model.base_folder] = rows
+        return self._rows_by_folder[model.base_folder]
 
-    def _from(self, source: TokenSource, token: str, tensor: OutputTensor, rows: _Rows) -> tuple[Place, ...]:
-        """The row that the recipe names for a token; none for zeros."""
+    def _named_source(
+        self, source: TokenSource, token: str, tensor: OutputTensor, tensors: ModelTensors
+    ) -> tuple[RowSource, ...]:
+        """Return the row that the recipe names for a token; none for zeros."""
         where = f"tokenizer.tokens.{token}.source"
         if source.model is None:
             return ()
-        model = self._named.get(same_place(source.model))
+        model = self._models_by_path.get(canonical_folder(source.model))
         if model is None:
             raise RecipeError(f"{where}: got {source.model!r}, need one of the recipe's models")
         info = model.reader.tensors.get(tensor.inputs[0])
@@ -104,33 +108,39 @@ class Vocabulary:
             raise RecipeError(f"{where}: {model.folder} has no token {source.token or token!r}")
         if row >= info.shape[0]:
             raise RecipeError(f"{where}: got token_id {row}, but {model.folder} has {info.shape[0]} rows")
-        return ((rows.number(model.reader, info), row),)
+        return ((tensors.number(model.reader, info), row),)
 
     def _input(
-        self, rows: _Rows, i: int, own: list[int], defaults: Mapping[int, tuple[Place, ...]], forced: set[int]
+        self,
+        tensors: ModelTensors,
+        i: int,
+        model_rows: list[int],
+        defaults: Mapping[int, tuple[RowSource, ...]],
+        forced: set[int],
     ) -> tuple[CheckpointReader, TensorInfo]:
-        reader, info = rows.tensors[i]
-        if not forced and info.shape[0] == len(own) and own == list(range(len(own))):
+        """Return the aligned tensor of model `i`, or its tensor as it is if no row has to be changed."""
+        reader, info = tensors.tensors[i]
+        if not forced and info.shape[0] == len(model_rows) and model_rows == list(range(len(model_rows))):
             return reader, info
-        foreign = {row: places for row, places in defaults.items() if row in forced or own[row] < 0}
-        kept = [-1 if row in foreign else old for row, old in enumerate(own)]
-        if max(kept) >= info.shape[0]:
+        foreign = {row: sources for row, sources in defaults.items() if row in forced or model_rows[row] < 0}
+        kept_rows = [-1 if row in foreign else model_row for row, model_row in enumerate(model_rows)]
+        if max(kept_rows) >= info.shape[0]:
             raise MergeError(
                 f"{reader.folder}: tensor {info.name!r} has {info.shape[0]} rows, but its tokenizer and config.json "
-                f"have a token with row {max(kept)}"
+                f"have a token with row {max(kept_rows)}"
             )
-        aligned = AlignedReader(rows, i, kept, foreign)
+        aligned = AlignedReader(tensors, i, kept_rows, foreign)
         return aligned, aligned.tensors[info.name]
 
 
-class _Rows:
-    """Rows of one vocabulary tensor in several models."""
+class ModelTensors:
+    """One vocabulary tensor in several models."""
 
     def __init__(self, tensors: Sequence[tuple[CheckpointReader, TensorInfo]]) -> None:
         self.tensors = list(tensors)
 
     def number(self, reader: CheckpointReader, info: TensorInfo) -> int:
-        """The number of a model's tensor, which is added if it is new."""
+        """Return the number of a model's tensor, and add the tensor if it is new."""
         for i, (known, _) in enumerate(self.tensors):
             if known is reader:
                 return i
@@ -140,12 +150,17 @@ class _Rows:
     def add(
         self, i: int, rows: Tensor, to: Tensor, out: Tensor, formed: dict[int, Tensor], *, first_time: bool
     ) -> None:
-        """Add rows of tensor `i` to the rows `to` of `out`, which has its dtype or a wider one; `to` has no row twice.
+        """Add rows of tensor `i` to the rows `to` of `out`.
 
-        The first time all of `out` is zero.
+        Rows are read in the order in which they lie in the file, with what lies between two that are close together.
 
-        They are read in the order in which they lie in the file, with what is between two that are close together.
-        `formed` keeps tensors that an adapter forms, which can only be read whole, for the next call.
+        Args:
+            i: The number of the tensor.
+            rows: The rows to read.
+            to: The row of `out` that each is added to; no row occurs twice.
+            out: A tensor of the same dtype or a wider one.
+            formed: Tensors that adapters form, by number; they can only be read whole and are stored for later calls.
+            first_time: True if all of `out` is zero.
         """
         reader, info = self.tensors[i]
         if isinstance(reader, AdapterReader) and reader.is_adapted(info.name):
@@ -174,43 +189,50 @@ class _Rows:
 
 
 class AlignedReader(CheckpointReader):
-    """One vocabulary tensor of a model with the rows of another vocabulary. It opens no files of its own.
+    """One vocabulary tensor of a model with the rows of another vocabulary. It opens no files itself.
 
-    The tensor keeps its dtype if all its rows are the model's own or zeros; rows of other models, means and padding
-    are in fp32 (float64 if a model is), as they are not rounded before the merge.
+    The tensor has the model's dtype if each of its rows is one of the model or zeros. If there are rows of other
+    models, means or padding, it is in fp32 (float64 if one of the models is), because it is not rounded before the
+    merge.
 
     Args:
-        rows: The models' tensors.
-        i: Which of them is this model's.
-        kept: For each row the model's own, or −1.
-        foreign: For rows that are not its own where they are from: the mean of these places, zeros for none. Rows in
-            neither are padding: the mean of all rows that are not.
+        tensors: The models' tensors.
+        i: The number of this model's tensor.
+        kept_rows: For each row of the result the row of this model, or −1.
+        foreign: For rows of the result that are not this model's, the rows whose mean they are; no rows for zeros. A
+            row that is neither in `kept_rows` nor here is padding: the mean of all rows that are not padding.
     """
 
-    def __init__(self, rows: _Rows, i: int, kept: Sequence[int], foreign: Mapping[int, tuple[Place, ...]]) -> None:
-        reader, info = rows.tensors[i]
+    def __init__(
+        self,
+        tensors: ModelTensors,
+        i: int,
+        kept_rows: Sequence[int],
+        foreign: Mapping[int, tuple[RowSource, ...]],
+    ) -> None:
+        reader, info = tensors.tensors[i]
         self.folder = reader.folder
-        self._rows = rows
-        self._padding = torch.tensor([row for row, old in enumerate(kept) if old < 0 and row not in foreign])
-        means = {row: len(places) for row, places in foreign.items() if len(places) > 1}
+        self._model_tensors = tensors
+        self._padding = torch.tensor([row for row, kept in enumerate(kept_rows) if kept < 0 and row not in foreign])
+        means = {row: len(sources) for row, sources in foreign.items() if len(sources) > 1}
         self._means, self._counts = torch.tensor(list(means)), torch.tensor(list(means.values()))
-        own = [(i, old, row) for row, old in enumerate(kept) if old >= 0]
-        others = [(j, place, row) for row, places in foreign.items() for j, place in places]
-        # Others in one order for all models, so that a mean has the same bits in each.
-        self._moves = [*_by_tensor(own), *_by_tensor(others)]
-        involved = {rows.tensors[j][1].dtype for j in {i, *(j for j, *_ in self._moves)}}
+        kept_moves = [(i, kept, row) for row, kept in enumerate(kept_rows) if kept >= 0]
+        foreign_moves = [(j, source_row, row) for row, sources in foreign.items() for j, source_row in sources]
+        # Foreign rows are added in one order for all models, so that a mean has the same bits in each.
+        self._moves = [*_by_tensor(kept_moves), *_by_tensor(foreign_moves)]
+        involved = {tensors.tensors[j][1].dtype for j in {i, *(j for j, *_ in self._moves)}}
         wide = torch.float64 if torch.float64 in involved else torch.float32
         dtype = wide if len(self._padding) or any(foreign.values()) else info.dtype
-        shape = (len(kept), *info.shape[1:])
-        nbytes = dtype.itemsize * len(kept) * (info.numel // info.shape[0])
+        shape = (len(kept_rows), *info.shape[1:])
+        nbytes = dtype.itemsize * len(kept_rows) * (info.numel // info.shape[0])
         self.tensors = MappingProxyType({info.name: replace(info, dtype=dtype, shape=shape, nbytes=nbytes)})
 
     @property
     def workspace(self) -> int:
-        """Bytes that reading takes beside the result: a piece, its rows in a wider dtype, and what adapters form."""
+        """Bytes that reading takes beyond the result: a piece, its rows in a wider dtype, what adapters form."""
         adapted = [
             info.nbytes
-            for reader, info in self._rows.tensors
+            for reader, info in self._model_tensors.tensors
             if isinstance(reader, AdapterReader) and reader.is_adapted(info.name)
         ]
         return 5 * CHUNK + 2 * sum(adapted)
@@ -220,7 +242,7 @@ class AlignedReader(CheckpointReader):
         out = buffer.view(-1).view(torch.uint8).view(info.dtype).view(info.shape).zero_()
         formed: dict[int, Tensor] = {}
         for n, (i, rows, to) in enumerate(self._moves):
-            self._rows.add(i, rows, to, out, formed, first_time=n == 0)
+            self._model_tensors.add(i, rows, to, out, formed, first_time=n == 0)
         if len(self._means):
             counts = self._counts.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
             for part, count in zip(self._means.split(_MEANS), counts.split(_MEANS), strict=True):
@@ -234,14 +256,17 @@ class AlignedReader(CheckpointReader):
 
 
 def _by_tensor(moves: list[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(tensor, row, to) one by one → each tensor with all its rows and where they go."""
+    """Group single moves (tensor, row, to): yield each tensor with all its rows and where these go."""
     numbers, rows, to = torch.tensor(moves, dtype=torch.int64).reshape(-1, 3).unbind(1)
     for i in numbers.unique().tolist():
         yield i, rows[numbers == i], to[numbers == i]
 
 
 def _pieces(rows: Tensor, gap: int, longest: int) -> Iterator[tuple[int, int]]:
-    """[first, last) of stretches of sorted rows with less than `gap` between two, and less than `longest` in all."""
+    """Divide sorted rows into pieces to read at once; yield [first, last) of each.
+
+    Two neighbours in a piece are less than `gap` apart, and a piece spans fewer than `longest` rows.
+    """
     edges = [0, *(torch.nonzero(rows.diff() >= gap).flatten() + 1).tolist(), len(rows)]
     for first, last in itertools.pairwise(edges):
         while first < last:

@@ -3,6 +3,7 @@
 from resm_kernels.linalg.decompose import Decomposition, Subspace, decompose, decompose_list
 from resm_kernels.linalg.orthonormalize import Orthonormalized, orthonormalize
 from resm_kernels.linalg.polar import polar, polar_factors
+from resm_kernels.linalg.routes import DECOMPOSITIONS
 from resm_kernels.linalg.spectrum import (
     TaskInterference,
     decay_exponent,
@@ -14,7 +15,7 @@ from resm_kernels.linalg.spectrum import (
     stable_rank,
     task_interference,
 )
-from resm_kernels.linalg.subspace import DECOMPOSITIONS, subspace, subspaces
+from resm_kernels.linalg.subspace import subspace, subspaces
 from resm_kernels.linalg.truncated_svd import TruncatedSVD, svd_lowrank, truncated_svd
 
 __all__ = [

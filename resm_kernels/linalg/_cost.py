@@ -1,15 +1,16 @@
-"""What a decomposition costs, to choose the cheapest that is accurate enough."""
+"""A model of what each route to a dominant subspace costs, from which `subspace` chooses the cheapest one."""
 
 from __future__ import annotations
 
 import math
 from typing import Final
 
-from resm_kernels.linalg._randomized import block_for, iterations_for
+from resm_kernels.linalg.randomized import block_columns, iterations_for
+from resm_kernels.linalg.routes import SubspaceOptions
 
 # Nanoseconds on one thread of a Zen 4 core: products of 1024² matrices by torch, eigenproblems as in
-# benchmarks/bench_symmetric_eigen.py; only ratios matter.
-# A GPU's own are wanted where it chooses between the two; with an accuracy it does not, see `_products.only_products`.
+# benchmarks/bench_symmetric_eigen.py. Only their ratios matter. A GPU would need rates measured there, but it chooses
+# between these routes only for accuracies above `LOOSE` (`products.only_products`).
 RATES: Final = {
     "fp32 product": 1 / 105,  # a flop
     "float64 product": 1 / 48,  # a flop
@@ -19,27 +20,28 @@ RATES: Final = {
     "fp32 eigenvectors": 0.045,
 }
 _MORE_BLOCKS: Final = 1.25
-"""What randomized took against what was planned, σ_i ~ i^−0.7, 1024 × 2816: flatter spectra take more blocks."""
+"""Measured cost of "randomized" as a multiple of what was planned, for σ_i ~ i^−0.7 and 1024 × 2816: flatter spectra
+take more blocks."""
 LOOSE: Final = 1e-2
-"""Above it block Krylov takes few blocks, and on a GPU less than spectral projectors do (not measured there)."""
+"""Accuracies above this take few blocks of block Krylov iteration, which on a GPU should be cheaper than spectral
+projectors (not measured there)."""
 SMALLEST_ACCURACY: Final = 1e-5
-"""Residuals below this drown in fp32 rounding."""
+"""Residuals below this cannot be told from fp32 rounding."""
 
 
 def gram_cost(m: int, n: int, rank: int, accuracy: float) -> float:
-    """Seconds for `rank` directions by an eigendecomposition of the Gram matrix, in fp32 where that may be enough."""
+    """Seconds for `rank` directions by an eigendecomposition of the Gram matrix, in fp32 if `accuracy` may allow it."""
     r = min(m, n)
     flops = 1.25 * m * n * r + 2 * m * n * rank
     dtype = "fp32" if accuracy >= SMALLEST_ACCURACY else "float64"
     return 1e-9 * (RATES[f"{dtype} product"] * flops + _eigen(r, rank, dtype))
 
 
-def randomized_cost(
-    m: int, n: int, rank: int, accuracy: float, oversampling: int | None, power_iterations: int | None
-) -> float:
-    """Seconds for `rank` directions by block Krylov iteration, if what is planned suffices; infinite if none can."""
+def randomized_cost(m: int, n: int, rank: int, options: SubspaceOptions) -> float:
+    """Seconds for `rank` directions by block Krylov iteration if the planned blocks suffice; infinite if none can."""
+    accuracy, oversampling, power_iterations = options.accuracy, options.oversampling, options.power_iterations
     iterations = iterations_for(accuracy) if power_iterations is None else power_iterations
-    width = min(block_for(rank, oversampling, iterations) * (iterations + 1), m, n)
+    width = min(block_columns(rank, oversampling, iterations) * (iterations + 1), m, n)
     if accuracy < SMALLEST_ACCURACY and power_iterations is None:
         return math.inf
     products = 4.0 * m * n * width + 4.0 * n * width**2 + 2.0 * (m + n) * width * rank

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
-from resm_kernels.linalg._dominant import dominant_list
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, gram_list, matmul
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.dominant import dominant_list
 from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import eigen_list, frobenius_norm, gram_list, matmul
+from resm_kernels.linalg.threads import run
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Subspace:
         left: Q, (m, k), orthonormal columns.
         core: C = QᵀΔP, (k, k).
         right: P, (n, k), orthonormal columns.
-        error: Certificate: ‖Δ − QCPᵀ‖_F / ‖Δ‖_F is at most this (and not much less); 0 for Δ = 0.
-        method: The route that found it: "gram", "exact", "randomized" or "projector".
-        reason: Why that route, in words.
+        error: The certificate: ‖Δ − QCPᵀ‖_F / ‖Δ‖_F is at most this, and not much less; 0 for Δ = 0.
+        method: The route that computed it: "gram", "exact", "randomized" or "projector".
+        reason: Why that route was taken, in words.
     """
 
     left: Tensor
@@ -55,7 +55,7 @@ class Decomposition:
         energy: float | None = None,
         image: Tensor | None = None,
     ):
-        """`energy` is ‖Δ‖_F², needed where not all singular values are given; `image` is Δ·right, if that is there."""
+        """`energy` is ‖Δ‖_F², needed if some `singular_values` are missing; `image` is Δ·right, if formed."""
         self._matrix, self._left, self._right, self._image = matrix, left, right, image
         self._energy = float(singular_values.square().sum()) if energy is None else energy
         self.singular_values = singular_values
@@ -91,15 +91,15 @@ class Decomposition:
 
 
 def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Q and C with Q·C = ΔP, where the columns of ΔP are orthogonal but for rounding and `values` long."""
+    """Q and C with Q·C = ΔP, where the columns of ΔP are orthogonal but for rounding; `values` are their lengths."""
     if values.numel() == 0:
         return product, product.new_zeros(0, 0)
-    # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Within 1e-12 scaling them is all it takes.
+    # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Up to 1e-12 scaling them suffices.
     if float(values[-1] / values[0]) ** 2 > 1e12 * torch.finfo(torch.float64).eps:
         return product / values, values.diag()
-    # At the numerical rank that is 1e-4 at most, whose square, all that one pass leaves times rounding, is nothing.
-    found = orthonormalize(product / values, passes=1)
-    return found.q, found.r * values
+    # At the numerical rank the deviation is at most 1e-4. One pass leaves its square times rounding: nothing.
+    orthonormal = orthonormalize(product / values, passes=1)
+    return orthonormal.q, orthonormal.r * values
 
 
 def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
@@ -115,7 +115,7 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
         Decomposition with r = min(m, n) singular values.
 
     Raises:
-        ValueError: `matrix` is no matrix, or an unknown method.
+        ValueError: `matrix` is not a matrix, or the method is unknown.
         NonFiniteError: NaN or infinite values.
 
     Determinism: the same bits for the same input, whatever the number of threads.
@@ -127,7 +127,7 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
 
 
 def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Decomposition]:
-    """`decompose` of several matrices side by side, which fills the threads that one eigenproblem leaves idle."""
+    """`decompose` of several matrices side by side: the others fill the threads that one eigenproblem leaves idle."""
     for i, matrix in enumerate(matrices):
         if matrix.ndim != 2:
             raise ValueError(f"matrices[{i}]: got {matrix.ndim} dimensions, need 2")
@@ -138,23 +138,26 @@ def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Dec
 def decompose_counted(
     matrices: Sequence[Tensor], method: str, counts: Sequence[int] | None = None
 ) -> list[Decomposition]:
-    """Of "gram" with `counts` only so many of the largest singular values, which is faster."""
+    """`decompose_list` without its checks; with `counts`, "gram" computes that many of the largest singular values.
+
+    That is faster than all of them.
+    """
     if method == "exact":
         return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":
         raise ValueError(f"method: got {method!r}, need one of gram, exact")
     tall = [m if m.shape[0] >= m.shape[1] else m.mT for m in matrices]
-    kinds = [Decomposition if own is matrix else _Transposed for matrix, own in zip(matrices, tall, strict=True)]
+    kinds = [Decomposition if a is matrix else _Transposed for a, matrix in zip(tall, matrices, strict=True)]
     if counts is not None:
         solved = dominant_list(tall, counts, torch.float64)
         return [
-            kind(own, d.values.clamp(min=0).sqrt(), None, d.vectors, d.energy, d.image)
-            for kind, own, d in zip(kinds, tall, solved, strict=True)
+            kind(a, d.values.clamp(min=0).sqrt(), None, d.vectors, d.energy, d.image)
+            for kind, a, d in zip(kinds, tall, solved, strict=True)
         ]
     grams = gram_list(tall)
     return [
-        kind(own, values.clamp(min=0).sqrt(), None, vectors, float(g.diagonal().sum()))
-        for kind, own, g, (values, vectors) in zip(kinds, tall, grams, eigen_list(grams), strict=True)
+        kind(a, values.clamp(min=0).sqrt(), None, vectors, float(g.diagonal().sum()))
+        for kind, a, g, (values, vectors) in zip(kinds, tall, grams, eigen_list(grams), strict=True)
     ]
 
 
@@ -168,16 +171,21 @@ class _Transposed(Decomposition):
 
     def truncate(self, k: int) -> Subspace:
         s = super().truncate(k)
-        return mirrored(s)
+        return transposed(s)
 
 
-def mirrored(s: Subspace) -> Subspace:
-    """Of the transpose."""
+def transposed(s: Subspace) -> Subspace:
+    """The subspace of the matrix's transpose."""
     return replace(s, left=s.right, core=s.core.mT, right=s.left)
 
 
 def finite_norm(matrix: Tensor, name: str, i: int) -> float:
-    """‖matrix‖_F, or an error that names the matrix: NonFiniteError, or ValueError where its square overflows."""
+    """‖matrix‖_F; if it is not finite, an error that names the matrix.
+
+    Raises:
+        NonFiniteError: The matrix has NaN or infinite values; `i` is the index that the error carries.
+        ValueError: The norm's square overflows float64.
+    """
     norm = frobenius_norm(matrix)
     if not math.isfinite(norm):
         count = matrix.numel() - int(torch.isfinite(matrix).sum())

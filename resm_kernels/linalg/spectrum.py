@@ -1,4 +1,4 @@
-"""Figures of singular value spectra, and of how far the singular subspaces of several matrices get in each other's way.
+"""Statistics of singular value spectra, and of how much the singular subspaces of several matrices interfere.
 
 The functions of one spectrum take `values`: singular values σ_1 ≥ … ≥ σ_r ≥ 0, float64, one dimension. None of them
 depends on a common factor of the values. The functions of several subspaces take orthonormal bases; their results do
@@ -14,22 +14,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import gram, matmul
-from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.decompose import Subspace
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import gram, matmul
+from resm_kernels.linalg.threads import run
 
-_ROUNDING = 1e-12
-"""Relative error that sums of squared singular values may carry: well above r·u for any r a matrix has."""
+_SUM_ROUNDING = 1e-12
+"""Relative error that sums of squared singular values may have: well above r·u for any rank r."""
 
 
 def effective_rank(values: Tensor) -> float:
     """exp(−Σ p_i·ln p_i) with p_i = σ_i / Σσ: the number of equal singular values that have this entropy.
 
-    Between 1 (one direction) and r (all alike); 0.0 if all values are zero or there are none. Roy and Vetterli, "The
+    Between 1 (one direction) and r (all equal); 0.0 if all values are zero or there are none. Roy and Vetterli, "The
     effective rank: a measure of effective dimensionality", EUSIPCO 2007.
     """
-    scaled = _scaled(values)
+    scaled = _relative_values(values)
     if scaled is None:
         return 0.0
     return math.exp(float(torch.special.entr(scaled / scaled.sum()).sum()))
@@ -38,36 +38,36 @@ def effective_rank(values: Tensor) -> float:
 def energy_rank(values: Tensor, share: float) -> int:
     """The smallest k with Σ_{i≤k} σ_i² ≥ share·Σσ²: the directions that keep this share of the squared norm.
 
-    `share` is between 0 and 1; a share that is met but for rounding (1e-12) counts as met. 0 if all values are zero or
-    there are none.
+    `share` is between 0 and 1; a share that is missed only by rounding (1e-12) counts as reached. The result is 0 if
+    all values are zero or there are none.
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share: got {share}, need a number between 0 and 1")
-    scaled = _scaled(values)
+    scaled = _relative_values(values)
     if scaled is None:
         return 0
-    kept = scaled.square().cumsum(0)
-    needed = share * (1 - _ROUNDING) * float(kept[-1])
-    return int((kept < needed).sum()) + 1 if needed > 0 else 0
+    energies = scaled.square().cumsum(0)
+    needed = share * (1 - _SUM_ROUNDING) * float(energies[-1])
+    return int((energies < needed).sum()) + 1 if needed > 0 else 0
 
 
 def stable_rank(values: Tensor) -> float:
-    """‖Δ‖_F² / σ_1² = Σσ² / σ_1², between 1 and r, at most the rank; 0.0 if all values are zero or there are none.
+    """‖Δ‖_F² / σ_1² = Σσ² / σ_1², between 1 and the rank; 0.0 if all values are zero or there are none.
 
-    Unlike the rank it does not change when tiny singular values do (Rudelson and Vershynin 2007).
+    Unlike the rank, it hardly changes when tiny singular values do (Rudelson and Vershynin 2007).
     """
-    scaled = _scaled(values)
+    scaled = _relative_values(values)
     return 0.0 if scaled is None else float(scaled.square().sum())
 
 
 def decay_exponent(values: Tensor) -> float:
-    """α of the power law σ_i ∝ i^−α that fits the spectrum's middle.
+    """α of the power law σ_i ∝ i^−α that fits the middle of the spectrum.
 
     Least squares of ln σ_i on ln i for ⌊ρ/20⌋ < i ≤ ⌈ρ/2⌉, ρ the numerical rank (σ_i > 1e-6·σ_1): a few directions at
-    the head follow no law, and at the tail a finite matrix's values fall faster than any. Each i counts 1/i, so that
-    every octave counts the same, as in a plot on logarithmic axes. NaN if fewer than three values remain.
+    the head follow no power law, and at the tail a finite matrix's values fall faster than any. Each i has weight 1/i,
+    so that every octave weighs the same, as in a plot on logarithmic axes. NaN if fewer than three values remain.
     """
-    scaled = _scaled(values)
+    scaled = _relative_values(values)
     rank = 0 if scaled is None else int((scaled > RANK_TOLERANCE).sum())
     first, last = rank // 20, -(-rank // 2)
     if scaled is None or last - first < 3:
@@ -117,13 +117,13 @@ def singular_task_interference(left: Sequence[Tensor], values: Sequence[Tensor],
 
 @dataclass(frozen=True)
 class TaskInterference:
-    """How far the kept directions of T task vectors coincide; see `task_interference`.
+    """How far the dominant directions of T task vectors coincide; see `task_interference`.
 
     Attributes:
         left, right: `overlap` of the left (right) subspaces of every two experts, T lists of T; the diagonal is 1.0.
-        left_expected, right_expected: `random_overlap` for the same.
-        interference: From 0 (nothing of any expert falls into another's subspaces) to 1 (all subspaces coincide).
-        expected: Its expectation for independent, uniformly random subspaces.
+        left_expected, right_expected: `random_overlap` of the same pairs.
+        interference: From 0 (no expert has a part in another's subspaces) to 1 (all subspaces coincide).
+        expected: The expected interference of independent, uniformly random subspaces.
         sti: `singular_task_interference`.
     """
 
@@ -139,14 +139,14 @@ class TaskInterference:
 def task_interference(subspaces: Sequence[Subspace]) -> TaskInterference:
     """Pairwise overlaps, and I = Σ_{s≠t} ‖U_sᵀ·Δ_t·V_s‖_F² / ((T − 1)·Σ_t ‖Δ_t‖_F²) with Δ_t = U_t·Σ_t·V_tᵀ.
 
-    What expert s reads and writes through its own directions, of a sum of all task vectors, is
-    U_sᵀ(Σ_tΔ_t)V_s = Σ_s + Σ_{t≠s} U_sᵀΔ_tV_s: the second part is what the others do to it, and the diagonal blocks of
-    the matrix in the STI. I is the share of an expert's squared norm that lands there, the mean over all ordered pairs
-    weighted by that squared norm. Directions that overlap on one side only do no harm, and do not count. For random
-    subspaces ‖U_sᵀΔ_tV_s‖_F² is k_s²/(mn)·‖Δ_t‖_F² on average.
+    In the sum of all task vectors, the part within the subspaces of expert s is
+    U_sᵀ(Σ_tΔ_t)V_s = Σ_s + Σ_{t≠s} U_sᵀΔ_tV_s. The second term is what the other experts add there; it also forms the
+    diagonal blocks of the matrix in the STI. I is the share of an expert's squared norm that lies in another's
+    subspaces, averaged over all ordered pairs with the squared norms as weights. Directions that overlap on one side
+    only do no harm, and do not count. For random subspaces ‖U_sᵀΔ_tV_s‖_F² is k_s²/(mn)·‖Δ_t‖_F² on average.
 
     Args:
-        subspaces: Δ_t truncated, of one shape; ranks may differ and may be 0. One expert has no interference: 0.0.
+        subspaces: The truncated Δ_t, of one shape; ranks may differ and may be 0. One expert alone gives 0.0.
     """
     if not subspaces:
         raise ValueError("subspaces: got none, need at least one")
@@ -155,13 +155,13 @@ def task_interference(subspaces: Sequence[Subspace]) -> TaskInterference:
     left, right = _cross([u for u, _, _ in bases]), _cross([v for _, _, v in bases])
     m, n = subspaces[0].left.shape[0], subspaces[0].right.shape[0]
     energy = [float(values.square().sum()) for _, values, _ in bases]
-    landed = expected = 0.0
+    interfering = expected = 0.0
     blocks = [left.split(ranks, 0), right.split(ranks, 1)]
     for s, k in enumerate(ranks):
-        ours, theirs = blocks[0][s].split(ranks, 1), blocks[1][s].split(ranks, 0)
+        left_blocks, right_blocks = blocks[0][s].split(ranks, 1), blocks[1][s].split(ranks, 0)
         for t, (_, values, _) in enumerate(bases):
             if s != t:
-                landed += _sum_squares(matmul(ours[t] * values, theirs[t]))
+                interfering += _sum_squares(matmul(left_blocks[t] * values, right_blocks[t]))
                 expected += energy[t] * k * k / (m * n)
     total = (len(ranks) - 1) * sum(energy)
     return TaskInterference(
@@ -169,14 +169,14 @@ def task_interference(subspaces: Sequence[Subspace]) -> TaskInterference:
         right=_overlaps(right, ranks),
         left_expected=_expected(m, ranks),
         right_expected=_expected(n, ranks),
-        interference=landed / total if total > 0 else 0.0,
+        interference=interfering / total if total > 0 else 0.0,
         expected=expected / total if total > 0 else 0.0,
         sti=_sti(left, torch.cat([values for _, values, _ in bases]), right),
     )
 
 
 def _singular(s: Subspace) -> tuple[Tensor, Tensor, Tensor]:
-    """U, Σ and V of Q·C·Pᵀ, whose core need not be diagonal."""
+    """U, Σ and V of Q·C·Pᵀ, whose core C need not be diagonal."""
     diagonal = s.core.diagonal()
     if torch.equal(s.core, diagonal.diag()):
         return s.left, diagonal, s.right
@@ -185,7 +185,7 @@ def _singular(s: Subspace) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _cross(bases: Sequence[Tensor]) -> Tensor:
-    """XᵀX − I for X = [X_1 … X_T]; its diagonal blocks are 0 but for rounding, and made so."""
+    """XᵀX − I for X = [X_1 … X_T]; its diagonal blocks, which are 0 but for rounding, are set to 0."""
     cross = gram(torch.cat(list(bases), 1))
     start = 0
     for k in (x.shape[1] for x in bases):
@@ -221,8 +221,8 @@ def _sum_squares(x: Tensor) -> float:
     return float(run([lambda: x.square().sum()], x.device)[0])
 
 
-def _scaled(values: Tensor) -> Tensor | None:
-    """values / σ_1 on the CPU, whose squares cannot overflow; None if there is nothing but zeros."""
+def _relative_values(values: Tensor) -> Tensor | None:
+    """values / σ_1 on the CPU, whose squares cannot overflow; None if all values are zero or there are none."""
     if values.ndim != 1:
         raise ValueError(f"values: got {values.ndim} dimensions, need 1")
     on_cpu = values.to("cpu", torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,21 +10,24 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError, check_group
-from resm_kernels.linalg._delta import Delta
-from resm_kernels.linalg._products import eigen_list, frobenius_norm, matmul
-from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.decompose import Subspace
+from resm_kernels.linalg.delta import Delta
+from resm_kernels.linalg.products import eigen_list, frobenius_norm, matmul
+from resm_kernels.linalg.routes import SubspaceOptions
 from resm_kernels.linalg.spectrum import energy_rank
 from resm_kernels.linalg.subspace import subspaces_of
+from resm_kernels.linalg.threads import run
 
 _SMALLEST_LOSS = 1e-5
 """Share of the energy to be left out below which sums of fp32 squares cannot tell how many directions it takes."""
-_HELD = 1e-8
+_SMALLEST_RATIO = 1e-8
 """(σ_k/σ_1)² down to which V = CᵀU/σ is orthonormal to 2⁻⁵²/1e-8, less than fp32's rounding."""
-_DIAGONAL = 1e-11
-"""Share of a core off its diagonal that counts as none: "gram" is right to that."""
-_SPARE = 8
-"""Columns of a block beyond what svd_lowrank is asked for, HMT's advice."""
+_OFF_DIAGONAL = 1e-11
+"""Share of a core off its diagonal that counts as rounding: "gram" is as accurate as that."""
+_OVERSAMPLING = 8
+"""Columns of a block beyond the rank that svd_lowrank is asked for, as Halko, Martinsson and Tropp advise."""
+_FIRST_RANK = 32
+"""The first rank tried for a share of the energy."""
 
 
 class TruncatedSVD(NamedTuple):
@@ -35,9 +37,9 @@ class TruncatedSVD(NamedTuple):
         left: (m, k), orthonormal columns.
         singular_values: (k,), descending.
         right: (n, k), orthonormal columns.
-        error: Certificate: ‖Δ − Δ_k‖_F / ‖Δ‖_F is at most this; of a batch the largest.
-        method: The route that found it: "gram", "exact" or "randomized" (of a batch the first matrix's).
-        reason: Why that route, in words.
+        error: The certificate: ‖Δ − Δ_k‖_F / ‖Δ‖_F is at most this; the largest of a batch.
+        method: The route that computed it: "gram", "exact", "randomized" or "projector" (a batch has its first's).
+        reason: Why that route was taken, in words.
     """
 
     left: Tensor
@@ -61,9 +63,9 @@ def truncated_svd(
     power_iterations: int | None = None,
     seed: int = 0,
 ) -> TruncatedSVD:
-    """The largest singular values of Δ and their vectors; Δ is `matrix`, or `expert` − `matrix`.
+    """The largest singular values of Δ and their vectors, where Δ is `matrix`, or `expert` − `matrix`.
 
-    Exactly one of rank, energy and tol says how many:
+    Exactly one of rank, energy and tol says how many.
 
     Args:
         matrix: (m, n), or (b, m, n) for b matrices side by side; bf16, fp16, fp32 or float64, finite. With `expert`
@@ -76,7 +78,7 @@ def truncated_svd(
         accuracy: Relative backward error allowed to "randomized", as for `linalg.subspaces`. 5e-2 by default:
             ‖Δ − Δ_k‖_F is then within about half a per cent of the least there is.
             0 for float64's accuracy.
-        oversampling, power_iterations, seed: Of "randomized".
+        oversampling, power_iterations, seed: For "randomized", as for `linalg.subspaces`.
 
     Returns:
         TruncatedSVD in float64 from "gram" and "exact", else fp32. Directions below the numerical rank (1e-6 of σ_1)
@@ -90,34 +92,28 @@ def truncated_svd(
 
     Source: Halko, Martinsson, Tropp 2011, arXiv 0909.4061, for "randomized".
     """
-    keep = _how_many(rank, energy, tol)
+    share = _energy_share(rank, energy, tol)
     deltas = _differences(matrix, expert)
-    choices = {
-        "method": method,
-        "accuracy": accuracy,
-        "oversampling": oversampling,
-        "power_iterations": power_iterations,
-        "seed": seed,
-    }
     if matrix.ndim == 3 and rank is None:
         raise ValueError("rank: missing; a batch needs one for all, as energy and tol give every matrix its own")
+    options = SubspaceOptions(method, accuracy, oversampling, power_iterations, seed)
     try:
         if rank is None:
-            return _diagonalized(_by_energy(deltas[0], keep, **choices))  # type: ignore[arg-type]
-        found = [_diagonalized(s) for s in subspaces_of(deltas, [rank] * len(deltas), **choices)]  # type: ignore[arg-type]
+            return _diagonalized(_by_energy(deltas[0], share, options))
+        svds = [_diagonalized(s) for s in subspaces_of(deltas, [rank] * len(deltas), options)]
     except NonFiniteError:
         _raise_by_name(matrix, expert)
         raise
     if matrix.ndim == 2:
-        return found[0]
+        return svds[0]
     k = min(rank, *matrix.shape[-2:])
     return TruncatedSVD(
-        torch.stack([_widened(f.left, k) for f in found]),
-        torch.stack([torch.nn.functional.pad(f.singular_values, (0, k - len(f.singular_values))) for f in found]),
-        torch.stack([_widened(f.right, k) for f in found]),
-        max(f.error for f in found),
-        found[0].method,
-        found[0].reason,
+        torch.stack([_widened(svd.left, k) for svd in svds]),
+        torch.stack([torch.nn.functional.pad(svd.singular_values, (0, k - len(svd.singular_values))) for svd in svds]),
+        torch.stack([_widened(svd.right, k) for svd in svds]),
+        max(svd.error for svd in svds),
+        svds[0].method,
+        svds[0].reason,
     )
 
 
@@ -131,13 +127,14 @@ def svd_lowrank(
 
     Args:
         A: (…, m, n), fp32 or float64.
-        q: How many singular values; 6 by default, and more than min(m, n) counts as that, as there.
-        niter: Power iterations; 2 by default as there.
-        M: Subtracted from A, of A's shape or to be broadcast to it.
+        q: How many singular values; 6 by default, and more than min(m, n) counts as that, as in torch.
+        niter: Power iterations; 2 by default as in torch.
+        M: A matrix that is subtracted from A, of A's shape or broadcast to it.
 
     Returns:
-        U (…, m, q), S (…, q), V (…, n, q) in A's dtype. As many products as torch's at the same niter, of 8 columns
-        more, but far more accurate: the best of all blocks that the iteration goes through, not of the last one.
+        U (…, m, q), S (…, q), V (…, n, q) in A's dtype. It takes as many products as torch's function at the same
+        niter, with 8 columns more, but is far more accurate: the result is the best one in the span of all blocks that
+        the iteration goes through, not of the last block alone.
 
     Determinism: the same bits for the same input, whatever the number of threads and torch's random state.
     """
@@ -152,22 +149,22 @@ def svd_lowrank(
     if niter is not None and niter < 0:
         raise ValueError(f"niter: got {niter}, need a number of at least 0")
     flat, steps = delta.reshape(-1, m, n), 2 if niter is None else niter
-    extra = (q + _SPARE) * (steps + 1) - q  # blocks of q + _SPARE columns
+    extra = (q + _OVERSAMPLING) * (steps + 1) - q  # blocks of q + _OVERSAMPLING columns
     try:
-        found = truncated_svd(flat, rank=q, method="randomized", oversampling=extra, power_iterations=steps)
+        svd = truncated_svd(flat, rank=q, method="randomized", oversampling=extra, power_iterations=steps)
     except NonFiniteError as e:
         raise NonFiniteError("A" if M is None else "A − M", e.index, e.count) from None
     batch = delta.shape[:-2]
-    parts = (found.left, found.singular_values, found.right)
+    parts = (svd.left, svd.singular_values, svd.right)
     u, s, v = (part.reshape(*batch, *part.shape[1:]).to(A.dtype) for part in parts)
     return u, s, v
 
 
-def _how_many(rank: int | None, energy: float | None, tol: float | None) -> float:
-    """The share of the energy to keep; 1 where a rank says how many."""
-    given = [name for name, value in (("rank", rank), ("energy", energy), ("tol", tol)) if value is not None]
-    if len(given) != 1:
-        raise ValueError(f"got {' and '.join(given) or 'none of them'}, need exactly one of rank, energy and tol")
+def _energy_share(rank: int | None, energy: float | None, tol: float | None) -> float:
+    """The share of the energy to keep, 1 with a rank; the three arguments are checked."""
+    present = [name for name, value in (("rank", rank), ("energy", energy), ("tol", tol)) if value is not None]
+    if len(present) != 1:
+        raise ValueError(f"got {' and '.join(present) or 'none of them'}, need exactly one of rank, energy and tol")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 0):
         raise ValueError(f"rank: got {rank!r}, need a whole number of at least 0")
     for name, value in (("energy", energy), ("tol", tol)):
@@ -177,7 +174,7 @@ def _how_many(rank: int | None, energy: float | None, tol: float | None) -> floa
 
 
 def _differences(matrix: Tensor, expert: Tensor | None) -> list[Delta]:
-    """Δ, or each of a batch, not yet formed."""
+    """Δ, or every Δ of a batch, not yet formed."""
     if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3):
         got = f"{matrix.ndim} dimensions" if isinstance(matrix, Tensor) else type(matrix).__name__
         raise ValueError(f"matrix: got {got}, need a tensor of 2, or 3 with a batch's")
@@ -188,11 +185,11 @@ def _differences(matrix: Tensor, expert: Tensor | None) -> list[Delta]:
         return [Delta(None, x) for x in ([matrix] if matrix.ndim == 2 else matrix)]
     check_group(None, [expert, matrix], names=["expert", "matrix"])
     pairs = [(matrix, expert)] if matrix.ndim == 2 else zip(matrix, expert, strict=True)
-    return [Delta(base, own) for base, own in pairs]
+    return [Delta(base, tuned) for base, tuned in pairs]
 
 
 def _raise_by_name(matrix: Tensor, expert: Tensor | None) -> None:
-    """Raise the NonFiniteError of the first tensor that has such values, by the name and place the caller knows."""
+    """Raise the NonFiniteError of the first tensor that has such values, with the name and index the caller knows."""
     for name, tensor in (("matrix", matrix), ("expert", expert)):
         for i, x in enumerate([] if tensor is None else [tensor] if tensor.ndim == 2 else tensor):
             if count := x.numel() - int(torch.isfinite(x).sum()):
@@ -200,38 +197,37 @@ def _raise_by_name(matrix: Tensor, expert: Tensor | None) -> None:
                 raise NonFiniteError(name if index is None else f"{name}[{i}]", index, count)
 
 
-def _by_energy(delta: Delta, share: float, *, method: str, **choices: object) -> Subspace:
+def _by_energy(delta: Delta, share: float, options: SubspaceOptions) -> Subspace:
     """The smallest rank that keeps the share: sketches of doubling rank while they are cheap, else all values."""
     least, norm = min(delta.shape), frobenius_norm(delta.matrix)
-    rank = 32
-    quick = method == "auto" and float(choices["accuracy"]) > 0 and 1 - share > _SMALLEST_LOSS  # type: ignore[arg-type]
-    while method == "randomized" or (quick and 8 * rank <= least):
+    rank = _FIRST_RANK
+    is_sketched = options.method == "auto" and options.accuracy > 0 and 1 - share > _SMALLEST_LOSS
+    while options.method == "randomized" or (is_sketched and 8 * rank <= least):
         rank = min(rank, least)
-        s = _sorted(subspaces_of([delta], [rank], method=method, **choices)[0])  # type: ignore[arg-type]
-        kept = s.core.diagonal().double().square().cumsum(0) / max(norm**2, 1e-300)
-        enough = int((kept < share).sum()) + 1 if share > 0 else 0
-        if enough <= len(kept) or rank == least:
-            k = min(enough, len(kept))
-            lost = 1 - float(kept[k - 1]) if k else 1.0
+        s = _sorted(subspaces_of([delta], [rank], options)[0])
+        shares = s.core.diagonal().double().square().cumsum(0) / max(norm**2, 1e-300)
+        needed = int((shares < share).sum()) + 1 if share > 0 else 0
+        if needed <= len(shares) or rank == least:
+            k = min(needed, len(shares))
+            lost = 1 - float(shares[k - 1]) if k else 1.0
             error = max(s.error, math.sqrt(max(lost, 0.0) + 2e-6)) if norm > 0 else 0.0
             core = s.core[:k, :k]
             return Subspace(s.left[:, :k], core, s.right[:, :k], error, s.method, s.reason)
         rank *= 2
-    rule: Callable[[Tensor], int] = lambda values: energy_rank(values, share)  # noqa: E731
-    return subspaces_of([delta], [rule], method=method, **choices)[0]  # type: ignore[arg-type]
+    return subspaces_of([delta], [lambda values: energy_rank(values, share)], options)[0]
 
 
 def _sorted(s: Subspace) -> Subspace:
-    found = _diagonalized(s)
-    core = found.singular_values.diag()
-    return Subspace(found.left, core, found.right, s.error, s.method, s.reason)
+    """The subspace with its singular values, descending, as core."""
+    svd = _diagonalized(s)
+    return Subspace(svd.left, svd.singular_values.diag(), svd.right, s.error, s.method, s.reason)
 
 
 def _diagonalized(s: Subspace) -> TruncatedSVD:
-    """Rotates a core to its singular values, in float64."""
+    """The singular value decomposition of Q·C·Pᵀ; that of the core is computed in float64."""
     values = s.core.diagonal()
     if bool((values >= 0).all()) and run([lambda: _is_diagonal(s.core, values)], values.device)[0]:
-        # Rounding may have changed the order of values that are next to each other.
+        # Rounding may have changed the order of values that are almost equal.
         if bool((values.diff() > 0).any()):
             values, order = values.sort(descending=True, stable=True)
             s = replace(s, left=s.left[:, order], right=s.right[:, order])
@@ -242,7 +238,7 @@ def _diagonalized(s: Subspace) -> TruncatedSVD:
 
 
 def _is_diagonal(core: Tensor, values: Tensor) -> bool:
-    return bool((core - values.diag()).norm() <= _DIAGONAL * values.norm())
+    return bool((core - values.diag()).norm() <= _OFF_DIAGONAL * values.norm())
 
 
 def _core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,7 +246,7 @@ def _core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     wide = core.double()
     if core.dtype == torch.float32:
         powers, u = eigen_list([matmul(wide, wide.mT)])[0]
-        if bool(powers[-1] > _HELD * powers[0]):
+        if bool(powers[-1] > _SMALLEST_RATIO * powers[0]):
             values = powers.sqrt()
             return u, values, matmul(wide.mT, u / values)
     u, values, vt = run([lambda: torch.linalg.svd(wide)], core.device)[0]

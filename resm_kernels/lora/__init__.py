@@ -1,4 +1,4 @@
-"""Low-rank adapters in PEFT's format: extracted from models, taken as experts, merged through their factors."""
+"""Low-rank adapters in PEFT's format: this package extracts them, reads them as experts and merges their factors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter on its base model, read like a whole model: θ_t = θ₀ + s·B·A, formed when a tensor is asked for."""
+"""Reads an adapter and its base model like one whole model, whose tensors θ_t = θ₀ + s·B·A are formed when read."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
 from resm_kernels.dtypes import FLOAT_DTYPES
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.threads import run
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
 from resm_kernels.lora.factors import Factors
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_vocabulary
 
 _PANEL: Final = 256
-"""Rows formed at a time, so that the base's own rows and the product take little memory."""
+"""So many rows are formed at a time, so that the base's rows and the product take little memory."""
 
-_HEAD: Final = "lm_head.weight"
-_PARTS: Final = {
+_SUFFIXES: Final = {
     ".lora_A.weight": "a",
     ".lora_B.weight": "b",
     ".lora_embedding_A": "a",
@@ -43,12 +43,12 @@ class _Module:
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """Where A (r, in) and B (out, r) of an adapted weight lie, and how they make its change.
+    """The stored factors A (r, in) and B (out, r) of an adapted weight, and how they give its task vector.
 
     Attributes:
-        a, b: The tensors.
-        transposed: The weight is stored as (in, out): Δ = s·(B·A)ᵀ.
-        scale: s.
+        a, b: Where the factors are stored.
+        transposed: True if the weight is stored as (in, out), so that Δ = s·(B·A)ᵀ.
+        scale: The scale s.
     """
 
     a: TensorInfo
@@ -61,33 +61,34 @@ class StoredFactors:
         return self.a.shape[0]
 
     def factors(self, a: Tensor, b: Tensor) -> Factors:
-        """The factors, from the tensors read."""
+        """Return the factors as `merge_factors` takes them; `a` and `b` are the tensors that were read."""
         left, right = (a.mT, b.mT) if self.transposed else (b, a)
         return Factors(left, right, self.scale)
 
 
 class AdapterReader(CheckpointReader):
-    """The model that a PEFT adapter and a base model make together, with a `CheckpointReader`'s interface.
+    """Reads the model that a PEFT adapter and its base model give, with the interface of `CheckpointReader`.
 
     Adapted weights read as θ₀ + s·B·A, with s = α/r or α/√r (rsLoRA) and the rank and alpha patterns of the adapter's
     configuration; with DoRA (arXiv 2402.09353) as m·(θ₀ + s·B·A)/‖θ₀ + s·B·A‖, the norm over each output's weights.
-    Tensors that the adapter stores whole (modules_to_save, trained biases) replace the base's; all
-    others are the base's own bytes. The product is formed when it is read, in pieces of 256 rows, from factors that
-    are read anew each time: nothing of the merged model is ever kept.
+    Tensors that the adapter stores whole (modules_to_save, trained biases) replace those of the base; all other
+    tensors are the base's. The product is formed when a tensor is read, in pieces of 256 rows. Its factors are read
+    anew each time, so that no part of the merged model stays in memory.
 
-    Adapted tensors come in fp32, not in the base's dtype: rounding θ_t to bf16 would lose most of a small change.
+    Adapted tensors are fp32, not of the base's dtype, because rounding θ_t to bf16 would lose most of a small change.
 
     Args:
-        folder: Adapter folder, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: Reader of the model the adapter belongs to; it is asked what it holds, not to read.
-        base_config: That model's config.json.
-        double: Adapted matrices in float64. Spectral methods need it: fp32 rounding of θ₀ + s·B·A is noise of full
-            rank in θ_t − θ₀, some 1e-6 of a small change, and they would take it for directions of the adapter.
+        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        base: A reader of the model that the adapter belongs to. Only its list of tensors is used.
+        base_config: The config.json of that model.
+        double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
+            noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
+            adapter.
 
     Raises:
         CheckpointError: The folder is damaged, uses a variant of LoRA that is not supported, or does not fit the base.
 
-    Determinism: the same bits, whatever the number of threads.
+    Determinism: the result has the same bits for any number of threads.
     """
 
     def __init__(
@@ -109,80 +110,85 @@ class AdapterReader(CheckpointReader):
         self._replaced: dict[str, TensorInfo] = {}
         self._modules: dict[str, _Module] = {}
         for name, info in self.tensors.items():
-            self._sort(name, info)
+            self._assign(name, info)
         self._check_tied(is_tied(base_config, base.tensors))
-        tensors = {n: self._own(n, i) for n, i in base.tensors.items()}
+        tensors = {n: self._merged_info(n, i) for n, i in base.tensors.items()}
         tensors |= {n: i for n, i in self._replaced.items() if n not in tensors}  # a tied head
         for module in self._modules:
             self._check_module(module)
         self.tensors = MappingProxyType(tensors)
 
-    def _sort(self, name: str, info: TensorInfo) -> None:
-        own = name.removeprefix(PREFIX)
-        if own == name:
+    def _assign(self, name: str, info: TensorInfo) -> None:
+        """Assign a stored tensor to the module that it adapts, or to the tensor of the base that it replaces."""
+        base_name = name.removeprefix(PREFIX)
+        if base_name == name:
             raise CheckpointError(f"{info.file}: tensor {name!r}: need names that begin with {PREFIX!r}")
-        end = next((e for e in _PARTS if own.endswith(e)), None)
-        if end is not None:
-            module = self._modules.setdefault(own.removesuffix(end), _Module())
-            module.parts[_PARTS[end]] = info
-            module.embedding |= "embedding" in end
+        suffix = next((s for s in _SUFFIXES if base_name.endswith(s)), None)
+        if suffix is not None:
+            module = self._modules.setdefault(base_name.removesuffix(suffix), _Module())
+            module.parts[_SUFFIXES[suffix]] = info
+            module.embedding |= "embedding" in suffix
             return
-        target = own.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
-        unknown = "lora_" in own or "token_adapter" in own or "original_module" in own
-        wanted = self.base.tensors.get(target if target != _HEAD or _HEAD in self.base.tensors else "")
-        if unknown or (wanted is None and target != _HEAD):
+        target = base_name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        unknown = any(word in base_name for word in ("lora_", "token_adapter", "original_module"))
+        replaced = self.base.tensors.get(target)
+        if unknown or (replaced is None and target != OUTPUT_HEAD):
             reason = "is of a kind that is not supported" if unknown else f"is not in {self.base.folder}"
             raise CheckpointError(f"{info.file}: tensor {name!r} {reason}; need plain LoRA or DoRA of this base model")
-        if wanted is not None and wanted.shape != info.shape:
+        if replaced is not None and replaced.shape != info.shape:
             raise CheckpointError(
-                f"{info.file}: tensor {name!r} has shape {info.shape}, need {wanted.shape} as in {self.base.folder}"
+                f"{info.file}: tensor {name!r} has shape {info.shape}, need {replaced.shape} as in {self.base.folder}"
             )
         self._replaced[target] = info
 
     def _check_tied(self, tied: bool) -> None:
-        """Refuse what one tensor for embedding and head cannot hold; a head stored twice is compared by the engine."""
+        """Refuse changes of a tied embedding that its head would have to share.
+
+        An adapter may store both whole; whether they are equal is checked when the merge is planned.
+        """
         if not tied:
-            if _HEAD in self._replaced and _HEAD not in self.base.tensors:
-                raise CheckpointError(f"{self.folder}: stores {_HEAD!r}, which is not in {self.base.folder}")
+            if OUTPUT_HEAD in self._replaced and OUTPUT_HEAD not in self.base.tensors:
+                raise CheckpointError(f"{self.folder}: stores {OUTPUT_HEAD!r}, which is not in {self.base.folder}")
             return
-        touched = {n for n in (*self._replaced, *(f"{m}.weight" for m in self._modules)) if _is_vocabulary(n)}
-        if touched and not (len(touched) == 2 and touched <= self._replaced.keys()):
+        changed = set(filter(is_tied_vocabulary, (*self._replaced, *(f"{m}.weight" for m in self._modules))))
+        if changed and not (len(changed) == 2 and changed <= self._replaced.keys()):
             raise CheckpointError(
-                f"{self.folder}: adapts {sorted(touched)[0]!r}, which {self.base.folder} ties to its head or "
-                "embedding; merged, the other one would change too: untie the base model first "
-                f"(tie_word_embeddings: false, with {_HEAD!r} stored)"
+                f"{self.folder}: adapts {sorted(changed)[0]!r}, which {self.base.folder} ties to its head or "
+                "embedding; the merge would change the other one too: untie the base model first "
+                f"(tie_word_embeddings: false, with {OUTPUT_HEAD!r} stored)"
             )
 
-    def _own(self, name: str, info: TensorInfo) -> TensorInfo:
-        """How a tensor of the base appears here."""
+    def _merged_info(self, name: str, info: TensorInfo) -> TensorInfo:
+        """Return the description, in the model of base and adapter, of the base's tensor `info`."""
         replaced = self._replaced.get(name)
         if not self.is_adapted(name):
             return info if replaced is None else replace(replaced, name=name)
-        wide = self._double and len(info.shape) == 2
-        dtype = torch.float64 if wide or info.dtype == torch.float64 else torch.float32
+        double = self._double and len(info.shape) == 2
+        dtype = torch.float64 if double or info.dtype == torch.float64 else torch.float32
         return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
 
     def is_adapted(self, name: str) -> bool:
-        """True if the tensor is formed when it is read, not stored."""
-        module, _, parameter = name.rpartition(".")
-        own = self._modules.get(module)
-        return own is not None and (parameter == "weight" or (parameter == "bias" and "bias" in own.parts))
+        """Return True if the tensor is formed from factors when it is read."""
+        module_name, _, parameter = name.rpartition(".")
+        module = self._modules.get(module_name)
+        return module is not None and (parameter == "weight" or (parameter == "bias" and "bias" in module.parts))
 
     def _check_module(self, module: str) -> None:
-        own = self._modules[module]
+        """Raise a CheckpointError if a module's factors are not complete or do not fit the base's weight."""
+        parts = self._modules[module].parts
         file, name = self.folder / WEIGHTS_FILE, f"{module}.weight"
         dora = {"magnitude"} if self.config.use_dora else set()
-        if missing := ({"a", "b"} | dora) - own.parts.keys():
+        if missing := ({"a", "b"} | dora) - parts.keys():
             raise CheckpointError(f"{file}: module {module!r} has no {', '.join(sorted(missing))}; it is not complete")
-        if "magnitude" in own.parts and not dora:
+        if "magnitude" in parts and not dora:
             raise CheckpointError(f"{file}: module {module!r} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora")
         if name not in self.base.tensors:
             raise CheckpointError(f"{file}: adapts {name!r}, which is not in {self.base.folder}: another base model?")
-        if "bias" in own.parts and f"{module}.bias" not in self.base.tensors:
+        if "bias" in parts and f"{module}.bias" not in self.base.tensors:
             raise CheckpointError(
                 f"{file}: module {module!r} has a lora_bias, but the base has no {module + '.bias'!r}"
             )
-        base, a, b = self.base.tensors[name], own.parts["a"].shape, own.parts["b"].shape
+        base, a, b = self.base.tensors[name], parts["a"].shape, parts["b"].shape
         if base.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{base.file}: tensor {name!r} is {base.dtype}; dequantise the base model first")
         rank = self.config.rank(module)
@@ -192,27 +198,27 @@ class AdapterReader(CheckpointReader):
                 f"{file}: module {module!r} has A {a} and B {b}, need rank {rank} (r, rank_pattern) and the shape "
                 f"{base.shape} that {name!r} has in {self.base.folder}"
             )
-        if dora and own.parts["magnitude"].numel != b[0]:
-            got = own.parts["magnitude"].numel
+        if dora and (got := parts["magnitude"].numel) != b[0]:
             raise CheckpointError(f"{file}: module {module!r} has {got} magnitudes, need {b[0]}, one for each output")
 
     def _transposed(self, module: str) -> bool:
-        """True if the weight is stored as (in, out), the transpose of B·A."""
-        own, base = self._modules[module], self.base.tensors[f"{module}.weight"]
-        out, inner = own.parts["b"].shape[0], own.parts["a"].shape[1]
-        # A mixed model has one flag for all; only square matrices leave a doubt.
-        return own.embedding or (base.shape != (out, inner) if out != inner else self.config.fan_in_fan_out)
+        """Return True if the weight is stored as (in, out), the transpose of B·A."""
+        stored, base = self._modules[module], self.base.tensors[f"{module}.weight"]
+        out, inner = stored.parts["b"].shape[0], stored.parts["a"].shape[1]
+        # The configuration has one flag for all modules, of which some may be stored the other way. So the shape
+        # decides, and the flag only for square matrices.
+        return stored.embedding or (base.shape != (out, inner) if out != inner else self.config.fan_in_fan_out)
 
     def stored_dtype(self, name: str) -> torch.dtype:
-        """The dtype the tensor has in the base model's files, which outputs take."""
+        """Return the tensor's dtype in the base model's files, which is the output's dtype by default."""
         return (self.base.tensors if name in self.base.tensors else self.tensors)[name].dtype
 
     def is_changed(self, name: str) -> bool:
-        """True if the tensor is not the base's own."""
+        """Return True if the adapter changes or replaces the tensor."""
         return self.is_adapted(name) or name in self._replaced
 
     def stored_factors(self, name: str) -> StoredFactors | None:
-        """Where the factors of a changed weight lie; None if its change is no product: a bias, replaced, or DoRA."""
+        """Return the stored factors of a weight; None if it has none (a bias, a replaced tensor, DoRA)."""
         if not self.is_adapted(name) or not name.endswith(".weight") or name in self._replaced or self.config.use_dora:
             return None
         return self._stored_factors(name.removesuffix(".weight"))
@@ -228,7 +234,7 @@ class AdapterReader(CheckpointReader):
         return tensor.to(dtype)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
-        """Fill `buffer` with the tensor; adapted ones are formed here."""
+        """Fill `buffer` with the tensor; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
             super().read_into(info, buffer)
             return
@@ -237,38 +243,39 @@ class AdapterReader(CheckpointReader):
         self._form(info, _bytes(buffer).view(info.dtype).view(info.shape))
 
     def _form(self, info: TensorInfo, out: Tensor) -> None:
+        """Form an adapted tensor in `out`."""
         module, _, parameter = info.name.rpartition(".")
         if parameter == "bias":
             self._read_rows(info.name, 0, info.shape[0], out)
             out.add_(self._part(module, "bias", out.dtype), alpha=self.config.scale(module))
             return
         a, b = (self._part(module, part, out.dtype) for part in "ab")
-        f = self._stored_factors(module).factors(a, b)
+        factors = self._stored_factors(module).factors(a, b)
 
         def panel(i: int, j: int) -> None:
             self._read_rows(info.name, i, j, out[i:j])
-            out[i:j] += torch.mm(f.left[i:j], f.right).mul_(f.scale)
+            out[i:j] += torch.mm(factors.left[i:j], factors.right).mul_(factors.scale)
 
         ends = [(i, min(i + _PANEL, info.shape[0])) for i in range(0, info.shape[0], _PANEL)]
         run([functools.partial(panel, i, j) for i, j in ends], out.device)
         if self.config.use_dora:
-            inputs = 0 if self._transposed(module) else 1
+            input_dim = 0 if self._transposed(module) else 1
             magnitude = self._part(module, "magnitude", out.dtype).view(-1)
-            norm = run([lambda: torch.linalg.vector_norm(out, dim=inputs)], out.device)[0]
-            out *= (magnitude / norm).unsqueeze(inputs)
+            norm = run([lambda: torch.linalg.vector_norm(out, dim=input_dim)], out.device)[0]
+            out *= (magnitude / norm).unsqueeze(input_dim)
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
-        """Fill `out`, of a wider dtype, with rows of what the adapter is put upon."""
+        """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""
         whole = self._replaced.get(name) or self.base.tensors[name]
-        row = whole.nbytes // whole.shape[0]
+        row_bytes = whole.nbytes // whole.shape[0]
         shape = (last - first, *whole.shape[1:])
-        info = replace(whole, shape=shape, offset=whole.offset + first * row, nbytes=(last - first) * row)
+        info = replace(whole, shape=shape, offset=whole.offset + first * row_bytes, nbytes=(last - first) * row_bytes)
         rows = torch.empty(shape, dtype=whole.dtype)
         super().read_into(info, rows)
         out.copy_(rows)
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """True if two tensors have the same dtype, shape and bits."""
+        """Return True if two tensors have the same dtype, shape and bits."""
         if not (self.is_adapted(first) or self.is_adapted(second)):
             return super().same_bytes(first, second)
         a, b = self.read(first), self.read(second)
@@ -277,7 +284,3 @@ class AdapterReader(CheckpointReader):
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
-
-
-def _is_vocabulary(name: str) -> bool:
-    return name.split(".")[-2:-1] in (["embed_tokens"], ["wte"], ["lm_head"])

@@ -1,4 +1,4 @@
-"""PEFT adapter folders: their files, their `adapter_config.json`, and how both name tensors."""
+"""The files of a PEFT adapter folder, and what its `adapter_config.json` says about the stored tensors."""
 
 from __future__ import annotations
 
@@ -12,30 +12,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PREFIX: Final = "base_model.model."
-"""What PEFT writes before the base model's own names."""
+"""PEFT puts this prefix before the names that tensors have in the base model."""
 
 CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt")
 """Model types whose linear layers store their weight as (in, out)."""
 
-EMBEDDING_NAMES: Final = (
-    "embed_tokens",
-    "embed_positions",
-    "wte",
-    "wpe",
-    "word_embeddings",
-    "position_embeddings",
-    "token_type_embeddings",
-    "shared",
-    "embed_in",
-    "tok_embeddings",
-)
-HEAD_NAMES: Final = ("lm_head", "embed_out", "output_embeddings")
-
-# Entries that do not change what the stored tensors mean. Any other that is set would: it is refused by name.
+# These entries do not change the meaning of the stored tensors. Any other entry that is set could, so it is refused.
 _NEUTRAL: Final = frozenset(
     (
         *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
@@ -45,21 +32,22 @@ _NEUTRAL: Final = frozenset(
         *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
     )
 )
-# These initialisations leave the base model as it is; the others move part of its weights into the adapter.
+# These initialisations do not change the base model. The others move a part of its weights into the adapter.
 _INITIALISATIONS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What an `adapter_config.json` says about the tensors beside it.
+    """The entries of an `adapter_config.json` that give the stored tensors their meaning.
 
     Attributes:
-        r, alpha: Rank and α where no pattern matches.
-        rank_pattern, alpha_pattern: Regular expression → value for modules whose name ends in a match, first first.
-        use_rslora: s = α/√r instead of α/r.
+        r, alpha: The rank and α of modules that no pattern matches.
+        rank_pattern, alpha_pattern: The rank and α of modules whose name ends in a match of the regular expression;
+            the first expression that matches counts.
+        use_rslora: The scale is s = α/√r instead of α/r.
         use_dora: Weights are decomposed into magnitude and direction.
-        fan_in_fan_out: Linear layers store (in, out).
-        base_name: `base_model_name_or_path`, if it is recorded.
+        fan_in_fan_out: Linear layers store their weight as (in, out).
+        base_name: `base_model_name_or_path`; None if it is not recorded.
     """
 
     r: int
@@ -72,17 +60,17 @@ class AdapterConfig:
     base_name: str | None
 
     def rank(self, module: str) -> int:
-        """r of that module."""
+        """Return the rank r of a module."""
         return int(_lookup(self.rank_pattern, module, self.r))
 
     def scale(self, module: str) -> float:
-        """s of that module: α/r, or α/√r with rank-stabilised LoRA (arXiv 2312.03732)."""
+        """Return the scale s of a module: α/r, or α/√r with rank-stabilised LoRA (arXiv 2312.03732)."""
         r, alpha = self.rank(module), float(_lookup(self.alpha_pattern, module, self.alpha))
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
 
 def _lookup(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule: the first key that matches the end of the name from some dot on.
+    # PEFT's rule: the first key counts that matches the whole name, or the part of it after one of its dots.
     return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
@@ -90,8 +78,8 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Return an adapter folder's configuration.
 
     Raises:
-        CheckpointError: It cannot be read, is no LoRA adapter, or uses something that would change the merged weights
-            in a way this library does not know.
+        CheckpointError: The file cannot be read, the adapter is not LoRA, or an entry is set that could change the
+            merged weights and that this library does not support.
     """
     file = folder / CONFIG_FILE
     try:
@@ -139,32 +127,37 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """True for a folder with an adapter's configuration and no whole model's weights."""
-    whole = (folder / "model.safetensors").is_file() or any(folder.glob("*.safetensors.index.json"))
-    return (folder / CONFIG_FILE).is_file() and not whole
+    """Return True for a folder that holds an adapter's configuration and not the weights of a whole model."""
+    has_model = (folder / "model.safetensors").is_file() or any(folder.glob("*.safetensors.index.json"))
+    return (folder / CONFIG_FILE).is_file() and not has_model
 
 
 def is_tied(config: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
-    """True if a model's output head is its embedding: it stores no head, or says so in its config.json."""
+    """Return True if a model's output head is its input embedding.
+
+    `tie_word_embeddings` in its config.json decides; without that entry, a model that stores an embedding and no head
+    is tied.
+    """
     for part in (config, config.get("text_config")):
         if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
             return bool(part["tie_word_embeddings"])
-    return "lm_head.weight" not in names and any(n.split(".")[-2:-1] in (["embed_tokens"], ["wte"]) for n in names)
+    return OUTPUT_HEAD not in names and any(map(is_tied_embedding, names))
 
 
 def check_recorded_base(folder: Path, recorded: str | None, base: Path) -> None:
-    """Refuse to put an adapter on a model that its configuration does not name, unless it names none.
+    """Raise a CheckpointError if the base model that an adapter's configuration records is not `base`.
 
-    Adapters fit any model of the same shapes, and give nonsense on all but one. A recorded local folder must be this
-    one; of a hub id the last part must be the folder's name, or the folder lie in the hub's cache under that id.
+    An adapter can be applied to any model of the same shapes, but the result is useful with one of them only. A
+    recorded local folder must be `base`. If a hub id is recorded, its last part must be the name of the folder `base`,
+    or `base` must lie in the hub's cache under that id. Nothing is checked if no base model is recorded.
     """
     if recorded is None:
         return
-    place = Path(os.path.realpath(base))
+    real_base = Path(os.path.realpath(base))
     local = Path(recorded).expanduser()
-    names = {part.lower() for part in (place.name, base.name, *(p for p in place.parts if p.startswith("models--")))}
-    hub = {recorded.rstrip("/").rsplit("/", 1)[-1].lower(), "models--" + recorded.replace("/", "--").lower()}
-    same = os.path.realpath(local) == str(place) if local.is_dir() else bool(names & hub)
+    names = {n.lower() for n in (real_base.name, base.name, *(p for p in real_base.parts if p.startswith("models--")))}
+    hub_names = {recorded.rstrip("/").rsplit("/", 1)[-1].lower(), "models--" + recorded.replace("/", "--").lower()}
+    same = os.path.realpath(local) == str(real_base) if local.is_dir() else bool(names & hub_names)
     if not same:
         raise CheckpointError(
             f"{folder / CONFIG_FILE}: base_model_name_or_path is {recorded!r}, but the recipe's base_model is {base}; "

@@ -1,13 +1,13 @@
-"""From a fine-tuned model to a PEFT adapter: the best low-rank approximation of every weight's change."""
+"""Extracts a PEFT adapter from a fine-tuned model: the best low-rank approximation of each weight's task vector."""
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
 
 import torch
 from torch import Tensor
@@ -20,29 +20,28 @@ from resm_kernels.checkpoint import (
     format_bytes,
     read_config,
 )
-from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.dtypes import ADAPTER_DTYPES, FLOAT_DTYPES
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
-from resm_kernels.linalg._products import frobenius_norm, task_matrix
-from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, EMBEDDING_NAMES, HEAD_NAMES, is_tied
-from resm_kernels.lora.modules import HEAD, Rest, last_part, rank_patterns, target_names
+from resm_kernels.linalg.products import frobenius_norm, task_matrix
+from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, is_tied
+from resm_kernels.lora.modules import Rest, rank_patterns, target_names
 from resm_kernels.lora.writer import AdapterWriter, adapter_config
 from resm_kernels.ops import NonFiniteError
 from resm_kernels.suggestions import did_you_mean
-
-DTYPES: Final = (torch.float32, torch.bfloat16, torch.float16)
+from resm_kernels.tensor_names import HEAD_MODULES, OUTPUT_HEAD, is_embedding_module, is_embedding_or_head, last_part
 
 
 @dataclass(frozen=True)
 class ExtractedLayer:
-    """One weight's adapter.
+    """The adapter of one weight, with Δ the weight's task vector.
 
     Attributes:
-        name: The weight.
-        shape: Its shape.
-        rank: Directions kept; 0 for a weight that fine-tuning left unchanged, which gets no adapter.
-        error: ‖Δ − s·B·A‖_F / ‖Δ‖_F is at most this (before the factors are rounded to their dtype).
+        name: The weight's name.
+        shape: The weight's shape.
+        rank: The rank of the factors; 0 if fine-tuning did not change the weight, which then gets no adapter.
+        error: An upper bound of ‖Δ − s·B·A‖_F / ‖Δ‖_F, before the factors are rounded to their dtype.
         norm: ‖Δ‖_F.
-        method: The route of the decomposition.
+        method: The method that decomposed Δ, see `linalg.truncated_svd`.
     """
 
     name: str
@@ -54,13 +53,13 @@ class ExtractedLayer:
 
     def __str__(self) -> str:
         shape = "×".join(map(str, self.shape))
-        found = f"rank {self.rank:>4}  error {self.error:.2%}" if self.rank else "unchanged"
-        return f"{self.name}  {shape}  {found}"
+        result = f"rank {self.rank:>4}  error {self.error:.2%}" if self.rank else "unchanged"
+        return f"{self.name}  {shape}  {result}"
 
 
 @dataclass(frozen=True)
 class OtherTensor:
-    """A tensor that changed but has no low-rank form: `size` is ‖Δ‖_F / ‖θ₀‖_F (infinite for θ₀ = 0)."""
+    """A changed tensor that is not decomposed. `size` is ‖Δ‖_F / ‖θ₀‖_F, which is infinite for θ₀ = 0."""
 
     name: str
     size: float
@@ -68,14 +67,14 @@ class OtherTensor:
 
 @dataclass
 class ExtractReport:
-    """What an extraction did.
+    """The result of an extraction; `str()` of it is a summary of some lines.
 
     Attributes:
         out: The adapter's folder.
-        layers: Every weight that was to be decomposed.
-        saved: Other changed tensors, stored whole in the adapter.
-        lost: Other changed tensors, which the adapter does not hold.
-        nbytes: Bytes of the adapter's tensors.
+        layers: Every weight that was selected for decomposition.
+        saved: The other changed tensors that the adapter stores whole.
+        lost: The other changed tensors that the adapter does not store.
+        nbytes: The size of the adapter's tensors in bytes.
     """
 
     out: Path
@@ -86,16 +85,16 @@ class ExtractReport:
 
     @property
     def error(self) -> float:
-        """Relative error of all decomposed changes together, ‖Δ − Δ_k‖_F / ‖Δ‖_F over all layers."""
+        """The relative error ‖Δ − Δ_k‖_F / ‖Δ‖_F of all decomposed task vectors together."""
         total = math.fsum(layer.norm**2 for layer in self.layers)
-        lost = math.fsum((layer.norm * layer.error) ** 2 for layer in self.layers)
-        return math.sqrt(lost / total) if total else 0.0
+        residual = math.fsum((layer.norm * layer.error) ** 2 for layer in self.layers)
+        return math.sqrt(residual / total) if total else 0.0
 
     def __str__(self) -> str:
         ranks = [layer.rank for layer in self.layers if layer.rank]
-        kept = f"rank {min(ranks)}" + (f" to {max(ranks)}" if min(ranks) < max(ranks) else "")
+        rank_range = f"rank {min(ranks)}" + (f" to {max(ranks)}" if min(ranks) < max(ranks) else "")
         lines = [
-            f"extracted {len(ranks)} adapters, {kept}, error {self.error:.2%} of the change: {self.out} "
+            f"extracted {len(ranks)} adapters, {rank_range}, error {self.error:.2%} of the change: {self.out} "
             f"({format_bytes(self.nbytes)})"
         ]
         if unchanged := len(self.layers) - len(ranks):
@@ -104,7 +103,9 @@ class ExtractReport:
             if tensors:
                 largest = max(tensors, key=lambda t: t.size)
                 names = ", ".join(t.name for t in tensors[:3]) + (", …" if len(tensors) > 3 else "")
-                hint = "; --save-rest stores what can be" if verb == "LOST" and not self.saved else ""
+                hint = (
+                    "; --save-rest stores those that an adapter can hold" if verb == "LOST" and not self.saved else ""
+                )
                 lines.append(
                     f"{verb}: {len(tensors)} changed tensors that are not decomposed ({names}), the largest change "
                     f"{largest.size:.2%} of {largest.name}{hint}"
@@ -128,59 +129,60 @@ def extract_lora(
     overwrite: bool = False,
     on_layer: Callable[[ExtractedLayer], None] | None = None,
 ) -> ExtractReport:
-    """Write the PEFT adapter that takes `base` nearest to `finetuned`.
+    """Write the PEFT adapter of rank k with which `base` approximates `finetuned` best.
 
-    For each weight matrix Δ = θ − θ₀ ≈ U·Σ·Vᵀ is truncated to k directions, the best of that rank (Eckart and Young),
-    and stored as B = U·Σ^½ (out, k), A = Σ^½·Vᵀ (k, in), with lora_alpha = k so that s = α/r = 1. One pair of tensors
-    is in memory at a time, and what its decomposition needs.
+    The task vector Δ = θ − θ₀ of each weight matrix is replaced by its truncated SVD U·Σ·Vᵀ of rank k, the best
+    approximation of that rank (Eckart and Young). It is stored as B = U·Σ^½ (out, k) and A = Σ^½·Vᵀ (k, in), with
+    lora_alpha = k so that s = α/r = 1. Only one tensor of each model is in memory at a time.
 
     Args:
-        finetuned, base: Model folders of the same architecture; dtypes may differ.
-        out: Folder to create; it appears when it is complete.
-        rank: k of every matrix; a change of lower rank is padded with zeros, so that all have one rank.
-        energy: Smallest k that keeps this share of ‖Δ‖²_F, for each matrix (PEFT's rank_pattern).
-        max_rank: Upper bound of k with `energy`.
-        accuracy: As for `linalg.truncated_svd`.
-        targets: Modules to decompose: full names, or their last parts as in PEFT's target_modules. None: all with a
-            matrix as weight, but for embeddings and output heads.
-        embeddings: Decompose embeddings and heads too, if `targets` is None.
-        save_rest: Store other changed tensors whole (modules_to_save, bias), so that nothing is lost but for what no
-            module of its own holds. Without, they stay as in `base` and the report lists them.
-        dtype: Of the factors: fp32 (default), bf16 or fp16.
+        finetuned, base: Model folders of the same architecture; their dtypes may differ.
+        out: The folder to create. It appears when it is complete.
+        rank: The rank k of all matrices. Factors of a task vector of lower rank are padded with zeros.
+        energy: Take for each matrix the smallest k for which ‖Δ_k‖²_F is at least this share of ‖Δ‖²_F. The ranks are
+            written as PEFT's rank_pattern. Exactly one of `rank` and `energy` is needed.
+        max_rank: An upper bound of k, with `energy` only.
+        accuracy: See `linalg.truncated_svd`.
+        targets: The modules to decompose, by full names, or by last parts of names as in PEFT's target_modules. By
+            default all modules whose weight is a matrix, except embeddings and output heads.
+        embeddings: Decompose embeddings and output heads too, if `targets` is None.
+        save_rest: Store the other changed tensors whole (modules_to_save, bias), where PEFT can load them. Without
+            this option they keep the values of `base`, and the report lists them.
+        dtype: The dtype of the factors, one of `dtypes.ADAPTER_DTYPES`; fp32 by default.
         overwrite: Replace `out` if it is an adapter folder.
-        on_layer: Called with each layer when it is done.
+        on_layer: This function is called with each layer as soon as it is decomposed.
 
     Returns:
-        ExtractReport; `str()` of it is a summary.
+        An ExtractReport.
 
     Raises:
-        ValueError: A choice is missing or out of range.
-        CheckpointError: The models do not fit together, hold NaN or infinite values, or do not differ.
+        ValueError: An argument is missing or out of range.
+        CheckpointError: The models do not fit together, have NaN or infinite values, or do not differ.
 
-    Determinism: the same adapter for the same models, whatever the number of threads.
+    Determinism: the adapter has the same bits for any number of threads.
     """
     _check_choices(rank, energy, max_rank, dtype)
     folder = check_output_folder(out, overwrite=overwrite, inputs=[finetuned, base], marker=CONFIG_FILE)
-    cut = _Cut(rank, energy, max_rank, accuracy)
+    truncate = _Truncation(rank, energy, max_rank, accuracy)
     report = ExtractReport(folder)
-    with CheckpointReader(base) as old, CheckpointReader(finetuned) as new, AdapterWriter(folder) as writer:
+    with CheckpointReader(base) as original, CheckpointReader(finetuned) as tuned, AdapterWriter(folder) as writer:
         config = read_config(Path(base))
-        tied = is_tied(config, old.tensors)
-        infos = _shared(old, new, tied)
-        modules = _targets(infos, targets, embeddings)
-        if tied and (both := [m for m in modules if m in HEAD_NAMES or last_part(m) in EMBEDDING_NAMES]):
+        tied = is_tied(config, original.tensors)
+        infos = _common_tensors(original, tuned, tied)
+        modules = _target_modules(infos, targets, embeddings)
+        if tied and (refused := [m for m in modules if m in HEAD_MODULES or is_embedding_module(m)]):
             raise CheckpointError(
-                f"{base}: {both[0]!r} is tied to the output head or embedding, which cannot have an adapter of its "
-                "own; leave it out and pass save_rest to store it whole"
+                f"{base}: {refused[0]!r} is tied to the output head or embedding, which cannot have another adapter; "
+                "leave it out and pass save_rest to store it whole"
             )
         transposed = config.get("model_type") in CONV1D_MODELS
         changed: dict[str, float] = {}
-        folders = new.folder, old.folder
+        folders = tuned.folder, original.folder
         for info in infos:
-            pair = old.read(info.name), new.read(info.name)
+            pair = original.read(info.name), tuned.read(info.name)
             module = info.name.removesuffix(".weight")
             if module in modules:
-                layer = _extract(writer, module, info, pair, cut, transposed, dtype, folders)
+                layer = _extract(writer, module, info, pair, truncate, transposed, dtype, folders)
                 report.layers.append(layer)
                 if on_layer is not None:
                     on_layer(layer)
@@ -189,26 +191,26 @@ def extract_lora(
         ranks = {layer.name.removesuffix(".weight"): layer.rank for layer in report.layers if layer.rank}
         if not ranks:
             raise CheckpointError(f"{finetuned}: no selected weight differs from {base}; there is nothing to extract")
-        rest = Rest.of(changed, old.tensors, ranks, tied) if save_rest else Rest()
-        for stored, source in rest.tensors.items():
-            own = new.tensors[source]
-            writer.add_later(stored, own.dtype, own.shape, lambda source=source: new.read(source))  # type: ignore[misc]
+        rest = Rest.collect(changed, original.tensors, ranks, tied) if save_rest else Rest()
+        for stored_name, name in rest.tensors.items():
+            info = tuned.tensors[name]
+            writer.add_from(stored_name, info.dtype, info.shape, functools.partial(tuned.read, name))
         for name, size in changed.items():
             (report.saved if name in rest.saved else report.lost).append(OtherTensor(name, size))
         report.nbytes = writer.nbytes
-        common = rank or max(ranks.values())
+        default_rank = rank or max(ranks.values())
         patterns = rank_patterns(ranks) if rank is None and len(set(ranks.values())) > 1 else {}
-        choices = {
-            "r": common,
-            "lora_alpha": common,
+        entries = {
+            "r": default_rank,
+            "lora_alpha": default_rank,
             "rank_pattern": patterns,
             "alpha_pattern": patterns,
-            "target_modules": target_names(ranks, old.tensors),
+            "target_modules": target_names(ranks, original.tensors),
             "modules_to_save": sorted(rest.modules) or None,
             "bias": "lora_only" if rest.biases else "none",
             "fan_in_fan_out": transposed,
         }
-        writer.commit(adapter_config(base, config.get("architectures"), **choices))
+        writer.commit(adapter_config(base, config.get("architectures"), **entries))
     return report
 
 
@@ -221,70 +223,76 @@ def _check_choices(rank: int | None, energy: float | None, max_rank: int | None,
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy: got {energy}, need a share above 0 and at most 1")
     if max_rank is not None and energy is None:
-        raise ValueError("max_rank: given without energy, which it bounds; with rank it has no meaning")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype}, need one of {', '.join(map(str, DTYPES))}")
+        raise ValueError("max_rank: given without energy; it bounds the ranks that energy chooses")
+    if dtype not in ADAPTER_DTYPES:
+        raise ValueError(f"dtype: got {dtype}, need one of {', '.join(map(str, ADAPTER_DTYPES))}")
 
 
-def _shared(old: CheckpointReader, new: CheckpointReader, tied: bool) -> list[TensorInfo]:
-    """The tensors of both models in the base's order; an error if they are not of the same names and shapes."""
-    skipped = {HEAD} if tied and not (HEAD in old.tensors and HEAD in new.tensors) else set()
-    for here, there in ((old, new), (new, old)):
-        missing = [n for n in there.tensors if n not in here.tensors and n not in skipped]
+def _common_tensors(original: CheckpointReader, tuned: CheckpointReader, tied: bool) -> list[TensorInfo]:
+    """Return the base's tensors in its order; raise a CheckpointError if names or shapes of the models differ.
+
+    A tied output head that only one of the models stores is left out.
+    """
+    skipped = {OUTPUT_HEAD} if tied and not all(OUTPUT_HEAD in model.tensors for model in (original, tuned)) else set()
+    for model, other in ((original, tuned), (tuned, original)):
+        missing = [n for n in other.tensors if n not in model.tensors and n not in skipped]
         if missing:
             more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-            raise CheckpointError(f"{here.folder}: tensor {missing[0]!r} of {there.folder} is missing{more}")
-    infos = [info for info in old.tensors.values() if info.name not in skipped]
+            raise CheckpointError(f"{model.folder}: tensor {missing[0]!r} of {other.folder} is missing{more}")
+    infos = [info for info in original.tensors.values() if info.name not in skipped]
     for info in infos:
-        shape = new.tensors[info.name].shape
+        shape = tuned.tensors[info.name].shape
         if shape != info.shape:
-            embedding = last_part(info.name.removesuffix(".weight")) in EMBEDDING_NAMES + HEAD_NAMES
+            embedding = is_embedding_or_head(info.name.removesuffix(".weight"))
             hint = "; the vocabularies differ in size: resize the base's embeddings first" if embedding else ""
             raise CheckpointError(
-                f"{new.folder}: tensor {info.name!r} has shape {shape}, need {info.shape} as in {old.folder}{hint}"
+                f"{tuned.folder}: tensor {info.name!r} has shape {shape}, need {info.shape} as in "
+                f"{original.folder}{hint}"
             )
     return infos
 
 
-def _targets(infos: Sequence[TensorInfo], targets: Sequence[str] | None, embeddings: bool) -> set[str]:
-    """The modules to decompose, each with a floating-point matrix as its `.weight`."""
+def _target_modules(infos: Sequence[TensorInfo], targets: Sequence[str] | None, embeddings: bool) -> set[str]:
+    """Return the modules to decompose, each of which has a floating-point matrix as its `.weight`."""
     modules = [
         info.name.removesuffix(".weight")
         for info in infos
         if info.name.endswith(".weight") and len(info.shape) == 2 and info.dtype in FLOAT_DTYPES and info.numel
     ]
     if targets is None:
-        return {m for m in modules if embeddings or last_part(m) not in EMBEDDING_NAMES + HEAD_NAMES}
-    found = {t: {m for m in modules if m == t or m.endswith("." + t)} for t in targets}
-    for target, matches in found.items():
-        if not matches:
-            near = did_you_mean(target, sorted({last_part(m) for m in modules} | set(modules)))
-            raise ValueError(f"targets: got {target!r}, which is no module with a weight matrix{near}")
-    return set().union(*found.values())
+        return {m for m in modules if embeddings or not is_embedding_or_head(m)}
+    matches = {t: {m for m in modules if m == t or m.endswith("." + t)} for t in targets}
+    for target, matching_modules in matches.items():
+        if not matching_modules:
+            hint = did_you_mean(target, sorted({last_part(m) for m in modules} | set(modules)))
+            raise ValueError(f"targets: got {target!r}, which is no module with a weight matrix{hint}")
+    return set().union(*matches.values())
 
 
 @dataclass(frozen=True)
-class _Cut:
+class _Truncation:
+    """Decomposes task vectors to the rank that `rank`, or `energy` and `max_rank`, ask for."""
+
     rank: int | None
     energy: float | None
     max_rank: int | None
     accuracy: float
 
     def __call__(self, base: Tensor, expert: Tensor) -> TruncatedSVD:
-        most = min(base.shape)
+        full_rank = min(base.shape)
         if self.energy is None:
-            return truncated_svd(base, expert, rank=min(self.rank or most, most), accuracy=self.accuracy)
-        if self.max_rank is None or self.max_rank >= most:
+            return truncated_svd(base, expert, rank=min(self.rank or full_rank, full_rank), accuracy=self.accuracy)
+        if self.max_rank is None or self.max_rank >= full_rank:
             return truncated_svd(base, expert, energy=self.energy, accuracy=self.accuracy)
-        # Decomposing to the bound costs less than to an energy that may need far more directions.
-        found = truncated_svd(base, expert, rank=self.max_rank, accuracy=self.accuracy)
-        power = found.singular_values.square()
-        # The error is relative to ‖Δ‖: what is kept is 1 − error² of it.
-        total = float(power.sum()) / max(1 - found.error**2, torch.finfo(torch.float64).eps)
-        k = int((power.cumsum(0) < self.energy * total).sum()) + 1
-        error = math.sqrt(found.error**2 + float(power[k:].sum()) / total) if total else 0.0
-        left, values, right = found.left[:, :k], found.singular_values[:k], found.right[:, :k]
-        return found._replace(left=left, singular_values=values, right=right, error=error)
+        # The energy may need a far higher rank than the bound, so decompose to the bound and truncate the result.
+        svd = truncated_svd(base, expert, rank=self.max_rank, accuracy=self.accuracy)
+        squares = svd.singular_values.square()
+        # The squared norm of the part within the rank is the share 1 − error² of ‖Δ‖².
+        total = float(squares.sum()) / max(1 - svd.error**2, torch.finfo(torch.float64).eps)
+        k = int((squares.cumsum(0) < self.energy * total).sum()) + 1
+        error = math.sqrt(svd.error**2 + float(squares[k:].sum()) / total) if total else 0.0
+        left, values, right = svd.left[:, :k], svd.singular_values[:k], svd.right[:, :k]
+        return svd._replace(left=left, singular_values=values, right=right, error=error)
 
 
 def _extract(
@@ -292,31 +300,32 @@ def _extract(
     module: str,
     info: TensorInfo,
     pair: tuple[Tensor, Tensor],
-    cut: _Cut,
+    truncate: _Truncation,
     conv1d: bool,
     dtype: torch.dtype,
     folders: tuple[Path, Path],
 ) -> ExtractedLayer:
-    """Decompose one weight and store its factors."""
-    norm = frobenius_norm(_change(info.name, *pair, folders))
+    """Decompose the task vector of one weight, and add its factors to the adapter."""
+    norm = frobenius_norm(_task_vector(info.name, *pair, folders))
     if norm == 0:
         return ExtractedLayer(info.name, info.shape, 0, 0.0, 0.0, "none")
-    found = cut(*pair)
-    root = found.singular_values.sqrt()
-    rows, columns = found.left * root, found.right * root
-    embedding = last_part(module) in EMBEDDING_NAMES
-    # Embeddings and Conv1D store (in, out), the transpose of what B·A is for PEFT.
-    b, a = (columns, rows.mT) if embedding or conv1d else (rows, columns.mT)
-    if cut.rank is not None:
-        missing = cut.rank - b.shape[1]
+    svd = truncate(*pair)
+    roots = svd.singular_values.sqrt()
+    left, right = svd.left * roots, svd.right * roots
+    embedding = is_embedding_module(module)
+    # Embeddings and Conv1D layers store their weight as (in, out), the transpose of PEFT's B·A.
+    b, a = (right, left.mT) if embedding or conv1d else (left, right.mT)
+    if truncate.rank is not None:
+        missing = truncate.rank - b.shape[1]
         b, a = torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing))
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
     for name, factor in zip(names, (a, b), strict=True):
         writer.add(f"{module}.{name}", factor.to(dtype))
-    return ExtractedLayer(info.name, info.shape, len(root), found.error, norm, found.method)
+    return ExtractedLayer(info.name, info.shape, len(roots), svd.error, norm, svd.method)
 
 
-def _change(name: str, base: Tensor, expert: Tensor, folders: tuple[Path, Path]) -> Tensor:
+def _task_vector(name: str, base: Tensor, expert: Tensor, folders: tuple[Path, Path]) -> Tensor:
+    """Return Δ as a matrix; NaN and infinite values are reported with the folder of the model that has them."""
     try:
         return task_matrix(base, expert)
     except NonFiniteError as error:
@@ -327,8 +336,9 @@ def _change(name: str, base: Tensor, expert: Tensor, folders: tuple[Path, Path])
 
 
 def _relative_change(name: str, base: Tensor, expert: Tensor, folders: tuple[Path, Path]) -> float:
+    """Return ‖Δ‖_F / ‖θ₀‖_F; of tensors that are not floating-point, infinity if they differ and 0 if not."""
     if base.dtype not in FLOAT_DTYPES or expert.dtype not in FLOAT_DTYPES:
         return 0.0 if base.dtype == expert.dtype and torch.equal(base, expert) else math.inf
-    pair = _change(name, base, expert, folders), base
-    change, size = (frobenius_norm(x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)) for x in pair)
-    return change / size if size else (math.inf if change else 0.0)
+    pair = _task_vector(name, base, expert, folders), base
+    change, base_norm = (frobenius_norm(x.flatten(1) if x.ndim > 1 else x.reshape(1, -1)) for x in pair)
+    return change / base_norm if base_norm else (math.inf if change else 0.0)

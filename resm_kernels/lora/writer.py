@@ -1,4 +1,4 @@
-"""Writing an adapter folder that appears when it is complete, from tensors whose ranks are not known beforehand."""
+"""Writes an adapter folder whose ranks are known only when all tensors are there; it appears when it is complete."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
 class AdapterWriter:
-    """Collects an adapter's tensors on disk, then writes the folder in one go.
+    """Collects an adapter's tensors in a temporary file, then writes the whole folder.
 
-    A safetensors file begins with all shapes, and a rank chosen by energy is known only when its matrix has been
-    decomposed. So factors go to a nameless temporary file beside the output first; nothing of it outlives the process.
-    Use as a context manager; leaving without `commit` leaves nothing.
+    A safetensors file begins with the shapes of all tensors, but a rank that is chosen by energy is known only when
+    its matrix has been decomposed. Factors therefore go to a temporary file first. That file is in the output's parent
+    folder, has no name there, and ends with the process. Use this class as a context manager; without a call of
+    `commit` there is no output.
 
     Args:
-        out: Final folder, as `check_output_folder` returned it.
+        out: The folder to write, as `check_output_folder` returned it.
     """
 
     def __init__(self, out: Path) -> None:
@@ -47,7 +48,7 @@ class AdapterWriter:
         self._spool.close()
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Store a tensor under the base model's name for it; contiguous, on the CPU."""
+        """Store a CPU tensor; `name` is its name without PEFT's prefix."""
         start, fd, tensor = self._end, self._spool.fileno(), tensor.contiguous()
         if tensor.numel():
             try:
@@ -58,24 +59,24 @@ class AdapterWriter:
         dtype, shape = tensor.dtype, tuple(tensor.shape)
 
         def read() -> Tensor:
-            back = torch.empty(shape, dtype=dtype)
-            if back.numel():
-                read_fully(fd, byte_view(back), start, self._out)
-            return back
+            stored = torch.empty(shape, dtype=dtype)
+            if stored.numel():
+                read_fully(fd, byte_view(stored), start, self._out)
+            return stored
 
-        self.add_later(name, dtype, shape, read)
+        self.add_from(name, dtype, shape, read)
 
-    def add_later(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
-        """Store what `read()` returns at `commit`, for tensors that lie in a file already."""
+    def add_from(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
+        """Store the tensor that `read()` returns when `commit` calls it, for tensors that another file holds."""
         self._entries[PREFIX + name] = (dtype, shape, read)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors so far."""
+        """Bytes of all tensors that were added so far."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape, _ in self._entries.values())
 
     def commit(self, config: Mapping[str, Any]) -> None:
-        """Write the folder: `adapter_model.safetensors` with all tensors, `adapter_config.json` with `config`."""
+        """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`."""
         plan = plan_output(((name, dtype, shape) for name, (dtype, shape, _) in self._entries.items()), sys.maxsize)
         plan = OutputPlan((replace(plan.shards[0], filename=WEIGHTS_FILE),), plan.slots)
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
@@ -85,8 +86,8 @@ class AdapterWriter:
             writer.commit()
 
 
-def adapter_config(base: str | os.PathLike[str], architectures: Any, **choices: Any) -> dict[str, Any]:
-    """Return an adapter_config.json for PEFT: plain LoRA of the given `choices`, in inference mode."""
+def adapter_config(base: str | os.PathLike[str], architectures: Any, **entries: Any) -> dict[str, Any]:
+    """Return an adapter_config.json for PEFT that describes plain LoRA in inference mode, with these `entries`."""
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     return {
         "peft_type": "LORA",
@@ -97,5 +98,5 @@ def adapter_config(base: str | os.PathLike[str], architectures: Any, **choices: 
         "use_rslora": False,
         "use_dora": False,
         "init_lora_weights": True,
-        **choices,
+        **entries,
     }

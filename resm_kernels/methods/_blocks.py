@@ -17,7 +17,7 @@ from torch import Tensor
 
 from resm_kernels.checks import raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.threads import run
 from resm_kernels.memory import empty
 from resm_kernels.methods._common import elementwise_workspace
 from resm_kernels.ops.aggregate import aggregate

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import gram, matmul
+from resm_kernels.linalg.products import gram, matmul
 from resm_kernels.methods._spectral import averaged, is_spectral
 from resm_kernels.methods._task_matrices import check, delta
 

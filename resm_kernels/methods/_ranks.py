@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import Decomposition, effective_rank, energy_rank
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 
 RANK_RULES: Final = ("sparsity", "per_task", "fixed", "energy", "effective_rank", "interference")
 NEEDS_SPECTRUM: Final = ("energy", "effective_rank", "interference")

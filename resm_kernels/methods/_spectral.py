@@ -9,8 +9,8 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg import DECOMPOSITIONS, Subspace, _products, polar_factors
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg import DECOMPOSITIONS, Subspace, polar_factors, products
+from resm_kernels.linalg.products import matmul
 from resm_kernels.methods._registry import Parameter
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.low_rank_update import low_rank_update
@@ -88,7 +88,7 @@ def orthogonalized_sum(
 def _times(core: Tensor, x: Tensor) -> Tensor:
     """core·x, by rows where the core is diagonal and that can be seen without waiting."""
     diagonal = core.diagonal()
-    if not _products.only_products(core.device) and int(core.count_nonzero()) == int(diagonal.count_nonzero()):
+    if not products.only_products(core.device) and int(core.count_nonzero()) == int(diagonal.count_nonzero()):
         return x * diagonal.to(x.dtype)[:, None]
     return matmul(core.to(x.dtype), x)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from resm_kernels.checks import NonFiniteError, check_group, raise_nonfinite
 from resm_kernels.dtypes import FLOAT_DTYPES, compute_dtype
 from resm_kernels.linalg import Decomposition, decompose
-from resm_kernels.linalg._products import matmul, task_matrix
+from resm_kernels.linalg.products import matmul, task_matrix
 from resm_kernels.methods._common import elementwise_workspace
 from resm_kernels.methods._registry import Parameter
 

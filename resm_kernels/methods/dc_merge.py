@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import TruncatedSVD, polar, truncated_svd
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import decompose
-from resm_kernels.linalg._products import eigen_list, gram, matmul
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import eigen_list, gram, matmul
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, LowRank, averaged, is_spectral, join

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
-from resm_kernels.linalg._products import task_matrix
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.products import task_matrix
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._ranks import NEEDS_SPECTRUM, RANK_RULES, ranks_of_spectra, ranks_of_statistics
 from resm_kernels.methods._registry import Method, Parameter

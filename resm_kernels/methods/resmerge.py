@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.linalg import Subspace, subspace
-from resm_kernels.linalg._products import matmul
+from resm_kernels.linalg.products import matmul
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import SPECTRAL, averaged, is_spectral, join

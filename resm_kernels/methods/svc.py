@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigen_list, gram, matmul
-from resm_kernels.linalg._threads import run
 from resm_kernels.linalg.polar import RANK_TOLERANCE
+from resm_kernels.linalg.products import eigen_list, gram, matmul
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods._common import LAMBDA, WEIGHT
 from resm_kernels.methods._registry import Method, Parameter
 from resm_kernels.methods._spectral import is_spectral, join

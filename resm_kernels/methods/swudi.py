@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import eigen_list, matmul, matmul_list
+from resm_kernels.linalg.products import eigen_list, matmul, matmul_list
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._interference import averaged_unless_matrix, interference, interference_workspace
 from resm_kernels.methods._registry import Method, Parameter

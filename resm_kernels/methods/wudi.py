@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.linalg._products import matmul
-from resm_kernels.linalg._threads import run
+from resm_kernels.linalg.products import matmul
+from resm_kernels.linalg.threads import run
 from resm_kernels.methods._common import LAMBDA, WEIGHT, elementwise_workspace
 from resm_kernels.methods._interference import averaged_unless_matrix, interference, interference_workspace
 from resm_kernels.methods._registry import Method, Parameter

@@ -1,11 +1,11 @@
-"""Chat templates that recipes may name: how conversations are written for models of these families, in Jinja."""
+"""The chat templates that recipes may name: Jinja templates that write conversations as these model families expect."""
 
 from __future__ import annotations
 
 from typing import Final
 
 AUTO: Final = "auto"
-"""Stands for the template that most of the models have."""
+"""The name in recipes for the chat template that most of the models have."""
 
 _ALPACA: Final = (
     "{% for message in messages %}"
@@ -31,7 +31,7 @@ _EXAONE: Final = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '[|assistant|]' }}{% endif %}"
 )
-_HEADER_IDS: Final = (
+_LLAMA3: Final = (
     "{{ bos_token }}"
     "{% for message in messages %}"
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}"
@@ -39,7 +39,7 @@ _HEADER_IDS: Final = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
 )
-_INST: Final = (
+_MISTRAL: Final = (
     "{% set system = messages[0]['content'] + '\\n\\n' if messages[0]['role'] == 'system' else '' %}"
     "{{ bos_token }}"
     "{% for message in (messages[1:] if system else messages) %}"
@@ -56,6 +56,6 @@ CHAT_TEMPLATES: Final = {
     "alpaca": _ALPACA,
     "chatml": _CHATML,
     "exaone": _EXAONE,
-    "llama3": _HEADER_IDS,
-    "mistral": _INST,
+    "llama3": _LLAMA3,
+    "mistral": _MISTRAL,
 }

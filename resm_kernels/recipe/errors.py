@@ -1,16 +1,17 @@
-"""How a recipe that cannot be used is reported."""
+"""The errors that report what is wrong with a recipe, and where."""
 
 from __future__ import annotations
 
 Location = tuple[str | int, ...]
+"""The keys and list indices that lead to a part of a recipe: ("slices", 0, "sources", 1, "model")."""
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be used; the message says where in the file, what was got and what is needed."""
+    """A recipe cannot be used. The message says where in the file, what was got and what is needed."""
 
 
-class ProblemAt(ValueError):
-    """A problem with the part of a recipe at `location`; `load_recipe` makes a RecipeError with its line of it."""
+class LocatedError(ValueError):
+    """The part of a recipe at `location` is wrong. `load_recipe` turns it into a RecipeError that names the line."""
 
     def __init__(self, location: Location, message: str) -> None:
         super().__init__(message)
@@ -18,5 +19,5 @@ class ProblemAt(ValueError):
 
 
 def dotted(location: Location) -> str:
-    """The location as people write it: slices[0].sources[1].model."""
+    """Return a location as people write it: slices[0].sources[1].model."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

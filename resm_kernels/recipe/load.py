@@ -1,4 +1,4 @@
-"""`load_recipe`: a file or a mapping in, a checked recipe out, or an error that names file, line and key."""
+"""`load_recipe` turns a file or a mapping into a checked recipe, or raises an error that names file, line and key."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from resm_kernels.recipe.errors import Location, ProblemAt, RecipeError, dotted
+from resm_kernels.recipe.errors import LocatedError, Location, RecipeError, dotted
 from resm_kernels.recipe.schema import ModelEntry, ModuleEntry, Recipe, SliceEntry, SourceEntry
 from resm_kernels.recipe.tokens import TokenEntry, TokenizerEntry
 from resm_kernels.suggestions import did_you_mean
@@ -26,10 +26,13 @@ _ENTRIES: Final[Mapping[str | int, type[BaseModel]]] = {
 
 
 def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
-    """Return a checked recipe from a YAML file's path or a mapping of the same structure.
+    """Return the checked recipe of a YAML file, given by its path, or of a mapping with the same structure.
+
+    A `Recipe` is returned as it is.
 
     Raises:
-        RecipeError: The file cannot be read, is not YAML, or states something unknown, unsupported or out of range.
+        RecipeError: The file cannot be read or is not YAML, a key is unknown or not supported, or a value is out of
+            range.
     """
     if isinstance(source, Recipe):
         return source
@@ -50,8 +53,8 @@ def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> 
         raise RecipeError(f"{name}: cannot be read: {getattr(error, 'strerror', None) or error}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f"{name}:{mark.line + 1}" if mark else name
-        raise RecipeError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+        line_or_file = f"{name}:{mark.line + 1}" if mark else name
+        raise RecipeError(f"{line_or_file}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{name}: got {type(data).__name__}, need a mapping with merge_method and models")
     _refuse_duplicate_keys(root, name)
@@ -62,9 +65,9 @@ def _validate(data: dict[str, Any], name: str, root: yaml.Node | None, text: str
     try:
         return Recipe.model_validate(data).written_as(data if text is None else text)
     except ValidationError as error:
-        # A misspelt key also makes the right one missing: the misspelling is the news.
-        found = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
-        problems = [_describe(problem) for problem in found]
+        # A misspelt key also makes the right one missing. The misspelling is reported first, as it explains both.
+        unknown_keys_first = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+        problems = [_describe(problem) for problem in unknown_keys_first]
     location, message = problems[0]
     line = _line(root, location)
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
@@ -72,9 +75,10 @@ def _validate(data: dict[str, Any], name: str, root: yaml.Node | None, text: str
 
 
 def _describe(problem: Any) -> tuple[Location, str]:
+    """Return where a problem that pydantic found is, and a message that says what is wrong."""
     location: Location = problem["loc"]
     cause = problem.get("ctx", {}).get("error")
-    if isinstance(cause, ProblemAt):
+    if isinstance(cause, LocatedError):
         return cause.location, str(cause)
     if problem["type"] == "extra_forbidden":
         entry = next((_ENTRIES[key] for key in reversed(location[:-1]) if key in _ENTRIES), Recipe)
@@ -88,7 +92,7 @@ def _describe(problem: Any) -> tuple[Location, str]:
 
 
 def _line(node: yaml.Node | None, location: Location) -> int | None:
-    """Line (from 1) of the deepest part of `location` that the file has."""
+    """Return the line, counted from 1, of the deepest part of `location` that the file has."""
     line = None
     for part in location:
         if isinstance(node, yaml.MappingNode):
@@ -105,13 +109,13 @@ def _line(node: yaml.Node | None, location: Location) -> int | None:
 
 
 def _refuse_duplicate_keys(node: yaml.Node | None, name: str) -> None:
-    # YAML readers keep the last of two equal keys in silence; half of what the author wrote would be ignored.
+    # YAML readers silently keep only the last of two equal keys, so that the author's first value would be ignored.
     if isinstance(node, yaml.MappingNode):
-        seen: dict[str, int] = {}
+        line_of_key: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
-            if isinstance(key.value, str) and seen.setdefault(key.value, line) != line:
-                raise RecipeError(f"{name}:{line}: key {key.value!r} is already set in line {seen[key.value]}")
+            if isinstance(key.value, str) and line_of_key.setdefault(key.value, line) != line:
+                raise RecipeError(f"{name}:{line}: key {key.value!r} is already set in line {line_of_key[key.value]}")
             _refuse_duplicate_keys(value, name)
     elif isinstance(node, yaml.SequenceNode):
         for item in node.value:

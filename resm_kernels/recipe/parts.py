@@ -1,4 +1,4 @@
-"""A recipe in normal form: modules of the output, slices of their layers, and the sources of each."""
+"""A recipe in normal form: the output has parts (modules), a part has slices of layers, and a slice has sources."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from resm_kernels.methods import REQUIRED, Method, Parameter
 from resm_kernels.recipe.errors import Location, RecipeError
-from resm_kernels.recipe.places import same_place
+from resm_kernels.recipe.folders import canonical_folder
 from resm_kernels.recipe.settings import NO_VALUE, Setting
 
 Settings = Mapping[str, Setting]
@@ -19,10 +19,10 @@ class Source:
     """One model that a slice is merged from.
 
     Attributes:
-        model: Its name in the recipe.
-        layers: [first, end) of its layers; None: all.
-        parameters: Settings of this model only.
-        location: Where the recipe says so.
+        model: The model's name in the recipe.
+        layers: The range [first, end) of the model's layers; None stands for the whole model.
+        parameters: The settings that hold for this model only.
+        location: Where the recipe lists this source.
     """
 
     model: str
@@ -31,24 +31,25 @@ class Source:
     location: Location
 
     def is_model(self, name: str) -> bool:
-        """True if `name` is another spelling of this model's."""
-        return same_place(self.model) == same_place(name)
+        """Return True if `name` is this model's name or another spelling of it."""
+        return canonical_folder(self.model) == canonical_folder(name)
 
     @property
-    def place(self) -> Location:
-        """Where the recipe names the model, for errors."""
+    def model_location(self) -> Location:
+        """Where the recipe names the model; errors about the model name this location."""
         return self.location if self.location[-1] == "base_model" else (*self.location, "model")
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Consecutive layers of the output and what they are merged from.
+    """Consecutive layers of the output, and the sources that they are merged from.
 
     Attributes:
-        base: The base, if the method works on differences from one.
+        base: The source that task vectors are taken from; None if the method averages models.
         experts: The sources that are merged.
-        levels: Settings for all experts, the narrowest first: the slice's, the module's, the recipe's.
-        location: Where the recipe says so.
+        levels: The settings that hold for all experts, in the order in which they count: those of the slice, of its
+            module, of the recipe.
+        location: Where the recipe has this slice.
     """
 
     base: Source | None
@@ -57,14 +58,16 @@ class Slice:
     location: Location
 
     @classmethod
-    def of(cls, sources: Sequence[Source], base: Source | None, levels: Sequence[Settings], at: Location) -> Slice:
-        """The slice of these sources; those that are the base model are no experts."""
+    def from_sources(
+        cls, sources: Sequence[Source], base: Source | None, levels: Sequence[Settings], location: Location
+    ) -> Slice:
+        """Return the slice that merges `sources`; a source that names the base model is no expert."""
         experts = [s for s in sources if base is None or not s.is_model(base.model)]
-        return cls(_listed(base, sources), tuple(experts), tuple(levels), at)
+        return cls(_listed_base(base, sources), tuple(experts), tuple(levels), location)
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """The base, if there is one, and the experts."""
+        """The base, if there is one, followed by the experts."""
         return self.experts if self.base is None else (self.base, *self.experts)
 
     def tensor_parameters(
@@ -72,19 +75,19 @@ class Slice:
     ) -> dict[str, Any]:
         """Return the method's keyword arguments for one tensor; see `Recipe.tensor_parameters`."""
         values: dict[str, Any] = {}
-        names = [tensor] * len(self.experts) if inputs is None else inputs
+        expert_names = [tensor] * len(self.experts) if inputs is None else inputs
         for p in method.parameters:
             if p.per_expert:
-                own = [
+                expert_values = [
                     _resolve(p, (source.parameters, *self.levels), name, depth)
-                    for source, name in zip(self.experts, names, strict=True)
+                    for source, name in zip(self.experts, expert_names, strict=True)
                 ]
-                if any(v is not NO_VALUE for v in own):
-                    values[p.keyword] = [p.default if v is NO_VALUE else v for v in own]
+                if any(v is not NO_VALUE for v in expert_values):
+                    values[p.keyword] = [p.default if v is NO_VALUE else v for v in expert_values]
             else:
-                common = _resolve(p, self.levels, tensor, depth)
-                if common is not NO_VALUE:
-                    values[p.keyword] = common
+                value = _resolve(p, self.levels, tensor, depth)
+                if value is not NO_VALUE:
+                    values[p.keyword] = value
                 elif p.vocabulary is not None:
                     values[p.keyword] = p.default_for(tensor)
         return values
@@ -92,18 +95,19 @@ class Slice:
 
 @dataclass(frozen=True)
 class Part:
-    """One module of the output; `name` is None where the recipe does not tell modules apart."""
+    """One module of the output. Its `name` is None if the recipe has no `modules` and the part is the whole model."""
 
     name: str | None
     slices: tuple[Slice, ...]
 
 
-def _listed(base: Source | None, sources: Sequence[Source]) -> Source | None:
-    """The base as the recipe lists it, so that its parameters, which it may not have, are seen."""
+def _listed_base(base: Source | None, sources: Sequence[Source]) -> Source | None:
+    """Return the base as it stands among the sources, if it does, so that parameters given there can be refused."""
     return base if base is None else next((s for s in sources if s.is_model(base.model)), base)
 
 
 def _resolve(parameter: Parameter, levels: Sequence[Settings], tensor: str, depth: float) -> Any:
+    """Return the value of the first level that has one for the tensor, else `NO_VALUE`."""
     for level in levels:
         if parameter.name in level:
             value = level[parameter.name].resolve(parameter, tensor, depth)

@@ -1,11 +1,11 @@
-"""The recipe's structure: which models to merge, how, and with which parameters for which tensor.
+"""The structure of a recipe: the models to merge, the method, and its parameters for each tensor.
 
-The format is mergekit's YAML. Everything is checked when the recipe is read: an unknown key is an error that names the
-nearest known one, and a key that would have no effect is an error too, never ignored.
+The format is mergekit's YAML. The whole recipe is checked when it is read. An unknown key is an error that names the
+nearest known one, and a key that would have no effect is an error too.
 
-One meaning differs from mergekit's, on purpose: `dtype` there is the precision of the arithmetic. Here arithmetic is
-always fp32 or better with one rounding at the end, so `dtype` only names the output's dtype when `out_dtype` does not;
-without either, every tensor keeps the dtype it has in the base model.
+One key has another meaning than in mergekit, where `dtype` is the precision of the arithmetic. Here the arithmetic is
+always in fp32 or float64 with one rounding at the end, and `dtype` is the output's dtype if there is no `out_dtype`.
+Without either key, every tensor has the dtype that it has in the base model.
 """
 
 from __future__ import annotations
@@ -18,31 +18,27 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, model_validator
 
+from resm_kernels.dtypes import RECIPE_DTYPES
 from resm_kernels.methods import REQUIRED, Method, Parameter, get
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
-from resm_kernels.recipe.errors import Location, ProblemAt
+from resm_kernels.recipe.errors import LocatedError, Location
 from resm_kernels.recipe.parts import Part, Slice, Source
 from resm_kernels.recipe.settings import Setting, parse_setting
 from resm_kernels.recipe.tokens import BASE, TokenizerEntry
 from resm_kernels.suggestions import did_you_mean
 
-_DTYPES: Final = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float64": torch.float64,
-}
-
 
 def _parse_dtype(data: Any) -> str:
     name = str(data).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise ValueError(f"got {data!r}, need one of {', '.join(_DTYPES)}{did_you_mean(name, tuple(_DTYPES))}")
+    if name not in RECIPE_DTYPES:
+        raise ValueError(
+            f"got {data!r}, need one of {', '.join(RECIPE_DTYPES)}{did_you_mean(name, tuple(RECIPE_DTYPES))}"
+        )
     return name
 
 
 def _parse_model(data: Any) -> Any:
-    """A model's name, also in the form of mappings that mergekit writes where a path has spaces or quotes."""
+    """Return a model's name. mergekit writes it as a mapping if the path has spaces or quotes."""
     if not isinstance(data, Mapping):
         return data
     known = ("model", "lora")
@@ -68,7 +64,7 @@ def _parse_range(data: Any) -> tuple[int, int]:
 
 def _no_effect(data: Any) -> None:
     if data is not None:
-        raise ValueError(f"got {data!r}, but this key of mergekit's format has no effect, there or here; remove it")
+        raise ValueError(f"got {data!r}, but this key has no effect, in mergekit or here; remove it")
 
 
 _Parameters = Annotated[
@@ -81,7 +77,7 @@ _CLOSED: Final = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelEntry(BaseModel):
-    """One whole model, with the parameters that are its own."""
+    """An entry of `models`: one whole model, with the parameters that hold for it only."""
 
     model_config = _CLOSED
 
@@ -90,7 +86,7 @@ class ModelEntry(BaseModel):
 
 
 class SourceEntry(BaseModel):
-    """Some consecutive layers of one model: `layer_range` is [first, end), counted from 0."""
+    """An entry of `sources`: the layers `layer_range` = [first, end) of one model, counted from 0."""
 
     model_config = _CLOSED
 
@@ -100,7 +96,7 @@ class SourceEntry(BaseModel):
 
 
 class SliceEntry(BaseModel):
-    """Consecutive layers of the output, merged from as many layers of each source."""
+    """An entry of `slices`: consecutive layers of the output, merged from equally many layers of each source."""
 
     model_config = _CLOSED
 
@@ -111,7 +107,7 @@ class SliceEntry(BaseModel):
 
 
 class ModuleEntry(BaseModel):
-    """One module of a model with several, such as its text decoder, merged from whole modules or from slices."""
+    """An entry of `modules`, such as a model's text decoder: it is merged from whole models or from slices."""
 
     model_config = _CLOSED
 
@@ -121,7 +117,7 @@ class ModuleEntry(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A checked recipe; `load_recipe` makes one from a file or a mapping and reports problems as RecipeError."""
+    """A checked recipe. `load_recipe` makes it from a file or a mapping, and raises a RecipeError if it is wrong."""
 
     model_config = _CLOSED
 
@@ -140,13 +136,13 @@ class Recipe(BaseModel):
     _written: str | Mapping[str, Any] = PrivateAttr(default="")
 
     def written_as(self, source: str | Mapping[str, Any]) -> Recipe:
-        """Remember the file's text, or the mapping, that this recipe was read from."""
+        """Store the file's text, or the mapping, that this recipe was read from, and return the recipe."""
         self._written = source
         return self
 
     @property
     def text(self) -> str:
-        """The recipe as it was written; one that came from a mapping as YAML."""
+        """The recipe as its author wrote it; a recipe that was given as a mapping is written as YAML."""
         return self._written if isinstance(self._written, str) else yaml.safe_dump(self._written, sort_keys=False)
 
     @property
@@ -156,18 +152,18 @@ class Recipe(BaseModel):
 
     @property
     def output_dtype(self) -> torch.dtype | None:
-        """The dtype of every merged tensor; None: each keeps the one it has in the base model."""
+        """The dtype of every merged tensor; None if each tensor has the dtype that it has in the base model."""
         name = self.out_dtype or self.dtype
-        return None if name is None else _DTYPES[name]
+        return None if name is None else RECIPE_DTYPES[name]
 
     @property
     def output_tokenizer(self) -> TokenizerEntry | None:
-        """The tokenizer that the output is given and its vocabulary merged for; None: the base model's files as is."""
+        """The tokenizer that the vocabularies are merged for; None if the base model's tokenizer files are copied."""
         return TokenizerEntry(source=self.tokenizer_source) if self.tokenizer_source is not None else self.tokenizer
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        """The modules of the output, one without a name for all of the model unless the recipe lists `modules`."""
+        """The modules of the output. A recipe without `modules` has one part without a name, the whole model."""
         if self.modules is None:
             return (self._part(None, (), self.models, self.slices, {}),)
         return tuple(
@@ -177,30 +173,31 @@ class Recipe(BaseModel):
 
     @property
     def sources(self) -> tuple[Source, ...]:
-        """Every model that is read, in the recipe's order, with the place where it is named."""
+        """Every model that is read, in the recipe's order; a model is listed as often as it is named."""
         return tuple(source for part in self.parts for piece in part.slices for source in piece.sources)
 
     @property
     def experts(self) -> tuple[Source, ...]:
-        """The models that are merged, each as often as it is named."""
+        """The models that are merged, in the recipe's order; a model is listed as often as it is named."""
         return tuple(source for part in self.parts for piece in part.slices for source in piece.experts)
 
     @property
     def reference(self) -> str:
-        """The model whose config, file order and dtypes the output takes: the base model, else the first model."""
+        """The model that gives the output its config, tensor order and dtypes: the base model, else the first model."""
         return self.base_model if self.base_model is not None else self.sources[0].model
 
     def tensor_parameters(
         self, tensor: str, depth: float, piece: Slice | None = None, inputs: Sequence[str] | None = None
     ) -> dict[str, Any]:
-        """Return the method's keyword arguments for one tensor; what the recipe leaves open is left out.
+        """Return the method's keyword arguments for one tensor; parameters without a value in the recipe are left out.
 
         Args:
-            tensor: Its name in the output, which filters look at.
-            depth: Its place in the model or slice, which gradients are evaluated at.
-            piece: The slice it is in; by default the recipe's only one.
-            inputs: Its name in each expert (another layer's, in a slice), which filters of parameters that each expert
-                has its own of look at; by default the name in the output.
+            tensor: The tensor's name in the output.
+            depth: The tensor's depth in the model or slice, from 0 to 1, at which gradients are evaluated.
+            piece: The slice that the tensor belongs to; by default the only slice of the recipe.
+            inputs: The tensor's name in each expert, which differs in slices that take other layers. Filters of
+                parameters with a value for each expert are compared with these names, all other filters with `tensor`.
+                By default the name in the output.
         """
         if piece is None:
             ((piece,),) = (part.slices for part in self.parts)
@@ -209,44 +206,45 @@ class Recipe(BaseModel):
     def _part(
         self,
         name: str | None,
-        at: Location,
+        location: Location,
         models: Sequence[ModelEntry] | None,
         slices: Sequence[SliceEntry] | None,
         parameters: Mapping[str, Setting],
     ) -> Part:
-        widest = (parameters, self.parameters)
+        levels = (parameters, self.parameters)
         pieces = []
         if models is not None:
-            sources = [Source(e.model, None, e.parameters, (*at, "models", i)) for i, e in enumerate(models)]
+            sources = [Source(e.model, None, e.parameters, (*location, "models", i)) for i, e in enumerate(models)]
             base = None
             if self.base_model is not None and self._merges_differences(self.base_model):
                 base = Source(self.base_model, None, {}, ("base_model",))
-            pieces.append(Slice.of(sources, base, widest, (*at, "models")))
+            pieces.append(Slice.from_sources(sources, base, levels, (*location, "models")))
         for i, entry in enumerate(slices or ()):
-            where = (*at, "slices", i)
+            slice_location = (*location, "slices", i)
             sources = [
-                Source(e.model, e.layer_range, e.parameters, (*where, "sources", j))
+                Source(e.model, e.layer_range, e.parameters, (*slice_location, "sources", j))
                 for j, e in enumerate(entry.sources)
             ]
-            pieces.append(
-                Slice.of(sources, self._slice_base(entry, sources, where), (entry.parameters, *widest), where)
-            )
+            base = self._slice_base(entry, sources, slice_location)
+            pieces.append(Slice.from_sources(sources, base, (entry.parameters, *levels), slice_location))
         return Part(name, tuple(pieces))
 
-    def _slice_base(self, entry: SliceEntry, sources: Sequence[Source], at: Location) -> Source | None:
-        named = entry.base_model if entry.base_model is not None else self.base_model
-        if not self._merges_differences(named):
+    def _slice_base(self, entry: SliceEntry, sources: Sequence[Source], location: Location) -> Source | None:
+        base_model = entry.base_model if entry.base_model is not None else self.base_model
+        if not self._merges_differences(base_model):
             return None
-        if named is None:
-            raise ProblemAt((*at, "base_model"), f"missing; {self.method.name} merges differences from a base model")
-        base = next((s for s in sources if s.is_model(named)), None)
+        if base_model is None:
+            raise LocatedError(
+                (*location, "base_model"), f"missing; {self.method.name} merges differences from a base model"
+            )
+        base = next((s for s in sources if s.is_model(base_model)), None)
         if base is None:
-            message = f"the base model {named!r} is not among them; list it with the layer_range to compare with"
-            raise ProblemAt((*at, "sources"), message)
+            message = f"the base model {base_model!r} is not among them; list it with the layer_range to compare with"
+            raise LocatedError((*location, "sources"), message)
         return base
 
     def _merges_differences(self, base: str | None) -> bool:
-        """Whether differences from the base model are merged, rather than the models."""
+        """Return True if the method merges differences from the base model, False if it averages models."""
         return self.method.needs_base or (self.method.optional_base and base is not None)
 
     @model_validator(mode="after")
@@ -254,19 +252,19 @@ class Recipe(BaseModel):
         try:
             method = get(self.merge_method)
         except ValueError as error:
-            raise ProblemAt(("merge_method",), str(error)) from None
+            raise LocatedError(("merge_method",), str(error)) from None
         self._check_choices()
         for part in self.parts:
             sources = part.slices[0].sources
             if sources[0].layers is not None:
                 continue
             if method.needs_base and self.base_model is None:
-                raise ProblemAt(("base_model",), f"missing; {method.name} merges differences from a base model")
+                raise LocatedError(("base_model",), f"missing; {method.name} merges differences from a base model")
             averages = not self._merges_differences(self.base_model)
             if averages and not any(source.is_model(self.reference) for source in sources):
-                # mergekit averages it in as if it were listed; silence either way would surprise half of the users.
+                # mergekit averages the base model in as if it were listed. Users expect either, so ask for the list.
                 message = f"{method.name} averages models: list the base model under models too, or remove base_model"
-                raise ProblemAt(("base_model",), message)
+                raise LocatedError(("base_model",), message)
         for location, parameters in self._common_parameters():
             for name, setting in parameters.items():
                 _check_setting(method, name, setting, (*location, "parameters", name))
@@ -278,57 +276,61 @@ class Recipe(BaseModel):
     def _check_choices(self) -> None:
         levels: list[tuple[Location, Any]] = [((), self)]
         levels += [(("modules", name), entry) for name, entry in (self.modules or {}).items()]
-        for at, level in levels:
+        for location, level in levels:
             keys = ("models", "slices", "modules") if level is self else ("models", "slices")
-            given = [key for key in keys if getattr(level, key) is not None]
-            if not given:
-                raise ProblemAt((*at, "models"), f"missing; need one of {', '.join(keys)}")
-            if len(given) > 1:
-                raise ProblemAt((*at, given[1]), f"stands beside {given[0]}; need one of them")
+            present = [key for key in keys if getattr(level, key) is not None]
+            if not present:
+                raise LocatedError((*location, "models"), f"missing; need one of {', '.join(keys)}")
+            if len(present) > 1:
+                raise LocatedError((*location, present[1]), f"cannot be combined with {present[0]}; need one of them")
         if self.tokenizer_source is not None and self.tokenizer is not None:
-            raise ProblemAt(("tokenizer",), "stands beside tokenizer_source; need one of them")
+            raise LocatedError(("tokenizer",), "cannot be combined with tokenizer_source; need one of them")
         if self.output_tokenizer is not None and self.output_tokenizer.source == BASE and self.base_model is None:
             key = ("tokenizer_source",) if self.tokenizer is None else ("tokenizer", "source")
-            raise ProblemAt(key, "got 'base', but the recipe has no base_model; name a model")
+            raise LocatedError(key, "got 'base', but the recipe has no base_model; name a model")
         names = (AUTO, *CHAT_TEMPLATES)
         if self.chat_template is not None and self.chat_template not in names and "{" not in self.chat_template:
             message = f"got {self.chat_template!r}, need a Jinja template or one of {', '.join(names)}"
-            raise ProblemAt(("chat_template",), message + did_you_mean(self.chat_template, names))
+            raise LocatedError(("chat_template",), message + did_you_mean(self.chat_template, names))
 
     def _common_parameters(self) -> Iterator[tuple[Location, Mapping[str, Setting]]]:
-        """Parameters of the recipe, of its modules and slices; those of single models are checked with their slice."""
+        """Yield the parameters of the recipe, its modules and slices; those of sources are checked with their slice."""
         yield (), self.parameters
         modules = {(): self} if self.modules is None else {("modules", n): m for n, m in self.modules.items()}
-        for at, entry in modules.items():
-            if at:
-                yield at, entry.parameters
-            for i, piece in enumerate(entry.slices or ()):
-                yield (*at, "slices", i), piece.parameters
+        for location, entry in modules.items():
+            if location:
+                yield location, entry.parameters
+            for i, slice_entry in enumerate(entry.slices or ()):
+                yield (*location, "slices", i), slice_entry.parameters
 
 
 def _check_slice(method: Method, piece: Slice) -> None:
     if not piece.experts:
-        raise ProblemAt(piece.location, "lists only the base model, need at least one expert")
+        raise LocatedError(piece.location, "lists only the base model, need at least one expert")
     try:
         method.check_count(len(piece.experts))
     except ValueError as error:
-        raise ProblemAt(piece.location, str(error)) from None
+        raise LocatedError(piece.location, str(error)) from None
     lengths = {s.layers[1] - s.layers[0] for s in piece.sources if s.layers is not None}
     if len(lengths) > 1:
         ranges = ", ".join(str(list(s.layers)) for s in piece.sources if s.layers is not None)
-        raise ProblemAt((*piece.location, "sources"), f"got layer ranges {ranges}, need equally many layers of each")
+        raise LocatedError(
+            (*piece.location, "sources"), f"got layer ranges {ranges}, need equally many layers of each source"
+        )
     for source in piece.sources:
         for name, setting in source.parameters.items():
             location = (*source.location, "parameters", name)
             if source not in piece.experts:
-                raise ProblemAt(location, f"the base model has no parameters in {method.name}; remove it")
+                raise LocatedError(location, f"the base model has no parameters in {method.name}; remove it")
             if not _check_setting(method, name, setting, location).per_expert:
-                raise ProblemAt(location, f"{name} is one for the whole merge; move it to the recipe's parameters")
+                raise LocatedError(
+                    location, f"{name} has one value for the whole merge; move it to the recipe's parameters"
+                )
     for parameter in method.parameters:
-        everywhere = any(parameter.name in level for level in piece.levels)
-        everywhere = everywhere or all(parameter.name in s.parameters for s in piece.experts)
-        if parameter.default is REQUIRED and not everywhere:
-            raise ProblemAt(("parameters", parameter.name), f"missing; {parameter.doc}")
+        has_value = any(parameter.name in level for level in piece.levels)
+        has_value = has_value or all(parameter.name in s.parameters for s in piece.experts)
+        if parameter.default is REQUIRED and not has_value:
+            raise LocatedError(("parameters", parameter.name), f"missing; {parameter.doc}")
 
 
 def _check_setting(method: Method, name: str, setting: Setting, location: Location) -> Parameter:
@@ -337,5 +339,5 @@ def _check_setting(method: Method, name: str, setting: Setting, location: Locati
         for value in setting.scalars():
             parameter.validate(value)
     except ValueError as error:
-        raise ProblemAt(location, str(error)) from None
+        raise LocatedError(location, str(error)) from None
     return parameter

@@ -1,4 +1,4 @@
-"""Values of parameters as recipes state them: scalars, gradients over depth, filters by tensor name."""
+"""Values of parameters as recipes write them: scalars, gradients over depth, and filters by tensor name."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from resm_kernels.suggestions import did_you_mean
 Scalar = bool | int | float | str | None
 
 NO_VALUE: Final = object()
-"""What `Setting.resolve` returns for a tensor that no filter matches."""
+"""`Setting.resolve` returns this object for a tensor that no filter matches."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One value for the tensors whose names contain `filter` (None: all); several values are a gradient over depth."""
+    """The value of tensors whose name contains `filter` (None: of all). Several values are a gradient over depth."""
 
     filter: str | None
     values: tuple[Scalar, ...]
@@ -25,28 +25,29 @@ class Rule:
 
 @dataclass(frozen=True)
 class Setting:
-    """A parameter as a recipe states it: rules of which the first whose filter matches a tensor gives the value."""
+    """A parameter as a recipe writes it. The first rule whose filter matches a tensor gives the tensor's value."""
 
     rules: tuple[Rule, ...]
 
     def scalars(self) -> Iterator[Scalar]:
-        """Every value that the recipe's author wrote."""
+        """Iterate over all values that the recipe's author wrote."""
         return (value for rule in self.rules for value in rule.values)
 
     def resolve(self, parameter: Parameter, tensor: str, depth: float) -> Any:
-        """Return the checked value for one tensor at `depth` (0 first layer, 1 last), or `NO_VALUE` if none matches.
+        """Return the checked value for one tensor, or `NO_VALUE` if no filter matches its name.
 
-        Numbers of a gradient are interpolated linearly (whole-number parameters round to the nearest); booleans and
-        choices select the value whose section begins at or before `depth`.
+        `depth` is 0 for the first layer and 1 for the last. Numbers of a gradient are interpolated linearly, and
+        rounded to the nearest whole number for parameters that need one. Of booleans and names the gradient takes the
+        last one whose section begins at or before `depth`.
         """
         for rule in self.rules:
             if rule.filter in (None, "*") or (tensor and str(rule.filter) in tensor):
                 values = [parameter.validate(v) for v in rule.values]
-                return parameter.validate(_at_depth(values, depth, parameter))
+                return parameter.validate(_value_at_depth(values, depth, parameter))
         return NO_VALUE
 
 
-def _at_depth(values: list[Any], depth: float, parameter: Parameter) -> Any:
+def _value_at_depth(values: list[Any], depth: float, parameter: Parameter) -> Any:
     position = depth * (len(values) - 1)
     low = int(position)
     if parameter.kind not in (int, float) or None in values or low == position:
@@ -57,7 +58,11 @@ def _at_depth(values: list[Any], depth: float, parameter: Parameter) -> Any:
 
 
 def parse_setting(data: Any) -> Setting:
-    """Read a scalar, a gradient list, one `{filter, value}` or a list of them; ValueError for anything else."""
+    """Return the setting that a recipe writes as a scalar, a gradient list, one `{filter, value}` or a list of these.
+
+    Raises:
+        ValueError: `data` has another form.
+    """
     if isinstance(data, Setting):
         return data
     if isinstance(data, Mapping):
@@ -69,7 +74,7 @@ def parse_setting(data: Any) -> Setting:
 
 def _parse_rule(data: Any) -> Rule:
     if not isinstance(data, Mapping):
-        raise ValueError(f"got {data!r} among {{filter, value}} entries, need only such entries")
+        raise ValueError(f"got {data!r} among {{filter, value}} entries, need a list of such entries only")
     for key in data:
         if key not in ("filter", "value"):
             raise ValueError(f"unknown key {key!r}{did_you_mean(key, ('filter', 'value'))}; need filter and value")

@@ -1,4 +1,4 @@
-"""The tokenizer of the output as a recipe states it: which vocabulary, and where embeddings of tokens come from."""
+"""The tokenizer of the output as a recipe describes it: its vocabulary, and the sources of the tokens' embeddings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from resm_kernels.suggestions import did_you_mean
 
 UNION: Final = "union"
+"""As a tokenizer's source: the tokens of all models together."""
+
 BASE: Final = "base"
+"""As a tokenizer's source: the tokens of the base model."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +22,9 @@ class TokenSource:
     """Where the embedding of one token comes from.
 
     Attributes:
-        model: The model whose embedding it is, as the recipe names it; None: zeros.
-        token: The token in that model's vocabulary; None: `token_id`, or the token itself if that is None too.
+        model: The model that the embedding is taken from, as the recipe names it; None gives the token zeros.
+        token: The token of that model whose embedding is taken. If it is None, `token_id` says which row; if that is
+            None too, the row is that of the same token.
         token_id: The row of that model's embedding.
     """
 
@@ -60,7 +64,7 @@ def _parse_optional_source(data: Any) -> TokenSource | None:
 
 
 class TokenEntry(BaseModel):
-    """What a recipe says about one token; `force` replaces the embeddings of models that have the token too."""
+    """An entry of `tokens`. With `force`, the source also replaces the embeddings of models that have the token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,7 +73,7 @@ class TokenEntry(BaseModel):
 
 
 class TokenizerEntry(BaseModel):
-    """The key `tokenizer`."""
+    """The entry `tokenizer` of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,4 +1,4 @@
-"""A task matrix that is formed only where it has to be."""
+"""A task matrix Δ that is formed only if something needs it as a whole."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg._products import task_matrix
+from resm_kernels.linalg.products import task_matrix
 
 
 @dataclass
@@ -24,17 +24,20 @@ class Delta:
 
     @cached_property
     def matrix(self) -> Tensor:
-        """Δ in fp32, or in float64 if either is: formed at first use, then kept."""
+        """Δ in fp32, or in float64 if either tensor is; it is formed at first use and stored."""
         if self.base is not None:
             return task_matrix(self.base, self.expert)
         return self.expert if self.expert.dtype == torch.float64 else self.expert.float()
 
     def row_major(self) -> tuple[Delta, bool]:
-        """Δ and False; of tensors that are transposes in memory Δᵀ and True, as that needs no copy."""
+        """Δ with rows that are contiguous in memory, and whether it was transposed for that.
+
+        Tensors that are transposes of contiguous ones give Δᵀ and True, which needs no copy; others give Δ and False.
+        """
         tensors = [self.expert] if self.base is None else [self.expert, self.base]
-        flipped = all(x.mT.is_contiguous() and not x.is_contiguous() for x in tensors)
+        is_transposed = all(x.mT.is_contiguous() and not x.is_contiguous() for x in tensors)
         base, expert = self.base, self.expert
-        if flipped:
+        if is_transposed:
             return Delta(None if base is None else base.mT, expert.mT), True
         if all(x.is_contiguous() for x in tensors):
             return self, False

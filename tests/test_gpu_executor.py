@@ -1,4 +1,4 @@
-"""The pipeline of GPUs, on doubles that copy as late as they may: bits, order, bounds, balance, and every failure."""
+"""The executor on GPUs, with doubles that copy as late as they may: bits, order, bounds, balance, every failure."""
 
 from __future__ import annotations
 
@@ -19,9 +19,12 @@ from torch import Tensor
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.checks import Check
 from resm_kernels.engine import MergeError, Window
-from resm_kernels.engine.device import DeviceMemory, device_need
-from resm_kernels.engine.overlap import DevicePipeline
-from resm_kernels.engine.window import Job, Pipeline, Ring
+from resm_kernels.engine.cpu_executor import CpuExecutor
+from resm_kernels.engine.device_memory import DeviceMemory, device_need
+from resm_kernels.engine.gpu_executor import GpuExecutor
+from resm_kernels.engine.pipeline import Pipeline
+from resm_kernels.engine.ring import Ring
+from resm_kernels.engine.window import Job
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float64]
 HOST = "host"
@@ -71,32 +74,29 @@ def started(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
 
 
 def check_sum(job: Job, total: Tensor) -> None:
-    assert total.is_back  # not the device's own
+    assert total.is_back  # the check gets the values that were copied out, not those on the device
     if "bad" in job.name or not torch.isfinite(total).all():
         raise MergeError(f"{job.name} is bad")
 
 
-def stays(job: Job) -> bool:
+def is_copied(job: Job) -> bool:
     return HOST in job.name
 
 
 class Run:
     """A pipeline of these jobs, what it wrote, in order, and what its devices saw."""
 
-    def __init__(self, jobs, devices=None, limit=1 << 20, compute=started, **arguments) -> None:
+    def __init__(
+        self, jobs, devices=None, limit=1 << 20, compute=started, copy=merged, write=None, window=None, progress=None
+    ) -> None:
         self.written: list[tuple[str, Tensor]] = []
         self.devices = [LateDevice()] if devices is None else devices
-        self.pipeline = DevicePipeline(
-            **{
-                "jobs": jobs,
-                "window": Window.staging(jobs, limit),
-                "compute": compute,
-                "stays": stays,
-                "copy": merged,
-                "write": lambda job, result: self.written.append((job.name, result.clone())),
-                "devices": self.devices,
-            }
-            | arguments
+        self.pipeline = Pipeline(
+            jobs,
+            Window.for_gpus(jobs, limit) if window is None else window,
+            GpuExecutor(self.devices, compute, is_copied=is_copied, copy=copy),
+            write or (lambda job, result: self.written.append((job.name, result.clone()))),
+            progress,
         )
 
     def __call__(self):
@@ -128,10 +128,11 @@ class Run:
 )
 def test_results_are_the_cpus_whatever_the_devices_and_their_timing(sizes, host, limit, slack, lags) -> None:
     jobs = make_jobs(sizes, host=sorted(host))
-    wanted: list[tuple[str, Tensor]] = []
-    Pipeline(jobs, Window.fit(jobs, limit), merged, lambda job, t: wanted.append((job.name, t.clone()))).run()
+    expected: list[tuple[str, Tensor]] = []
+    window, cpu = Window.for_cpu(jobs, limit), CpuExecutor(merged)
+    Pipeline(jobs, window, cpu, lambda job, t: expected.append((job.name, t.clone()))).run()
     memory = max(map(device_need, jobs)) + slack
-    devices = [LateDevice(f"cuda:{i}", memory, lags=own) for i, own in enumerate(lags)]
+    devices = [LateDevice(f"cuda:{i}", memory, lags=device_lags) for i, device_lags in enumerate(lags)]
     seen: list[tuple[int, int]] = []
 
     def compute(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
@@ -141,7 +142,7 @@ def test_results_are_the_cpus_whatever_the_devices_and_their_timing(sizes, host,
     run = Run(jobs, devices, limit, compute, progress=lambda done, total: seen.append((done, total)))
     timings = run()
     assert [name for name, _ in run.written] == [job.name for job in jobs]
-    for (_, found), (_, tensor) in zip(run.written, wanted, strict=True):
+    for (_, found), (_, tensor) in zip(run.written, expected, strict=True):
         assert found.dtype == tensor.dtype
         assert torch.equal(found.view(-1).view(torch.uint8), tensor.view(-1).view(torch.uint8))
     total = sum(j.input_bytes + j.output_bytes for j in jobs)
@@ -149,7 +150,7 @@ def test_results_are_the_cpus_whatever_the_devices_and_their_timing(sizes, host,
     assert seen[-1] == (total, total)
     window = run.pipeline.window
     assert 0 < timings.peak_bytes <= window.bound
-    assert window.bound <= max(limit, max(j.segment for j in jobs) + max(j.output_segment for j in jobs))
+    assert window.bound <= max(limit, max(j.input_segment for j in jobs) + max(j.output_segment for j in jobs))
     assert sum(use.tensors for use in timings.devices) == sum(HOST not in j.name for j in jobs)
     for device, use in zip(devices, timings.devices, strict=True):
         assert device.peak <= use.memory_peak <= use.memory_limit == memory
@@ -176,10 +177,12 @@ def wait_until(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def test_a_tensors_place_is_read_into_again_when_its_copy_there_is_done_not_its_merge() -> None:
+def test_a_tensors_memory_is_read_into_again_when_its_copy_there_is_done_not_its_merge() -> None:
     reader, reading = Stored(), []
     jobs = make_jobs([100] * 6, reader)
-    window = Window(ring=2 * max(j.segment for j in jobs), outputs=sum(j.output_segment for j in jobs), workspace=0)
+    window = Window(
+        inputs=2 * max(j.input_segment for j in jobs), outputs=sum(j.output_segment for j in jobs), workspace=0
+    )
     reader.fail = reading.append
 
     def compute(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
@@ -243,12 +246,12 @@ def test_tensors_go_to_the_device_with_the_fewest_bytes_under_way() -> None:
         return started(job, tensors)
 
     Run(jobs, devices, compute=compute)()
-    wanted, held = [], [0, 0]
+    expected, held_bytes = [], [0, 0]
     for job in jobs:
-        wanted.append(held.index(min(held)))
-        held[wanted[-1]] += device_need(job)
-    assert [went[j.name] for j in jobs] == wanted
-    assert wanted != [0, 1, 0, 1, 0, 1]
+        expected.append(held_bytes.index(min(held_bytes)))
+        held_bytes[expected[-1]] += device_need(job)
+    assert [went[j.name] for j in jobs] == expected
+    assert expected != [0, 1, 0, 1, 0, 1]
 
 
 def failing(stage: str, at: int, error: BaseException) -> Callable[[str], None]:
@@ -357,7 +360,7 @@ def test_a_failure_anywhere_ends_all_with_that_error_and_no_gap(stage, at, count
         write=lambda job, result: fail("write") or run.written.append((job.name, result.clone())),
         progress=lambda done, total: fail("progress"),
     )
-    # Eleven jobs go to devices; progress may report all at once.
+    # Eleven jobs go to devices; all may have been written when progress is first called.
     if at == 11 and stage in ("copy_in", "run", "copy_out"):
         run()
         assert len(run.written) == len(jobs)
@@ -401,15 +404,15 @@ def test_memory_that_cannot_be_pinned_is_an_error_before_anything_is_read() -> N
 )
 def test_segments_of_a_ring_never_overlap_in_whatever_order_they_come_back(size, steps) -> None:
     ring, live = Ring(size, 0), {}
-    for wanted, which, give_back in steps:
+    for nbytes, index, give_back in steps:
         if give_back and live:
-            start = list(live)[which % len(live)]
+            start = list(live)[index % len(live)]
             del live[start]
             ring.free(start)
-        elif wanted <= size and (start := ring.allocate(wanted)) is not None:
-            assert 0 <= start <= size - wanted
-            assert all(start + wanted <= s or s + n <= start for s, n in live.items())
-            live[start] = wanted
+        elif nbytes <= size and (start := ring.allocate(nbytes)) is not None:
+            assert 0 <= start <= size - nbytes
+            assert all(start + nbytes <= s or s + n <= start for s, n in live.items())
+            live[start] = nbytes
         assert sum(live.values()) <= ring.used <= size
     for start in list(live):
         ring.free(start)
@@ -419,12 +422,12 @@ def test_segments_of_a_ring_never_overlap_in_whatever_order_they_come_back(size,
 
 def test_staging_window_shares_out_its_bytes_by_what_goes_in_and_out() -> None:
     jobs = make_jobs([(1000, 4, 10**6)] * 50)
-    window = Window.staging(jobs, 200_000)
+    window = Window.for_gpus(jobs, 200_000)
     assert window.workspace == 0
     assert 199_000 < window.bound <= 200_000
-    assert math.isclose(window.ring / window.outputs, jobs[0].segment / jobs[0].output_segment, rel_tol=0.3)
+    assert math.isclose(window.inputs / window.outputs, jobs[0].input_segment / jobs[0].output_segment, rel_tol=0.3)
     uneven = make_jobs([0, (82, 4, 0)])
-    need = uneven[1].segment + uneven[1].output_segment
-    assert Window.staging(uneven, need).bound == need  # whatever the shares
-    tight = Window.staging(jobs, 1)
-    assert tight.bound == max(j.segment for j in jobs) + max(j.output_segment for j in jobs)
+    need = uneven[1].input_segment + uneven[1].output_segment
+    assert Window.for_gpus(uneven, need).bound == need  # whatever the shares
+    tight = Window.for_gpus(jobs, 1)
+    assert tight.bound == max(j.input_segment for j in jobs) + max(j.output_segment for j in jobs)

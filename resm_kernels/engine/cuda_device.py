@@ -1,4 +1,7 @@
-"""GPUs by torch (CUDA, or ROCm under its name): a stream for each queue, events for marks, the CPU's memory pinned."""
+"""GPUs by torch (CUDA, or ROCm, which torch calls cuda too).
+
+A `Device` queue is a stream here, a `Mark` is an event.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,24 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint import parse_size
-from resm_kernels.checkpoint.format import format_bytes
-from resm_kernels.engine.device import Mark, R, devices_of
+from resm_kernels.checkpoint import format_bytes
+from resm_kernels.engine.devices import Mark, R, devices_by_name
 from resm_kernels.engine.models import MergeError
 
 MEMORY_SHARE: Final = 0.8
-"""Of a GPU's free memory, what tensors may take unless told otherwise; the rest is for libraries' own workspaces and
+"""The share of a GPU's free memory that tensors may take by default. The rest is for the workspaces of libraries and
 for what torch's allocator loses to rounding."""
 
 _PORTABLE: Final = 1
-"""cudaHostRegisterPortable: pinned for every GPU."""
+"""cudaHostRegisterPortable: the memory is pinned for every GPU."""
 
 
 class _EventMark:
-    """Asked on any thread, whose current GPU may be another one: that must not come to hold a context for it."""
+    """An event as a mark.
+
+    Any thread may ask for it, while another GPU is that thread's current one. The event's GPU is made current first, so
+    that no context is created on the other one.
+    """
 
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
         self.event = event
@@ -39,10 +45,10 @@ class _EventMark:
 
 
 class CudaDevice:
-    """`engine.device.Device` on one GPU.
+    """A `Device` on one GPU.
 
-    Tensors are allocated for the stream that fills them, and are freed after a later mark was reached: no other stream
-    has work on them then, so that none needs to be recorded with the allocator.
+    Tensors are allocated for the stream that fills them, and are freed only after a later mark has been reached. No
+    other stream has work on them then, so that no use needs to be recorded with the allocator.
     """
 
     def __init__(self, device: torch.device, memory_limit: int) -> None:
@@ -97,7 +103,7 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def _on(self, stream: torch.cuda.Stream) -> Iterator[torch.cuda.Event]:
-        """Work within it goes to that stream of this GPU; yields the event of its end, which counts for `busy`."""
+        """Send the work within the context to that stream, and count it for `busy`; yield the event of its end."""
         end = torch.cuda.Event(enable_timing=True, blocking=True)
         with torch.cuda.stream(stream):
             begin = self._record(stream)
@@ -112,7 +118,7 @@ class CudaDevice:
 
 
 def covered(spans: Sequence[tuple[float, float]]) -> float:
-    """Length of the union of intervals from 0 on, each given by its begin and end."""
+    """Return the length of the union of intervals of positive numbers, each of a begin and an end."""
     total = until = 0.0
     for begin, end in sorted(spans):
         total += max(end - max(begin, until), 0.0)
@@ -120,26 +126,25 @@ def covered(spans: Sequence[tuple[float, float]]) -> float:
     return total
 
 
-def open_devices(device: str | torch.device, memory: str | int | None) -> list[CudaDevice]:
-    """Open the GPUs that `devices_of` finds by that name; none for the CPU.
+def open_devices(name: str | torch.device, memory: int | None) -> tuple[CudaDevice, ...]:
+    """Open the GPUs that a name means; return none for the CPU.
 
     Args:
-        device: A name, as for `devices_of`.
-        memory: Bytes for tensors on each; by default `MEMORY_SHARE` of what is free there.
+        name: A name, as for `devices_by_name`.
+        memory: Bytes that tensors may take on each GPU; None for `MEMORY_SHARE` of what is free there.
 
     Raises:
-        ValueError: A device that there is not, no size, or more than a GPU has.
+        ValueError: The device does not exist, or has less memory.
     """
-    limit = None if memory is None else parse_size(memory, "device_memory")
-    places = [place for place in devices_of(device) if place.type == "cuda"]
-    return [CudaDevice(place, _memory_of(place, limit)) for place in places]
+    gpus = [device for device in devices_by_name(name) if device.type == "cuda"]
+    return tuple(CudaDevice(gpu, _memory_limit(gpu, memory)) for gpu in gpus)
 
 
-def _memory_of(place: torch.device, limit: int | None) -> int:
-    free, total = torch.cuda.mem_get_info(place)
-    if limit is None:
-        unused = torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+def _memory_limit(gpu: torch.device, memory: int | None) -> int:
+    free, total = torch.cuda.mem_get_info(gpu)
+    if memory is None:
+        unused = torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
         return int(MEMORY_SHARE * (free + unused))
-    if limit > total:
-        raise ValueError(f"device_memory: got {format_bytes(limit)}, but {place} has {format_bytes(total)} in all")
-    return limit
+    if memory > total:
+        raise ValueError(f"device_memory: got {format_bytes(memory)}, but {gpu} has {format_bytes(total)} in all")
+    return memory

@@ -1,7 +1,7 @@
-"""Work shared out among threads so that the result does not depend on how many there are.
+"""Work that is shared out among threads so that the result does not depend on how many there are.
 
-BLAS and LAPACK round differently on another number of threads. So every call of them here runs on one thread, and
-several such calls, cut at places that depend on shapes alone, run side by side.
+BLAS and LAPACK round differently with another number of threads. Every call of them here therefore runs on one thread,
+and several such calls run side by side, cut at positions that depend on shapes alone.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ _pools: dict[int, ThreadPoolExecutor] = {}
 
 
 class _Task(Generic[R]):
-    """A call, and what came of it."""
+    """A call and, once `is_done`, its result or its error."""
+
+    result: R
 
     def __init__(self, call: Callable[[], R]):
         self.call: Callable[[], R] | None = call
-        self.result: R | None = None
         self.error: BaseException | None = None
 
     def __call__(self) -> None:
@@ -38,7 +39,7 @@ class _Task(Generic[R]):
         try:
             with torch.no_grad():
                 self.result = self.call()
-        except BaseException as error:  # raised where its result is asked for
+        except BaseException as error:  # it is raised by whoever asks for the result
             self.error = error
         self.call = None
 
@@ -48,35 +49,35 @@ class _Task(Generic[R]):
 
 
 class Pending(Generic[R]):
-    """Tasks that were handed out; `results` waits for them."""
+    """Tasks that were handed out; `results` waits until they are done."""
 
     def __init__(self, queue: Queue, tasks: Sequence[_Task[R]]):
         self._queue, self._tasks = queue, tasks
 
     def results(self) -> list[R]:
-        """What the tasks returned, in order; the first in order that failed is raised."""
+        """The tasks' results in order; if tasks failed, the error of the first one in order is raised."""
         for task in self._tasks:
             self._queue.finish(task)
             if task.error is not None:
                 raise task.error
-        return [task.result for task in self._tasks]  # type: ignore[misc]
+        return [task.result for task in self._tasks]
 
 
 class Queue:
-    """Tasks handed out without waiting for them: `with Queue(device) as queue: pending = queue.add(tasks)`.
+    """Tasks that are handed out without waiting for them: `with Queue(device) as queue: pending = queue.add(tasks)`.
 
-    On the CPU each task runs on one thread, up to torch.get_num_threads() at a time, and they begin in the order in
-    which they were added, so that what is added early fills threads that later tasks cannot. With `joins` the caller's
-    thread is one of these: it runs tasks while it waits for results, if torch's libraries can be held to one thread
-    there. Where there is one thread only, within a task, and on other devices, which queue their work themselves, `add`
-    runs its tasks there and then. If the block is left by an error, tasks that have not begun never do, and those that
-    have are waited for.
+    On the CPU each task runs on one thread, up to torch.get_num_threads() at a time. Tasks begin in the order in which
+    they were added, so that the long tasks can be added first and later ones fill the other threads. With `joins` the
+    caller's thread is one of these: it runs tasks while it waits for results, if torch's libraries can be limited to
+    one thread there. `add` itself runs its tasks, in turn, where there is only one thread, within a task, and on other
+    devices, which queue their work themselves. If an error leaves the block, tasks that have not begun are dropped, and
+    those that have begun are waited for.
     """
 
     def __init__(self, device: torch.device, *, joins: bool = False):
-        self._alone = _is_alone(device)
+        self._in_turn = _runs_in_turn(device)
         self._joins = joins and _limits() is not None
-        self._others = 0 if self._alone else torch.get_num_threads() - self._joins
+        self._others = 0 if self._in_turn else torch.get_num_threads() - self._joins
         self._waiting: deque[_Task[Any]] = deque()
         self._running = 0
         self._changed = threading.Condition()
@@ -87,13 +88,13 @@ class Queue:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is not None:
             self._waiting.clear()
-        with self._changed:  # none may still be writing into its caller's tensors
+        with self._changed:  # no task may still be writing into its caller's tensors
             self._changed.wait_for(lambda: not self._waiting and not self._running)
 
     def add(self, tasks: Sequence[Callable[[], R]]) -> Pending[R]:
-        """Hand out tasks. Within one, `Queue` and `run` have one thread: a task never waits for a free one."""
+        """Hand out tasks. Within a task, `Queue` and `run` use its own thread, so that no task waits for a free one."""
         handed = [_Task(call) for call in tasks]
-        if self._alone:
+        if self._in_turn:
             for task in handed:
                 task()
                 if task.error is not None:
@@ -136,28 +137,28 @@ class Queue:
 def run(tasks: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
     """Return the tasks' results in order; on the CPU each ran on one thread, up to torch.get_num_threads() at a time.
 
-    The caller's thread is one of these: to wake another one takes longer than many a task. Tasks may call `run`
-    themselves: what they share out then runs in turn, on their own thread. On other devices all tasks run in turn on
-    the caller's thread, as the device queues their work itself.
+    The caller's thread is one of these, because waking another thread takes longer than many tasks do. A task may call
+    `run` itself: its inner tasks then run in turn on the task's thread. On other devices all tasks run in turn on the
+    caller's thread, as the device queues their work itself.
     """
-    alone = _is_alone(device)
-    if alone or (len(tasks) == 1 and _limits() is not None):
-        with torch.no_grad(), nullcontext() if alone else _one_thread():
+    in_turn = _runs_in_turn(device)
+    if in_turn or (len(tasks) == 1 and _limits() is not None):
+        with torch.no_grad(), nullcontext() if in_turn else _one_thread():
             return [task() for task in tasks]
     with Queue(device, joins=True) as queue:
         return queue.add(tasks).results()
 
 
-def _is_alone(device: torch.device) -> bool:
-    """Whether tasks run on the caller's thread, as they find it: it has one thread, or has no say on the device."""
+def _runs_in_turn(device: torch.device) -> bool:
+    """Whether tasks run in turn on the caller's thread: it is the only one, or the work is another device's."""
     return device.type != "cpu" or getattr(_local, "has_one", False) or torch.get_num_threads() == 1
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The calling thread's OpenMP and MKL have one thread; other threads, and what they ask torch for, never notice.
+    """Limit OpenMP and MKL to one thread within calls from this thread; nothing changes for other threads.
 
-    torch.set_num_threads would also change what MKL does on other threads.
+    torch.set_num_threads would also change how many threads MKL uses for other threads' calls.
     """
     limits = _limits()
     assert limits is not None
@@ -192,18 +193,18 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         if threads not in _pools:
             count = torch.get_num_threads()
             pool = ThreadPoolExecutor(threads, thread_name_prefix="resm-linalg")
-            # All at once behind a barrier, so that every one of the threads starts now and sets its own count …
+            # The barrier makes all threads start now, each of which sets its own count. After that …
             barrier = threading.Barrier(threads)
             for done in [pool.submit(_become_worker, barrier) for _ in range(threads)]:
                 done.result()
-            # … after which threads yet to come must not inherit it from the last that was set.
+            # … the caller's count is set again, because threads that start later inherit the count set last.
             torch.set_num_threads(count)
             _pools[threads] = pool
         return _pools[threads]
 
 
 def _after_fork() -> None:
-    """Of a forked process: it has none of the pools' threads, and nobody to release a lock that one of them held."""
+    """Reset a forked process: it has none of the pools' threads, and none that would release a lock they held."""
     global _lock
     _lock = threading.Lock()
     _pools.clear()
@@ -216,6 +217,6 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where processes do not fo
 def _become_worker(barrier: threading.Barrier) -> None:
     barrier.wait()
     torch.set_num_threads(1)
-    # torch sets up a thread at its first parallel op, to the count last set anywhere; asking does it here and now.
+    # At its first parallel op torch gives a thread the count last set anywhere; asking for the count does that now.
     torch.get_num_threads()
     _local.has_one = True

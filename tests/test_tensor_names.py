@@ -1,4 +1,4 @@
-"""What tensor names say, against the architectures that mergekit knows by name."""
+"""What tensors' names say, compared with mergekit's definitions of architectures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,18 @@ from typing import Any
 
 import pytest
 
-from resm_kernels.recipe import is_before_layers, is_vocabulary, layer_place, module_names, tensor_depths
+from resm_kernels.tensor_names import (
+    OUTPUT_HEAD,
+    is_before_layers,
+    is_embedding_module,
+    is_embedding_or_head,
+    is_tied_embedding,
+    is_tied_vocabulary,
+    is_vocabulary,
+    layer_position,
+    module_names,
+    tensor_depths,
+)
 
 # phi-1 counts its embedding and its head as layers, which no later model does; the prefix of mergekit's Whisper decoder
 # lacks its dot, so that it names tensors that no checkpoint has.
@@ -17,7 +28,7 @@ LEFT_OUT = {"phi-1.json", "whisper.json"}
 
 
 def architectures() -> Iterator[tuple[str, dict[str, list[tuple[str, str, dict[str, Any]]]]]]:
-    """Of each architecture its modules' weights: (place, name, mergekit's entry)."""
+    """Yield for each architecture the weights of its modules: (side of the layers, name, mergekit's entry)."""
     folder = pytest.importorskip("mergekit._data.architectures", reason="mergekit is not installed (test extra)")
     for file in sorted(resources.files(folder).iterdir(), key=lambda f: f.name):
         if not file.name.endswith(".json") or file.name in LEFT_OUT:
@@ -28,8 +39,8 @@ def architectures() -> Iterator[tuple[str, dict[str, list[tuple[str, str, dict[s
             parts = module["architecture"]
             prefix = module.get("weight_prefix") or ""
             modules[name] = [
-                (place, prefix + weight["name"].replace("${layer_index}", "2"), weight)
-                for place, weights in [
+                (side, prefix + weight["name"].replace("${layer_index}", "2"), weight)
+                for side, weights in [
                     ("before", parts["pre_weights"]),
                     ("layer", parts["layer_templates"]["weights"]),
                     ("after", parts["post_weights"]),
@@ -44,15 +55,15 @@ def test_names_are_placed_as_in_mergekits_architectures() -> None:
     for file, modules in architectures():
         for module, weights in modules.items():
             # Projectors are lists of modules, which mergekit counts as layers but nobody stacks anew.
-            if module == "multi_modal_projector" or not any(place == "layer" for place, *_ in weights):
+            if module == "multi_modal_projector" or not any(side == "layer" for side, *_ in weights):
                 continue
-            for place, name, _ in weights:
-                found = layer_place(name)
-                assert (found is not None) == (place == "layer"), f"{file}: {name}"
-                if found is not None:
-                    assert found.number == 2 and f"{found.stack}2{found.rest}" == name
+            for side, name, _ in weights:
+                position = layer_position(name)
+                assert (position is not None) == (side == "layer"), f"{file}: {name}"
+                if position is not None:
+                    assert position.number == 2 and f"{position.stack}2{position.rest}" == name
                 else:
-                    assert is_before_layers(name) == (place == "before"), f"{file}: {name}"
+                    assert is_before_layers(name) == (side == "before"), f"{file}: {name}"
                 count += 1
     assert count > 500
 
@@ -102,3 +113,16 @@ def test_depth_is_mergekits() -> None:
     # mergekit's planner: t = layer / (layers − 1), 1 for a single layer, 0 outside the layers
     names = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(5)] + ["lm_head.weight"]
     assert list(tensor_depths(names).values()) == [0.0, 0.25, 0.5, 0.75, 1.0, 0.0]
+
+
+def test_embeddings_and_heads_that_models_tie() -> None:
+    assert is_tied_embedding("model.embed_tokens.weight") and is_tied_embedding("transformer.wte.weight")
+    assert not is_tied_embedding(OUTPUT_HEAD) and is_tied_vocabulary(OUTPUT_HEAD)
+    for name in ("shared.weight", "gpt_neox.embed_in.weight", "embed_tokens", "model.layers.0.mlp.up_proj.weight"):
+        assert not is_tied_embedding(name) and not is_tied_vocabulary(name)
+
+
+def test_embedding_and_head_modules() -> None:
+    assert is_embedding_module("transformer.wpe") and not is_embedding_module("lm_head")
+    assert is_embedding_or_head("transformer.wpe") and is_embedding_or_head("lm_head")
+    assert not is_embedding_or_head("model.layers.0.mlp.up_proj")

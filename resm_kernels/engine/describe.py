@@ -1,0 +1,85 @@
+"""A plan in words: what `--dry-run` prints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from resm_kernels.checkpoint import format_bytes
+from resm_kernels.checkpoint.writer import free_bytes
+from resm_kernels.dtypes import dtype_name
+from resm_kernels.engine.device_memory import device_need
+from resm_kernels.engine.devices import Device
+from resm_kernels.recipe import Part, Setting, Slice
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.plan import MergePlan
+
+
+def describe_plan(plan: MergePlan) -> str:
+    """Return the lines of `MergePlan.describe`."""
+    copied = sum(job.copied for job in plan.jobs)
+    tied = ", output head tied to the embedding" if plan.tied else ""
+    lines = [
+        f"method        {plan.method.name} ({plan.method.title})",
+        f"base          {plan.recipe.base_model or 'none'}",
+        *(line for part in plan.recipe.parts for piece in part.slices for line in _slice_lines(part, piece)),
+        *_parameter_lines(plan),
+        f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
+    ]
+    if plan.tokenizer is not None:
+        lines.append(f"vocabulary    {len(plan.tokenizer.tokens)} tokens, {plan.tokenizer.rows} rows")
+    lines += [
+        f"to read       {format_bytes(plan.bytes_read)}",
+        f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight",
+        *(_device_line(plan, device) for device in plan.devices),
+    ]
+    dtypes = sorted({dtype_name(job.dtype) for job in plan.jobs})
+    n_files = len(plan.output.shards)
+    size = f"{format_bytes(plan.output.nbytes)} in {n_files} file{'s' if n_files > 1 else ''}, {', '.join(dtypes)}"
+    if plan.out is None:
+        return "\n".join([*lines, f"output        {size}"])
+    free = free_bytes(plan.out)
+    lines += [
+        f"output        {plan.out}: {size}",
+        f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
+    ]
+    return "\n".join(lines)
+
+
+def _slice_lines(part: Part, piece: Slice) -> list[str]:
+    lines = [f"module        {part.name}"] if part.name is not None and piece is part.slices[0] else []
+    for source in piece.experts:
+        notes = [f"{name} = {_setting(value)}" for name, value in source.parameters.items()]
+        if source.layers is not None:
+            notes.insert(0, f"layers {source.layers[0]} to {source.layers[1] - 1}")
+        lines.append(f"expert        {source.model}" + (f"  ({', '.join(notes)})" if notes else ""))
+    return lines
+
+
+def _parameter_lines(plan: MergePlan) -> list[str]:
+    lines = []
+    for parameter in plan.method.parameters:
+        if parameter.name in plan.recipe.parameters:
+            lines.append(f"parameter     {parameter.name} = {_setting(plan.recipe.parameters[parameter.name])}")
+        elif not any(parameter.name in source.parameters for source in plan.recipe.experts):
+            has_other = parameter.vocabulary is not None
+            other = f", {parameter.vocabulary} for embeddings and output heads" if has_other else ""
+            lines.append(f"parameter     {parameter.name} = {parameter.default} (default{other})")
+    return lines
+
+
+def _device_line(plan: MergePlan, device: Device) -> str:
+    line = f"device        {device.name}, {format_bytes(device.memory_limit)} for tensors"
+    if not plan.jobs:
+        return line
+    largest = max(plan.jobs, key=device_need)
+    verdict = "" if device_need(largest) <= device.memory_limit else ": NOT ENOUGH"
+    return f"{line}; the largest takes {format_bytes(device_need(largest))} ({largest.name}){verdict}"
+
+
+def _setting(setting: Setting) -> str:
+    parts = []
+    for rule in setting.rules:
+        value = str(rule.values[0]) if len(rule.values) == 1 else str(list(rule.values))
+        parts.append(value if rule.filter in (None, "*") else f"{rule.filter}: {value}")
+    return "; ".join(parts)
