@@ -41,8 +41,7 @@ cuda::Group read_group(py::handle group, int64_t chunk) {
   if (!masks.empty() && masks.size() != experts.size()) throw py::value_error("masks: need one for each expert");
   const auto n_addresses = static_cast<int64_t>(experts.size() + masks.size());
   read.experts = elements_of<int64_t>(group.attr("addresses"), "addresses", n_addresses);
-  for (const py::handle mask : masks)
-    elements_of<uint8_t>(mask, "masks", mask_bytes(read.rows * read.length));
+  for (const py::handle mask : masks) elements_of<uint8_t>(mask, "masks", mask_bytes(read.rows * read.length));
   read.masks = masks.empty() ? nullptr : read.experts + read.n_experts;
   return read;
 }
@@ -56,18 +55,17 @@ void aggregate_cuda(py::handle group, py::handle options, int64_t chunk, py::han
                     py::handle lower, py::handle upper, py::handle merged, py::handle nonfinite, uintptr_t stream) {
   const cuda::Group inputs = read_group(group, chunk);
   const int64_t n = inputs.n_experts;
-  const cuda::AggregateOptions read{
-      elements_of<double>(factors, "factors", n),
-      elements_of<double>(divisors, "divisors", n),
-      read_thresholds(lower, upper, n),
-      options.attr("scale").cast<double>(),
-      number_or(-INFINITY, options.attr("min_divisor")),
-      rule_of(options.attr("rule")),
-      vote_of(options.attr("consensus_method")),
-      options.attr("normalize").cast<bool>()};
-  const cuda::AggregateResult result{{data_of(merged, "merged", inputs.rows * inputs.length),
-                                      float_dtype(merged.attr("dtype"), "merged")},
-                                     elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
+  const cuda::AggregateOptions read{elements_of<double>(factors, "factors", n),
+                                    elements_of<double>(divisors, "divisors", n),
+                                    read_thresholds(lower, upper, n),
+                                    options.attr("scale").cast<double>(),
+                                    number_or(-INFINITY, options.attr("min_divisor")),
+                                    rule_of(options.attr("rule")),
+                                    vote_of(options.attr("consensus_method")),
+                                    options.attr("normalize").cast<bool>()};
+  const cuda::AggregateResult result{
+      {data_of(merged, "merged", inputs.rows * inputs.length), float_dtype(merged.attr("dtype"), "merged")},
+      elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
   const py::gil_scoped_release unlocked;
   cuda::aggregate(inputs, read, result, stream_of(stream));
 }
@@ -117,10 +115,9 @@ void magnitude_threshold_cuda(py::handle group, int64_t chunk, py::handle k, py:
   const int64_t* const ranks = elements_of<int64_t>(k, "k", n);
   const cuda::ThresholdResult result{elements_of<double>(thresholds, "thresholds", n),
                                      elements_of<int64_t>(nonfinite, "nonfinite", n)};
-  const cuda::ThresholdWorkspace workspace{
-      elements_of<int64_t>(selections, "selections", n * kSelectionWords),
-      elements_of<int64_t>(frequencies, "frequencies", n * kDigits),
-      data_of(buffer, "buffer", n * (inputs.length / kBufferShare))};
+  const cuda::ThresholdWorkspace workspace{elements_of<int64_t>(selections, "selections", n * kSelectionWords),
+                                           elements_of<int64_t>(frequencies, "frequencies", n * kDigits),
+                                           data_of(buffer, "buffer", n * (inputs.length / kBufferShare))};
   const py::gil_scoped_release unlocked;
   cuda::magnitude_threshold(inputs, ranks, result, workspace, stream_of(stream));
 }
@@ -163,13 +160,12 @@ void define_cuda_ops(py::module_& m) {
         "lower"_a, "upper"_a, "merged"_a, "nonfinite"_a, "stream"_a);
   m.def("delta_stats_cuda", &delta_stats_cuda, py::kw_only(), "group"_a, "options"_a, "chunk"_a, "moments"_a,
         "counts"_a, "bin_counts"_a, "bin_sums"_a, "chunk_sums"_a, "significands"_a, "stream"_a);
-  m.def("kept_moments_cuda", &kept_moments_cuda, py::kw_only(), "group"_a, "chunk"_a, "lower"_a, "upper"_a,
-        "moments"_a, "chunk_sums"_a, "stream"_a);
+  m.def("kept_moments_cuda", &kept_moments_cuda, py::kw_only(), "group"_a, "chunk"_a, "lower"_a, "upper"_a, "moments"_a,
+        "chunk_sums"_a, "stream"_a);
   m.def("magnitude_threshold_cuda", &magnitude_threshold_cuda, py::kw_only(), "group"_a, "chunk"_a, "k"_a,
         "thresholds"_a, "nonfinite"_a, "selections"_a, "frequencies"_a, "buffer"_a, "stream"_a);
   m.def("random_mask_cuda", &random_mask_cuda, py::kw_only(), "length"_a, "seed"_a, "expert"_a, "lowest"_a, "step"_a,
         "ranks"_a, "mask"_a, "stream"_a);
-  m.def("variances_cuda", &variances_cuda, py::kw_only(), "group"_a, "chunk"_a, "variances"_a, "nonzero"_a,
-        "stream"_a);
+  m.def("variances_cuda", &variances_cuda, py::kw_only(), "group"_a, "chunk"_a, "variances"_a, "nonzero"_a, "stream"_a);
   m.def("variance_mask_cuda", &variance_mask_cuda, py::kw_only(), "variances"_a, "threshold"_a, "mask"_a, "stream"_a);
 }

@@ -149,15 +149,14 @@ void py_aggregate(py::handle base, const py::sequence& experts, py::handle optio
   const GroupInput group(base, experts);
   const SparsityInput sparsity(options, *group);
   const int n = group->n_experts();
-  const AggregateOptions read{
-      *sparsity,
-      options.attr("weights").cast<std::vector<double>>(),
-      numbers_of(options.attr("rescale"), "rescale", n),
-      options.attr("scale").cast<double>(),
-      rule_of(options.attr("rule")),
-      options.attr("normalize").cast<bool>(),
-      vote_of(options.attr("consensus_method")),
-      number_or(-INFINITY, options.attr("min_divisor"))};
+  const AggregateOptions read{*sparsity,
+                              options.attr("weights").cast<std::vector<double>>(),
+                              numbers_of(options.attr("rescale"), "rescale", n),
+                              options.attr("scale").cast<double>(),
+                              rule_of(options.attr("rule")),
+                              options.attr("normalize").cast<bool>(),
+                              vote_of(options.attr("consensus_method")),
+                              number_or(-INFINITY, options.attr("min_divisor"))};
   require(static_cast<int>(read.weights.size()) == n, "weights: need one for each expert");
   const AggregateResult result{output(merged, "merged", group->numel()),
                                elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
@@ -284,8 +283,7 @@ void py_low_rank_update(py::handle base, py::handle left, py::handle right, py::
   const auto [m, n] = start.matrix_shape();
   const int64_t k = left_rows.matrix_shape().second;
   const py::object flipped = right.attr("mT");
-  const bool is_flipped =
-      !right.attr("is_contiguous")().cast<bool>() && flipped.attr("is_contiguous")().cast<bool>();
+  const bool is_flipped = !right.attr("is_contiguous")().cast<bool>() && flipped.attr("is_contiguous")().cast<bool>();
   const Input right_rows(is_flipped ? py::handle(flipped) : right, "right");
   const Array l = left_rows.array(m * k), r = right_rows.array(n * k);
   require(l.dtype == r.dtype && (l.dtype == DType::f32 || l.dtype == DType::f64),
@@ -354,7 +352,10 @@ PYBIND11_MODULE(_native, m) {
         return py::buffer_info(static_cast<uint8_t*>(memory.data()), static_cast<py::ssize_t>(memory.bytes()));
       });
   m.def("build_facts", &build_facts, "Instruction sets, compiler and CUDA architectures of this build.");
-  m.def("use_isa", [](const std::string& name) {
-    require(use_isa(name.c_str()), "this processor or build has no instruction set '" + name + "'");
-  }, "Choose the instruction set, for tests: results must not depend on it.");
+  m.def(
+      "use_isa",
+      [](const std::string& name) {
+        require(use_isa(name.c_str()), "this processor or build has no instruction set '" + name + "'");
+      },
+      "Choose the instruction set, for tests: results must not depend on it.");
 }

@@ -7,6 +7,7 @@ void define_cuda_ops(pybind11::module_& m);
 
 PYBIND11_MODULE(cuda_on_host, m) {
   define_cuda_ops(m);
-  m.def("run_backwards", [](bool backwards) { resm::cuda::backwards = backwards; },
-        "Reverse the order of threads and blocks, or restore it.");
+  m.def(
+      "run_backwards", [](bool backwards) { resm::cuda::backwards = backwards; },
+      "Reverse the order of threads and blocks, or restore it.");
 }

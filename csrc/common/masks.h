@@ -8,8 +8,8 @@
 namespace resm {
 
 // Element i of a flattened tensor is bit i mod 8 of byte i/8. Masks have whole runs; bits past the tensor are 0.
-constexpr int kRun = 128;                // elements that 32 counters draw for
-constexpr int kRunCounters = kRun / 4;   // word w of counter c of a run is of the run's element 32·w + c
+constexpr int kRun = 128;               // elements that 32 counters draw for
+constexpr int kRunCounters = kRun / 4;  // word w of counter c of a run is of the run's element 32·w + c
 constexpr int kRunBytes = kRun / 8;
 constexpr int64_t mask_bytes(int64_t numel) { return (numel + kRun - 1) / kRun * kRunBytes; }
 

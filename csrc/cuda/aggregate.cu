@@ -122,17 +122,16 @@ void aggregate(const Group& group, const AggregateOptions& options, const Aggreg
     using Kind = decltype(kind);
     using C = typename Kind::Compute;
     const auto merge = [&](auto ties, auto sparse) {
-      const Aggregate<Kind, decltype(ties)::value, decltype(sparse)::value> kernel{
-          group,
-          options.factors,
-          options.divisors,
-          options.thresholds,
-          result.merged,
-          result.nonfinite,
-          static_cast<C>(options.scale),
-          static_cast<C>(options.min_divisor),
-          options.vote,
-          options.normalize};
+      const Aggregate<Kind, decltype(ties)::value, decltype(sparse)::value> kernel{group,
+                                                                                   options.factors,
+                                                                                   options.divisors,
+                                                                                   options.thresholds,
+                                                                                   result.merged,
+                                                                                   result.nonfinite,
+                                                                                   static_cast<C>(options.scale),
+                                                                                   static_cast<C>(options.min_divisor),
+                                                                                   options.vote,
+                                                                                   options.normalize};
       launch("aggregate", kernel, group.blocks(), stream);
     };
     const bool sparse = options.thresholds.lower != nullptr || group.masks != nullptr;

@@ -81,13 +81,14 @@ RESM_DEVICE T atomic_add(T* to, T value) {
   if constexpr (sizeof(T) == 4)
     return static_cast<T>(atomicAdd(reinterpret_cast<unsigned int*>(to), static_cast<unsigned int>(value)));
   else
-    return static_cast<T>(
-        atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
+    return static_cast<T>(atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value)));
 }
 
 // Reads memory that no kernel writes while this one runs: the compiler need not read it again after a store.
 template <class T>
-RESM_DEVICE T constant(const T* from) { return __ldg(from); }
+RESM_DEVICE T constant(const T* from) {
+  return __ldg(from);
+}
 
 // 16 bytes at an address that is a multiple of 16, number `index` from there. No kernel reads what it writes.
 RESM_DEVICE uint4 read16(const void* from, int index) { return __ldg(static_cast<const uint4*>(from) + index); }
@@ -166,7 +167,9 @@ T atomic_add(T* to, T value) {
 }
 
 template <class T>
-T constant(const T* from) { return *from; }
+T constant(const T* from) {
+  return *from;
+}
 
 inline void check_16_bytes(const void* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0)

@@ -185,7 +185,8 @@ struct Totals : Problem {
     const int64_t stride = group.n_experts * kFields;
     // The largest passes over NaN.
     if (largest)
-      return combined_rows(block, sums, n_chunks, stride, shared.sums, [](double a, double b) { return a > b ? a : b; });
+      return combined_rows(block, sums, n_chunks, stride, shared.sums,
+                           [](double a, double b) { return a > b ? a : b; });
     return combined_rows(block, sums, n_chunks, stride, shared.sums, [](double a, double b) { return a + b; });
   }
 
@@ -196,8 +197,8 @@ struct Totals : Problem {
         // A float with exponent field e is its 24-bit significand times 2^(e − 150); subnormals share e = 1's scale.
         const double unit = bits_as<double>(uint64_t((bin == 0 ? 1 : bin) - 150 + 1023) << 52);
         const bool special = bin == kHistogramBins - 1 && result.bin_counts[position] != 0;
-        result.bin_sums[position] = special ? bits_as<double>(kInfinityKey<double>)
-                                            : double(uint64_t(workspace.significands[position])) * unit;
+        result.bin_sums[position] =
+            special ? bits_as<double>(kInfinityKey<double>) : double(uint64_t(workspace.significands[position])) * unit;
       }
     });
   }

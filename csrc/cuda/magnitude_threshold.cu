@@ -43,10 +43,10 @@ constexpr int kSample = kSampleBytes / sizeof(C);
 template <class C>
 struct Problem {
   Group group;
-  const int64_t* k;         // (T,)
-  Selection* selections;    // (T,)
-  int64_t* frequencies;     // (T, kDigits), zeros except between Count and Choose
-  Key<C>* buffers;          // (T, capacity)
+  const int64_t* k;       // (T,)
+  Selection* selections;  // (T,)
+  int64_t* frequencies;   // (T, kDigits), zeros except between Count and Choose
+  Key<C>* buffers;        // (T, capacity)
   ThresholdResult result;
 
   RESM_DEVICE int64_t capacity() const { return group.length / kBufferShare; }
@@ -316,8 +316,7 @@ struct Count : Problem<C> {
       });
       block.each([&](int thread) {
         for (int i = thread; i < kDigits; i += kThreads)
-          if (shared.frequencies[i] != 0)
-            atomic_add(P::frequencies + t * kDigits + i, int64_t(shared.frequencies[i]));
+          if (shared.frequencies[i] != 0) atomic_add(P::frequencies + t * kDigits + i, int64_t(shared.frequencies[i]));
       });
     }
   }

@@ -40,7 +40,7 @@ struct Draw {
     const int64_t run = part / kParts, position = part % kParts;
     uint32_t bits[kWords] = {};
     RESM_UNROLL_TWICE  // two hide each other's latency; eight do not fit the registers
-    for (int j = 0; j < kCounters; ++j) {
+        for (int j = 0; j < kCounters; ++j) {
       const uint64_t counter = static_cast<uint64_t>(part) * kCounters + j;
       uint64_t x[kWords] = {counter, counter >> 32, options.expert, static_cast<uint64_t>(RandomStream::mask)};
       philox(x, options.seed);
@@ -52,8 +52,7 @@ struct Draw {
       }
     }
     RESM_UNROLL
-    for (int w = 0; w < kWords; ++w)
-      mask[run * kRunBytes + position + w * kWordBytes] = static_cast<uint8_t>(bits[w]);
+    for (int w = 0; w < kWords; ++w) mask[run * kRunBytes + position + w * kWordBytes] = static_cast<uint8_t>(bits[w]);
   }
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared&) const {
