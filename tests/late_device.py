@@ -140,7 +140,7 @@ class LateDevice:
 
     def busy(self) -> float:
         if self._in or self._out:
-            self.problems.append("asked how long it was busy while it is busy")
+            self.problems.append("asked how long it was busy, which it is")
         return 0.25
 
     def tick(self) -> None:
