@@ -9,6 +9,7 @@ at a time on NVIDIA's GPUs.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -99,7 +100,7 @@ def cases() -> Iterator[Case]:
             {"num_warps": variance_mask.WARPS, "enable_fp_fusion": False},
         )
         sizes = {"BLOCK": delta_stats.BLOCK, "BLOCKS": delta_stats.BLOCKS, "FIELDS": delta_stats.FIELDS}
-        for second, by_rows in ((False, False), (True, False), (True, True)):
+        for second, by_rows in itertools.product((False, True), repeat=2):
             yield Case(
                 f"delta_stats {'second' if second else 'first'}{' of rows' if by_rows else ''} {dtype}",
                 delta_stats.chunks_kernel,

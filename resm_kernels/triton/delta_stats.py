@@ -108,6 +108,8 @@ def chunks_kernel(
     for t in range(T):
         sums = chunk_sums + (tl.program_id(0).to(tl.int64) * T + t) * FIELDS
         expert = tl.load(experts + t)
+        # Whole chunks are read without masks, which makes wide accesses possible. A row may begin anywhere, so that its
+        # accesses are narrow in any case, and a second copy of the loop would cost registers (sm_80 would spill).
         if SECOND:
             moment = moments + (t * n_rows + row) * 5
             n = (end - row * length).to(tl.float64)
@@ -120,21 +122,21 @@ def chunks_kernel(
                 below = mean - spread
                 above = mean + spread
             small_up_to = tl.maximum(tl.load(limits + 1) * tl.sqrt(square), eps)
-            if start + BLOCK * BLOCKS <= end:
-                _second(
-                    base, expert, start, end, below, above, small_up_to, sums, BASE, EXPERT, COMPUTE, ALIGNED, False,
-                    BLOCK, BLOCKS,
-                )  # fmt: skip
-            else:
+            if BY_ROWS or start + BLOCK * BLOCKS > end:
                 _second(
                     base, expert, start, end, below, above, small_up_to, sums, BASE, EXPERT, COMPUTE, ALIGNED, True,
                     BLOCK, BLOCKS,
                 )  # fmt: skip
-        else:
-            if start + BLOCK * BLOCKS <= end:
-                _first(base, expert, start, end, eps, sums, BASE, EXPERT, COMPUTE, ALIGNED, False, BLOCK, BLOCKS)
             else:
+                _second(
+                    base, expert, start, end, below, above, small_up_to, sums, BASE, EXPERT, COMPUTE, ALIGNED, False,
+                    BLOCK, BLOCKS,
+                )  # fmt: skip
+        else:
+            if BY_ROWS or start + BLOCK * BLOCKS > end:
                 _first(base, expert, start, end, eps, sums, BASE, EXPERT, COMPUTE, ALIGNED, True, BLOCK, BLOCKS)
+            else:
+                _first(base, expert, start, end, eps, sums, BASE, EXPERT, COMPUTE, ALIGNED, False, BLOCK, BLOCKS)
 
 
 @triton.jit
