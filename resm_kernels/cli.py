@@ -98,8 +98,7 @@ def merge(
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
     ] = MergeOptions.trust_remote_code,
     random_seed: Annotated[
-        int,
-        typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA)."),
+        int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
     ] = MergeOptions.random_seed,
     quiet: QuietOption = False,
 ) -> None:

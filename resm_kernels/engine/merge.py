@@ -220,12 +220,7 @@ def _merged(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
             result = _merge_factors(plan, job, tensors)
         else:
             result = plan.method(
-                base,
-                experts,
-                out_dtype=job.dtype,
-                name=job.name,
-                seed=plan.options.random_seed,
-                **job.parameters,
+                base, experts, out_dtype=job.dtype, name=job.name, seed=plan.options.random_seed, **job.parameters
             )
         if job.dtype == torch.float16:
             check_values(torch.isfinite(result).all(), _check_range)

@@ -298,9 +298,7 @@ def _kind(name: str) -> str:
     return name if position is None else position.stack + position.rest
 
 
-def _factors(
-    inputs: Sequence[tuple[CheckpointReader, TensorInfo]],
-) -> tuple[StoredFactors | None, ...] | None:
+def _factors(inputs: Sequence[tuple[CheckpointReader, TensorInfo]]) -> tuple[StoredFactors | None, ...] | None:
     """Return the factors of all experts' changes to one matrix of the base, an entry None for an unchanged matrix.
 
     Returns None if an expert is no adapter of that base, changes the matrix otherwise than by factors, or if the ranks

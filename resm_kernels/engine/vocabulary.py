@@ -204,11 +204,7 @@ class AlignedReader(CheckpointReader):
     """
 
     def __init__(
-        self,
-        tensors: ModelTensors,
-        i: int,
-        kept_rows: Sequence[int],
-        foreign: Mapping[int, tuple[RowSource, ...]],
+        self, tensors: ModelTensors, i: int, kept_rows: Sequence[int], foreign: Mapping[int, tuple[RowSource, ...]]
     ) -> None:
         reader, info = tensors.tensors[i]
         self.folder = reader.folder

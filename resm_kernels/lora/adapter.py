@@ -92,12 +92,7 @@ class AdapterReader(CheckpointReader):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        base: CheckpointReader,
-        base_config: Mapping[str, Any],
-        *,
-        double: bool = False,
+        self, folder: Path, base: CheckpointReader, base_config: Mapping[str, Any], *, double: bool = False
     ) -> None:
         if not (folder / CONFIG_FILE).is_file():
             raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
