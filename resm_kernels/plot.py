@@ -10,9 +10,9 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from resm_kernels.tensor_names import FIRST_NUMBER
+from resm_kernels.tensor_names import ModuleKind, module_kind
 
 if TYPE_CHECKING:
     from resm_kernels.engine import TensorStats
@@ -28,13 +28,6 @@ _LOWEST: Final = 1e-4
 
 class PlotError(ValueError):
     """A picture cannot be made; the message says what is missing or wrong and what is needed."""
-
-
-class _Position(NamedTuple):
-    """Where in a model a tensor is: its kind of module, and its layer (None outside the layers)."""
-
-    kind: str
-    layer: int | None
 
 
 def check_plot(file: Path) -> None:
@@ -66,7 +59,7 @@ def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) 
     check_plot(file)
     usable = [row for row in rows if row.problem is None]
     spectral = [row for row in usable if row.spectra is not None]
-    positions = {row.name: _position(row.name) for row in usable}
+    positions = {row.name: module_kind(row.name) for row in usable}
     _limit_kinds(positions, [row.name for row in spectral or usable])
     spectra_kinds = _kinds(positions, spectral)
     above = -(-len(spectra_kinds) // _MOST_COLUMNS)
@@ -95,21 +88,7 @@ def _short(experts: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(experts)
 
 
-def _position(name: str) -> _Position:
-    """Return a tensor's position: `model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3.
-
-    The kind of a numbered part is the name of its list and the number.
-    """
-    layer = FIRST_NUMBER.search(name)
-    parts = name.split(".")
-    kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
-    if kind[0].isdigit() and len(parts) > 2:
-        kind = parts[-3:-1]
-    suffix = ".bias" if parts[-1] == "bias" else ""
-    return _Position(".".join(kind) + suffix, int(layer[1]) if layer else None)
-
-
-def _limit_kinds(positions: dict[str, _Position], names: Iterable[str]) -> None:
+def _limit_kinds(positions: dict[str, ModuleKind], names: Iterable[str]) -> None:
     """Limit the kinds to the most frequent ones among the named tensors; the others become the kind "other"."""
     counts: dict[str, int] = {}
     for name in names:
@@ -121,7 +100,7 @@ def _limit_kinds(positions: dict[str, _Position], names: Iterable[str]) -> None:
                 positions[name] = position._replace(kind="other")
 
 
-def _kinds(positions: dict[str, _Position], rows: Sequence[TensorStats]) -> list[str]:
+def _kinds(positions: dict[str, ModuleKind], rows: Sequence[TensorStats]) -> list[str]:
     """Return the kinds of these tensors in the order of the files, those inside the layers first."""
     kinds = dict.fromkeys(positions[row.name].kind for row in rows)
     inside = {positions[row.name].kind for row in rows if positions[row.name].layer is not None}
@@ -131,7 +110,7 @@ def _kinds(positions: dict[str, _Position], rows: Sequence[TensorStats]) -> list
 def _draw_spectra(
     figure: Any,
     rows: Sequence[TensorStats],
-    positions: dict[str, _Position],
+    positions: dict[str, ModuleKind],
     kinds: Sequence[str],
     experts: Sequence[str],
 ) -> None:
@@ -189,7 +168,7 @@ def _median_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list
 
 
 def _draw_depth(
-    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], positions: dict[str, _Position]
+    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], positions: dict[str, ModuleKind]
 ) -> None:
     rows = spectral or usable
     kinds = _kinds(positions, rows)

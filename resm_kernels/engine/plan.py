@@ -295,7 +295,7 @@ class _JobPlanner:
 def _kind(name: str) -> str:
     """Return the tensor's name without the number of its layer."""
     position = layer_position(name)
-    return name if position is None else position.stack + position.rest
+    return name if position is None else position.unnumbered
 
 
 def _factors(inputs: Sequence[tuple[CheckpointReader, TensorInfo]]) -> tuple[StoredFactors | None, ...] | None:

@@ -31,16 +31,8 @@ from resm_kernels.methods.resm import layer_plan
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
 
-_STATISTICS = (
-    "numel",
-    "sum",
-    "sum_sq",
-    "sum_abs",
-    "max_abs",
-    "n_zero",
-    "n_small",
-    "n_outlier",
-    "outlier_sum_abs",
+_STATISTICS: Final = (
+    *("numel", "sum", "sum_sq", "sum_abs", "max_abs", "n_zero", "n_small", "n_outlier", "outlier_sum_abs"),
     "n_nonfinite",
 )
 _SAMPLES: Final = 64

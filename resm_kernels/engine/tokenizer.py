@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, json_bytes
+from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.engine.models import OpenedModels
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
 
@@ -36,14 +37,6 @@ class OutputTokenizer:
     files: Mapping[str, bytes]
 
 
-def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Return the number of the embedding's rows that a config.json states; None if it states none."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    return None
-
-
 def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: bool = False) -> OutputTokenizer:
     """Build the tokenizer that the recipe's `tokenizer` or `tokenizer_source` asks for.
 
@@ -63,7 +56,7 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
     loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
     known = {m.base_folder: _tokens_with_rows(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
     config = next((m.config for m in models.all() if m.base_folder == folder), {})
-    tokenizer = loader.load(folder, vocabulary_size(config))
+    tokenizer = loader.load(folder, config_entry(config, "vocab_size", int))
     if entry.source == UNION:
         _add_missing_tokens(tokenizer, list(loaded.values()), list(known.values()))
     vocabulary = tokenizer.get_vocab()
@@ -169,7 +162,7 @@ def _without_tokens(config: Mapping[str, Any], removed: set[str], size: int) -> 
 
 def _tokens_with_rows(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
     """Return the tokens that have a row in the model's embedding, with their rows."""
-    size = vocabulary_size(config)
+    size = config_entry(config, "vocab_size", int)
     return {token: row for token, row in vocabulary.items() if size is None or row < size}
 
 
