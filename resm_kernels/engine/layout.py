@@ -189,7 +189,9 @@ class _PartPlanner:
         reference, folder = self._models.by_source[lead].folder, self._models.by_source[expert].folder
         need = "need the same tensors in all models"
         if missing := [name for name in lead_tensors if name not in expert_tensors]:
-            raise MergeError(f"{folder}: tensor {missing[0]!r} is missing{_and_more(missing)}; need every tensor of {reference}")
+            raise MergeError(
+                f"{folder}: tensor {missing[0]!r} is missing{_and_more(missing)}; need every tensor of {reference}"
+            )
         if extra := [name for name in expert_tensors if name not in lead_tensors]:
             raise MergeError(f"{folder}: tensor {extra[0]!r} is not in {reference}{_and_more(extra)}; {need}")
 

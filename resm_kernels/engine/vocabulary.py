@@ -173,15 +173,12 @@ class ModelTensors:
         to = to[order]
         for first, last in _pieces(rows, _GAP // max(nbytes, 1) + 1, max(CHUNK // max(nbytes, 1), 1)):
             start, end = int(rows[first]), int(rows[last - 1]) + 1
-            shape = (end - start, *info.shape[1:])
-            part = replace(info, shape=shape, offset=info.offset + start * nbytes, nbytes=(end - start) * nbytes)
             here = int(to[first])
             together = end - start == last - first and bool((to[first:last] - rows[first:last] == here - start).all())
             if together and first_time and out.dtype == info.dtype:
-                reader.read_into(part, out[here : here + last - first])
+                reader.read_into(info.rows(start, end), out[here : here + last - first])
                 continue
-            piece = torch.empty(shape, dtype=info.dtype)
-            reader.read_into(part, piece)
+            piece = reader.read_info(info.rows(start, end))
             if together:
                 out[here : here + last - first] += piece
             else:

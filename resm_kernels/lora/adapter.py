@@ -223,10 +223,7 @@ class AdapterReader(CheckpointReader):
         return StoredFactors(parts["a"], parts["b"], self._transposed(module), self.config.scale(module))
 
     def _part(self, module: str, part: str, dtype: torch.dtype) -> Tensor:
-        info = self._modules[module].parts[part]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        super().read_into(info, tensor)
-        return tensor.to(dtype)
+        return self.read_info(self._modules[module].parts[part]).to(dtype)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor; adapted tensors are formed in it."""
@@ -261,12 +258,9 @@ class AdapterReader(CheckpointReader):
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
         """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""
-        whole = self._replaced.get(name) or self.base.tensors[name]
-        row_bytes = whole.nbytes // whole.shape[0]
-        shape = (last - first, *whole.shape[1:])
-        info = replace(whole, shape=shape, offset=whole.offset + first * row_bytes, nbytes=(last - first) * row_bytes)
-        rows = torch.empty(shape, dtype=whole.dtype)
-        super().read_into(info, rows)
+        stored = self._replaced.get(name) or self.base.tensors[name]
+        rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
+        super().read_into(stored.rows(first, last), rows)
         out.copy_(rows)
 
     def same_bytes(self, first: str, second: str) -> bool:
