@@ -83,13 +83,13 @@ def merge(
     ] = str(MergeOptions.device),
     device_memory: Annotated[
         str | None,
-        typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of what is free there."),
+        typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of its free memory."),
     ] = None,
     copy_tokenizer: Annotated[
         bool, typer.Option(help="Copy the tokenizer's files if the recipe does not ask for a new tokenizer.")
     ] = MergeOptions.copy_tokenizer,
     write_model_card: Annotated[
-        bool, typer.Option(help="Write README.md and the recipe beside the weights.")
+        bool, typer.Option(help="Write README.md and the recipe into OUT.")
     ] = MergeOptions.model_card,
     allow_crimes: Annotated[
         bool, typer.Option(help="Merge models of different architectures if their tensors fit.")
@@ -137,9 +137,7 @@ def merge(
 )
 def run_mergekit(
     context: typer.Context,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Run mergekit's own methods on these kernels too.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Run mergekit's methods on these kernels too.")] = False,
 ) -> None:
     """Run mergekit-yaml (RECIPE OUT and its options) with this library's merge methods registered."""
     from resm_kernels.mergekit import run
@@ -200,7 +198,7 @@ def stats(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Show version, the kernels that run, CPU features, threads and GPUs: for bug reports, and to see what is fast."""
+    """Show version, kernels, CPU features, threads and GPUs, for bug reports and to see which kernels run."""
     with _loading():
         import platform
 

@@ -27,7 +27,7 @@ _LOWEST: Final = 1e-4
 
 
 class PlotError(ValueError):
-    """A picture cannot be made; the message says what is missing or wrong and what is needed."""
+    """A picture cannot be made; the message names the cause and the need."""
 
 
 def check_plot(file: Path) -> None:
@@ -62,12 +62,12 @@ def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) 
     positions = {row.name: module_kind(row.name) for row in usable}
     _limit_kinds(positions, [row.name for row in spectral or usable])
     spectra_kinds = _kinds(positions, spectral)
-    above = -(-len(spectra_kinds) // _MOST_COLUMNS)
-    height = 2.3 * above + (6.6 if spectral else 3.4) + 0.6
+    spectra_rows = -(-len(spectra_kinds) // _MOST_COLUMNS)
+    height = 2.3 * spectra_rows + (6.6 if spectral else 3.4) + 0.6
     figure = _matplotlib("figure").Figure(figsize=(13, height), layout="constrained")
     top, bottom = figure, figure
-    if above:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * above + 0.6, 6.6])
+    if spectra_rows:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * spectra_rows + 0.6, 6.6])
         _draw_spectra(top, spectral, positions, spectra_kinds, _short(experts))
     _draw_depth(bottom, usable, spectral, positions)
     figure.savefig(file, dpi=130, format=file.suffix[1:].lower())
@@ -176,7 +176,7 @@ def _draw_depth(
     last = layers[-1] if layers else -1
     outside = dict.fromkeys(positions[row.name].kind for row in rows if positions[row.name].layer is None)
     step = max(1, len(layers) // 9)  # room for their names on the axis
-    beyond = {kind: last + step * (1 + i) for i, kind in enumerate(outside)}
+    outside_x = {kind: last + step * (1 + i) for i, kind in enumerate(outside)}
     axes = figure.subplots(2, 2, sharex=True).flat if spectral else [figure.subplots()]
 
     def draw(axis: Any, title: str, values: Callable[[TensorStats], Sequence[float]], **style: Any) -> None:
@@ -185,7 +185,7 @@ def _draw_depth(
             values_at: dict[int, list[float]] = {}
             for row in rows:
                 if (position := positions[row.name]).kind == kind:
-                    x = beyond[kind] if position.layer is None else position.layer
+                    x = outside_x[kind] if position.layer is None else position.layer
                     values_at.setdefault(x, []).extend(v for v in values(row) if math.isfinite(v))
             points = {x: values_at[x] for x in sorted(values_at) if values_at[x]}
             _draw_band(axis, points, number, **({"label": kind} | style))
@@ -214,8 +214,8 @@ def _draw_depth(
         axis.margins(y=0.1)
         axis.update_datalim([(0, 0)], updatex=False)
         axis.set_ylim(bottom=0)
-        axis.set_xticks([*numbered, *beyond.values()])
-        axis.set_xticklabels([*map(str, numbered), *beyond], fontsize=8)
+        axis.set_xticks([*numbered, *outside_x.values()])
+        axis.set_xticklabels([*map(str, numbered), *outside_x], fontsize=8)
         for label in axis.get_xticklabels()[len(numbered) :]:
             label.set(rotation=20, horizontalalignment="right")
     for axis in axes[2:] if spectral else axes:

@@ -1,4 +1,4 @@
-"""What a tensor's name says about it: its layer, its module of the model, and whether it is vocabulary.
+"""Reads from a tensor's name its layer, its module, and whether it is vocabulary.
 
 All rules of this library about names stand here. A checkpoint names a tensor by its modules, joined with dots, and the
 parameter: `model.layers.3.mlp.up_proj.weight` is the parameter `weight` of the module `model.layers.3.mlp.up_proj`,
@@ -94,8 +94,8 @@ def module_kind(name: str) -> ModuleKind:
 def layer_position(name: str) -> LayerPosition | None:
     """Return the layer that a tensor belongs to, or None if it is outside all layers.
 
-    A layer stack is what the first numbered `layers`, `layer`, `h`, `blocks` or `block` of a name counts. A vision
-    tower and a text model in one checkpoint therefore have different stacks.
+    A layer stack is the first list in a name that is called `layers`, `layer`, `h`, `blocks` or `block`, with the
+    modules before it. A vision tower and a text model in one checkpoint therefore have different stacks.
     """
     match = _LAYER.match(name)
     return None if match is None else LayerPosition(match[1], int(match[2]), match[3])
@@ -141,8 +141,8 @@ def is_tied_embedding(name: str) -> bool:
 def is_tied_vocabulary(name: str) -> bool:
     """Return True for tensors that are one tensor in a model with tied embeddings: `is_tied_embedding` or `lm_head`.
 
-    Adapters on these are refused if the base model ties them. Of the other names of `is_vocabulary` it is not known
-    what they are tied to, so adapters on them are accepted.
+    Adapters on these are refused if the base model ties them. Nothing is known about ties of the
+    other names of `is_vocabulary`, so adapters on them are accepted.
     """
     return is_tied_embedding(name) or last_part(module_of(name)) == "lm_head"
 
@@ -169,7 +169,7 @@ def module_of(name: str) -> str:
 
 
 def last_part(name: str) -> str:
-    """Return what follows the last dot of a name."""
+    """Return the part of a name after its last dot."""
     return name.rsplit(".", 1)[-1]
 
 

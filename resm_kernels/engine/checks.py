@@ -1,4 +1,4 @@
-"""Checks of models before a tensor is read: same architecture, no quantised weights, tied output heads."""
+"""Checks models before any tensor is read: their architectures, quantised weights, and tied output heads."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def check_tied(models: Sequence[Model]) -> bool:
         embedding = next((n for n in model.reader.tensors if is_vocabulary(n) and is_before_layers(n)), None)
         if embedding is None or not model.reader.same_bytes(OUTPUT_HEAD, embedding):
             embedding_name = "the embedding" if embedding is None else repr(embedding)
-            others = f", and {lacking.folder} stores none" if lacking is not None else ""
+            missing_head = f", and {lacking.folder} stores none" if lacking is not None else ""
             raise MergeError(
                 f"{model.folder}: tensor {OUTPUT_HEAD!r} differs from {embedding_name} although the models' "
-                f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){others}; if the head "
-                "is separate on purpose, set that to false and store it in every model"
+                f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){missing_head}; if the "
+                "head is separate on purpose, set that to false and store it in every model"
             )
     return True
 

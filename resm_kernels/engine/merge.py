@@ -1,4 +1,4 @@
-"""`merge_checkpoints`: carries a plan out, tensor by tensor, into a folder that appears when it is complete."""
+"""Merges checkpoints tensor by tensor into a folder that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """The result of a merge, and where its time went.
 
     Attributes:
         out: The output folder.
@@ -51,7 +51,7 @@ class MergeReport:
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
         memory_peak: The most bytes that were in flight.
         device_wait: Seconds that data waited for room on a GPU.
-        devices: What each GPU did; empty if the CPU computed.
+        devices: The part of each GPU; empty if the CPU computed.
     """
 
     out: Path
@@ -117,7 +117,7 @@ def merge_checkpoints(
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
-            ValueErrors; the message names file, tensor and what is needed.
+            ValueErrors whose message names the file, the tensor and the need.
         ValueError: A device does not exist or has less memory than asked for, or an option is out of its range.
     """
     with plan_merge(recipe, out, MergeOptions(**options)) as plan:

@@ -40,7 +40,7 @@ class Timings:
         write_wait: The caller's thread waited for earlier results to be written.
         device_wait: The caller's thread waited for room on a GPU.
         peak_bytes: The most bytes of the CPU's memory that were in flight.
-        devices: What each GPU did; empty if the CPU computed.
+        devices: The part of each GPU; empty if the CPU computed.
     """
 
     read_wait: float = 0.0
@@ -52,7 +52,7 @@ class Timings:
 
 
 class Run:
-    """What the threads of one run of a pipeline share.
+    """The state that the threads of one run of a pipeline share.
 
     Attributes:
         inputs: The ring buffer of inputs.
@@ -104,7 +104,7 @@ class InFlightTensor(Protocol):
         """Compute the result or begin to; called by the caller's thread, in the order of the jobs.
 
         Returns:
-            The mark after which the inputs are no longer in use; None if they no longer are now.
+            The mark at which the inputs are no longer in use; None if they are not in use any more.
         """
 
     def is_completed(self) -> bool:
@@ -118,7 +118,7 @@ class InFlightTensor(Protocol):
 
 
 class Executor(Protocol[_JobT_contra]):
-    """What computes the jobs of a pipeline, and owns the memory of their results."""
+    """Computes the jobs of a pipeline, and owns the memory of their results."""
 
     def opened(self, run: Run, jobs: Sequence[_JobT_contra]) -> AbstractContextManager[None]:
         """Be ready for one run of these jobs within the context."""

@@ -45,8 +45,9 @@ class TensorJob(Job):
         parameters: The method's keyword arguments.
         folders: The folders of the models that it is merged from, the base's first if there is a base.
         n_experts: How many of these are experts.
-        factors: If not None, the inputs are the base's tensor, then A and B of each expert whose entry is not None, to
-            be merged as `lora.merge_factors` does. An entry is None if that expert does not change the tensor.
+        factors: The stored factors of each expert, None for an expert that does not change the tensor. The inputs are
+            then the base's tensor, and A and B of each expert that has factors; `lora.merge_factors` merges them. None
+            if the experts are merged as whole tensors.
     """
 
     dtype: torch.dtype

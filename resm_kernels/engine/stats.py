@@ -124,7 +124,7 @@ def checkpoint_stats(
     """Return RESM's statistics of every floating-point tensor of a recipe's models.
 
     They are computed with the recipe's parameters if its method is RESM, else with RESM's defaults. A tensor with NaN
-    or infinite values is no error, but gets an entry that says so, so that damaged models can be found.
+    or infinite values raises no error: its entry says so, and names the damaged model.
 
     Args:
         recipe: As for `merge_checkpoints`.
@@ -139,7 +139,7 @@ def checkpoint_stats(
     """
     recipe = load_recipe(recipe)
     if recipe.base_model is None:
-        raise MergeError("base_model: missing; statistics are of the differences from a base model")
+        raise MergeError("base_model: missing; statistics are of task vectors, which need a base model")
     lists = [[source.model for source in piece.experts] for part in recipe.parts for piece in part.slices]
     if any(names != lists[0] for names in lists):
         raise MergeError("slices: statistics need the same experts everywhere, got several lists of them")

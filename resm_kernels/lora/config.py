@@ -1,4 +1,4 @@
-"""The files of a PEFT adapter folder, and what its `adapter_config.json` says about the stored tensors."""
+"""The files of a PEFT adapter folder, and the entries of its `adapter_config.json`."""
 
 from __future__ import annotations
 

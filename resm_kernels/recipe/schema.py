@@ -142,7 +142,7 @@ class Recipe(BaseModel):
 
     @property
     def text(self) -> str:
-        """The recipe as its author wrote it; a recipe that was given as a mapping is written as YAML."""
+        """The recipe as its author wrote it; a recipe that was read from a mapping is written as YAML."""
         return self._written if isinstance(self._written, str) else yaml.safe_dump(self._written, sort_keys=False)
 
     @property
