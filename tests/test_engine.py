@@ -229,7 +229,7 @@ def test_reader_runs_ahead_only_as_far_as_the_ring_goes(family: Family) -> None:
 
     def compute(job: Job, tensors: list[torch.Tensor]) -> torch.Tensor:
         time.sleep(0.002)
-        seen.append(pipeline.timings.peak_bytes)
+        seen.append(pipeline.timings.memory_peak)
         assert all(torch.equal(t, family.base[job.name]) for t in tensors)
         return tensors[0]  # in the ring: must be copied before its memory is used again
 

@@ -149,7 +149,7 @@ def test_results_are_the_cpus_whatever_the_devices_and_their_timing(sizes, host,
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
     window = run.pipeline.window
-    assert 0 < timings.peak_bytes <= window.bound
+    assert 0 < timings.memory_peak <= window.bound
     assert window.bound <= max(limit, max(j.input_segment for j in jobs) + max(j.output_segment for j in jobs))
     assert sum(use.tensors for use in timings.devices) == sum(HOST not in j.name for j in jobs)
     for device, use in zip(devices, timings.devices, strict=True):

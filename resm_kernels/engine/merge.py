@@ -20,7 +20,7 @@ from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.models import MergeError
-from resm_kernels.engine.pipeline import Executor, Pipeline
+from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.options import MergeKeywords, MergeOptions
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """The result of a merge, and where its time went.
+@dataclass(kw_only=True)
+class MergeReport(Timings):
+    """The result of a merge; it has the attributes of `Timings` too.
 
     Attributes:
         out: The output folder.
@@ -43,15 +43,8 @@ class MergeReport:
         bytes_read: Bytes of tensor data read.
         bytes_written: Bytes of weight files written.
         seconds: Wall time, from reading the recipe to the final rename.
-        read_wait: Seconds that computation waited for data.
-        compute: Seconds spent computing; with GPUs, the longest time that one GPU's thread spent in the method.
-        write_wait: Seconds that computation waited for earlier results to be written, and that the merge waited for
-            the last ones.
         commit: Seconds spent flushing to disk and renaming.
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
-        memory_peak: The most bytes that were in flight.
-        device_wait: Seconds that data waited for room on a GPU.
-        devices: The part of each GPU; empty if the CPU computed.
     """
 
     out: Path
@@ -60,14 +53,8 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
-    read_wait: float
-    compute: float
-    write_wait: float
     commit: float
     memory_bound: int
-    memory_peak: int
-    device_wait: float = 0.0
-    devices: tuple[DeviceUse, ...] = ()
 
     def busy_share(self, device: DeviceUse) -> float:
         """Return the share of the wall time in which a copy or a computation was running on that GPU."""
@@ -152,14 +139,9 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         bytes_read=plan.bytes_read,
         bytes_written=plan.output.nbytes,
         seconds=finished - plan.began,
-        read_wait=timings.read_wait,
-        compute=timings.compute,
-        write_wait=timings.write_wait,
         commit=finished - computed,
         memory_bound=plan.window.bound,
-        memory_peak=timings.peak_bytes,
-        device_wait=timings.device_wait,
-        devices=timings.devices,
+        **vars(timings),
     )
 
 

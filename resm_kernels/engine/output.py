@@ -97,11 +97,8 @@ def _set_layers(
             section[key] = [_layer_entry(origin, module, keys, key) for origin in origins]
     for key in _LAYER_NUMBERS:
         if isinstance(section.get(key), list):
-            section[key] = [
-                i
-                for i, origin in enumerate(origins)
-                if origin.number in (_section(dict(origin.model.config), module, keys) or {}).get(key, ())
-            ]
+            sections = [_section(dict(origin.model.config), module, keys) or {} for origin in origins]
+            section[key] = [i for i, origin in enumerate(origins) if origin.number in sections[i].get(key, ())]
 
 
 def _section(config: dict[str, Any], module: str | None, keys: Sequence[str]) -> dict[str, Any] | None:

@@ -37,9 +37,9 @@ class Timings:
     Attributes:
         read_wait: The caller's thread waited for inputs.
         compute: Time spent computing; with GPUs, the longest time that one GPU's thread spent in the method.
-        write_wait: The caller's thread waited for earlier results to be written.
+        write_wait: The caller's thread waited for earlier results to be written, and at the end for the last ones.
         device_wait: The caller's thread waited for room on a GPU.
-        peak_bytes: The most bytes of the CPU's memory that were in flight.
+        memory_peak: The most bytes of tensor data that were in flight in the CPU's memory.
         devices: The part of each GPU; empty if the CPU computed.
     """
 
@@ -47,7 +47,7 @@ class Timings:
     compute: float = 0.0
     write_wait: float = 0.0
     device_wait: float = 0.0
-    peak_bytes: int = 0
+    memory_peak: int = 0
     devices: tuple[DeviceUse, ...] = ()
 
 
@@ -290,4 +290,4 @@ class Pipeline(Generic[JobT]):
 
     def _note_peak(self) -> None:
         in_flight = self._run.inputs.used + self.executor.bytes_held
-        self.timings.peak_bytes = max(self.timings.peak_bytes, in_flight)
+        self.timings.memory_peak = max(self.timings.memory_peak, in_flight)

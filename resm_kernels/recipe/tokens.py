@@ -59,16 +59,14 @@ def _parse_source(data: Any) -> TokenSource:
     return TokenSource(model, token, token_id)
 
 
-def _parse_optional_source(data: Any) -> TokenSource | None:
-    return None if data is None else _parse_source(data)
-
-
 class TokenEntry(BaseModel):
     """An entry of `tokens`. With `force`, the source also replaces the embeddings of models that have the token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: Annotated[TokenSource | None, PlainValidator(_parse_optional_source)] = None
+    source: Annotated[
+        TokenSource | None, PlainValidator(lambda data: None if data is None else _parse_source(data))
+    ] = None
     force: bool = False
 
 
