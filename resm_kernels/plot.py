@@ -191,24 +191,21 @@ def _draw_depth(
             _draw_band(axis, points, number, **({"label": kind} | style))
         axis.grid(alpha=0.25)
 
-    def sparsity(row: TensorStats) -> Sequence[float]:
-        return row.sparsity
-
     if spectral:
         draw(axes[0], "effective rank / r", lambda row: [e / min(row.shape) for e in _spectra(row).effective_rank])
-        draw(axes[1], "sparsity: share of weights unchanged", sparsity)
+        draw(axes[1], "sparsity: share of weights unchanged", lambda row: row.sparsity)
         draw(axes[2], "interference (dashed: random subspaces)", lambda row: [_spectra(row).interference])
         expected = {"linestyle": "--", "marker": "_", "markersize": 8, "alpha": 0.6, "label": None}
         draw(axes[2], axes[2].get_title(), lambda row: [_spectra(row).interference_expected], **expected)
         most = 1 / len(rows[0].ranks)
-        draw(
-            axes[3],
-            "rank kept by RESM / r (dotted: 1/T, the most)",
-            lambda row: [k / min(row.shape) for k in row.ranks],
-        )
+        draw(axes[3], "RESM's rank / r (dotted: 1/T, the most)", lambda row: [k / min(row.shape) for k in row.ranks])
         axes[3].axhline(most, color="black", linestyle=":", linewidth=1)
     else:
-        draw(axes[0], "sparsity: share of weights unchanged (no spectra: nothing is decomposed)", sparsity)
+        draw(
+            axes[0],
+            "sparsity: share of weights unchanged (no spectra: nothing is decomposed)",
+            lambda row: row.sparsity,
+        )
     numbered = layers[:: max(1, -(-len(layers) // 12))]
     for axis in axes:
         axis.margins(y=0.1)

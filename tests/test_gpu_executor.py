@@ -283,7 +283,7 @@ def test_a_device_out_of_memory_is_an_error_that_names_tensor_need_and_limit(sta
     )
     problem = (
         r"tensor 'tensor 2': cuda:0 has no memory left: the tensor needs \S+ kB \(.*\), device_memory is 50.0 kB, of "
-        r"which \S+ kB are for tensors under way; lower device_memory.*\(CUDA out of memory.\)$"
+        r"which \S+ kB are for tensors in flight; lower device_memory.*\(CUDA out of memory.\)$"
     )
     error = Run(jobs, [device]).fails(MergeError, problem, written=2)
     assert isinstance(error.__cause__, torch.OutOfMemoryError)

@@ -5,7 +5,7 @@ The caller's thread hands each job's inputs to the executor, which computes on t
 of results.
 
 Errors of the computation are raised in the order of the jobs: the writer raises each when all results before it have
-been written, whichever thread met it first.
+been written, even if another thread met a later one before.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ class Run:
         self.failure: BaseException | None = None
 
     def wait_for(self, condition: Callable[[], V | None]) -> V:
-        """Wait, holding the lock, until the condition returns something true, and return that.
+        """Wait, holding the lock, until the condition returns a true value, and return this value.
 
-        Raises the failure of another thread if there is one.
+        A failure of another thread is raised instead.
         """
         while self.failure is None:
             if value := condition():
@@ -121,7 +121,7 @@ class Executor(Protocol[_JobT_contra]):
     """Computes the jobs of a pipeline, and owns the memory of their results."""
 
     def opened(self, run: Run, jobs: Sequence[_JobT_contra]) -> AbstractContextManager[None]:
-        """Be ready for one run of these jobs within the context."""
+        """Hold the memory and devices that one run of these jobs needs within the context."""
 
     def loops(self) -> list[tuple[str, Callable[[], None]]]:
         """Return the names of threads that the executor needs, each with the function that it runs."""
@@ -231,7 +231,7 @@ class Pipeline(Generic[JobT]):
                 self.progress(self._bytes_reported, self._total_bytes)
 
     def _read_ahead(self) -> None:
-        """The reader's thread."""
+        """Read the inputs of all jobs in order; the reader's thread runs this."""
         run = self._run
         for job in self.jobs:
             segment = self._input_segment(job)
@@ -264,7 +264,7 @@ class Pipeline(Generic[JobT]):
                 run.inputs.free(oldest)
 
     def _write_behind(self) -> None:
-        """The writer's thread."""
+        """Write the results of all jobs in order; the writer's thread runs this."""
         run = self._run
         while True:
             with run.changed:

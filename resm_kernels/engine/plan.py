@@ -126,21 +126,8 @@ class MergePlan:
         return describe_plan(self)
 
     def auxiliary_files(self) -> Mapping[str, bytes]:
-        """Return file name → content of configuration, tokenizer and, if the options ask for it, model card."""
-        sizes: dict[torch.dtype, int] = {}
-        for job in self.jobs:
-            if not job.copied:
-                sizes[job.dtype] = sizes.get(job.dtype, 0) + job.output_bytes
-        main = max(sizes, key=lambda d: sizes[d], default=torch.float32)
-        return output_files(
-            self.recipe,
-            self.models,
-            self.layout,
-            self.tokenizer,
-            main,
-            copy_tokenizer=self.options.copy_tokenizer,
-            model_card=self.out.name if self.options.model_card and self.out is not None else None,
-        )
+        """Return file name → content of everything but the weights: config, tokenizer, and maybe a model card."""
+        return output_files(self)
 
     def close(self) -> None:
         """Close all input files."""

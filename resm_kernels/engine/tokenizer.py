@@ -24,7 +24,7 @@ class OutputTokenizer:
 
     Attributes:
         tokens: Token → row of the output's embedding.
-        rows: Number of the output's embedding's rows: the largest row of a token plus one, padded as the recipe says.
+        rows: Number of rows of the output's embedding: the largest row of a token plus one, padded as the recipe says.
         known: For each model folder, token → row of that model's embedding, without tokens beyond its last row.
         special: Names such as `eos_token_id` and their values in this tokenizer; None for tokens that it does not have.
         files: The tokenizer's files: name → content.

@@ -105,9 +105,11 @@ class Vocabulary:
         if row is None:
             row = self.tokenizer.known[model.base_folder].get(source.token or token)
         if row is None:
-            raise RecipeError(f"{where}: {model.folder} has no token {source.token or token!r}")
+            raise RecipeError(f"{where}: {model.folder} has no token {source.token or token!r}; name another")
         if row >= info.shape[0]:
-            raise RecipeError(f"{where}: got token_id {row}, but {model.folder} has {info.shape[0]} rows")
+            raise RecipeError(
+                f"{where}: got token_id {row}, but {model.folder} has {info.shape[0]} rows; need a lower one"
+            )
         return ((tensors.number(model.reader, info), row),)
 
     def _input(
@@ -127,7 +129,7 @@ class Vocabulary:
         if max(remaining_rows) >= info.shape[0]:
             raise MergeError(
                 f"{reader.folder}: tensor {info.name!r} has {info.shape[0]} rows, but its tokenizer and config.json "
-                f"have a token with row {max(remaining_rows)}"
+                f"have a token with row {max(remaining_rows)}; need a tokenizer that fits its model"
             )
         aligned = AlignedReader(tensors, i, remaining_rows, foreign)
         return aligned, aligned.tensors[info.name]

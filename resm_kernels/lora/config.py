@@ -114,9 +114,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         alpha=data["lora_alpha"],
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        use_rslora=bool(data.get("use_rslora")),
-        use_dora=bool(data.get("use_dora")),
-        fan_in_fan_out=bool(data.get("fan_in_fan_out")),
+        **{flag: bool(data.get(flag)) for flag in ("use_rslora", "use_dora", "fan_in_fan_out")},
         base_name=data.get("base_model_name_or_path") or None,
     )
 

@@ -85,7 +85,7 @@ def _describe(problem: Any) -> tuple[Location, str]:
         known = tuple(entry.model_fields)
         return location, f"unknown key{did_you_mean(location[-1], known)}; known: {', '.join(known)}"
     if problem["type"] == "missing":
-        return location, "missing"
+        return location, "missing; this key is needed"
     if cause is not None:
         return location, str(cause)
     return location, f"got {problem['input']!r}: {problem['msg']}"

@@ -11,10 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from resm_kernels.suggestions import did_you_mean
 
 UNION: Final = "union"
-"""As a tokenizer's source: the tokens of all models together."""
+"""The tokenizer source that takes the tokens of all models together."""
 
 BASE: Final = "base"
-"""As a tokenizer's source: the tokens of the base model."""
+"""The tokenizer source that takes the tokens of the base model."""
 
 
 @dataclass(frozen=True)
