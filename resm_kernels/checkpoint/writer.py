@@ -255,14 +255,12 @@ class CheckpointWriter:
         needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
         available = free_bytes(self.out)
         if needed > available:
+            folders = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
+            leftovers = f"; left behind by runs that were killed: {', '.join(folders)}" if folders else ""
             raise CheckpointError(
                 f"output {self.out}: not enough disk space: needs {format_bytes(needed)}, available "
-                f"{format_bytes(available)}{self._leftovers()}"
+                f"{format_bytes(available)}{leftovers}"
             )
-
-    def _leftovers(self) -> str:
-        folders = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
-        return f"; left behind by runs that were killed: {', '.join(folders)}" if folders else ""
 
     def _reported_errors(self) -> AbstractContextManager[None]:
         return write_errors_named(self.out, f" (needs {format_bytes(self.plan.nbytes)})")

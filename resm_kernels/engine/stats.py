@@ -177,7 +177,7 @@ def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int]
     overlap = task_interference(truncated)
     return Spectra(
         indices=indices,
-        values=[_relative(v)[torch.tensor(indices) - 1].tolist() for v in values],
+        values=[(v / (float(v[0]) or 1.0))[torch.tensor(indices) - 1].tolist() for v in values],
         largest=[float(v[0]) for v in values],
         frobenius=[float(v.square().sum().sqrt()) for v in values],
         nuclear=[float(v.sum()) for v in values],
@@ -201,11 +201,6 @@ def _log_spaced(r: int) -> list[int]:
     """Return at most `_SAMPLES` different integers from 1 to r, evenly spaced on a log scale."""
     steps = _SAMPLES - 1
     return list(range(1, r + 1)) if r <= _SAMPLES else sorted({round(r ** (i / steps)) for i in range(_SAMPLES)})
-
-
-def _relative(values: Tensor) -> Tensor:
-    """Return σ_i/σ_1, or zeros if σ_1 is 0."""
-    return values / values[0] if float(values[0]) > 0 else values
 
 
 def _spectra_workspace(job: TensorJob) -> int:

@@ -54,7 +54,10 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
     folder = models.reference.base_folder if entry.source in (BASE, UNION) else _folder(recipe, models, entry.source)
     loader = _Loader(trust_remote_code)
     loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
-    known = {m.base_folder: _tokens_with_rows(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
+    known: dict[Path, Mapping[str, int]] = {}
+    for model in models.all():
+        size, rows = config_entry(model.config, "vocab_size", int), loaded[model.base_folder].get_vocab()
+        known[model.base_folder] = {token: row for token, row in rows.items() if size is None or row < size}
     config = next((m.config for m in models.all() if m.base_folder == folder), {})
     tokenizer = loader.load(folder, config_entry(config, "vocab_size", int))
     if entry.source == UNION:
@@ -158,12 +161,6 @@ def _without_tokens(config: Mapping[str, Any], removed: set[str], size: int) -> 
             row: t for row, t in remaining["added_tokens_decoder"].items() if int(row) < size
         }
     return remaining
-
-
-def _tokens_with_rows(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the tokens that have a row in the model's embedding, with their rows."""
-    size = config_entry(config, "vocab_size", int)
-    return {token: row for token, row in vocabulary.items() if size is None or row < size}
 
 
 def _add_missing_tokens(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]) -> None:
