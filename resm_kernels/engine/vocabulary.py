@@ -23,7 +23,7 @@ CHUNK: Final = 1 << 24
 """The most bytes of rows that are read at once."""
 
 _GAP: Final = 1 << 16
-"""Two rows are read at once, with the bytes between them, if there are fewer of these than this."""
+"""Two rows are read at once, together with the bytes between them, if these are fewer than this number."""
 
 _MEANS: Final = 1 << 8
 """The number of rows whose means are formed at once."""
