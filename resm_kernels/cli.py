@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from resm_kernels.flags import translate
-from resm_kernels.options import MergeOptions
+from resm_kernels.options import MergeKeywords, MergeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -65,6 +65,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither 
 
 @app.command(epilog="mergekit-yaml's options are understood too (docs/recipes.md).")
 def merge(
+    context: typer.Context,
     recipe: RecipeArgument,
     out: Annotated[Path, typer.Argument(help="Folder of the merged model.", show_default=False)],
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB or 512MiB.")] = str(
@@ -83,23 +84,25 @@ def merge(
     ] = str(MergeOptions.device),
     device_memory: Annotated[
         str | None,
-        typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of what is free there."),
+        typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of its free memory."),
     ] = None,
     copy_tokenizer: Annotated[
         bool, typer.Option(help="Copy the tokenizer's files if the recipe does not ask for a new tokenizer.")
     ] = MergeOptions.copy_tokenizer,
-    write_model_card: Annotated[
-        bool, typer.Option(help="Write README.md and the recipe beside the weights.")
+    model_card: Annotated[
+        bool, typer.Option("--write-model-card/--no-write-model-card", help="Write README.md and the recipe into OUT.")
     ] = MergeOptions.model_card,
-    allow_crimes: Annotated[
-        bool, typer.Option(help="Merge models of different architectures if their tensors fit.")
+    mixed_architectures: Annotated[
+        bool,
+        typer.Option(
+            "--allow-crimes/--no-allow-crimes", help="Merge models of different architectures if their tensors fit."
+        ),
     ] = MergeOptions.mixed_architectures,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
     ] = MergeOptions.trust_remote_code,
     random_seed: Annotated[
-        int,
-        typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA)."),
+        int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
     ] = MergeOptions.random_seed,
     quiet: QuietOption = False,
 ) -> None:
@@ -110,19 +113,7 @@ def merge(
         from resm_kernels.engine import carry_out, plan_merge
         from resm_kernels.report import closing_line, progress_display
 
-    options = MergeOptions(
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        memory_limit=memory_limit,
-        threads=threads,
-        device=device,
-        device_memory=device_memory,
-        random_seed=random_seed,
-        copy_tokenizer=copy_tokenizer,
-        model_card=write_model_card,
-        mixed_architectures=allow_crimes,
-        trust_remote_code=trust_remote_code,
-    )
+    options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     with plan_merge(recipe, out, options) as plan:
         if dry_run:
             typer.echo(plan.describe())
@@ -138,9 +129,7 @@ def merge(
 )
 def run_mergekit(
     context: typer.Context,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Run mergekit's own methods on these kernels too.")
-    ] = False,
+    replace: Annotated[bool, typer.Option("--replace", help="Run mergekit's methods on these kernels too.")] = False,
 ) -> None:
     """Run mergekit-yaml (RECIPE OUT and its options) with this library's merge methods registered."""
     from resm_kernels.mergekit import run
@@ -201,7 +190,7 @@ def stats(
 
 @app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
-    """Show version, the kernels that run, CPU features, threads and GPUs: for bug reports, and to see what is fast."""
+    """Show version, kernels, CPU features, threads and GPUs, for bug reports and to see which kernels run."""
     with _loading():
         import platform
 

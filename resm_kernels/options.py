@@ -6,35 +6,41 @@ Importing this module does not import torch, so that the command line can show t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
     import torch
 
 
+class MergeKeywords(TypedDict, total=False):
+    """The types of the keyword arguments that `MergeOptions` and `merge_checkpoints` share."""
+
+    max_shard_size: str | int
+    overwrite: bool
+    memory_limit: str | int
+    threads: int | None
+    device: str | torch.device
+    device_memory: str | int | None
+    random_seed: int
+    copy_tokenizer: bool
+    model_card: bool
+    mixed_architectures: bool
+    trust_remote_code: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class MergeOptions:
-    """How a merge of checkpoints is carried out; what is merged is the recipe's.
+    """How a merge of checkpoints is carried out; the recipe says what is merged.
+
+    `merge_checkpoints` documents the keyword arguments.
 
     Attributes:
-        max_shard_size: The most bytes of tensor data in one output file, such as "5GB", "512MiB" or a number of bytes.
-        overwrite: Replace the output folder if it is a model folder.
-        memory_limit: Bytes of tensor data to keep in flight, as a size like `max_shard_size`.
-        threads: Number of threads to compute with; None leaves torch's setting.
-        device: Where to compute, as for `engine.devices.devices_by_name`.
-        device_memory: Bytes that tensors may take on each GPU, as a size like `max_shard_size`; None for 0.8 of what is
-            free there.
-        random_seed: Whole number that methods which draw random numbers derive them from.
-        copy_tokenizer: Copy the tokenizer's files if the recipe does not ask for a new tokenizer.
-        model_card: Write README.md and the recipe beside the weights.
-        mixed_architectures: Merge models of different architectures if their tensors have the same names and shapes.
-        trust_remote_code: Run code that models bring along to load their tokenizers, where vocabularies are merged.
         shard_bytes: `max_shard_size` in bytes.
         window_bytes: `memory_limit` in bytes.
         device_bytes: `device_memory` in bytes, or None.
 
     Raises:
-        ValueError: A size that cannot be read, or fewer than one thread.
+        ValueError: A size cannot be read, or there is less than one thread.
     """
 
     max_shard_size: str | int = "5GB"

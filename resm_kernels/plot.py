@@ -10,9 +10,9 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
-from resm_kernels.tensor_names import FIRST_NUMBER
+from resm_kernels.tensor_names import ModuleKind, module_kind
 
 if TYPE_CHECKING:
     from resm_kernels.engine import TensorStats
@@ -27,14 +27,7 @@ _LOWEST: Final = 1e-4
 
 
 class PlotError(ValueError):
-    """A picture cannot be made; the message says what is missing or wrong and what is needed."""
-
-
-class _Position(NamedTuple):
-    """Where in a model a tensor is: its kind of module, and its layer (None outside the layers)."""
-
-    kind: str
-    layer: int | None
+    """A picture cannot be made; the message names the cause and the need."""
 
 
 def check_plot(file: Path) -> None:
@@ -66,15 +59,15 @@ def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) 
     check_plot(file)
     usable = [row for row in rows if row.problem is None]
     spectral = [row for row in usable if row.spectra is not None]
-    positions = {row.name: _position(row.name) for row in usable}
+    positions = {row.name: module_kind(row.name) for row in usable}
     _limit_kinds(positions, [row.name for row in spectral or usable])
     spectra_kinds = _kinds(positions, spectral)
-    above = -(-len(spectra_kinds) // _MOST_COLUMNS)
-    height = 2.3 * above + (6.6 if spectral else 3.4) + 0.6
+    spectra_rows = -(-len(spectra_kinds) // _MOST_COLUMNS)
+    height = 2.3 * spectra_rows + (6.6 if spectral else 3.4) + 0.6
     figure = _matplotlib("figure").Figure(figsize=(13, height), layout="constrained")
     top, bottom = figure, figure
-    if above:
-        top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * above + 0.6, 6.6])
+    if spectra_rows:
+        top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * spectra_rows + 0.6, 6.6])
         _draw_spectra(top, spectral, positions, spectra_kinds, _short(experts))
     _draw_depth(bottom, usable, spectral, positions)
     figure.savefig(file, dpi=130, format=file.suffix[1:].lower())
@@ -95,21 +88,7 @@ def _short(experts: Sequence[str]) -> list[str]:
     return names if len(set(names)) == len(names) else list(experts)
 
 
-def _position(name: str) -> _Position:
-    """Return a tensor's position: `model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3.
-
-    The kind of a numbered part is the name of its list and the number.
-    """
-    layer = FIRST_NUMBER.search(name)
-    parts = name.split(".")
-    kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
-    if kind[0].isdigit() and len(parts) > 2:
-        kind = parts[-3:-1]
-    suffix = ".bias" if parts[-1] == "bias" else ""
-    return _Position(".".join(kind) + suffix, int(layer[1]) if layer else None)
-
-
-def _limit_kinds(positions: dict[str, _Position], names: Iterable[str]) -> None:
+def _limit_kinds(positions: dict[str, ModuleKind], names: Iterable[str]) -> None:
     """Limit the kinds to the most frequent ones among the named tensors; the others become the kind "other"."""
     counts: dict[str, int] = {}
     for name in names:
@@ -121,7 +100,7 @@ def _limit_kinds(positions: dict[str, _Position], names: Iterable[str]) -> None:
                 positions[name] = position._replace(kind="other")
 
 
-def _kinds(positions: dict[str, _Position], rows: Sequence[TensorStats]) -> list[str]:
+def _kinds(positions: dict[str, ModuleKind], rows: Sequence[TensorStats]) -> list[str]:
     """Return the kinds of these tensors in the order of the files, those inside the layers first."""
     kinds = dict.fromkeys(positions[row.name].kind for row in rows)
     inside = {positions[row.name].kind for row in rows if positions[row.name].layer is not None}
@@ -131,7 +110,7 @@ def _kinds(positions: dict[str, _Position], rows: Sequence[TensorStats]) -> list
 def _draw_spectra(
     figure: Any,
     rows: Sequence[TensorStats],
-    positions: dict[str, _Position],
+    positions: dict[str, ModuleKind],
     kinds: Sequence[str],
     experts: Sequence[str],
 ) -> None:
@@ -189,7 +168,7 @@ def _median_curve(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[list
 
 
 def _draw_depth(
-    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], positions: dict[str, _Position]
+    figure: Any, usable: Sequence[TensorStats], spectral: Sequence[TensorStats], positions: dict[str, ModuleKind]
 ) -> None:
     rows = spectral or usable
     kinds = _kinds(positions, rows)
@@ -197,7 +176,7 @@ def _draw_depth(
     last = layers[-1] if layers else -1
     outside = dict.fromkeys(positions[row.name].kind for row in rows if positions[row.name].layer is None)
     step = max(1, len(layers) // 9)  # room for their names on the axis
-    beyond = {kind: last + step * (1 + i) for i, kind in enumerate(outside)}
+    outside_x = {kind: last + step * (1 + i) for i, kind in enumerate(outside)}
     axes = figure.subplots(2, 2, sharex=True).flat if spectral else [figure.subplots()]
 
     def draw(axis: Any, title: str, values: Callable[[TensorStats], Sequence[float]], **style: Any) -> None:
@@ -206,37 +185,34 @@ def _draw_depth(
             values_at: dict[int, list[float]] = {}
             for row in rows:
                 if (position := positions[row.name]).kind == kind:
-                    x = beyond[kind] if position.layer is None else position.layer
+                    x = outside_x[kind] if position.layer is None else position.layer
                     values_at.setdefault(x, []).extend(v for v in values(row) if math.isfinite(v))
             points = {x: values_at[x] for x in sorted(values_at) if values_at[x]}
             _draw_band(axis, points, number, **({"label": kind} | style))
         axis.grid(alpha=0.25)
 
-    def sparsity(row: TensorStats) -> Sequence[float]:
-        return row.sparsity
-
     if spectral:
         draw(axes[0], "effective rank / r", lambda row: [e / min(row.shape) for e in _spectra(row).effective_rank])
-        draw(axes[1], "sparsity: share of weights unchanged", sparsity)
+        draw(axes[1], "sparsity: share of weights unchanged", lambda row: row.sparsity)
         draw(axes[2], "interference (dashed: random subspaces)", lambda row: [_spectra(row).interference])
         expected = {"linestyle": "--", "marker": "_", "markersize": 8, "alpha": 0.6, "label": None}
         draw(axes[2], axes[2].get_title(), lambda row: [_spectra(row).interference_expected], **expected)
         most = 1 / len(rows[0].ranks)
-        draw(
-            axes[3],
-            "rank kept by RESM / r (dotted: 1/T, the most)",
-            lambda row: [k / min(row.shape) for k in row.ranks],
-        )
+        draw(axes[3], "RESM's rank / r (dotted: 1/T, the most)", lambda row: [k / min(row.shape) for k in row.ranks])
         axes[3].axhline(most, color="black", linestyle=":", linewidth=1)
     else:
-        draw(axes[0], "sparsity: share of weights unchanged (no spectra: nothing is decomposed)", sparsity)
+        draw(
+            axes[0],
+            "sparsity: share of weights unchanged (no spectra: nothing is decomposed)",
+            lambda row: row.sparsity,
+        )
     numbered = layers[:: max(1, -(-len(layers) // 12))]
     for axis in axes:
         axis.margins(y=0.1)
         axis.update_datalim([(0, 0)], updatex=False)
         axis.set_ylim(bottom=0)
-        axis.set_xticks([*numbered, *beyond.values()])
-        axis.set_xticklabels([*map(str, numbered), *beyond], fontsize=8)
+        axis.set_xticks([*numbered, *outside_x.values()])
+        axis.set_xticklabels([*map(str, numbered), *outside_x], fontsize=8)
         for label in axis.get_xticklabels()[len(numbered) :]:
             label.set(rotation=20, horizontalalignment="right")
     for axis in axes[2:] if spectral else axes:

@@ -1,4 +1,4 @@
-"""What a tensor's name says about it: its layer, its module of the model, and whether it is vocabulary.
+"""Reads from a tensor's name its layer, its module, and whether it is vocabulary.
 
 All rules of this library about names stand here. A checkpoint names a tensor by its modules, joined with dots, and the
 parameter: `model.layers.3.mlp.up_proj.weight` is the parameter `weight` of the module `model.layers.3.mlp.up_proj`,
@@ -31,10 +31,7 @@ EMBEDDING_MODULES: Final = (
 HEAD_MODULES: Final = ("lm_head", "embed_out", "output_embeddings")
 """Last parts of the names of modules that turn the last hidden state into one value for each token."""
 
-FIRST_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.")
-"""Finds the first part of a name that is a number, whatever it counts. Plots take it for the layer, so that also models
-whose layer stacks `layer_position` does not know have an axis of depth."""
-
+_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.")
 _TIED_MODULES: Final = ("embed_tokens", "wte")
 
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d+)(\..*)")
@@ -60,18 +57,45 @@ _ENCODER_DECODER: Final = {
 
 
 class LayerPosition(NamedTuple):
-    """Where in a layer stack a tensor is: `stack` + `number` + `rest` is its name."""
+    """The layer of a tensor: `stack` + `number` + `rest` is its name."""
 
     stack: str
     number: int
     rest: str
 
+    @property
+    def unnumbered(self) -> str:
+        """The tensor's name without the number of its layer."""
+        return self.stack + self.rest
+
+
+class ModuleKind(NamedTuple):
+    """The kind of a tensor's module, and the number of its layer (None outside the layers)."""
+
+    kind: str
+    layer: int | None
+
+
+def module_kind(name: str) -> ModuleKind:
+    """Return the kind and the layer of a tensor: `model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3.
+
+    The kind of a numbered module is the name of its list and the number. The first number in a name counts as the
+    layer, so that models whose layer stacks `layer_position` does not know have layers too.
+    """
+    layer = _NUMBER.search(name)
+    parts = name.split(".")
+    kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
+    if kind[0].isdigit() and len(parts) > 2:
+        kind = parts[-3:-1]
+    suffix = ".bias" if parts[-1] == "bias" else ""
+    return ModuleKind(".".join(kind) + suffix, int(layer[1]) if layer else None)
+
 
 def layer_position(name: str) -> LayerPosition | None:
     """Return the layer that a tensor belongs to, or None if it is outside all layers.
 
-    A layer stack is what the first numbered `layers`, `layer`, `h`, `blocks` or `block` of a name counts. A vision
-    tower and a text model in one checkpoint therefore have different stacks.
+    A layer stack is the first list in a name that is called `layers`, `layer`, `h`, `blocks` or `block`, with the
+    modules before it. A vision tower and a text model in one checkpoint therefore have different stacks.
     """
     match = _LAYER.match(name)
     return None if match is None else LayerPosition(match[1], int(match[2]), match[3])
@@ -117,10 +141,16 @@ def is_tied_embedding(name: str) -> bool:
 def is_tied_vocabulary(name: str) -> bool:
     """Return True for tensors that are one tensor in a model with tied embeddings: `is_tied_embedding` or `lm_head`.
 
-    Adapters on these are refused if the base model ties them. Of the other names of `is_vocabulary` it is not known
-    what they are tied to, so adapters on them are accepted.
+    Adapters on these are refused if the base model ties them. Nothing is known about ties of the
+    other names of `is_vocabulary`, so adapters on them are accepted.
     """
     return is_tied_embedding(name) or last_part(module_of(name)) == "lm_head"
+
+
+def is_weight(name: str) -> bool:
+    """Return True if the tensor is a weight or belongs to a quantised one; such a tensor must not hold integers."""
+    parameter = last_part(name)
+    return "weight" in parameter or parameter in ("qzeros", "g_idx")
 
 
 def is_embedding_module(module: str) -> bool:
@@ -139,7 +169,7 @@ def module_of(name: str) -> str:
 
 
 def last_part(name: str) -> str:
-    """Return what follows the last dot of a name."""
+    """Return the part of a name after its last dot."""
     return name.rsplit(".", 1)[-1]
 
 

@@ -149,7 +149,7 @@ def test_results_are_the_cpus_whatever_the_devices_and_their_timing(sizes, host,
     assert seen == sorted(seen)
     assert seen[-1] == (total, total)
     window = run.pipeline.window
-    assert 0 < timings.peak_bytes <= window.bound
+    assert 0 < timings.memory_peak <= window.bound
     assert window.bound <= max(limit, max(j.input_segment for j in jobs) + max(j.output_segment for j in jobs))
     assert sum(use.tensors for use in timings.devices) == sum(HOST not in j.name for j in jobs)
     for device, use in zip(devices, timings.devices, strict=True):
@@ -283,7 +283,7 @@ def test_a_device_out_of_memory_is_an_error_that_names_tensor_need_and_limit(sta
     )
     problem = (
         r"tensor 'tensor 2': cuda:0 has no memory left: the tensor needs \S+ kB \(.*\), device_memory is 50.0 kB, of "
-        r"which \S+ kB are for tensors under way; lower device_memory.*\(CUDA out of memory.\)$"
+        r"which \S+ kB are for tensors in flight; lower device_memory.*\(CUDA out of memory.\)$"
     )
     error = Run(jobs, [device]).fails(MergeError, problem, written=2)
     assert isinstance(error.__cause__, torch.OutOfMemoryError)

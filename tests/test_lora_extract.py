@@ -219,7 +219,7 @@ def test_same_adapter_on_any_number_of_threads(tmp_path: Path, use_threads: Any)
         ({"rank": 3, "energy": 0.5}, "rank, energy: got both"),
         ({"rank": 0}, "rank: got 0"),
         ({"energy": 1.5}, "energy: got 1.5"),
-        ({"rank": 3, "max_rank": 4}, "max_rank: given without energy"),
+        ({"rank": 3, "max_rank": 4}, "max_rank: got 4 without energy"),
         ({"rank": 3, "dtype": torch.float64}, "dtype: got torch.float64"),
     ],
 )

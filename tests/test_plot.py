@@ -12,7 +12,8 @@ from checkpoints import Family
 
 from resm_kernels.engine import TensorStats, checkpoint_stats
 from resm_kernels.engine.stats import tensor_spectra
-from resm_kernels.plot import FORMATS, PlotError, _limit_kinds, _position, _short, plot_stats
+from resm_kernels.plot import FORMATS, PlotError, _limit_kinds, _short, plot_stats
+from resm_kernels.tensor_names import module_kind
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -90,12 +91,12 @@ def test_any_model_can_be_drawn(tmp_path: Path, rows: list[TensorStats]) -> None
     ],
 )
 def test_positions(name: str, position: tuple[str, int | None]) -> None:
-    assert _position(name) == position
+    assert module_kind(name) == position
 
 
 def test_kinds_are_limited_to_the_commonest() -> None:
     positions = {
-        f"layers.{i}.part{j}.weight": _position(f"layers.{i}.part{j}.weight") for j in range(15) for i in range(j + 1)
+        f"layers.{i}.part{j}.weight": module_kind(f"layers.{i}.part{j}.weight") for j in range(15) for i in range(j + 1)
     }
     _limit_kinds(positions, positions)
     kinds = {p.kind for p in positions.values()}

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import torch
 
@@ -45,18 +45,37 @@ TOKENIZER_PATTERNS: Final = (
 )
 
 
+T = TypeVar("T")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the JSON object that a file holds; raise a CheckpointError if it cannot be read or is none."""
+    try:
+        data = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: got a JSON {type(data).__name__}, need an object")
+    return data
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of a model folder's `config.json`; raise a CheckpointError if it is missing or damaged."""
     file = folder / CONFIG_FILE
-    try:
-        config = json.loads(file.read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; it is needed to check that the models fit together") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file}: got a JSON {type(config).__name__}, need an object")
-    return config
+    if not file.exists():
+        raise CheckpointError(f"{file}: no such file; it is needed to check that the models fit together")
+    return read_json(file)
+
+
+def config_entry(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
+    """Return the entry of a `config.json`, which models with images have in its `text_config`.
+
+    The result is None if neither has an entry of this kind.
+    """
+    for section in (config, config.get("text_config")):
+        if isinstance(section, Mapping) and isinstance(entry := section.get(key), kind):
+            return entry
+    return None
 
 
 @dataclass(frozen=True)
@@ -103,10 +122,7 @@ def read_chat_template(folder: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     for name in ("chat_template.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            try:
-                stored = json.loads((folder / name).read_bytes()).get("chat_template")
-            except (ValueError, AttributeError) as error:
-                raise CheckpointError(f"{folder / name}: cannot be read as a JSON object: {error}") from error
+            stored = read_json(folder / name).get("chat_template")
             if isinstance(stored, list):
                 stored = next((entry.get("template") for entry in stored if entry.get("name") == "default"), None)
             if isinstance(stored, str):

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +44,12 @@ class TensorInfo:
     def numel(self) -> int:
         """The number of elements."""
         return math.prod(self.shape)
+
+    def rows(self, first: int, end: int) -> TensorInfo:
+        """Return the description of the rows [first, end) as a tensor."""
+        nbytes = self.nbytes // self.shape[0]
+        shape, offset = (end - first, *self.shape[1:]), self.offset + first * nbytes
+        return replace(self, shape=shape, offset=offset, nbytes=(end - first) * nbytes)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -60,7 +60,10 @@ class CheckpointReader:
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor of this name in new memory."""
-        info = self.tensors[name]
+        return self.read_info(self.tensors[name])
+
+    def read_info(self, info: TensorInfo) -> torch.Tensor:
+        """Return the tensor that `info` describes, or some rows of one, in new memory."""
         tensor = torch.empty(info.shape, dtype=info.dtype)
         self.read_into(info, tensor)
         return tensor

@@ -11,6 +11,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -254,25 +255,24 @@ class CheckpointWriter:
         needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
         available = free_bytes(self.out)
         if needed > available:
+            folders = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
+            leftovers = f"; left behind by runs that were killed: {', '.join(folders)}" if folders else ""
             raise CheckpointError(
                 f"output {self.out}: not enough disk space: needs {format_bytes(needed)}, available "
-                f"{format_bytes(available)}{self._leftovers()}"
+                f"{format_bytes(available)}{leftovers}"
             )
 
-    def _leftovers(self) -> str:
-        folders = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
-        return f"; left behind by runs that were killed: {', '.join(folders)}" if folders else ""
+    def _reported_errors(self) -> AbstractContextManager[None]:
+        return write_errors_named(self.out, f" (needs {format_bytes(self.plan.nbytes)})")
 
-    @contextlib.contextmanager
-    def _reported_errors(self) -> Iterator[None]:
-        """Turn errors of the operating system into a CheckpointError that names the output."""
-        try:
-            yield
-        except OSError as error:
-            raise CheckpointError(
-                f"output {self.out}: cannot be written (needs {format_bytes(self.plan.nbytes)}): "
-                f"{error.strerror or error}"
-            ) from error
+
+@contextlib.contextmanager
+def write_errors_named(out: Path, need: str = "") -> Iterator[None]:
+    """Turn errors of the operating system into a CheckpointError that names the output and its `need`."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"output {out}: cannot be written{need}: {error.strerror or error}") from error
 
 
 def _reserve(fd: int, size: int) -> None:

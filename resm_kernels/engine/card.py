@@ -1,4 +1,4 @@
-"""The model card of the output: which models were merged, how, and the recipe to repeat it with."""
+"""Writes the output's model card, which names the models and the method and holds the recipe."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ _HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def model_card_files(recipe: Recipe, models: OpenedModels, title: str) -> Mapping[str, bytes]:
-    """Return README.md, with the hub's metadata, and the recipe as mergekit_config.yml (the name tools look for).
+    """Return README.md with the hub's metadata, and the recipe under the name that tools look for.
 
-    `base_model` of the metadata lists the models whose names in the recipe have the form of hub ids, such as org/model
-    (they are folders of that name where the recipe was run). Models that were downloaded from the hub are listed with
-    their revision.
+    The metadata's `base_model` lists the models that the recipe names like hub ids, such as org/model. The text gives
+    the revision of models that were downloaded from the hub.
     """
     names = list(
         dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(s.model for s in recipe.sources)])

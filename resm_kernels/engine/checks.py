@@ -1,14 +1,14 @@
-"""Checks of models before a tensor is read: same architecture, no quantised weights, tied output heads."""
+"""Checks models before any tensor is read: their architectures, quantised weights, and tied output heads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.models import MergeError, Model
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabulary
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabulary, is_weight
 
 
 def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
@@ -29,13 +29,6 @@ def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
                 )
 
 
-def _tie_flag(config: Mapping[str, Any]) -> bool | None:
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return None
-
-
 def check_tied(models: Sequence[Model]) -> bool:
     """Return True if the output leaves the head out because it is tied to the embedding.
 
@@ -44,7 +37,7 @@ def check_tied(models: Sequence[Model]) -> bool:
     """
     reference = models[0]
     storing = [m for m in models if OUTPUT_HEAD in m.reader.tensors]
-    flag = _tie_flag(reference.config)
+    flag = config_entry(reference.config, "tie_word_embeddings", bool)
     if not storing or (flag is not True and len(storing) == len(models)):
         return False
     lacking = next((m for m in models if m not in storing), None)
@@ -57,11 +50,11 @@ def check_tied(models: Sequence[Model]) -> bool:
         embedding = next((n for n in model.reader.tensors if is_vocabulary(n) and is_before_layers(n)), None)
         if embedding is None or not model.reader.same_bytes(OUTPUT_HEAD, embedding):
             embedding_name = "the embedding" if embedding is None else repr(embedding)
-            others = f", and {lacking.folder} stores none" if lacking is not None else ""
+            missing_head = f", and {lacking.folder} stores none" if lacking is not None else ""
             raise MergeError(
                 f"{model.folder}: tensor {OUTPUT_HEAD!r} differs from {embedding_name} although the models' "
-                f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){others}; if the head "
-                "is separate on purpose, set that to false and store it in every model"
+                f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){missing_head}; if the "
+                "head is separate on purpose, set that to false and store it in every model"
             )
     return True
 
@@ -70,8 +63,7 @@ def check_weights(models: Sequence[Model]) -> None:
     """Refuse quantised weights: tensors that are named weights, but hold integers."""
     for model in models:
         for info in model.reader.tensors.values():
-            last = info.name.rsplit(".", 1)[-1]
-            if info.dtype not in FLOAT_DTYPES and ("weight" in last or last in ("qzeros", "g_idx")):
+            if info.dtype not in FLOAT_DTYPES and is_weight(info.name):
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} holds quantised weights ({info.dtype}); dequantise the model "
                     "first, merging needs F64, F32, F16 or BF16 weights"

@@ -52,7 +52,7 @@ class _InFlightTensor(Generic[JobT]):
     def start(self, inputs: list[Tensor]) -> None:
         run, began = self._executor.run, time.perf_counter()
         result = self._executor.compute(self._job, inputs)
-        # A result in the memory of the inputs would be overwritten by inputs of later jobs.
+        # Inputs of the next jobs would overwrite a result that lies in the memory of these inputs.
         self._result = result.clone() if result is not None and run.inputs.holds(result) else result
         run.timings.compute += time.perf_counter() - began
         with run.changed:

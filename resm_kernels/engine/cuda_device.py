@@ -1,7 +1,4 @@
-"""GPUs by torch (CUDA, or ROCm, which torch calls cuda too).
-
-A `Device` queue is a stream here, a `Mark` is an event.
-"""
+"""Implements `Device` with torch's streams and `Mark` with its events, for CUDA and ROCm (which torch calls cuda)."""
 
 from __future__ import annotations
 
@@ -17,18 +14,17 @@ from resm_kernels.engine.devices import Mark, R, devices_by_name
 from resm_kernels.engine.models import MergeError
 
 MEMORY_SHARE: Final = 0.8
-"""The share of a GPU's free memory that tensors may take by default. The rest is for the workspaces of libraries and
-for what torch's allocator loses to rounding."""
+"""The share of a GPU's free memory that tensors may take by default. Workspaces of libraries and rounding by torch's
+allocator take the rest."""
 
 _PORTABLE: Final = 1
 """cudaHostRegisterPortable: the memory is pinned for every GPU."""
 
 
 class _EventMark:
-    """An event as a mark.
+    """A torch event as a mark.
 
-    Any thread may ask for it, while another GPU is that thread's current one. The event's GPU is made current first, so
-    that no context is created on the other one.
+    The event's GPU is made current for every call; otherwise torch would create a context on the thread's current GPU.
     """
 
     def __init__(self, event: torch.cuda.Event, device: torch.device) -> None:
@@ -45,10 +41,10 @@ class _EventMark:
 
 
 class CudaDevice:
-    """A `Device` on one GPU.
+    """One GPU of torch.
 
-    Tensors are allocated for the stream that fills them, and are freed only after a later mark has been reached. No
-    other stream has work on them then, so that no use needs to be recorded with the allocator.
+    A tensor is freed only when a mark after its last use has been reached. No stream has work on it then, so that uses
+    by other streams than the one it was allocated for need not be recorded with torch's allocator.
     """
 
     def __init__(self, device: torch.device, memory_limit: int) -> None:

@@ -1,4 +1,4 @@
-"""A plan in words: what `--dry-run` prints."""
+"""Describes a plan in words, which `--dry-run` prints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bytes that jobs take in a GPU's memory, and the account of them that keeps a GPU within its limit."""
+"""Counts the bytes that jobs take in a GPU's memory, so that a GPU stays within its limit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.window import Job
 
 _ALLOCATION_UNIT: Final = 512
-"""Bytes that torch's allocator on a GPU rounds the size of a tensor up to a multiple of."""
+"""Torch's allocator on a GPU rounds the bytes of a tensor up to a multiple of this number."""
 
 
 class DeviceMemory:
-    """The account of one device's memory.
+    """Counts the bytes that the jobs on one device take.
 
-    A job takes its inputs and its result from its copy in to the end of its copy out. Of the workspaces only the
-    largest counts, because computations run one after the other and each reuses the memory of the one before.
+    The inputs and the result of a job take memory from its copy in to the end of its copy out. Only the largest
+    workspace counts, because computations run one after the other and reuse one another's memory.
     """
 
     def __init__(self, limit: int) -> None:
@@ -28,21 +28,21 @@ class DeviceMemory:
         self._jobs: list[Job] = []
 
     def has_room(self, job: Job) -> bool:
-        """Return True if the job fits beside those that are there."""
+        """Return True if the job fits into the memory that the jobs on the device leave."""
         return self._bytes_with(job) <= self.limit
 
     def could_hold(self, job: Job) -> bool:
-        """Return True if the job fits when it is alone there."""
+        """Return True if the job fits when it is alone on the device."""
         return device_need(job) <= self.limit
 
     def take(self, job: Job) -> None:
-        """Count the job as being there."""
+        """Add a job that is being copied to the device."""
         self.peak = max(self.peak, self._bytes_with(job))
         self.held += _resident_bytes(job)
         self._jobs.append(job)
 
     def give_back(self, job: Job) -> None:
-        """Count the job as gone."""
+        """Remove a job whose result has been copied out."""
         self._jobs.remove(job)
         self.held -= _resident_bytes(job)
 
@@ -65,18 +65,18 @@ def device_need(job: Job) -> int:
 
 
 def check_device_memory(jobs: Sequence[Job], devices: Sequence[Device]) -> None:
-    """Raise a MergeError that names the first job that fits on none of the devices even when it is alone there."""
-    roomiest = max(devices, key=lambda d: d.memory_limit)
+    """Raise a MergeError that names the first job that fits on no device even when it is alone."""
+    largest = max(devices, key=lambda d: d.memory_limit)
     for job in jobs:
-        if (need := device_need(job)) > roomiest.memory_limit:
+        if (need := device_need(job)) > largest.memory_limit:
             raise MergeError(
-                f"tensor {job.name!r}: needs {describe_need(job)} on the GPU, but {roomiest.name} is to hold "
-                f"{format_bytes(roomiest.memory_limit)}; need device_memory of at least {need} bytes, or device: cpu"
+                f"tensor {job.name!r}: needs {describe_need(job)} on the GPU, but {largest.name} is to hold "
+                f"{format_bytes(largest.memory_limit)}; need device_memory of at least {need} bytes, or device: cpu"
             )
 
 
 def describe_need(job: Job) -> str:
-    """Return the bytes that the job takes on a device, and for what, in words."""
+    """Return the text that says how many bytes inputs, result and workspace of the job take on a device."""
     return (
         f"{format_bytes(device_need(job))} ({format_bytes(job.input_bytes)} inputs, {format_bytes(job.output_bytes)} "
         f"result, {format_bytes(job.workspace)} workspace)"

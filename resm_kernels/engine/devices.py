@@ -1,4 +1,4 @@
-"""What the pipeline asks of a GPU, what is reported of it, and the devices that a user's choice names."""
+"""The interface of a GPU to the pipeline, the report of its use, and the names by which users choose devices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Mark(Protocol):
-    """A point in the work that a device has been given."""
+    """A point in a device's queue of work."""
 
     def is_reached(self) -> bool:
         """Return True if the device has done all work up to this point."""
@@ -64,14 +64,14 @@ class Device(Protocol):
 
 @dataclass(frozen=True)
 class DeviceUse:
-    """What a GPU did in a merge.
+    """A GPU's part in a merge.
 
     Attributes:
         name: The device, such as "cuda:0".
         tensors: How many tensors it merged.
         busy: Seconds in which a copy or the computation of a tensor was running, from its first kernel to its last.
         memory_limit: Bytes that tensors were allowed to take on the device.
-        memory_peak: The most bytes that they took: inputs and results in flight, and the largest of their workspaces.
+        memory_peak: The most bytes that they took: inputs and results in flight, and their largest workspace.
     """
 
     name: str

@@ -94,13 +94,13 @@ class GpuExecutor(Generic[JobT]):
                 if with_room:
                     self.run.timings.device_wait += time.perf_counter() - began
                     return min(with_room, key=lambda queue: queue.memory.held)
-                # No device is empty: if one were that could hold the job, it would have room.
+                # A device that could hold the job is not empty, because an empty one would have room.
                 able = [queue for queue in self._queues if queue.memory.could_hold(job)]
                 returned = min(able, key=lambda queue: queue.memory.held).oldest_returned(self.run)
             returned.wait()
 
     def _compute_all(self, queue: _DeviceQueue[JobT]) -> None:
-        """The thread of a device."""
+        """Compute the tensors that are copied to a device, in order; the device's thread runs this."""
         while True:
             with self.run.changed:
                 if not self.run.wait_unless_stopping(lambda: bool(queue.arriving)):
@@ -203,7 +203,7 @@ class _InFlightTensor(Generic[JobT]):
         began, job = time.perf_counter(), self.job
         with self._out_of_memory_explained(queue):
             function = functools.partial(self._executor.compute, job)
-            # No local variable may hold the result: it would keep the memory after `drop_device_tensors`.
+            # A local variable that holds the result would hold its memory too, after `drop_device_tensors`.
             self._result, self._checks = queue.device.run(function, self._inputs, self._arrived)
             if (nbytes := self._result.nbytes) != job.output_bytes:
                 raise MergeError(f"tensor {job.name!r}: merging it made {nbytes} bytes, need {job.output_bytes}")
@@ -212,7 +212,7 @@ class _InFlightTensor(Generic[JobT]):
             self._check_values, returned = queue.device.copy_out(self._result, self._out, check_values)
         queue.seconds += time.perf_counter() - began
         queue.tensors += 1
-        self.returned = returned  # comes last, because other threads take it for the sign that all the rest is set
+        self.returned = returned  # is set last, because it tells other threads that all other attributes are set
 
     def is_completed(self) -> bool:
         return self._queue is None or self.error is not None or self.returned is not None
@@ -233,7 +233,7 @@ class _InFlightTensor(Generic[JobT]):
         self._executor.outputs.free(self._output_segment)
 
     def drop_device_tensors(self) -> None:
-        """Drop all that is on the device, once all work on it is done; checks then are of the values copied out."""
+        """Drop the tensors on the device, when no work needs them; the checks then use the values copied out."""
         self._inputs, self._result = [], None
         self._checks = [(values, check) for values, (_, check) in zip(self._check_values, self._checks, strict=True)]
 
@@ -246,6 +246,6 @@ class _InFlightTensor(Generic[JobT]):
             raise MergeError(
                 f"tensor {self.job.name!r}: {queue.device.name} has no memory left: the tensor needs "
                 f"{describe_need(self.job)}, device_memory is {format_bytes(queue.memory.limit)}, of which "
-                f"{format_bytes(queue.memory.held)} are for tensors under way; lower device_memory, so that fewer are "
-                f"there at once, or free memory that others use ({str(error).splitlines()[0]})"
+                f"{format_bytes(queue.memory.held)} are for tensors in flight; lower device_memory, so that fewer are "
+                f"in flight at once, or free memory that other programs use ({str(error).splitlines()[0]})"
             ) from error

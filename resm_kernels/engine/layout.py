@@ -153,7 +153,7 @@ class _PartPlanner:
         for name in self._stored[source]:
             if (position := layer_position(name)) is not None:
                 stacks.setdefault(position.stack)
-                layers.setdefault(position.number, {})[position.stack + position.rest] = name
+                layers.setdefault(position.number, {})[position.unnumbered] = name
         folder = self._models.by_source[source].folder
         where = f"{dotted(source.location)}.layer_range"
         if len(stacks) != 1:
@@ -174,35 +174,26 @@ class _PartPlanner:
         for key in names[0]:
             yield tuple(source_names[key] for source_names in names)
 
-    def _check_names(
-        self, lead: Source, lead_names: dict[str, str], source: Source, source_names: dict[str, str]
-    ) -> None:
+    def _check_names(self, lead: Source, lead_names: dict[str, str], source: Source, names: dict[str, str]) -> None:
         """Refuse a source of a slice that does not have the tensors of the first source."""
         first, folder = self._models.by_source[lead].folder, self._models.by_source[source].folder
-        if missing := [n for key, n in lead_names.items() if key not in source_names]:
-            raise MergeError(
-                f"{folder}: has no tensor for {missing[0]!r} of {first}{_and_more(missing)} "
-                f"({dotted(source.location)}); need the same tensors in all sources of a slice"
-            )
-        if extra := [n for key, n in source_names.items() if key not in lead_names]:
-            raise MergeError(
-                f"{folder}: tensor {extra[0]!r} has no counterpart in {first}{_and_more(extra)} "
-                f"({dotted(source.location)}); need the same tensors in all sources of a slice"
-            )
+        need = f"({dotted(source.location)}); need the same tensors in all sources of a slice"
+        if missing := [n for key, n in lead_names.items() if key not in names]:
+            raise MergeError(f"{folder}: has no tensor for {missing[0]!r} of {first}{_and_more(missing)} {need}")
+        if extra := [n for key, n in names.items() if key not in lead_names]:
+            raise MergeError(f"{folder}: tensor {extra[0]!r} has no counterpart in {first}{_and_more(extra)} {need}")
 
     def _check_same(self, lead: Source, expert: Source) -> None:
         """Refuse whole models that do not have the same tensors."""
         lead_tensors, expert_tensors = self._stored[lead], self._stored[expert]
         reference, folder = self._models.by_source[lead].folder, self._models.by_source[expert].folder
+        need = "need the same tensors in all models"
         if missing := [name for name in lead_tensors if name not in expert_tensors]:
             raise MergeError(
                 f"{folder}: tensor {missing[0]!r} is missing{_and_more(missing)}; need every tensor of {reference}"
             )
         if extra := [name for name in expert_tensors if name not in lead_tensors]:
-            raise MergeError(
-                f"{folder}: tensor {extra[0]!r} is not in {reference}{_and_more(extra)}; "
-                "need the same tensors in all models"
-            )
+            raise MergeError(f"{folder}: tensor {extra[0]!r} is not in {reference}{_and_more(extra)}; {need}")
 
 
 def _and_more(names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""`merge_checkpoints`: carries a plan out, tensor by tensor, into a folder that appears when it is complete."""
+"""Merges checkpoints tensor by tensor into a folder that appears when it is complete."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,18 +20,21 @@ from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.models import MergeError
-from resm_kernels.engine.pipeline import Executor, Pipeline
+from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
 from resm_kernels.lora import Factors, merge_factors
-from resm_kernels.options import MergeOptions
+from resm_kernels.options import MergeKeywords, MergeOptions
 from resm_kernels.recipe import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.11 has it in `typing`
 
 Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class MergeReport:
-    """What a merge did.
+@dataclass(kw_only=True)
+class MergeReport(Timings):
+    """The result of a merge; it has the attributes of `Timings` too.
 
     Attributes:
         out: The output folder.
@@ -40,15 +43,8 @@ class MergeReport:
         bytes_read: Bytes of tensor data read.
         bytes_written: Bytes of weight files written.
         seconds: Wall time, from reading the recipe to the final rename.
-        read_wait: Seconds that computation waited for data.
-        compute: Seconds spent computing; with GPUs, the longest time that one GPU's thread spent in the method.
-        write_wait: Seconds that computation waited for earlier results to be written, and that the merge waited for
-            the last ones.
         commit: Seconds spent flushing to disk and renaming.
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
-        memory_peak: The most bytes that were in flight.
-        device_wait: Seconds that data waited for room on a GPU.
-        devices: What each GPU did; empty if the CPU computed.
     """
 
     out: Path
@@ -57,14 +53,8 @@ class MergeReport:
     bytes_read: int
     bytes_written: int
     seconds: float
-    read_wait: float
-    compute: float
-    write_wait: float
     commit: float
     memory_bound: int
-    memory_peak: int
-    device_wait: float = 0.0
-    devices: tuple[DeviceUse, ...] = ()
 
     def busy_share(self, device: DeviceUse) -> float:
         """Return the share of the wall time in which a copy or a computation was running on that GPU."""
@@ -75,18 +65,8 @@ def merge_checkpoints(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str],
     *,
-    max_shard_size: str | int = MergeOptions.max_shard_size,
-    overwrite: bool = MergeOptions.overwrite,
-    memory_limit: str | int = MergeOptions.memory_limit,
-    threads: int | None = MergeOptions.threads,
-    device: str | torch.device = MergeOptions.device,
-    device_memory: str | int | None = MergeOptions.device_memory,
-    random_seed: int = MergeOptions.random_seed,
     progress: Progress | None = None,
-    copy_tokenizer: bool = MergeOptions.copy_tokenizer,
-    model_card: bool = MergeOptions.model_card,
-    mixed_architectures: bool = MergeOptions.mixed_architectures,
-    trust_remote_code: bool = MergeOptions.trust_remote_code,
+    **options: Unpack[MergeKeywords],
 ) -> MergeReport:
     """Merge model folders as the recipe says and write the result to the folder `out`.
 
@@ -97,45 +77,37 @@ def merge_checkpoints(
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
         out: Folder to create.
-        max_shard_size: The most bytes of tensor data in one output file ("5GB", "512MiB", or a number of bytes).
-        overwrite: Replace `out` if it is a model folder already; the old one is removed only when the new one is
-            complete.
-        memory_limit: Bytes of tensor data to keep in flight; more only if the largest tensor alone needs more (see
-            `plan_merge(...).window.bound`). With GPUs this memory is pinned, and does not include the method's
-            workspace, which is in the GPUs' memory.
-        threads: Number of threads to compute with; None leaves torch's setting.
-        device: Where to compute: "cpu"; "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1" or "cuda:all"; "auto", a GPU
-            if torch sees one, else the CPU. GPUs of one kind give the same results however many there are.
-        device_memory: Bytes that tensors may take on each GPU, by default 0.8 of what is free there; a tensor that
-            needs more when it is alone is an error.
-        random_seed: Whole number that methods which draw random numbers (DARE, DELLA) derive them from, together with
-            each tensor's name: neither order nor device changes what is drawn.
         progress: Called as `progress(bytes done, bytes in total)` in the calling thread for each tensor that has been
             written.
-        copy_tokenizer: Copy the tokenizer's files if the recipe does not ask for a new tokenizer.
-        model_card: Write README.md, which says what was merged and how, and the recipe as mergekit_config.yml.
-        mixed_architectures: Merge models of different architectures if their tensors have the same names and shapes.
-        trust_remote_code: Run code that models bring along to load their tokenizers, where vocabularies are merged.
+        max_shard_size: The most bytes of tensor data in one output file, as a number or as a size such as "5GB" (the
+            default) or "512MiB".
+        overwrite: Replace `out` if it is a model folder already (default: False). The old folder is removed only when
+            the new one is complete.
+        memory_limit: Bytes of tensor data to hold in memory at once, as for `max_shard_size`; 512MiB by default. It is
+            exceeded only if the largest tensor alone needs more (see `plan_merge(...).window.bound`). With GPUs this
+            memory is pinned, and does not include the method's workspace, which is in the GPUs' memory.
+        threads: Number of threads to compute with; None, the default, leaves torch's setting.
+        device: Where to compute: "cpu" (the default); "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1" or "cuda:all";
+            "auto", which is a GPU if torch sees one, else the CPU. Any number of GPUs of one kind gives the same
+            results.
+        device_memory: Bytes that tensors may take on each GPU, as for `max_shard_size`; None, the default, takes 0.8 of
+            the memory that is free there. A tensor that needs more even when it is alone is an error.
+        random_seed: Whole number (default: 0) that methods which draw random numbers (DARE, DELLA) derive them from,
+            together with each tensor's name: neither order nor device changes the numbers.
+        copy_tokenizer: Copy the tokenizer's files if the recipe does not ask for a new tokenizer (default: True).
+        model_card: Write README.md, which says what was merged and how, and the recipe as mergekit_config.yml (default:
+            True).
+        mixed_architectures: Merge models of different architectures if their tensors have the same names and shapes
+            (default: False).
+        trust_remote_code: Run Python code from the models' folders to load their tokenizers, where vocabularies are
+            merged (default: False).
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
-            ValueErrors; the message names file, tensor and what is needed.
+            ValueErrors whose message names the file, the tensor and the need.
         ValueError: A device does not exist or has less memory than asked for, or an option is out of its range.
     """
-    options = MergeOptions(
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        memory_limit=memory_limit,
-        threads=threads,
-        device=device,
-        device_memory=device_memory,
-        random_seed=random_seed,
-        copy_tokenizer=copy_tokenizer,
-        model_card=model_card,
-        mixed_architectures=mixed_architectures,
-        trust_remote_code=trust_remote_code,
-    )
-    with plan_merge(recipe, out, options) as plan:
+    with plan_merge(recipe, out, MergeOptions(**options)) as plan:
         return carry_out(plan, progress)
 
 
@@ -167,14 +139,9 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         bytes_read=plan.bytes_read,
         bytes_written=plan.output.nbytes,
         seconds=finished - plan.began,
-        read_wait=timings.read_wait,
-        compute=timings.compute,
-        write_wait=timings.write_wait,
         commit=finished - computed,
         memory_bound=plan.window.bound,
-        memory_peak=timings.peak_bytes,
-        device_wait=timings.device_wait,
-        devices=timings.devices,
+        **vars(timings),
     )
 
 
@@ -220,12 +187,7 @@ def _merged(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
             result = _merge_factors(plan, job, tensors)
         else:
             result = plan.method(
-                base,
-                experts,
-                out_dtype=job.dtype,
-                name=job.name,
-                seed=plan.options.random_seed,
-                **job.parameters,
+                base, experts, out_dtype=job.dtype, name=job.name, seed=plan.options.random_seed, **job.parameters
             )
         if job.dtype == torch.float16:
             check_values(torch.isfinite(result).all(), _check_range)

@@ -15,7 +15,7 @@ from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_a
 
 
 class MergeError(ValueError):
-    """A merge cannot be done with these models; the message names tensor, model, what was got and what is needed."""
+    """A merge cannot be done with these models; the message names the tensor, the model and the need."""
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,20 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from typing import Any, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from resm_kernels.checkpoint import Auxiliary, json_bytes, read_chat_template
 from resm_kernels.engine.card import model_card_files
-from resm_kernels.engine.layout import LayerOrigin, Layout
+from resm_kernels.engine.layout import LayerOrigin
 from resm_kernels.engine.models import MergeError, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
 from resm_kernels.recipe import AUTO, CHAT_TEMPLATES, Recipe
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.plan import MergePlan
 
 _GENERATION: Final = "generation_config.json"
 _COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
@@ -29,43 +33,31 @@ _PER_LAYER: Final = ("layer_types", "mlp_layer_types", "layers_block_type", "no_
 _LAYER_NUMBERS: Final = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "moe_layers")
 
 
-def output_files(
-    recipe: Recipe,
-    models: OpenedModels,
-    layout: Layout,
-    tokenizer: OutputTokenizer | None,
-    dtype: torch.dtype,
-    *,
-    copy_tokenizer: bool,
-    model_card: str | None,
-) -> Mapping[str, bytes]:
-    """Return file name → content of everything but the weights.
-
-    Args:
-        dtype: The dtype of most weights, which the config states.
-        copy_tokenizer: False leaves the tokenizer's files out if the recipe asks for none.
-        model_card: Title of the model card; None writes none.
-    """
+def output_files(plan: MergePlan) -> Mapping[str, bytes]:
+    """Return the content of `MergePlan.auxiliary_files`; the config states the dtype of most merged weights."""
+    recipe, models, tokenizer = plan.recipe, plan.models, plan.tokenizer
+    sizes: Counter[torch.dtype] = Counter()
+    for job in plan.jobs:
+        if not job.copied:
+            sizes[job.dtype] += job.output_bytes
+    dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     folder = models.reference.base_folder
     config = deepcopy(dict(models.reference.config))
-    for module, origins in layout.origins.items():
+    for module, origins in plan.layout.origins.items():
         _set_layers(config, module, origins, models)
     if tokenizer is not None:
         _set_vocabulary(config, tokenizer, models)
-    files = dict(
-        Auxiliary(
-            folder,
-            folder if tokenizer is None and copy_tokenizer else {} if tokenizer is None else tokenizer.files,
-            _chat_template(recipe, models),
-            config,
-        ).files(dtype, everywhere=recipe.output_dtype is not None)
+    copied: Path | Mapping[str, bytes] = folder if plan.options.copy_tokenizer else {}
+    auxiliary = Auxiliary(
+        folder, copied if tokenizer is None else tokenizer.files, _chat_template(recipe, models), config
     )
+    files = dict(auxiliary.files(dtype, everywhere=recipe.output_dtype is not None))
     if tokenizer is not None and _GENERATION in files:
         generation = json.loads(files[_GENERATION])
         _set_special(generation, tokenizer, tokenizer.known[folder])
         files[_GENERATION] = json_bytes(generation)
-    if model_card is not None:
-        files |= model_card_files(recipe, models, model_card)
+    if plan.options.model_card and plan.out is not None:
+        files |= model_card_files(recipe, models, plan.out.name)
     return files
 
 
@@ -87,7 +79,7 @@ def _set_layers(
     if section is None:
         raise MergeError(
             f"{models.reference.folder / 'config.json'}: states no number of layers{f' of {module}' if module else ''} "
-            f"({', '.join(keys)}); it has to be changed to {len(origins)}"
+            f"({', '.join(keys)}); need an entry, which becomes {len(origins)}"
         )
     for key in keys:
         if key in section:
@@ -97,11 +89,8 @@ def _set_layers(
             section[key] = [_layer_entry(origin, module, keys, key) for origin in origins]
     for key in _LAYER_NUMBERS:
         if isinstance(section.get(key), list):
-            section[key] = [
-                i
-                for i, origin in enumerate(origins)
-                if origin.number in (_section(dict(origin.model.config), module, keys) or {}).get(key, ())
-            ]
+            sections = [_section(dict(origin.model.config), module, keys) or {} for origin in origins]
+            section[key] = [i for i, origin in enumerate(origins) if origin.number in sections[i].get(key, ())]
 
 
 def _section(config: dict[str, Any], module: str | None, keys: Sequence[str]) -> dict[str, Any] | None:

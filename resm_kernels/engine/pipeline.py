@@ -5,7 +5,7 @@ The caller's thread hands each job's inputs to the executor, which computes on t
 of results.
 
 Errors of the computation are raised in the order of the jobs: the writer raises each when all results before it have
-been written, whichever thread met it first.
+been written, even if another thread met a later one before.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ class Timings:
     Attributes:
         read_wait: The caller's thread waited for inputs.
         compute: Time spent computing; with GPUs, the longest time that one GPU's thread spent in the method.
-        write_wait: The caller's thread waited for earlier results to be written.
+        write_wait: The caller's thread waited for earlier results to be written, and at the end for the last ones.
         device_wait: The caller's thread waited for room on a GPU.
-        peak_bytes: The most bytes of the CPU's memory that were in flight.
-        devices: What each GPU did; empty if the CPU computed.
+        memory_peak: The most bytes of tensor data that were in flight in the CPU's memory.
+        devices: The part of each GPU; empty if the CPU computed.
     """
 
     read_wait: float = 0.0
     compute: float = 0.0
     write_wait: float = 0.0
     device_wait: float = 0.0
-    peak_bytes: int = 0
+    memory_peak: int = 0
     devices: tuple[DeviceUse, ...] = ()
 
 
 class Run:
-    """What the threads of one run of a pipeline share.
+    """The state that the threads of one run of a pipeline share.
 
     Attributes:
         inputs: The ring buffer of inputs.
@@ -72,9 +72,9 @@ class Run:
         self.failure: BaseException | None = None
 
     def wait_for(self, condition: Callable[[], V | None]) -> V:
-        """Wait, holding the lock, until the condition returns something true, and return that.
+        """Wait, holding the lock, until the condition returns a true value, and return this value.
 
-        Raises the failure of another thread if there is one.
+        A failure of another thread is raised instead.
         """
         while self.failure is None:
             if value := condition():
@@ -104,7 +104,7 @@ class InFlightTensor(Protocol):
         """Compute the result or begin to; called by the caller's thread, in the order of the jobs.
 
         Returns:
-            The mark after which the inputs are no longer in use; None if they no longer are now.
+            The mark at which the inputs are no longer in use; None if they are not in use any more.
         """
 
     def is_completed(self) -> bool:
@@ -118,10 +118,10 @@ class InFlightTensor(Protocol):
 
 
 class Executor(Protocol[_JobT_contra]):
-    """What computes the jobs of a pipeline, and owns the memory of their results."""
+    """Computes the jobs of a pipeline, and owns the memory of their results."""
 
     def opened(self, run: Run, jobs: Sequence[_JobT_contra]) -> AbstractContextManager[None]:
-        """Be ready for one run of these jobs within the context."""
+        """Hold the memory and devices that one run of these jobs needs within the context."""
 
     def loops(self) -> list[tuple[str, Callable[[], None]]]:
         """Return the names of threads that the executor needs, each with the function that it runs."""
@@ -231,7 +231,7 @@ class Pipeline(Generic[JobT]):
                 self.progress(self._bytes_reported, self._total_bytes)
 
     def _read_ahead(self) -> None:
-        """The reader's thread."""
+        """Read the inputs of all jobs in order; the reader's thread runs this."""
         run = self._run
         for job in self.jobs:
             segment = self._input_segment(job)
@@ -264,7 +264,7 @@ class Pipeline(Generic[JobT]):
                 run.inputs.free(oldest)
 
     def _write_behind(self) -> None:
-        """The writer's thread."""
+        """Write the results of all jobs in order; the writer's thread runs this."""
         run = self._run
         while True:
             with run.changed:
@@ -290,4 +290,4 @@ class Pipeline(Generic[JobT]):
 
     def _note_peak(self) -> None:
         in_flight = self._run.inputs.used + self.executor.bytes_held
-        self.timings.peak_bytes = max(self.timings.peak_bytes, in_flight)
+        self.timings.memory_peak = max(self.timings.memory_peak, in_flight)

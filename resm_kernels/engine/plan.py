@@ -45,8 +45,9 @@ class TensorJob(Job):
         parameters: The method's keyword arguments.
         folders: The folders of the models that it is merged from, the base's first if there is a base.
         n_experts: How many of these are experts.
-        factors: If not None, the inputs are the base's tensor, then A and B of each expert whose entry is not None, to
-            be merged as `lora.merge_factors` does. An entry is None if that expert does not change the tensor.
+        factors: The stored factors of each expert, None for an expert that does not change the tensor. The inputs are
+            then the base's tensor, and A and B of each expert that has factors; `lora.merge_factors` merges them. None
+            if the experts are merged as whole tensors.
     """
 
     dtype: torch.dtype
@@ -125,21 +126,8 @@ class MergePlan:
         return describe_plan(self)
 
     def auxiliary_files(self) -> Mapping[str, bytes]:
-        """Return file name → content of configuration, tokenizer and, if the options ask for it, model card."""
-        sizes: dict[torch.dtype, int] = {}
-        for job in self.jobs:
-            if not job.copied:
-                sizes[job.dtype] = sizes.get(job.dtype, 0) + job.output_bytes
-        main = max(sizes, key=lambda d: sizes[d], default=torch.float32)
-        return output_files(
-            self.recipe,
-            self.models,
-            self.layout,
-            self.tokenizer,
-            main,
-            copy_tokenizer=self.options.copy_tokenizer,
-            model_card=self.out.name if self.options.model_card and self.out is not None else None,
-        )
+        """Return file name → content of everything but the weights: config, tokenizer, and maybe a model card."""
+        return output_files(self)
 
     def close(self) -> None:
         """Close all input files."""
@@ -295,12 +283,10 @@ class _JobPlanner:
 def _kind(name: str) -> str:
     """Return the tensor's name without the number of its layer."""
     position = layer_position(name)
-    return name if position is None else position.stack + position.rest
+    return name if position is None else position.unnumbered
 
 
-def _factors(
-    inputs: Sequence[tuple[CheckpointReader, TensorInfo]],
-) -> tuple[StoredFactors | None, ...] | None:
+def _factors(inputs: Sequence[tuple[CheckpointReader, TensorInfo]]) -> tuple[StoredFactors | None, ...] | None:
     """Return the factors of all experts' changes to one matrix of the base, an entry None for an unchanged matrix.
 
     Returns None if an expert is no adapter of that base, changes the matrix otherwise than by factors, or if the ranks

@@ -54,14 +54,10 @@ class Ring:
         start = 0
         if self._segments:
             tail, head = self._segments[0][0], self._segments[-1][1]
-            wrapped = head <= tail
-            if not wrapped and head + size <= self._size:
-                start = head
-            elif not wrapped and size <= tail:
-                start = 0
-            elif wrapped and head + size <= tail:
-                start = head
-            else:
+            # The free memory is behind the head up to the end of the block and before the tail, or between them.
+            wraps = head > tail and head + size > self._size
+            start = 0 if wraps else head
+            if start + size > (self._size if head > tail and not wraps else tail):
                 return None
         self._segments.append((start, start + size))
         self.used += size

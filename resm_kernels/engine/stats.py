@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
@@ -26,21 +27,12 @@ from resm_kernels.linalg import (
     task_interference,
 )
 from resm_kernels.linalg.products import task_matrix
-from resm_kernels.methods import get
 from resm_kernels.methods.resm import layer_plan
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
 
-_STATISTICS = (
-    "numel",
-    "sum",
-    "sum_sq",
-    "sum_abs",
-    "max_abs",
-    "n_zero",
-    "n_small",
-    "n_outlier",
-    "outlier_sum_abs",
+_STATISTICS: Final = (
+    *("numel", "sum", "sum_sq", "sum_abs", "max_abs", "n_zero", "n_small", "n_outlier", "outlier_sum_abs"),
     "n_nonfinite",
 )
 _SAMPLES: Final = 64
@@ -132,7 +124,7 @@ def checkpoint_stats(
     """Return RESM's statistics of every floating-point tensor of a recipe's models.
 
     They are computed with the recipe's parameters if its method is RESM, else with RESM's defaults. A tensor with NaN
-    or infinite values is no error, but gets an entry that says so, so that damaged models can be found.
+    or infinite values raises no error: its entry says so, and names the damaged model.
 
     Args:
         recipe: As for `merge_checkpoints`.
@@ -147,7 +139,7 @@ def checkpoint_stats(
     """
     recipe = load_recipe(recipe)
     if recipe.base_model is None:
-        raise MergeError("base_model: missing; statistics are of the differences from a base model")
+        raise MergeError("base_model: missing; statistics are of task vectors, which need a base model")
     lists = [[source.model for source in piece.experts] for part in recipe.parts for piece in part.slices]
     if any(names != lists[0] for names in lists):
         raise MergeError("slices: statistics need the same experts everywhere, got several lists of them")
@@ -185,7 +177,7 @@ def tensor_spectra(base: Tensor, experts: Sequence[Tensor], ranks: Sequence[int]
     overlap = task_interference(truncated)
     return Spectra(
         indices=indices,
-        values=[_relative(v)[torch.tensor(indices) - 1].tolist() for v in values],
+        values=[(v / (float(v[0]) or 1.0))[torch.tensor(indices) - 1].tolist() for v in values],
         largest=[float(v[0]) for v in values],
         frobenius=[float(v.square().sum().sqrt()) for v in values],
         nuclear=[float(v.sum()) for v in values],
@@ -211,11 +203,6 @@ def _log_spaced(r: int) -> list[int]:
     return list(range(1, r + 1)) if r <= _SAMPLES else sorted({round(r ** (i / steps)) for i in range(_SAMPLES)})
 
 
-def _relative(values: Tensor) -> Tensor:
-    """Return σ_i/σ_1, or zeros if σ_1 is 0."""
-    return values / values[0] if float(values[0]) > 0 else values
-
-
 def _spectra_workspace(job: TensorJob) -> int:
     """Return the bytes that `tensor_spectra` allocates at most.
 
@@ -233,54 +220,31 @@ def _spectra_workspace(job: TensorJob) -> int:
 
 def _as_resm(recipe: Recipe) -> Recipe:
     """Return a recipe of the same models and slices that merges them by RESM with its default parameters."""
-
-    def bare(entry: Any) -> Any:
-        return entry.model_copy(update={"parameters": {}})
-
-    def slices(entries: Any) -> Any:
-        return entries and [bare(e).model_copy(update={"sources": [bare(s) for s in e.sources]}) for e in entries]
-
-    def modules(entries: Any) -> Any:
-        return entries and {
-            name: bare(e).model_copy(
-                update={"models": e.models and [bare(m) for m in e.models], "slices": slices(e.slices)}
-            )
-            for name, e in entries.items()
-        }
-
-    data = {
-        "merge_method": get("resm").name,
-        "base_model": recipe.base_model,
-        "models": recipe.models and [bare(entry) for entry in recipe.models],
-        "slices": slices(recipe.slices),
-        "modules": modules(recipe.modules),
-        "tokenizer": recipe.output_tokenizer,
-    }
+    data = {name: _without_parameters(getattr(recipe, name)) for name in ("base_model", "models", "slices", "modules")}
+    data |= {"merge_method": "resm", "tokenizer": recipe.output_tokenizer}
     return load_recipe({key: value for key, value in data.items() if value is not None})
+
+
+def _without_parameters(entry: Any) -> Any:
+    """Return an entry of a recipe without its `parameters` and those of the entries in it."""
+    if isinstance(entry, BaseModel):
+        fields = {key: _without_parameters(value) for key, value in entry if key != "parameters"}
+        return type(entry).model_construct(**fields)
+    if isinstance(entry, dict):
+        return {key: _without_parameters(value) for key, value in entry.items()}
+    return [_without_parameters(item) for item in entry] if isinstance(entry, list) else entry
 
 
 def _tensor_stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> TensorStats:
     """Return the statistics of one tensor, or an entry that says why it has none."""
     try:
         plan = layer_plan(base, experts, **job.parameters)
-        tensor_stats = TensorStats(
-            name=job.name,
-            shape=plan.shape,
-            spectral=plan.spectral,
-            sparsity=plan.sparsity,
-            outlier_mass=plan.outlier_mass,
-            weights=plan.weights,
-            ranks=plan.ranks,
-            statistics={
-                **{name: _numbers(getattr(plan.stats, name)) for name in _STATISTICS},
-                "mean": _numbers(plan.stats.mean()),
-                "rms": _numbers(plan.stats.rms()),
-            },
-        )
-        if spectra and plan.spectral:
-            method = "exact" if job.parameters.get("decomposition") == "exact" else "gram"
-            return replace(tensor_stats, spectra=tensor_spectra(base, experts, plan.ranks, method))
-        return tensor_stats
+        statistics = {name: _numbers(getattr(plan.stats, name)) for name in _STATISTICS}
+        statistics |= {"mean": _numbers(plan.stats.mean()), "rms": _numbers(plan.stats.rms())}
+        figures = {name: getattr(plan, name) for name in ("sparsity", "outlier_mass", "weights", "ranks")}
+        method = "exact" if job.parameters.get("decomposition") == "exact" else "gram"
+        overlaps = tensor_spectra(base, experts, plan.ranks, method) if spectra and plan.spectral else None
+        return TensorStats(job.name, plan.shape, plan.spectral, **figures, statistics=statistics, spectra=overlaps)
     except NonFiniteError as error:
         problem = f"{error.count} NaN or infinite values in {job.folder(error.index)}"
         return TensorStats(job.name, job.shape, False, [], [], [], [], {}, problem)

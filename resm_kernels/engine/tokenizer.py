@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, json_bytes
+from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.engine.models import OpenedModels
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
 
@@ -23,7 +24,7 @@ class OutputTokenizer:
 
     Attributes:
         tokens: Token → row of the output's embedding.
-        rows: Number of the output's embedding's rows: the largest row of a token plus one, padded as the recipe says.
+        rows: Number of rows of the output's embedding: the largest row of a token plus one, padded as the recipe says.
         known: For each model folder, token → row of that model's embedding, without tokens beyond its last row.
         special: Names such as `eos_token_id` and their values in this tokenizer; None for tokens that it does not have.
         files: The tokenizer's files: name → content.
@@ -34,14 +35,6 @@ class OutputTokenizer:
     known: Mapping[Path, Mapping[str, int]]
     special: Mapping[str, int | None]
     files: Mapping[str, bytes]
-
-
-def vocabulary_size(config: Mapping[str, Any]) -> int | None:
-    """Return the number of the embedding's rows that a config.json states; None if it states none."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("vocab_size"), int):
-            return int(part["vocab_size"])
-    return None
 
 
 def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: bool = False) -> OutputTokenizer:
@@ -61,9 +54,12 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
     folder = models.reference.base_folder if entry.source in (BASE, UNION) else _folder(recipe, models, entry.source)
     loader = _Loader(trust_remote_code)
     loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
-    known = {m.base_folder: _tokens_with_rows(loaded[m.base_folder].get_vocab(), m.config) for m in models.all()}
+    known: dict[Path, Mapping[str, int]] = {}
+    for model in models.all():
+        size, rows = config_entry(model.config, "vocab_size", int), loaded[model.base_folder].get_vocab()
+        known[model.base_folder] = {token: row for token, row in rows.items() if size is None or row < size}
     config = next((m.config for m in models.all() if m.base_folder == folder), {})
-    tokenizer = loader.load(folder, vocabulary_size(config))
+    tokenizer = loader.load(folder, config_entry(config, "vocab_size", int))
     if entry.source == UNION:
         _add_missing_tokens(tokenizer, list(loaded.values()), list(known.values()))
     vocabulary = tokenizer.get_vocab()
@@ -165,12 +161,6 @@ def _without_tokens(config: Mapping[str, Any], removed: set[str], size: int) -> 
             row: t for row, t in remaining["added_tokens_decoder"].items() if int(row) < size
         }
     return remaining
-
-
-def _tokens_with_rows(vocabulary: Mapping[str, int], config: Mapping[str, Any]) -> dict[str, int]:
-    """Return the tokens that have a row in the model's embedding, with their rows."""
-    size = vocabulary_size(config)
-    return {token: row for token, row in vocabulary.items() if size is None or row < size}
 
 
 def _add_missing_tokens(tokenizer: Any, loaded: list[Any], known: list[Mapping[str, int]]) -> None:

@@ -1,4 +1,4 @@
-"""Aligns embeddings and output heads to the output's vocabulary: each token's row is read from where it is."""
+"""Aligns the rows of embeddings and output heads to the output's vocabulary."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK: Final = 1 << 24
 """The most bytes of rows that are read at once."""
 
 _GAP: Final = 1 << 16
-"""Two rows are read at once, with what lies between them, if fewer bytes than this do."""
+"""Two rows are read at once, together with the bytes between them, if these are fewer than this number."""
 
 _MEANS: Final = 1 << 8
 """The number of rows whose means are formed at once."""
@@ -105,9 +105,11 @@ class Vocabulary:
         if row is None:
             row = self.tokenizer.known[model.base_folder].get(source.token or token)
         if row is None:
-            raise RecipeError(f"{where}: {model.folder} has no token {source.token or token!r}")
+            raise RecipeError(f"{where}: {model.folder} has no token {source.token or token!r}; name another")
         if row >= info.shape[0]:
-            raise RecipeError(f"{where}: got token_id {row}, but {model.folder} has {info.shape[0]} rows")
+            raise RecipeError(
+                f"{where}: got token_id {row}, but {model.folder} has {info.shape[0]} rows; need a lower one"
+            )
         return ((tensors.number(model.reader, info), row),)
 
     def _input(
@@ -123,13 +125,13 @@ class Vocabulary:
         if not forced and info.shape[0] == len(model_rows) and model_rows == list(range(len(model_rows))):
             return reader, info
         foreign = {row: sources for row, sources in defaults.items() if row in forced or model_rows[row] < 0}
-        kept_rows = [-1 if row in foreign else model_row for row, model_row in enumerate(model_rows)]
-        if max(kept_rows) >= info.shape[0]:
+        remaining_rows = [-1 if row in foreign else model_row for row, model_row in enumerate(model_rows)]
+        if max(remaining_rows) >= info.shape[0]:
             raise MergeError(
                 f"{reader.folder}: tensor {info.name!r} has {info.shape[0]} rows, but its tokenizer and config.json "
-                f"have a token with row {max(kept_rows)}"
+                f"have a token with row {max(remaining_rows)}; need a tokenizer that fits its model"
             )
-        aligned = AlignedReader(tensors, i, kept_rows, foreign)
+        aligned = AlignedReader(tensors, i, remaining_rows, foreign)
         return aligned, aligned.tensors[info.name]
 
 
@@ -148,16 +150,16 @@ class ModelTensors:
         return len(self.tensors) - 1
 
     def add(
-        self, i: int, rows: Tensor, to: Tensor, out: Tensor, formed: dict[int, Tensor], *, first_time: bool
+        self, i: int, rows: Tensor, targets: Tensor, out: Tensor, formed: dict[int, Tensor], *, first_time: bool
     ) -> None:
-        """Add rows of tensor `i` to the rows `to` of `out`.
+        """Add rows of tensor `i` to the rows `targets` of `out`.
 
-        Rows are read in the order in which they lie in the file, with what lies between two that are close together.
+        Rows are read in the order of the file, together with the bytes between two that are close to each other.
 
         Args:
             i: The number of the tensor.
             rows: The rows to read.
-            to: The row of `out` that each is added to; no row occurs twice.
+            targets: The row of `out` that each is added to; no row occurs twice.
             out: A tensor of the same dtype or a wider one.
             formed: Tensors that adapters form, by number; they can only be read whole and are stored for later calls.
             first_time: True if all of `out` is zero.
@@ -166,70 +168,64 @@ class ModelTensors:
         if isinstance(reader, AdapterReader) and reader.is_adapted(info.name):
             if i not in formed:
                 formed[i] = reader.read(info.name)
-            out.index_add_(0, to, formed[i][rows].to(out.dtype))
+            out.index_add_(0, targets, formed[i][rows].to(out.dtype))
             return
         nbytes = info.nbytes // info.shape[0]
         rows, order = rows.sort(stable=True)
-        to = to[order]
+        targets = targets[order]
         for first, last in _pieces(rows, _GAP // max(nbytes, 1) + 1, max(CHUNK // max(nbytes, 1), 1)):
             start, end = int(rows[first]), int(rows[last - 1]) + 1
-            shape = (end - start, *info.shape[1:])
-            part = replace(info, shape=shape, offset=info.offset + start * nbytes, nbytes=(end - start) * nbytes)
-            here = int(to[first])
-            together = end - start == last - first and bool((to[first:last] - rows[first:last] == here - start).all())
-            if together and first_time and out.dtype == info.dtype:
-                reader.read_into(part, out[here : here + last - first])
+            target, count = int(targets[first]), last - first
+            contiguous = end - start == count and bool((targets[first:last] - rows[first:last] == target - start).all())
+            if contiguous and first_time and out.dtype == info.dtype:
+                reader.read_into(info.rows(start, end), out[target : target + count])
                 continue
-            piece = torch.empty(shape, dtype=info.dtype)
-            reader.read_into(part, piece)
-            if together:
-                out[here : here + last - first] += piece
+            piece = reader.read_info(info.rows(start, end))
+            if contiguous:
+                out[target : target + count] += piece
             else:
-                out.index_add_(0, to[first:last], piece[rows[first:last] - start].to(out.dtype))
+                out.index_add_(0, targets[first:last], piece[rows[first:last] - start].to(out.dtype))
 
 
 class AlignedReader(CheckpointReader):
     """One vocabulary tensor of a model with the rows of another vocabulary. It opens no files itself.
 
-    The tensor has the model's dtype if each of its rows is one of the model or zeros. If there are rows of other
-    models, means or padding, it is in fp32 (float64 if one of the models is), because it is not rounded before the
-    merge.
+    The tensor has the model's dtype if every row is zero or a row of the model. With rows of other models, means or
+    padding it is in fp32, or in float64 if one of the models is, because it is not rounded before the merge.
 
     Args:
         tensors: The models' tensors.
         i: The number of this model's tensor.
-        kept_rows: For each row of the result the row of this model, or −1.
+        model_rows: For each row of the result the row of this model that it is, or −1.
         foreign: For rows of the result that are not this model's, the rows whose mean they are; no rows for zeros. A
-            row that is neither in `kept_rows` nor here is padding: the mean of all rows that are not padding.
+            row that neither argument describes is padding: the mean of all rows that are not padding.
     """
 
     def __init__(
-        self,
-        tensors: ModelTensors,
-        i: int,
-        kept_rows: Sequence[int],
-        foreign: Mapping[int, tuple[RowSource, ...]],
+        self, tensors: ModelTensors, i: int, model_rows: Sequence[int], foreign: Mapping[int, tuple[RowSource, ...]]
     ) -> None:
         reader, info = tensors.tensors[i]
         self.folder = reader.folder
         self._model_tensors = tensors
-        self._padding = torch.tensor([row for row, kept in enumerate(kept_rows) if kept < 0 and row not in foreign])
+        self._padding = torch.tensor(
+            [row for row, source in enumerate(model_rows) if source < 0 and row not in foreign]
+        )
         means = {row: len(sources) for row, sources in foreign.items() if len(sources) > 1}
         self._means, self._counts = torch.tensor(list(means)), torch.tensor(list(means.values()))
-        kept_moves = [(i, kept, row) for row, kept in enumerate(kept_rows) if kept >= 0]
+        model_moves = [(i, model_row, row) for row, model_row in enumerate(model_rows) if model_row >= 0]
         foreign_moves = [(j, source_row, row) for row, sources in foreign.items() for j, source_row in sources]
         # Foreign rows are added in one order for all models, so that a mean has the same bits in each.
-        self._moves = [*_by_tensor(kept_moves), *_by_tensor(foreign_moves)]
+        self._moves = [*_by_tensor(model_moves), *_by_tensor(foreign_moves)]
         involved = {tensors.tensors[j][1].dtype for j in {i, *(j for j, *_ in self._moves)}}
         wide = torch.float64 if torch.float64 in involved else torch.float32
         dtype = wide if len(self._padding) or any(foreign.values()) else info.dtype
-        shape = (len(kept_rows), *info.shape[1:])
-        nbytes = dtype.itemsize * len(kept_rows) * (info.numel // info.shape[0])
+        shape = (len(model_rows), *info.shape[1:])
+        nbytes = dtype.itemsize * len(model_rows) * (info.numel // info.shape[0])
         self.tensors = MappingProxyType({info.name: replace(info, dtype=dtype, shape=shape, nbytes=nbytes)})
 
     @property
     def workspace(self) -> int:
-        """Bytes that reading takes beyond the result: a piece, its rows in a wider dtype, what adapters form."""
+        """Bytes that reading takes beyond the result: a piece, its rows in a wider dtype, and tensors of adapters."""
         adapted = [
             info.nbytes
             for reader, info in self._model_tensors.tensors
@@ -241,8 +237,8 @@ class AlignedReader(CheckpointReader):
         """Fill `buffer` with the aligned tensor."""
         out = buffer.view(-1).view(torch.uint8).view(info.dtype).view(info.shape).zero_()
         formed: dict[int, Tensor] = {}
-        for n, (i, rows, to) in enumerate(self._moves):
-            self._model_tensors.add(i, rows, to, out, formed, first_time=n == 0)
+        for n, (i, rows, targets) in enumerate(self._moves):
+            self._model_tensors.add(i, rows, targets, out, formed, first_time=n == 0)
         if len(self._means):
             counts = self._counts.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
             for part, count in zip(self._means.split(_MEANS), counts.split(_MEANS), strict=True):
@@ -256,10 +252,10 @@ class AlignedReader(CheckpointReader):
 
 
 def _by_tensor(moves: list[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Group single moves (tensor, row, to): yield each tensor with all its rows and where these go."""
-    numbers, rows, to = torch.tensor(moves, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    """Group single moves (tensor, row, target): yield each tensor with all its rows and their targets."""
+    numbers, rows, targets = torch.tensor(moves, dtype=torch.int64).reshape(-1, 3).unbind(1)
     for i in numbers.unique().tolist():
-        yield i, rows[numbers == i], to[numbers == i]
+        yield i, rows[numbers == i], targets[numbers == i]
 
 
 def _pieces(rows: Tensor, gap: int, longest: int) -> Iterator[tuple[int, int]]:

@@ -88,7 +88,7 @@ class Window:
         workspace = max((j.workspace for j in jobs), default=0)
         largest_output = max((j.output_bytes for j in jobs), default=0)
         largest_input = max((j.input_segment for j in jobs), default=0)
-        # Room for a second result lets one be written while the next is computed. It is the first thing to give up.
+        # With room for a second result, one is written while the next is computed. A low limit gives this up first.
         has_room_for_two = largest_input + 2 * largest_output + workspace <= limit
         outputs = largest_output * (2 if has_room_for_two else 1)
         inputs = min(max(limit - outputs - workspace, largest_input), largest_input + READ_AHEAD)

@@ -20,13 +20,13 @@ from resm_kernels.lora.factors import Factors
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_vocabulary
 
 _PANEL: Final = 256
-"""So many rows are formed at a time, so that the base's rows and the product take little memory."""
+"""The number of rows that are formed at once, which bounds the memory for the base's rows and the product."""
 
 _SUFFIXES: Final = {
-    ".lora_A.weight": "a",
-    ".lora_B.weight": "b",
-    ".lora_embedding_A": "a",
-    ".lora_embedding_B": "b",
+    ".lora_A.weight": "A",
+    ".lora_B.weight": "B",
+    ".lora_embedding_A": "A",
+    ".lora_embedding_B": "B",
     ".lora_B.bias": "bias",
     ".lora_magnitude_vector": "magnitude",
     ".lora_magnitude_vector.weight": "magnitude",
@@ -92,12 +92,7 @@ class AdapterReader(CheckpointReader):
     """
 
     def __init__(
-        self,
-        folder: Path,
-        base: CheckpointReader,
-        base_config: Mapping[str, Any],
-        *,
-        double: bool = False,
+        self, folder: Path, base: CheckpointReader, base_config: Mapping[str, Any], *, double: bool = False
     ) -> None:
         if not (folder / CONFIG_FILE).is_file():
             raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
@@ -148,7 +143,7 @@ class AdapterReader(CheckpointReader):
         """
         if not tied:
             if OUTPUT_HEAD in self._replaced and OUTPUT_HEAD not in self.base.tensors:
-                raise CheckpointError(f"{self.folder}: stores {OUTPUT_HEAD!r}, which is not in {self.base.folder}")
+                raise CheckpointError(f"{self.folder}: stores {OUTPUT_HEAD!r}, need a base model that has it")
             return
         changed = set(filter(is_tied_vocabulary, (*self._replaced, *(f"{m}.weight" for m in self._modules))))
         if changed and not (len(changed) == 2 and changed <= self._replaced.keys()):
@@ -177,34 +172,33 @@ class AdapterReader(CheckpointReader):
         """Raise a CheckpointError if a module's factors are not complete or do not fit the base's weight."""
         parts = self._modules[module].parts
         file, name = self.folder / WEIGHTS_FILE, f"{module}.weight"
+        adapted, base_folder = f"{file}: module {module!r}", self.base.folder
         dora = {"magnitude"} if self.config.use_dora else set()
-        if missing := ({"a", "b"} | dora) - parts.keys():
-            raise CheckpointError(f"{file}: module {module!r} has no {', '.join(sorted(missing))}; it is not complete")
+        if missing := ({"A", "B"} | dora) - parts.keys():
+            raise CheckpointError(f"{adapted} has no lora_{', lora_'.join(sorted(missing))}; save the adapter again")
         if "magnitude" in parts and not dora:
-            raise CheckpointError(f"{file}: module {module!r} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora")
+            raise CheckpointError(f"{adapted} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora; need both")
         if name not in self.base.tensors:
-            raise CheckpointError(f"{file}: adapts {name!r}, which is not in {self.base.folder}: another base model?")
+            raise CheckpointError(f"{file}: adapts {name!r}, which is not in {base_folder}; need its base model")
         if "bias" in parts and f"{module}.bias" not in self.base.tensors:
-            raise CheckpointError(
-                f"{file}: module {module!r} has a lora_bias, but the base has no {module + '.bias'!r}"
-            )
-        base, a, b = self.base.tensors[name], parts["a"].shape, parts["b"].shape
+            raise CheckpointError(f"{adapted} has a lora_bias, but the base has no {module + '.bias'!r}; need both")
+        base, a, b = self.base.tensors[name], parts["A"].shape, parts["B"].shape
         if base.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{base.file}: tensor {name!r} is {base.dtype}; dequantise the base model first")
         rank = self.config.rank(module)
         fits = len(a) == len(b) == 2 and (a[0], b[1]) == (rank, rank)
         if not fits or base.shape not in ((b[0], a[1]), (a[1], b[0])):
             raise CheckpointError(
-                f"{file}: module {module!r} has A {a} and B {b}, need rank {rank} (r, rank_pattern) and the shape "
-                f"{base.shape} that {name!r} has in {self.base.folder}"
+                f"{adapted} has A {a} and B {b}, need rank {rank} (r, rank_pattern) and the shape {base.shape} that "
+                f"{name!r} has in {base_folder}"
             )
         if dora and (got := parts["magnitude"].numel) != b[0]:
-            raise CheckpointError(f"{file}: module {module!r} has {got} magnitudes, need {b[0]}, one for each output")
+            raise CheckpointError(f"{adapted} has {got} magnitudes, need {b[0]}, one for each output")
 
     def _transposed(self, module: str) -> bool:
         """Return True if the weight is stored as (in, out), the transpose of B·A."""
         stored, base = self._modules[module], self.base.tensors[f"{module}.weight"]
-        out, inner = stored.parts["b"].shape[0], stored.parts["a"].shape[1]
+        out, inner = stored.parts["B"].shape[0], stored.parts["A"].shape[1]
         # The configuration has one flag for all modules, of which some may be stored the other way. So the shape
         # decides, and the flag only for square matrices.
         return stored.embedding or (base.shape != (out, inner) if out != inner else self.config.fan_in_fan_out)
@@ -225,13 +219,10 @@ class AdapterReader(CheckpointReader):
 
     def _stored_factors(self, module: str) -> StoredFactors:
         parts = self._modules[module].parts
-        return StoredFactors(parts["a"], parts["b"], self._transposed(module), self.config.scale(module))
+        return StoredFactors(parts["A"], parts["B"], self._transposed(module), self.config.scale(module))
 
     def _part(self, module: str, part: str, dtype: torch.dtype) -> Tensor:
-        info = self._modules[module].parts[part]
-        tensor = torch.empty(info.shape, dtype=info.dtype)
-        super().read_into(info, tensor)
-        return tensor.to(dtype)
+        return self.read_info(self._modules[module].parts[part]).to(dtype)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor; adapted tensors are formed in it."""
@@ -249,7 +240,7 @@ class AdapterReader(CheckpointReader):
             self._read_rows(info.name, 0, info.shape[0], out)
             out.add_(self._part(module, "bias", out.dtype), alpha=self.config.scale(module))
             return
-        a, b = (self._part(module, part, out.dtype) for part in "ab")
+        a, b = (self._part(module, part, out.dtype) for part in "AB")
         factors = self._stored_factors(module).factors(a, b)
 
         def panel(i: int, j: int) -> None:
@@ -266,12 +257,9 @@ class AdapterReader(CheckpointReader):
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
         """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""
-        whole = self._replaced.get(name) or self.base.tensors[name]
-        row_bytes = whole.nbytes // whole.shape[0]
-        shape = (last - first, *whole.shape[1:])
-        info = replace(whole, shape=shape, offset=whole.offset + first * row_bytes, nbytes=(last - first) * row_bytes)
-        rows = torch.empty(shape, dtype=whole.dtype)
-        super().read_into(info, rows)
+        stored = self._replaced.get(name) or self.base.tensors[name]
+        rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
+        super().read_into(stored.rows(first, last), rows)
         out.copy_(rows)
 
     def same_bytes(self, first: str, second: str) -> bool:

@@ -1,8 +1,7 @@
-"""The files of a PEFT adapter folder, and what its `adapter_config.json` says about the stored tensors."""
+"""The files of a PEFT adapter folder, and the entries of its `adapter_config.json`."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.checkpoint.auxiliary import config_entry, read_json
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -82,12 +82,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             merged weights and that this library does not support.
     """
     file = folder / CONFIG_FILE
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: got a JSON {type(data).__name__}, need an object")
+    data = read_json(file)
     if data.get("peft_type") != "LORA":
         raise CheckpointError(f"{file}: peft_type: got {data.get('peft_type')!r}, need 'LORA'")
     for key, value in data.items():
@@ -119,9 +114,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         alpha=data["lora_alpha"],
         rank_pattern=rank_pattern,
         alpha_pattern=alpha_pattern,
-        use_rslora=bool(data.get("use_rslora")),
-        use_dora=bool(data.get("use_dora")),
-        fan_in_fan_out=bool(data.get("fan_in_fan_out")),
+        **{flag: bool(data.get(flag)) for flag in ("use_rslora", "use_dora", "fan_in_fan_out")},
         base_name=data.get("base_model_name_or_path") or None,
     )
 
@@ -138,10 +131,8 @@ def is_tied(config: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
     `tie_word_embeddings` in its config.json decides; without that entry, a model that stores an embedding and no head
     is tied.
     """
-    for part in (config, config.get("text_config")):
-        if isinstance(part, Mapping) and isinstance(part.get("tie_word_embeddings"), bool):
-            return bool(part["tie_word_embeddings"])
-    return OUTPUT_HEAD not in names and any(map(is_tied_embedding, names))
+    flag = config_entry(config, "tie_word_embeddings", bool)
+    return flag if flag is not None else OUTPUT_HEAD not in names and any(map(is_tied_embedding, names))
 
 
 def check_recorded_base(folder: Path, recorded: str | None, base: Path) -> None:

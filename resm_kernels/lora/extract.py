@@ -223,7 +223,7 @@ def _check_choices(rank: int | None, energy: float | None, max_rank: int | None,
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy: got {energy}, need a share above 0 and at most 1")
     if max_rank is not None and energy is None:
-        raise ValueError("max_rank: given without energy; it bounds the ranks that energy chooses")
+        raise ValueError(f"max_rank: got {max_rank} without energy, need both: it bounds the ranks that energy chooses")
     if dtype not in ADAPTER_DTYPES:
         raise ValueError(f"dtype: got {dtype}, need one of {', '.join(map(str, ADAPTER_DTYPES))}")
 

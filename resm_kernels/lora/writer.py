@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -14,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint import CheckpointError, CheckpointWriter, OutputPlan, plan_output
+from resm_kernels.checkpoint import CheckpointWriter, OutputPlan, json_bytes, plan_output
 from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
+from resm_kernels.checkpoint.writer import write_errors_named
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
@@ -38,10 +38,8 @@ class AdapterWriter:
 
     def __enter__(self) -> AdapterWriter:
         parent = next(p for p in self._out.parents if p.is_dir())
-        try:
+        with write_errors_named(self._out):
             self._spool = tempfile.TemporaryFile(dir=parent, prefix=f".{self._out.name}.")
-        except OSError as error:
-            raise CheckpointError(f"output {self._out}: cannot be written: {error.strerror or error}") from error
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -51,10 +49,8 @@ class AdapterWriter:
         """Store a CPU tensor; `name` is its name without PEFT's prefix."""
         start, fd, tensor = self._end, self._spool.fileno(), tensor.contiguous()
         if tensor.numel():
-            try:
+            with write_errors_named(self._out):
                 write_fully(fd, byte_view(tensor), start)
-            except OSError as error:
-                raise CheckpointError(f"output {self._out}: cannot be written: {error.strerror or error}") from error
         self._end += tensor.nbytes
         dtype, shape = tensor.dtype, tuple(tensor.shape)
 
@@ -79,8 +75,7 @@ class AdapterWriter:
         """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`."""
         plan = plan_output(((name, dtype, shape) for name, (dtype, shape, _) in self._entries.items()), sys.maxsize)
         plan = OutputPlan((replace(plan.shards[0], filename=WEIGHTS_FILE),), plan.slots)
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        with CheckpointWriter(self._out, plan, {CONFIG_FILE: text.encode()}) as writer:
+        with CheckpointWriter(self._out, plan, {CONFIG_FILE: json_bytes(config)}) as writer:
             for name, (_, _, read) in self._entries.items():
                 writer.write(name, read())
             writer.commit()

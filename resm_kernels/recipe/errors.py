@@ -1,4 +1,4 @@
-"""The errors that report what is wrong with a recipe, and where."""
+"""The errors about recipes, and the locations that they name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ Location = tuple[str | int, ...]
 
 
 class RecipeError(ValueError):
-    """A recipe cannot be used. The message says where in the file, what was got and what is needed."""
+    """A recipe cannot be used. The message names the line and the key, the value that it has and the need."""
 
 
 class LocatedError(ValueError):

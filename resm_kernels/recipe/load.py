@@ -26,7 +26,7 @@ _ENTRIES: Final[Mapping[str | int, type[BaseModel]]] = {
 
 
 def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
-    """Return the checked recipe of a YAML file, given by its path, or of a mapping with the same structure.
+    """Return the checked recipe of a YAML file (named by its path) or of a mapping with the same structure.
 
     A `Recipe` is returned as it is.
 
@@ -45,7 +45,7 @@ def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> 
         if len(roots) > 1:
             raise RecipeError(
                 f"{name}:{roots[1].start_mark.line + 1}: a second document; merges in several stages (mergekit-multi) "
-                "are not supported: put each stage into a file of its own and run them in order"
+                "are not supported: put each stage into a separate file and run them in order"
             )
         root = roots[0] if roots else None
         data = yaml.safe_load(text)
@@ -75,7 +75,7 @@ def _validate(data: dict[str, Any], name: str, root: yaml.Node | None, text: str
 
 
 def _describe(problem: Any) -> tuple[Location, str]:
-    """Return where a problem that pydantic found is, and a message that says what is wrong."""
+    """Return the location of a problem that pydantic reports, and a message about it."""
     location: Location = problem["loc"]
     cause = problem.get("ctx", {}).get("error")
     if isinstance(cause, LocatedError):
@@ -85,7 +85,7 @@ def _describe(problem: Any) -> tuple[Location, str]:
         known = tuple(entry.model_fields)
         return location, f"unknown key{did_you_mean(location[-1], known)}; known: {', '.join(known)}"
     if problem["type"] == "missing":
-        return location, "missing"
+        return location, "missing; this key is needed"
     if cause is not None:
         return location, str(cause)
     return location, f"got {problem['input']!r}: {problem['msg']}"

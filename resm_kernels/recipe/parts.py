@@ -62,8 +62,10 @@ class Slice:
         cls, sources: Sequence[Source], base: Source | None, levels: Sequence[Settings], location: Location
     ) -> Slice:
         """Return the slice that merges `sources`; a source that names the base model is no expert."""
-        experts = [s for s in sources if base is None or not s.is_model(base.model)]
-        return cls(_listed_base(base, sources), tuple(experts), tuple(levels), location)
+        listed_bases = [s for s in sources if base is not None and s.is_model(base.model)]
+        experts = tuple(s for s in sources if s not in listed_bases)
+        # The listed source stands for the base, so that parameters which the recipe states there can be refused.
+        return cls(listed_bases[0] if listed_bases else base, experts, tuple(levels), location)
 
     @property
     def sources(self) -> tuple[Source, ...]:
@@ -99,11 +101,6 @@ class Part:
 
     name: str | None
     slices: tuple[Slice, ...]
-
-
-def _listed_base(base: Source | None, sources: Sequence[Source]) -> Source | None:
-    """Return the base as it stands among the sources, if it does, so that parameters given there can be refused."""
-    return base if base is None else next((s for s in sources if s.is_model(base.model)), base)
 
 
 def _resolve(parameter: Parameter, levels: Sequence[Settings], tensor: str, depth: float) -> Any:

@@ -142,7 +142,7 @@ class Recipe(BaseModel):
 
     @property
     def text(self) -> str:
-        """The recipe as its author wrote it; a recipe that was given as a mapping is written as YAML."""
+        """The recipe as its author wrote it; a recipe that was read from a mapping is written as YAML."""
         return self._written if isinstance(self._written, str) else yaml.safe_dump(self._written, sort_keys=False)
 
     @property
@@ -321,7 +321,7 @@ def _check_slice(method: Method, piece: Slice) -> None:
         for name, setting in source.parameters.items():
             location = (*source.location, "parameters", name)
             if source not in piece.experts:
-                raise LocatedError(location, f"the base model has no parameters in {method.name}; remove it")
+                raise LocatedError(location, f"the base model has no parameters in {method.name}; remove this one")
             if not _check_setting(method, name, setting, location).per_expert:
                 raise LocatedError(
                     location, f"{name} has one value for the whole merge; move it to the recipe's parameters"

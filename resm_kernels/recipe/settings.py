@@ -17,7 +17,7 @@ NO_VALUE: Final = object()
 
 @dataclass(frozen=True)
 class Rule:
-    """The value of tensors whose name contains `filter` (None: of all). Several values are a gradient over depth."""
+    """The value of tensors whose name contains `filter`, or of all for None. A list of values is a gradient."""
 
     filter: str | None
     values: tuple[Scalar, ...]
@@ -79,7 +79,7 @@ def _parse_rule(data: Any) -> Rule:
         if key not in ("filter", "value"):
             raise ValueError(f"unknown key {key!r}{did_you_mean(key, ('filter', 'value'))}; need filter and value")
     if "value" not in data:
-        raise ValueError("an entry with a filter has no 'value'")
+        raise ValueError("has no 'value'; every entry with a filter needs one")
     if not isinstance(data.get("filter"), str | None):
         raise ValueError(f"filter: got {data['filter']!r}, need part of a tensor name, or '*'")
     return Rule(data.get("filter"), _parse_values(data["value"]))

@@ -11,10 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from resm_kernels.suggestions import did_you_mean
 
 UNION: Final = "union"
-"""As a tokenizer's source: the tokens of all models together."""
+"""The tokenizer source that takes the tokens of all models together."""
 
 BASE: Final = "base"
-"""As a tokenizer's source: the tokens of the base model."""
+"""The tokenizer source that takes the tokens of the base model."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,14 @@ def _parse_source(data: Any) -> TokenSource:
     return TokenSource(model, token, token_id)
 
 
-def _parse_optional_source(data: Any) -> TokenSource | None:
-    return None if data is None else _parse_source(data)
-
-
 class TokenEntry(BaseModel):
     """An entry of `tokens`. With `force`, the source also replaces the embeddings of models that have the token."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    source: Annotated[TokenSource | None, PlainValidator(_parse_optional_source)] = None
+    source: Annotated[
+        TokenSource | None, PlainValidator(lambda data: None if data is None else _parse_source(data))
+    ] = None
     force: bool = False
 
 
