@@ -18,4 +18,7 @@ except ImportError as error:
     missing = isinstance(error, ModuleNotFoundError) and error.name == "resm_kernels._native"
     unavailable_reason = (
         "this installation was made without the compiled kernels" if missing else f"they do not load: {error}"
-    ) + "; every op runs its slower reference. Install a wheel, or build from source with a C++17 compiler."
+    ) + (
+        "; every op runs its slower reference. Install a wheel, or build from source with a C++20 compiler (GCC 10 or "
+        "newer)."
+    )
