@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
-native: ModuleType | None
+native: Any
 """The extension module built from python/module.cpp, or None."""
 unavailable_reason: str
-"""Why `native` is None, and what to do about it; empty where it is live."""
+"""Why `native` is None, and how the user mends that; empty where it is a module."""
 
 try:
     native = importlib.import_module("resm_kernels._native")

@@ -76,16 +76,16 @@ void merge_group(const Group& group, const AggregateOptions& options, const Aggr
     weights[t] = static_cast<C>(options.weights[t]);
     weight_sum += weights[t];
   }
-  const Election<C> election{n_experts,
-                             factors.data(),
-                             weights.data(),
-                             weight_sum,
-                             static_cast<C>(options.scale),
-                             options.rule,
-                             options.normalize,
-                             {},
-                             options.vote,
-                             static_cast<C>(options.min_divisor)};
+  const Election<C> election{.n_experts = n_experts,
+                             .factors = factors.data(),
+                             .weights = weights.data(),
+                             .weight_sum = weight_sum,
+                             .scale = static_cast<C>(options.scale),
+                             .rule = options.rule,
+                             .normalize = options.normalize,
+                             .sparsity = {},
+                             .vote = options.vote,
+                             .min_divisor = static_cast<C>(options.min_divisor)};
   const Thresholds<C> limits(options.sparsity, n_experts);
   const bool all_bf16 = sizeof(C) == 4 && is_all_bf16(group, options, result.merged.dtype);
   const std::vector<Chunk> chunks = chunks_of(group);
