@@ -162,7 +162,7 @@ class Vectors {
   }
 
   // Replaces dependent vectors: two steps of inverse iteration from random numbers that are clear of
-  // the strips before. The next pass leaves what is new of them.
+  // the strips before. The next pass leaves their new part.
   void replace_dependent(int64_t s, const std::vector<int64_t>& close, const bool* dependent) {
     const Strip& strip = strips_[s];
     for (int column = 0; column < kStrip; ++column) {
