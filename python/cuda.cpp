@@ -17,6 +17,11 @@ namespace {
 
 cuda::Stream stream_of(uintptr_t stream) { return reinterpret_cast<cuda::Stream>(stream); }
 
+// A contiguous tensor of floating-point numbers.
+cuda::Array float_array(py::handle tensor, const char* name, int64_t numel) {
+  return {.data = data_of(tensor, name, numel), .dtype = float_dtype(tensor.attr("dtype"), name)};
+}
+
 // A `resm_kernels._launch.Group`, whose addresses lie on the device already. A block works on `chunk` elements.
 cuda::Group read_group(py::handle group, int64_t chunk) {
   const py::list experts = group.attr("experts"), masks = group.attr("masks");
@@ -35,9 +40,8 @@ cuda::Group read_group(py::handle group, int64_t chunk) {
       throw py::type_error("experts: got several dtypes, need one");
     data_of(expert, "experts", read.rows * read.length);
   }
-  read.base = {nullptr, read.expert_dtype};
-  if (!base.is_none())
-    read.base = {data_of(base, "base", read.rows * read.length), float_dtype(base.attr("dtype"), "base")};
+  read.base = {.data = nullptr, .dtype = read.expert_dtype};
+  if (!base.is_none()) read.base = float_array(base, "base", read.rows * read.length);
   if (!masks.empty() && masks.size() != experts.size()) throw py::value_error("masks: need one for each expert");
   const auto n_addresses = static_cast<int64_t>(experts.size() + masks.size());
   read.experts = elements_of<int64_t>(group.attr("addresses"), "addresses", n_addresses);
@@ -47,25 +51,25 @@ cuda::Group read_group(py::handle group, int64_t chunk) {
 }
 
 cuda::Thresholds read_thresholds(py::handle lower, py::handle upper, int64_t n_experts) {
-  if (lower.is_none()) return {nullptr, nullptr};
-  return {elements_of<double>(lower, "lower", n_experts), elements_of<double>(upper, "upper", n_experts)};
+  if (lower.is_none()) return {.lower = nullptr, .upper = nullptr};
+  return {.lower = elements_of<double>(lower, "lower", n_experts),
+          .upper = elements_of<double>(upper, "upper", n_experts)};
 }
 
 void aggregate_cuda(py::handle group, py::handle options, int64_t chunk, py::handle factors, py::handle divisors,
                     py::handle lower, py::handle upper, py::handle merged, py::handle nonfinite, uintptr_t stream) {
   const cuda::Group inputs = read_group(group, chunk);
   const int64_t n = inputs.n_experts;
-  const cuda::AggregateOptions read{elements_of<double>(factors, "factors", n),
-                                    elements_of<double>(divisors, "divisors", n),
-                                    read_thresholds(lower, upper, n),
-                                    options.attr("scale").cast<double>(),
-                                    number_or(-INFINITY, options.attr("min_divisor")),
-                                    rule_of(options.attr("rule")),
-                                    vote_of(options.attr("consensus_method")),
-                                    options.attr("normalize").cast<bool>()};
-  const cuda::AggregateResult result{
-      {data_of(merged, "merged", inputs.rows * inputs.length), float_dtype(merged.attr("dtype"), "merged")},
-      elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
+  const cuda::AggregateOptions read{.factors = elements_of<double>(factors, "factors", n),
+                                    .divisors = elements_of<double>(divisors, "divisors", n),
+                                    .thresholds = read_thresholds(lower, upper, n),
+                                    .scale = options.attr("scale").cast<double>(),
+                                    .min_divisor = number_or(-INFINITY, options.attr("min_divisor")),
+                                    .rule = rule_of(options),
+                                    .vote = vote_of(options),
+                                    .normalize = options.attr("normalize").cast<bool>()};
+  const cuda::AggregateResult result{.merged = float_array(merged, "merged", inputs.rows * inputs.length),
+                                     .nonfinite = elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
   const py::gil_scoped_release unlocked;
   cuda::aggregate(inputs, read, result, stream_of(stream));
 }
@@ -78,16 +82,17 @@ void delta_stats_cuda(py::handle group, py::handle options, int64_t chunk, py::h
   const bool histogram = options.attr("histogram").cast<bool>();
   const int64_t vectors = inputs.n_experts * inputs.rows, bins = histogram ? vectors * kHistogramBins : 0;
   if (chunk <= 0 || chunk >= 65536) throw py::value_error("chunk: need fewer than 65536 elements");
-  const cuda::DeltaStatsOptions read{options.attr("eps").cast<double>(), options.attr("eps_rel").cast<double>(),
-                                     number_or(-1.0, options.attr("kappa"))};
+  const cuda::DeltaStatsOptions read{.eps = options.attr("eps").cast<double>(),
+                                     .eps_rel = options.attr("eps_rel").cast<double>(),
+                                     .kappa = number_or(-1.0, options.attr("kappa"))};
   int64_t* const bin_counters = elements_of<int64_t>(bin_counts, "bin_counts", bins);
-  const cuda::DeltaStatsResult result{elements_of<double>(moments, "moments", vectors * kMoments),
-                                      elements_of<int64_t>(counts, "counts", vectors * kMoments),
-                                      histogram ? bin_counters : nullptr,
-                                      elements_of<double>(bin_sums, "bin_sums", bins)};
+  const cuda::DeltaStatsResult result{.moments = elements_of<double>(moments, "moments", vectors * kMoments),
+                                      .counts = elements_of<int64_t>(counts, "counts", vectors * kMoments),
+                                      .bin_counts = histogram ? bin_counters : nullptr,
+                                      .bin_sums = elements_of<double>(bin_sums, "bin_sums", bins)};
   const cuda::DeltaStatsWorkspace workspace{
-      elements_of<double>(chunk_sums, "chunk_sums", inputs.blocks() * inputs.n_experts * kFields),
-      elements_of<int64_t>(significands, "significands", bins)};
+      .chunk_sums = elements_of<double>(chunk_sums, "chunk_sums", inputs.blocks() * inputs.n_experts * kFields),
+      .significands = elements_of<int64_t>(significands, "significands", bins)};
   const py::gil_scoped_release unlocked;
   cuda::delta_stats(inputs, read, result, workspace, stream_of(stream));
 }
@@ -113,21 +118,24 @@ void magnitude_threshold_cuda(py::handle group, int64_t chunk, py::handle k, py:
   if (float_dtype(buffer.attr("dtype"), "buffer") != (inputs.in_double ? DType::f64 : DType::f32))
     throw py::type_error("buffer: need the dtype of the arithmetic");
   const int64_t* const ranks = elements_of<int64_t>(k, "k", n);
-  const cuda::ThresholdResult result{elements_of<double>(thresholds, "thresholds", n),
-                                     elements_of<int64_t>(nonfinite, "nonfinite", n)};
-  const cuda::ThresholdWorkspace workspace{elements_of<int64_t>(selections, "selections", n * kSelectionWords),
-                                           elements_of<int64_t>(frequencies, "frequencies", n * kDigits),
-                                           data_of(buffer, "buffer", n * (inputs.length / kBufferShare))};
+  const cuda::ThresholdResult result{.thresholds = elements_of<double>(thresholds, "thresholds", n),
+                                     .nonfinite = elements_of<int64_t>(nonfinite, "nonfinite", n)};
+  const cuda::ThresholdWorkspace workspace{
+      .selections = elements_of<int64_t>(selections, "selections", n * kSelectionWords),
+      .frequencies = elements_of<int64_t>(frequencies, "frequencies", n * kDigits),
+      .buffer = data_of(buffer, "buffer", n * (inputs.length / kBufferShare))};
   const py::gil_scoped_release unlocked;
   cuda::magnitude_threshold(inputs, ranks, result, workspace, stream_of(stream));
 }
 
 void random_mask_cuda(int64_t length, uint64_t seed, uint32_t expert, uint64_t lowest, uint64_t step, py::handle ranks,
                       py::handle mask, uintptr_t stream) {
-  const cuda::RandomMaskOptions options{length, seed, expert, {lowest, step}};
+  const cuda::RandomMaskOptions options{
+      .length = length, .seed = seed, .expert = expert, .law = {.lowest = lowest, .step = step}};
   uint8_t* const bits = elements_of<uint8_t>(mask, "mask", mask_bytes(length));
-  cuda::Ranks doubled{nullptr, 0};
-  if (!ranks.is_none()) doubled = {data_of(ranks, "ranks", length), ranks.attr("element_size")().cast<int64_t>()};
+  cuda::Ranks doubled{.doubled = nullptr, .bytes = 0};
+  if (!ranks.is_none())
+    doubled = {.doubled = data_of(ranks, "ranks", length), .bytes = ranks.attr("element_size")().cast<int64_t>()};
   const py::gil_scoped_release unlocked;
   cuda::random_mask(options, doubled, bits, stream_of(stream));
 }
@@ -144,7 +152,7 @@ void variances_cuda(py::handle group, int64_t chunk, py::handle variances, py::h
 
 void variance_mask_cuda(py::handle variances, py::handle threshold, py::handle mask, uintptr_t stream) {
   const auto length = variances.attr("numel")().cast<int64_t>();
-  const cuda::Array values{data_of(variances, "variances", length), float_dtype(variances.attr("dtype"), "variances")};
+  const cuda::Array values = float_array(variances, "variances", length);
   if (values.dtype != DType::f32 && values.dtype != DType::f64)
     throw py::type_error("variances: need float32 or float64");
   const double* const least = elements_of<double>(threshold, "threshold", 1);

@@ -1,6 +1,6 @@
-// The CPU ops for Python: tensors and options records as Python objects, read by name (tensors.h). There are no torch
-// headers, so that one build serves every torch version. resm_kernels/ops checks what arguments mean; the checks here
-// make sure of memory alone.
+// The CPU ops for Python. They read tensors and options records, which are Python objects, by the names of attributes
+// (tensors.h) instead of torch's headers, so that one build serves every torch version. resm_kernels/ops checks the
+// values of arguments; the checks here only keep kernels within the memory of tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -27,7 +27,12 @@ void require(bool holds, const std::string& need) {
   if (!holds) throw py::value_error("resm_kernels._native: " + need);
 }
 
-// An input of an op: contiguous, on the CPU, and alive as long as this object.
+// A contiguous tensor of floating-point numbers.
+Array float_array(py::handle tensor, const char* name, int64_t numel) {
+  return {.data = data_of(tensor, name, numel), .dtype = float_dtype(tensor.attr("dtype"), name)};
+}
+
+// An input tensor of an op: a contiguous one on the CPU, which lives as long as this object.
 class Input {
  public:
   Input(py::handle tensor, const char* name) : name_(name), tensor_(tensor.attr("contiguous")()) {
@@ -36,14 +41,12 @@ class Input {
 
   std::vector<int64_t> shape() const { return tensor_.attr("shape").cast<std::vector<int64_t>>(); }
   int64_t numel() const { return tensor_.attr("numel")().cast<int64_t>(); }
-  Array array(int64_t numel) const {
-    return {data_of(tensor_, name_, numel), float_dtype(tensor_.attr("dtype"), name_)};
-  }
+  Array array(int64_t numel) const { return float_array(tensor_, name_, numel); }
   template <class T>
   const T* elements(int64_t numel) const {
     return elements_of<T>(tensor_, name_, numel);
   }
-  // Rows and columns of a matrix.
+  // The numbers of rows and columns of a matrix.
   std::pair<int64_t, int64_t> matrix_shape() const {
     const std::vector<int64_t> sizes = shape();
     require(sizes.size() == 2, std::string(name_) + ": need a matrix");
@@ -55,18 +58,32 @@ class Input {
   py::object tensor_;
 };
 
-// A base, or none, and its experts, which live as long as this object.
+// One number for each expert from a float64 tensor; none from None.
+std::vector<double> numbers_of(py::handle record, const char* field, int n_experts) {
+  const py::object tensor = record.attr(field);
+  if (tensor.is_none()) return {};
+  auto numbers = tensor.attr("tolist")().cast<std::vector<double>>();
+  require(static_cast<int>(numbers.size()) == n_experts, std::string(field) + ": need one number for each expert");
+  return numbers;
+}
+
+struct GroupNeeds {
+  bool base = false;  // whether the op refuses to run without a base
+  bool rows = false;  // whether the op treats each row, a vector along the last dimension, separately
+};
+
+// The base, the experts and the masks of an op, which live as long as this object.
 class GroupInput {
  public:
-  // by_rows: the op treats each row, a vector along the last dimension, by itself.
-  GroupInput(py::handle base, const py::sequence& experts, bool by_rows = false) {
+  GroupInput(py::handle base, const py::sequence& experts, GroupNeeds needs) {
     require(experts.size() > 0, "experts: got none, need one or more tensors");
+    require(!needs.base || !base.is_none(), "base: got none, need a tensor");
     inputs_.reserve(1 + experts.size());
     if (!base.is_none()) inputs_.emplace_back(base, "base");
     for (const py::handle expert : experts) inputs_.emplace_back(expert, "experts");
     const int64_t numel = inputs_[0].numel();
     group_.length = numel;
-    if (by_rows) {
+    if (needs.rows) {
       const std::vector<int64_t> shape = inputs_[0].shape();
       group_.length = shape.empty() ? 1 : shape.back();
       for (size_t i = 0; i + 1 < shape.size(); ++i) group_.rows *= shape[i];
@@ -78,104 +95,63 @@ class GroupInput {
 
   const Group& operator*() const { return group_; }
   const Group* operator->() const { return &group_; }
+  // Δ of the first expert as a matrix, for groups with `rows`.
+  DeltaMatrix delta() const {
+    return {.base = group_.base_or_null(), .expert = group_.experts.data(), .m = group_.rows, .n = group_.length};
+  }
+  // The fields that a record inherits from SparsityOptions.
+  SparsityOptions sparsity(py::handle record) {
+    const int n = group_.n_experts();
+    SparsityOptions options{.thresholds = numbers_of(record, "thresholds", n),
+                            .upper_thresholds = numbers_of(record, "upper_thresholds", n),
+                            .masks = {}};
+    const py::object masks = record.attr("masks");
+    if (masks.is_none()) return options;
+    for (const py::handle mask : masks) {
+      inputs_.emplace_back(mask, "masks");
+      options.masks.push_back(inputs_.back().elements<uint8_t>(mask_bytes(group_.numel())));
+    }
+    require(static_cast<int>(options.masks.size()) == n, "masks: need one for each expert");
+    return options;
+  }
 
  private:
   std::vector<Input> inputs_;
   Group group_;
 };
 
-// One that needs a base.
-class DeltasInput : public GroupInput {
- public:
-  DeltasInput(py::handle base, const py::sequence& experts, bool by_rows = false) : GroupInput(base, experts, by_rows) {
-    require((*this)->base.has_value(), "base: got none, need a tensor");
-  }
-};
-
-// Δ of one expert, a matrix.
-class MatrixInput {
- public:
-  MatrixInput(py::handle base, py::handle expert)
-      : group_(base, py::make_tuple(expert), true),
-        delta_{group_->base_or_null(), group_->experts.data(), group_->rows, group_->length} {}
-  MatrixInput(const MatrixInput&) = delete;
-  MatrixInput& operator=(const MatrixInput&) = delete;
-
-  const DeltaMatrix& operator*() const { return delta_; }
-  const DeltaMatrix* operator->() const { return &delta_; }
-
- private:
-  GroupInput group_;
-  DeltaMatrix delta_;
-};
-
-// A tensor of float64 with one number for each expert; empty for None.
-std::vector<double> numbers_of(py::handle tensor, const char* name, int n_experts) {
-  if (tensor.is_none()) return {};
-  auto numbers = tensor.attr("tolist")().cast<std::vector<double>>();
-  require(static_cast<int>(numbers.size()) == n_experts, std::string(name) + ": need one number for each expert");
-  return numbers;
-}
-
-// The fields that a record inherits from SparsityOptions; masks live as long as this object.
-class SparsityInput {
- public:
-  SparsityInput(py::handle record, const Group& group) {
-    options_.thresholds = numbers_of(record.attr("thresholds"), "thresholds", group.n_experts());
-    options_.upper_thresholds = numbers_of(record.attr("upper_thresholds"), "upper_thresholds", group.n_experts());
-    const py::object masks = record.attr("masks");
-    if (masks.is_none()) return;
-    for (const py::handle mask : masks) {
-      inputs_.emplace_back(mask, "masks");
-      options_.masks.push_back(inputs_.back().elements<uint8_t>(mask_bytes(group.numel())));
-    }
-    require(static_cast<int>(options_.masks.size()) == group.n_experts(), "masks: need one for each expert");
-  }
-
-  const SparsityOptions& operator*() const { return options_; }
-
- private:
-  std::vector<Input> inputs_;
-  SparsityOptions options_;
-};
-
-// An output of floating-point numbers.
-Array output(py::handle tensor, const char* name, int64_t numel) {
-  return {data_of(tensor, name, numel), float_dtype(tensor.attr("dtype"), name)};
-}
-
 void py_aggregate(py::handle base, const py::sequence& experts, py::handle options, py::handle merged,
                   py::handle nonfinite, int threads) {
-  const GroupInput group(base, experts);
-  const SparsityInput sparsity(options, *group);
+  GroupInput group(base, experts, {});
   const int n = group->n_experts();
-  const AggregateOptions read{*sparsity,
-                              options.attr("weights").cast<std::vector<double>>(),
-                              numbers_of(options.attr("rescale"), "rescale", n),
-                              options.attr("scale").cast<double>(),
-                              rule_of(options.attr("rule")),
-                              options.attr("normalize").cast<bool>(),
-                              vote_of(options.attr("consensus_method")),
-                              number_or(-INFINITY, options.attr("min_divisor"))};
+  const AggregateOptions read{.sparsity = group.sparsity(options),
+                              .weights = options.attr("weights").cast<std::vector<double>>(),
+                              .rescale = numbers_of(options, "rescale", n),
+                              .scale = options.attr("scale").cast<double>(),
+                              .rule = rule_of(options),
+                              .normalize = options.attr("normalize").cast<bool>(),
+                              .vote = vote_of(options),
+                              .min_divisor = number_or(-INFINITY, options.attr("min_divisor"))};
   require(static_cast<int>(read.weights.size()) == n, "weights: need one for each expert");
-  const AggregateResult result{output(merged, "merged", group->numel()),
-                               elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
+  const AggregateResult result{.merged = float_array(merged, "merged", group->numel()),
+                               .nonfinite = elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
   const py::gil_scoped_release unlocked;
   aggregate(*group, read, result, threads);
 }
 
 void py_delta_stats(py::handle base, const py::sequence& experts, py::handle options, py::handle moments,
                     py::handle counts, py::handle bin_counts, py::handle bin_sums, int threads) {
-  const DeltasInput group(base, experts, options.attr("rows").cast<bool>());
+  const GroupInput group(base, experts, {.base = true, .rows = options.attr("rows").cast<bool>()});
   const int64_t vectors = group->n_experts() * group->rows;
   const bool histogram = options.attr("histogram").cast<bool>();
   const int64_t bins = histogram ? vectors * kHistogramBins : 0;
-  const DeltaStatsOptions read{options.attr("eps").cast<double>(), options.attr("eps_rel").cast<double>(),
-                               number_or(-1.0, options.attr("kappa"))};
-  DeltaStatsResult result{elements_of<double>(moments, "moments", vectors * kMoments),
-                          elements_of<int64_t>(counts, "counts", vectors * kCounts),
-                          elements_of<int64_t>(bin_counts, "bin_counts", bins),
-                          elements_of<double>(bin_sums, "bin_sums", bins)};
+  const DeltaStatsOptions read{.eps = options.attr("eps").cast<double>(),
+                               .eps_rel = options.attr("eps_rel").cast<double>(),
+                               .kappa = number_or(-1.0, options.attr("kappa"))};
+  DeltaStatsResult result{.moments = elements_of<double>(moments, "moments", vectors * kMoments),
+                          .counts = elements_of<int64_t>(counts, "counts", vectors * kCounts),
+                          .bin_counts = elements_of<int64_t>(bin_counts, "bin_counts", bins),
+                          .bin_sums = elements_of<double>(bin_sums, "bin_sums", bins)};
   if (!histogram) result.bin_counts = nullptr;
   const py::gil_scoped_release unlocked;
   delta_stats(*group, read, result, threads);
@@ -183,20 +159,20 @@ void py_delta_stats(py::handle base, const py::sequence& experts, py::handle opt
 
 void py_magnitude_threshold(py::handle base, const py::sequence& experts, py::handle options, py::handle thresholds,
                             py::handle nonfinite, int threads) {
-  const DeltasInput group(base, experts);
+  const GroupInput group(base, experts, {.base = true});
   const int n = group->n_experts();
   const auto k = options.attr("k").cast<std::vector<int64_t>>();
   require(static_cast<int>(k.size()) == n, "k: need one for each expert");
   for (const int64_t rank : k) require(rank >= 0 && rank <= group->numel(), "k: need 0 to the number of elements");
-  const ThresholdResult result{elements_of<double>(thresholds, "thresholds", n),
-                               elements_of<int64_t>(nonfinite, "nonfinite", n)};
+  const ThresholdResult result{.thresholds = elements_of<double>(thresholds, "thresholds", n),
+                               .nonfinite = elements_of<int64_t>(nonfinite, "nonfinite", n)};
   const py::gil_scoped_release unlocked;
   magnitude_threshold(*group, k, result, threads);
 }
 
 void py_inner_products(py::handle base, const py::sequence& experts, py::handle options, py::handle grams,
                        int threads) {
-  const GroupInput group(base, experts, options.attr("rows").cast<bool>());
+  const GroupInput group(base, experts, {.base = false, .rows = options.attr("rows").cast<bool>()});
   const int64_t n = group->n_experts();
   double* out = elements_of<double>(grams, "grams", group->rows * n * n);
   const py::gil_scoped_release unlocked;
@@ -205,22 +181,22 @@ void py_inner_products(py::handle base, const py::sequence& experts, py::handle 
 
 void py_kept_moments(py::handle base, const py::sequence& experts, py::handle options, py::handle moments,
                      int threads) {
-  const DeltasInput group(base, experts);
-  const SparsityInput sparsity(options, *group);
+  GroupInput group(base, experts, {.base = true});
+  const SparsityOptions sparsity = group.sparsity(options);
   double* out = elements_of<double>(moments, "moments", group->n_experts() * 3);
   const py::gil_scoped_release unlocked;
-  kept_moments(*group, *sparsity, out, threads);
+  kept_moments(*group, sparsity, out, threads);
 }
 
-// laws: for each expert lowest and step of its MaskLaw.
+// laws: the numbers `lowest` and `step` of each expert's MaskLaw.
 void py_random_mask(py::handle base, const py::sequence& experts, py::handle options,
                     const std::vector<std::pair<uint64_t, uint64_t>>& laws, const py::sequence& masks, int threads) {
-  const DeltasInput group(base, experts, true);
+  const GroupInput group(base, experts, {.base = true, .rows = true});
   const auto n = static_cast<size_t>(group->n_experts());
   require(group->length <= INT32_MAX, "base: need rows of less than 2^31 elements");
   require(laws.size() == n && masks.size() == n, "need a law and a mask for each expert");
-  RandomMaskOptions read{{}, options.attr("seed").cast<uint64_t>()};
-  for (const auto& [lowest, step] : laws) read.laws.push_back({lowest, step});
+  RandomMaskOptions read{.laws = {}, .seed = options.attr("seed").cast<uint64_t>()};
+  for (const auto& [lowest, step] : laws) read.laws.push_back({.lowest = lowest, .step = step});
   std::vector<uint8_t*> outs;
   for (const py::handle mask : masks) outs.push_back(elements_of<uint8_t>(mask, "masks", mask_bytes(group->numel())));
   const py::gil_scoped_release unlocked;
@@ -228,7 +204,7 @@ void py_random_mask(py::handle base, const py::sequence& experts, py::handle opt
 }
 
 void py_variance_mask(py::handle base, const py::sequence& experts, py::handle options, py::handle mask, int threads) {
-  const DeltasInput group(base, experts);
+  const GroupInput group(base, experts, {.base = true});
   const auto density = options.attr("density").cast<double>();
   uint8_t* out = elements_of<uint8_t>(mask, "mask", mask_bytes(group->numel()));
   const py::gil_scoped_release unlocked;
@@ -236,8 +212,10 @@ void py_variance_mask(py::handle base, const py::sequence& experts, py::handle o
 }
 
 void py_random_matrix(py::handle options, py::handle omega, int threads) {
-  const RandomMatrixOptions read{options.attr("n").cast<int64_t>(), options.attr("columns").cast<int64_t>(),
-                                 options.attr("seed").cast<uint64_t>(), options.attr("first_column").cast<int64_t>()};
+  const RandomMatrixOptions read{.n = options.attr("n").cast<int64_t>(),
+                                 .columns = options.attr("columns").cast<int64_t>(),
+                                 .seed = options.attr("seed").cast<uint64_t>(),
+                                 .first_column = options.attr("first_column").cast<int64_t>()};
   require(read.n >= 0 && read.columns >= 0 && read.first_column >= 0, "rows and columns must not be negative");
   float* out = elements_of<float>(omega, "omega", read.n * read.columns);
   const py::gil_scoped_release unlocked;
@@ -245,26 +223,28 @@ void py_random_matrix(py::handle options, py::handle omega, int threads) {
 }
 
 void py_project(py::handle base, py::handle expert, py::handle q, py::handle b, int threads) {
-  const MatrixInput delta(base, expert);
+  const GroupInput group(base, py::make_tuple(expert), {.base = false, .rows = true});
+  const DeltaMatrix delta = group.delta();
   const Input factor(q, "q");
   const int64_t l = factor.matrix_shape().second;
-  const float* from = factor.elements<float>(delta->m * l);
-  float* out = elements_of<float>(b, "b", l * delta->n);
+  const float* from = factor.elements<float>(delta.m * l);
+  float* out = elements_of<float>(b, "b", l * delta.n);
   const py::gil_scoped_release unlocked;
-  project(*delta, from, l, out, threads);
+  project(delta, from, l, out, threads);
 }
 
 void py_gram_product(py::handle base, py::handle expert, py::handle x, py::handle y, py::handle z, py::handle energy,
                      int threads) {
-  const MatrixInput delta(base, expert);
+  const GroupInput group(base, py::make_tuple(expert), {.base = false, .rows = true});
+  const DeltaMatrix delta = group.delta();
   const Input factor(x, "x");
   const int64_t columns = factor.matrix_shape().second;
-  const float* from = factor.elements<float>(delta->n * columns);
-  const GramProductResult result{elements_of<float>(y, "y", delta->m * columns),
-                                 elements_of<float>(z, "z", delta->n * columns),
-                                 elements_of<double>(energy, "energy", 1)};
+  const float* from = factor.elements<float>(delta.n * columns);
+  const GramProductResult result{.y = elements_of<float>(y, "y", delta.m * columns),
+                                 .z = elements_of<float>(z, "z", delta.n * columns),
+                                 .energy = elements_of<double>(energy, "energy", 1)};
   const py::gil_scoped_release unlocked;
-  gram_product(*delta, from, columns, result, threads);
+  gram_product(delta, from, columns, result, threads);
 }
 
 void py_gram_matrix(py::handle x, py::handle g, int threads) {
@@ -288,8 +268,15 @@ void py_low_rank_update(py::handle base, py::handle left, py::handle right, py::
   const Array l = left_rows.array(m * k), r = right_rows.array(n * k);
   require(l.dtype == r.dtype && (l.dtype == DType::f32 || l.dtype == DType::f64),
           "left and right: need one dtype, float32 or float64");
-  const LowRank update{l.data, r.data, m, n, k, is_flipped ? 1 : k, is_flipped ? n : 1, l.dtype == DType::f64};
-  const Array from = start.array(m * n), out = output(merged, "merged", m * n);
+  const LowRank update{.left = l.data,
+                       .right = r.data,
+                       .m = m,
+                       .n = n,
+                       .k = k,
+                       .right_row = is_flipped ? 1 : k,
+                       .right_step = is_flipped ? n : 1,
+                       .in_double = l.dtype == DType::f64};
+  const Array from = start.array(m * n), out = float_array(merged, "merged", m * n);
   const auto scale = options.attr("scale").cast<double>();
   const py::gil_scoped_release unlocked;
   low_rank_update(from, update, scale, out, threads);
@@ -318,9 +305,7 @@ py::dict build_facts() {
   facts["isa"] = kernels().isa;
   const char* names[3];
   const int n = available_isas(names);
-  py::list isas;
-  for (int i = 0; i < n; ++i) isas.append(names[i]);
-  facts["isas"] = isas;
+  facts["isas"] = std::vector<std::string>(names, names + n);
   facts["compiler"] = RESM_COMPILER;
   facts["cuda"] = RESM_CUDA_BUILT_FOR;
   return facts;

@@ -7,8 +7,9 @@
 
 #include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
-#include <type_traits>
+#include <utility>
 
 #include "common/dtype.h"
 #include "common/elect.h"
@@ -17,13 +18,12 @@ namespace resm::python {
 
 namespace py = pybind11;
 
-// torch's dtype of that name. The objects are looked up once and live as long as the interpreter.
+// The torch dtype `name`. It is never released: callers look each dtype up once and use it until the process ends.
 inline py::handle torch_dtype(const char* name) {
-  py::object dtype = py::module_::import("torch").attr(name);
-  return dtype.release();
+  return py::module_::import("torch").attr(name).cast<py::object>().release();
 }
 
-// The code of a floating-point dtype, as common/dtype.h has it.
+// The code that common/dtype.h gives a floating-point dtype.
 inline DType float_dtype(py::handle dtype, const char* name) {
   static const std::array<py::handle, kDTypes> known = {torch_dtype("float32"), torch_dtype("float64"),
                                                         torch_dtype("float16"), torch_dtype("bfloat16")};
@@ -32,25 +32,19 @@ inline DType float_dtype(py::handle dtype, const char* name) {
   throw py::type_error(std::string(name) + ": got dtype " + std::string(py::str(dtype)) + ", need a float dtype");
 }
 
+// The name of torch's dtype for elements of type T.
 template <class T>
-py::handle dtype_of_elements() {
-  if constexpr (std::is_same_v<T, double>) {
-    static const py::handle dtype = torch_dtype("float64");
-    return dtype;
-  } else if constexpr (std::is_same_v<T, int64_t>) {
-    static const py::handle dtype = torch_dtype("int64");
-    return dtype;
-  } else if constexpr (std::is_same_v<T, float>) {
-    static const py::handle dtype = torch_dtype("float32");
-    return dtype;
-  } else {
-    static_assert(std::is_same_v<T, uint8_t>, "tensors hold float, double, int64_t or uint8_t");
-    static const py::handle dtype = torch_dtype("uint8");
-    return dtype;
-  }
-}
+inline constexpr const char* kDtypeName = nullptr;
+template <>
+inline constexpr const char* kDtypeName<float> = "float32";
+template <>
+inline constexpr const char* kDtypeName<double> = "float64";
+template <>
+inline constexpr const char* kDtypeName<int64_t> = "int64";
+template <>
+inline constexpr const char* kDtypeName<uint8_t> = "uint8";
 
-// The address of a contiguous tensor of `numel` elements, whatever its dtype is.
+// The address of a contiguous tensor of `numel` elements of any dtype.
 inline char* data_of(py::handle tensor, const char* name, int64_t numel) {
   const auto got = tensor.attr("numel")().cast<int64_t>();
   if (got != numel)
@@ -63,20 +57,34 @@ inline char* data_of(py::handle tensor, const char* name, int64_t numel) {
 // The elements of a contiguous tensor of `numel` elements of type T.
 template <class T>
 T* elements_of(py::handle tensor, const char* name, int64_t numel) {
+  static const py::handle need = torch_dtype(kDtypeName<T>);
   const py::object dtype = tensor.attr("dtype");
-  if (!dtype.is(dtype_of_elements<T>()))
+  if (!dtype.is(need))
     throw py::type_error(std::string(name) + ": got dtype " + std::string(py::str(dtype)) + ", need " +
-                         std::string(py::str(dtype_of_elements<T>())));
+                         std::string(py::str(need)));
   return reinterpret_cast<T*>(data_of(tensor, name, numel));
 }
 
-// An optional number; `none` in place of None.
+// A number, or `none` for Python's None.
 inline double number_or(double none, py::handle number) { return number.is_none() ? none : number.cast<double>(); }
 
-// The names that AggregateOptions has for rules and consensus methods.
-inline Rule rule_of(py::handle name) { return name.cast<std::string>() == "ties" ? Rule::ties : Rule::sum; }
-inline Vote vote_of(py::handle name) {
-  return name.cast<std::string>() == "unweighted" ? Vote::unweighted : Vote::weighted;
+// The value of the enumeration E that a field of a record names.
+template <class E>
+E choice_of(py::handle record, const char* field, std::initializer_list<std::pair<const char*, E>> choices) {
+  const auto got = record.attr(field).cast<std::string>();
+  std::string names;
+  for (const auto& [name, choice] : choices) {
+    if (got == name) return choice;
+    names += (names.empty() ? "" : ", ") + std::string(name);
+  }
+  throw py::value_error(std::string(field) + ": got '" + got + "', need one of " + names);
+}
+inline Rule rule_of(py::handle aggregate_options) {
+  return choice_of<Rule>(aggregate_options, "rule", {{"sum", Rule::sum}, {"ties", Rule::ties}});
+}
+inline Vote vote_of(py::handle aggregate_options) {
+  return choice_of<Vote>(aggregate_options, "consensus_method",
+                         {{"weighted", Vote::weighted}, {"unweighted", Vote::unweighted}});
 }
 
 }  // namespace resm::python

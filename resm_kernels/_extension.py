@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+from typing import Any
 
-native: ModuleType | None
+native: Any
 """The extension module built from python/module.cpp, or None."""
 unavailable_reason: str
-"""Why `native` is None, and what to do about it; empty where it is live."""
+"""Why `native` is None, and how the user mends that; empty where it is a module."""
 
 try:
     native = importlib.import_module("resm_kernels._native")
@@ -18,4 +18,7 @@ except ImportError as error:
     missing = isinstance(error, ModuleNotFoundError) and error.name == "resm_kernels._native"
     unavailable_reason = (
         "this installation was made without the compiled kernels" if missing else f"they do not load: {error}"
-    ) + "; every op runs its slower reference. Install a wheel, or build from source with a C++17 compiler."
+    ) + (
+        "; every op runs its slower reference. Install a wheel, or build from source with a C++20 compiler (GCC 10 or "
+        "newer)."
+    )

@@ -33,7 +33,7 @@ class Group:
         masks: Contiguous bit masks, one for each expert, or none.
         addresses: (T,) int64 on the device, the experts' addresses; (2·T,) with the masks' after them.
         compute: The dtype of the arithmetic, float32 or float64.
-        aligned: Whether base, experts and outputs all begin at multiples of 16 bytes.
+        aligned: Whether the addresses of base, experts and outputs are multiples of 16 bytes.
         rows: How many vectors the op treats, each by itself.
         length: Elements of a vector.
     """
@@ -46,6 +46,11 @@ class Group:
     aligned: bool
     rows: int
     length: int
+
+    @property
+    def first(self) -> Tensor:
+        """The base, or the first expert where there is no base."""
+        return self.experts[0] if self.base is None else self.base
 
     @property
     def n_experts(self) -> int:
@@ -117,8 +122,8 @@ class AggregateLaunch:
     Attributes:
         group: The inputs; its `aligned` holds for `merged` too.
         scalars: (2,) float64: λ and the least divisor.
-        factors: (T,) float64: of the deltas, before the votes are counted.
-        divisors: (T,) float64: the weights, which a normalised merge divides by.
+        factors: (T,) float64; each expert's delta is multiplied by its factor before the votes are counted.
+        divisors: (T,) float64; the weights, by whose sum a normalised merge divides.
         lower: (T,) float64 or None, as `prepare_thresholds` returns it.
         upper: Likewise.
         merged: The result, not written yet.
@@ -187,5 +192,5 @@ def prepare_delta_stats(base: Tensor, experts: Sequence[Tensor], options: DeltaS
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Within it, the tensors' device is the current one: kernels are launched on the current device."""
+    """Make `device` the current one within a `with` block, because kernels are launched on the current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

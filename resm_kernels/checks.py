@@ -68,7 +68,7 @@ def check_group(base: Tensor | None, experts: Sequence[Tensor], *, names: Sequen
 
 
 def check_matrices(base: Tensor | None, expert: Tensor) -> None:
-    """`check_group` of one expert by the name `expert`; raise also unless it is a matrix."""
+    """Raise unless base and expert pass `check_group` (which calls it `expert`) and are matrices."""
     check_group(base, [expert], names=["expert"])
     if expert.ndim != 2:
         raise ValueError(f"expert: got shape {list(expert.shape)}, need a matrix (m, n)")
@@ -148,12 +148,8 @@ def check_whole(name: str, value: int, most: int) -> int:
 
 def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor]) -> None:
     """Raise the NonFiniteError of the first input that has NaN or infinity, if one has."""
-    for name, index, tensor in [("base", None, base)] + [(f"experts[{i}]", i, e) for i, e in enumerate(experts)]:
-        if tensor is None:
-            continue
-        count = tensor.numel() - int(torch.isfinite(tensor).sum())
-        if count:
-            raise NonFiniteError(name, index, count)
+    counts = [0 if t is None else t.numel() - int(torch.isfinite(t).sum()) for t in (base, *experts)]
+    raise_counted(torch.tensor(counts))
 
 
 def raise_counted(counts: Tensor) -> None:
@@ -170,8 +166,8 @@ def raise_counted(counts: Tensor) -> None:
 def check_values(values: Tensor, check: Callable[[Tensor], None]) -> None:
     """Call `check` with the values on the CPU: now, or, within `collected_checks`, when its caller calls it.
 
-    Collecting pays on a GPU: reading a value from it waits for all the work that it has been given before. It suits
-    only checks that decide nothing but whether there is an error.
+    Collecting pays on a GPU, because reading a value from it waits for all work that was enqueued before. It suits only
+    checks that decide nothing but whether there is an error.
     """
     collected: list[Check] | None = getattr(_collecting, "checks", None)
     if collected is None:

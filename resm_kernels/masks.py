@@ -1,7 +1,7 @@
 """Masks of elements as bits: element i of a flattened tensor is bit i mod 8 of byte ⌊i/8⌋.
 
-A mask has whole runs of 128 elements, as many as 32 Philox counters draw random numbers for; its bits past the tensor
-are 0.
+A mask has whole runs of 128 bits, because 32 Philox counters draw the random numbers of 128 elements. Its bits past the
+tensor are 0.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 RUN = 128
-"""Elements that masks come in multiples of (kRun of csrc/common/masks.h)."""
+"""A mask's number of bits is a multiple of this (kRun of csrc/common/masks.h)."""
 
 
 def mask_bytes(numel: int) -> int:
@@ -28,6 +28,6 @@ def packed(kept_elements: Tensor) -> Tensor:
 
 
 def unpacked(mask: Tensor, shape: torch.Size) -> Tensor:
-    """The booleans that `packed` made a mask of, in the shape of their tensor."""
+    """The booleans from which `packed` made the mask, in the shape of their tensor."""
     positions = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return ((mask[:, None] >> positions) & 1).bool().reshape(-1)[: shape.numel()].reshape(shape)

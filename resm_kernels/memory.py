@@ -16,11 +16,10 @@ _LARGE: Final = 2 << 20  # bytes: one huge page
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device = _CPU) -> Tensor:
-    """A tensor of no particular values for a result, as `torch.empty` makes it.
+    """An uninitialised tensor for a result, like `torch.empty`.
 
-    On the CPU a large one reuses the memory of an earlier one that is gone, or lies on huge pages: the system takes
-    longer to clear fresh small pages than an element-wise merge takes (csrc/cpu/memory.h). Its storage cannot be
-    resized.
+    On the CPU a large tensor reuses the memory of a freed one, or lies on huge pages, because the system takes longer
+    to clear fresh small pages than an element-wise merge takes (csrc/cpu/memory.h). Its storage cannot be resized.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     if nbytes < _LARGE or device.type != "cpu" or _extension.native is None:

@@ -1,4 +1,4 @@
-"""The hint at the end of errors about unknown names."""
+"""The hint that ends an error about an unknown name."""
 
 from __future__ import annotations
 

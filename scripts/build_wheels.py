@@ -36,7 +36,7 @@ Version = tuple[int, int]
 
 
 def run(*command: object, **environment: str) -> None:
-    """Run a command without the caller's switches, which would choose what is built."""
+    """Run a command without the caller's environment variables that choose what is built."""
     inherited = {k: v for k, v in os.environ.items() if k not in (*SWITCHES, "PYTHONPATH")}
     subprocess.run([str(c) for c in command], env=inherited | environment, cwd=WORK, check=True)
 
@@ -141,7 +141,7 @@ def version_in_name(wheel: Path) -> str:
 
 
 def requirements_without_torch(wheel: Path) -> list[str]:
-    """What the wheel needs beside torch, extras left out."""
+    """The wheel's requirements apart from torch and extras."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = email.parser.Parser().parsestr(archive.read(name).decode())
@@ -161,7 +161,7 @@ def try_with_torch(python: str, labels: list[str], sdist: Path, tools: Path) -> 
     inside = None
     for label in labels:
         wheel = build_wheel(python, sdist, label, tools)
-        # The second wheel takes the first one's place: another environment would cost torch's gigabytes again.
+        # The second wheel replaces the first one, because another environment would need torch's gigabytes again.
         if inside is None:
             torch = pinned("constraints.txt", "torch")
             inside = venv(WORK / "venv", python, "-c", ROOT / "constraints.txt", torch, wheel)
@@ -174,7 +174,7 @@ def try_with_torch(python: str, labels: list[str], sdist: Path, tools: Path) -> 
 
 
 def try_without_torch(python: str, sdist: Path, tools: Path) -> None:
-    """Build the +cpu wheel, and try what works without torch."""
+    """Build the +cpu wheel, and test the parts that work without torch."""
     wheel = build_wheel(python, sdist, "cpu", tools)
     inside = venv(WORK / "venv", python, *requirements_without_torch(wheel))
     install(inside, "--no-deps", wheel)

@@ -24,7 +24,7 @@ from resm_kernels.cuda import launch
 
 ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLAGS = ["-std=c++17", "-Og", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Icsrc", "-Ipython"]
+FLAGS = ["-std=c++20", "-Og", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-Icsrc", "-Ipython"]
 FLAGS += ["-Wall", "-Wextra", "-Werror"]
 MODULE = "cuda_on_host"
 

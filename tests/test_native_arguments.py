@@ -41,6 +41,8 @@ def test_outputs_of_the_wrong_kind_are_refused(merged: torch.Tensor, nonfinite: 
         (BASE, [BASE.int()], {}, "experts: got dtype torch.int32"),
         (BASE, [BASE.to("meta")], {}, "experts: need a tensor on the CPU"),
         (BASE, [BASE], {"weights": (1.0, 2.0)}, "weights: need one for each expert"),
+        (BASE, [BASE], {"rule": "tie"}, "rule: got 'tie', need one of sum, ties"),
+        (BASE, [BASE], {"consensus_method": "sum"}, "consensus_method: got 'sum', need one of weighted, unweighted"),
         (BASE, [BASE], {"thresholds": torch.zeros(2).double()}, "thresholds: need one number for each expert"),
         (BASE, [BASE], {"masks": (torch.zeros(1, dtype=torch.uint8),)}, "masks: got 1 elements, need 16"),
         (BASE, [BASE], {"masks": (torch.zeros(16),)}, "masks: got dtype torch.float32, need torch.uint8"),

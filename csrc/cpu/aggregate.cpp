@@ -29,8 +29,8 @@ void merge_chunk(const Group& group, const Chunk& chunk, Election<C> election, B
     if (base != nullptr) k.load(*group.base, begin, n, base);
     for (int t = 0; t < n_experts; ++t) k.load(group.experts[t], begin, n, experts + t * kBlock);
     election.sparsity = sparsity.at(begin);
-    // The inputs are looked at first where they may be left out, and for elections, which overwrite the experts. A sum
-    // of all of them shows itself whether they are finite.
+    // Values that are not finite are counted before the merge where trimming may drop them, and for elections, which
+    // overwrite the experts. A sum of all inputs shows by itself whether they are finite.
     const bool sum_shows = election.rule == Rule::sum && !election.sparsity.any();
     if (!sum_shows) count_nonfinite(n);
     const bool finite = k.aggregate(base, experts, n, election, merged);
@@ -47,8 +47,7 @@ bool is_all_bf16(const Group& group, const AggregateOptions& options, DType out)
   return all;
 }
 
-// Merges the chunk up to the element that it returns. That is the chunk's begin if something in it may not be finite:
-// then nothing counts as merged.
+// Merges the chunk up to the element that it returns: the chunk's begin, for nothing, if an input may not be finite.
 int64_t merge_bf16_chunk(const Group& group, const Chunk& chunk, Election<float> election,
                          BlockSparsity<float>& sparsity, const Array& out) {
   const uint16_t* experts[kMostAtOnce] = {};
@@ -76,16 +75,16 @@ void merge_group(const Group& group, const AggregateOptions& options, const Aggr
     weights[t] = static_cast<C>(options.weights[t]);
     weight_sum += weights[t];
   }
-  const Election<C> election{n_experts,
-                             factors.data(),
-                             weights.data(),
-                             weight_sum,
-                             static_cast<C>(options.scale),
-                             options.rule,
-                             options.normalize,
-                             {},
-                             options.vote,
-                             static_cast<C>(options.min_divisor)};
+  const Election<C> election{.n_experts = n_experts,
+                             .factors = factors.data(),
+                             .weights = weights.data(),
+                             .weight_sum = weight_sum,
+                             .scale = static_cast<C>(options.scale),
+                             .rule = options.rule,
+                             .normalize = options.normalize,
+                             .sparsity = {},
+                             .vote = options.vote,
+                             .min_divisor = static_cast<C>(options.min_divisor)};
   const Thresholds<C> limits(options.sparsity, n_experts);
   const bool all_bf16 = sizeof(C) == 4 && is_all_bf16(group, options, result.merged.dtype);
   const std::vector<Chunk> chunks = chunks_of(group);

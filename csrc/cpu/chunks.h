@@ -1,4 +1,4 @@
-// Work in fixed chunks of tensors: what a chunk holds never depends on the number of threads.
+// Work in chunks of tensors, whose bounds never depend on the number of threads.
 #pragma once
 
 #include <algorithm>
@@ -48,9 +48,8 @@ class Blocks {
   std::unique_ptr<C, Free> data_;
 };
 
-// Memory of the calling thread for at least `count` elements, of no particular values, which it has until it asks again.
-// It is kept from call to call, because fresh memory of this size would be mapped page by page in every call; requests
-// for more than 8 MiB are not kept.
+// Uninitialised memory of the calling thread for at least `count` elements, valid until the thread asks again. Up to
+// 8 MiB are reused from call to call, because fresh memory of this size would be mapped page by page in every call.
 template <class C>
 class ThreadMemory {
  public:

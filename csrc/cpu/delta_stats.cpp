@@ -1,8 +1,8 @@
-// delta_stats: one pass over base and experts for the moments, counts and histogram; a second one, where outliers or a
-// relative epsilon are asked for, with the bounds that the first pass's moments give.
+// delta_stats: one pass over base and experts for the moments, counts and histogram. Outliers and a relative epsilon need
+// a second pass, with bounds from the first pass's moments.
 //
-// Each chunk's partial sums are kept per lane and added up in order of lanes and chunks, in double: the result has the
-// same bits for any number of threads. The histogram counts in integers, whose sums have no order.
+// Each chunk has partial sums for every lane, which are added up in double, in the order of lanes and chunks: the result
+// has the same bits for any number of threads. The histogram counts in integers, whose sums have no order.
 #include <cmath>
 #include <limits>
 #include <mutex>
@@ -12,7 +12,7 @@
 namespace resm::cpu {
 namespace {
 
-// In order of lanes.
+// The sum of all lanes, in their order.
 template <class Sum, class Lane>
 Sum total(const Lane* lanes) {
   Sum sum = 0;
@@ -130,7 +130,7 @@ class Statistics {
   }
 
  private:
-  // Of an expert's row in the results.
+  // The position of an expert's row in the results.
   int64_t position(int t, int64_t row) const { return t * group_.rows + row; }
 
   void add_moments(const Chunk& chunk, StatsBlocks<C>& memory, ChunkMoments* into, std::vector<Bins>& bins) {
@@ -182,7 +182,7 @@ class Statistics {
       k.outliers(base, expert, n, count_smalls, bounds[t], lanes[t]);
     });
     for (int t = 0; t < n_experts_; ++t) {
-      // The padding's zeros are outliers too where the mean lies that far from zero.
+      // The zeros of the padding are outliers too where the mean is far enough from zero.
       const bool zero_is_outside = bounds[t].low > 0 || bounds[t].high < 0;
       into[t] = {total<double>(lanes[t].sum_abs), total<int64_t>(lanes[t].outliers) - (zero_is_outside ? pad : 0),
                  total<int64_t>(lanes[t].smalls) - pad};
@@ -198,7 +198,7 @@ class Statistics {
     return {at_least(mean - spread), at_most(mean + spread), at_most(small)};
   }
 
-  // Comparing a C with these gives the same answer as comparing it with the double.
+  // Comparing a C with these bounds gives the same answer as comparing it with the doubles.
   static C at_most(double bound) {
     const C nearest = static_cast<C>(bound);
     return nearest > bound ? std::nextafter(nearest, -std::numeric_limits<C>::infinity()) : nearest;

@@ -3,8 +3,7 @@
 
 namespace resm::cpu::RESM_ISA {
 
-// Where the values of a block come from: converted ones from scratch, or bf16 ones straight from the tensor, which
-// saves a trip through the scratch.
+// Sources of a block's values: converted values from a buffer, or bf16 values straight from the tensor.
 template <class C>
 struct Converted {
   const C* p;
@@ -17,8 +16,8 @@ struct Bf16 {
   RESM_HD float value(int i) const { return float_from_bf16(p[i]); }
 };
 
-// A block once more, value by value in double: for NaN, infinity, and magnitudes whose sums or squares leave the range
-// of the compute type. Adds to the sums and n_nonfinite alone.
+// Adds up a block again, value by value in double, where it has NaN, infinity, or magnitudes whose sums or squares leave
+// the range of the compute type. Only the sums and n_nonfinite change.
 template <class C, class Source>
 void sum_again(const C* base, Source expert, int n, Moments<C>& into) {
   for (int i = 0; i < n; ++i) {
@@ -30,8 +29,8 @@ void sum_again(const C* base, Source expert, int n, Moments<C>& into) {
   }
 }
 
-// Four at a time, so that a value of a block goes through ten additions at most: 6e-7 of relative error at the worst,
-// where sums run in float.
+// Four registers at a time, so that a value of a block takes part in ten additions at most: a relative error of at most
+// 6e-7 where sums run in float.
 constexpr int kStep = kPad / kLanes;
 template <class C>
 RESM_HD Lanes<C> sum_of(const Lanes<C> (&x)[kStep]) {
@@ -73,8 +72,7 @@ void moments_of_block(const C* base, Source expert, int n, C small, Moments<C>& 
   max_abs.store(into.max_abs);
   zeros.store(into.zeros);
   (kCountsSmalls ? smalls : zeros).store(into.smalls);
-  // Within these limits no square of a block leaves float's normal range but those too small to matter beside the
-  // others: what they lose is 1e-14 of the sum.
+  // Within these limits only squares too small to matter leave float's normal range: they lose 1e-14 of the sum.
   const bool in_range = kHalfInputs ? block_abs.all_zero_or_within(C(1e-9), C(1e18)) : block_abs.all_finite();
   if (!in_range) return sum_again(base, expert, n, into);
   if (kHalfInputs) sum_sq.add(block_sq);

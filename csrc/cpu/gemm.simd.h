@@ -1,8 +1,8 @@
 // Products with Δ: tiles of Δ formed in fp32, and a register-blocked product that adds to its output.
 //
 // An output's products run over the depth in order, each a fused multiply-add (a multiplication and an addition in the
-// baseline, whose bits differ for that); `add_product` then adds their sum to the output. Nothing of that depends on
-// where tiles begin, so that whoever shares out the outputs is free to do it as he likes.
+// baseline, whose bits therefore differ); `add_product` then adds their sum to the output. This does not depend on where
+// tiles begin, so that outputs may be shared out among threads in any way.
 #pragma once
 
 #include <type_traits>
@@ -24,8 +24,8 @@ struct BFloat {
 RESM_HD float widened(Half x) { return float_from_f16(x.bits); }
 RESM_HD float widened(BFloat x) { return float_from_bf16(x.bits); }
 
-// Rows of a tile are a row of Δ apart, which no hardware prefetcher foresees. Those beyond the tile belong to the next
-// one; where the tensor ends the address is never read.
+// Prefetches the row that lies kRowsAhead below: no hardware prefetcher foresees it, as rows of a tile are a row of Δ
+// apart. Rows below the tile belong to the next one. A prefetch past the end of the tensor reads nothing.
 constexpr int kRowsAhead = 12;
 template <class T>
 RESM_HD void prefetch(const T* row, const DeltaTile& from) {
@@ -141,7 +141,7 @@ RESM_HD void tile_product(const float* left, const float* right, int depth, floa
 }
 
 // out[i][j] += Σ_k left(i, k) · right(k, j) for i below rows <= kStripRows, j below columns <= kPanel. Both operands
-// are read in whole tiles; what lies beyond rows and columns changes nothing.
+// are read in whole tiles; elements beyond rows and columns change no result.
 template <int kLeftRow, int kLeftStep, int kRightStep>
 void add_product(const float* left, int rows, const float* right, int columns, int depth, float* out,
                  int64_t out_stride) {

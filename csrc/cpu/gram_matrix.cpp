@@ -1,4 +1,4 @@
-// gram_matrix: pieces of rows, widened to double panel by panel, times each other, up to the diagonal.
+// gram_matrix: pieces of rows are widened to double panel by panel; products of panels are computed up to the diagonal.
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
@@ -6,11 +6,11 @@ namespace {
 
 constexpr int64_t kPiece = 96;        // rows widened at a time: a strip's panels of them stay in the cache
 constexpr int64_t kStripPanels = 16;  // panels of a strip, one to a task: its sums stay in the cache
-constexpr int64_t kMostParts = 8;     // of the rows, which are summed each by itself
+constexpr int64_t kMostParts = 8;     // the most parts of the rows, which are summed separately
 constexpr int64_t kFewestPieces = 4;  // of a part: with fewer, adding up the parts would take noticeable time
 constexpr int64_t kSquare = int64_t(kGramPanel) * kGramPanel;
 
-// Columns' panels begin … end, and for each the sums of its products with all panels up to itself, one after the other.
+// The panels begin … end of columns. For each of them in order, the sums of its products with all panels up to itself.
 struct Strip {
   int64_t begin, end;
 

@@ -1,17 +1,17 @@
-// gram_product: panels of rows of Δ, formed block by block, times x; then, while they are in the cache, transposed
-// times what came of it.
+// gram_product: each panel of rows of Δ is formed block by block and multiplied by x; while it is in the cache, its
+// transpose is multiplied by the rows of y that result.
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
 namespace {
 
-constexpr int64_t kMostParts = 16;    // that z is summed in
-constexpr int64_t kFewestPanels = 5;  // of rows, of a part: with fewer, adding up the parts would take noticeable time
-constexpr int64_t kSliceUnits = 24;   // of the columns that a task works on: their part of x and z stays in the cache
+constexpr int64_t kMostParts = 16;    // the most parts in which z is summed
+constexpr int64_t kFewestPanels = 5;  // of rows in a part; with fewer, adding up the parts would take noticeable time
+constexpr int64_t kSliceUnits = 24;   // a task works on this many units of columns, whose x and z fit the cache
 constexpr int64_t kBlockSize = kGramRows * kGramColumns;
 
-// Columns of x, y and z in units, shared out evenly among panels, in pairs, which fill whole registers; in memory those
-// of a panel lie together.
+// The columns of x, y and z in units, shared out evenly among panels by pairs, which fill whole registers. The units of a
+// panel lie together in memory.
 struct UnitPanels {
   int64_t columns, units, count;
 
@@ -22,7 +22,7 @@ struct UnitPanels {
   int64_t columns_of(int64_t panel) const { return std::min(first(panel + 1) * kUnit, columns) - first_column(panel); }
 };
 
-// A matrix of `rows` rows, its panels one after the other from panel `begin` on.
+// A matrix of `rows` rows, stored panel after panel from panel `begin` on.
 template <class T>
 struct Packed {
   const UnitPanels& panels;
@@ -40,7 +40,7 @@ BlockAhead::Part part_ahead(const Array& from, int64_t n, int64_t row, int64_t c
           static_cast<int>(ceil_div(columns * size, 64))};
 }
 
-// The block that follows that of `row` and `column`: to the right, or below at the left.
+// The block after that of `row` and `column`: its right neighbour, or the leftmost block of the next rows.
 BlockAhead block_after(const DeltaMatrix& delta, int64_t row, int64_t column) {
   column += kGramColumns;
   if (column >= delta.n) row += kGramRows, column = 0;
@@ -59,8 +59,8 @@ void put(const float* __restrict from, int64_t n, bool fresh, float* __restrict 
   }
 }
 
-// The memory that a thread works in: a panel of Δ, its rows of y, and a part's sums of z. What lies beyond their rows
-// and columns is read, and multiplied, but never used.
+// The memory that a thread works in: a panel of Δ, its rows of y, and a part's sums of z. Elements beyond their rows and
+// columns are read and multiplied, but never used.
 struct PassBuffers {
   ThreadMemory<float> memory;
   float *delta, *y, *z;

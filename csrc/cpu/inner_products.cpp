@@ -1,5 +1,5 @@
-// inner_products: every element is read once; products of two fp32 values are exact in double, and so are summed, by
-// lanes within a chunk, lanes and chunks in their order: the same bits for any number of threads.
+// inner_products: every element is read once. Products of two fp32 values are exact in double. They are added up by lanes
+// within a chunk, then lanes and chunks in their order: the same bits for any number of threads.
 #include "cpu/chunks.h"
 
 namespace resm::cpu {
@@ -12,7 +12,7 @@ struct ProductBlocks {
   std::vector<double> lanes;
 };
 
-// sums: of the products of each pair of experts s <= t, in the order of s, then of t.
+// sums: for each pair of experts s <= t, in the order of s, then of t, the sum of their products.
 template <class C>
 void multiply_chunk(const Group& group, const Chunk& chunk, ProductBlocks<C>& memory, double* sums, int64_t pairs) {
   const auto& k = kernels().of<C>();

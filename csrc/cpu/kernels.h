@@ -22,23 +22,23 @@ constexpr int kBlock = 512;       // small enough that the blocks of several exp
 constexpr int kLanes = 16;        // independent partial sums of a block
 constexpr int kPad = 4 * kLanes;  // blocks are filled up with zeros to a multiple of this
 constexpr int kHistogramCopies = 8;
-constexpr int64_t kChunk = 65536;  // elements a task works on
+constexpr int64_t kChunk = 65536;  // elements that a task works on
 
-constexpr int kMostAtOnce = 16;  // experts that aggregate_bf16 takes
+constexpr int kMostAtOnce = 16;  // the most experts that aggregate_bf16 takes
 
-// Of products with Δ (gemm.simd.h):
+// Sizes of products with Δ (gemm.simd.h):
 constexpr int kDepth = 256;        // products that are added up before their sum is added to the output
 constexpr int kStripRows = 24;     // rows of the left operand that lie together
 constexpr int kPanel = 48;         // columns of the right operand that lie together
 constexpr int kSpan = 4 * kPanel;  // most columns of Δ that a task of project works on
 
-// Of gram_product:
-constexpr int kGramRows = 48, kGramColumns = 96;  // of a block of Δ: with a panel of x it fits the caches
-constexpr int kUnit = 8;                          // columns of x, y and z come in these
-constexpr int kGramUnits = 6;                     // most units that lie together
+// Sizes of gram_product and gram_matrix:
+constexpr int kGramRows = 48, kGramColumns = 96;  // a block of Δ, which fits the caches together with a panel of x
+constexpr int kUnit = 8;                          // columns of x, y and z come in units of this many
+constexpr int kGramUnits = 6;                     // the most units that lie together
 constexpr int kGramPanel = 24;                    // columns of gram_matrix that lie together
 
-// Of low_rank_update:
+// Sizes of low_rank_update:
 template <class T>
 constexpr int kUpdatePanel = 192 / sizeof(T);  // columns of R that lie together
 template <class T>
@@ -49,8 +49,8 @@ struct Array {
   DType dtype;
 };
 
-// Partial sums of a chunk, one per lane: whoever adds up the lanes does so in their order. The zeros that pad the last
-// block count as values.
+// Partial sums of a chunk, one per lane; callers add up the lanes in their order. The zeros that pad the last block count
+// as values.
 template <class C>
 struct Moments {
   double sum[kLanes], sum_sq[kLanes], sum_abs[kLanes];
@@ -66,7 +66,7 @@ struct Outliers {
 
 static_assert(kChunk / kHistogramCopies + kBlock < (1 << 16), "a chunk's counts must fit above the sums");
 
-// How the keys of |d| lie to a bracket low <= high.
+// The numbers of keys of |d| that are larger than, or at least as large as, the ends of a bracket low <= high.
 struct BracketCounts {
   int64_t above_high = 0, from_high = 0, above_low = 0, from_low = 0, nonfinite = 0;
 };
@@ -76,7 +76,7 @@ struct Bounds {
   C low, high, small;  // outliers are < low or > high; small are |d| <= small
 };
 
-// Kept are the deltas of magnitude lower[t] … upper[t] whose bit of masks[t] is set. Null: no condition.
+// Deltas of magnitude lower[t] … upper[t] whose bit of masks[t] is set are kept; the others count as 0. Null: no condition.
 template <class C>
 struct Sparsity {
   const C* lower;
@@ -90,8 +90,8 @@ struct Sparsity {
 template <class C>
 struct Election {
   int n_experts;
-  const C* factors;  // of the deltas
-  const C* weights;  // that the divisor adds up; with unweighted votes also factors, once these are counted
+  const C* factors;  // by which the deltas are multiplied before the votes
+  const C* weights;  // the terms of the divisor; unweighted terms are multiplied by them after the votes
   C weight_sum;
   C scale;
   Rule rule;
@@ -101,9 +101,9 @@ struct Election {
   C min_divisor;
 };
 
-// A monotone map of keys to 2^(bits + 1) cells: even ones hold one key alone (the first one 0, the others those that
-// are 2^shift apart from `first` on), odd ones what lies between two of those, or before the first but 0, or past the
-// last.
+// A monotone map of keys to 2^(bits + 1) cells. Each even cell holds a single key: cell 0 the key 0, the others the keys
+// `first`, first + 2^shift, …. Each odd cell holds the keys between those of its neighbours; the last cell holds all
+// larger keys.
 template <class C>
 struct KeyGrid {
   Key<C> first;
@@ -112,7 +112,7 @@ struct KeyGrid {
   int cells() const { return 2 << bits; }
 };
 
-// Of the lowest and of the highest rank that elements of a range of cells may have.
+// For each range of cells, the limits of a random number for the lowest and the highest rank of its elements.
 constexpr int kCellRanges = 32;
 struct RankLimits {
   uint32_t least[kCellRanges], most[kCellRanges];
@@ -171,7 +171,8 @@ struct ValueBracket {
   C low, high, above_high;
 };
 
-// How many of a block's values are at least high, how many of these are above it, and which are from low on below it.
+// How many of a block's values are at least high, how many of these are above it, and how many, with which positions, are
+// from low on below it.
 struct BracketSplit {
   int from_high = 0, above_high = 0, between = 0;
   uint16_t positions[kBlock];
@@ -199,7 +200,7 @@ struct BlockKernels {
   // Adds the products of every pair s <= t of n_experts blocks of kBlock, base subtracted where there is one, to that
   // pair's kLanes of `sums`, pairs (0, 0), (0, 1), … first; `experts` is overwritten.
   void (*inner_products)(const C* base, C* experts, int n, int n_experts, double* sums);
-  // Adds the sums of expert t, of which `sparsity` says what is kept.
+  // Adds the sums of expert t, with entry t of `sparsity`.
   void (*kept_sums)(const C* base, const C* expert, int n, const Sparsity<C>& sparsity, int t, KeptSums& into);
   void (*keys)(const C* base, const C* expert, int n, Key<C>* to);
   // Writes the cell of each key, and to below[c], for c up to the number of cells, how many keys are in cells before c.
@@ -216,12 +217,12 @@ struct BlockKernels {
 };
 
 struct MaskKernels {
-  // random_bits writes runs of a mask from first_run on, whose elements are kept with probability limit/2^32;
-  // random_words writes the 32-bit words that such runs are drawn with.
+  // random_bits writes runs of a mask from first_run on, which keeps elements with probability limit/2^32; random_words
+  // writes the 32-bit random numbers of such runs.
   void (*random_bits)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint64_t limit, uint8_t* mask);
   void (*random_words)(uint64_t seed, uint32_t expert, int64_t first_run, int64_t runs, uint32_t* words);
-  // bits: which of n elements have words below the least limit of the range their cell is in; open: the indices of the
-  // others that are below the most (room for n + kLanes): returns how many.
+  // Sets the bits of those of n elements whose word is below the least limit of their cell's range. Writes the indices of
+  // the others whose word is below the largest limit to `open` (room for n + kLanes) and returns their number.
   int64_t (*keep_by_range)(const uint16_t* cells, const uint32_t* words, int64_t n, int cells_of_range,
                            const RankLimits& limits, uint8_t* bits, uint32_t* open);
 };
@@ -229,13 +230,12 @@ struct MaskKernels {
 struct Kernels {
   const char* isa;
   BlockKernels<float> f32;
-  // For bf16 experts, which are the most common: they are read without a conversion to blocks. n must be a multiple of
-  // kPad.
+  // These read bf16 experts, the most common ones, without a conversion to blocks. n must be a multiple of kPad.
   void (*moments_bf16)(const float* base, const uint16_t* expert, int n, float small, Moments<float>& into);
   void (*outliers_bf16)(const float* base, const uint16_t* expert, int n, bool count_smalls,
                         const Bounds<float>& bounds, Outliers& into);
-  // `aggregate` of at most kMostAtOnce experts, all tensors bf16, without a base for plain sums alone: writes n
-  // results, n a multiple of kLanes. False if an input may not be finite.
+  // `aggregate` of at most kMostAtOnce experts, where all tensors are bf16; only plain sums may lack a base. Writes n
+  // results, n a multiple of kLanes. Returns false if an input may not be finite.
   bool (*aggregate_bf16)(const uint16_t* base, const uint16_t* const* experts, int n, const Election<float>& election,
                          uint16_t* out);
   BlockKernels<double> f64;
@@ -259,7 +259,7 @@ inline const BlockKernels<double>& Kernels::of<double>() const {
 const Kernels& kernels();
 // Names of the instruction sets built in that this processor runs, best first.
 int available_isas(const char* names[3]);
-// For tests: results must not depend on it. False if the name is not available.
+// Chooses the kernels, for tests: results must not depend on it. Returns false if the name is not available.
 bool use_isa(const char* name);
 
 }  // namespace resm::cpu

@@ -1,8 +1,8 @@
 // Sixteen lanes of float or double: the vectors that sums run over, with the same lanes on every instruction set.
 //
-// The generic form is what the others must equal bit for bit; tests hold them to it. They may fuse a multiplication of
-// two floats with an addition in double: that product is exact in double, so that one rounding or two is the same. They
-// do so for plain additions too (times one), because processors have separate units for both kinds.
+// The other forms must equal the generic one bit for bit, which tests check. They may fuse a multiplication of two floats
+// with an addition in double: that product is exact in double, so that the fused rounding gives the same bits. They do so
+// for plain additions too (times one), because processors have separate units for both kinds.
 #pragma once
 
 #if defined(__AVX2__)
@@ -15,7 +15,7 @@ template <class C>
 struct Lanes {
   C v[kLanes];
 
-  // Lanes of which something holds.
+  // A set of lanes: the result of a comparison.
   struct Where {
     bool v[kLanes];
     static RESM_HD Where bits(uint32_t set) {
@@ -103,7 +103,7 @@ struct Lanes {
     for (int i = 0; i < kLanes; ++i) r.v[i] = v[i] >= o.v[i];
     return r;
   }
-  // This in those lanes, o in the others.
+  // This in the lanes of the set, o in the others.
   RESM_HD Lanes in(const Where& where, const Lanes& o) const {
     Lanes r;
     for (int i = 0; i < kLanes; ++i) r.v[i] = where.v[i] ? v[i] : o.v[i];
@@ -323,7 +323,7 @@ struct Lanes<float> {
       const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
       return _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), quiet, nan);
     };
-    // Packing goes by halves of the registers, which the permutation undoes.
+    // Packing interleaves halves of the registers; the permutation restores their order.
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(half(a), half(b)), 0xd8);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), packed);
   }

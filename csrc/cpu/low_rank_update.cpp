@@ -1,4 +1,5 @@
-// low_rank_update: a span of columns of L·Rᵀ at a time, in the cache from its first product to its sum with the base.
+// low_rank_update: works on a span of columns of L·Rᵀ at a time, which is in the cache from its first product to its sum
+// with the base.
 #include "cpu/chunks.h"
 
 namespace resm::cpu {

@@ -1,11 +1,11 @@
 // magnitude_threshold: the exact k-th largest |d| without a sort.
 //
 // |d| is compared by its bit pattern, an integer in the same order (its key). A fixed sample brackets the answer
-// between two of its order statistics; one pass over all experts counts what lies above and at the bracket's ends (where
-// the many ties of half-precision weights mostly are) and collects what lies strictly between them, a percent or two;
-// the rest is decided among the collected. If the bracket misses the answer, or holds too many values, the key is found
-// digit by digit from histograms over the whole tensor: exact for any input, in three reads. Both ways give the same
-// number, so that the result does not depend on the sample.
+// between two of its order statistics. One pass over all experts counts the keys above the bracket and at its ends (where
+// most of the many ties of half-precision weights are) and collects the keys strictly between the ends, a percent or
+// two, among which the answer is selected. If the bracket misses the answer, or holds too many keys, histograms of the
+// whole tensor give the answer digit by digit, exactly for any input, in three reads. Both ways give the same number: it
+// does not depend on the sample.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -29,8 +29,8 @@ Key<C> take_digit(const std::vector<int64_t>& histogram, Key<C> prefix, int shif
   return prefix | (static_cast<Key<C>>(digit) << shift);
 }
 
-// The rank-th largest key (from 1), digit by digit. count(shift, bits, prefix, histogram) counts, by the `bits` bits
-// from `shift` on, the keys whose higher bits are those of the prefix.
+// The rank-th largest key (from 1), digit by digit. count(shift, bits, prefix, histogram) makes the histogram of the
+// `bits` bits from `shift` on, over the keys whose higher bits equal the prefix.
 template <class C, class Count>
 Key<C> radix_select(int64_t rank, Count count) {
   Key<C> prefix = 0;

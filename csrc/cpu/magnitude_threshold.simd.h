@@ -22,7 +22,7 @@ int bracket(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<
   counts.from_low += from_low;
   counts.nonfinite += nonfinite;
   if (above_low == from_high) return 0;
-  // Every key is written, and stays if it is between: no branch to guess.
+  // Every key is written; the next one overwrites it unless it is between. This needs no unpredictable branch.
   int n_between = 0;
   for (int i = 0; i < n; ++i) {
     between[n_between] = keys[i];
@@ -33,7 +33,7 @@ int bracket(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<
 
 #if defined(__AVX512F__)
 
-// How some keys lie to a bracket, as masks.
+// Comparisons of a register's keys with a bracket, as sets of lanes.
 struct Placed {
   __mmask16 above_high, from_high, above_low, from_low;
 };
@@ -55,7 +55,7 @@ int bracket<float>(const float* base, const float* expert, int n, uint32_t low, 
     from_high.add(placed.from_high);
     above_low.add(placed.above_low);
     from_low.add(placed.from_low);
-    // Always written, and stays if it is between: no branch to guess.
+    // Always written, and overwritten by the next one unless it is between.
     const auto hit = static_cast<__mmask16>(placed.above_low & ~placed.from_high);
     _mm512_storeu_si512(between + n_between, _mm512_maskz_compress_epi32(hit, keys));
     n_between += __builtin_popcount(hit);

@@ -1,4 +1,4 @@
-// The CPU ops as python/module.cpp calls them: inputs, one record of options, outputs in the caller's memory, and the
+// The CPU ops, which python/module.cpp calls with inputs, one record of options, outputs in the caller's memory and the
 // number of threads. T is the number of experts. All tensors are contiguous.
 #pragma once
 
@@ -41,7 +41,7 @@ struct AggregateOptions {
 };
 struct AggregateResult {
   Array merged;
-  int64_t* nonfinite;  // (1 + T,): of the base and of each expert
+  int64_t* nonfinite;  // (1 + T,): how many values of the base and of each expert are not finite
 };
 void aggregate(const Group& group, const AggregateOptions& options, const AggregateResult& result, int threads);
 
@@ -60,14 +60,14 @@ struct DeltaStatsResult {
 };
 void delta_stats(const Group& group, const DeltaStatsOptions& options, const DeltaStatsResult& result, int threads);
 
-// Finds the k[t]-th largest |δ| of expert t. Without a base δ is the expert itself.
+// Finds the k[t]-th largest |δ| of expert t. Without a base δ is the expert's value.
 struct ThresholdResult {
   double* thresholds;  // (T,)
   int64_t* nonfinite;  // (T,)
 };
 void magnitude_threshold(const Group& group, const std::vector<int64_t>& k, const ThresholdResult& result, int threads);
 
-// grams: (rows, T, T), the sums over a row's elements of the products of each two experts' deltas.
+// grams: (rows, T, T), the inner products of every two experts' deltas within each row.
 void inner_products(const Group& group, double* grams, int threads);
 
 // moments: (T, 3), the sums of |δ|, of the kept |δ| and of their squares.
@@ -80,7 +80,8 @@ struct RandomMaskOptions {
 };
 void random_mask(const Group& group, const RandomMaskOptions& options, const std::vector<uint8_t*>& masks, int threads);
 
-// mask: of the ⌊density·(how many are not 0)⌋ largest variances over the experts, and of all that tie with the last.
+// mask keeps the elements with the k largest variances over the experts, k = ⌊density·(number of variances that are not
+// 0)⌋, and all elements that tie with the k-th.
 void variance_mask(const Group& group, double density, uint8_t* mask, int threads);
 
 struct RandomMatrixOptions {
@@ -98,10 +99,10 @@ struct DeltaMatrix {
   int64_t m, n;
 };
 
-// b = qᵀ·Δ, (l, n), of q (m, l).
+// b = qᵀ·Δ, with q (m, l) and b (l, n).
 void project(const DeltaMatrix& delta, const float* q, int64_t l, float* b, int threads);
 
-// y = Δ·x, (m, columns), z = Δᵀ·y, (n, columns), and the sum of Δ's squares, of x (n, columns).
+// y = Δ·x, z = Δᵀ·y and the sum of Δ's squares, with x (n, columns), y (m, columns) and z (n, columns).
 struct GramProductResult {
   float *y, *z;
   double* energy;
@@ -109,11 +110,11 @@ struct GramProductResult {
 void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, const GramProductResult& result,
                   int threads);
 
-// g = xᵀ·x, (columns, columns), of x (n, columns).
+// g = xᵀ·x, with x (n, columns) and g (columns, columns).
 void gram_matrix(const float* x, int64_t n, int64_t columns, double* g, int threads);
 
-// L·Rᵀ: L (m, k) by rows, element (j, i) of R (n, k) at right + j·right_row + i·right_step; both of one dtype, float or
-// double.
+// L·Rᵀ: L (m, k) is row-major; element (j, i) of R (n, k) lies at right + j·right_row + i·right_step. Both are float, or
+// both double.
 struct LowRank {
   const void *left, *right;
   int64_t m, n, k, right_row, right_step;
@@ -122,11 +123,11 @@ struct LowRank {
 // out = base + scale·L·Rᵀ, computed in the dtype of the factors.
 void low_rank_update(const Array& base, const LowRank& update, double scale, const Array& out, int threads);
 
-// The positions are the statuses that resm_kernels/ops/symmetric_eigen.py knows.
-enum class EigenStatus { found, inaccurate, not_finite };
+// resm_kernels/ops/symmetric_eigen.py knows these numbers.
+enum class EigenStatus { ok = 0, inaccurate = 1, not_finite = 2 };
 
-// The k largest eigenvalues of a symmetric n × n matrix, of which the upper triangle is read, and their eigenvectors:
-// values (k), vectors (n, k). Without the status `found` there are none. Of float and double.
+// The k largest eigenvalues of a symmetric n × n matrix, whose upper triangle is read, and their eigenvectors: values
+// (k,), vectors (n, k), both written only if the status is `ok`. T is float or double.
 template <class T>
 EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors, int threads);
 

@@ -1,4 +1,4 @@
-// project: strips of qᵀ times column blocks of Δ, formed where they are used.
+// project: multiplies strips of qᵀ by blocks of columns of Δ, which are formed where they are used.
 #include "cpu/chunks.h"
 
 namespace resm::cpu {

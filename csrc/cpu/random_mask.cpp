@@ -1,8 +1,8 @@
-// random_mask: uniform masks are drawn as they are; for others the ranks within rows are found without sorting them.
+// random_mask: uniform masks need only random numbers; other masks need ranks within rows, computed without a sort.
 //
 // A row's keys of |δ| are counted in the cells of a grid; every second cell holds one key alone. Most random numbers lie
-// outside the limits of all ranks in an element's range of cells, which decides. For most of the other elements their
-// cell determines the rank well enough. The few that are still undecided are compared with the whole row.
+// below or above the limits of all ranks in the element's range of cells, which decides. For most other elements the
+// cell determines the rank well enough. The few elements that are still undecided are compared with the whole row.
 #include <algorithm>
 #include <numeric>
 
@@ -13,9 +13,9 @@ namespace {
 
 constexpr int kFewestStepBits = 5, kMostStepBits = 12;
 constexpr int kOctaveBits = 3;             // the grid resolves magnitudes over 2^3 octaves: few lie below them
-constexpr int64_t kSampled = 64;           // keys of a row by the largest of which the grid is placed
-constexpr int64_t kMostCounted = 128;      // elements of a row that are compared with all of it; more: it is sorted
-constexpr int64_t kElementsAtOnce = 8192;  // of the rows that a task works on, or more
+constexpr int64_t kSampled = 64;           // keys of a row, by the largest of which the grid is placed
+constexpr int64_t kMostCounted = 128;      // undecided elements of a row; a row with more is sorted
+constexpr int64_t kElementsAtOnce = 8192;  // a task works on rows with at least this many elements
 constexpr int64_t kRunsAtOnce = 512;
 
 template <class C>
@@ -30,7 +30,7 @@ struct RowBuffers {
       : keys(row), words(most_words), open(row + kLanes), cells(row), bits(ceil_div(row, 8) + sizeof(uint16_t)) {}
 };
 
-// Where the keys of a row lie, so that few share a cell. It shows in no result.
+// A grid in which few keys of a row share a cell. No result depends on it.
 template <class C>
 KeyGrid<C> grid_of(const std::vector<Key<C>>& keys) {
   const auto n = static_cast<int64_t>(keys.size());
@@ -94,10 +94,10 @@ void keep_row(const MaskLaw& law, const uint32_t* words, RowBuffers<C>& s, uint8
   }
 }
 
-// Sets bits at + i of a mask, of zeros from `at` on, as those of a row of n.
-void add_bits(const uint8_t* bits, int64_t n, uint8_t* mask, int64_t at) {
-  mask += at / 8;
-  const int shift = static_cast<int>(at % 8);
+// Copies a row's n bits into a mask from bit `first` on, where the mask has zeros.
+void add_bits(const uint8_t* bits, int64_t n, uint8_t* mask, int64_t first) {
+  mask += first / 8;
+  const int shift = static_cast<int>(first % 8);
   if (shift == 0) {
     std::copy_n(bits, ceil_div(n, 8), mask);
     return;
@@ -109,7 +109,7 @@ void add_bits(const uint8_t* bits, int64_t n, uint8_t* mask, int64_t at) {
   }
 }
 
-// Of the experts whose probabilities depend on ranks.
+// Masks of the experts whose probabilities depend on ranks.
 template <class C>
 void keep_by_rank(const Group& group, const std::vector<int>& ranked, const RandomMaskOptions& options,
                   const std::vector<uint8_t*>& masks, int threads) {

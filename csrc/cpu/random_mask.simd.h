@@ -75,7 +75,7 @@ int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restri
     at = _mm512_add_epi32(at, _mm512_set1_epi32(kLanes));
   }
 #endif
-  // Every index is written, and stays if it is open: no branch to guess.
+  // Every index is written; the next one overwrites it unless it is open. This needs no unpredictable branch.
   for (; begin < n; begin += 8) {
     unsigned eight = 0;
     for (int64_t i = begin; i < n && i < begin + 8; ++i) {
@@ -90,7 +90,7 @@ int64_t keep_by_range(const uint16_t* __restrict cells, const uint32_t* __restri
   return n_open;
 }
 
-// Keys of |δ|, their cells, and how many of them are equal to or less than one.
+// Functions of keys of |δ|: their cells, and the numbers of keys that are less than a key or equal to it.
 template <class C>
 void keys(const C* __restrict base, const C* __restrict expert, int n, Key<C>* __restrict to) {
   for (int i = 0; i < n; ++i) to[i] = key_of(C(expert[i] - base[i]));
@@ -133,7 +133,7 @@ void count_cells(const Key<C>* __restrict keys, int64_t n, const KeyGrid<C>& gri
     const Signed offset = key == 0 ? 0 : within;
     cells[i] = static_cast<uint16_t>((offset >> grid.shift) + ((offset + part) >> grid.shift));
   }
-  // Neighbours count in tables of their own: of equal ones none waits for the other's sum.
+  // Neighbours count in different tables, so that no addition waits for that of an equal neighbour.
   const int n_cells = grid.cells();
   uint32_t* __restrict others = counts + n_cells;
   memset(counts, 0, 2 * n_cells * sizeof *counts);

@@ -1,4 +1,4 @@
-// Samples of tensors that selections begin with. They decide how a result is computed, never what it is.
+// Samples of tensors, with which selections begin. Samples change how fast a result is computed, never the result.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Which deltas are kept, as the CPU ops get it, and as the kernels take it block by block.
+// The thresholds and masks of a sparsification: as ops take them, and as kernels take them for one block.
 #pragma once
 
 #include <limits>
@@ -8,7 +8,7 @@
 
 namespace resm::cpu {
 
-// Each is empty where nothing is left out by it, else it has one entry for each expert.
+// Each vector is empty, for no condition, or has an entry for each expert.
 struct SparsityOptions {
   std::vector<double> thresholds, upper_thresholds;
   std::vector<const uint8_t*> masks;

@@ -1,4 +1,4 @@
-// Which deltas are kept, for the inner loops of several ops.
+// Sparsification of deltas, for the inner loops of several ops.
 #pragma once
 
 namespace resm::cpu::RESM_ISA {

@@ -162,7 +162,7 @@ class Vectors {
   }
 
   // Replaces dependent vectors: two steps of inverse iteration from random numbers that are clear of
-  // the strips before. The next pass leaves what is new of them.
+  // the strips before. The next pass leaves their new part.
   void replace_dependent(int64_t s, const std::vector<int64_t>& close, const bool* dependent) {
     const Strip& strip = strips_[s];
     for (int column = 0; column < kStrip; ++column) {
@@ -243,7 +243,7 @@ class Vectors {
 
 template <class T>
 EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vectors, int threads) {
-  if (n == 0 || k == 0) return EigenStatus::found;
+  if (n == 0 || k == 0) return EigenStatus::ok;
   const EigenKernels& kernels = cpu::kernels().eigen;
   const ReductionKernels<T>& reduction = kernels.of<T>();
   const int64_t panels = tiles_in<T>(n), size = tile_offset<T>(panels, panels);
@@ -285,7 +285,7 @@ EigenStatus symmetric_eigen(const T* a, int64_t n, int64_t k, T* values, T* vect
       for (int64_t c = 0; c < n_columns; ++c)
         vectors[i * k + spectrum.pairs()[first + c].rank] = columns[i * kColumns<T> + c];
   });
-  return EigenStatus::found;
+  return EigenStatus::ok;
 }
 template EigenStatus symmetric_eigen(const float*, int64_t, int64_t, float*, float*, int);
 template EigenStatus symmetric_eigen(const double*, int64_t, int64_t, double*, double*, int);

@@ -1,5 +1,5 @@
-// The inner loops of symmetric_eigen, and what they share with those who call them. Matrices come scaled to about 1; a
-// float matrix is reduced and its vectors are transformed back in float, what lies between is double.
+// The inner loops of symmetric_eigen and the layouts that they share with their callers. Matrices are scaled to about 1. A
+// float matrix is reduced, and its vectors are transformed back, in float; the steps between are double.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 namespace resm::cpu {
 
 constexpr int kReflectors = 32;  // Householder reflectors applied at once
-constexpr int kStrip = 24;       // eigenvectors of T kept side by side
+constexpr int kStrip = 24;       // eigenvectors of T that lie side by side
 constexpr int kShifts = 32;      // Sturm counts taken at once
 template <class T>
 constexpr int kTile = 64 / sizeof(T);  // a cache line of numbers

@@ -1,5 +1,5 @@
-// Threads that share the work of one call. They are started when first needed, are kept, and block when there is nothing
-// to do: threads that kept polling would take the processor from the caller's next work, in BLAS for example.
+// Threads that share the work of one call. They are started when first needed, live on, and block when there is nothing
+// to do, because polling threads would take the processor from the caller's next work, in BLAS for example.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 
 namespace resm::cpu {
 
-// Calls `share` on this thread and at the same time, once each, on as many of `others` more threads as come free before
-// this one is done; returns when all these calls have. If some throw, the first exception is then thrown here. Several
-// threads may call this at once: each has at least itself. `share` must not call it.
+// Calls `share` once on this thread and, at the same time, once on each of up to `others` more threads that come free
+// before this one is done. It returns when all these calls have returned, and throws the first of their exceptions.
+// Several threads may call this at the same time. `share` must not call it.
 void share_out(int others, const std::function<void()>& share);
 
 // Calls work(i, scratch) for every i below n, on up to `threads` threads, this one among them, with one
-// `Scratch(make())` each. Which thread has which i differs from call to call, but each takes runs of them in ascending
-// order. If something throws, what has not begun is left out, and the first exception is thrown when all have stopped.
+// `Scratch(make())` each. The thread that gets an i differs from call to call, but each thread takes runs of them in
+// ascending order. After an exception no further work begins, and the first one is thrown when all threads have stopped.
 template <class Make, class Work>
 void parallel_for(int64_t n, int threads, Make make, Work work) {
   if (threads <= 1 || n <= 1) {

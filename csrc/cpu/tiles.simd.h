@@ -1,5 +1,5 @@
-// Vectors of floats or doubles in as many lanes as the instruction set has, their sums, and products of small tiles:
-// what symmetric_eigen's inner loops are made of.
+// Parts of symmetric_eigen's inner loops: vectors of floats or doubles in as many lanes as the instruction set has, their
+// sums, and products of small tiles.
 #pragma once
 
 #include <utility>
@@ -83,10 +83,10 @@ RESM_HD V in_register(V v) {
 #endif
   return v;
 }
-// Of each group of 2·step numbers of a, then of b, the lower half, or the upper one with `at` = step.
-template <int step, int at, class V, int... i>
+// The lower half of each group of 2·step numbers of a, then of b, or the upper half with `offset` = step.
+template <int step, int offset, class V, int... i>
 RESM_HD V halves(V a, V b, std::integer_sequence<int, i...>) {
-  return __builtin_shufflevector(a, b, (i / step * 2 * step + i % step + at)...);
+  return __builtin_shufflevector(a, b, (i / step * 2 * step + i % step + offset)...);
 }
 // sums[i] = Σ v[i] of n vectors at once, n a power of two: upper halves are added to lower ones till one is left.
 template <class T, int n, int step = kWidth<T> / 2>
@@ -158,8 +158,8 @@ RESM_HD void accumulate(int64_t depth, Left<T> left, Right<T> right, Vector<T> (
 
 enum class Store { set, add, subtract };
 
-// into = left · right, or += or -= it, of kTile rows and `groups` times kTile columns; with left2 · right2, if given.
-// What is added was added up before.
+// into = left · right, or += or -= it, of kTile rows and `groups` times kTile columns; the product is left · right +
+// left2 · right2 if these are not null. It is added up before it is added to `into`.
 template <class T, Store how, int groups, int C0 = 0>
 RESM_HD void multiply_into(int64_t depth, Left<T> left, Right<T> right, Result<T> into, Left<T> left2 = {},
                            Right<T> right2 = {}) {

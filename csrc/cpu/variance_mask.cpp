@@ -1,8 +1,8 @@
 // variance_mask: one pass, in which a sample's bracket of the threshold decides on nearly all elements.
 //
-// Elements whose variances lie in the bracket are decided at the end, for the rank depends on how many variances are not
-// 0. If the bracket misses the threshold, or holds too many variances, all variances are written to memory, where the
-// threshold is found without a sort. Both ways give the same mask, so that the result does not depend on the sample.
+// Elements whose variances lie in the bracket are decided at the end, because the rank depends on the number of variances
+// that are not 0. If the bracket misses the threshold, or holds too many variances, all variances are written to memory
+// and the threshold is selected there without a sort. Both ways give the same mask: it does not depend on the sample.
 #include <algorithm>
 #include <cmath>
 #include <functional>

@@ -54,7 +54,7 @@ int variance(const C* base, const C* experts, int n, int n_experts, C* to) {
   }
 }
 
-// Bits of kLanes values that are at least a limit. The generic form is what the others must equal.
+// The bits of those of kLanes values that are at least a limit. The other forms must equal the generic one.
 template <class C>
 RESM_HD uint32_t at_least(const C* values, C least) {
   uint32_t bits = 0;

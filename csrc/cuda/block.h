@@ -52,7 +52,7 @@ class Block {
     __syncthreads();
   }
 
-  // Each warp's first thread gets the combination of its warp's values: those 16 apart first, then 8, 4, 2 and 1.
+  // Each warp's first thread gets the combination of its warp's values: first of those 16 apart, then 8, 4, 2 and 1.
   template <class T, class Combine>
   RESM_DEVICE void combine_in_warps(PerThread<T, kThreads>& values, Combine combine) const {
     for (int apart = kWarp / 2; apart > 0; apart /= 2)
@@ -94,7 +94,7 @@ RESM_DEVICE T constant(const T* from) {
 RESM_DEVICE uint4 read16(const void* from, int index) { return __ldg(static_cast<const uint4*>(from) + index); }
 RESM_DEVICE void write16(void* to, int index, uint4 value) { static_cast<uint4*>(to)[index] = value; }
 
-// A multiprocessor is to hold kResident blocks: that limits the registers of a thread.
+// A multiprocessor has room for kResident blocks, which limits the registers of a thread.
 template <class Kernel>
 __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kResident)
     run_kernel(const __grid_constant__ Kernel kernel) {
@@ -199,7 +199,7 @@ RESM_DEVICE T combined(const Block<kThreads>& block, PerThread<T, kThreads>& val
   });
   T total = scratch[0];
   for (int warp = 1; warp < kThreads / kWarp; ++warp) total = combine(total, scratch[warp]);
-  block.each([](int) {});  // before scratch is written again
+  block.each([](int) {});  // a barrier before `scratch` is written again
   return total;
 }
 

@@ -14,14 +14,14 @@ constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kMoments = 5;  // sum, sum_sq, sum_abs, max_abs, outlier_sum_abs
 constexpr int kCounts = 5;   // zero, small, outlier, nonfinite, numel
-constexpr int kFields = 8;   // of a chunk's sums
-constexpr int kCopies = 8;   // of the histogram: neighbours often share a bin, and then wait for each other
+constexpr int kFields = 8;   // numbers in a chunk's sums
+constexpr int kCopies = 8;   // copies of the histogram, because neighbours that share a bin wait for each other
 constexpr const char* kName = "delta_stats";
 
 enum Field { kSum, kSumSq, kSumAbs, kMaxAbs, kZero, kSmall, kNonfinite };          // of the first read
 enum OutlierField { kOutlier, kOutlierSumAbs, kRelativelySmall, kOutlierFields };  // of the second
 
-// What all kernels know.
+// The arguments of all kernels.
 struct Problem {
   Group group;
   DeltaStatsOptions options;
@@ -183,7 +183,7 @@ struct Totals : Problem {
     const int64_t n_chunks = (group.length + group.chunk - 1) / group.chunk;
     const double* sums = workspace.chunk_sums + (row * n_chunks * group.n_experts + t) * kFields + field;
     const int64_t stride = group.n_experts * kFields;
-    // The largest passes over NaN.
+    // A maximum passes over NaN.
     if (largest)
       return combined_rows(block, sums, n_chunks, stride, shared.sums,
                            [](double a, double b) { return a > b ? a : b; });
@@ -218,7 +218,7 @@ struct Totals : Problem {
         if (options.eps_rel > 0) counts[1] = int64_t(totals[kRelativelySmall]);
         return;
       }
-      const bool is_number = totals[kSumAbs] == totals[kSumAbs];  // the largest passes over NaN
+      const bool is_number = totals[kSumAbs] == totals[kSumAbs];  // a maximum passes over NaN
       moments[0] = totals[kSum];
       moments[1] = totals[kSumSq];
       moments[2] = totals[kSumAbs];

@@ -65,7 +65,7 @@ struct ChunkSums {
   }
 };
 
-// A block for each expert and sum adds up the chunks' sums.
+// One block for each expert and sum adds up the chunks' sums.
 struct Totals {
   static constexpr int kThreads = cuda::kThreads, kResident = 3;
   struct Shared {

@@ -39,7 +39,7 @@ constexpr int kBufferShare = 16;
 template <class C>
 constexpr int kSample = kSampleBytes / sizeof(C);
 
-// What all kernels know.
+// The arguments of all kernels.
 template <class C>
 struct Problem {
   Group group;
@@ -155,7 +155,7 @@ struct Bracket : Problem<typename Kind::Compute> {
     int32_t below_low = 0, to_low = 0, below_high = 0, to_high = 0, nonfinite = 0;
   };
 
-  // 1 if key < bound, else 0: the sign of the difference, as keys have one bit less than their words. Fewer
+  // 1 if key < bound, else 0: the sign of the difference, as keys have one bit less than their words. This takes fewer
   // instructions than a comparison.
   RESM_DEVICE static int32_t is_below(Key<C> key, Key<C> bound) {
     return static_cast<int32_t>(static_cast<Key<C>>(key - bound) >> kKeyBits<C>);
@@ -239,7 +239,7 @@ struct Bracket : Problem<typename Kind::Compute> {
   }
 };
 
-// A thread for each expert.
+// Runs one thread for each expert.
 template <class C>
 struct Decide : Problem<C> {
   using P = Problem<C>;
@@ -284,7 +284,7 @@ struct Count : Problem<C> {
     uint32_t frequencies[kDigits];
   };
 
-  int32_t number;  // of the digit
+  int32_t number;  // the digit's number, from the top
 
   RESM_DEVICE void operator()(const Block<kThreads>& block, Shared& shared) const {
     using Kind = Dtypes<C, kMixed>;
@@ -322,7 +322,7 @@ struct Count : Problem<C> {
   }
 };
 
-// A block for each expert.
+// Runs one block for each expert.
 template <class C>
 struct Choose : Problem<C> {
   using P = Problem<C>;

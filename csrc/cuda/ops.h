@@ -22,10 +22,10 @@ struct Array {
 
 // Base and experts of an op: contiguous tensors of one shape, cut into chunks. A block works on one chunk.
 struct Group {
-  Array base;              // without data where there is no base; its dtype is the experts' then
+  Array base;              // without a base its data is null and its dtype that of the experts
   const int64_t* experts;  // (T,) addresses in device memory
   const int64_t* masks;    // (T,) addresses of masks of bits; null where there are none
-  DType expert_dtype;      // of every expert
+  DType expert_dtype;      // the dtype of every expert
   int32_t n_experts;
   bool in_double;  // whether the arithmetic is float64
   bool aligned;    // whether the base, the experts and an output of their shape begin at multiples of 16 bytes
@@ -44,7 +44,7 @@ struct Thresholds {
 };
 
 struct AggregateOptions {
-  const double *factors, *divisors;  // (T,): of the deltas; the terms of a normalised merge's divisor
+  const double *factors, *divisors;  // (T,): multiply the deltas; are the terms of a normalised merge's divisor
   Thresholds thresholds;
   double scale, min_divisor;
   Rule rule;
@@ -53,7 +53,7 @@ struct AggregateOptions {
 };
 struct AggregateResult {
   Array merged;
-  int64_t* nonfinite;  // (1 + T,), zeroed: of the base, of each expert
+  int64_t* nonfinite;  // (1 + T,), zeroed: how many values of the base and of each expert are not finite
 };
 void aggregate(const Group&, const AggregateOptions&, const AggregateResult&, Stream);
 
@@ -94,8 +94,8 @@ struct RandomMaskOptions {
   MaskLaw law;
 };
 struct Ranks {
-  const char* doubled;  // of each element; null where one law holds for all
-  int64_t bytes;        // of one rank: 4 or 8
+  const char* doubled;  // a doubled rank for each element; null where all elements have one probability
+  int64_t bytes;        // the size of a rank: 4 or 8
 };
 void random_mask(const RandomMaskOptions&, const Ranks&, uint8_t* mask, Stream);
 

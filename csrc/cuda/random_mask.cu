@@ -9,12 +9,12 @@
 namespace resm::cuda {
 namespace {
 
-constexpr int kCounters = 8;                      // of a thread at a time
+constexpr int kCounters = 8;                      // counters that a thread uses at a time
 constexpr int kParts = kRunCounters / kCounters;  // threads that share a run
-constexpr int kPartBytes = kRunBytes / kParts;    // of a mask that a thread makes at a time
-constexpr int kWords = 4;                         // of a counter
-constexpr int kWordBytes = kRunCounters / 8;      // of a mask, for one word of a run's counters
-constexpr int kThreads = 256;                     // of a block, each of which makes one part of a mask
+constexpr int kPartBytes = kRunBytes / kParts;    // bytes of a mask that a thread makes at a time
+constexpr int kWords = 4;                         // random words of a counter
+constexpr int kWordBytes = kRunCounters / 8;      // bytes of a mask that come from one word of a run's counters
+constexpr int kThreads = 256;                     // threads of a block, each of which makes one part of a mask
 static_assert(kCounters == 8 && kPartBytes == kWords, "a thread makes one byte of each word");
 
 // Rank: the type of the doubled ranks; void where one limit holds for all elements.
@@ -39,7 +39,7 @@ struct Draw {
   RESM_DEVICE void draw(int64_t part) const {
     const int64_t run = part / kParts, position = part % kParts;
     uint32_t bits[kWords] = {};
-    RESM_UNROLL_TWICE  // two hide each other's latency; eight do not fit the registers
+    RESM_UNROLL_TWICE  // two counters hide each other's latency; eight do not fit the registers
         for (int j = 0; j < kCounters; ++j) {
       const uint64_t counter = static_cast<uint64_t>(part) * kCounters + j;
       uint64_t x[kWords] = {counter, counter >> 32, options.expert, static_cast<uint64_t>(RandomStream::mask)};

@@ -8,7 +8,7 @@ namespace resm::cuda {
 constexpr int kDigitBits = 11;
 constexpr int kDigits = 1 << kDigitBits;
 
-// The keys among which the answer is still to be searched; none once it is known.
+// The keys among which the answer is searched next; none once it is known.
 enum class Source : int64_t { none = 0, buffer, tensor };
 
 // The state for one expert. Plain 64-bit words: tests read them.
@@ -17,8 +17,8 @@ struct Selection {
   int64_t below_low, to_low, below_high, to_high;  // how many keys are less than an end, or at most as much
   int64_t between;                                 // how many are collected, or would be if there were room
   Source source;
-  int64_t rank;     // of the answer, from 1, among the source's keys that begin like it
-  uint64_t prefix;  // the first digits of the answer less origin_of, as far as they are known
+  int64_t rank;     // the answer's rank, from 1, among the source's keys that begin with its known digits
+  uint64_t prefix;  // the known first digits of the answer less origin_of
 };
 static_assert(sizeof(Selection) == 10 * 8, "see ops.h");
 
@@ -53,8 +53,8 @@ struct DigitSearch {
   int64_t digit, rank;
 };
 
-// The digit that the rank-th largest of the keys counted in `frequencies` has, and its rank among those that share it:
-// every thread gets them.
+// The digit of the rank-th largest of the keys counted in `frequencies`, and its rank among the keys that share it; every
+// thread gets both.
 template <class T, int kThreads>
 RESM_DEVICE void find_digit(const Block<kThreads>& block, const T* frequencies, int64_t rank,
                             DigitSearch<kThreads>& shared) {
@@ -66,7 +66,7 @@ RESM_DEVICE void find_digit(const Block<kThreads>& block, const T* frequencies, 
     for (int i = 0; i < kShare; ++i) counts[thread] += frequencies[last - i];
     before[thread] = counts[thread];
     if (thread == 0) {
-      shared.digit = 0;  // of no keys at all
+      shared.digit = 0;  // for the case that there are no keys
       shared.rank = rank;
     }
   });

@@ -1,12 +1,12 @@
-// variance_mask on the GPU: the variances, and then the bits, once magnitude_threshold has selected the least variance
-// that is kept.
+// variance_mask on the GPU: one kernel computes the variances; another makes the bits, after magnitude_threshold has
+// selected the smallest variance to keep.
 #include "cuda/elements.h"
 
 namespace resm::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int64_t kBlockBytes = 2048;  // of a mask that a block makes
+constexpr int64_t kBlockBytes = 2048;  // bytes of a mask that a block makes
 constexpr const char* kName = "variance_mask";
 
 template <class Kind>

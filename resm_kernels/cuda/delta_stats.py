@@ -24,13 +24,9 @@ def delta_stats(
     call(
         "delta_stats",
         base.device,
-        group=launch.group,
+        **vars(launch),
         options=options,
         chunk=CHUNK,
-        moments=launch.moments,
-        counts=launch.counts,
-        bin_counts=launch.bin_counts,
-        bin_sums=launch.bin_sums,
         chunk_sums=torch.empty(sums, dtype=torch.float64, device=base.device),
         significands=torch.zeros_like(launch.bin_counts),
     )

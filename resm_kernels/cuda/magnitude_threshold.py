@@ -25,12 +25,11 @@ def magnitude_threshold(
     base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions
 ) -> tuple[Tensor, Tensor]:
     """See `resm_kernels.ops.magnitude_threshold` and its reference, whose arguments and results these are."""
-    k = torch.tensor(options.k, dtype=torch.int64)
-    return select(base, experts, k.to(base.device, non_blocking=True))
+    return select(base, experts, torch.tensor(options.k, dtype=torch.int64).to(base.device, non_blocking=True))
 
 
 def select(base: Tensor, experts: Sequence[Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
-    """magnitude_threshold of ranks (T,) int64 that lie on the device, so that the host need not know them."""
+    """`magnitude_threshold` of ranks k, (T,) int64 on the device, so that the host need not know them."""
     n_experts, device = len(experts), base.device
     group = prepare_group(base, experts)
     thresholds = torch.empty(n_experts, dtype=torch.float64, device=device)

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from resm_kernels.cuda.launch import call
 from resm_kernels.masks import mask_bytes
-from resm_kernels.reference.random_mask import RandomMaskOptions, probability_law, ranks_of, row_length
+from resm_kernels.reference.random_mask import RandomMaskOptions, ranks_of, row_length
 
 
 def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     """See `resm_kernels.ops.random_mask` and its reference, whose arguments and results these are."""
     device, length = base.device, base.numel()
     masks = [torch.empty(mask_bytes(length), dtype=torch.uint8, device=device) for _ in experts]
-    for t, mask in enumerate(masks):
-        lowest, step = probability_law(options.density[t], options.epsilon[t], row_length(base))
+    for t, (lowest, step) in enumerate(options.laws(row_length(base))):
         call(
             "random_mask",
             device,
@@ -28,6 +27,6 @@ def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions)
             lowest=lowest,
             step=step,
             ranks=ranks_of(base, experts, t) if step and length else None,
-            mask=mask,
+            mask=masks[t],
         )
     return masks

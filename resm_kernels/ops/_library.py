@@ -40,11 +40,11 @@ _SCHEMA_TYPES: Final = {
     torch.dtype | None: "ScalarType?",
     torch.device: "Device",
 }
-"""What torch's operator schemas call the annotations that inputs, options and results have."""
+"""The types of torch's operator schemas that stand for the annotations of inputs, options and results."""
 
 
 def declare(reference: Callable[P, R], *, cpu: Callable[P, R], gpu: Sequence[str] = ()) -> Callable[P, R]:
-    """Define the operator `resm_kernels::<name of reference>`, choose its backends, and return what calls it.
+    """Define the operator `resm_kernels::<name of reference>`, choose its backends and return its caller.
 
     The operator's schema follows from the annotations of `reference`, a function `f(*inputs, options)`, and of its
     options record. The record's fields become keywords of the operator, because torch's dispatcher takes no records.
@@ -53,8 +53,8 @@ def declare(reference: Callable[P, R], *, cpu: Callable[P, R], gpu: Sequence[str
     Args:
         reference: The op's definition in `resm_kernels.reference`. It serves every device, and tracing.
         cpu: The function that runs the native kernel on CPUs, where the extension was built.
-        gpu: Packages of GPU kernels, "triton" or "cuda", in the order of preference: the first that runs here replaces
-            the reference on GPUs (see `gpu_kernel`).
+        gpu: Packages of GPU kernels, "triton" or "cuda", in the order of preference. The first one that runs here
+            replaces the reference on GPUs (see `gpu_kernel`).
 
     An op without tensors among its inputs and options runs on the device that its option `device` names.
     """
@@ -115,7 +115,7 @@ def _call_on_device(backends: dict[str, Callable[..., Any]], reference: Callable
 def has_gpu_kernel(name: str, backend: str) -> bool:
     """Whether an op's kernels of one backend run here.
 
-    Those of Triton do where Triton is installed; those of CUDA where they were built and torch is not for ROCm.
+    Triton's kernels run where Triton is installed, CUDA's where they were built and torch is not built for ROCm.
     """
     if backend == "triton":
         return importlib.util.find_spec("triton") is not None

@@ -22,7 +22,7 @@ def checked_sparsity(
     upper_thresholds: Thresholds,
     masks: Sequence[Tensor] | None,
 ) -> dict[str, Any]:
-    """Check base and experts (`check_group`) and what is kept of them; return the fields of SparsityOptions."""
+    """Check base and experts (`check_group`), thresholds and masks; return the fields of SparsityOptions."""
     check_group(base, experts)
     if masks is not None:
         _check_masks(masks, experts)
@@ -34,7 +34,7 @@ def checked_sparsity(
 
 
 def _checked_thresholds(name: str, thresholds: Thresholds, n_experts: int) -> Tensor | None:
-    """Return thresholds in float64; ValueError unless there is one magnitude for each expert, or None."""
+    """Return thresholds in float64, or raise a ValueError unless they are None or one magnitude for each expert."""
     if thresholds is None:
         return None
     values = torch.as_tensor(thresholds, dtype=torch.float64)

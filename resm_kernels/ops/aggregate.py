@@ -59,18 +59,18 @@ def aggregate(
         weights: w_1 … w_T; any finite numbers.
         scale: λ.
         rule: "sum" or "ties".
-        normalize: Divide by the weights, see above.
+        normalize: Divide m by the sum of weights, see above.
         thresholds: τ_1 … τ_T, as `magnitude_threshold` returns them; None trims nothing.
         upper_thresholds: κ_1 … κ_T; None for no bound.
         masks: One for each expert (the same tensor may serve several), as `random_mask` and `variance_mask` return
             them: uint8, element i of a flattened tensor is bit i mod 8 of byte ⌊i/8⌋. None keeps all.
-        rescale: r_1 … r_T; None for 1. r_t·w_t is rounded once to the dtype of the arithmetic (with the
-            consensus method ``unweighted`` each of the two is).
-        consensus_method: "weighted" or "unweighted", the experts' votes; for rule ``ties`` only.
+        rescale: r_1 … r_T; None for 1. r_t·w_t is rounded once to the dtype of the arithmetic; with the consensus
+            method ``unweighted`` r_t and w_t are rounded separately.
+        consensus_method: "weighted" or "unweighted": how experts vote under the rule ``ties``, see above.
         min_divisor: A lower bound of the divisor of a normalised ``ties``; None (default) for no bound.
         out_dtype: The result's dtype; base's (without a base the first expert's) if None.
-        check_finite: Refuse NaN and infinity in base and experts, also in elements that are trimmed. This is the
-            default, for it takes no time.
+        check_finite: Refuse NaN and infinity in base and experts, also in elements that are trimmed. This takes no
+            measurable time and is the default.
 
     Returns:
         θ, contiguous, of base's shape. Arithmetic is fp32 (float64 if any input is float64) in the order of the
@@ -119,7 +119,6 @@ def _checked_rescale(rescale: Sequence[float] | Tensor, n_experts: int) -> Tenso
 
 
 def _native(base: Tensor | None, experts: list[Tensor], options: AggregateOptions) -> tuple[Tensor, Tensor]:
-    assert _extension.native is not None
     first = experts[0] if base is None else base
     merged = empty(first.shape, options.out_dtype or first.dtype)
     nonfinite = torch.empty(1 + len(experts), dtype=torch.int64)

@@ -18,18 +18,18 @@ from resm_kernels.reference.delta_stats import delta_stats as _reference
 
 @dataclass(frozen=True)
 class DeltaStats:
-    """Statistics of δ = θ_t − θ₀, one entry for each of T experts: shape (T,), or (T, *shape[:-1]) of rows.
+    """Statistics of δ = θ_t − θ₀. Every field has the shape (T,), or (T, *shape[:-1]) for statistics of rows.
 
     Attributes:
         numel: N, the number of parameters.
         sum, sum_sq, sum_abs, max_abs: Σδ, Σδ², Σ|δ| and max|δ|, float64.
         n_zero: How many δ are exactly zero.
         n_small: How many |δ| ≤ max(eps, eps_rel·rms(Δ_t)).
-        n_outlier, outlier_sum_abs: How many |δ − μ| > κσ, and their Σ|δ|; zero if κ was None.
+        n_outlier, outlier_sum_abs: How many |δ − μ| > κσ, and their Σ|δ|; zero if `kappa` was None.
         n_nonfinite: How many δ are NaN or infinite (only with `check_finite=False`).
         histogram_counts, histogram_sum_abs: Number and Σ|δ| of the values in each bin of log₂|δ| (last dimension,
-            256 bins: bin i from 1 to 254 holds 2^(i−127) ≤ |δ| < 2^(i−126), bin 0 what is smaller, zeros included,
-            and bin 254 also what is larger); None unless asked for.
+            256 bins: bin i from 1 to 254 holds 2^(i−127) ≤ |δ| < 2^(i−126), bin 0 smaller values, zeros included,
+            and bin 254 larger values too); None unless `histogram` asks for them.
     """
 
     numel: Tensor
@@ -66,9 +66,10 @@ class DeltaStats:
         return self.outlier_sum_abs / self.numel.clamp(min=1)
 
     def quantile(self, q: float) -> Tensor:
-        """The q-quantile of |δ|, read from the histogram: it lies in the right bin, which is right to a factor of two.
+        """The q-quantile of |δ|, interpolated linearly within its bin of the histogram.
 
-        Inside that bin it is interpolated linearly. `magnitude_threshold` finds exact order statistics.
+        The bin is the right one, so that the result is right to a factor of two. `magnitude_threshold` finds exact
+        order statistics.
 
         Raises:
             ValueError: If q is outside [0, 1] or the histogram was not asked for.
@@ -81,10 +82,10 @@ class DeltaStats:
         cumulative = self.histogram_counts.cumsum(-1).double()
         # Rank 0 belongs to the smallest value's bin, not to the empty ones below it.
         rank = (q * cumulative[..., -1:]).clamp(min=torch.finfo(torch.float64).tiny).contiguous()
-        at = torch.searchsorted(cumulative, rank).clamp(max=HISTOGRAM_BINS - 2)
-        inside = self.histogram_counts.gather(-1, at).clamp(min=1)
-        before = cumulative.gather(-1, at) - inside
-        low, high = edges[at], edges[at + 1].clamp(max=math.ldexp(1.0, 128))
+        bins = torch.searchsorted(cumulative, rank).clamp(max=HISTOGRAM_BINS - 2)
+        inside = self.histogram_counts.gather(-1, bins).clamp(min=1)
+        before = cumulative.gather(-1, bins) - inside
+        low, high = edges[bins], edges[bins + 1].clamp(max=math.ldexp(1.0, 128))
         return (low + (high - low) * ((rank - before) / inside).clamp(0, 1)).squeeze(-1).minimum(self.max_abs)
 
 
@@ -108,10 +109,10 @@ def delta_stats(
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
         eps: ε of `n_small`, absolute. The default 0 counts exact zeros, the natural sparsity of bf16 checkpoints.
-        eps_rel: ε as a multiple of rms(Δ_t); the larger of both holds.
+        eps_rel: ε as a multiple of rms(Δ_t). The larger one of `eps` and this product is used.
         kappa: κ of the outlier rule |δ − μ| > κσ; 3 is the usual choice for heavy-tailed deltas. None skips it.
         histogram: Also count |δ| in 256 bins of log₂|δ|.
-        rows: Statistics of each row, a vector along the last dimension, in place of those of the whole tensor.
+        rows: Compute statistics of each row, a vector along the last dimension, instead of the whole tensor.
         check_finite: Refuse NaN and infinity (the default); if False they are counted in `n_nonfinite`, and the
             moments of that expert are not finite.
 
@@ -160,7 +161,6 @@ def delta_stats(
 
 
 def _native(base: Tensor, experts: list[Tensor], options: DeltaStatsOptions) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    assert _extension.native is not None
     shape = (len(experts), *options.vectors_shape(base))
     moments, counts = torch.empty((*shape, 5), dtype=torch.float64), torch.empty((*shape, 5), dtype=torch.int64)
     bin_counts = torch.empty((*shape, options.bins), dtype=torch.int64)

@@ -14,7 +14,7 @@ from resm_kernels.reference.gram_product import gram_product as _reference
 
 
 class GramProduct(NamedTuple):
-    """What one pass over Δ gives.
+    """The results of one pass over Δ.
 
     Attributes:
         y: Δ·x, (m, c) fp32, contiguous.
@@ -30,9 +30,9 @@ class GramProduct(NamedTuple):
 def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     """y = Δ·x, z = Δᵀ·y and ‖Δ‖_F², Δ = θ_t − θ₀: a power iteration on ΔᵀΔ (arXiv 0909.4061, algorithm 4.3).
 
-    Base and expert are read from memory once, not twice: a panel of 48 rows of Δ is formed, and both products are done
-    with it while it is in the cache. y is not orthonormalised before the second product, as algorithm 4.4 does it, so
-    that z has the squared condition number of y.
+    Base and expert are read from memory once, not twice: a panel of 48 rows of Δ is formed, and both products use it
+    while it is in the cache. Unlike algorithm 4.4, this does not orthonormalise y before the second product, so that
+    the condition number of z is the square of that of y.
 
     Args:
         base: θ₀, (m, n), bf16, fp16, fp32 or float64; None for Δ = θ_t. A tensor that is not contiguous is copied.
@@ -55,7 +55,7 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
     the same sums.
 
     Memory: on a CPU, besides inputs and outputs, a copy of x (none where c is 8, 16, … 48) and for each thread a z of
-    up to 192 columns and a panel of Δ; up to 8 MiB a thread are kept for the next call. Where there is no kernel, the
+    up to 192 columns and a panel of Δ; each thread holds up to 8 MiB for the next call. Where there is no kernel, the
     reference forms the whole Δ in float64.
 
     Determinism: the same bits for any number of threads and for AVX2 and AVX-512, and a column of y or z depends on no
@@ -68,7 +68,6 @@ def gram_product(base: Tensor | None, expert: Tensor, x: Tensor) -> GramProduct:
 
 
 def _native(base: Tensor | None, expert: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    assert _extension.native is not None
     (m, n), columns = expert.shape, x.shape[1]
     y, z = torch.empty((m, columns), dtype=torch.float32), torch.empty((n, columns), dtype=torch.float32)
     energy = torch.empty((), dtype=torch.float64)

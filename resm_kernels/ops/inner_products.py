@@ -27,7 +27,7 @@ def inner_products(
         base: θ₀, any shape, bf16, fp16, fp32 or float64; None for none. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes. Differences are formed in fp32
             (float64 if any of them is float64) and never stored.
-        rows: One Gram matrix for each row, a vector along the last dimension, in place of one for the whole tensor.
+        rows: Compute a Gram matrix for each row, a vector along the last dimension, instead of the whole tensor.
         check_finite: Refuse NaN and infinity (the default, for it takes no time). If False, they make a G_tt that is
             not finite.
 
@@ -42,8 +42,8 @@ def inner_products(
     Precision: products of fp32 values are exact and their sums are float64, so that of N values
     |error| ≤ (4112 + N/65536)·2⁻⁵³·Σ_i |x_s,i·x_t,i| on the CPU, 5e-13 of it and in practice 1e-16.
 
-    Determinism: the same bits for any number of threads and every instruction set; on a GPU sums of other chunks, the
-    same on one kind of GPU.
+    Determinism: the same bits for any number of threads and every instruction set. A GPU adds up other chunks; its bits
+    are the same on one kind of GPU.
     """
     check_group(base, experts)
     grams = _inner_products(base, list(experts), InnerProductsOptions(rows=bool(rows)))
@@ -55,7 +55,6 @@ def inner_products(
 
 
 def _native(base: Tensor | None, experts: list[Tensor], options: InnerProductsOptions) -> Tensor:
-    assert _extension.native is not None
     vectors = experts[0].shape[:-1] if options.rows else ()
     grams = torch.empty((*vectors, len(experts), len(experts)), dtype=torch.float64)
     _extension.native.inner_products(base, experts, options, grams, torch.get_num_threads())

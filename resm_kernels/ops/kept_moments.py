@@ -37,7 +37,7 @@ def kept_moments(
     upper_thresholds: Thresholds = None,
     masks: Sequence[Tensor] | None = None,
 ) -> KeptMoments:
-    """Sum |δ| and δ² of what `aggregate` keeps with the same thresholds and masks, in one pass.
+    """Sum |δ| and δ² over the elements that `aggregate` keeps with the same thresholds and masks, in one pass.
 
     Σ|Δ_t|/Σ|δ_t| is the factor that restores the L1 norm of a sparsified task vector (`rescale` in mergekit). Σδ_t²/N
     is the mean square by which SCE weighs experts (arXiv 2408.07990).
@@ -45,7 +45,7 @@ def kept_moments(
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
-        thresholds, upper_thresholds, masks: They say which elements are kept, see `aggregate`; None keeps all.
+        thresholds, upper_thresholds, masks: As `aggregate` takes them; None keeps all elements.
 
     Returns:
         The sums in float64, of Δ formed in fp32 (float64 if any input is float64). An input with NaN or infinity makes
@@ -54,15 +54,14 @@ def kept_moments(
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
 
-    Determinism: on one kind of device the same bits for any number of threads and instruction set; between kinds the
-    order of float64 additions differs.
+    Determinism: on a CPU the same bits for any number of threads and every instruction set. A GPU adds in another
+    order; its bits are the same on one kind of GPU.
     """
     options = SparsityOptions(**checked_sparsity(base, experts, thresholds, upper_thresholds, masks))
     return KeptMoments(*_kept_moments(base, list(experts), options).unbind(1))
 
 
 def _native(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:
-    assert _extension.native is not None
     moments = torch.empty((len(experts), 3), dtype=torch.float64)
     _extension.native.kept_moments(base, experts, options, moments, torch.get_num_threads())
     return moments

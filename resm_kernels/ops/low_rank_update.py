@@ -19,10 +19,10 @@ _FACTOR_DTYPES = (torch.float32, torch.float64)
 def low_rank_update(
     base: Tensor, left: Tensor, right: Tensor, *, scale: float = 1.0, out_dtype: torch.dtype | None = None
 ) -> Tensor:
-    """θ = θ₀ + λ·L·Rᵀ: a base plus the update of a spectral merge, which is given by its factors.
+    """θ = θ₀ + λ·L·Rᵀ: a base plus the update of a spectral merge, in the form of its factors.
 
     The products are added up first; the sum is multiplied by λ, added to θ₀ and rounded. torch.addmm, in contrast, may
-    add parts of the product to the much larger base one by one, with a rounding each.
+    add parts of the product to the much larger base one by one and round each time.
 
     Args:
         base: θ₀, (m, n), bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
@@ -62,7 +62,6 @@ def low_rank_update(
 
 
 def _native(base: Tensor, left: Tensor, right: Tensor, options: LowRankUpdateOptions) -> Tensor:
-    assert _extension.native is not None
     merged = empty(base.shape, options.out_dtype or base.dtype)
     dtype = compute_dtype(base, left)
     threads = torch.get_num_threads()

@@ -20,9 +20,9 @@ def magnitude_threshold(
 ) -> Tensor:
     """τ_t, the k-th largest |δ| of Δ_t = θ_t − θ₀: the threshold by which TIES (arXiv 2306.01708) trims.
 
-    Keeping every |δ| ≥ τ_t keeps at least k values, for it keeps all values that tie with the k-th. So the result does
-    not depend on the order of elements. (Values of bf16 checkpoints often tie; a sort that keeps exactly k values drops
-    an arbitrary part of those.)
+    Keeping every |δ| ≥ τ_t keeps at least k values, because it keeps all values that tie with the k-th. The result does
+    not depend on the order of elements then. (Values of bf16 checkpoints often tie; a sort that keeps exactly k values
+    drops an arbitrary part of these ties.)
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
@@ -32,7 +32,7 @@ def magnitude_threshold(
         check_finite: Refuse NaN and infinity (the default). If False, their |δ| counts as larger than any number.
 
     Returns:
-        τ, float64, shape (T,): exact, as Δ's own dtype holds it.
+        τ, float64, shape (T,). τ_t is exactly one of the |δ| (or infinity for k = 0).
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
@@ -57,7 +57,6 @@ def _checked_ranks(k: int | Sequence[int], n_experts: int, numel: int) -> tuple[
 
 
 def _native(base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions) -> tuple[Tensor, Tensor]:
-    assert _extension.native is not None
     thresholds = torch.empty(len(experts), dtype=torch.float64)
     nonfinite = torch.empty(len(experts), dtype=torch.int64)
     threads = torch.get_num_threads()

@@ -43,7 +43,6 @@ def project(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
 
 
 def _native(base: Tensor | None, expert: Tensor, q: Tensor) -> Tensor:
-    assert _extension.native is not None
     b = torch.empty((q.shape[1], expert.shape[1]), dtype=torch.float32)
     _extension.native.project(base, expert, q, b, torch.get_num_threads())
     return b

@@ -18,7 +18,7 @@ from resm_kernels.reference.random_mask import RandomMaskOptions, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
 
 MAX_ROW: Final = 2**31 - 1
-"""Elements of a row that ranks are counted in."""
+"""The most elements of a row: native kernels count them in 32 bits."""
 Shares = float | Sequence[float]
 
 
@@ -34,18 +34,18 @@ def random_mask(
     MagPrune (arXiv 2406.11617), where ε is half of the span of q, as in mergekit and the authors' code. Rows of one
     element have q = p. Whatever ε is, p ≥ 1 keeps all elements and p ≤ 0 none.
 
-    q is ⌊2⁶²·(p − ε)⌋ + ⌊⌊2⁶²·ε⌋/(n − 1)⌋·(2·#{less} + #{equal} − 1) in units of 2⁻⁶², in integers, of which the 32
-    highest bits below the point are compared with 32 random bits: an expected density is right to 2⁻³¹. The bits are
+    q is the integer ⌊2⁶²·(p − ε)⌋ + ⌊⌊2⁶²·ε⌋/(n − 1)⌋·(2·#{less} + #{equal} − 1) in units of 2⁻⁶². Its 32 highest
+    bits below the point are compared with 32 random bits, so that an expected density is right to 2⁻³¹. The bits are
     word ⌊i/32⌋ mod 4 of Philox4x32-10 (Salmon et al., SC 2011) at counter (j mod 2³², ⌊j/2³²⌋, t, 1), j = 32·⌊i/128⌋ +
-    i mod 32, for element i of the flattened tensor of expert t; the key is the seed. So a mask depends on seed, expert
-    and element alone, and those of different experts, and of different seeds, are independent.
+    i mod 32, for element i of the flattened tensor of expert t; the key is the seed. So a bit depends on seed, expert
+    and element alone, and masks of different experts or seeds are independent.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied where ε > 0.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes. Rows have less than 2³¹ elements.
         density: p, from 0 to 1, for all experts or one for each.
         epsilon: ε, from 0, with 0 < p − ε and p + ε < 1 where 0 < p < 1; for all experts or one for each.
-        seed: The key, from 0 to 2⁶³ − 1; tensors of one model need keys of their own.
+        seed: The key, from 0 to 2⁶³ − 1. Each tensor of a model needs a different key.
 
     Returns:
         T masks for `aggregate` and `kept_moments`: uint8, 16·⌈N/128⌉ bytes; element i is bit i mod 8 of byte ⌊i/8⌋, and
@@ -79,7 +79,6 @@ def _each(name: str, value: Shares, n_experts: int) -> tuple[float, ...]:
 
 
 def _native(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
-    assert _extension.native is not None
     masks = [empty((mask_bytes(base.numel()),), torch.uint8) for _ in experts]
     laws = options.laws(row_length(base))
     _extension.native.random_mask(base, experts, options, laws, masks, torch.get_num_threads())

@@ -14,7 +14,7 @@ from resm_kernels.reference.random_matrix import RandomMatrixOptions
 from resm_kernels.reference.random_matrix import random_matrix as _reference
 
 MAX_COLUMNS: Final = 2**33
-"""Columns Ω has: Philox counts pairs of them in 32 bits."""
+"""The number of columns of Ω: Philox counts pairs of columns in 32 bits."""
 MAX_ROWS: Final = 2**63 - 1
 MAX_SEED: Final = 2**63 - 1
 
@@ -22,7 +22,7 @@ MAX_SEED: Final = 2**63 - 1
 def random_matrix(
     n: int, columns: int, *, seed: int = 0, first_column: int = 0, device: torch.device | str | None = None
 ) -> Tensor:
-    """Columns first_column … of the first n rows of Ω, a matrix of independent random numbers; seed picks which Ω.
+    """Columns first_column … of the first n rows of Ω, the infinite matrix of random numbers that belongs to the seed.
 
     The entries are independent, z = (popcount(64 random bits) − 32)/4: a sum of 64 fair coins, standardised. It has
     mean 0, variance 1, fourth moment 3 − 1/32 and E exp(λz) = cosh(λ/8)^64 ≤ exp(λ²/2), the bound of the standard
@@ -38,7 +38,7 @@ def random_matrix(
     Args:
         n: How many rows, from 0.
         columns: How many columns, from 0.
-        seed: Which Ω, from 0 to 2⁶³ − 1.
+        seed: The key of Philox, from 0 to 2⁶³ − 1; every seed has another Ω.
         first_column: The first of these columns: `random_matrix(n, k)` and `random_matrix(n, l, first_column=k)` side
             by side are `random_matrix(n, k + l)`. first_column + columns is at most 2³³.
         device: Where the result lies; None (default) for the CPU, whatever torch's default device.
@@ -47,11 +47,11 @@ def random_matrix(
         (n, columns) fp32, contiguous.
 
     Raises:
-        ValueError: An argument is no whole number of its range; it is named.
+        ValueError: An argument is no whole number in its range. The error names it.
         RuntimeError: From torch: no such device, or no memory for the result.
 
-    Memory: on a CPU 32 KiB a thread besides the result, and none where first_column and columns are even. Elsewhere,
-    and where no native kernel is live, the reference holds several int64 tensors of the result's shape.
+    Memory: on a CPU 32 KiB a thread besides the result, and none where first_column and columns are even. Where no
+    kernel is available, the reference holds several int64 tensors of the result's shape.
 
     Determinism: the same bits on every device and instruction set, for any number of threads.
     """
@@ -67,7 +67,6 @@ def random_matrix(
 
 
 def _native(options: RandomMatrixOptions) -> Tensor:
-    assert _extension.native is not None
     omega = torch.empty((options.n, options.columns), dtype=torch.float32, device=options.device)
     _extension.native.random_matrix(options, omega, torch.get_num_threads())
     return omega

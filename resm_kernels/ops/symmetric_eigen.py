@@ -38,11 +38,11 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
     several at once in vector lanes, makes those of close eigenvalues orthogonal, and transforms them back: about
     4/3·n³ + 2·n²·k floating-point operations, and 2·n·k² more where many eigenvalues are close. LAPACK's dsyevd, behind
     `torch.linalg.eigh`, always finds all n eigenvectors. Of an fp32 matrix these 4/3·n³ + 2·n²·k are done in fp32, for
-    half the time; T's eigenproblem, O(n·k), stays in float64.
+    half the time; T's eigenproblem, O(n·k), is solved in float64.
 
     Args:
         a: (n, n) float64 or fp32. Only the upper triangle is read. A tensor that is not contiguous is copied.
-        k: How many, 0 to n; None (default) for all.
+        k: How many eigenvalues, from 0 to n; None (default) for all.
 
     Returns:
         SymmetricEigen. The signs of vectors are arbitrary, and so are bases of eigenspaces.
@@ -51,25 +51,25 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
         TypeError, ValueError: An argument of the wrong type, dtype, shape or range.
         NonFiniteError: The upper triangle has NaN or infinite values.
 
-    Precision: as LAPACK's, errors of eigenvalues and ‖Av − λv‖ are a small multiple of 2⁻⁵²·‖A‖, and those of VᵀV = I
-    of 2⁻⁵²; small eigenvalues are not right to their last digits. Each vector of T is checked to ‖Tz − λz‖ ≤ 6e-13·‖T‖,
-    and each pair of them held to |zᵢᵀzⱼ| ≤ 2e-14, by these residuals or by orthogonalisation. Where clusters of
-    eigenvalues keep the kernel from that, it says so, and `torch.linalg.eigh` does the work, with `fallback` set. That
-    is rare: repeated eigenvalues, rank deficiency and clusters of any width as such do not need it. In fp32 the unit is
-    2⁻²⁴ and pairs are held to 1e-8, less than the rounding of a vector. Measured for n up to 1024 on power laws, flat
-    and clustered spectra, rank deficiency and Wishart matrices: eigenvalues and ‖Av − λv‖ within 30 units of ‖A‖, VᵀV =
-    I within 31, where LAPACK's ssyevd has 50, 70 and 50. Long sums are taken in pieces, and lengths of reflectors in
-    float64. A fallback works in float64 and rounds.
+    Precision: as in LAPACK, errors of eigenvalues and ‖Av − λv‖ are a small multiple of 2⁻⁵²·‖A‖, and those of VᵀV = I
+    of 2⁻⁵²; the last digits of small eigenvalues are not right. Residuals or an orthogonalisation make sure that each
+    vector of T has ‖Tz − λz‖ ≤ 6e-13·‖T‖ and each pair |zᵢᵀzⱼ| ≤ 2e-14. Where clusters of eigenvalues prevent that,
+    `torch.linalg.eigh` computes the result and `fallback` is set. That is rare: repeated eigenvalues, rank deficiency
+    and clusters of any width do not by themselves need it. In fp32 the unit is 2⁻²⁴ and the limit for pairs 1e-8, less
+    than the rounding of a vector. Measured for n up to 1024 on power laws, flat and clustered spectra, rank deficiency
+    and Wishart matrices: eigenvalues and ‖Av − λv‖ are within 30 units of ‖A‖ and VᵀV = I within 31, where LAPACK's
+    ssyevd has 50, 70 and 50. Long sums are added up in pieces, and lengths of reflectors in float64. A fallback works
+    in float64 and rounds.
 
-    Range: A is scaled by a power of two to about 1 and the eigenvalues back. Those beyond the dtype's range become
-    infinite; those of a subnormal A are multiples of the smallest subnormal number.
+    Range: A is scaled by a power of two to about 1, and the eigenvalues are scaled back. Those beyond the dtype's range
+    become infinite; those of a subnormal A are multiples of the smallest subnormal number.
 
     Memory: at most 8·(n² + n·k) bytes besides input and output, plus O(n); in fp32 4·n² + 8·n·k.
 
     Determinism: the bits depend on the instruction set alone, not on the number of threads. After a fallback, and where
-    no native kernel is live, they are `torch.linalg.eigh`'s, which depend on the number of threads it may use. Only the
-    transformation back, a third to a half of the time, is shared out. To make better use of several threads, solve
-    several matrices side by side: the kernel holds no lock.
+    there is no native kernel, they are those of `torch.linalg.eigh`, which depend on its number of threads. Several
+    threads share only the transformation back, a third to a half of the time. To use them better, solve several
+    matrices at the same time: the kernel holds no lock.
     """
     check_matrix("a", a, "symmetric_eigen", "a square matrix", (torch.float32, torch.float64))
     n = a.shape[0]
@@ -83,7 +83,6 @@ def symmetric_eigen(a: Tensor, k: int | None = None) -> SymmetricEigen:
 
 
 def _native(a: Tensor, options: SymmetricEigenOptions) -> tuple[Tensor, Tensor, Tensor]:
-    assert _extension.native is not None
     n, k = a.shape[0], options.k
     values, vectors = torch.empty(k, dtype=a.dtype), torch.empty((n, k), dtype=a.dtype)
     status = _extension.native.symmetric_eigen(a, options, values, vectors, torch.get_num_threads())

@@ -20,27 +20,27 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
     """Mask of the elements whose δ varies most over the experts, the "select" of SCE (arXiv 2408.07990).
 
     With v_i = Σ_t (δ_ti − mean_i)²/T and k = ⌊density·#{v_i ≠ 0}⌋, the mask keeps v_i ≥ τ, where τ is the k-th largest
-    variance. It keeps at least k elements, for it keeps all that tie with the k-th, so that the order of elements does
+    variance. It keeps at least k elements, because it keeps all that tie with the k-th; so the order of elements does
     not matter. k = 0 keeps nothing.
 
     Args:
         base: θ₀, any shape, bf16, fp16, fp32 or float64. A tensor that is not contiguous is copied.
         experts: θ_1 … θ_T, each of base's shape and device, of any of these dtypes.
-        density: From 0 to 1.
+        density: The share of the elements with v_i ≠ 0 to keep, from 0 to 1.
 
     Returns:
-        One mask, see `aggregate`, whose argument `masks` takes it once for each expert.
+        One mask. `aggregate` takes it in `masks` once for each expert.
 
     Raises:
         TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
 
-    The variance is accumulated in float64 by Welford's updates in the order of the experts (which find 0 exactly where
+    The variance is accumulated in float64 by Welford's updates in the order of the experts (which give exactly 0 where
     all δ are the same) and rounded to the dtype of Δ, fp32 (float64 if any input is float64).
 
     Memory: on a CPU the variances near the threshold, one or two percent of them. Where a sample does not bracket the
     threshold, and on GPUs, all variances, of four bytes (eight in float64), and the memory of `magnitude_threshold`.
 
-    NaN counts as no variance or as the largest; `aggregate` refuses it.
+    Elements with NaN or infinity may be kept or not; `aggregate` refuses such inputs.
 
     Determinism: exact, hence the same for any number of threads, block size and device.
     """
@@ -52,7 +52,6 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
 
 
 def _native(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:
-    assert _extension.native is not None
     mask = empty((mask_bytes(base.numel()),), torch.uint8)
     _extension.native.variance_mask(base, experts, options, mask, torch.get_num_threads())
     return mask

@@ -1,4 +1,4 @@
-"""Each op's definition in plain torch: the yardstick of the fast kernels, and what runs where none is built.
+"""Each op's definition in plain torch. Fast kernels are tested against it, and it runs where there is none.
 
 A module `reference/<op>.py` holds the op's options record, if it has options, and its definition, a function
 `<op>(*inputs, options)`. The op's declaration in `resm_kernels.ops` follows from that function's annotations.

@@ -25,7 +25,7 @@ class AggregateOptions(SparsityOptions):
         rule: One of RULES.
         normalize: Whether the sum is divided by the weights.
         rescale: r_1 … r_T, float64; None for 1.
-        consensus_method: One of CONSENSUS_METHODS: what the experts' votes are under the rule "ties".
+        consensus_method: One of CONSENSUS_METHODS: how experts vote under the rule "ties".
         min_divisor: The least that a normalised "ties" divides by; None for no bound.
         out_dtype: The result's dtype; None for that of the base, or of the first expert where there is no base.
     """
@@ -86,7 +86,7 @@ def _merged_task_vector(deltas: list[Tensor], options: AggregateOptions) -> Tens
 
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
-    """Sum in the order of the experts, with one rounding a step: the order that every kernel keeps."""
+    """Sum in the order of the experts, with one rounding a step, as every kernel does."""
     total = None
     for term in terms:
         total = term if total is None else total + term

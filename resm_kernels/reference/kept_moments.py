@@ -10,7 +10,6 @@ from resm_kernels.reference.deltas import SparsityOptions, sparse_task_vectors, 
 
 def kept_moments(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:
     """See `resm_kernels.ops.kept_moments`; (T, 3) float64, the fields of KeptMoments as columns."""
-    every = [d.double().abs() for d in task_vectors(base, experts)]
-    kept = [d.double().abs() for d in sparse_task_vectors(base, experts, options)]
-    rows = [torch.stack([d.sum(), k.sum(), k.square().sum()]) for d, k in zip(every, kept, strict=True)]
-    return torch.stack(rows)
+    dense = [d.double().abs() for d in task_vectors(base, experts)]
+    sparse = [d.double().abs() for d in sparse_task_vectors(base, experts, options)]
+    return torch.stack([torch.stack([d.sum(), s.sum(), s.square().sum()]) for d, s in zip(dense, sparse, strict=True)])

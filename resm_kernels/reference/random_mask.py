@@ -18,12 +18,12 @@ FRACTION: Final = 62
 """Bits after the point of the fixed-point probabilities; the 30 lowest are dropped before the comparison."""
 
 RANKED_AT_ONCE: Final = 1 << 24
-"""Elements whose ranks are found at a time by `ranks_of`, or one row."""
+"""How many elements `ranks_of` ranks at a time, unless one row has more."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMaskOptions:
-    """With which probabilities `random_mask` keeps elements; `resm_kernels.ops.random_mask` says more about each.
+    """The probabilities with which `random_mask` keeps elements; `resm_kernels.ops.random_mask` says more about each.
 
     Attributes:
         density: p of each expert.
@@ -51,7 +51,7 @@ def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions)
 
 
 def probability_law(density: float, epsilon: float, columns: int) -> tuple[int, int]:
-    """A and S of the probability (A + S·m)/2^62 that an element of doubled rank m is kept."""
+    """A and S of the probability (A + S·m)/2^62 with which an element of doubled rank m is kept."""
     if density >= 1 or density <= 0:
         return (1 << FRACTION) if density >= 1 else 0, 0
     if columns < 2 or epsilon == 0:

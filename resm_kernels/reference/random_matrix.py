@@ -15,13 +15,13 @@ _WORD: Final = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class RandomMatrixOptions:
-    """Which part of which random matrix `random_matrix` draws, and where.
+    """The part of a random matrix that `random_matrix` draws, and its device.
 
     Attributes:
         n: How many rows.
         columns: How many columns.
-        seed: The key, which picks the matrix.
-        first_column: The first of the columns.
+        seed: The key of the random numbers; every seed has another matrix.
+        first_column: The index of the first column.
         device: The result's device.
     """
 

@@ -13,7 +13,7 @@ class SymmetricEigenOptions:
     """How much of the spectrum `symmetric_eigen` computes.
 
     Attributes:
-        k: How many of the largest eigenvalues.
+        k: How many eigenvalues, the largest ones first.
     """
 
     k: int

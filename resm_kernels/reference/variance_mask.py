@@ -16,7 +16,7 @@ class VarianceMaskOptions:
     """How many elements `variance_mask` keeps.
 
     Attributes:
-        density: The share of the elements whose variance is not 0 that is kept.
+        density: The share to keep of those elements whose variance is not 0.
     """
 
     density: float
@@ -31,7 +31,7 @@ def variance_mask(base: Tensor, experts: list[Tensor], options: VarianceMaskOpti
 def variance(deltas: list[Tensor]) -> Tensor:
     """Σ_t (δ_t − mean)²/T, by Welford's updates in float64 in the order of the experts, rounded to Δ's dtype.
 
-    Where all δ are the same every update is exact, so that their variance is 0 itself.
+    Where all δ are the same every update is exact, so that their variance is exactly 0.
     """
     mean = deltas[0].double()
     squares = torch.zeros_like(mean)

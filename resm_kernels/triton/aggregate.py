@@ -12,8 +12,8 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device, prepare_aggregate
 from resm_kernels.reference.aggregate import AggregateOptions
+from resm_kernels.triton._constants import DTYPES, group_constants
 from resm_kernels.triton._device import bit_of, is_finite, load_as, store_from
-from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, WARPS = 1024, 4
 """Elements and warps of a program: a thread has 16 bytes of bf16, the widest access."""
@@ -126,11 +126,10 @@ def aggregate(base: Tensor | None, experts: list[Tensor], options: AggregateOpti
     """See `resm_kernels.ops.aggregate` and its reference, whose arguments and results these are."""
     launch = prepare_aggregate(base, experts, options)
     group = launch.group
-    first = group.experts[0] if group.base is None else group.base
     if group.length:
         with on_device(group.device):
             aggregate_kernel[(group.programs(BLOCK),)](
-                first,
+                group.first,
                 group.addresses,
                 group.addresses[group.n_experts :],
                 launch.factors,
@@ -141,18 +140,14 @@ def aggregate(base: Tensor | None, experts: list[Tensor], options: AggregateOpti
                 launch.merged,
                 launch.nonfinite,
                 group.length,
-                T=group.n_experts,
                 TIES=options.rule == "ties",
                 UNWEIGHTED=options.votes_before_weights,
                 NORMALIZE=options.normalize,
                 HAS_BASE=group.base is not None,
                 TRIMS=launch.lower is not None,
                 MASKS=bool(group.masks),
-                BASE=DTYPES[first.dtype],
-                EXPERT=DTYPES[group.experts[0].dtype],
                 MERGED=DTYPES[launch.merged.dtype],
-                COMPUTE=DTYPES[group.compute],
-                ALIGNED=group.aligned,
+                **group_constants(group),
                 BLOCK=BLOCK,
                 num_warps=WARPS,
                 enable_fp_fusion=False,

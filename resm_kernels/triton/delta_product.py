@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from resm_kernels._launch import on_device
+from resm_kernels.triton._constants import DTYPES
 from resm_kernels.triton._device import load_as
-from resm_kernels.triton._dtypes import DTYPES
 
 ROWS, COLUMNS, WARPS, STAGES = 64, 64, 8, 3
 """Rows and columns of a program's tile of the product, its warps, and how many loads it is ahead."""

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device, prepare_delta_stats
 from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, DeltaStatsOptions
+from resm_kernels.triton._constants import group_constants
 from resm_kernels.triton._device import chunk_of, is_finite, load_as
-from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, BLOCKS, WARPS = 2048, 16, 8
 """Elements at a time, how often a program takes as many (a shorter loop is unrolled for gfx942, into four times the
@@ -223,14 +223,7 @@ def delta_stats(
     shape = (programs, group.n_experts, FIELDS)
     chunk_sums = torch.empty(shape, dtype=torch.float64, device=group.device)
     sizes = {"length": group.length, "n_rows": group.rows}
-    constants = {
-        "T": group.n_experts,
-        "BASE": DTYPES[base.dtype],
-        "EXPERT": DTYPES[group.experts[0].dtype],
-        "COMPUTE": DTYPES[group.compute],
-        "ALIGNED": group.aligned,
-        "BY_ROWS": group.rows > 1,
-    }
+    constants = {**group_constants(group), "BY_ROWS": group.rows > 1}
     if not programs:
         return launch.results
     with on_device(group.device):

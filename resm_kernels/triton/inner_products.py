@@ -12,8 +12,8 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device, prepare_group
 from resm_kernels.reference.inner_products import InnerProductsOptions
+from resm_kernels.triton._constants import group_constants
 from resm_kernels.triton._device import chunk_of, load_as
-from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, BLOCKS, WARPS = 2048, 8, 8
 """Elements at a time, how often a program takes as many, and its warps."""
@@ -95,7 +95,6 @@ def inner_products(base: Tensor | None, experts: list[Tensor], options: InnerPro
     """See `resm_kernels.ops.inner_products` and its reference, whose arguments and result these are."""
     group = prepare_group(base, experts, rows=options.rows)
     n_experts, device = group.n_experts, group.device
-    first = group.experts[0] if group.base is None else group.base
     leading = experts[0].shape[:-1] if options.rows else ()
     grams = torch.zeros((*leading, n_experts, n_experts), dtype=torch.float64, device=device)
     programs = group.programs(BLOCK * BLOCKS)
@@ -104,16 +103,12 @@ def inner_products(base: Tensor | None, experts: list[Tensor], options: InnerPro
     sums = torch.empty((programs, n_experts, n_experts), dtype=torch.float64, device=device)
     with on_device(device):
         chunks_kernel[(programs,)](
-            first,
+            group.first,
             group.addresses,
             sums,
             group.length,
-            T=n_experts,
             HAS_BASE=group.base is not None,
-            BASE=DTYPES[first.dtype],
-            EXPERT=DTYPES[group.experts[0].dtype],
-            COMPUTE=DTYPES[group.compute],
-            ALIGNED=group.aligned,
+            **group_constants(group),
             BY_ROWS=group.rows > 1,
             BLOCK=BLOCK,
             BLOCKS=BLOCKS,

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device, prepare_group, prepare_thresholds
 from resm_kernels.reference.deltas import SparsityOptions
+from resm_kernels.triton._constants import DTYPES
 from resm_kernels.triton._device import bit_of, load_as
-from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, WARPS = 4096, 8
 """Elements and warps of a program."""

@@ -1,4 +1,4 @@
-"""low_rank_update on a GPU: a tile of L·Rᵀ stays in registers from its first product to its sum with the base.
+"""low_rank_update on a GPU: registers hold a tile of L·Rᵀ from its first product to its sum with the base.
 
 Programs take tiles in groups of neighbours, whose rows of L and R the GPU's cache then holds.
 """
@@ -14,8 +14,8 @@ from resm_kernels._launch import on_device
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.reference.low_rank_update import LowRankUpdateOptions
 from resm_kernels.reference.low_rank_update import low_rank_update as _reference
+from resm_kernels.triton._constants import DTYPES
 from resm_kernels.triton._device import load_as, store_from
-from resm_kernels.triton._dtypes import DTYPES
 from resm_kernels.triton.delta_product import precision
 
 ROWS, COLUMNS, INNER, GROUP, WARPS, STAGES = 128, 64, 32, 8, 8, 3

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from resm_kernels._launch import on_device, prepare_group
 from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
+from resm_kernels.triton._constants import group_constants
 from resm_kernels.triton._device import is_finite, load_as
-from resm_kernels.triton._dtypes import DTYPES
 
 BLOCK, BLOCKS, WARPS = 2048, 16, 16
 """Elements at a time, how often a program takes as many, and its warps."""
@@ -103,12 +103,11 @@ def magnitude_threshold(
     base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOptions
 ) -> tuple[Tensor, Tensor]:
     """See `resm_kernels.ops.magnitude_threshold` and its reference, whose arguments and results these are."""
-    k = torch.tensor(options.k, dtype=torch.int64)
-    return select(base, experts, k.to(base.device, non_blocking=True))
+    return select(base, experts, torch.tensor(options.k, dtype=torch.int64).to(base.device, non_blocking=True))
 
 
 def select(base: Tensor, experts: Sequence[Tensor], k: Tensor) -> tuple[Tensor, Tensor]:
-    """magnitude_threshold of ranks (T,) int64 that lie on the device, so that the host need not know them."""
+    """`magnitude_threshold` of ranks k, (T,) int64 on the device, so that the host need not know them."""
     group = prepare_group(base, experts)
     n_experts, compute = group.n_experts, group.compute
     nonfinite, prefixes = torch.zeros_like(k), torch.zeros_like(k)
@@ -129,11 +128,7 @@ def select(base: Tensor, experts: Sequence[Tensor], k: Tensor) -> tuple[Tensor, 
                 FIRST=above == top,
                 LOW=low,
                 ABOVE=above,
-                T=n_experts,
-                BASE=DTYPES[base.dtype],
-                EXPERT=DTYPES[group.experts[0].dtype],
-                COMPUTE=DTYPES[compute],
-                ALIGNED=group.aligned,
+                **group_constants(group),
                 BLOCK=BLOCK,
                 BLOCKS=BLOCKS,
                 BINS=BINS,

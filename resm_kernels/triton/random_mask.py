@@ -13,7 +13,7 @@ from torch import Tensor
 from resm_kernels._launch import on_device
 from resm_kernels.masks import RUN, mask_bytes
 from resm_kernels.philox import MASK_STREAM
-from resm_kernels.reference.random_mask import RandomMaskOptions, probability_law, ranks_of, row_length
+from resm_kernels.reference.random_mask import RandomMaskOptions, ranks_of, row_length
 
 RUNS, WARPS = 32, 4
 """Runs of a program, and its warps."""
@@ -55,11 +55,10 @@ def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions)
     device, length = base.device, base.numel()
     masks = [torch.zeros(mask_bytes(length), dtype=torch.uint8, device=device) for _ in experts]
     with on_device(device):
-        for t, mask in enumerate(masks if length else ()):
-            lowest, step = probability_law(options.density[t], options.epsilon[t], row_length(base))
+        for t, (lowest, step) in enumerate(options.laws(row_length(base)) if length else ()):
             random_mask_kernel[(triton.cdiv(length, RUN * RUNS),)](
-                mask.view(torch.int32),
-                ranks_of(base, experts, t) if step else mask,
+                masks[t].view(torch.int32),
+                ranks_of(base, experts, t) if step else masks[t],
                 options.seed,
                 lowest,
                 step,

@@ -13,8 +13,8 @@ from torch import Tensor
 from resm_kernels._launch import on_device, prepare_group
 from resm_kernels.masks import RUN, mask_bytes
 from resm_kernels.reference.variance_mask import VarianceMaskOptions
+from resm_kernels.triton._constants import DTYPES
 from resm_kernels.triton._device import load_as
-from resm_kernels.triton._dtypes import DTYPES
 from resm_kernels.triton.magnitude_threshold import select
 
 BLOCK, RUNS, WARPS = 1024, 32, 4
