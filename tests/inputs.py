@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resm_kernels import merge
 from resm_kernels.methods import REQUIRED, get
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -130,6 +131,14 @@ def experts_with_spectra(
         for t in range(n_experts)
     ]
     return base.to(dtype), experts
+
+
+MATRICES = [(40, 40), (52, 31), (31, 52)]
+
+
+def merged_delta(base: Tensor, experts: list[Tensor], method: str, **parameters: Any) -> Tensor:
+    """λ·M in float64; of float64 inputs with nothing lost by rounding but what the base's size costs."""
+    return merge(base, experts, method, out_dtype=torch.float64, **parameters) - base.double()
 
 
 def call_of(method: str) -> tuple[int, dict[str, Any]]:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import spectral_contract as contract
 import torch
-from inputs import experts_with_spectra, relative, same_bits, with_spectrum
-from spectral_contract import SHAPES, merged_delta
+from inputs import MATRICES, experts_with_spectra, merged_delta, relative, same_bits, with_spectrum
 from torch import Tensor
 
 from resm_kernels import merge
@@ -30,7 +27,7 @@ def fusion_bench_tsvc(task_vectors: list[Tensor], share: float) -> list[Tensor]:
 
 @pytest.mark.parametrize("decomposition", ["gram", "exact"])
 @pytest.mark.parametrize("n_experts", [2, 3, 5])
-@pytest.mark.parametrize("shape", [*SHAPES, (7, 30)], ids=str)
+@pytest.mark.parametrize("shape", [*MATRICES, (7, 30)], ids=str)
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
 def test_each_expert_equals_fusion_bench(
     shape: tuple[int, int], n_experts: int, alpha: float, decomposition: str
@@ -60,7 +57,7 @@ def test_one_expert_without_a_rank_comes_back(dtype: torch.dtype) -> None:
         torch.testing.assert_close(merge(base, experts, "tsv_compress", **given), experts[0])
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_rank_beyond_the_numerical_rank_loses_nothing(shape: tuple[int, int]) -> None:
     change = with_spectrum(*shape, torch.tensor([3.0, 2.0, 1.0]), seed=1).float()
     zero = torch.zeros_like(change)
@@ -102,19 +99,3 @@ def test_refuses_two_sizes_at_once_and_none() -> None:
         merge(base, experts, "tsv_compress", rank=0)
     with pytest.raises(ValueError, match="share: got 2, need a number from 0 to 1"):
         merge(base, experts, "tsv_compress", share=2)
-
-
-@pytest.mark.parametrize("given", [{}, {"rank": 4}, {"share": 0.2}], ids=str)
-def test_keeps_the_contract(given: dict[str, Any]) -> None:
-    contract.keeps_the_contract("tsv_compress", tolerance=2e-6, **given)
-    contract.does_not_depend_on_the_order_of_experts("tsv_compress", tolerance=1e-12, **given)
-    contract.turns_with_its_inputs("tsv_compress", tolerance=1e-10, **given)
-    contract.scales_with_its_inputs("tsv_compress", tolerance=1e-10, **given)
-
-
-def test_refuses_differences_beyond_fp32() -> None:
-    contract.refuses_differences_beyond_fp32("tsv_compress", rank=4)
-
-
-def test_same_bits_for_any_number_of_threads(use_threads: Callable[[int], None]) -> None:
-    contract.has_the_same_bits_for_any_threads("tsv_compress", use_threads)
