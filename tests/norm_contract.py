@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from inputs import FLOATS, call_of, group, same_bits
+from oracles import assert_near
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -19,30 +20,6 @@ from resm_kernels import NonFiniteError, merge
 from resm_kernels.methods import get
 
 SHAPES = [(12, 10), (7,), (), (0,), (0, 4), (3, 0), (2, 3, 5)]
-
-
-def mergekit(
-    base: Tensor | None,
-    experts: Sequence[Tensor],
-    method: str,
-    parameters: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
-    tensors = [*([] if base is None else [base]), *experts]
-    index = None if base is None else 0
-    merged: Tensor = api.merge_tensors(
-        tensors, method, parameters=parameters, base_index=index, dtype=dtype, out_dtype=out_dtype
-    )
-    return merged
-
-
-def assert_near(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], bound: float) -> None:
-    """Within `bound` of the sum of the inputs' magnitudes, which is what fp32 arithmetic rounds a part of."""
-    size = sum(t.double().abs() for t in inputs)
-    assert found.shape == wanted.shape
-    assert bool(((found.double() - wanted.double()).abs() <= bound * size).all())
 
 
 class Made(TorchDispatchMode):

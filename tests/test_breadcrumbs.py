@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from mergekit_oracle import SHAPES, assert_agrees, mergekit, our_keywords, shared_parameters, terms_of
+from oracles import assert_agrees, mergekit, our_keywords, sparse_merges, terms_of
 from torch import Tensor
 
 from resm_kernels import merge
@@ -31,44 +32,22 @@ def kept_and_tied(base: Tensor, expert: Tensor, density: float, gamma: float) ->
     return kept.reshape(base.shape), cut.reshape(base.shape)
 
 
-def check_against_mergekit(
-    method: str, seed: int, shape: tuple[int, ...], kind: str, dtype: torch.dtype, n_experts: int, normalize: bool,
-    rescale: bool, scale: float, density: list[float], gamma: list[float],
-) -> None:  # fmt: skip
-    base, experts = group(shape, n_experts, kind, base_dtype=dtype, seed=seed)
-    parameters = shared_parameters(n_experts, seed, normalize, rescale, scale)
-    parameters |= {"density": density[:n_experts], "gamma": gamma[:n_experts]}
-    pairs = [kept_and_tied(base, e, d, g) for e, d, g in zip(experts, density, gamma, strict=False)]
-    tied = torch.stack([cut for _, cut in pairs]).any(0)
-    assume(not (rescale and bool(tied.any())))  # other sets have other norms
-    found = merge(base, experts, method, **our_keywords(parameters))
-    wanted = mergekit(method, base, experts, **parameters)
-    terms = terms_of(base, experts, [kept for kept, _ in pairs], parameters["weight"])
-    decided = ~tied
-    if not rescale:
-        assert torch.equal(found[decided], wanted[decided])
-    else:
-        assert_agrees(found, wanted, base, terms, parameters, method == "breadcrumbs_ties")
-
-
-arguments = {
-    "seed": st.integers(0, 10**6),
-    "shape": SHAPES,
-    "kind": st.sampled_from(["weights", "ties"]),
-    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-    "n_experts": st.integers(1, 4),
-    "normalize": st.booleans(),
-    "rescale": st.booleans(),
-    "scale": st.floats(-2.0, 2.0),
-    "density": st.lists(st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]), min_size=4, max_size=4),
-    "gamma": st.lists(st.sampled_from([0.0, 0.01, 0.1, 0.6]), min_size=4, max_size=4),
-}
-
-
-@given(**arguments)
+@pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
+@given(drawn=sparse_merges(kinds=["weights", "ties"], density=[0.0, 0.1, 0.5, 0.9, 1.0], gamma=[0.0, 0.01, 0.1, 0.6]))
 @settings(max_examples=100)
-def test_equals_mergekit_away_from_ties(**drawn: object) -> None:
-    check_against_mergekit("breadcrumbs", **drawn)  # type: ignore[arg-type]
+def test_equals_mergekit_away_from_ties(method: str, drawn: tuple[Tensor, list[Tensor], dict[str, Any]]) -> None:
+    base, experts, parameters = drawn
+    shares = zip(experts, parameters["density"], parameters["gamma"], strict=True)
+    masks, cuts = zip(*(kept_and_tied(base, *share) for share in shares), strict=True)
+    tied = torch.stack(cuts).any(0)
+    assume(not (parameters["rescale"] and bool(tied.any())))  # other sets have other norms
+    merged = merge(base, experts, method, **our_keywords(parameters))
+    expected = mergekit(base, experts, method, parameters, out_dtype=base.dtype)
+    if parameters["rescale"]:
+        terms = terms_of(base, experts, masks, parameters["weight"])
+        assert_agrees(merged, expected, base, terms, parameters, method == "breadcrumbs_ties")
+    else:
+        assert torch.equal(merged[~tied], expected[~tied])
 
 
 def test_hand_computed() -> None:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from inputs import group, same_bits
-from test_breadcrumbs import arguments, check_against_mergekit
 
 from resm_kernels import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@given(**arguments)
-@settings(max_examples=100)
-def test_equals_mergekit_away_from_ties(**drawn: object) -> None:
-    check_against_mergekit("breadcrumbs_ties", **drawn)  # type: ignore[arg-type]
 
 
 def test_without_outliers_it_is_ties() -> None:

@@ -4,19 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
 from inputs import group, same_bits
-from test_dare_linear import arguments, check_against_mergekit
 
 from resm_kernels import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@given(**arguments)
-@settings(max_examples=100)
-def test_equals_mergekit_with_the_same_masks(**drawn: object) -> None:
-    check_against_mergekit("dare_ties", **drawn)  # type: ignore[arg-type]
 
 
 def test_everything_kept_is_ties_untrimmed() -> None:

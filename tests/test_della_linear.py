@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from mergekit_oracle import assert_agrees, mergekit_with_our_masks, our_keywords, shared_parameters, terms_of
+from oracles import assert_agrees, mergekit_with_our_masks, our_keywords, sparse_merges, terms_of
+from torch import Tensor
 
 from resm_kernels import merge
 from resm_kernels.reference.random_mask import doubled_ranks, probability_law
@@ -15,35 +18,17 @@ from resm_kernels.reference.random_mask import doubled_ranks, probability_law
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def check_against_mergekit(
-    method: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype, n_experts: int, normalize: bool, rescale: bool,
-    scale: float, density: list[float], epsilon: float,
-) -> None:  # fmt: skip
-    base, experts = group(shape, n_experts, base_dtype=dtype, seed=seed)
-    parameters = shared_parameters(n_experts, seed, normalize, rescale, scale) | {"density": density[:n_experts]}
-    found = merge(base, experts, method, epsilon=epsilon, **our_keywords(parameters))
-    wanted, masks, _ = mergekit_with_our_masks(method, base, experts, epsilon, **parameters)
-    terms = terms_of(base, experts, masks, parameters["weight"])
-    assert_agrees(found, wanted, base, terms, parameters, method == "della")
-
-
-arguments = {
-    "seed": st.integers(0, 10**6),
-    "shape": st.sampled_from([(2,), (7, 5), (33, 17)]),
-    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-    "n_experts": st.integers(1, 4),
-    "normalize": st.booleans(),
-    "rescale": st.booleans(),
-    "scale": st.floats(-2.0, 2.0),
-    "density": st.lists(st.sampled_from([0.0, 0.4, 0.5, 0.6, 1.0]), min_size=4, max_size=4),
-    "epsilon": st.floats(0.01, 0.3),
-}
-
-
-@given(**arguments)
+@pytest.mark.parametrize("method", ["della_linear", "della"])
+@given(drawn=sparse_merges((2,), (7, 5), (33, 17), density=[0.0, 0.4, 0.5, 0.6, 1.0]), epsilon=st.floats(0.01, 0.3))
 @settings(max_examples=100)
-def test_equals_mergekit_with_the_same_masks(**drawn: object) -> None:
-    check_against_mergekit("della_linear", **drawn)  # type: ignore[arg-type]
+def test_equals_mergekit_with_the_same_masks(
+    method: str, drawn: tuple[Tensor, list[Tensor], dict[str, Any]], epsilon: float
+) -> None:
+    base, experts, parameters = drawn
+    merged = merge(base, experts, method, epsilon=epsilon, **our_keywords(parameters))
+    expected, masks, _ = mergekit_with_our_masks(method, base, experts, epsilon, **parameters)
+    terms = terms_of(base, experts, masks, parameters["weight"])
+    assert_agrees(merged, expected, base, terms, parameters, method == "della")
 
 
 @pytest.mark.parametrize("shape", [(50,), (2,), (20, 30)], ids=str)

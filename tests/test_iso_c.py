@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from inputs import MATRICES, experts_with_spectra, merged_delta, orthonormal, randn, relative, with_spectrum
+from oracles import fusion_bench
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fusion_bench_iso_c(task_vectors: list[Tensor]) -> Tensor:
-    module: Any = pytest.importorskip(
-        "fusion_bench.method.isotropic_merging.iso_utils", reason="fusion-bench is the oracle"
-    )
+    module = fusion_bench("isotropic_merging.iso_utils")
     merged: Tensor = module.iso_c([{"w": vector} for vector in task_vectors], accelerator="cpu")["w"]
     return merged
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from inputs import MATRICES, experts_with_spectra, merged_delta, randn, relative, with_spectrum
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels.methods.iso_cts import subspace_sizes
@@ -15,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fusion_bench_iso_cts(task_vectors: list[Tensor], fraction: float) -> Tensor:
-    module: Any = pytest.importorskip(
-        "fusion_bench.method.isotropic_merging.iso_utils", reason="fusion-bench is the oracle"
-    )
+    module = fusion_bench("isotropic_merging.iso_utils")
     merged: Tensor = module.iso_cts([{"w": vector} for vector in task_vectors], fraction, accelerator="cpu")["w"]
     return merged
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from inputs import MATRICES, experts_with_spectra, merged_delta, randn, relative, same_bits, with_spectrum
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels import merge
@@ -18,7 +19,7 @@ TALL = (90, 20)  # more rows than 3 experts have columns
 
 def fusion_bench_alignment(task_vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """U and the ΣV_tᵀ."""
-    module: Any = pytest.importorskip("fusion_bench.method.knots.knots_utils", reason="fusion-bench is the oracle")
+    module = fusion_bench("knots.knots_utils")
     u, values, rights = module.subspace_alignment(task_vectors, eps=1e-9)
     return u, [values[:, None] * right for right in rights]
 

@@ -12,7 +12,8 @@ from checkpoints import Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits, values
-from norm_contract import SymmetricContract, assert_near, mergekit
+from norm_contract import SymmetricContract
+from oracles import assert_near, fusion_bench, mergekit
 from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
@@ -76,7 +77,7 @@ def test_is_the_papers_formula() -> None:
 
 
 def test_equals_fusion_bench_for_two_experts() -> None:
-    theirs = pytest.importorskip("fusion_bench.method.model_stock.model_stock", reason="fusion-bench is the oracle")
+    theirs = fusion_bench("model_stock.model_stock")
     base, experts = group((40, 30), 2)
     zero, one, two = ({"w": t} for t in (base, *experts))
     ratio_of = theirs.compute_ratio(theirs.compute_angle(one, two, zero, ignore_keys=[]), k=2)

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from norm_contract import SymmetricContract, assert_near, mergekit
+from norm_contract import SymmetricContract
+from oracles import assert_near, groups, mergekit
+from torch import Tensor
 
 from resm_kernels import merge
 
@@ -22,25 +24,18 @@ class TestContract(SymmetricContract):
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(3,), (7, 5), (33, 17), (2, 3, 19)]),
-    weights=st.lists(st.floats(0.05, 2), min_size=1, max_size=6),
+    models=groups((3,), (7, 5), (33, 17), (2, 3, 19), n_experts=(1, 6)),
+    weights=st.lists(st.floats(0.05, 2), min_size=6, max_size=6),
     normalize=st.booleans(),
     eps=st.sampled_from([1e-8, 1e-3]),
     with_base=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=150)
 def test_equals_mergekit(
-    seed: int,
-    shape: tuple[int, ...],
-    weights: list[float],
-    normalize: bool,
-    eps: float,
-    with_base: bool,
-    dtype: torch.dtype,
+    models: tuple[Tensor, list[Tensor]], weights: list[float], normalize: bool, eps: float, with_base: bool
 ) -> None:
-    base, experts = group(shape, len(weights), base_dtype=dtype, seed=seed)
+    base, experts = models
+    weights = weights[: len(experts)]
     origin = base if with_base else None
     parameters = {"weight": weights, "normalize_weights": normalize, "eps": eps}
     found = merge(origin, experts, "multislerp", out_dtype=torch.float32, **parameters)

@@ -11,7 +11,9 @@ from checkpoints import Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from norm_contract import ScaleFreeContract, assert_near, mergekit
+from norm_contract import ScaleFreeContract
+from oracles import assert_near, groups, mergekit
+from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints, plan_merge
@@ -35,37 +37,29 @@ class TestContractOfColumns(ScaleFreeContract):
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(3,), (7, 5), (33, 17), (4, 3, 19)]),
-    weights=st.lists(st.floats(0.05, 2), min_size=2, max_size=2),
+    models=groups((3,), (7, 5), (33, 17), (4, 3, 19), n_experts=(2, 2)),
+    weight=st.lists(st.floats(0.05, 2), min_size=2, max_size=2),
     flatten=st.booleans(),
     row_wise=st.booleans(),
     with_base=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=150)
 def test_equals_mergekit(
-    seed: int,
-    shape: tuple[int, ...],
-    weights: list[float],
-    flatten: bool,
-    row_wise: bool,
-    with_base: bool,
-    dtype: torch.dtype,
+    models: tuple[Tensor, list[Tensor]], weight: list[float], flatten: bool, row_wise: bool, with_base: bool
 ) -> None:
-    base, experts = group(shape, 2, base_dtype=dtype, seed=seed)
-    experts[1] = (experts[1] + randn(*shape, seed=seed) * 0.02).to(dtype)  # apart, so that angles matter
+    base, experts = models
+    experts[1] = (experts[1] + randn(*base.shape, seed=0) * 0.02).to(base.dtype)  # apart, so that angles matter
     origin = base if with_base else None
-    given_parameters = {"weight": weights, "nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
-    found = merge(origin, experts, "nuslerp", out_dtype=torch.float32, **given_parameters)
-    exact = mergekit(origin, experts, "nuslerp", given_parameters, torch.float64, torch.float64)
+    parameters = {"weight": weight, "nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    found = merge(origin, experts, "nuslerp", out_dtype=torch.float32, **parameters)
+    exact = mergekit(origin, experts, "nuslerp", parameters, torch.float64, torch.float64)
     # Coefficients are at most 1/sin Ω, in fp32; Δ itself is rounded to fp32.
     moved = [experts[0] - base, experts[1] - base] if with_base else experts
     largest = 1 / sines(moved, flatten, row_wise)
     assert_near(found, exact, [base, *experts], float(2 + 8 * largest) * 2.0**-24)
 
 
-def sines(x: list[torch.Tensor], flatten: bool, row_wise: bool) -> torch.Tensor:
+def sines(x: list[Tensor], flatten: bool, row_wise: bool) -> Tensor:
     """The least sin Ω of all vectors; 1 where one is 0."""
     a, b = (t.double().reshape(-1) if flatten else t.double().transpose(0, -1) if row_wise else t.double() for t in x)
     size = a.norm(dim=-1) * b.norm(dim=-1)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoints import Family, load_model
 from inputs import FLOATS, group, same_bits, values
-from norm_contract import ScaleFreeContract, mergekit
+from norm_contract import ScaleFreeContract
+from oracles import mergekit
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints

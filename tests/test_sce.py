@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from mergekit_oracle import SHAPES, mergekit
+from oracles import SHAPES, groups, mergekit
 from torch import Tensor
 
 from resm_kernels import merge
@@ -33,23 +33,19 @@ def is_tied(base: Tensor, experts: list[Tensor], share: float) -> bool:
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=SHAPES,
-    n_experts=st.integers(1, 4),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    models=groups(*SHAPES),
     select_topk=st.sampled_from([0.0, 0.01, 0.1, 0.5, 0.9, 1.0]),
     step=st.sampled_from([0.1, 1.0, 20.0]),
 )
 @settings(max_examples=150)
-def test_equals_mergekit(
-    seed: int, shape: tuple[int, ...], n_experts: int, dtype: torch.dtype, select_topk: float, step: float
-) -> None:
-    base, experts = group(shape, n_experts, base_dtype=dtype, seed=seed)
+def test_equals_mergekit(models: tuple[Tensor, list[Tensor]], select_topk: float, step: float) -> None:
+    base, experts = models
     # Experts of different energies, on both sides of mergekit's guard.
-    experts = [(base.float() + step * (1 + t) * (e.float() - base.float())).to(dtype) for t, e in enumerate(experts)]
+    experts = [(base.float() + step * (1 + t) * (e.float() - base.float())).to(e.dtype) for t, e in enumerate(experts)]
     assume(not (select_topk < 1 and is_tied(base, experts, select_topk)))
-    found = merge(base, experts, "sce", select_topk=select_topk)
-    assert_agrees(found, mergekit("sce", base, experts, select_topk=select_topk), base, experts)
+    parameters = {"select_topk": select_topk}
+    expected = mergekit(base, experts, "sce", parameters, out_dtype=base.dtype)
+    assert_agrees(merge(base, experts, "sce", **parameters), expected, base, experts)
 
 
 def test_hand_computed() -> None:
@@ -75,7 +71,7 @@ def test_weights_below_the_least_divisor_are_divided_by_it_as_in_mergekit() -> N
     small, large = torch.zeros(1000), randn(1000, seed=1) * 10
     small[0], large[0] = 1e-3, 0.0
     found = merge(base, [small, large], "sce")
-    wanted = mergekit("sce", base, [small, large])
+    wanted = mergekit(base, [small, large], "sce", {})
     assert 0 < float(found[0]) < 1e-6 and float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-4)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from inputs import experts_with_spectra, randn, relative, same_bits
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels import merge
@@ -17,9 +16,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fusion_bench_svc(base: Tensor, experts: list[Tensor], merged: Tensor, alpha: float, fast: bool = True) -> Tensor:
-    module: Any = pytest.importorskip(
-        "fusion_bench.method.singular_value_calibration.utils", reason="fusion-bench is the oracle"
-    )
+    module = fusion_bench("singular_value_calibration.utils")
     name = "subspace_consistency_spectral_calibration" + ("_accelerated" if fast else "")
     found: Tensor = getattr(module, name)(base, experts, merged, alpha, accelerator=torch.device("cpu"))
     return found

@@ -15,34 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits, values
-from mergekit_oracle import assert_agrees, mergekit, our_keywords, terms_of
+from oracles import assert_agrees, groups, mergekit, our_keywords, terms_of
 from torch import Tensor
 
 from resm_kernels import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def mergekit_ties(
-    base: Tensor, experts: list[Tensor], weights: list[float], density: list[float], normalize: bool, scale: float
-) -> Tensor:
-    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
-    merged: Tensor = api.merge_tensors(
-        [base, *experts],
-        "ties",
-        parameters={
-            "weight": weights,
-            "density": density,
-            "normalize": normalize,
-            "lambda": scale,
-        },
-        base_index=0,
-        dtype=torch.float32,
-        out_dtype=base.dtype,
-    )
-    return merged
 
 
 def tied_positions(base: Tensor, experts: list[Tensor], density: list[float]) -> Tensor:
@@ -59,41 +37,32 @@ def tied_positions(base: Tensor, experts: list[Tensor], density: list[float]) ->
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(1,), (3,), (7, 5), (33, 17), (2, 3, 19)]),
-    kind=st.sampled_from(["weights", "ties"]),
-    weights=st.lists(st.floats(-2.0, 3.0).filter(lambda w: abs(w) > 1e-3), min_size=1, max_size=4),
+    models=groups((1,), (3,), (7, 5), (33, 17), (2, 3, 19), kinds=["weights", "ties"]),
+    weight=st.lists(st.floats(-2.0, 3.0).filter(lambda w: abs(w) > 1e-3), min_size=4, max_size=4),
     density=st.lists(st.sampled_from([0.0, 0.1, 0.2, 0.5, 0.9, 1.0]), min_size=4, max_size=4),
     normalize=st.booleans(),
     scale=st.floats(-2.0, 2.0),
-    dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=150)
 def test_equals_mergekit_to_the_bit_away_from_ties(
-    seed: int,
-    shape: tuple[int, ...],
-    kind: str,
-    weights: list[float],
-    density: list[float],
-    normalize: bool,
-    scale: float,
-    dtype: torch.dtype,
+    models: tuple[Tensor, list[Tensor]], weight: list[float], density: list[float], normalize: bool, scale: float
 ) -> None:
-    base, experts = group(shape, len(weights), kind, base_dtype=dtype, seed=seed)
-    density = density[: len(weights)]
-    found = merge(base, experts, "ties", weight=weights, density=density, normalize=normalize, lambda_=scale)
-    wanted = mergekit_ties(base, experts, weights, density, normalize, scale)
+    base, experts = models
+    weight, density = weight[: len(experts)], density[: len(experts)]
+    parameters = {"weight": weight, "density": density, "normalize": normalize, "lambda": scale}
+    merged = merge(base, experts, "ties", **our_keywords(parameters))
+    expected = mergekit(base, experts, "ties", parameters, out_dtype=base.dtype)
     decided = ~tied_positions(base, experts, density)
-    assert torch.equal(found[decided], wanted[decided])
+    assert torch.equal(merged[decided], expected[decided])
 
 
 def test_without_ties_every_position_equals_mergekit() -> None:
     base, experts = randn(200, 100, seed=0), [randn(200, 100, seed=t) for t in (1, 2, 3)]
     density = [0.2, 0.3, 0.5]
     assert int(tied_positions(base, experts, density).sum()) <= 4
-    found = merge(base, experts, "ties", weight=[1.0, 0.5, 0.7], density=density)
-    wanted = mergekit_ties(base, experts, [1.0, 0.5, 0.7], density, True, 1.0)
-    assert int((found != wanted).sum()) <= 4
+    parameters = {"weight": [1.0, 0.5, 0.7], "density": density}
+    merged, expected = merge(base, experts, "ties", **parameters), mergekit(base, experts, "ties", parameters)
+    assert int((merged != expected).sum()) <= 4
 
 
 @pytest.mark.parametrize("normalize", [False, True])
@@ -107,7 +76,7 @@ def test_rescaling_is_mergekits(normalize: bool) -> None:
         kept = size >= size.flatten().sort(descending=True).values[int(d * size.numel()) - 1]
         terms += terms_of(base, [expert], [kept], [w])
     found = merge(base, experts, "ties", **our_keywords(parameters))
-    assert_agrees(found, mergekit("ties", base, experts, **parameters), base, terms, parameters, True)
+    assert_agrees(found, mergekit(base, experts, "ties", parameters), base, terms, parameters, True)
 
 
 def test_all_tied_values_are_kept_whatever_their_order() -> None:
@@ -149,16 +118,10 @@ def test_equal_experts_agree() -> None:
 
 def test_order_of_the_experts_does_not_matter_where_sums_are_exact() -> None:
     base, experts = group((999,), 3, "ties")
-    wanted = merge(base, experts, "ties", weight=[1.0, 2.0, 0.5], density=[0.3, 0.5, 0.9])
-    order = [2, 0, 1]
-    found = merge(
-        base,
-        [experts[t] for t in order],
-        "ties",
-        weight=[[1.0, 2.0, 0.5][t] for t in order],
-        density=[[0.3, 0.5, 0.9][t] for t in order],
-    )
-    assert torch.equal(found, wanted)
+    weight, density, order = [1.0, 2.0, 0.5], [0.3, 0.5, 0.9], [2, 0, 1]
+    expected = merge(base, experts, "ties", weight=weight, density=density)
+    reordered = {"weight": [weight[t] for t in order], "density": [density[t] for t in order]}
+    assert torch.equal(merge(base, [experts[t] for t in order], "ties", **reordered), expected)
 
 
 def test_no_change_returns_the_base() -> None:

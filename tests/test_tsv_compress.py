@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from inputs import MATRICES, experts_with_spectra, merged_delta, relative, same_bits, with_spectrum
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels import merge
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def fusion_bench_tsvc(task_vectors: list[Tensor], share: float) -> list[Tensor]:
     """Every task vector compressed, multiplied out again."""
-    module: Any = pytest.importorskip(
-        "fusion_bench.method.task_singular_vector.utils.TSVC_utils", reason="fusion-bench is the oracle"
-    )
+    module = fusion_bench("task_singular_vector.utils.TSVC_utils")
     named = {str(t): SimpleNamespace(vector={"w": vector}) for t, vector in enumerate(task_vectors)}
     found = [parts["w"] for parts in module.compress_tv(named, share).values()]
     return [part["dim1"] if "dim1" in part else (part["u"] * part["s"]) @ part["v"] for part in found]

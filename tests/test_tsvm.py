@@ -6,11 +6,10 @@ fusion-bench takes fp32 SVDs of task vectors and of concatenated bases, whose er
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from inputs import experts_with_spectra, randn, relative, same_bits
+from oracles import fusion_bench
 
 from resm_kernels import merge
 from resm_kernels.methods.resm import layer_plan
@@ -21,9 +20,7 @@ PEER = 1e-3
 
 
 def fusion_bench_tsvm(task_vectors: list[torch.Tensor]) -> torch.Tensor:
-    module: Any = pytest.importorskip(
-        "fusion_bench.method.task_singular_vector.utils.TSVM_utils", reason="fusion-bench is the oracle"
-    )
+    module = fusion_bench("task_singular_vector.utils.TSVM_utils")
     named = [{"w": vector} for vector in task_vectors]
     merged: torch.Tensor = module.compute_and_sum_svd_mem_reduction(named, accelerator="cpu")["w"]
     return merged

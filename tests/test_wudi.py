@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import io
-from typing import Any
 
 import pytest
 import torch
 from inputs import experts_with_spectra, merged_delta, relative, same_bits
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels import merge
@@ -22,7 +22,7 @@ STEPS = 2e-6
 
 
 def fusion_bench_wudi(deltas: list[Tensor], steps: int = 300) -> Tensor:
-    module: Any = pytest.importorskip("fusion_bench.method.wudi.wudi", reason="fusion-bench is the oracle")
+    module = fusion_bench("wudi.wudi")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         found: Tensor = module.wudi_merging([{"w": d.clone()} for d in deltas], accelerator="cpu", iter_num=steps)["w"]
     return found.detach()
