@@ -64,11 +64,6 @@ def test_rows_that_move_together_matter_less() -> None:
     assert bool((found[1] != base[1]).any())
 
 
-def test_nothing_changed() -> None:
-    base = randn(6, 5, seed=0).bfloat16()
-    assert same_bits(merge(base, [base.clone()], "arcee_fusion"), base)
-
-
 def test_ties_with_the_threshold_are_taken_over() -> None:
     """A constant added to all has no divergence: every importance is 0, and so is the threshold."""
     base, other = torch.zeros(3, 8), torch.ones(3, 8)

@@ -80,15 +80,3 @@ def test_everything_kept_is_task_arithmetic() -> None:
     weight = [0.5, 1.0, -0.25]
     wanted = merge(base, experts, "task_arithmetic", weight=weight)
     assert same_bits(merge(base, experts, "breadcrumbs", weight=weight, gamma=0.3), wanted)
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (0, 4), (1,)], ids=str)
-def test_empty_tensors_and_scalars(shape: tuple[int, ...]) -> None:
-    base, experts = group(shape, 2)
-    assert merge(base, experts, "breadcrumbs", density=0.5).shape == shape
-
-
-@pytest.mark.parametrize("name", ["density", "gamma"])
-def test_shares_out_of_range_are_refused_by_name(name: str) -> None:
-    with pytest.raises(ValueError, match=rf"{name}: got 1.1, need a number from 0 to 1"):
-        merge(torch.zeros(3), [torch.ones(3)], "breadcrumbs", **{name: 1.1})

@@ -118,11 +118,3 @@ def test_what_has_no_room_for_all_experts_is_averaged(shape: tuple[int, ...]) ->
     torch.testing.assert_close(merge(base, experts, "dc_merge"), wanted)
     matrix, own = experts_with_spectra(12, 9, 2)
     torch.testing.assert_close(merge(matrix, own, "dc_merge", spectral=False), (own[0] + own[1]) / 2)
-
-
-def test_errors() -> None:
-    base, experts = experts_with_spectra(6, 5, 2)
-    with pytest.raises(ValueError, match=r"smoothing: got 'averaging', need one of none, average, linear"):
-        merge(base, experts, "dc_merge", smoothing="averaging")
-    with pytest.raises(ValueError, match=r"rho: got 0.5, need a number of at least 1"):
-        merge(base, experts, "dc_merge", rho=0.5)

@@ -92,8 +92,3 @@ def test_without_epsilon_it_is_dare_and_with_everything_kept_task_arithmetic() -
     assert same_bits(merge(base, experts, "della_linear", density=0.6, epsilon=0.0, **given), dare)
     wanted = merge(base, experts, "task_arithmetic", **given)
     assert same_bits(merge(base, experts, "della_linear", **given), wanted)
-
-
-def test_probabilities_out_of_range_are_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"epsilon: got 0.15 with density 0.9, need density ± epsilon between 0 and 1"):
-        merge(torch.zeros(3), [torch.ones(3)], "della_linear", density=0.9)

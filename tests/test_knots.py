@@ -103,9 +103,3 @@ def test_rows_are_what_the_experts_share() -> None:
     base, changes = torch.zeros(12, 12), [randn(12, 12, seed=t) for t in (1, 2)]
     turned = merge(base, [c.mT for c in changes], "knots").mT
     assert relative(turned, merge(base, changes, "knots")) > 0.05
-
-
-def test_refuses_an_unknown_inner_merge() -> None:
-    base, experts = experts_with_spectra(8, 6, 2)
-    with pytest.raises(ValueError, match="inner: got 'tie', need one of ties, sum, did you mean 'ties'"):
-        merge(base, experts, "knots", inner="tie")

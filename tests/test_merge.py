@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from typing import Any
 
 import pytest
 import torch
@@ -33,18 +34,36 @@ def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
         merge(torch.zeros(2), [torch.zeros(2)], "xyz")
 
 
-@pytest.mark.parametrize("name", ["linear", "resm", "task_arithmetic", "ties", "tsvm"])
-@pytest.mark.parametrize("shape", [(12, 10), (7,), (), (0,), (0, 4)], ids=str)
+# Every method with the parameters that it needs, and three methods also with a share of the values to select.
+MERGES = [
+    *((name, call_of(name)[1]) for name in names()),
+    *(("breadcrumbs", {"density": 0.5}), ("ties", {"density": 0.2}), ("sce", {"select_topk": 0.5})),
+]
+
+
+@pytest.mark.parametrize(("name", "parameters"), MERGES, ids=str)
+@pytest.mark.parametrize("shape", [(12, 10), (7,), (), (0,), (0, 4), (1,), (0, 3)], ids=str)
 @pytest.mark.parametrize("out_dtype", [None, torch.float16], ids=str)
-def test_every_method_merges_every_shape(name: str, shape: tuple[int, ...], out_dtype: torch.dtype | None) -> None:
-    base, experts = group(shape, 3, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
-    found = merge(base, experts, name, out_dtype=out_dtype)
-    assert found.shape == shape and found.dtype == (out_dtype or torch.bfloat16)
-    assert found.is_contiguous() and bool(torch.isfinite(found).all())
-    assert all(found.data_ptr() != t.data_ptr() for t in [base, *experts] if t.numel())
+def test_every_method_merges_every_shape(
+    name: str, parameters: dict[str, Any], shape: tuple[int, ...], out_dtype: torch.dtype | None
+) -> None:
+    n_experts = min(3, get(name).max_experts or 3)
+    base, experts = group(shape, n_experts, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
+    merged = merge(base, experts, name, out_dtype=out_dtype, **parameters)
+    assert merged.shape == shape and merged.dtype == (out_dtype or torch.bfloat16)
+    assert merged.is_contiguous() and bool(torch.isfinite(merged).all())
+    assert all(merged.data_ptr() != t.data_ptr() for t in [base, *experts] if t.numel())
     # Experts may come as any sequence; the method itself can be called alike.
-    assert same_bits(found, merge(base, tuple(experts), name, out_dtype=out_dtype))
-    assert same_bits(found, methods.get(name)(base, experts, out_dtype=out_dtype))
+    assert same_bits(merged, merge(base, tuple(experts), name, out_dtype=out_dtype, **parameters))
+    assert same_bits(merged, methods.get(name)(base, experts, out_dtype=out_dtype, **parameters))
+
+
+@pytest.mark.parametrize(("name", "parameters"), [m for m in MERGES if get(m[0]).needs_base], ids=str)
+@pytest.mark.parametrize("shape", [(500,), (25, 20)], ids=str)
+def test_experts_without_changes_give_the_base(name: str, parameters: dict[str, Any], shape: tuple[int, ...]) -> None:
+    base, _ = group(shape, 1, base_dtype=torch.bfloat16)
+    n_experts = min(2, get(name).max_experts or 2)
+    assert same_bits(merge(base, [base.clone()] * n_experts, name, **parameters), base)
 
 
 @pytest.mark.parametrize("name", names())
@@ -88,16 +107,66 @@ def test_base_of_another_shape_than_linears_experts_is_refused() -> None:
         merge(torch.zeros(4), [torch.zeros(3), torch.zeros(3)], "linear")
 
 
-def test_unknown_parameters_name_the_nearest() -> None:
+REFUSED: list[tuple[str, dict[str, Any], str]] = [
+    ("breadcrumbs", {"density": 1.1}, "density: got 1.1, need a number from 0 to 1"),
+    ("breadcrumbs", {"gamma": 1.1}, "gamma: got 1.1, need a number from 0 to 1"),
+    ("dc_merge", {"smoothing": "averaging"}, "smoothing: got 'averaging', need one of none, average, linear"),
+    ("dc_merge", {"rho": 0.5}, "rho: got 0.5, need a number of at least 1"),
+    ("della_linear", {"density": 0.9}, "epsilon: got 0.15 with density 0.9, need density ± epsilon between 0 and 1"),
+    ("knots", {"inner": "tie"}, "inner: got 'tie', need one of ties, sum, did you mean 'ties'"),
+    ("multislerp", {"weight": [1, -1]}, "weight: sums to 0.*normalize_weights=False"),
+    ("nearswap", {}, "t: missing; how far a weight may move"),
+    ("nearswap", {"t": -1}, "t: got -1, need a number of at least 0"),
+    ("ram", {"epsilon": -1}, "epsilon: got -1, need a number of at least 0"),
+    ("resm", {"rank_rule": "fixed"}, "rank: missing; rank_rule 'fixed' needs"),
+    ("resm", {"rank_rule": "sparse"}, r"rank_rule: got 'sparse', need one of .*did you mean 'sparsity'\?"),
+    ("resm", {"rank": 0}, "rank: got 0, need a whole number of at least 1"),
+    ("resm", {"k_min": 1.5}, "k_min: got 1.5, need a whole number"),
+    ("resm", {"kappa": -1}, "kappa: got -1, need a number of at least 0"),
+    ("resm", {"energy": 1.1}, "energy: got 1.1, need a number from 0 to 1"),
+    ("resm", {"beta": math.nan}, "beta: got nan, need a number"),
+    ("resm", {"granularity": "rows"}, "granularity: got 'rows', need one of layer, row"),
+    ("resm", {"decomposition": "svd"}, "decomposition: got 'svd', need one of auto, gram, exact, randomized"),
+    ("resm", {"outlier_clip": "maybe"}, "outlier_clip: got 'maybe', need true or false"),
+    ("resm", {"weight": [1, 1, 1]}, "weight: got 3 values, need one for each of the 2 experts"),
+    ("resm", {"gama": 1}, r"resm has no parameter 'gama', did you mean 'gamma'\?"),
+    ("resmerge", {"rank": 0}, "rank: got 0, need a whole number of at least 1"),
+    ("resmerge", {"beta_min": 2.0}, "beta_min: got 2, need at most beta_max, 1"),
+    ("sce", {"select_topk": 1.1}, "select_topk: got 1.1, need a number from 0 to 1"),
+    ("slerp", {}, "t: missing; how far to go from the base"),
+    ("slerp", {"t": 0.5, "dot_threshold": 2}, "dot_threshold: got 2, need a number from 0 to 1"),
+    *(("star", {"eta": bad}, "eta: got .*, need a number from 0 to 1") for bad in (-0.1, 1.1, "all")),
+    ("svc", {"alpha": 0.0}, "alpha: got 0.0, need a number above 0"),
+    ("svc", {"inner": "dc_merge", "inner_density": [0.1, 0.2]},
+     r"inner_density: got \[0.1, 0.2\], need one value, as dc_merge has one for all"),
+    ("svc", {"inner_density": 0.5}, "inner_density: task_arithmetic takes 'density' from recipes and ignores it"),
+    ("svc", {"inner": "ties", "inner_density": 1.5}, "density: got 1.5, need a number from 0 to 1"),
+    ("svc", {"inner": "tie"}, "inner: got 'tie', need one of .*did you mean 'ties'"),
+    ("swudi", {"rank_rule": "ration"}, "rank_rule: got 'ration', need one of ratio.*did you mean 'ratio'"),
+    ("swudi", {"rank_ratio": 1.5}, "rank_ratio: got 1.5, need a number from 0 to 1"),
+    *(("ties", {"density": d}, "density: got .*, need a number from 0 to 1") for d in (-0.1, 1.1, math.nan, "many")),
+    ("ties", {"densty": 0.2}, r"ties has no parameter 'densty', did you mean 'density'\?; it has weight"),
+    ("ties", {"lamda_": 0.5}, r"ties has no parameter 'lamda_', did you mean 'lambda'\?"),
+    ("linear", {"lambda_": 0.5}, "linear has no parameter 'lambda_'"),
+    ("tsv_compress", {"rank": 2, "share": 0.5}, r"rank: got 2 and a share of 0\.5, need one of the two"),
+    ("tsv_compress", {"rank": 0}, "rank: got 0, need a whole number of at least 1"),
+    ("tsv_compress", {"share": 2}, "share: got 2, need a number from 0 to 1"),
+    ("tsvm", {"beta": 0.0}, "tsvm has no parameter 'beta'"),
+    ("wudi", {"steps": -1}, "steps: got -1, need a whole number of at least 0"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "parameters", "message"), REFUSED, ids=str)
+def test_wrong_parameters_are_refused_by_name(name: str, parameters: dict[str, Any], message: str) -> None:
+    base, experts = group((8, 6), call_of(name)[0])
+    with pytest.raises(ValueError, match=message):
+        merge(base, experts, name, **parameters)
+
+
+def test_lambda_is_passed_with_an_underscore() -> None:
     base, experts = group((6, 5), 2)
-    with pytest.raises(ValueError, match=r"ties has no parameter 'densty', did you mean 'density'\?; it has weight"):
-        merge(base, experts, "ties", densty=0.2)
     with pytest.raises(TypeError, match="ties: pass 'lambda' as 'lambda_'"):
         merge(base, experts, "ties", **{"lambda": 0.5})
-    with pytest.raises(ValueError, match=r"ties has no parameter 'lamda_', did you mean 'lambda'\?"):
-        merge(base, experts, "ties", lamda_=0.5)
-    with pytest.raises(ValueError, match="linear has no parameter 'lambda_'"):
-        merge(base, experts, "linear", lambda_=0.5)
 
 
 # Parameters.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import group, same_bits, values
+from inputs import group, same_bits
 from norm_contract import NormContract
 from oracles import assert_near, groups, mergekit
 from torch import Tensor
@@ -55,11 +55,3 @@ def test_below_mergekits_floor() -> None:
     base, other = torch.zeros(1), torch.full((1,), 4e-7)
     assert same_bits(merge(base, [other], "nearswap", t=5e-7), other)
     assert float(mergekit(base, [other], "nearswap", {"t": 5e-7})) == pytest.approx(2e-7)
-
-
-def test_t_is_needed_and_no_less_than_0() -> None:
-    base = values((3,), "weights", torch.float32, 0)
-    with pytest.raises(ValueError, match="t: missing; how far a weight may move"):
-        merge(base, [base], "nearswap")
-    with pytest.raises(ValueError, match="t: got -1, need a number of at least 0"):
-        merge(base, [base], "nearswap", t=-1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import group, same_bits, values
+from inputs import group, same_bits
 from norm_contract import SymmetricContract
 from oracles import assert_near, groups, mergekit
 from torch import Tensor
@@ -50,9 +50,3 @@ def test_order_does_not_matter_where_sums_are_exact() -> None:
     wanted = merge(base, experts, "ram")
     assert same_bits(merge(base, experts[::-1], "ram"), wanted)
     assert same_bits(merge(base, [*experts, base], "ram"), wanted)
-
-
-def test_epsilon_is_at_least_0() -> None:
-    base = values((3,), "weights", torch.float32, 0)
-    with pytest.raises(ValueError, match="epsilon: got -1, need a number of at least 0"):
-        merge(base, [base], "ram", epsilon=-1)

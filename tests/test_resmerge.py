@@ -116,11 +116,3 @@ def test_zero_and_low_rank_task_vectors() -> None:
     # All of a rank-1 task vector is head, which is measured by a backbone that is not there.
     thin = [base + torch.outer(randn(30, seed=t), randn(20, seed=t + 9)).double() for t in (1, 2)]
     assert float(merged_delta(base, thin, "resmerge").norm()) <= 1e-6 * float((thin[0] - base).norm())
-
-
-def test_errors() -> None:
-    base, experts = experts_with_spectra(6, 5, 2)
-    with pytest.raises(ValueError, match=r"rank: got 0, need a whole number of at least 1"):
-        merge(base, experts, "resmerge", rank=0)
-    with pytest.raises(ValueError, match=r"beta_min: got 2, need at most beta_max, 1"):
-        merge(base, experts, "resmerge", beta_min=2.0)

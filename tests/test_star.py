@@ -88,10 +88,3 @@ def test_one_zero_task_vector_leaves_the_others_their_share() -> None:
     base, experts = experts_with_spectra(40, 31, 1)
     found = merge(base, [experts[0], base.clone()], "star")
     assert same_bits(found, merge(base, experts, "star", weight=0.5))
-
-
-@pytest.mark.parametrize("eta", [-0.1, 1.1, "all"])
-def test_refuses_an_eta_that_is_no_share(eta: object) -> None:
-    base, experts = experts_with_spectra(8, 6, 2)
-    with pytest.raises(ValueError, match=r"eta: got .*, need a number from 0 to 1"):
-        merge(base, experts, "star", eta=eta)

@@ -9,8 +9,6 @@ import torch
 from inputs import experts_with_spectra, merged_delta, relative
 from torch import Tensor
 
-from resm_kernels import merge
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -112,11 +110,3 @@ def test_copies_of_one_expert_are_counted_once_where_the_filter_is_whole() -> No
     base, (expert,) = experts_with_spectra(24, 24, 1, 0.3, dtype=torch.float64)
     assert relative(merged_delta(base, [expert] * 3, "swudi", filter="none", rank_ratio=1.0), expert - base) <= 1e-9
     assert relative(merged_delta(base, [expert] * 3, "swudi", rank_ratio=0.0), expert - base) > 1.5
-
-
-def test_errors() -> None:
-    base, experts = experts_with_spectra(6, 5, 2)
-    with pytest.raises(ValueError, match=r"rank_rule: got 'ration', need one of ratio.*did you mean 'ratio'"):
-        merge(base, experts, "swudi", rank_rule="ration")
-    with pytest.raises(ValueError, match=r"rank_ratio: got 1.5, need a number from 0 to 1"):
-        merge(base, experts, "swudi", rank_ratio=1.5)

@@ -87,13 +87,3 @@ def test_shares_are_not_lost_to_rounding() -> None:
     assert 0.29 * 100 < 29
     found = merge(base, experts, "tsv_compress", share=0.29)
     assert same_bits(found, merge(base, experts, "tsv_compress", rank=29))
-
-
-def test_refuses_two_sizes_at_once_and_none() -> None:
-    base, experts = experts_with_spectra(8, 6, 2)
-    with pytest.raises(ValueError, match=r"rank: got 2 and a share of 0\.5, need one of the two"):
-        merge(base, experts, "tsv_compress", rank=2, share=0.5)
-    with pytest.raises(ValueError, match="rank: got 0, need a whole number of at least 1"):
-        merge(base, experts, "tsv_compress", rank=0)
-    with pytest.raises(ValueError, match="share: got 2, need a number from 0 to 1"):
-        merge(base, experts, "tsv_compress", share=2)

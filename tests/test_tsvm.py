@@ -70,9 +70,3 @@ def test_keeps_an_equal_share_of_directions() -> None:
     assert layer_plan(base, experts, beta=0.0, gamma=0.0).ranks == [10, 10, 10]
     merged = merge(base.double(), [e.double() for e in experts], "tsvm") - base.double()
     assert int(torch.linalg.matrix_rank(merged, rtol=1e-9)) == 30
-
-
-def test_has_no_parameters_of_resm_alone() -> None:
-    base, experts = experts_with_spectra(8, 6, 2)
-    with pytest.raises(ValueError, match="tsvm has no parameter 'beta'"):
-        merge(base, experts, "tsvm", beta=0.0)

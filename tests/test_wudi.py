@@ -85,9 +85,3 @@ def test_copies_of_one_expert_shrink_towards_it() -> None:
     # The minimum is the expert itself; Adam starts from three times that.
     far, near = (relative(merged_delta(base, [expert] * 3, "wudi", steps=s, lr=1e-4), expert - base) for s in (0, 3000))
     assert far == pytest.approx(2.0) and near < 1e-3
-
-
-def test_errors() -> None:
-    base, experts = experts_with_spectra(6, 5, 2)
-    with pytest.raises(ValueError, match=r"steps: got -1, need a whole number of at least 0"):
-        merge(base, experts, "wudi", steps=-1)
