@@ -71,15 +71,9 @@ def sparse_merges(
     weight = (torch.rand(len(experts), generator=generator(seed)) * 2 + 0.1).tolist()
     if not rescale:  # Votes may cancel, because nothing is rounded.
         weight = [w * (-1) ** (t + seed) for t, w in enumerate(weight)]
-    parameters = {
-        "weight": weight,
-        "normalize": draw(st.booleans()),
-        "rescale": rescale,
-        "lambda": draw(st.floats(-2, 2)),
-    }
-    for name, values in shares.items():
-        parameters[name] = [draw(st.sampled_from(values)) for _ in experts]
-    return base, experts, parameters
+    normalize, scale = draw(st.booleans()), draw(st.floats(-2.0, 2.0))
+    drawn = {name: [draw(st.sampled_from(values)) for _ in experts] for name, values in shares.items()}
+    return base, experts, {"weight": weight, "normalize": normalize, "rescale": rescale, "lambda": scale} | drawn
 
 
 def our_keywords(parameters: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""breadcrumbs_ties: to the bit what mergekit computes in fp32, but for ties at the two ends of what is kept."""
+"""breadcrumbs_ties as a special case; test_breadcrumbs.py compares it with mergekit."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_without_outliers_it_is_ties() -> None:
     base, experts = group((40, 30), 3, base_dtype=torch.bfloat16)
-    given = {"density": [0.2, 0.5, 0.9], "weight": [0.5, 1.0, 0.25], "normalize": True}
-    wanted = merge(base, experts, "ties", **given)
-    assert same_bits(merge(base, experts, "breadcrumbs_ties", gamma=0.0, **given), wanted)
-    assert not same_bits(merge(base, experts, "breadcrumbs_ties", gamma=0.05, **given), wanted)
+    parameters = {"density": [0.2, 0.5, 0.9], "weight": [0.5, 1.0, 0.25], "normalize": True}
+    expected = merge(base, experts, "ties", **parameters)
+    assert same_bits(merge(base, experts, "breadcrumbs_ties", gamma=0.0, **parameters), expected)
+    assert not same_bits(merge(base, experts, "breadcrumbs_ties", gamma=0.05, **parameters), expected)

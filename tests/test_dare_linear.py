@@ -1,4 +1,4 @@
-"""dare_linear: what mergekit computes where its draws are our masks; the paper's rescaling; what decides the masks."""
+"""dare_linear and dare_ties: mergekit's merges with our masks, the paper's rescaling, and the seeds of the masks."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ def test_division_by_the_probability_is_unbiased_and_what_peft_does() -> None:
     utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is the peer compared")
     base, expert = torch.zeros(1000, 1000), torch.ones(1000, 1000)
     for density in (0.1, 0.7):
-        found = merge(base, [expert], "dare_linear", density=density, rescale_by="probability")
+        merged = merge(base, [expert], "dare_linear", density=density, rescale_by="probability")
         theirs = utils.dare_linear([expert], torch.ones(1), density)
-        assert found.unique().tolist() == pytest.approx(theirs.unique().tolist(), rel=1e-6)
-        assert float(found.double().mean()) == pytest.approx(1.0, abs=6 * ((1 / density - 1) / 1e6) ** 0.5)
+        assert merged.unique().tolist() == pytest.approx(theirs.unique().tolist(), rel=1e-6)
+        assert float(merged.double().mean()) == pytest.approx(1.0, abs=6 * ((1 / density - 1) / 1e6) ** 0.5)
 
 
 def test_rescaling_restores_the_l1_norm() -> None:
     base, expert = torch.zeros(200, 30, dtype=torch.float64), randn(200, 30, seed=1, dtype=torch.float64)
-    found = merge(base, [expert], "dare_linear", density=0.3)
-    assert float(found.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
+    merged = merge(base, [expert], "dare_linear", density=0.3)
+    assert float(merged.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
     plain = merge(base, [expert], "dare_linear", density=0.3, rescale=False)
     assert torch.equal(plain[plain != 0], expert[plain != 0])
 
@@ -53,8 +53,8 @@ def test_rescaling_restores_the_l1_norm() -> None:
 def test_everything_kept_is_task_arithmetic() -> None:
     base, experts = group((40, 30), 3, base_dtype=torch.bfloat16)
     weight = [0.5, 1.0, -0.25]
-    wanted = merge(base, experts, "task_arithmetic", weight=weight)
-    assert same_bits(merge(base, experts, "dare_linear", weight=weight, seed=3), wanted)
+    expected = merge(base, experts, "task_arithmetic", weight=weight)
+    assert same_bits(merge(base, experts, "dare_linear", weight=weight, seed=3), expected)
 
 
 def test_seed_and_name_decide_what_is_dropped() -> None:
@@ -70,9 +70,9 @@ def test_seed_and_name_decide_what_is_dropped() -> None:
 def test_tensors_of_a_model_are_dropped_apart() -> None:
     base, (expert,) = group((40, 30), 1)
     models = {"a.weight": base, "b.weight": base}, [{"a.weight": expert, "b.weight": expert}]
-    found = merge_state_dicts(*models, "dare_linear", density=0.5, seed=7)
-    assert not same_bits(found["a.weight"], found["b.weight"])
-    assert same_bits(found["b.weight"], merge(base, [expert], "dare_linear", density=0.5, seed=7, name="b.weight"))
+    merged = merge_state_dicts(*models, "dare_linear", density=0.5, seed=7)
+    assert not same_bits(merged["a.weight"], merged["b.weight"])
+    assert same_bits(merged["b.weight"], merge(base, [expert], "dare_linear", density=0.5, seed=7, name="b.weight"))
 
 
 def test_checkpoints_depend_on_the_seed_alone(tmp_path: Path) -> None:

@@ -54,24 +54,26 @@ def authors_dc_merge(
 def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, smoothing: str) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, 0.7, seed=3, dtype=torch.float64)
     deltas = [e - base for e in experts]
-    for given in ({}, {"density": 0.05}, {"density": 1.0}, {"rank": 4, "density": 0.1}, {"rho": 2.0, "density": 0.02}):
-        wanted = authors_dc_merge(deltas, smoothing=smoothing, **given)  # type: ignore[arg-type]
-        assert float(wanted.norm()) > 0
+    rank, rho = {"rank": 4, "density": 0.1}, {"rho": 2.0, "density": 0.02}
+    for parameters in ({}, {"density": 0.05}, {"density": 1.0}, rank, rho):
+        expected = authors_dc_merge(deltas, smoothing=smoothing, **parameters)  # type: ignore[arg-type]
+        assert float(expected.norm()) > 0
         for decomposition in ("gram", "exact"):
-            found = merged_delta(base, experts, "dc_merge", smoothing=smoothing, decomposition=decomposition, **given)
-            assert relative(found, wanted) <= 1e-8
+            options = {"smoothing": smoothing, "decomposition": decomposition, **parameters}
+            merged = merged_delta(base, experts, "dc_merge", **options)
+            assert relative(merged, expected) <= 1e-8
     weighed = [w * d for w, d in zip(range(1, n_experts + 1), deltas, strict=True)]
-    found = merged_delta(
+    merged = merged_delta(
         base, experts, "dc_merge", smoothing=smoothing, weight=list(range(1, n_experts + 1)), lambda_=0.5, density=1
     )
-    assert relative(found, 0.5 * authors_dc_merge(weighed, smoothing=smoothing, density=1.0)) <= 1e-8
+    assert relative(merged, 0.5 * authors_dc_merge(weighed, smoothing=smoothing, density=1.0)) <= 1e-8
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (33, 50)], ids=str)
 def test_single_precision(shape: tuple[int, int]) -> None:
     base, experts = experts_with_spectra(*shape, 3, 0.7, seed=3)
-    wanted = authors_dc_merge([e - base for e in experts], density=1.0)
-    assert relative(merged_delta(base, experts, "dc_merge", density=1.0), wanted) <= 1e-6
+    expected = authors_dc_merge([e - base for e in experts], density=1.0)
+    assert relative(merged_delta(base, experts, "dc_merge", density=1.0), expected) <= 1e-6
 
 
 def test_orthogonal_experts_keep_all_they_have() -> None:
@@ -99,22 +101,22 @@ def test_copies_share_one_basis() -> None:
     # Each of T copies gets a T-th of what they share: polar([Q … Q]) is [Q … Q]/√T.
     base, (expert,) = experts_with_spectra(30, 24, 1, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(expert - base, full_matrices=False)
-    wanted = (u[:, :8] * s[:8]) @ vh[:8] / 3
-    assert relative(merged_delta(base, [expert] * 3, "dc_merge", density=1.0), wanted) <= 1e-9
+    expected = (u[:, :8] * s[:8]) @ vh[:8] / 3
+    assert relative(merged_delta(base, [expert] * 3, "dc_merge", density=1.0), expected) <= 1e-9
 
 
 def test_zero_task_vectors_take_no_part() -> None:
     base, experts = experts_with_spectra(30, 24, 2, dtype=torch.float64)
-    for given in ({"rank": 8, "density": 1.0}, {"rank": 6, "smoothing": "linear"}):
-        found = merged_delta(base, [base, *experts], "dc_merge", **given)
-        assert relative(found, merged_delta(base, experts, "dc_merge", **given)) <= 1e-9
+    for parameters in ({"rank": 8, "density": 1.0}, {"rank": 6, "smoothing": "linear"}):
+        merged = merged_delta(base, [base, *experts], "dc_merge", **parameters)
+        assert relative(merged, merged_delta(base, experts, "dc_merge", **parameters)) <= 1e-9
     assert same_bits(merge(base, [base, base.clone()], "dc_merge", smoothing="average"), base)
 
 
 @pytest.mark.parametrize("shape", [(30,), (), (0, 4), (2, 9), (2, 3, 5)], ids=str)
-def test_what_has_no_room_for_all_experts_is_averaged(shape: tuple[int, ...]) -> None:
+def test_tensors_without_room_for_all_experts_are_averaged(shape: tuple[int, ...]) -> None:
     base, experts = randn(*shape, seed=0), [randn(*shape, seed=t) for t in (1, 2, 3)]
-    wanted = base + torch.stack([e - base for e in experts]).mean(0)
-    torch.testing.assert_close(merge(base, experts, "dc_merge"), wanted)
-    matrix, own = experts_with_spectra(12, 9, 2)
-    torch.testing.assert_close(merge(matrix, own, "dc_merge", spectral=False), (own[0] + own[1]) / 2)
+    expected = base + torch.stack([e - base for e in experts]).mean(0)
+    torch.testing.assert_close(merge(base, experts, "dc_merge"), expected)
+    matrix, others = experts_with_spectra(12, 9, 2)
+    torch.testing.assert_close(merge(matrix, others, "dc_merge", spectral=False), (others[0] + others[1]) / 2)

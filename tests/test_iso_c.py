@@ -1,4 +1,4 @@
-"""iso_c: against fusion-bench's Iso-C in float64, and what its definition implies."""
+"""iso_c: against fusion-bench's Iso-C in float64, and consequences of its definition."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def fusion_bench_iso_c(task_vectors: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
 def test_equals_fusion_bench(shape: tuple[int, int], n_experts: int, alpha: float) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, alpha, seed=3, dtype=torch.float64)
-    found = merged_delta(base, experts, "iso_c")
-    assert relative(found, fusion_bench_iso_c([e - base for e in experts])) <= 1e-10
+    merged = merged_delta(base, experts, "iso_c")
+    assert relative(merged, fusion_bench_iso_c([e - base for e in experts])) <= 1e-10
 
 
 def test_vectors_are_averaged_as_in_fusion_bench() -> None:
     base, experts = randn(30, seed=0, dtype=torch.float64), [randn(30, seed=t, dtype=torch.float64) for t in (1, 2)]
-    wanted = fusion_bench_iso_c([e - base for e in experts])
-    assert relative(merged_delta(base, experts, "iso_c"), wanted) <= 1e-12
+    expected = fusion_bench_iso_c([e - base for e in experts])
+    assert relative(merged_delta(base, experts, "iso_c"), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
@@ -43,15 +43,15 @@ def test_all_directions_come_out_alike_and_the_nuclear_norm_stays(shape: tuple[i
 
 
 @pytest.mark.parametrize("shape", MATRICES, ids=str)
-def test_low_rank_stays_on_its_own_directions(shape: tuple[int, int]) -> None:
-    """U and V of the range as an SVD has them, nothing elsewhere; the mean is over all r singular values."""
+def test_low_rank_keeps_its_directions(shape: tuple[int, int]) -> None:
+    """The merge has the singular vectors of the range alone; the mean is over all r singular values, zeros too."""
     spectrum = torch.tensor([3.0, 1.0, 0.2], dtype=torch.float64)
     change = with_spectrum(*shape, spectrum, seed=1)
     u, _, vt = torch.linalg.svd(change)
-    wanted = (4.2 / min(shape)) * u[:, :3] @ vt[:3]
+    expected = (4.2 / min(shape)) * u[:, :3] @ vt[:3]
     zero = torch.zeros_like(change)
-    assert relative(merged_delta(zero, [0.25 * change, 0.75 * change], "iso_c"), wanted) <= 1e-10
-    assert relative(merged_delta(zero, [change], "iso_c"), wanted) <= 1e-10
+    assert relative(merged_delta(zero, [0.25 * change, 0.75 * change], "iso_c"), expected) <= 1e-10
+    assert relative(merged_delta(zero, [change], "iso_c"), expected) <= 1e-10
 
 
 def test_experts_that_cancel_give_the_base() -> None:

@@ -1,4 +1,4 @@
-"""knots: the shared basis against fusion-bench's, the whole against its definition in float64."""
+"""knots: its basis against fusion-bench, its merges against their definition in float64."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def fusion_bench_alignment(task_vectors: list[Tensor]) -> tuple[Tensor, list[Ten
 
 def ties_mean(vectors: list[Tensor], density: float) -> Tensor:
     """TIES as KnOTS' authors have it: trim, elect by the sum's sign, mean of what agrees."""
-    kept = []
+    trimmed = []
     for vector in vectors:
         k = max(1, int(density * vector.numel()))
         least = vector.abs().flatten().sort(descending=True).values[k - 1]
-        kept.append(torch.where(vector.abs() >= least, vector, 0.0))
-    stacked = torch.stack(kept)
+        trimmed.append(torch.where(vector.abs() >= least, vector, 0.0))
+    stacked = torch.stack(trimmed)
     agree = stacked.sign() == stacked.sum(0).sign()
     agree &= stacked != 0
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -44,8 +44,8 @@ def ties_mean(vectors: list[Tensor], density: float) -> Tensor:
 def test_equals_its_definition(shape: tuple[int, int], n_experts: int, density: float, alpha: float) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, alpha, seed=3, dtype=torch.float64)
     basis, coordinates = fusion_bench_alignment([e - base for e in experts])
-    wanted = basis @ ties_mean(coordinates, density)
-    assert relative(merged_delta(base, experts, "knots", density=density), wanted) <= 1e-9
+    expected = basis @ ties_mean(coordinates, density)
+    assert relative(merged_delta(base, experts, "knots", density=density), expected) <= 1e-9
 
 
 def test_keeps_everything_unless_told_otherwise() -> None:
@@ -56,10 +56,10 @@ def test_keeps_everything_unless_told_otherwise() -> None:
 def test_weights_and_normalisation_are_those_of_ties() -> None:
     base, experts = experts_with_spectra(31, 24, 3, dtype=torch.float64)
     basis, coordinates = fusion_bench_alignment([e - base for e in experts])
-    given: dict[str, Any] = {"weight": [1.0, 0.5, -2.0], "density": [0.3, 1.0, 0.6], "normalize": False}
-    merged = merge(torch.zeros_like(coordinates[0]), coordinates, "ties", **given)
-    found = merged_delta(base, experts, "knots", lambda_=0.7, **given)
-    assert relative(found, 0.7 * basis @ merged) <= 1e-9
+    parameters: dict[str, Any] = {"weight": [1.0, 0.5, -2.0], "density": [0.3, 1.0, 0.6], "normalize": False}
+    expected = merge(torch.zeros_like(coordinates[0]), coordinates, "ties", **parameters)
+    merged = merged_delta(base, experts, "knots", lambda_=0.7, **parameters)
+    assert relative(merged, 0.7 * basis @ expected) <= 1e-9
 
 
 @pytest.mark.parametrize("shape", [*MATRICES, TALL], ids=str)
@@ -75,10 +75,10 @@ def test_sum_is_task_arithmetic(shape: tuple[int, int]) -> None:
     base, experts = experts_with_spectra(*shape, 3, dtype=torch.float64)
     weight = [1.0, 0.5, -2.0]
     basis, coordinates = fusion_bench_alignment([e - base for e in experts])
-    wanted = basis @ sum((w * c for w, c in zip(weight, coordinates, strict=True)), torch.zeros_like(coordinates[0]))
-    assert relative(merged_delta(base, experts, "knots", inner="sum", weight=weight), wanted) <= 1e-10
-    found = merge(base, experts, "knots", inner="sum", weight=weight, lambda_=0.7)
-    assert same_bits(found, merge(base, experts, "task_arithmetic", weight=weight, lambda_=0.7))
+    expected = basis @ sum((w * c for w, c in zip(weight, coordinates, strict=True)), torch.zeros_like(coordinates[0]))
+    assert relative(merged_delta(base, experts, "knots", inner="sum", weight=weight), expected) <= 1e-10
+    merged = merge(base, experts, "knots", inner="sum", weight=weight, lambda_=0.7)
+    assert same_bits(merged, merge(base, experts, "task_arithmetic", weight=weight, lambda_=0.7))
 
 
 @pytest.mark.parametrize("shape", [*MATRICES, TALL], ids=str)
@@ -87,15 +87,15 @@ def test_experts_of_low_rank(shape: tuple[int, int]) -> None:
     changes = [with_spectrum(*shape, torch.tensor([1.0, 0.5, 0.2]), seed=10 * t) for t in (1, 2, 3)]
     basis, coordinates = fusion_bench_alignment(changes)
     assert basis.shape[1] == 9
-    found = merged_delta(torch.zeros_like(changes[0]), changes, "knots", density=0.5)
-    assert relative(found, basis @ ties_mean(coordinates, 0.5)) <= 1e-9
-    assert int(torch.linalg.matrix_rank(found, rtol=1e-8)) == 9
+    merged = merged_delta(torch.zeros_like(changes[0]), changes, "knots", density=0.5)
+    assert relative(merged, basis @ ties_mean(coordinates, 0.5)) <= 1e-9
+    assert int(torch.linalg.matrix_rank(merged, rtol=1e-8)) == 9
 
 
 def test_one_zero_task_vector() -> None:
     base, experts = experts_with_spectra(31, 24, 2, dtype=torch.float64)
-    found = merged_delta(base, [*experts, base.clone()], "knots")
-    assert relative(found, merged_delta(base, experts, "knots")) <= 1e-9
+    merged = merged_delta(base, [*experts, base.clone()], "knots")
+    assert relative(merged, merged_delta(base, experts, "knots")) <= 1e-9
 
 
 def test_rows_are_what_the_experts_share() -> None:

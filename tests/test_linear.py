@@ -61,11 +61,11 @@ def test_equals_mergekit_but_for_its_fused_products(
 
 def test_base_takes_no_part_but_gives_the_dtype() -> None:
     base, experts = group((20,), 2, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
-    found = merge(base, experts, "linear", weight=[1.0, 3.0])
-    assert found.dtype == torch.bfloat16
+    merged = merge(base, experts, "linear", weight=[1.0, 3.0])
+    assert merged.dtype == torch.bfloat16
     without = merge(None, experts, "linear", weight=[1.0, 3.0])
     assert without.dtype == torch.float32
-    assert same_bits(found, without.bfloat16())
+    assert same_bits(merged, without.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

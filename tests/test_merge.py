@@ -74,32 +74,32 @@ def test_workspace_is_a_bound_that_grows_with_the_tensor(name: str) -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_tensors_that_do_not_fit_are_refused_by_name(name: str) -> None:
-    n_experts, given = call_of(name)
+    n_experts, parameters = call_of(name)
     base, experts = group((6, 5), n_experts)
     last = n_experts - 1
     other = experts[last].mT
     with pytest.raises(ValueError, match=rf"experts\[{last}\]: got shape \[5, 6\], need \[6, 5\]"):
-        merge(base, [*experts[:last], other], name, **given)
+        merge(base, [*experts[:last], other], name, **parameters)
     with pytest.raises(TypeError, match=r"experts\[0\]: got dtype int64"):
-        merge(base, [experts[0].long(), *experts[1:]], name, **given)
+        merge(base, [experts[0].long(), *experts[1:]], name, **parameters)
     with pytest.raises(ValueError, match="experts: got none"):
-        merge(base, [], name, **given)
+        merge(base, [], name, **parameters)
     with pytest.raises(ValueError, match="experts: got a tensor"):
-        merge(base, experts[0], name, **given)
+        merge(base, experts[0], name, **parameters)
     with pytest.raises(ValueError, match=r"experts\[0\]: requires grad"):
-        merge(base, [experts[0].clone().requires_grad_(), *experts[1:]], name, **given)
+        merge(base, [experts[0].clone().requires_grad_(), *experts[1:]], name, **parameters)
     experts[0][2, 2] = math.inf
     with pytest.raises(NonFiniteError, match=r"experts\[0\]: got 1 NaN or infinite"):
-        merge(base, experts, name, **given)
+        merge(base, experts, name, **parameters)
 
 
 @pytest.mark.parametrize("name", [n for n in names() if get(n).min_experts > 1 or get(n).max_experts])
 def test_number_of_experts_is_checked(name: str) -> None:
-    method, (n_experts, given) = get(name), call_of(name)
+    method, (n_experts, parameters) = get(name), call_of(name)
     base, experts = group((6, 5), n_experts + 1)
     wrong = experts if method.max_experts == n_experts else experts[: method.min_experts - 1]
     with pytest.raises(ValueError, match=rf"experts: got {len(wrong)}, but {name} merges (at least )?{n_experts}"):
-        merge(base, wrong, name, **given)
+        merge(base, wrong, name, **parameters)
 
 
 def test_base_of_another_shape_than_linears_experts_is_refused() -> None:
@@ -181,11 +181,11 @@ def test_numbers_are_read_as_recipes_write_them() -> None:
 
 
 def test_whole_numbers_booleans_and_choices() -> None:
-    whole = Parameter("k", int, 1, "a count", minimum=1)
-    assert whole.validate(3.0) == 3 and isinstance(whole.validate(3.0), int) and whole.validate("4") == 4
+    count = Parameter("k", int, 1, "a count", minimum=1)
+    assert count.validate(3.0) == 3 and isinstance(count.validate(3.0), int) and count.validate("4") == 4
     for bad in (1.5, 0, "x", True):
         with pytest.raises(ValueError, match=r"^k: got .*, need a whole number of at least 1$"):
-            whole.validate(bad)
+            count.validate(bad)
     flag = Parameter("f", bool, False, "a flag")
     assert [flag.validate(v) for v in (True, 0, 1.0, "yes", "False", "ON")] == [True, False, True, True, False, True]
     for wrong in (2, "maybe", None, 0.5):
@@ -250,27 +250,27 @@ def models(n_experts: int = 2) -> tuple[dict[str, Tensor], list[dict[str, Tensor
 
 @pytest.mark.parametrize("name", names())
 def test_state_dicts_are_merged_tensor_by_tensor(name: str) -> None:
-    n_experts, given = call_of(name)
+    n_experts, parameters = call_of(name)
     if any(p.name == "weight" for p in get(name).parameters):
-        given["weight"] = [0.5, 0.25][:n_experts]
+        parameters["weight"] = [0.5, 0.25][:n_experts]
     base, experts = models(n_experts)
-    found = merge_state_dicts(base, experts, name, **given)
-    assert list(found) == list(base)
+    merged = merge_state_dicts(base, experts, name, **parameters)
+    assert list(merged) == list(base)
     for key in ("z.weight", "a.norm"):
-        wanted = merge(base[key], [e[key] for e in experts], name, **given)
-        assert same_bits(found[key], wanted)
-    assert torch.equal(found["steps"], base["steps"]) and found["steps"].data_ptr() != base["steps"].data_ptr()
-    assert torch.equal(found["mask"], base["mask"])
+        expected = merge(base[key], [e[key] for e in experts], name, **parameters)
+        assert same_bits(merged[key], expected)
+    assert torch.equal(merged["steps"], base["steps"]) and merged["steps"].data_ptr() != base["steps"].data_ptr()
+    assert torch.equal(merged["mask"], base["mask"])
 
 
 def test_state_dicts_without_base_follow_the_first_expert() -> None:
     _, experts = models()
     experts[1] = OrderedDict(reversed(experts[1].items()))
-    found = merge_state_dicts(None, experts, "linear", out_dtype=torch.float16)
-    assert list(found) == list(experts[0])
-    assert found["z.weight"].dtype == torch.float16 and found["steps"].dtype == torch.int64
-    wanted = merge(None, [e["a.norm"] for e in experts], "linear", out_dtype=torch.float16)
-    assert same_bits(found["a.norm"], wanted)
+    merged = merge_state_dicts(None, experts, "linear", out_dtype=torch.float16)
+    assert list(merged) == list(experts[0])
+    assert merged["z.weight"].dtype == torch.float16 and merged["steps"].dtype == torch.int64
+    expected = merge(None, [e["a.norm"] for e in experts], "linear", out_dtype=torch.float16)
+    assert same_bits(merged["a.norm"], expected)
 
 
 def test_errors_of_state_dicts_name_the_tensor() -> None:

@@ -38,15 +38,17 @@ def test_equals_mergekit(
     weights = weights[: len(experts)]
     origin = base if with_base else None
     parameters = {"weight": weights, "normalize_weights": normalize, "eps": eps}
-    found = merge(origin, experts, "multislerp", out_dtype=torch.float32, **parameters)
+    merged = merge(origin, experts, "multislerp", out_dtype=torch.float32, **parameters)
     scale = max(1.0, sum(weights) if not normalize else 1.0)
     x = torch.stack([(e.double() - (base.double() if with_base else 0)).reshape(-1) for e in experts])
     shares = torch.tensor(weights, dtype=torch.float64)
     length = float((shares / shares.sum() @ (x / (x.norm(dim=1, keepdim=True) + eps))).norm())
     for wide, bound in ((torch.float64, 8), (torch.float32, 24)):
-        wanted = mergekit(origin, experts, "multislerp", parameters, wide, wide)
+        expected = mergekit(origin, experts, "multislerp", parameters, wide, wide)
         # Where unit vectors nearly cancel, what is left of them is magnified.
-        assert_near(found, wanted, [base, *experts], bound * (len(weights) + 1) * scale / max(length, eps) * 2.0**-24)
+        assert_near(
+            merged, expected, [base, *experts], bound * (len(weights) + 1) * scale / max(length, eps) * 2.0**-24
+        )
 
 
 def test_is_the_weighted_mean_of_directions_at_the_weighted_mean_length() -> None:
@@ -54,8 +56,8 @@ def test_is_the_weighted_mean_of_directions_at_the_weighted_mean_length() -> Non
     weights = [0.5, 0.3, 0.2]
     mean = sum(w * v / v.norm() for w, v in zip(weights, x, strict=True))
     length = sum(w * float(v.norm()) for w, v in zip(weights, x, strict=True))
-    found = merge(None, x, "multislerp", weight=weights, eps=0)
-    torch.testing.assert_close(found, length * mean / mean.norm(), rtol=1e-12, atol=1e-14)
+    merged = merge(None, x, "multislerp", weight=weights, eps=0)
+    torch.testing.assert_close(merged, length * mean / mean.norm(), rtol=1e-12, atol=1e-14)
 
 
 def test_one_expert_is_returned() -> None:

@@ -41,8 +41,8 @@ def test_no_weight_moves_further_than_t_and_near_ones_are_taken_over() -> None:
 
 def test_blocks_do_not_show() -> None:
     base, experts = group((70_001,), 1)
-    whole = merge(base, experts, "nearswap", t=1e-4)
-    assert same_bits(merge(base[60_000:], [experts[0][60_000:]], "nearswap", t=1e-4), whole[60_000:])
+    at_once = merge(base, experts, "nearswap", t=1e-4)
+    assert same_bits(merge(base[60_000:], [experts[0][60_000:]], "nearswap", t=1e-4), at_once[60_000:])
 
 
 def test_float64_is_rounded_once_to_half_precision() -> None:

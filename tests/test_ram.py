@@ -1,4 +1,4 @@
-"""ram: against mergekit, by hand, and for what it promises."""
+"""ram: against mergekit and by hand."""
 
 from __future__ import annotations
 
@@ -47,6 +47,6 @@ def test_one_expert_is_returned_and_its_copies_too() -> None:
 
 def test_order_does_not_matter_where_sums_are_exact() -> None:
     base, experts = group((400,), 3, "ties")
-    wanted = merge(base, experts, "ram")
-    assert same_bits(merge(base, experts[::-1], "ram"), wanted)
-    assert same_bits(merge(base, [*experts, base], "ram"), wanted)
+    expected = merge(base, experts, "ram")
+    assert same_bits(merge(base, experts[::-1], "ram"), expected)
+    assert same_bits(merge(base, [*experts, base], "ram"), expected)

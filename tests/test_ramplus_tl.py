@@ -1,4 +1,4 @@
-"""ramplus_tl: against mergekit, by hand, and beside ram."""
+"""ramplus_tl: against mergekit, ram, and by hand."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def test_equals_mergekit(models: tuple[Tensor, list[Tensor]], r: float, alpha: f
 def test_by_hand() -> None:
     base = torch.zeros(4)
     a, b = torch.tensor([1.0, 2.0, 4.0, 0.0]), torch.tensor([3.0, 0.0, 0.0, 8.0])
-    # a has one shared change and two of its own, ρ = 1/2; b one and one, ρ = 1, clipped to 0.75.
-    found = merge(base, [a, b], "ramplus_tl", r=0.5, alpha=0.75)
-    assert found.tolist() == [2.0, 2 * 1.25, 4 * 1.25, 8 * 1.375]
+    # a shares one of its three changes, ρ = 1/2; b shares one of two, ρ = 1, clipped to 0.75.
+    merged = merge(base, [a, b], "ramplus_tl", r=0.5, alpha=0.75)
+    assert merged.tolist() == [2.0, 2 * 1.25, 4 * 1.25, 8 * 1.375]
 
 
 def test_is_ram_where_nothing_is_shared_or_r_is_0() -> None:
@@ -56,5 +56,5 @@ def test_counts_are_of_all_blocks() -> None:
     base, experts = group((70_001,), 2)
     last = merge(base[65_536:], [e[65_536:] for e in experts], "ramplus_tl", r=5, alpha=9)
     assert not torch.equal(merge(base, experts, "ramplus_tl", r=5, alpha=9)[65_536:], last)
-    wanted = mergekit(base, experts, "ramplus_tl", {"r": 5, "alpha": 9})
-    assert_near(merge(base, experts, "ramplus_tl", r=5, alpha=9), wanted, [base, *experts], 100 * 2.0**-24)
+    expected = mergekit(base, experts, "ramplus_tl", {"r": 5, "alpha": 9})
+    assert_near(merge(base, experts, "ramplus_tl", r=5, alpha=9), expected, [base, *experts], 100 * 2.0**-24)

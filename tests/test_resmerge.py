@@ -65,27 +65,28 @@ def related(m: int, n: int, n_experts: int, alike: float, seed: int = 0) -> tupl
 def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, alike: float) -> None:
     base, experts = related(*shape, n_experts, alike, seed=3)
     deltas = [e - base for e in experts]
-    for given in ({}, {"rank": 2, "beta_min": 0.2}, {"confidence": 0.0}, {"head_ratio": 1.5, "beta_max": 2.0}):
-        wanted = authors_resmerge(deltas, **given)  # type: ignore[arg-type]
+    for parameters in ({}, {"rank": 2, "beta_min": 0.2}, {"confidence": 0.0}, {"head_ratio": 1.5, "beta_max": 2.0}):
+        expected = authors_resmerge(deltas, **parameters)  # type: ignore[arg-type]
         for decomposition in ("gram", "exact"):
             assert (
-                relative(merged_delta(base, experts, "resmerge", decomposition=decomposition, **given), wanted) <= 1e-9
+                relative(merged_delta(base, experts, "resmerge", decomposition=decomposition, **parameters), expected)
+                <= 1e-9
             )
-        assert relative(merged_delta(base, experts, "resmerge", **given), wanted) <= 1e-3
+        assert relative(merged_delta(base, experts, "resmerge", **parameters), expected) <= 1e-3
     single = [e.float() for e in experts]
-    found = merged_delta(base.float(), single, "resmerge", decomposition="gram")
-    assert relative(found, authors_resmerge([e - base.float() for e in single])) <= 1e-6
+    merged = merged_delta(base.float(), single, "resmerge", decomposition="gram")
+    assert relative(merged, authors_resmerge([e - base.float() for e in single])) <= 1e-6
     weighed = [w * d for w, d in zip(range(1, n_experts + 1), deltas, strict=True)]
-    found = merged_delta(
+    merged = merged_delta(
         base, experts, "resmerge", weight=list(range(1, n_experts + 1)), lambda_=0.5, decomposition="gram"
     )
-    assert relative(found, 0.5 * authors_resmerge(weighed)) <= 1e-9
+    assert relative(merged, 0.5 * authors_resmerge(weighed)) <= 1e-9
 
 
 def test_subspace_iteration_finds_the_heads() -> None:
     base, experts = experts_with_spectra(400, 300, 2, 0.7, dtype=torch.float64)
-    wanted = authors_resmerge([e - base for e in experts])
-    assert relative(merged_delta(base, experts, "resmerge"), wanted) <= 3e-4
+    expected = authors_resmerge([e - base for e in experts])
+    assert relative(merged_delta(base, experts, "resmerge"), expected) <= 3e-4
 
 
 def test_residuals_without_anything_in_common_are_averaged() -> None:
@@ -94,11 +95,11 @@ def test_residuals_without_anything_in_common_are_averaged() -> None:
     deltas = [left[:, i : i + 3] * values @ right[:, i : i + 3].mT for i in (0, 3, 6)]
     base = randn(24, 20, seed=0).double()
     mean = sum(d - 5 * torch.outer(left[:, i], right[:, i]) for i, d in zip((0, 3, 6), deltas, strict=True)) / 3
-    # Their heads have nothing in common either, so that there is no correction.
+    # The heads have nothing in common either, so there is no correction.
     assert relative(merged_delta(base, [base + d for d in deltas], "resmerge", decomposition="gram"), mean) <= 1e-9  # type: ignore[arg-type]
 
 
-def test_copies_give_what_the_one_gives() -> None:
+def test_copies_give_the_merge_of_one() -> None:
     base, (expert,) = experts_with_spectra(30, 20, 1, 1.0, dtype=torch.float64)
     once = merged_delta(base, [expert], "resmerge", decomposition="gram")
     assert relative(merged_delta(base, [expert] * 3, "resmerge", decomposition="gram"), once) <= 1e-9
@@ -110,9 +111,9 @@ def test_copies_give_what_the_one_gives() -> None:
 def test_zero_and_low_rank_task_vectors() -> None:
     base, experts = related(30, 20, 2, 0.5)
     deltas = [torch.zeros_like(base), *(e - base for e in experts)]
-    found = merged_delta(base, [base, *experts], "resmerge", decomposition="gram")
-    assert relative(found, authors_resmerge(deltas)) <= 1e-9
+    merged = merged_delta(base, [base, *experts], "resmerge", decomposition="gram")
+    assert relative(merged, authors_resmerge(deltas)) <= 1e-9
     assert same_bits(merge(base, [base, base.clone()], "resmerge"), base)
-    # All of a rank-1 task vector is head, which is measured by a backbone that is not there.
+    # A rank-1 task vector is all head, and the head is scaled by the norm of the backbone, here 0.
     thin = [base + torch.outer(randn(30, seed=t), randn(20, seed=t + 9)).double() for t in (1, 2)]
     assert float(merged_delta(base, thin, "resmerge").norm()) <= 1e-6 * float((thin[0] - base).norm())

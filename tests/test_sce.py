@@ -1,4 +1,4 @@
-"""sce: what mergekit computes in fp32, up to the rounding of its weights, but for ties of the variance.
+"""sce: equal to mergekit in fp32 up to the rounding of mergekit's weights, except for ties of the variance.
 
 mergekit's weights are means of N squares in fp32, each off by up to N·2⁻²⁴ of itself; ours are not. All that agree in
 sign add up, so that nothing cancels.
@@ -19,11 +19,11 @@ from resm_kernels import merge
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def assert_agrees(found: Tensor, wanted: Tensor, base: Tensor, experts: list[Tensor]) -> None:
+def assert_agrees(merged: Tensor, expected: Tensor, base: Tensor, experts: list[Tensor]) -> None:
     share = 4 * (base.numel() + 8) * 2.0**-24
     size = base.double().abs() + torch.stack([(e.double() - base.double()).abs() for e in experts]).amax(0)
-    rounding = torch.finfo(base.dtype).eps * wanted.double().abs() if base.dtype != torch.float32 else 0.0
-    assert bool(((found.double() - wanted.double()).abs() <= share * size + rounding).all())
+    rounding = torch.finfo(base.dtype).eps * expected.double().abs() if base.dtype != torch.float32 else 0.0
+    assert bool(((merged.double() - expected.double()).abs() <= share * size + rounding).all())
 
 
 def is_tied(base: Tensor, experts: list[Tensor], share: float) -> bool:
@@ -70,9 +70,9 @@ def test_weights_below_the_least_divisor_are_divided_by_it_as_in_mergekit() -> N
     base = torch.zeros(1000)
     small, large = torch.zeros(1000), randn(1000, seed=1) * 10
     small[0], large[0] = 1e-3, 0.0
-    found = merge(base, [small, large], "sce")
-    wanted = mergekit(base, [small, large], "sce", {})
-    assert 0 < float(found[0]) < 1e-6 and float(found[0]) == pytest.approx(float(wanted[0]), rel=1e-4)
+    merged = merge(base, [small, large], "sce")
+    expected = mergekit(base, [small, large], "sce", {})
+    assert 0 < float(merged[0]) < 1e-6 and float(merged[0]) == pytest.approx(float(expected[0]), rel=1e-4)
 
 
 def test_order_of_experts_does_not_matter() -> None:

@@ -1,4 +1,4 @@
-"""svc: against fusion-bench's two implementations, and the formula by hand where they have no answer."""
+"""svc: against fusion-bench's two implementations, and by hand where they give no result."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def fusion_bench_svc(base: Tensor, experts: list[Tensor], merged: Tensor, alpha: float, fast: bool = True) -> Tensor:
     module = fusion_bench("singular_value_calibration.utils")
     name = "subspace_consistency_spectral_calibration" + ("_accelerated" if fast else "")
-    found: Tensor = getattr(module, name)(base, experts, merged, alpha, accelerator=torch.device("cpu"))
-    return found
+    calibrated: Tensor = getattr(module, name)(base, experts, merged, alpha, accelerator=torch.device("cpu"))
+    return calibrated
 
 
 @pytest.mark.parametrize("alpha", [0.1, 1 / 3, 1.0, 2.0])
@@ -28,20 +28,20 @@ def test_equals_fusion_bench(shape: tuple[int, int], alpha: float) -> None:
     base, experts = experts_with_spectra(*shape, 3, 0.7, seed=3, dtype=torch.float64)
     deltas = [e - base for e in experts]
     for merged in (deltas[0] + deltas[1] + deltas[2], deltas[0] - 0.5 * deltas[1], randn(*shape, seed=5).double()):
-        found = calibrate(merged, deltas, alpha)
+        calibrated = calibrate(merged, deltas, alpha)
         for fast in (True, False):
-            wanted = fusion_bench_svc(base, experts, base + merged, alpha, fast) - base
-            assert relative(found, wanted) <= 1e-10
+            expected = fusion_bench_svc(base, experts, base + merged, alpha, fast) - base
+            assert relative(calibrated, expected) <= 1e-10
 
 
 @pytest.mark.parametrize("inner", ["task_arithmetic", "linear", "ties", "tsvm", "resm", "swudi"])
-def test_calibrates_what_the_inner_method_makes(inner: str) -> None:
+def test_calibrates_the_merge_of_the_inner_method(inner: str) -> None:
     base, experts = experts_with_spectra(30, 24, 3, 0.7, seed=1, dtype=torch.float64)
     merged = merge(base, experts, inner)
-    wanted = calibrate(merged - base, [e - base for e in experts], 0.5)
-    found = merge(base, experts, "svc", inner=inner, alpha=0.5)
-    assert relative(found - base, wanted) <= 1e-9
-    assert relative(merge(base, experts, "svc", inner=inner, alpha=0.5, lambda_=0.3) - base, 0.3 * wanted) <= 1e-9
+    expected = calibrate(merged - base, [e - base for e in experts], 0.5)
+    calibrated = merge(base, experts, "svc", inner=inner, alpha=0.5)
+    assert relative(calibrated - base, expected) <= 1e-9
+    assert relative(merge(base, experts, "svc", inner=inner, alpha=0.5, lambda_=0.3) - base, 0.3 * expected) <= 1e-9
     # fp32 inputs lose nothing on the way but in the inner method's float64 run of them.
     single = [e.float() for e in experts]
     exact = merge(base.float().double(), [e.double() for e in single], "svc", inner=inner)
@@ -51,34 +51,34 @@ def test_calibrates_what_the_inner_method_makes(inner: str) -> None:
 def test_inner_parameters() -> None:
     base, experts = experts_with_spectra(30, 24, 2, dtype=torch.float64)
     deltas = [e - base for e in experts]
-    found = merge(base, experts, "svc", inner="ties", inner_density=[0.3, 0.5], inner_normalize=False)
-    wanted = calibrate(merge(base, experts, "ties", density=[0.3, 0.5], normalize=False) - base, deltas)
-    assert relative(found - base, wanted) <= 1e-12
+    merged = merge(base, experts, "svc", inner="ties", inner_density=[0.3, 0.5], inner_normalize=False)
+    expected = calibrate(merge(base, experts, "ties", density=[0.3, 0.5], normalize=False) - base, deltas)
+    assert relative(merged - base, expected) <= 1e-12
     # A recipe that says it for some experts leaves the others None: they have the inner method's default.
-    found = merge(base, experts, "svc", inner="ties", inner_density=[None, 0.5])
-    assert relative(found - base, calibrate(merge(base, experts, "ties", density=[1.0, 0.5]) - base, deltas)) <= 1e-12
-    found = merge(base, experts, "svc", inner_lambda=0.3, weight=2.0)
-    assert relative(found - base, calibrate(0.6 * (deltas[0] + deltas[1]), deltas)) <= 1e-12
+    merged = merge(base, experts, "svc", inner="ties", inner_density=[None, 0.5])
+    assert relative(merged - base, calibrate(merge(base, experts, "ties", density=[1.0, 0.5]) - base, deltas)) <= 1e-12
+    merged = merge(base, experts, "svc", inner_lambda=0.3, weight=2.0)
+    assert relative(merged - base, calibrate(0.6 * (deltas[0] + deltas[1]), deltas)) <= 1e-12
     # dc_merge has one density for all experts, ties one each.
-    found = merge(base, experts, "svc", inner="dc_merge", inner_density=[0.1, 0.1])
-    assert relative(found - base, calibrate(merge(base, experts, "dc_merge", density=0.1) - base, deltas)) <= 1e-12
+    merged = merge(base, experts, "svc", inner="dc_merge", inner_density=[0.1, 0.1])
+    assert relative(merged - base, calibrate(merge(base, experts, "dc_merge", density=0.1) - base, deltas)) <= 1e-12
 
 
 def test_every_parameter_of_every_inner_method_can_be_set() -> None:
-    own = {p.name for p in get("svc").parameters}
+    outer = {p.name for p in get("svc").parameters}
     for name in get("svc").parameter("inner").kind:
-        missing = {p.name for p in get(name).parameters if not p.ignored and not {p.name, "inner_" + p.name} & own}
+        missing = {p.name for p in get(name).parameters if not p.ignored and not {p.name, "inner_" + p.name} & outer}
         assert not missing, f"{name}: {missing}"
 
 
 @pytest.mark.parametrize("shape", [(30,), (), (0, 4), (2, 3, 5)], ids=str)
-def test_what_is_no_matrix_is_the_inner_methods(shape: tuple[int, ...]) -> None:
+def test_tensors_that_are_no_matrices_are_merged_by_the_inner_method(shape: tuple[int, ...]) -> None:
     base, experts = randn(*shape, seed=0), [randn(*shape, seed=t) for t in (1, 2, 3)]
-    wanted = merge(base, experts, "task_arithmetic")
-    assert same_bits(merge(base, experts, "svc"), wanted)
-    torch.testing.assert_close(merge(base, experts, "svc", lambda_=0.5), base + 0.5 * (wanted - base))
-    matrix, own = experts_with_spectra(12, 9, 2)
-    assert same_bits(merge(matrix, own, "svc", inner="tsvm", spectral=False), merge(matrix, own, "tsvm"))
+    expected = merge(base, experts, "task_arithmetic")
+    assert same_bits(merge(base, experts, "svc"), expected)
+    torch.testing.assert_close(merge(base, experts, "svc", lambda_=0.5), base + 0.5 * (expected - base))
+    matrix, others = experts_with_spectra(12, 9, 2)
+    assert same_bits(merge(matrix, others, "svc", inner="tsvm", spectral=False), merge(matrix, others, "tsvm"))
 
 
 def test_shared_directions_are_counted_once() -> None:
@@ -119,11 +119,11 @@ def test_errors() -> None:
 
 
 @pytest.mark.parametrize(("inner", "name"), [("resm", "model.embed_tokens.weight"), ("dare_ties", "model.layers.0.w")])
-def test_inner_method_hears_the_tensors_name(inner: str, name: str) -> None:
-    """Its defaults and its random numbers are those it has alone."""
+def test_inner_method_gets_the_tensors_name(inner: str, name: str) -> None:
+    """The inner method has the same defaults and random numbers inside svc as alone."""
     base, experts = randn(24, 16, seed=0), [randn(24, 16, seed=t) for t in (1, 2, 3)]
-    given = {"density": 0.5} if inner == "dare_ties" else {}
-    passed = {f"inner_{key}": value for key, value in given.items()}
-    found = merge(base, experts, "svc", name=name, seed=7, inner=inner, spectral=False, **passed)
-    assert torch.equal(found, merge(base, experts, inner, name=name, seed=7, **given))
-    assert not torch.equal(found, merge(base, experts, inner, name="model.layers.1.w", seed=7, **given))
+    parameters = {"density": 0.5} if inner == "dare_ties" else {}
+    passed = {f"inner_{key}": value for key, value in parameters.items()}
+    merged = merge(base, experts, "svc", name=name, seed=7, inner=inner, spectral=False, **passed)
+    assert torch.equal(merged, merge(base, experts, inner, name=name, seed=7, **parameters))
+    assert not torch.equal(merged, merge(base, experts, inner, name="model.layers.1.w", seed=7, **parameters))

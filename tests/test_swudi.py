@@ -1,4 +1,4 @@
-"""swudi: against the authors' solver transcribed in float64, and against what it stands for, gradient flow."""
+"""swudi: against the authors' solver transcribed in float64, and against the gradient flow that it solves."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def authors_swudi(
     operator, target = quadratic(deltas)
     values, vectors = torch.linalg.eigh(operator)
     values, n = values.clamp(min=1e-8), operator.shape[0]
-    kept = max(1, int((n * rank_ratio + 0.999) // 1))
+    rank = max(1, int((n * rank_ratio + 0.999) // 1))
     if rank_rule != "ratio":
-        kept = authors_rank(values.flip(0), deltas[0].shape[0], rank_rule)
+        rank = authors_rank(values.flip(0), deltas[0].shape[0], rank_rule)
     reached = torch.ones(n, dtype=torch.float64) if filter == "none" else 1 - torch.exp(-values * exp_time)
-    reached[: n - kept] = 0
+    reached[: n - rank] = 0
     stacked = torch.stack([d.double() for d in deltas])
     start = {"sum": stacked.sum(0), "mean": stacked.mean(0), "zero": torch.zeros_like(stacked[0])}[init]
     solved = (target @ vectors * (reached / values)) @ vectors.mT
@@ -59,28 +59,28 @@ def authors_swudi(
 def test_equals_the_authors_solver(shape: tuple[int, int], rank_rule: str, filter: str, init: str) -> None:
     base, experts = experts_with_spectra(*shape, 3, 0.7, seed=3)
     chosen = {"rank_rule": rank_rule, "filter": filter, "init": init}
-    wanted = authors_swudi([e - base for e in experts], **chosen)
-    assert relative(merged_delta(base, experts, "swudi", **chosen), wanted) <= 1e-6
+    expected = authors_swudi([e - base for e in experts], **chosen)
+    assert relative(merged_delta(base, experts, "swudi", **chosen), expected) <= 1e-6
 
 
 def test_defaults_and_rank_deficient_operators() -> None:
     # 2·7 rows of task vectors in 60 columns: three quarters of C's eigenvalues are 0.
     for shape, n_experts in (((50, 40), 4), ((7, 60), 2)):
         base, experts = experts_with_spectra(*shape, n_experts, seed=1)
-        for given in ({}, {"exp_time": 1300.0, "rank_ratio": 0.9}, {"rank_ratio": 1.0}, {"rank_ratio": 0.0}):
-            wanted = authors_swudi([e - base for e in experts], **given)
-            assert relative(merged_delta(base, experts, "swudi", **given), wanted) <= 1e-6
-        found = merged_delta(base, experts, "swudi", filter="none", rank_ratio=1.0)
-        assert torch.isfinite(found).all() and float(found.norm()) < 3 * float(sum(e - base for e in experts).norm())  # type: ignore[union-attr]
+        for parameters in ({}, {"exp_time": 1300.0, "rank_ratio": 0.9}, {"rank_ratio": 1.0}, {"rank_ratio": 0.0}):
+            expected = authors_swudi([e - base for e in experts], **parameters)
+            assert relative(merged_delta(base, experts, "swudi", **parameters), expected) <= 1e-6
+        merged = merged_delta(base, experts, "swudi", filter="none", rank_ratio=1.0)
+        assert torch.isfinite(merged).all() and float(merged.norm()) < 3 * float(sum(e - base for e in experts).norm())  # type: ignore[union-attr]
 
 
 def test_the_whole_filter_is_the_minimum() -> None:
     base, experts = experts_with_spectra(40, 30, 3, dtype=torch.float64)
     operator, target = quadratic([e - base for e in experts])
-    found = merged_delta(base, experts, "swudi", filter="none", rank_ratio=1.0)
-    assert relative(found @ operator, target) <= 1e-12
-    assert relative(found, target @ torch.linalg.pinv(operator, hermitian=True)) <= 1e-9
-    assert relative(merged_delta(base, experts, "swudi", exp_time=1e9, rank_ratio=1.0), found) <= 1e-9
+    merged = merged_delta(base, experts, "swudi", filter="none", rank_ratio=1.0)
+    assert relative(merged @ operator, target) <= 1e-12
+    assert relative(merged, target @ torch.linalg.pinv(operator, hermitian=True)) <= 1e-9
+    assert relative(merged_delta(base, experts, "swudi", exp_time=1e9, rank_ratio=1.0), merged) <= 1e-9
 
 
 def test_the_exponential_filter_is_gradient_flow() -> None:

@@ -1,4 +1,4 @@
-"""task_arithmetic: to the bit what mergekit computes in fp32, for up to four experts.
+"""task_arithmetic: equal to mergekit in fp32 to the bit for up to four experts.
 
 torch sums four rows and fewer in order; from five on, columns that fill no vector are summed in an order of their
 own, so that mergekit's own result depends on a tensor's length. There `reordered` bounds the difference: each order
@@ -47,10 +47,10 @@ def test_equals_mergekit_to_the_bit(
 def test_many_experts_differ_from_mergekit_by_the_order_of_the_sum_only(n_experts: int) -> None:
     base, experts = randn(1003, seed=0), [randn(1003, seed=t + 1) for t in range(n_experts)]
     weights = [0.5 + 0.1 * t for t in range(n_experts)]
-    found = merge(base, experts, "task_arithmetic", weight=weights)
-    wanted = mergekit(base, experts, "task_arithmetic", {"weight": weights})
+    merged = merge(base, experts, "task_arithmetic", weight=weights)
+    expected = mergekit(base, experts, "task_arithmetic", {"weight": weights})
     size = base.abs() + sum(w * (e - base).abs() for w, e in zip(weights, experts, strict=True))
-    assert bool(((found - wanted).abs() <= reordered(n_experts) * size).all())
+    assert bool(((merged - expected).abs() <= reordered(n_experts) * size).all())
 
 
 def test_one_expert_of_weight_one_is_returned() -> None:
@@ -64,7 +64,7 @@ def test_lambda_zero_and_no_change_return_the_base() -> None:
     assert same_bits(merge(base, [base, base], "task_arithmetic", weight=[3, -7]), base)
 
 
-def test_what_mergekit_ignores_is_ignored() -> None:
+def test_parameters_that_mergekit_ignores_are_ignored() -> None:
     base, experts = group((400,), 2)
     more = {"density": [0.1, 0.2], "rescale": True, "int8_mask": True}
     assert same_bits(merge(base, experts, "task_arithmetic", **more), merge(base, experts, "task_arithmetic"))

@@ -1,4 +1,4 @@
-"""ties: to the bit what mergekit computes in fp32, for up to four experts, but for ties at the trim threshold.
+"""ties: equal to mergekit in fp32 to the bit for up to four experts, except for ties at the trim threshold.
 
 Where more values than ⌊density·N⌋ reach the threshold, mergekit's sort keeps an arbitrary part of the tied, this
 library all of them: positions where an expert's |Δ| is tied at its threshold are left out, and only those. For five
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tied_positions(base: Tensor, experts: list[Tensor], density: list[float]) -> Tensor:
-    """Where a sort has to choose among equal |Δ|."""
+    """The mask of positions where a sort has to choose among equal |Δ|."""
     tied = torch.zeros(base.shape, dtype=torch.bool)
     for expert, share in zip(experts, density, strict=True):
         size = (expert.float() - base.float()).abs()
@@ -71,29 +71,29 @@ def test_rescaling_is_mergekits(normalize: bool) -> None:
     terms = []
     for expert, w, d in zip(experts, parameters["weight"], parameters["density"], strict=True):
         size = (expert - base).abs()
-        kept = size >= size.flatten().sort(descending=True).values[int(d * size.numel()) - 1]
-        terms += terms_of(base, [expert], [kept], [w])
-    found = merge(base, experts, "ties", **our_keywords(parameters))
-    assert_agrees(found, mergekit(base, experts, "ties", parameters), base, terms, parameters, True)
+        kept_mask = size >= size.flatten().sort(descending=True).values[int(d * size.numel()) - 1]
+        terms += terms_of(base, [expert], [kept_mask], [w])
+    merged = merge(base, experts, "ties", **our_keywords(parameters))
+    assert_agrees(merged, mergekit(base, experts, "ties", parameters), base, terms, parameters, True)
 
 
 def test_all_tied_values_are_kept_whatever_their_order() -> None:
     base = torch.zeros(10)
     expert = torch.tensor([1.0, 2.0, 1.0, 3.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
-    kept = merge(base, [expert], "ties", density=0.3)  # k = 3, and four values are tied with the third
-    assert kept.tolist() == [1.0, 2.0, 1.0, 3.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    merged = merge(base, [expert], "ties", density=0.3)  # k = 3, and four values are tied with the third
+    assert merged.tolist() == [1.0, 2.0, 1.0, 3.0, -1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
     order = torch.tensor([9, 4, 2, 7, 0, 1, 8, 3, 6, 5])
-    assert torch.equal(merge(base, [expert[order]], "ties", density=0.3), kept[order])
+    assert torch.equal(merge(base, [expert[order]], "ties", density=0.3), merged[order])
 
 
 def test_density_is_the_share_kept() -> None:
     base, expert = torch.zeros(1000), randn(1000, seed=0)
-    for density, kept in ((1.0, 1000), (0.2, 200), (0.0015, 1), (1e-9, 1), (0.0, 0)):
-        assert int((merge(base, [expert], "ties", density=density) != 0).sum()) == kept
+    for density, count in ((1.0, 1000), (0.2, 200), (0.0015, 1), (1e-9, 1), (0.0, 0)):
+        assert int((merge(base, [expert], "ties", density=density) != 0).sum()) == count
 
 
 def test_peft_elects_before_weighting_and_divides_by_the_count() -> None:
-    """With weights of one both are the same as ours; with others they are not."""
+    """With weights of 1 this changes nothing, with other weights it does."""
     utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is the peer compared")
     base, experts = torch.zeros(40, 25), [randn(40, 25, seed=t) for t in (1, 2, 3)]
     theirs = utils.ties(experts, torch.ones(3), 0.5)

@@ -1,6 +1,6 @@
 """wudi: against fusion-bench's WUDI and against the same optimisation in float64, through autograd.
 
-`STEPS` is what fp32 steps may lose to float64 ones, of the merged task vector's norm.
+`STEPS` is the largest accepted error of fp32 steps, relative to the merged task vector's norm.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ STEPS = 2e-6
 def fusion_bench_wudi(deltas: list[Tensor], steps: int = 300) -> Tensor:
     module = fusion_bench("wudi.wudi")
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        found: Tensor = module.wudi_merging([{"w": d.clone()} for d in deltas], accelerator="cpu", iter_num=steps)["w"]
-    return found.detach()
+        merged: Tensor = module.wudi_merging([{"w": d.clone()} for d in deltas], accelerator="cpu", iter_num=steps)["w"]
+    return merged.detach()
 
 
 def by_autograd(deltas: list[Tensor], steps: int, lr: float = 1e-5) -> Tensor:
@@ -46,9 +46,9 @@ def by_autograd(deltas: list[Tensor], steps: int, lr: float = 1e-5) -> Tensor:
 @pytest.mark.parametrize("shape", [(48, 48), (64, 40), (33, 50), (3, 40)], ids=str)
 def test_equals_fusion_bench(shape: tuple[int, int], n_experts: int) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, 0.7, seed=3)
-    wanted = fusion_bench_wudi([e - base for e in experts])
-    assert relative(merged_delta(base, experts, "wudi"), wanted) <= STEPS
-    assert relative(sum(e.double() - base.double() for e in experts), wanted) > 0.1  # type: ignore[arg-type]
+    expected = fusion_bench_wudi([e - base for e in experts])
+    assert relative(merged_delta(base, experts, "wudi"), expected) <= STEPS
+    assert relative(sum(e.double() - base.double() for e in experts), expected) > 0.1  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("size", [1.0, 0.03])
@@ -57,21 +57,21 @@ def test_float64_takes_the_steps_of_autograd(size: float) -> None:
     experts = [base + size * (e - base) for e in experts]
     deltas = [e - base for e in experts]
     for steps, lr in ((0, 1e-5), (1, 1e-3), (60, 3e-5)):
-        wanted = by_autograd(deltas, steps, lr)
-        assert relative(merged_delta(base, experts, "wudi", steps=steps, lr=lr), wanted) <= 1e-11
+        expected = by_autograd(deltas, steps, lr)
+        assert relative(merged_delta(base, experts, "wudi", steps=steps, lr=lr), expected) <= 1e-11
         halves = merge(base, experts, "wudi", steps=steps, lr=lr, lambda_=0.5) - base
-        assert relative(halves, wanted / 2) <= 1e-11
+        assert relative(halves, expected / 2) <= 1e-11
     halved = [d * w for d, w in zip(deltas, (1.0, 0.5, 2.0), strict=True)]
-    found = merged_delta(base, experts, "wudi", steps=20, weight=[1.0, 0.5, 2.0])
-    assert relative(found, by_autograd(halved, 20)) <= 1e-11
+    merged = merged_delta(base, experts, "wudi", steps=20, weight=[1.0, 0.5, 2.0])
+    assert relative(merged, by_autograd(halved, 20)) <= 1e-11
 
 
 def test_rows_do_not_depend_on_each_other() -> None:
     base, experts = experts_with_spectra(300, 20, 2)  # two panels of rows
     order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
-    found = merge(base, experts, "wudi", steps=30)
+    merged = merge(base, experts, "wudi", steps=30)
     shuffled = merge(base[order], [e[order] for e in experts], "wudi", steps=30)
-    assert relative(shuffled - base[order], found[order] - base[order]) <= 1e-4
+    assert relative(shuffled - base[order], merged[order] - base[order]) <= 1e-4
 
 
 def test_task_vectors_that_are_zero_have_no_term() -> None:
