@@ -19,8 +19,8 @@ from resm_kernels.methods import get
 SHAPES = [(12, 10), (7,), (), (0,), (0, 4), (3, 0), (2, 3, 5)]
 
 
-class Made(TorchDispatchMode):
-    """The size in bytes of the largest tensor that an op makes; `inputs` do not count."""
+class LargestAllocation(TorchDispatchMode):
+    """While this mode is on, `largest` is the size in bytes of the largest tensor that an op makes."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
@@ -28,11 +28,11 @@ class Made(TorchDispatchMode):
         self._known = {t.untyped_storage().data_ptr() for t in inputs}
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return made
+        return outputs
 
 
 class NormContract:
@@ -90,9 +90,9 @@ class NormContract:
     def test_allocates_no_more_than_its_workspace(self) -> None:
         base, experts = group((900, 901), call_of(self.method)[0], base_dtype=torch.float32)
         for origin in self.bases(base):
-            with Made([base, *experts]) as made:
+            with LargestAllocation([base, *experts]) as allocation:
                 result = self.merged(origin, experts, out_dtype=torch.bfloat16)
-            assert made.largest <= max(result.nbytes, self.workspace_per_element * base.numel())
+            assert allocation.largest <= max(result.nbytes, self.workspace_per_element * base.numel())
 
     def test_views_are_merged_as_their_copies(self) -> None:
         base, experts = group((33, 21), call_of(self.method)[0])

@@ -16,7 +16,7 @@ from resm_kernels import NonFiniteError, merge, merge_state_dicts, methods
 from resm_kernels.methods import REQUIRED, Method, Parameter, get, names
 
 AVERAGES = {"linear", "karcher", "passthrough", "nuslerp", "multislerp"}
-"""Methods that need no base; the last two merge differences if there is one."""
+"""Methods that need no base; nuslerp and multislerp merge task vectors if there is one."""
 
 
 def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
@@ -53,7 +53,7 @@ def test_every_method_merges_every_shape(
     assert merged.shape == shape and merged.dtype == (out_dtype or torch.bfloat16)
     assert merged.is_contiguous() and bool(torch.isfinite(merged).all())
     assert all(merged.data_ptr() != t.data_ptr() for t in [base, *experts] if t.numel())
-    # Experts may come as any sequence; the method itself can be called alike.
+    # Experts may come as any sequence, and the method itself can be called in the same way.
     assert same_bits(merged, merge(base, tuple(experts), name, out_dtype=out_dtype, **parameters))
     assert same_bits(merged, methods.get(name)(base, experts, out_dtype=out_dtype, **parameters))
 
@@ -202,7 +202,7 @@ def test_whole_numbers_booleans_and_choices() -> None:
         capped.validate(2)
 
 
-def test_none_means_left_to_the_method_only_where_that_is_the_default() -> None:
+def test_none_is_allowed_only_as_a_default() -> None:
     assert Parameter("rank", int, None, "optional", minimum=1).validate(None) is None
     with pytest.raises(ValueError, match=r"^rank: got None"):
         Parameter("rank", int, 3, "not optional").validate(None)
@@ -297,7 +297,7 @@ def test_errors_of_state_dicts_name_the_tensor() -> None:
         merge_state_dicts(base, experts, "nothing")
 
 
-def test_module_has_what_it_says_and_nothing_else() -> None:
+def test_module_has_the_names_in_all_and_no_others() -> None:
     for name in resm_kernels.__all__:
         assert getattr(resm_kernels, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'merge_everything'"):

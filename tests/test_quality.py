@@ -239,7 +239,7 @@ def test_interrupted_training_leaves_nothing_that_looks_whole(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         training.train(second, "small", 5, "honest")
         patch.setattr(training, "fit", None)
-        record = training.train(second, "small", 5, "honest")  # is there: not trained again
+        record = training.train(second, "small", 5, "honest")  # the model is there, so it is not trained again
     assert record["steps"] == len(record["loss"]) * 2 == 4 and record["examples"] == 128
     for name in ("base", "honest"):
         ours, theirs = (weights(root / "small" / "seed-5" / name) for root in (first, second))

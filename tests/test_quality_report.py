@@ -238,7 +238,7 @@ def test_asking_a_model_is_evaluating_it(folder: Path, models: Models) -> None:
 
     world = World(0)
     ask = measure.Asker(folder, world)
-    ask(models["honest"], "valid")  # the module is used again
+    ask(models["honest"], "valid")  # the next question uses the same module
     model, tokenizer = load(folder / "base")
     assert ask(models["base"], "valid") == evaluate(model, tokenizer, world, "valid")
     assert sum(ask.questions()["test"].values()) == len(world.questions("test"))
@@ -309,7 +309,7 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert "| RESM |" in text and "| mix-weighted |" in text
     assert all(text.count(f"\n## {title}\n") == 1 for title in tables.TITLES.values())
     assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
-    # Pictures take seconds; the first were looked at.
+    # Pictures take seconds, and the first ones are checked above.
     for name in ("pareto", "layers"):
         monkeypatch.setattr(plots, name, lambda *_: None)
     run.report(root / "results", "small")
