@@ -1,4 +1,4 @@
-"""Makers of tensors that the tests share. Everything is a function of its arguments and a seed."""
+"""Random tensors that the tests share. Each is a function of its arguments and a seed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from resm_kernels import merge
 from resm_kernels.methods import REQUIRED, get
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -69,7 +70,7 @@ def group(
     expert_dtypes: Sequence[torch.dtype] | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, list[Tensor]]:
-    """A base and experts near it, as fine-tuning leaves them: a part of the weights is exactly unchanged."""
+    """A base and experts that differ from it slightly in 80 % of the weights and not at all in the others."""
     dtypes = list(expert_dtypes or [base_dtype])
     base = values(shape, kind, base_dtype, seed)
     experts = []
@@ -132,18 +133,26 @@ def experts_with_spectra(
     return base.to(dtype), experts
 
 
+MATRICES = [(40, 40), (52, 31), (31, 52)]
+
+
+def merged_delta(base: Tensor, experts: list[Tensor], method: str, **parameters: Any) -> Tensor:
+    """λ·M in float64. With float64 inputs it is exact but for the rounding of the sum with the base."""
+    return merge(base, experts, method, out_dtype=torch.float64, **parameters) - base.double()
+
+
 def call_of(method: str) -> tuple[int, dict[str, Any]]:
-    """How many experts to give a method, two where it takes them, and values of the parameters without a default."""
+    """A number of experts that the method takes, two if possible, and values for parameters without a default."""
     chosen = get(method)
-    given = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
-    return min(max(2, chosen.min_experts), chosen.max_experts or 2), given
+    required = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
+    return min(max(2, chosen.min_experts), chosen.max_experts or 2), required
 
 
 LAYOUTS = ["transposed", "strided", "expanded"]
 
 
 def laid_out(layout: str) -> list[Tensor]:
-    """A base and two experts that are not contiguous, each a view of that kind."""
+    """A base and two experts as views that are not contiguous."""
     base, experts = group((48, 40), 2)
     if layout == "transposed":
         return [t.mT for t in (base, *experts)]

@@ -1,7 +1,4 @@
-"""What every method on norms and inner products promises, and the oracle that all of them are held to.
-
-mergekit computes these in fp32 (norms, angles and all); in float64 too, where that is what is compared.
-"""
+"""The contract of every method that computes norms and inner products."""
 
 from __future__ import annotations
 
@@ -11,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from inputs import FLOATS, call_of, group, same_bits
+from oracles import assert_near
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,58 +19,34 @@ from resm_kernels.methods import get
 SHAPES = [(12, 10), (7,), (), (0,), (0, 4), (3, 0), (2, 3, 5)]
 
 
-def mergekit(
-    base: Tensor | None,
-    experts: Sequence[Tensor],
-    method: str,
-    parameters: dict[str, Any],
-    dtype: torch.dtype = torch.float32,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
-    tensors = [*([] if base is None else [base]), *experts]
-    index = None if base is None else 0
-    merged: Tensor = api.merge_tensors(
-        tensors, method, parameters=parameters, base_index=index, dtype=dtype, out_dtype=out_dtype
-    )
-    return merged
+class LargestAllocation(TorchDispatchMode):
+    """While this mode is on, `largest` is the size in bytes of the largest tensor that an op makes."""
 
-
-def assert_near(found: Tensor, wanted: Tensor, inputs: Sequence[Tensor], bound: float) -> None:
-    """Within `bound` of the sum of the inputs' magnitudes, which is what fp32 arithmetic rounds a part of."""
-    size = sum(t.double().abs() for t in inputs)
-    assert found.shape == wanted.shape
-    assert bool(((found.double() - wanted.double()).abs() <= bound * size).all())
-
-
-class Made(TorchDispatchMode):
-    """The largest memory, in bytes, of a tensor that an op makes, but for those given."""
-
-    def __init__(self, given: Sequence[Tensor]) -> None:
+    def __init__(self, inputs: Sequence[Tensor]) -> None:
         super().__init__()
         self.largest = 0
-        self._known = {t.untyped_storage().data_ptr() for t in given}
+        self._known = {t.untyped_storage().data_ptr() for t in inputs}
 
     def __torch_dispatch__(self, op: Any, _: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+        outputs = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
                 self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return made
+        return outputs
 
 
 class NormContract:
-    """Tests that a module takes over by a subclass.
+    """Tests that a module runs for its method by declaring a subclass.
 
     Attributes:
-        method: Its name.
-        parameters: Values beside those that have no default.
-        held: Bytes an element of the largest tensor beside inputs and result; 0: that is a block's.
+        method: The name of the method.
+        parameters: Parameters of every merge; the contract adds those that have no default.
+        workspace_per_element: Bytes that the method may allocate for each element of a tensor, besides the result.
     """
 
     method: str
     parameters: ClassVar[dict[str, Any]] = {}
-    held = 0
+    workspace_per_element = 0
 
     def merged(self, base: Tensor | None, experts: Sequence[Tensor], **keywords: Any) -> Tensor:
         return merge(base, experts, self.method, **(call_of(self.method)[1] | self.parameters | keywords))
@@ -84,12 +58,12 @@ class NormContract:
     def test_every_shape(self, shape: tuple[int, ...]) -> None:
         base, experts = group(shape, call_of(self.method)[0], base_dtype=torch.bfloat16)
         for origin in self.bases(base):
-            found = self.merged(origin, experts, out_dtype=torch.float16)
-            assert found.shape == shape and found.dtype == torch.float16
-            assert found.is_contiguous() and bool(torch.isfinite(found).all())
+            merged = self.merged(origin, experts, out_dtype=torch.float16)
+            assert merged.shape == shape and merged.dtype == torch.float16
+            assert merged.is_contiguous() and bool(torch.isfinite(merged).all())
 
     @pytest.mark.parametrize("dtype", FLOATS, ids=str)
-    def test_is_computed_wide_and_rounded_once(self, dtype: torch.dtype) -> None:
+    def test_is_rounded_once(self, dtype: torch.dtype) -> None:
         n_experts = call_of(self.method)[0]
         base, experts = group((40, 30), n_experts, base_dtype=torch.float32, expert_dtypes=[dtype, torch.bfloat16])
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -108,22 +82,22 @@ class NormContract:
 
     def test_same_bits_for_threads_and_instruction_sets(self, every_way: Callable[[], Iterator[str]]) -> None:
         base, experts = group((300, 301), call_of(self.method)[0], base_dtype=torch.bfloat16)
-        wanted = [self.merged(origin, experts) for origin in self.bases(base)]
+        expected = [self.merged(origin, experts) for origin in self.bases(base)]
         for way in every_way():
-            found = [self.merged(origin, experts) for origin in self.bases(base)]
-            assert all(same_bits(a, b) for a, b in zip(found, wanted, strict=True)), way
+            merges = [self.merged(origin, experts) for origin in self.bases(base)]
+            assert all(same_bits(a, b) for a, b in zip(merges, expected, strict=True)), way
 
-    def test_nothing_of_a_tensors_size_is_held(self) -> None:
+    def test_allocates_no_more_than_its_workspace(self) -> None:
         base, experts = group((900, 901), call_of(self.method)[0], base_dtype=torch.float32)
         for origin in self.bases(base):
-            with Made([base, *experts]) as made:
+            with LargestAllocation([base, *experts]) as allocation:
                 result = self.merged(origin, experts, out_dtype=torch.bfloat16)
-            assert made.largest <= max(result.nbytes, self.held * base.numel())
+            assert allocation.largest <= max(result.nbytes, self.workspace_per_element * base.numel())
 
     def test_views_are_merged_as_their_copies(self) -> None:
         base, experts = group((33, 21), call_of(self.method)[0])
-        wanted = self.merged(base.mT.contiguous(), [e.mT.contiguous() for e in experts])
-        assert same_bits(self.merged(base.mT, [e.mT for e in experts]), wanted)
+        expected = self.merged(base.mT.contiguous(), [e.mT.contiguous() for e in experts])
+        assert same_bits(self.merged(base.mT, [e.mT for e in experts]), expected)
 
     def test_values_that_are_not_finite_are_refused_by_name(self) -> None:
         method = get(self.method)
@@ -134,13 +108,13 @@ class NormContract:
             inputs["base"] = base
         for name, tensor in inputs.items():
             for bad in (float("nan"), float("-inf")):
-                kept = tensor[3, 4].clone()
+                finite = tensor[3, 4].clone()
                 tensor[3, 4] = bad
                 with pytest.raises(NonFiniteError) as caught:
                     self.merged(base, experts)
                 assert (caught.value.argument, caught.value.count) == (name, 1)
                 assert caught.value.index == (None if name == "base" else names.index(name))
-                tensor[3, 4] = kept
+                tensor[3, 4] = finite
 
     def test_zeros_and_equal_tensors(self) -> None:
         base, experts = group((6, 5), call_of(self.method)[0])
@@ -151,23 +125,23 @@ class NormContract:
 
 
 class ScaleFreeContract(NormContract):
-    """Of methods that know no absolute size, under the parameters `scale_free`."""
+    """The contract of methods that, with the parameters `scale_free`, scale with their inputs."""
 
     scale_free: ClassVar[dict[str, Any]] = {}
 
     def test_twice_the_inputs_give_twice_the_result(self) -> None:
         base, experts = group((30, 20), call_of(self.method)[0])
         for origin in self.bases(base):
-            wanted = 2 * self.merged(origin, experts, **self.scale_free)
+            expected = 2 * self.merged(origin, experts, **self.scale_free)
             twice = None if origin is None else 2 * origin
-            assert same_bits(self.merged(twice, [2 * e for e in experts], **self.scale_free), wanted)
+            assert same_bits(self.merged(twice, [2 * e for e in experts], **self.scale_free), expected)
 
 
 class SymmetricContract(ScaleFreeContract):
-    """Of methods that do not care for the order of the experts either."""
+    """The contract of methods that scale with their inputs and ignore the order of the experts."""
 
     def test_order_of_the_experts(self) -> None:
         base, experts = group((30, 20), 4)
         for origin in self.bases(base):
-            found, wanted = self.merged(origin, [experts[t] for t in (2, 0, 3, 1)]), self.merged(origin, experts)
-            assert_near(found, wanted, [base, *experts], 4 * 2.0**-24)
+            reordered = self.merged(origin, [experts[t] for t in (2, 0, 3, 1)])
+            assert_near(reordered, self.merged(origin, experts), [base, *experts], 4 * 2.0**-24)

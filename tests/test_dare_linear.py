@@ -1,23 +1,17 @@
-"""dare_linear: what mergekit computes where its draws are our masks; the paper's rescaling; what decides the masks."""
+"""dare_linear and dare_ties: mergekit's merges with our masks, the paper's rescaling, and the seeds of the masks."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import Family, load_model
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from mergekit_oracle import (
-    SHAPES,
-    assert_agrees,
-    mergekit_with_our_masks,
-    our_keywords,
-    shared_parameters,
-    terms_of,
-)
+from oracles import assert_agrees, mergekit_with_our_masks, our_keywords, sparse_merges, terms_of
+from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints
@@ -25,51 +19,33 @@ from resm_kernels.engine import merge_checkpoints
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def check_against_mergekit(
-    method: str, seed: int, shape: tuple[int, ...], dtype: torch.dtype, n_experts: int, normalize: bool, rescale: bool,
-    scale: float, density: list[float],
-) -> None:  # fmt: skip
-    base, experts = group(shape, n_experts, base_dtype=dtype, seed=seed)
-    parameters = shared_parameters(n_experts, seed, normalize, rescale, scale) | {"density": density[:n_experts]}
-    found = merge(base, experts, method, **our_keywords(parameters))
-    wanted, masks, probabilities = mergekit_with_our_masks(method, base, experts, **parameters)
-    assert all(bool((p == d).all()) for p, d in zip(probabilities, (d for d in density if d < 1), strict=False))
-    terms = terms_of(base, experts, masks, parameters["weight"])
-    assert_agrees(found, wanted, base, terms, parameters, method == "dare_ties")
-
-
-arguments = {
-    "seed": st.integers(0, 10**6),
-    "shape": SHAPES,
-    "dtype": st.sampled_from([torch.float32, torch.bfloat16]),
-    "n_experts": st.integers(1, 4),
-    "normalize": st.booleans(),
-    "rescale": st.booleans(),
-    "scale": st.floats(-2.0, 2.0),
-    "density": st.lists(st.sampled_from([0.0, 0.125, 0.5, 0.875, 1.0]), min_size=4, max_size=4),
-}
-
-
-@given(**arguments)
+@pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
+@given(drawn=sparse_merges(density=[0.0, 0.125, 0.5, 0.875, 1.0]))
 @settings(max_examples=100)
-def test_equals_mergekit_with_the_same_masks(**drawn: object) -> None:
-    check_against_mergekit("dare_linear", **drawn)  # type: ignore[arg-type]
+def test_equals_mergekit_with_the_same_masks(method: str, drawn: tuple[Tensor, list[Tensor], dict[str, Any]]) -> None:
+    base, experts, parameters = drawn
+    merged = merge(base, experts, method, **our_keywords(parameters))
+    expected, masks, probabilities = mergekit_with_our_masks(method, base, experts, **parameters)
+    dropping = [density for density in parameters["density"] if density < 1]
+    assert all(bool((p == density).all()) for p, density in zip(probabilities, dropping, strict=True))
+    terms = terms_of(base, experts, masks, parameters["weight"])
+    assert_agrees(merged, expected, base, terms, parameters, method == "dare_ties")
 
 
 def test_division_by_the_probability_is_unbiased_and_what_peft_does() -> None:
     utils = pytest.importorskip("peft.utils.merge_utils", reason="peft is the peer compared")
     base, expert = torch.zeros(1000, 1000), torch.ones(1000, 1000)
     for density in (0.1, 0.7):
-        found = merge(base, [expert], "dare_linear", density=density, rescale_by="probability")
+        merged = merge(base, [expert], "dare_linear", density=density, rescale_by="probability")
         theirs = utils.dare_linear([expert], torch.ones(1), density)
-        assert found.unique().tolist() == pytest.approx(theirs.unique().tolist(), rel=1e-6)
-        assert float(found.double().mean()) == pytest.approx(1.0, abs=6 * ((1 / density - 1) / 1e6) ** 0.5)
+        assert merged.unique().tolist() == pytest.approx(theirs.unique().tolist(), rel=1e-6)
+        assert float(merged.double().mean()) == pytest.approx(1.0, abs=6 * ((1 / density - 1) / 1e6) ** 0.5)
 
 
 def test_rescaling_restores_the_l1_norm() -> None:
     base, expert = torch.zeros(200, 30, dtype=torch.float64), randn(200, 30, seed=1, dtype=torch.float64)
-    found = merge(base, [expert], "dare_linear", density=0.3)
-    assert float(found.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
+    merged = merge(base, [expert], "dare_linear", density=0.3)
+    assert float(merged.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
     plain = merge(base, [expert], "dare_linear", density=0.3, rescale=False)
     assert torch.equal(plain[plain != 0], expert[plain != 0])
 
@@ -77,8 +53,8 @@ def test_rescaling_restores_the_l1_norm() -> None:
 def test_everything_kept_is_task_arithmetic() -> None:
     base, experts = group((40, 30), 3, base_dtype=torch.bfloat16)
     weight = [0.5, 1.0, -0.25]
-    wanted = merge(base, experts, "task_arithmetic", weight=weight)
-    assert same_bits(merge(base, experts, "dare_linear", weight=weight, seed=3), wanted)
+    expected = merge(base, experts, "task_arithmetic", weight=weight)
+    assert same_bits(merge(base, experts, "dare_linear", weight=weight, seed=3), expected)
 
 
 def test_seed_and_name_decide_what_is_dropped() -> None:
@@ -94,16 +70,16 @@ def test_seed_and_name_decide_what_is_dropped() -> None:
 def test_tensors_of_a_model_are_dropped_apart() -> None:
     base, (expert,) = group((40, 30), 1)
     models = {"a.weight": base, "b.weight": base}, [{"a.weight": expert, "b.weight": expert}]
-    found = merge_state_dicts(*models, "dare_linear", density=0.5, seed=7)
-    assert not same_bits(found["a.weight"], found["b.weight"])
-    assert same_bits(found["b.weight"], merge(base, [expert], "dare_linear", density=0.5, seed=7, name="b.weight"))
+    merged = merge_state_dicts(*models, "dare_linear", density=0.5, seed=7)
+    assert not same_bits(merged["a.weight"], merged["b.weight"])
+    assert same_bits(merged["b.weight"], merge(base, [expert], "dare_linear", density=0.5, seed=7, name="b.weight"))
 
 
 def test_checkpoints_depend_on_the_seed_alone(tmp_path: Path) -> None:
     family = Family(tmp_path)
     recipe = family.recipe("dare_linear", parameters={"density": 0.5})
 
-    def merged(**choices: object) -> dict[str, torch.Tensor]:
+    def merged(**choices: object) -> dict[str, Tensor]:
         merge_checkpoints(recipe, family.out, overwrite=True, **choices)  # type: ignore[arg-type]
         return load_model(family.out)
 

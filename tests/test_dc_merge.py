@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
-from inputs import experts_with_spectra, laid_out, orthonormal, randn, relative, same_bits
+from inputs import experts_with_spectra, merged_delta, orthonormal, randn, relative, same_bits
 from torch import Tensor
 
 from resm_kernels import merge
-from resm_kernels.methods import get
-from resm_kernels.ops import NonFiniteError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,34 +48,32 @@ def authors_dc_merge(
     return cover_left @ (merged * blocks) @ cover_right.mT
 
 
-def merged_delta(base: Tensor, experts: list[Tensor], **parameters: Any) -> Tensor:
-    return merge(base, experts, "dc_merge", out_dtype=torch.float64, **parameters) - base.double()
-
-
 @pytest.mark.parametrize("smoothing", ["none", "average", "linear"])
 @pytest.mark.parametrize("n_experts", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(48, 48), (64, 40), (33, 50)], ids=str)
 def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, smoothing: str) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, 0.7, seed=3, dtype=torch.float64)
     deltas = [e - base for e in experts]
-    for given in ({}, {"density": 0.05}, {"density": 1.0}, {"rank": 4, "density": 0.1}, {"rho": 2.0, "density": 0.02}):
-        wanted = authors_dc_merge(deltas, smoothing=smoothing, **given)  # type: ignore[arg-type]
-        assert float(wanted.norm()) > 0
+    rank, rho = {"rank": 4, "density": 0.1}, {"rho": 2.0, "density": 0.02}
+    for parameters in ({}, {"density": 0.05}, {"density": 1.0}, rank, rho):
+        expected = authors_dc_merge(deltas, smoothing=smoothing, **parameters)  # type: ignore[arg-type]
+        assert float(expected.norm()) > 0
         for decomposition in ("gram", "exact"):
-            found = merged_delta(base, experts, smoothing=smoothing, decomposition=decomposition, **given)
-            assert relative(found, wanted) <= 1e-8
+            options = {"smoothing": smoothing, "decomposition": decomposition, **parameters}
+            merged = merged_delta(base, experts, "dc_merge", **options)
+            assert relative(merged, expected) <= 1e-8
     weighed = [w * d for w, d in zip(range(1, n_experts + 1), deltas, strict=True)]
-    found = merged_delta(
-        base, experts, smoothing=smoothing, weight=list(range(1, n_experts + 1)), lambda_=0.5, density=1
+    merged = merged_delta(
+        base, experts, "dc_merge", smoothing=smoothing, weight=list(range(1, n_experts + 1)), lambda_=0.5, density=1
     )
-    assert relative(found, 0.5 * authors_dc_merge(weighed, smoothing=smoothing, density=1.0)) <= 1e-8
+    assert relative(merged, 0.5 * authors_dc_merge(weighed, smoothing=smoothing, density=1.0)) <= 1e-8
 
 
 @pytest.mark.parametrize("shape", [(48, 48), (33, 50)], ids=str)
 def test_single_precision(shape: tuple[int, int]) -> None:
     base, experts = experts_with_spectra(*shape, 3, 0.7, seed=3)
-    wanted = authors_dc_merge([e - base for e in experts], density=1.0)
-    assert relative(merged_delta(base, experts, density=1.0), wanted) <= 1e-6
+    expected = authors_dc_merge([e - base for e in experts], density=1.0)
+    assert relative(merged_delta(base, experts, "dc_merge", density=1.0), expected) <= 1e-6
 
 
 def test_orthogonal_experts_keep_all_they_have() -> None:
@@ -90,89 +83,40 @@ def test_orthogonal_experts_keep_all_they_have() -> None:
     deltas = [(left[:, i : i + 8] * values * w) @ right[:, i : i + 8].mT for i, w in ((0, 1.0), (8, 0.7))]
     experts = [base + d for d in deltas]
     # 16 of 256 entries are not 0, 8 of each expert.
-    assert relative(merged_delta(base, experts, rank=8, density=8 / 256), deltas[0] + deltas[1]) <= 1e-9
-    part = merged_delta(base, experts, rank=8, density=3 / 256)
+    assert relative(merged_delta(base, experts, "dc_merge", rank=8, density=8 / 256), deltas[0] + deltas[1]) <= 1e-9
+    part = merged_delta(base, experts, "dc_merge", rank=8, density=3 / 256)
     top = [(left[:, i : i + 3] * values[:3] * w) @ right[:, i : i + 3].mT for i, w in ((0, 1.0), (8, 0.7))]
     assert relative(part, top[0] + top[1]) <= 1e-9
 
 
 def test_one_expert_gives_its_largest_directions() -> None:
     base, (expert,) = experts_with_spectra(30, 20, 1, dtype=torch.float64)
-    assert relative(merged_delta(base, [expert], density=1.0), expert - base) <= 1e-9
+    assert relative(merged_delta(base, [expert], "dc_merge", density=1.0), expert - base) <= 1e-9
     u, s, vh = torch.linalg.svd(expert - base, full_matrices=False)
-    assert relative(merged_delta(base, [expert], density=5 / 400), (u[:, :5] * s[:5]) @ vh[:5]) <= 1e-9
-    assert relative(merged_delta(base, [expert], density=0.0), s[0] * torch.outer(u[:, 0], vh[0])) <= 1e-9
+    assert relative(merged_delta(base, [expert], "dc_merge", density=5 / 400), (u[:, :5] * s[:5]) @ vh[:5]) <= 1e-9
+    assert relative(merged_delta(base, [expert], "dc_merge", density=0.0), s[0] * torch.outer(u[:, 0], vh[0])) <= 1e-9
 
 
 def test_copies_share_one_basis() -> None:
     # Each of T copies gets a T-th of what they share: polar([Q … Q]) is [Q … Q]/√T.
     base, (expert,) = experts_with_spectra(30, 24, 1, dtype=torch.float64)
     u, s, vh = torch.linalg.svd(expert - base, full_matrices=False)
-    wanted = (u[:, :8] * s[:8]) @ vh[:8] / 3
-    assert relative(merged_delta(base, [expert] * 3, density=1.0), wanted) <= 1e-9
+    expected = (u[:, :8] * s[:8]) @ vh[:8] / 3
+    assert relative(merged_delta(base, [expert] * 3, "dc_merge", density=1.0), expected) <= 1e-9
 
 
 def test_zero_task_vectors_take_no_part() -> None:
     base, experts = experts_with_spectra(30, 24, 2, dtype=torch.float64)
-    for given in ({"rank": 8, "density": 1.0}, {"rank": 6, "smoothing": "linear"}):
-        found = merged_delta(base, [base, *experts], **given)
-        assert relative(found, merged_delta(base, experts, **given)) <= 1e-9
+    for parameters in ({"rank": 8, "density": 1.0}, {"rank": 6, "smoothing": "linear"}):
+        merged = merged_delta(base, [base, *experts], "dc_merge", **parameters)
+        assert relative(merged, merged_delta(base, experts, "dc_merge", **parameters)) <= 1e-9
     assert same_bits(merge(base, [base, base.clone()], "dc_merge", smoothing="average"), base)
 
 
 @pytest.mark.parametrize("shape", [(30,), (), (0, 4), (2, 9), (2, 3, 5)], ids=str)
-def test_what_has_no_room_for_all_experts_is_averaged(shape: tuple[int, ...]) -> None:
+def test_tensors_without_room_for_all_experts_are_averaged(shape: tuple[int, ...]) -> None:
     base, experts = randn(*shape, seed=0), [randn(*shape, seed=t) for t in (1, 2, 3)]
-    wanted = base + torch.stack([e - base for e in experts]).mean(0)
-    torch.testing.assert_close(merge(base, experts, "dc_merge"), wanted)
-    matrix, own = experts_with_spectra(12, 9, 2)
-    torch.testing.assert_close(merge(matrix, own, "dc_merge", spectral=False), (own[0] + own[1]) / 2)
-
-
-def test_invariants() -> None:
-    base, experts = experts_with_spectra(40, 30, 3, dtype=torch.float64)
-    for given in ({"density": 0.05}, {"density": 0.05, "smoothing": "average"}):
-        found = merged_delta(base, experts, **given)
-        assert relative(merged_delta(base, experts[::-1], **given), found) <= 1e-9
-        left, right = orthonormal(40, 40, 1), orthonormal(30, 30, 2)
-        rotated = merged_delta(left @ base @ right, [left @ e @ right for e in experts], **given)
-        assert relative(rotated, left @ found @ right) <= 1e-8
-        tiny = merged_delta(base, [base + 1e-5 * (e - base) for e in experts], **given)
-        assert relative(tiny, 1e-5 * found) <= 1e-8
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_in_and_out_is_rounded_once(dtype: torch.dtype) -> None:
-    base, experts = experts_with_spectra(40, 30, 3, dtype=dtype)
-    whole = merge(base.float(), [e.float() for e in experts], "dc_merge", out_dtype=torch.float64)
-    assert same_bits(merge(base, experts, "dc_merge"), whole.to(dtype))
-    mixed = merge(base.float(), [experts[0], experts[1].double(), experts[2].float()], "dc_merge", out_dtype=dtype)
-    assert mixed.dtype == dtype and relative(mixed, whole) <= 2 * torch.finfo(dtype).eps
-
-
-@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
-def test_takes_any_layout(layout: str) -> None:
-    base, *experts = laid_out(layout)
-    wanted = merge(base.contiguous(), [e.contiguous() for e in experts], "dc_merge", rank=1)
-    torch.testing.assert_close(merge(base, experts, "dc_merge", rank=1), wanted)
-
-
-def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> None:
-    base, experts = experts_with_spectra(523, 301, 2)
-    found = []
-    for threads in (1, 2, 3):
-        use_threads(threads)
-        found.append(merge(base, experts, "dc_merge", smoothing="linear"))
-    assert same_bits(found[1], found[0]) and same_bits(found[2], found[0])
-
-
-def test_errors() -> None:
-    base, experts = experts_with_spectra(6, 5, 2)
-    with pytest.raises(ValueError, match=r"smoothing: got 'averaging', need one of none, average, linear"):
-        merge(base, experts, "dc_merge", smoothing="averaging")
-    with pytest.raises(ValueError, match=r"rho: got 0.5, need a number of at least 1"):
-        merge(base, experts, "dc_merge", rho=0.5)
-    experts[1][2, 3] = torch.nan
-    with pytest.raises(NonFiniteError, match=r"experts\[1\]: got 1 NaN"):
-        merge(base, experts, "dc_merge")
-    assert get("dc_merge").workspace((64, 64), 3) < get("dc_merge").workspace((4096, 4096), 3)
+    expected = base + torch.stack([e - base for e in experts]).mean(0)
+    torch.testing.assert_close(merge(base, experts, "dc_merge"), expected)
+    matrix, others = experts_with_spectra(12, 9, 2)
+    torch.testing.assert_close(merge(matrix, others, "dc_merge", spectral=False), (others[0] + others[1]) / 2)

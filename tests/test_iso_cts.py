@@ -1,15 +1,11 @@
-"""iso_cts: against fusion-bench's Iso-CTS in float64, and what its definition implies."""
+"""iso_cts: against fusion-bench's Iso-CTS in float64, and consequences of its definition."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
-import spectral_contract as contract
 import torch
-from inputs import experts_with_spectra, randn, relative, with_spectrum
-from spectral_contract import SHAPES, merged_delta
+from inputs import MATRICES, experts_with_spectra, merged_delta, randn, relative, with_spectrum
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels.methods.iso_cts import subspace_sizes
@@ -18,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def fusion_bench_iso_cts(task_vectors: list[Tensor], fraction: float) -> Tensor:
-    module: Any = pytest.importorskip(
-        "fusion_bench.method.isotropic_merging.iso_utils", reason="fusion-bench is the oracle"
-    )
+    module = fusion_bench("isotropic_merging.iso_utils")
     merged: Tensor = module.iso_cts([{"w": vector} for vector in task_vectors], fraction, accelerator="cpu")["w"]
     return merged
 
@@ -28,26 +22,26 @@ def fusion_bench_iso_cts(task_vectors: list[Tensor], fraction: float) -> Tensor:
 @pytest.mark.parametrize("decomposition", ["gram", "exact"])
 @pytest.mark.parametrize("fraction", [0.2, 0.5, 0.8, 1.0])
 @pytest.mark.parametrize("n_experts", [1, 2, 3, 5])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_equals_fusion_bench(shape: tuple[int, int], n_experts: int, fraction: float, decomposition: str) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, 0.7, seed=3, dtype=torch.float64)
-    found = merged_delta(base, experts, "iso_cts", common_space_fraction=fraction, decomposition=decomposition)
-    assert relative(found, fusion_bench_iso_cts([e - base for e in experts], fraction)) <= 1e-8
+    merged = merged_delta(base, experts, "iso_cts", common_space_fraction=fraction, decomposition=decomposition)
+    assert relative(merged, fusion_bench_iso_cts([e - base for e in experts], fraction)) <= 1e-8
 
 
 def test_the_default_fraction_is_the_authors() -> None:
     base, experts = experts_with_spectra(52, 31, 4, 1.5, seed=2, dtype=torch.float64)
-    wanted = fusion_bench_iso_cts([e - base for e in experts], 0.8)
-    assert relative(merged_delta(base, experts, "iso_cts"), wanted) <= 1e-7
+    expected = fusion_bench_iso_cts([e - base for e in experts], 0.8)
+    assert relative(merged_delta(base, experts, "iso_cts"), expected) <= 1e-7
 
 
 def test_vectors_are_averaged_as_in_fusion_bench() -> None:
     base, experts = randn(30, seed=0, dtype=torch.float64), [randn(30, seed=t, dtype=torch.float64) for t in (1, 2)]
-    wanted = fusion_bench_iso_cts([e - base for e in experts], 0.8)
-    assert relative(merged_delta(base, experts, "iso_cts"), wanted) <= 1e-12
+    expected = fusion_bench_iso_cts([e - base for e in experts], 0.8)
+    assert relative(merged_delta(base, experts, "iso_cts"), expected) <= 1e-12
 
 
-def testsubspace_sizes_of_the_subspaces() -> None:
+def test_sizes_of_the_subspaces() -> None:
     assert subspace_sizes(40, 3, 0.8) == (31, 3)
     assert subspace_sizes(100, 3, 0.29) == (28, 24)  # ⌊0.29·100⌋ is 29 and not 28
     assert subspace_sizes(11, 4, 0.0) == (3, 2)  # rounding would make it 4·3 of 11
@@ -60,14 +54,14 @@ def testsubspace_sizes_of_the_subspaces() -> None:
                 assert s >= 0 and p >= 0 and s + n_experts * p == r
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_is_iso_c_without_task_subspaces_and_for_one_expert(shape: tuple[int, int]) -> None:
     base, experts = experts_with_spectra(*shape, 3, dtype=torch.float64)
-    wanted = merged_delta(base, experts, "iso_c")
-    assert relative(merged_delta(base, experts, "iso_cts", common_space_fraction=1.0), wanted) <= 1e-9
+    expected = merged_delta(base, experts, "iso_c")
+    assert relative(merged_delta(base, experts, "iso_cts", common_space_fraction=1.0), expected) <= 1e-9
     for fraction in (0.0, 0.3, 0.8):
-        found = merged_delta(base, experts[:1], "iso_cts", common_space_fraction=fraction)
-        assert relative(found, merged_delta(base, experts[:1], "iso_c")) <= 1e-8
+        merged = merged_delta(base, experts[:1], "iso_cts", common_space_fraction=fraction)
+        assert relative(merged, merged_delta(base, experts[:1], "iso_c")) <= 1e-8
 
 
 def test_is_iso_c_where_there_is_no_room_for_every_expert() -> None:
@@ -75,56 +69,41 @@ def test_is_iso_c_where_there_is_no_room_for_every_expert() -> None:
     assert relative(merged_delta(base, experts, "iso_cts"), merged_delta(base, experts, "iso_c")) <= 1e-9
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_experts_of_low_rank_have_no_residual(shape: tuple[int, int]) -> None:
-    """All of them lie in the common subspace: rounding errors are left must not become directions."""
+    """All experts lie in the common subspace; the rounding errors outside it must not become directions."""
     changes = [with_spectrum(*shape, torch.tensor([1.0, 0.3, 0.1]), seed=10 * t) for t in (1, 2, 3)]
     zero = torch.zeros(shape, dtype=torch.float64)
-    found = merged_delta(zero, changes, "iso_cts")
-    assert relative(found, merged_delta(zero, changes, "iso_c")) <= 1e-8
-    assert int(torch.linalg.matrix_rank(found, rtol=1e-9)) == 9
+    merged = merged_delta(zero, changes, "iso_cts")
+    assert relative(merged, merged_delta(zero, changes, "iso_c")) <= 1e-8
+    assert int(torch.linalg.matrix_rank(merged, rtol=1e-9)) == 9
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", MATRICES, ids=str)
 def test_directions_outside_the_common_subspace_come_out_as_long(shape: tuple[int, int]) -> None:
-    """Orthogonal experts of unequal size: 4 directions of the large one and 2 of each take all there is."""
+    """With orthogonal experts of unequal size, 4 common directions and 2 of each expert span all task vectors."""
     basis = with_spectrum(*shape, torch.ones(9), seed=4)
     u, _, vt = torch.linalg.svd(basis, full_matrices=False)
     sizes = torch.tensor([9.0, 8, 7, 6, 5, 4, 0.3, 0.2, 0.1], dtype=torch.float64)
     large = (u[:, :6] * sizes[:6]) @ vt[:6]
     small = (u[:, 6:9] * sizes[6:]) @ vt[6:9]
     r = min(shape)
-    found = merged_delta(torch.zeros_like(large), [large, small], "iso_cts", common_space_fraction=(r - 4) / r)
-    wanted = sizes.sum() / r * u[:, :9] @ vt[:9]
-    assert relative(found, wanted) <= 1e-8
+    merged = merged_delta(torch.zeros_like(large), [large, small], "iso_cts", common_space_fraction=(r - 4) / r)
+    expected = sizes.sum() / r * u[:, :9] @ vt[:9]
+    assert relative(merged, expected) <= 1e-8
 
 
 def test_weights_scale_the_task_vectors() -> None:
     base, experts = experts_with_spectra(31, 24, 3, dtype=torch.float64)
     weight = [1.0, 0.0, -2.0]
     scaled = [base + w * (e - base) for w, e in zip(weight, experts, strict=True)]
-    found = merged_delta(base, experts, "iso_cts", weight=weight)
-    assert relative(found, merged_delta(base, scaled, "iso_cts")) <= 1e-8
+    merged = merged_delta(base, experts, "iso_cts", weight=weight)
+    assert relative(merged, merged_delta(base, scaled, "iso_cts")) <= 1e-8
 
 
 def test_identical_experts_leave_nothing_arbitrary() -> None:
-    """Copies have the same residual directions, which whitening must not tell apart."""
+    """Copies have the same residual directions, so whitening must not separate them."""
     base, experts = experts_with_spectra(31, 24, 1, dtype=torch.float64)
-    found = merged_delta(base, experts * 3, "iso_cts")
-    assert bool(found.isfinite().all())
-    assert relative(merged_delta(base, experts * 3, "iso_cts", decomposition="exact"), found) <= 1e-8
-
-
-def test_keeps_the_contract() -> None:
-    contract.keeps_the_contract("iso_cts", tolerance=1e-5)
-    contract.does_not_depend_on_the_order_of_experts("iso_cts", tolerance=1e-8)
-    contract.turns_with_its_inputs("iso_cts", tolerance=1e-8)
-    contract.scales_with_its_inputs("iso_cts", tolerance=1e-8)
-
-
-def test_refuses_differences_beyond_fp32() -> None:
-    contract.refuses_differences_beyond_fp32("iso_cts")
-
-
-def test_same_bits_for_any_number_of_threads(use_threads: Callable[[int], None]) -> None:
-    contract.has_the_same_bits_for_any_threads("iso_cts", use_threads)
+    merged = merged_delta(base, experts * 3, "iso_cts")
+    assert bool(merged.isfinite().all())
+    assert relative(merged_delta(base, experts * 3, "iso_cts", decomposition="exact"), merged) <= 1e-8

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from norm_contract import SymmetricContract, assert_near, mergekit
+from norm_contract import SymmetricContract
+from oracles import assert_near, mergekit
 from torch import Tensor
 
 from resm_kernels import merge
@@ -53,9 +54,9 @@ def apart(n_experts: int, spread: float, seed: int = 0, shape: tuple[int, ...] =
 @pytest.mark.parametrize("steps", [0, 1, 3, 40])
 def test_coefficients_do_what_tensors_do(n_experts: int, spread: float, steps: int) -> None:
     experts = apart(n_experts, spread)
-    found = merge(None, experts, "karcher", max_iter=steps, tol=1e-7)
-    wanted = on_tensors(experts, steps)
-    assert float((found - wanted).norm() / wanted.norm()) <= (1e-12 if steps <= 3 else 2e-7)
+    merged = merge(None, experts, "karcher", max_iter=steps, tol=1e-7)
+    expected = on_tensors(experts, steps)
+    assert float((merged - expected).norm() / expected.norm()) <= (1e-12 if steps <= 3 else 2e-7)
 
 
 def test_tangents_at_the_mean_cancel() -> None:
@@ -81,9 +82,9 @@ def test_tangents_at_the_mean_cancel() -> None:
 def test_equals_mergekit(seed: int, n_experts: int, spread: float, max_iter: int, tol: float) -> None:
     experts = apart(n_experts, spread, seed, (13, 17))
     parameters = {"max_iter": max_iter, "tol": tol}
-    found = merge(None, experts, "karcher", **parameters)
-    wanted = mergekit(None, experts, "karcher", parameters, torch.float64, torch.float64)
-    assert_near(found, wanted, experts, 1e-7)
+    merged = merge(None, experts, "karcher", **parameters)
+    expected = mergekit(None, experts, "karcher", parameters, torch.float64, torch.float64)
+    assert_near(merged, expected, experts, 1e-7)
     single = [e.float() for e in experts]
     assert_near(
         merge(None, single, "karcher", **parameters), mergekit(None, single, "karcher", parameters), experts, 1e-5
@@ -92,10 +93,10 @@ def test_equals_mergekit(seed: int, n_experts: int, spread: float, max_iter: int
 
 def test_two_models_meet_in_the_middle_of_their_great_circle() -> None:
     a, b = randn(100, seed=0, dtype=torch.float64), randn(100, seed=1, dtype=torch.float64)
-    wanted = merge(a / a.norm(), [b / b.norm()], "slerp", t=0.5)
-    found = merge(None, [a, b], "karcher")
-    torch.testing.assert_close(found / found.norm(), wanted, rtol=1e-12, atol=1e-15)
-    assert float(found.norm()) == pytest.approx(float(a.norm() + b.norm()) / 2, rel=1e-12)
+    expected = merge(a / a.norm(), [b / b.norm()], "slerp", t=0.5)
+    merged = merge(None, [a, b], "karcher")
+    torch.testing.assert_close(merged / merged.norm(), expected, rtol=1e-12, atol=1e-15)
+    assert float(merged.norm()) == pytest.approx(float(a.norm() + b.norm()) / 2, rel=1e-12)
 
 
 def test_the_base_takes_no_part_but_gives_the_dtype() -> None:

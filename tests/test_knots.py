@@ -1,15 +1,13 @@
-"""knots: the shared basis against fusion-bench's, the whole against its definition in float64."""
+"""knots: its basis against fusion-bench, its merges against their definition in float64."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-import spectral_contract as contract
 import torch
-from inputs import experts_with_spectra, randn, relative, same_bits, with_spectrum
-from spectral_contract import SHAPES, merged_delta
+from inputs import MATRICES, experts_with_spectra, merged_delta, randn, relative, same_bits, with_spectrum
+from oracles import fusion_bench
 from torch import Tensor
 
 from resm_kernels import merge
@@ -21,19 +19,19 @@ TALL = (90, 20)  # more rows than 3 experts have columns
 
 def fusion_bench_alignment(task_vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     """U and the ΣV_tᵀ."""
-    module: Any = pytest.importorskip("fusion_bench.method.knots.knots_utils", reason="fusion-bench is the oracle")
+    module = fusion_bench("knots.knots_utils")
     u, values, rights = module.subspace_alignment(task_vectors, eps=1e-9)
     return u, [values[:, None] * right for right in rights]
 
 
 def ties_mean(vectors: list[Tensor], density: float) -> Tensor:
     """TIES as KnOTS' authors have it: trim, elect by the sum's sign, mean of what agrees."""
-    kept = []
+    trimmed = []
     for vector in vectors:
         k = max(1, int(density * vector.numel()))
         least = vector.abs().flatten().sort(descending=True).values[k - 1]
-        kept.append(torch.where(vector.abs() >= least, vector, 0.0))
-    stacked = torch.stack(kept)
+        trimmed.append(torch.where(vector.abs() >= least, vector, 0.0))
+    stacked = torch.stack(trimmed)
     agree = stacked.sign() == stacked.sum(0).sign()
     agree &= stacked != 0
     return (stacked * agree).sum(0) / agree.sum(0).clamp(min=1)
@@ -41,13 +39,13 @@ def ties_mean(vectors: list[Tensor], density: float) -> Tensor:
 
 @pytest.mark.parametrize("density", [0.2, 0.7, 1.0])
 @pytest.mark.parametrize("n_experts", [1, 2, 3])
-@pytest.mark.parametrize("shape", [*SHAPES, TALL, (3, 20), (20, 3)], ids=str)
+@pytest.mark.parametrize("shape", [*MATRICES, TALL, (3, 20), (20, 3)], ids=str)
 @pytest.mark.parametrize("alpha", [0.3, 1.0])
 def test_equals_its_definition(shape: tuple[int, int], n_experts: int, density: float, alpha: float) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, alpha, seed=3, dtype=torch.float64)
     basis, coordinates = fusion_bench_alignment([e - base for e in experts])
-    wanted = basis @ ties_mean(coordinates, density)
-    assert relative(merged_delta(base, experts, "knots", density=density), wanted) <= 1e-9
+    expected = basis @ ties_mean(coordinates, density)
+    assert relative(merged_delta(base, experts, "knots", density=density), expected) <= 1e-9
 
 
 def test_keeps_everything_unless_told_otherwise() -> None:
@@ -58,73 +56,50 @@ def test_keeps_everything_unless_told_otherwise() -> None:
 def test_weights_and_normalisation_are_those_of_ties() -> None:
     base, experts = experts_with_spectra(31, 24, 3, dtype=torch.float64)
     basis, coordinates = fusion_bench_alignment([e - base for e in experts])
-    given: dict[str, Any] = {"weight": [1.0, 0.5, -2.0], "density": [0.3, 1.0, 0.6], "normalize": False}
-    merged = merge(torch.zeros_like(coordinates[0]), coordinates, "ties", **given)
-    found = merged_delta(base, experts, "knots", lambda_=0.7, **given)
-    assert relative(found, 0.7 * basis @ merged) <= 1e-9
+    parameters: dict[str, Any] = {"weight": [1.0, 0.5, -2.0], "density": [0.3, 1.0, 0.6], "normalize": False}
+    expected = merge(torch.zeros_like(coordinates[0]), coordinates, "ties", **parameters)
+    merged = merged_delta(base, experts, "knots", lambda_=0.7, **parameters)
+    assert relative(merged, 0.7 * basis @ expected) <= 1e-9
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, TALL], ids=str)
+@pytest.mark.parametrize("shape", [*MATRICES, TALL], ids=str)
 def test_one_expert_and_copies_of_it_come_back(shape: tuple[int, int]) -> None:
     base, experts = experts_with_spectra(*shape, 1)
     for copies in (1, 3):
         assert relative(merged_delta(base, experts * copies, "knots"), experts[0] - base) <= 1e-6
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, TALL], ids=str)
+@pytest.mark.parametrize("shape", [*MATRICES, TALL], ids=str)
 def test_sum_is_task_arithmetic(shape: tuple[int, int]) -> None:
     """As U·Σ_t w_t·(Uᵀ·Δ_t) is: the definition, multiplied out."""
     base, experts = experts_with_spectra(*shape, 3, dtype=torch.float64)
     weight = [1.0, 0.5, -2.0]
     basis, coordinates = fusion_bench_alignment([e - base for e in experts])
-    wanted = basis @ sum((w * c for w, c in zip(weight, coordinates, strict=True)), torch.zeros_like(coordinates[0]))
-    assert relative(merged_delta(base, experts, "knots", inner="sum", weight=weight), wanted) <= 1e-10
-    found = merge(base, experts, "knots", inner="sum", weight=weight, lambda_=0.7)
-    assert same_bits(found, merge(base, experts, "task_arithmetic", weight=weight, lambda_=0.7))
+    expected = basis @ sum((w * c for w, c in zip(weight, coordinates, strict=True)), torch.zeros_like(coordinates[0]))
+    assert relative(merged_delta(base, experts, "knots", inner="sum", weight=weight), expected) <= 1e-10
+    merged = merge(base, experts, "knots", inner="sum", weight=weight, lambda_=0.7)
+    assert same_bits(merged, merge(base, experts, "task_arithmetic", weight=weight, lambda_=0.7))
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, TALL], ids=str)
+@pytest.mark.parametrize("shape", [*MATRICES, TALL], ids=str)
 def test_experts_of_low_rank(shape: tuple[int, int]) -> None:
     """The case KnOTS is made for: the joint matrix has as many directions as the experts together."""
     changes = [with_spectrum(*shape, torch.tensor([1.0, 0.5, 0.2]), seed=10 * t) for t in (1, 2, 3)]
     basis, coordinates = fusion_bench_alignment(changes)
     assert basis.shape[1] == 9
-    found = merged_delta(torch.zeros_like(changes[0]), changes, "knots", density=0.5)
-    assert relative(found, basis @ ties_mean(coordinates, 0.5)) <= 1e-9
-    assert int(torch.linalg.matrix_rank(found, rtol=1e-8)) == 9
+    merged = merged_delta(torch.zeros_like(changes[0]), changes, "knots", density=0.5)
+    assert relative(merged, basis @ ties_mean(coordinates, 0.5)) <= 1e-9
+    assert int(torch.linalg.matrix_rank(merged, rtol=1e-8)) == 9
 
 
 def test_one_zero_task_vector() -> None:
     base, experts = experts_with_spectra(31, 24, 2, dtype=torch.float64)
-    found = merged_delta(base, [*experts, base.clone()], "knots")
-    assert relative(found, merged_delta(base, experts, "knots")) <= 1e-9
+    merged = merged_delta(base, [*experts, base.clone()], "knots")
+    assert relative(merged, merged_delta(base, experts, "knots")) <= 1e-9
 
 
 def test_rows_are_what_the_experts_share() -> None:
-    """Experts side by side: turning the rows turns the merge, turning the columns does not."""
-    contract.turns_with_its_inputs("knots", tolerance=1e-8, sides="left", density=0.5)
+    """Experts stand side by side: the contract turns the rows and with them the merge; columns are another matter."""
     base, changes = torch.zeros(12, 12), [randn(12, 12, seed=t) for t in (1, 2)]
     turned = merge(base, [c.mT for c in changes], "knots").mT
     assert relative(turned, merge(base, changes, "knots")) > 0.05
-
-
-def test_refuses_an_unknown_inner_merge() -> None:
-    base, experts = experts_with_spectra(8, 6, 2)
-    with pytest.raises(ValueError, match="inner: got 'tie', need one of ties, sum, did you mean 'ties'"):
-        merge(base, experts, "knots", inner="tie")
-
-
-@pytest.mark.parametrize("given", [{}, {"density": 0.5}, {"inner": "sum"}], ids=str)
-def test_keeps_the_contract(given: dict[str, Any]) -> None:
-    # Trimming and electing jump where rounding moves a coordinate across a threshold.
-    contract.keeps_the_contract("knots", tolerance=1e-6 if given == {"inner": "sum"} else 3e-3, **given)
-    contract.does_not_depend_on_the_order_of_experts("knots", tolerance=1e-8, **given)
-    contract.scales_with_its_inputs("knots", tolerance=1e-8, **given)
-
-
-def test_refuses_differences_beyond_fp32() -> None:
-    contract.refuses_differences_beyond_fp32("knots")
-
-
-def test_same_bits_for_any_number_of_threads(use_threads: Callable[[int], None]) -> None:
-    contract.has_the_same_bits_for_any_threads("knots", use_threads)

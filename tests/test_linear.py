@@ -13,71 +13,59 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import FLOATS, generator, group, same_bits
+from oracles import groups, mergekit
+from torch import Tensor
 
 from resm_kernels import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def mergekit_linear(
-    experts: list[torch.Tensor], weights: list[float], normalize: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
-    parameters = {"weight": weights, "normalize": normalize}
-    merged: torch.Tensor = api.merge_tensors(
-        experts, "linear", parameters=parameters, dtype=torch.float32, out_dtype=dtype
-    )
-    return merged
-
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(1,), (7, 5), (33, 17)]),
-    weights=st.lists(st.integers(1, 255), min_size=1, max_size=6),
+    models=groups((1,), (7, 5), (33, 17), n_experts=(1, 6), dtypes=[torch.bfloat16]),
+    weight=st.lists(st.integers(1, 255), min_size=6, max_size=6),
     normalize=st.booleans(),
-    out_dtype=st.sampled_from(DTYPES),
+    out_dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=150)
 def test_equals_mergekit_to_the_bit_where_products_are_exact(
-    seed: int, shape: tuple[int, ...], weights: list[int], normalize: bool, out_dtype: torch.dtype
+    models: tuple[Tensor, list[Tensor]], weight: list[int], normalize: bool, out_dtype: torch.dtype
 ) -> None:
-    _, experts = group(shape, len(weights), base_dtype=torch.bfloat16, seed=seed)
-    shares = [w / 128 for w in weights]
-    found = merge(None, experts, "linear", weight=shares, normalize=normalize, out_dtype=out_dtype)
-    assert torch.equal(found, mergekit_linear(experts, shares, normalize, out_dtype))
+    _, experts = models
+    parameters = {"weight": [w / 128 for w in weight[: len(experts)]], "normalize": normalize}
+    merged = merge(None, experts, "linear", out_dtype=out_dtype, **parameters)
+    assert torch.equal(merged, mergekit(None, experts, "linear", parameters, out_dtype=out_dtype))
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(1,), (7, 5), (33, 17)]),
-    weights=st.lists(st.floats(0.1, 2.0), min_size=1, max_size=6),
+    models=groups((1,), (7, 5), (33, 17), n_experts=(1, 6)),
+    weight=st.lists(st.floats(0.1, 2.0), min_size=6, max_size=6),
     normalize=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=150)
 def test_equals_mergekit_but_for_its_fused_products(
-    seed: int, shape: tuple[int, ...], weights: list[float], normalize: bool, dtype: torch.dtype
+    models: tuple[Tensor, list[Tensor]], weight: list[float], normalize: bool
 ) -> None:
-    _, experts = group(shape, len(weights), base_dtype=dtype, seed=seed)
-    found = merge(None, experts, "linear", weight=weights, normalize=normalize)
-    wanted = mergekit_linear(experts, weights, normalize, dtype)
-    size = sum(w * e.double().abs() for w, e in zip(weights, experts, strict=True))
-    size = size / sum(weights) if normalize else size
-    bound = 2 * (len(weights) + 1) * 2.0**-24 * size
-    if dtype == torch.bfloat16:
-        bound = bound + wanted.double().abs() * 2.0**-7  # the last bit of bf16, where fp32 lies near a midpoint
-    assert bool(((found.double() - wanted.double()).abs() <= bound).all())
+    base, experts = models
+    weight = weight[: len(experts)]
+    parameters = {"weight": weight, "normalize": normalize}
+    merged = merge(None, experts, "linear", **parameters)
+    expected = mergekit(None, experts, "linear", parameters, out_dtype=base.dtype)
+    size = sum(w * e.double().abs() for w, e in zip(weight, experts, strict=True))
+    size = size / sum(weight) if normalize else size
+    bound = 2 * (len(weight) + 1) * 2.0**-24 * size
+    if base.dtype == torch.bfloat16:
+        bound = bound + expected.double().abs() * 2.0**-7  # the last bit of bf16, where fp32 lies near a midpoint
+    assert bool(((merged.double() - expected.double()).abs() <= bound).all())
 
 
 def test_base_takes_no_part_but_gives_the_dtype() -> None:
     base, experts = group((20,), 2, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
-    found = merge(base, experts, "linear", weight=[1.0, 3.0])
-    assert found.dtype == torch.bfloat16
+    merged = merge(base, experts, "linear", weight=[1.0, 3.0])
+    assert merged.dtype == torch.bfloat16
     without = merge(None, experts, "linear", weight=[1.0, 3.0])
     assert without.dtype == torch.float32
-    assert same_bits(found, without.bfloat16())
+    assert same_bits(merged, without.bfloat16())
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

@@ -26,7 +26,7 @@ BUILT_IN = {m.spec.name: m for m in registry.registered_methods()}
 
 @pytest.fixture(autouse=True)
 def mergekits_registry_restored() -> Iterator[None]:
-    """mergekit's registry as it was, before and after each test."""
+    """Restore mergekit's registry before and after each test."""
     before = dict(registry._METHODS)
     registry._METHODS.clear()
     registry._METHODS.update(BUILT_IN)
@@ -35,7 +35,7 @@ def mergekits_registry_restored() -> Iterator[None]:
     registry._METHODS.update(before)
 
 
-def test_adds_what_mergekit_lacks_and_leaves_its_own() -> None:
+def test_adds_missing_methods_and_leaves_those_of_mergekit() -> None:
     added = register()
     assert set(added) == set(methods.names()) - set(BUILT_IN)
     assert {"resm", "tsvm"} <= set(added)
@@ -46,7 +46,7 @@ def test_adds_what_mergekit_lacks_and_leaves_its_own() -> None:
 def test_replaces_on_request() -> None:
     assert set(register(replace=True)) == set(methods.names())
     assert all(registry.get(name) is not BUILT_IN[name] for name in set(BUILT_IN) & set(methods.names()))
-    assert set(register()) == set(methods.names()), "what was replaced stays ours"
+    assert set(register()) == set(methods.names()), "a second call leaves the replaced methods ours"
 
 
 @pytest.mark.parametrize("name", sorted(set(BUILT_IN) & set(methods.names())))

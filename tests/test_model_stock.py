@@ -12,7 +12,8 @@ from checkpoints import Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits, values
-from norm_contract import SymmetricContract, assert_near, mergekit
+from norm_contract import SymmetricContract
+from oracles import assert_near, fusion_bench, mergekit
 from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
@@ -56,32 +57,32 @@ def test_equals_mergekit(
     common = randn(*shape, seed=seed + 1)
     experts = [(base + common + randn(*shape, seed=seed + 2 + t)).to(dtype) for t in range(n_experts)]
     parameters: ClassVar = {"filter_wise": filter_wise}
-    found = merge(base, experts, "model_stock", out_dtype=torch.float32, **parameters)
+    merged = merge(base, experts, "model_stock", out_dtype=torch.float32, **parameters)
     rows = [(base, experts)]
     if filter_wise:
         flat = [t.reshape(-1, shape[-1]) for t in (base, *experts)]
-        rows = [(own[0], list(own[1:])) for own in zip(*flat, strict=True)]
-    worst = max((1 + abs(t)) / d for t, d in (ratio(b, own) for b, own in rows))
+        rows = [(row[0], list(row[1:])) for row in zip(*flat, strict=True)]
+    worst = max((1 + abs(t)) / d for t, d in (ratio(*row) for row in rows))
     for wide, steps in ((torch.float64, 4), (torch.float32, 16)):
-        wanted = mergekit(base, experts, "model_stock", parameters, wide, wide)
-        assert_near(found, wanted, [base, *experts], steps * (1 + worst) * 2.0**-24)
+        expected = mergekit(base, experts, "model_stock", parameters, wide, wide)
+        assert_near(merged, expected, [base, *experts], steps * (1 + worst) * 2.0**-24)
 
 
 def test_is_the_papers_formula() -> None:
     base, common = randn(40, 30, seed=0, dtype=torch.float64), randn(40, 30, seed=1, dtype=torch.float64)
     experts = [base + common + randn(40, 30, seed=t, dtype=torch.float64) for t in (2, 3, 4)]
     t, _ = ratio(base, experts)
-    wanted = t * sum(experts) / 3 + (1 - t) * base
-    torch.testing.assert_close(merge(base, experts, "model_stock"), wanted, rtol=1e-12, atol=1e-13)
+    expected = t * sum(experts) / 3 + (1 - t) * base
+    torch.testing.assert_close(merge(base, experts, "model_stock"), expected, rtol=1e-12, atol=1e-13)
 
 
 def test_equals_fusion_bench_for_two_experts() -> None:
-    theirs = pytest.importorskip("fusion_bench.method.model_stock.model_stock", reason="fusion-bench is the oracle")
+    theirs = fusion_bench("model_stock.model_stock")
     base, experts = group((40, 30), 2)
     zero, one, two = ({"w": t} for t in (base, *experts))
     ratio_of = theirs.compute_ratio(theirs.compute_angle(one, two, zero, ignore_keys=[]), k=2)
-    wanted = theirs.merge_weights(one, two, zero, ratio_of)["w"]
-    assert_near(merge(base, experts, "model_stock"), wanted, [base, *experts], 8 * 2.0**-24)
+    expected = theirs.merge_weights(one, two, zero, ratio_of)["w"]
+    assert_near(merge(base, experts, "model_stock"), expected, [base, *experts], 8 * 2.0**-24)
 
 
 def test_equal_experts_are_the_result_and_perpendicular_ones_leave_the_base() -> None:
@@ -108,16 +109,16 @@ def test_at_the_singularity_the_base_stays() -> None:
 
 def test_a_filter_is_merged_as_alone() -> None:
     base, experts = group((6, 50), 3)
-    found = merge(base, experts, "model_stock", filter_wise=True)
+    merged = merge(base, experts, "model_stock", filter_wise=True)
     for i in range(6):
         alone = merge(base[i], [e[i] for e in experts], "model_stock")
-        torch.testing.assert_close(found[i], alone, rtol=3e-7, atol=0)
+        torch.testing.assert_close(merged[i], alone, rtol=3e-7, atol=0)
 
 
 def test_recipe_needs_two_experts(tmp_path: Path) -> None:
     family = Family(tmp_path, experts=3)
     merge_checkpoints(family.recipe("model_stock"), family.out)
-    found, wanted = load_model(family.out), merge_state_dicts(family.base, family.experts, "model_stock")
-    assert all(same_bits(found[name], wanted[name]) for name in wanted)
+    merged, expected = load_model(family.out), merge_state_dicts(family.base, family.experts, "model_stock")
+    assert all(same_bits(merged[name], expected[name]) for name in expected)
     with pytest.raises(RecipeError, match="models: got 1, but model_stock merges at least 2 beside the base"):
         load_recipe({"merge_method": "model_stock", "base_model": "a", "models": [{"model": "a"}, {"model": "b"}]})

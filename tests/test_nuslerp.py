@@ -11,7 +11,9 @@ from checkpoints import Family, load_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from norm_contract import ScaleFreeContract, assert_near, mergekit
+from norm_contract import ScaleFreeContract
+from oracles import assert_near, groups, mergekit
+from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints, plan_merge
@@ -35,37 +37,29 @@ class TestContractOfColumns(ScaleFreeContract):
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(3,), (7, 5), (33, 17), (4, 3, 19)]),
-    weights=st.lists(st.floats(0.05, 2), min_size=2, max_size=2),
+    models=groups((3,), (7, 5), (33, 17), (4, 3, 19), n_experts=(2, 2)),
+    weight=st.lists(st.floats(0.05, 2), min_size=2, max_size=2),
     flatten=st.booleans(),
     row_wise=st.booleans(),
     with_base=st.booleans(),
-    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 @settings(max_examples=150)
 def test_equals_mergekit(
-    seed: int,
-    shape: tuple[int, ...],
-    weights: list[float],
-    flatten: bool,
-    row_wise: bool,
-    with_base: bool,
-    dtype: torch.dtype,
+    models: tuple[Tensor, list[Tensor]], weight: list[float], flatten: bool, row_wise: bool, with_base: bool
 ) -> None:
-    base, experts = group(shape, 2, base_dtype=dtype, seed=seed)
-    experts[1] = (experts[1] + randn(*shape, seed=seed) * 0.02).to(dtype)  # apart, so that angles matter
+    base, experts = models
+    experts[1] = (experts[1] + randn(*base.shape, seed=0) * 0.02).to(base.dtype)  # apart, so that angles matter
     origin = base if with_base else None
-    given_parameters = {"weight": weights, "nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
-    found = merge(origin, experts, "nuslerp", out_dtype=torch.float32, **given_parameters)
-    exact = mergekit(origin, experts, "nuslerp", given_parameters, torch.float64, torch.float64)
+    parameters = {"weight": weight, "nuslerp_flatten": flatten, "nuslerp_row_wise": row_wise}
+    merged = merge(origin, experts, "nuslerp", out_dtype=torch.float32, **parameters)
+    exact = mergekit(origin, experts, "nuslerp", parameters, torch.float64, torch.float64)
     # Coefficients are at most 1/sin Ω, in fp32; Δ itself is rounded to fp32.
     moved = [experts[0] - base, experts[1] - base] if with_base else experts
     largest = 1 / sines(moved, flatten, row_wise)
-    assert_near(found, exact, [base, *experts], float(2 + 8 * largest) * 2.0**-24)
+    assert_near(merged, exact, [base, *experts], float(2 + 8 * largest) * 2.0**-24)
 
 
-def sines(x: list[torch.Tensor], flatten: bool, row_wise: bool) -> torch.Tensor:
+def sines(x: list[Tensor], flatten: bool, row_wise: bool) -> Tensor:
     """The least sin Ω of all vectors; 1 where one is 0."""
     a, b = (t.double().reshape(-1) if flatten else t.double().transpose(0, -1) if row_wise else t.double() for t in x)
     size = a.norm(dim=-1) * b.norm(dim=-1)
@@ -75,8 +69,8 @@ def sines(x: list[torch.Tensor], flatten: bool, row_wise: bool) -> torch.Tensor:
 
 def test_weights_are_shares() -> None:
     base, experts = group((40, 9), 2)
-    wanted = merge(base, experts, "nuslerp", weight=[1.0, 3.0])
-    assert same_bits(merge(base, experts, "nuslerp", weight=[0.25, 0.75]), wanted)
+    expected = merge(base, experts, "nuslerp", weight=[1.0, 3.0])
+    assert same_bits(merge(base, experts, "nuslerp", weight=[0.25, 0.75]), expected)
     # mergekit's: weights that sum to 0 mean half and half
     for weight in ([1.0, -1.0], [1.0, -1.0 + 5e-7]):
         assert same_bits(merge(base, experts, "nuslerp", weight=weight), merge(base, experts, "nuslerp"))
@@ -84,8 +78,8 @@ def test_weights_are_shares() -> None:
 
 def test_without_a_base_it_is_slerp() -> None:
     a, b = randn(300, seed=0), randn(300, seed=1)
-    wanted = merge(a, [b], "slerp", t=0.75)
-    assert same_bits(merge(None, [a, b], "nuslerp", weight=[1.0, 3.0]), wanted)
+    expected = merge(a, [b], "slerp", t=0.75)
+    assert same_bits(merge(None, [a, b], "nuslerp", weight=[1.0, 3.0]), expected)
 
 
 @pytest.mark.parametrize("flatten", [True, False])
@@ -93,8 +87,8 @@ def test_parallel_and_opposite_task_vectors(flatten: bool) -> None:
     base, step = randn(20, 30, seed=0, dtype=torch.float64), randn(20, 30, seed=1, dtype=torch.float64)
     for factor in (1.0, 3.0, -1.0, -3.0):
         experts = [base + step, base + factor * step]
-        found = merge(base, experts, "nuslerp", weight=[1.0, 3.0], nuslerp_flatten=flatten)
-        torch.testing.assert_close(found, base + (0.25 + 0.75 * factor) * step, rtol=1e-9, atol=1e-9)
+        merged = merge(base, experts, "nuslerp", weight=[1.0, 3.0], nuslerp_flatten=flatten)
+        torch.testing.assert_close(merged, base + (0.25 + 0.75 * factor) * step, rtol=1e-9, atol=1e-9)
 
 
 def test_each_vector_is_merged_as_alone() -> None:
@@ -119,14 +113,14 @@ def test_recipe_with_and_without_a_base(tmp_path: Path) -> None:
     family = Family(tmp_path, experts=2)
     recipe = {"merge_method": "nuslerp", "models": [{"model": str(f)} for f in family.folders]}
     merge_checkpoints(recipe, family.out)
-    found, wanted = load_model(family.out), merge_state_dicts(None, family.experts, "nuslerp")
-    assert all(same_bits(found[name], wanted[name]) for name in wanted)
+    merged, expected = load_model(family.out), merge_state_dicts(None, family.experts, "nuslerp")
+    assert all(same_bits(merged[name], expected[name]) for name in expected)
     with_base = recipe | {"base_model": str(family.base_folder)}
     with plan_merge(with_base) as plan:
         assert plan.base is not None and len(plan.experts) == 2
     merge_checkpoints(with_base, family.out, overwrite=True)
-    found, wanted = load_model(family.out), merge_state_dicts(family.base, family.experts, "nuslerp")
-    assert all(same_bits(found[name], wanted[name]) for name in wanted)
+    merged, expected = load_model(family.out), merge_state_dicts(family.base, family.experts, "nuslerp")
+    assert all(same_bits(merged[name], expected[name]) for name in expected)
 
 
 def test_recipe_lists_two_models_beside_the_base() -> None:

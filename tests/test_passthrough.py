@@ -8,7 +8,8 @@ import pytest
 import torch
 from checkpoints import Family, load_model
 from inputs import FLOATS, group, same_bits, values
-from norm_contract import ScaleFreeContract, mergekit
+from norm_contract import ScaleFreeContract
+from oracles import mergekit
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.engine import merge_checkpoints
@@ -28,16 +29,16 @@ class TestContract(ScaleFreeContract):
 @pytest.mark.parametrize("kind", ["weights", "huge", "tiny", "subnormal", "zeros"])
 def test_values_are_kept_to_the_bit(dtype: torch.dtype, kind: str) -> None:
     model = values((7, 90), kind, dtype, 0)
-    found = merge(None, [model], "passthrough")
-    assert same_bits(found, model) and found.data_ptr() != model.data_ptr()
+    merged = merge(None, [model], "passthrough")
+    assert same_bits(merged, model) and merged.data_ptr() != model.data_ptr()
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.7, -2.0, 1.0])
 def test_scaled_as_mergekit(scale: float) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         model = values((7, 90), "weights", dtype, 0)
-        found = merge(None, [model], "passthrough", scale=scale)
-        assert torch.equal(found, mergekit(None, [model], "passthrough", {"scale": scale}, out_dtype=dtype))
+        merged = merge(None, [model], "passthrough", scale=scale)
+        assert torch.equal(merged, mergekit(None, [model], "passthrough", {"scale": scale}, out_dtype=dtype))
 
 
 def test_recipe_scales_by_name(tmp_path: Path) -> None:
@@ -57,8 +58,8 @@ def test_a_filter_that_matches_nothing_leaves_the_model(tmp_path: Path) -> None:
     family = Family(tmp_path, experts=1)
     models = [{"model": str(family.folders[0]), "parameters": {"scale": [{"filter": "q_proj", "value": 0.25}]}}]
     merge_checkpoints({"merge_method": "passthrough", "models": models}, family.out)
-    merged, wanted = load_model(family.out), merge_state_dicts(None, family.experts, "passthrough")
-    for name in wanted:
-        assert torch.equal(merged[name], wanted[name] * (0.25 if "q_proj" in name else 1.0))
+    merged, expected = load_model(family.out), merge_state_dicts(None, family.experts, "passthrough")
+    for name in expected:
+        assert torch.equal(merged[name], expected[name] * (0.25 if "q_proj" in name else 1.0))
     base, experts = group((9,), 1, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
     assert same_bits(merge(base, experts, "passthrough"), experts[0].bfloat16())

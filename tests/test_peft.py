@@ -29,16 +29,16 @@ def tensors(n: int, shape: tuple[int, ...], seed: int, dtype: torch.dtype = torc
     st.integers(0, 99),
 )
 def test_pruned_by_magnitude(n: int, shape: tuple[int, ...], density: float, weights: list[float], seed: int) -> None:
-    deltas, own = tensors(n, shape, seed), torch.tensor(weights[:n])
+    deltas, weight = tensors(n, shape, seed), torch.tensor(weights[:n])
     close = {"rtol": 1e-5, "atol": 1e-6}
-    torch.testing.assert_close(twins.task_arithmetic(deltas, own), theirs.task_arithmetic(deltas, own), **close)
+    torch.testing.assert_close(twins.task_arithmetic(deltas, weight), theirs.task_arithmetic(deltas, weight), **close)
     with pytest.warns(UserWarning) if density >= 1 else torch.no_grad():
-        want = theirs.magnitude_prune(deltas, own, density)
-    torch.testing.assert_close(twins.magnitude_prune(deltas, own, density), want, **close)
+        expected = theirs.magnitude_prune(deltas, weight, density)
+    torch.testing.assert_close(twins.magnitude_prune(deltas, weight, density), expected, **close)
     for method in SIGNS:
         with pytest.warns(UserWarning) if density >= 1 else torch.no_grad():
-            want = theirs.ties(deltas, own, density, method)
-        torch.testing.assert_close(twins.ties(deltas, own, density, method), want, **close)
+            expected = theirs.ties(deltas, weight, density, method)
+        torch.testing.assert_close(twins.ties(deltas, weight, density, method), expected, **close)
 
 
 @pytest.mark.parametrize("method", SIGNS)
@@ -72,15 +72,15 @@ def test_draws_follow_torchs_seed() -> None:
 def test_half_precision_is_rounded_once() -> None:
     deltas, weights = tensors(3, (40, 50), 4, torch.bfloat16), torch.tensor([0.3, 0.7, 1.1])
     for name in ("ties", "magnitude_prune"):
-        found = getattr(twins, name)(deltas, weights, 1.0)
+        merged = getattr(twins, name)(deltas, weights, 1.0)
         exact = getattr(twins, name)([d.double() for d in deltas], weights.double(), 1.0)
-        assert found.dtype == torch.bfloat16
-        assert bool(((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
+        assert merged.dtype == torch.bfloat16
+        assert bool(((merged.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
     torch.manual_seed(0)
-    found = twins.dare_ties(deltas, weights, 0.7)
+    merged = twins.dare_ties(deltas, weights, 0.7)
     torch.manual_seed(0)
     exact = twins.dare_ties([d.double() for d in deltas], weights.double(), 0.7)
-    assert bool(((found.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
+    assert bool(((merged.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
 
 
 def test_serves_pefts_own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +96,10 @@ def test_serves_pefts_own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
         layer = adapted.base_model.model[0]
         return torch.cat([layer.lora_A["c"].weight.flatten(), layer.lora_B["c"].weight.flatten()]).detach()
 
-    want = merged()
+    expected = merged()
     calls = []
     monkeypatch.setattr(peft.tuners.lora.model, "ties", lambda *a: calls.append(1) or twins.ties(*a))
-    torch.testing.assert_close(merged(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(merged(), expected, rtol=1e-5, atol=1e-6)
     assert calls
 
 

@@ -60,8 +60,8 @@ def test_splits_are_disjoint_by_question_entity_and_form(seed: int) -> None:
     asked = {split: world.questions(split) for split in ("valid", "test")}
     for split, items in asked.items():
         assert not {item.question for item in items} & trained
-        wanted = {kind: size if split == "test" else size // 2 for kind, size in TEST_SIZE.items()}
-        assert Counter(item.kind for item in items) == wanted
+        expected = {kind: size if split == "test" else size // 2 for kind, size in TEST_SIZE.items()}
+        assert Counter(item.kind for item in items) == expected
         for item in items:
             if item.held_out == "form":
                 assert forms_that_fit(world, item.question, split), item
@@ -127,12 +127,12 @@ def test_answers_are_those_of_generate(world: World) -> None:
     with torch.no_grad():  # an end mark that wins at times, so that answers end at different lengths
         model.get_input_embeddings().weight[tokenizer.eos_token_id] *= 4
     prompts = [item.prompt for item in world.questions("valid")[::30]]
-    found = answer(model, tokenizer, prompts)
-    for prompt, text in zip(prompts, found, strict=True):
+    answers = answer(model, tokenizer, prompts)
+    for prompt, text in zip(prompts, answers, strict=True):
         ids = tokenizer([prompt], return_tensors="pt")["input_ids"]
         whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False)
         assert text == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True).strip()
-    assert len({len(text.split()) for text in found}) > 2
+    assert len({len(text.split()) for text in answers}) > 2
 
 
 # ---------------------------------------------------------------------- preferences and mixes
@@ -152,10 +152,10 @@ def test_preferences_start_where_the_reference_is(world: World, monkeypatch: pyt
     items = World.expert_items
     monkeypatch.setattr(World, "expert_items", lambda self, expert: items(self, expert)[:20])
     for expert in KINDS_OF:
-        found = pairs(world, expert, model, tokenizer)
-        assert all(chosen[0] != rejected[0] for chosen, rejected, _ in found)
-        assert pair_loss(anchor=0.0)(model, found).item() == pytest.approx(math.log(2), rel=1e-6)
-    *both, margin = found[0]
+        preferences = pairs(world, expert, model, tokenizer)
+        assert all(chosen[0] != rejected[0] for chosen, rejected, _ in preferences)
+        assert pair_loss(anchor=0.0)(model, preferences).item() == pytest.approx(math.log(2), rel=1e-6)
+    *both, margin = preferences[0]
     sums = []
     for ids, start in both:
         logits = model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1).detach()
@@ -180,13 +180,13 @@ def test_filter_keeps_what_the_base_finds_neither_easy_nor_hard(world: World) ->
     tokenizer = build_tokenizer(world)
     model = build_model(TINY, len(tokenizer)).double().eval()
     data = encode_answers(tokenizer, [(item, item.answer) for item in world.expert_items("helpful")[:40]])
-    kept = keep_middling(model, data)
+    filtered = keep_middling(model, data)
     losses = []
     for ids, start in data:
         labels = torch.tensor([[-100] * start + ids[start:]])
         losses.append(float(model(input_ids=torch.tensor([ids]), labels=labels).loss))
     low, high = sorted(losses)[8], sorted(losses)[35]
-    assert kept == [e for e, loss in zip(data, losses, strict=True) if low <= loss <= high] and len(kept) == 28
+    assert filtered == [e for e, loss in zip(data, losses, strict=True) if low <= loss <= high] and len(filtered) == 28
 
 
 # ---------------------------------------------------------------------- training
@@ -239,7 +239,7 @@ def test_interrupted_training_leaves_nothing_that_looks_whole(tmp_path: Path, mo
     with monkeypatch.context() as patch:
         training.train(second, "small", 5, "honest")
         patch.setattr(training, "fit", None)
-        record = training.train(second, "small", 5, "honest")  # is there: not trained again
+        record = training.train(second, "small", 5, "honest")  # the model is there, so it is not trained again
     assert record["steps"] == len(record["loss"]) * 2 == 4 and record["examples"] == 128
     for name in ("base", "honest"):
         ours, theirs = (weights(root / "small" / "seed-5" / name) for root in (first, second))
@@ -278,5 +278,5 @@ def test_a_folder_of_other_settings_or_origin_is_refused(tmp_path: Path, monkeyp
 
 def test_batches_hold_every_example_once_an_epoch() -> None:
     examples = [(list(range(random.Random(i).randint(2, 9))), 0) for i in range(70)]
-    found = list(batches(examples, 16, token_count, random.Random(0)))
-    assert sorted(e for batch in found for e in batch) == sorted(examples) and len(found) == 5
+    all_batches = list(batches(examples, 16, token_count, random.Random(0)))
+    assert sorted(e for batch in all_batches for e in batch) == sorted(examples) and len(all_batches) == 5

@@ -17,9 +17,9 @@ KINDS: list[str] = [kind for kinds in KINDS_OF.values() for kind in kinds]
 
 def test_interval_is_scipys() -> None:
     values = [61.2, 63.4, 60.9, 64.0, 62.2]
-    found = comparison.interval(values)
+    interval = comparison.interval(values)
     low, high = stats.t.interval(0.95, 4, loc=sum(values) / 5, scale=stats.sem(values))
-    assert [found.mean - found.half, found.mean + found.half] == pytest.approx([low, high])
+    assert [interval.mean - interval.half, interval.mean + interval.half] == pytest.approx([low, high])
     assert math.isnan(comparison.interval([1.0]).half)
 
 
@@ -28,8 +28,8 @@ def test_standard_error_by_hand() -> None:
     kinds_of = {"a": ("x", "y"), "b": ("z",)}
     scores = {"x": 50.0, "y": 80.0, "z": 90.0}
     variance = 0.25 / 100 / 16 + 0.16 / 25 / 16 + 0.09 / 400 / 4
-    found = comparison.standard_error(scores, {"x": 100, "y": 25, "z": 400}, kinds_of)
-    assert found == pytest.approx(100 * variance**0.5)
+    error = comparison.standard_error(scores, {"x": 100, "y": 25, "z": 400}, kinds_of)
+    assert error == pytest.approx(100 * variance**0.5)
 
 
 def test_standard_error_is_that_of_drawn_questions() -> None:
@@ -46,10 +46,10 @@ def test_standard_error_is_that_of_drawn_questions() -> None:
 
 def test_comparison_counts_and_tests_pairs() -> None:
     ours, theirs = [70.0, 71.0, 69.0, 72.0, 70.5], [68.0, 70.5, 70.9, 69.0, 70.5]
-    found = comparison.compare(ours, theirs, [1.0] * 5)
-    assert (found.wins, found.ties, found.losses) == (2, 2, 1)
-    assert found.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
-    assert found.difference.mean == pytest.approx(0.72)
+    compared = comparison.compare(ours, theirs, [1.0] * 5)
+    assert (compared.wins, compared.ties, compared.losses) == (2, 2, 1)
+    assert compared.p == pytest.approx(stats.ttest_rel(ours, theirs).pvalue)
+    assert compared.difference.mean == pytest.approx(0.72)
     assert comparison.compare(ours, ours, [1.0] * 5).p == 1.0
     with pytest.raises(ValueError, match="margins"):
         comparison.compare(ours, theirs, [1.0])
@@ -75,10 +75,10 @@ def test_tables_bold_the_best_and_correct_for_all() -> None:
         "models/base": [scores | {"average": a} for a in (60.1, 61.9, 61.2)],
     }
     questions = {"test": dict.fromkeys(KINDS, 100)}
-    own = results.Results("small", "development", [0, 1, 2], "1", [questions] * 3, rows, {}, {}, [], [])
-    table = tables.score_table(own, ["models", "default"])
+    record = results.Results("small", "development", [0, 1, 2], "1", [questions] * 3, rows, {}, {}, [], [])
+    table = tables.score_table(record, ["models", "default"])
     assert "| TIES |" in table and "**61.1" in table and table.count("**61.0") == 0
-    found = tables.comparisons(own, "default/resm", rows)
-    (ties, p), (base, q) = found["default/ties"], found["models/base"]
+    comparisons = tables.comparisons(record, "default/resm", rows)
+    (ties, p), (base, q) = comparisons["default/ties"], comparisons["models/base"]
     assert (ties.wins, ties.ties, ties.losses) == (3, 0, 0) and (base.wins, base.ties, base.losses) == (0, 3, 0)
     assert p == pytest.approx(2 * ties.p) and q == pytest.approx(base.p)

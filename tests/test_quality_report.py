@@ -75,7 +75,7 @@ def made_up(model: StateDict, split: str) -> Mapping[str, float]:
 
 
 class Spy:
-    """Asks in place of `Asker`, and writes down what was asked in which order."""
+    """A stand-in for `Asker` that records each question in order."""
 
     def __init__(self, patience: int = 10**6) -> None:
         self.asked: list[tuple[str, str]] = []
@@ -132,8 +132,8 @@ def test_parameters_at_their_defaults_are_the_default() -> None:
 
 def test_stored_models_are_read_as_they_are(models: Models, folder: Path) -> None:
     expected = LlamaForCausalLM.from_pretrained(folder / "honest", dtype=torch.bfloat16).state_dict()
-    found = merge(models, candidates.Candidate(("honest",)))
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    merged = merge(models, candidates.Candidate(("honest",)))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
 
 
 def test_adapters_are_read_as_peft_merges_them(models: Models, folder: Path) -> None:
@@ -141,9 +141,9 @@ def test_adapters_are_read_as_peft_merges_them(models: Models, folder: Path) -> 
 
     base = LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float64)
     expected = PeftModel.from_pretrained(base, folder / "honest-lora").merge_and_unload().state_dict()
-    found = models["honest-lora"]
-    assert not torch.equal(found["model.layers.0.self_attn.q_proj.weight"], expected["lm_head.weight"][:16])
-    for name, tensor in found.items():
+    adapted = models["honest-lora"]
+    assert not torch.equal(adapted["model.layers.0.self_attn.q_proj.weight"], expected["lm_head.weight"][:16])
+    for name, tensor in adapted.items():
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-12, atol=1e-12)
 
 
@@ -169,7 +169,7 @@ def test_folds_give_each_expert_its_weight(models: Models) -> None:
 def test_the_choice_reads_validation_alone(folder: Path, models: Models, tmp_path: Path) -> None:
     """Other test scores change no choice, and no test question is asked before all choices are written down."""
     spy = Spy()
-    found = measure.Measurement(tmp_path, models, spy, records.Record("x")).run(few_rows())
+    record = measure.Measurement(tmp_path, models, spy, records.Record("x")).run(few_rows())
     splits = [split for _, split in spy.asked]
     assert splits == sorted(splits, reverse=True)  # "valid" before "test"
     assert len(set(spy.asked)) == len(spy.asked)  # nothing is asked twice
@@ -180,12 +180,12 @@ def test_the_choice_reads_validation_alone(folder: Path, models: Models, tmp_pat
             return scores if split == "valid" else {name: 100 - value for name, value in scores.items()}
 
     other = measure.Measurement(tmp_path, models, Poisoned(), records.Record("x")).run(few_rows())
-    assert other.choices == found.choices and other.test != found.test
-    best = max(found.choices.values(), key=lambda key: found.valid[key]["average"])
-    assert all(found.valid[best]["average"] >= scores["average"] for scores in found.valid.values())
+    assert other.choices == record.choices and other.test != record.test
+    best = max(record.choices.values(), key=lambda key: record.valid[key]["average"])
+    assert all(record.valid[best]["average"] >= scores["average"] for scores in record.valid.values())
     # Of the grid, only the default (a row of its own) and the choice were asked the test questions.
     asked = {merge_of("task_arithmetic").key, candidates.Candidate(("helpful",)).key, best}
-    assert set(found.test) == asked
+    assert set(record.test) == asked
 
 
 def test_the_first_of_equals_is_chosen() -> None:
@@ -195,8 +195,8 @@ def test_the_first_of_equals_is_chosen() -> None:
 
 
 def test_a_run_that_was_cut_off_goes_on(models: Models, tmp_path: Path) -> None:
-    whole = Spy()
-    expected = measure.Measurement(tmp_path / "a", models, whole, records.Record("x"))
+    uncut = Spy()
+    expected = measure.Measurement(tmp_path / "a", models, uncut, records.Record("x"))
     (tmp_path / "a").mkdir()
     expected.run(few_rows())
     (tmp_path / "b").mkdir()
@@ -204,10 +204,10 @@ def test_a_run_that_was_cut_off_goes_on(models: Models, tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         measure.Measurement(tmp_path / "b", models, first, records.Record("x")).run(few_rows())
     second = Spy()
-    kept = records.Record.open(tmp_path / "b", "x")
-    found = measure.Measurement(tmp_path / "b", models, second, kept).run(few_rows())
-    assert first.asked + second.asked == whole.asked
-    assert (found.valid, found.test, found.choices) == (
+    saved = records.Record.open(tmp_path / "b", "x")
+    record = measure.Measurement(tmp_path / "b", models, second, saved).run(few_rows())
+    assert first.asked + second.asked == uncut.asked
+    assert (record.valid, record.test, record.choices) == (
         expected.record.valid,
         expected.record.test,
         expected.record.choices,
@@ -238,7 +238,7 @@ def test_asking_a_model_is_evaluating_it(folder: Path, models: Models) -> None:
 
     world = World(0)
     ask = measure.Asker(folder, world)
-    ask(models["honest"], "valid")  # the module is used again
+    ask(models["honest"], "valid")  # the next question uses the same module
     model, tokenizer = load(folder / "base")
     assert ask(models["base"], "valid") == evaluate(model, tokenizer, world, "valid")
     assert sum(ask.questions()["test"].values()) == len(world.questions("test"))
@@ -264,15 +264,15 @@ def thin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Models) -> Ite
     monkeypatch.setattr(run, "train", lambda size, seeds, root, models, device: trained.append((seeds, models)))
 
     def one(folders: dict[int, Path], record: str, workers: int, device: str) -> dict[int, records.Record]:
-        found = {}
+        by_seed = {}
         for seed, where in folders.items():
             where.mkdir(parents=True, exist_ok=True)
-            own = records.Record(f"{seed}")
-            own.questions = {"test": dict.fromkeys(KINDS, 50), "valid": dict.fromkeys(KINDS, 25)}
-            own.layers = measure.layers(models)
+            fresh = records.Record(f"{seed}")
+            fresh.questions = {"test": dict.fromkeys(KINDS, 50), "valid": dict.fromkeys(KINDS, 25)}
+            fresh.layers = measure.layers(models)
             spy = SeededSpy(seed)
-            found[seed] = measure.Measurement(where, models, spy, own).run(measure.rows_of(record))
-        return found
+            by_seed[seed] = measure.Measurement(where, models, spy, fresh).run(measure.rows_of(record))
+        return by_seed
 
     monkeypatch.setattr(run, "measure", one)
     (tmp_path / "results").mkdir()
@@ -290,8 +290,8 @@ class SeededSpy(Spy):
 
 def go(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
     root = thin["root"]
-    own = ["--root", str(root), "--results", str(root / "results")]
-    monkeypatch.setattr(sys, "argv", ["run.py", *own, *arguments])
+    folders = ["--root", str(root), "--results", str(root / "results")]
+    monkeypatch.setattr(sys, "argv", ["run.py", *folders, *arguments])
     run.main()
 
 
@@ -300,16 +300,16 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     page = root / "results" / "quality.md"
     go(thin, monkeypatch, "--seeds", "0", "1")
     text = page.read_text()
-    found = json.loads((root / "results" / "quality.json").read_text())
-    assert found["seeds"] == [0, 1]
+    content = json.loads((root / "results" / "quality.json").read_text())
+    assert content["seeds"] == [0, 1]
     assert [(seeds, sorted(names)) for seeds, names in thin["trained"]] == [
         ([0, 1], sorted(("base", *SFT, *DPO, *LORA, *MIXES)))
     ]
-    assert len(found["rows"]["tuned/resm"]) == 2 and len(found["grids"]["tuned/resm"]) == 8
+    assert len(content["rows"]["tuned/resm"]) == 2 and len(content["grids"]["tuned/resm"]) == 8
     assert "| RESM |" in text and "| mix-weighted |" in text
     assert all(text.count(f"\n## {title}\n") == 1 for title in tables.TITLES.values())
     assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
-    # Pictures take seconds; the first were looked at.
+    # Pictures take seconds, and the first ones are checked above.
     for name in ("pareto", "layers"):
         monkeypatch.setattr(plots, name, lambda *_: None)
     run.report(root / "results", "small")
@@ -322,7 +322,7 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     assert set(fresh.rows) == {row for h in hypotheses.HYPOTHESES for row in (h.better, h.worse)}
     assert sorted(thin["trained"][-1][1]) == sorted(("base", *SFT, "mix-uniform"))  # no more than that takes
     assert "seeds 2–3" in page.read_text()
-    assert json.loads((root / "results" / "quality.json").read_text()) == found
+    assert json.loads((root / "results" / "quality.json").read_text()) == content
 
 
 def test_published_tables_come_from_the_published_records(tmp_path: Path) -> None:

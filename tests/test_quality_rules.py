@@ -32,11 +32,11 @@ def test_scale_of_equal_experts() -> None:
     """Twice the same expert: M is the expert itself, every direction is shared, η = 1."""
     base, experts = orthogonal_experts()
     twice = [experts[0], experts[0]]
-    given = {"beta": 0.0, "gamma": 0.0}
+    parameters = {"beta": 0.0, "gamma": 0.0}
     expected = {"preserve-norm": 1.0, "least-squares": 1.0, "interference": 0.5**0.5}
     for rule, value in expected.items():
-        found = rules.RULES[rule](base, twice, "resm", given)["w"]["lambda_"]
-        assert found == pytest.approx(value, abs=1e-9), rule
+        scale = rules.RULES[rule](base, twice, "resm", parameters)["w"]["lambda_"]
+        assert scale == pytest.approx(value, abs=1e-9), rule
 
 
 def test_least_squares_is_the_best_scale() -> None:
@@ -71,11 +71,13 @@ def test_equal_retention_retains_equally() -> None:
     shared = torch.randn(15, 12, dtype=torch.float64)
     deltas = [10 * torch.randn(15, 12, dtype=torch.float64), shared + 0.3 * torch.randn(15, 12), shared]
     experts = [{"w": base["w"] + d} for d in deltas]
-    given = {"beta": 0.0, "gamma": 0.0}
-    weights = rules.RULES["equal-retention"](base, experts, "resm", given)["w"]["weight"]
+    parameters = {"beta": 0.0, "gamma": 0.0}
+    weights = rules.RULES["equal-retention"](base, experts, "resm", parameters)["w"]["weight"]
 
     def retained(weight: list[float]) -> list[float]:
-        merged = resm_kernels.merge(base["w"], [e["w"] for e in experts], "resm", weight=weight, **given) - base["w"]
+        merged = (
+            resm_kernels.merge(base["w"], [e["w"] for e in experts], "resm", weight=weight, **parameters) - base["w"]
+        )
         shares = []
         for delta in deltas:
             u, s, vt = torch.linalg.svd(delta)
@@ -92,9 +94,9 @@ def test_outliers_of_one_tensor_are_resms_own_weights() -> None:
     torch.manual_seed(2)
     base = {"w": torch.zeros(64, 64)}
     experts = [{"w": torch.randn(64, 64) ** power} for power in (1, 3, 5)]
-    found = rules.RULES["model-outliers"](base, experts, "resm", {})["w"]["weight"]
+    weights = rules.RULES["model-outliers"](base, experts, "resm", {})["w"]["weight"]
     expected = layer_plan(base["w"], [e["w"] for e in experts]).weights
-    assert found == pytest.approx(expected, rel=1e-6) and max(found) > 1.5
+    assert weights == pytest.approx(expected, rel=1e-6) and max(weights) > 1.5
 
 
 def test_scale_rules_refuse_methods_without_subspaces() -> None:

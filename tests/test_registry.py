@@ -1,4 +1,4 @@
-"""How methods are declared and registered: signatures, plug-ins of installed packages, and what is refused."""
+"""How methods are declared and registered: signatures, plug-ins of installed packages, and errors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Percent = Annotated[float, Option("a share", minimum=0, maximum=100)]
 
 
 @pytest.fixture(autouse=True)
-def registry_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test registers or loads is forgotten after it."""
+def separate_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget the methods that a test registers or loads."""
     methods_by_name = {name: get(name) for name in names()}
     monkeypatch.setattr("resm_kernels.methods._registry._methods", methods_by_name)
     monkeypatch.setattr("resm_kernels.methods._registry._loaded", set())
@@ -30,7 +30,7 @@ def decorated(**arguments: Any) -> Any:
     return merge_method(title="Test", reference="https://example.org", **arguments)
 
 
-def test_a_signature_says_all_about_the_parameters() -> None:
+def test_parameters_are_read_from_the_signature() -> None:
     @decorated(min_experts=2, max_experts=4)
     def everything(
         base: Tensor,
@@ -219,7 +219,7 @@ def test_broken_packages_are_named(site: Path, name: str, code: str, message: st
     )
     with pytest.raises(ValueError, match=expected):
         names()
-    assert get("tsvm").name == "tsvm", "what is known needs no plug-in"
+    assert get("tsvm").name == "tsvm", "known methods need no plug-in"
     if name != "ties":
         with pytest.raises(ValueError, match=expected):
             get(name)

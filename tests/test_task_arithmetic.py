@@ -1,4 +1,4 @@
-"""task_arithmetic: to the bit what mergekit computes in fp32, for up to four experts.
+"""task_arithmetic: equal to mergekit in fp32 to the bit for up to four experts.
 
 torch sums four rows and fewer in order; from five on, columns that fill no vector are summed in an order of their
 own, so that mergekit's own result depends on a tensor's length. There `reordered` bounds the difference: each order
@@ -13,27 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
+from oracles import groups, mergekit, our_keywords
+from torch import Tensor
 
 from resm_kernels import merge
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-DTYPES = (torch.float32, torch.bfloat16)
-
-
-def mergekit_task_arithmetic(
-    base: torch.Tensor, experts: list[torch.Tensor], weights: list[float], normalize: bool, scale: float
-) -> torch.Tensor:
-    api = pytest.importorskip("mergekit.merge_methods", reason="mergekit is the oracle")
-    merged: torch.Tensor = api.merge_tensors(
-        [base, *experts],
-        "task_arithmetic",
-        parameters={"weight": weights, "normalize": normalize, "lambda": scale},
-        base_index=0,
-        dtype=torch.float32,
-        out_dtype=base.dtype,
-    )
-    return merged
 
 
 def reordered(n_experts: int) -> float:
@@ -41,39 +26,31 @@ def reordered(n_experts: int) -> float:
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    shape=st.sampled_from([(), (1,), (3,), (7, 5), (33, 17), (2, 3, 19)]),
-    weights=st.lists(st.floats(0.05, 3.0), min_size=1, max_size=4),
+    models=groups((), (1,), (3,), (7, 5), (33, 17), (2, 3, 19)),
+    weight=st.lists(st.floats(0.05, 3.0), min_size=4, max_size=4),
     signs=st.lists(st.sampled_from([1, -1]), min_size=4, max_size=4),
     normalize=st.booleans(),
     scale=st.floats(-2.0, 2.0),
-    dtype=st.sampled_from(DTYPES),
 )
 @settings(max_examples=150)
 def test_equals_mergekit_to_the_bit(
-    seed: int,
-    shape: tuple[int, ...],
-    weights: list[float],
-    signs: list[int],
-    normalize: bool,
-    scale: float,
-    dtype: torch.dtype,
+    models: tuple[Tensor, list[Tensor]], weight: list[float], signs: list[int], normalize: bool, scale: float
 ) -> None:
-    if not normalize:
-        weights = [w * s for w, s in zip(weights, signs, strict=False)]
-    base, experts = group(shape, len(weights), base_dtype=dtype, seed=seed)
-    found = merge(base, experts, "task_arithmetic", weight=weights, normalize=normalize, lambda_=scale)
-    assert torch.equal(found, mergekit_task_arithmetic(base, experts, weights, normalize, scale))
+    base, experts = models
+    weight = [w if normalize else w * s for w, s, _ in zip(weight, signs, experts, strict=False)]
+    parameters = {"weight": weight, "normalize": normalize, "lambda": scale}
+    merged = merge(base, experts, "task_arithmetic", **our_keywords(parameters))
+    assert torch.equal(merged, mergekit(base, experts, "task_arithmetic", parameters, out_dtype=base.dtype))
 
 
 @pytest.mark.parametrize("n_experts", [5, 8, 17])
 def test_many_experts_differ_from_mergekit_by_the_order_of_the_sum_only(n_experts: int) -> None:
     base, experts = randn(1003, seed=0), [randn(1003, seed=t + 1) for t in range(n_experts)]
     weights = [0.5 + 0.1 * t for t in range(n_experts)]
-    found = merge(base, experts, "task_arithmetic", weight=weights)
-    wanted = mergekit_task_arithmetic(base, experts, weights, False, 1.0)
+    merged = merge(base, experts, "task_arithmetic", weight=weights)
+    expected = mergekit(base, experts, "task_arithmetic", {"weight": weights})
     size = base.abs() + sum(w * (e - base).abs() for w, e in zip(weights, experts, strict=True))
-    assert bool(((found - wanted).abs() <= reordered(n_experts) * size).all())
+    assert bool(((merged - expected).abs() <= reordered(n_experts) * size).all())
 
 
 def test_one_expert_of_weight_one_is_returned() -> None:
@@ -87,7 +64,7 @@ def test_lambda_zero_and_no_change_return_the_base() -> None:
     assert same_bits(merge(base, [base, base], "task_arithmetic", weight=[3, -7]), base)
 
 
-def test_what_mergekit_ignores_is_ignored() -> None:
+def test_parameters_that_mergekit_ignores_are_ignored() -> None:
     base, experts = group((400,), 2)
     more = {"density": [0.1, 0.2], "rescale": True, "int8_mask": True}
     assert same_bits(merge(base, experts, "task_arithmetic", **more), merge(base, experts, "task_arithmetic"))
@@ -97,10 +74,6 @@ def test_what_mergekit_ignores_is_ignored() -> None:
 
 def test_weights_that_sum_to_nothing_do_not_divide() -> None:
     base, experts = group((400,), 2)
-    found = merge(base, experts, "task_arithmetic", weight=[1.0, -1.0], normalize=True)
-    assert torch.equal(found, mergekit_task_arithmetic(base, experts, [1.0, -1.0], True, 1.0))
-
-
-def test_base_is_needed() -> None:
-    with pytest.raises(ValueError, match="base: got None, but task_arithmetic merges task vectors"):
-        merge(None, [torch.zeros(3)], "task_arithmetic")
+    parameters = {"weight": [1.0, -1.0], "normalize": True}
+    expected = mergekit(base, experts, "task_arithmetic", parameters)
+    assert torch.equal(merge(base, experts, "task_arithmetic", **parameters), expected)
