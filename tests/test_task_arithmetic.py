@@ -77,3 +77,8 @@ def test_weights_that_sum_to_nothing_do_not_divide() -> None:
     parameters = {"weight": [1.0, -1.0], "normalize": True}
     expected = mergekit(base, experts, "task_arithmetic", parameters)
     assert torch.equal(merge(base, experts, "task_arithmetic", **parameters), expected)
+
+
+def test_base_is_needed() -> None:
+    with pytest.raises(ValueError, match="base: got None, but task_arithmetic merges task vectors"):
+        merge(None, [torch.zeros(3)], "task_arithmetic")
