@@ -25,7 +25,7 @@ $(VENV)/.lint: $(VENV)/.test
 	$(INSTALL) -e '.[demo,test,peers,lint]'
 	touch $@
 
-# Merge three experts with RESM, load the result with transformers, compare it with what else there is.
+# Merge three experts with RESM, load the result with transformers, and compare it with other merges.
 demo: $(VENV)/.demo
 	$(BIN)/python -m examples.3h.demo
 
@@ -43,7 +43,7 @@ lint: $(VENV)/.lint
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
 
-# Rewrites the sources as `make lint` wants them.
+# Rewrites the sources in the style that `make lint` checks.
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .

@@ -42,21 +42,21 @@ def recipe(name: str, accuracy: float) -> dict[str, Any]:
 
     Above 0 by subspace iteration, which uses the accuracy up; `auto` would take fp32 products here and hardly err.
     """
-    found: dict[str, Any] = yaml.safe_load((EXAMPLE / "recipes" / f"{name}.yaml").read_text())
-    found["base_model"] = str(ROOT / found["base_model"])
-    for entry in found["models"]:
+    recipe: dict[str, Any] = yaml.safe_load((EXAMPLE / "recipes" / f"{name}.yaml").read_text())
+    recipe["base_model"] = str(ROOT / recipe["base_model"])
+    for entry in recipe["models"]:
         entry["model"] = str(ROOT / entry["model"])
-    found["parameters"] |= {"accuracy": accuracy, "decomposition": "randomized" if accuracy else "gram"}
-    return found
+    recipe["parameters"] |= {"accuracy": accuracy, "decomposition": "randomized" if accuracy else "gram"}
+    return recipe
 
 
 def merge(name: str, accuracy: float, out: Path) -> None:
     merge_checkpoints(recipe(name, accuracy), out, overwrite=True, threads=THREADS)
 
 
-def difference(base: Path, found: Path, exact: Path) -> float:
+def difference(base: Path, merged: Path, exact: Path) -> float:
     """‖M − M₀‖ / ‖M₀‖ of two merged models' task vectors over all their tensors."""
-    readers = [CheckpointReader(folder) for folder in (base, found, exact)]
+    readers = [CheckpointReader(folder) for folder in (base, merged, exact)]
     apart = size = 0.0
     for name in readers[0].tensors:
         start, one, other = (reader.read(name).double() for reader in readers)
@@ -71,14 +71,14 @@ def scores(folder: Path, splits: Sequence[HeldOutSplit]) -> dict[str, dict[str, 
     """Scores of a model on each split."""
     model, tokenizer = load(folder)
     world = World(0)  # of the example's models
-    found = {split: evaluate(model, tokenizer, world, split) for split in splits}
-    return {split: {name: values[name] for name in SCORES} for split, values in found.items()}
+    scores = {split: evaluate(model, tokenizer, world, split) for split in splits}
+    return {split: {name: values[name] for name in SCORES} for split, values in scores.items()}
 
 
 def measure(
     name: str, accuracies: Sequence[float], splits: Sequence[HeldOutSplit], rounds: int, scratch: Path
 ) -> list[dict[str, Any]]:
-    """One record for each accuracy; the first accuracy is what the others are compared with."""
+    """One record for each accuracy; the others are compared with the first accuracy."""
     folders = {accuracy: scratch / f"{name}-{accuracy:g}" for accuracy in accuracies}
     runs = {str(a): functools.partial(merge, name, a, folder) for a, folder in folders.items()}
     seconds = in_turn(runs, rounds)
@@ -119,7 +119,7 @@ def show(console: Console, records: Sequence[dict[str, Any]], splits: Sequence[H
         first = next(r for r in records if r["recipe"] == record["recipe"])
         moved = (abs(record["scores"][s][n] - first["scores"][s][n]) for s in splits for n in SCORES)
         moves.setdefault(f"{record['accuracy']:g}", []).append(max(moved))
-    largest = ", ".join(f"{accuracy}: {max(found):.1f}" for accuracy, found in moves.items())
+    largest = ", ".join(f"{accuracy}: {max(move):.1f}" for accuracy, move in moves.items())
     console.print(f"largest move of any score, in points, by accuracy: {largest}")
 
 
@@ -127,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipes", nargs="+", default=RECIPES, choices=RECIPES)
     parser.add_argument(
-        "--accuracies", type=float, nargs="+", default=ACCURACIES, help="the first is what others are compared with"
+        "--accuracies", type=float, nargs="+", default=ACCURACIES, help="the others are compared with the first"
     )
     parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS)
     parser.add_argument("--rounds", type=int, default=3, help="times each merge is timed (default: 3)")

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
@@ -123,6 +123,21 @@ def make_tensors(name: str, shape: tuple[int, ...]) -> Iterator[torch.Tensor]:
 
 def make_models(cache: Path, size: Size = Size()) -> list[Path]:
     """Return the folders of base and experts, making them if one is not there yet. One `cache` for each size."""
+    folders = [cache / name for name in ("decaying-base", *(f"decaying-expert{t}" for t in range(EXPERTS)))]
+    if not all(folder.is_dir() for folder in folders):
+        for folder in filter(Path.is_dir, folders):
+            rmtree(folder)
+        write_models(folders, size, make_tensors, 10**12)
+    return folders
+
+
+def write_models(
+    folders: list[Path],
+    size: Size,
+    tensors_of: Callable[[str, tuple[int, ...]], Iterator[torch.Tensor]],
+    max_shard_size: int,
+) -> None:
+    """Write base and experts; `tensors_of(name, shape)` makes a weight for each folder, in order."""
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -138,21 +153,26 @@ def make_models(cache: Path, size: Size = Size()) -> list[Path]:
         "torch_dtype": "bfloat16",
     }
     files = {"config.json": json.dumps(config, indent=2).encode()}
-    plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes(size)], 10**12)
-    folders = [cache / name for name in ("decaying-base", *(f"decaying-expert{t}" for t in range(EXPERTS)))]
-    if all(folder.is_dir() for folder in folders):
-        return folders
-    for folder in folders:
-        if folder.is_dir():
-            rmtree(folder)
+    plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes(size)], max_shard_size)
     with contextlib.ExitStack() as stack:
         writers = [stack.enter_context(CheckpointWriter(f.absolute(), plan, files)) for f in folders]
         for name, shape in shapes(size):
-            for writer, tensor in zip(writers, make_tensors(name, shape), strict=True):
+            for writer, tensor in zip(writers, tensors_of(name, shape), strict=True):
                 writer.write(name, tensor)
         for writer in writers:
             writer.commit()
-    return folders
+
+
+def read_all(folders: list[Path]) -> float:
+    """Seconds to read all tensors of all models once, into one buffer that is used over and over."""
+    readers = [CheckpointReader(folder) for folder in folders]
+    buffer = torch.zeros(max(t.nbytes for r in readers for t in r.tensors.values()), dtype=torch.uint8)
+    started = time.perf_counter()
+    for reader in readers:
+        for info in reader.tensors.values():
+            reader.read_into(info, buffer[: info.nbytes])
+        reader.close()
+    return time.perf_counter() - started
 
 
 LAUNCHER: Final = """
@@ -182,15 +202,11 @@ def run(command: list[str], log: Path) -> tuple[float, int]:
 
 def floor(folders: list[Path], out: Path) -> dict[str, float]:
     """Seconds to read all inputs once into one reused buffer, and to write (not flush) the output's bytes."""
-    readers = [CheckpointReader(folder) for folder in folders]
-    buffer = torch.empty(max(t.nbytes for t in readers[0].tensors.values()), dtype=torch.uint8)
-    started = time.perf_counter()
-    for reader in readers:
-        for info in reader.tensors.values():
-            reader.read_into(info, buffer[: info.nbytes])
-        reader.close()
-    read = time.perf_counter() - started
-    view, total = memoryview(buffer.numpy().data), readers[0].nbytes
+    read = read_all(folders)
+    reader = CheckpointReader(folders[0])
+    total = reader.nbytes
+    view = memoryview(bytearray(max(t.nbytes for t in reader.tensors.values())))
+    reader.close()
     started = time.perf_counter()
     with open(out, "wb", buffering=0) as stream:
         while total > 0:

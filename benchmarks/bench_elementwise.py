@@ -10,8 +10,8 @@ Growth: 1 to 16 experts of 4 M elements, 3 experts of 1 to 16 M elements, and wh
 each in a process of its own for its peak memory.
 
 Accuracy: the error against float64 relative to the merged delta, ‖θ − θ*‖ / ‖θ* − θ₀‖, with θ* the tool's own result
-in float64 on the same inputs: what is compared is arithmetic, not definitions. "rounding" is what rounding θ* to bf16
-costs, which no tool can avoid. mergekit's random drops are made the same in every dtype by drawing them in float64.
+in float64 on the same inputs: this compares arithmetic, not definitions. "rounding" is the error of rounding θ* to
+bf16, which no tool can avoid. mergekit's random drops are made the same in every dtype by drawing them in float64.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
             call()
             if measured:
                 samples[name].append(time.perf_counter() - started)
-    return {name: statistics.median(own) for name, own in samples.items()}
+    return {name: statistics.median(seconds) for name, seconds in samples.items()}
 
 
 def floor(base: Tensor, experts: list[Tensor], with_base: bool) -> Callable[[], object]:
@@ -103,7 +103,7 @@ def speed(names: list[str], rounds: int, rival_rounds: int) -> list[dict[str, An
     for name in names:
         base, experts = tensors(SIZE * SIZE, EXPERTS.get(name, 3))
         with_base = methods.get(name).needs_base
-        own = medians(
+        times = medians(
             {
                 "ours": partial(ours, name, base, experts),
                 "floor": floor(base, experts, with_base),
@@ -111,7 +111,9 @@ def speed(names: list[str], rounds: int, rival_rounds: int) -> list[dict[str, An
             rounds,
         )
         rival = medians({"mergekit": partial(mergekit, name, base, experts)}, rival_rounds)
-        rows.append({"method": name, "experts": len(experts), **own, **rival, "ratio": rival["mergekit"] / own["ours"]})
+        rows.append(
+            {"method": name, "experts": len(experts), **times, **rival, "ratio": rival["mergekit"] / times["ours"]}
+        )
     return rows
 
 
@@ -135,11 +137,13 @@ def process(names: list[str], runs: int, cache: Path) -> list[dict[str, Any]]:
     rival = Path(sys.executable).parent / "mergekit-yaml"
     rows = []
     for name in (name for name in names if name in WHOLE):
-        found = compare(name, folders, runs, rival)
-        times = {tool: found[key]["median_seconds"] for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
-        peaks = {f"{tool} GB": found[key]["peak_bytes"] / 1e9 for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
-        lowest = sum(found["floor"].values())
-        rows.append({"method": name, **times, "floor": lowest, "ratio": found["ratio"], **peaks})
+        comparison = compare(name, folders, runs, rival)
+        times = {tool: comparison[key]["median_seconds"] for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
+        peaks = {
+            f"{tool} GB": comparison[key]["peak_bytes"] / 1e9 for tool, key in (("ours", OURS), ("mergekit", RIVAL))
+        }
+        lowest = sum(comparison["floor"].values())
+        rows.append({"method": name, **times, "floor": lowest, "ratio": comparison["ratio"], **peaks})
     return rows
 
 
@@ -149,9 +153,9 @@ def memory(names: list[str], cache: Path) -> list[dict[str, Any]]:
     for layers in (2, 4, 8):
         folders = make_models(cache / f"layers-{layers}", Size(layers=layers, vocabulary=4000))
         for name in names:
-            found = compare(name, folders, 1, None, PARAMETERS[name])[OURS]
-            peak = found["peak_bytes"]
-            rows.append({"method": name, "layers": layers, "seconds": found["median_seconds"], "peak_bytes": peak})
+            run = compare(name, folders, 1, None, PARAMETERS[name])[OURS]
+            peak = run["peak_bytes"]
+            rows.append({"method": name, "layers": layers, "seconds": run["median_seconds"], "peak_bytes": peak})
     return sorted(rows, key=lambda row: names.index(row["method"]))
 
 
@@ -179,8 +183,8 @@ def accuracy(names: list[str]) -> list[dict[str, Any]]:
                 exact = merge(name, *wide)
             for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
                 with one_generator():
-                    found = merge(name, base.to(dtype), [e.to(dtype) for e in experts]).double()
-                row[f"{tool} {label}"] = float((found - exact).norm() / (exact - wide[0]).norm())
+                    merged = merge(name, base.to(dtype), [e.to(dtype) for e in experts]).double()
+                row[f"{tool} {label}"] = float((merged - exact).norm() / (exact - wide[0]).norm())
             row[f"{tool} rounding"] = float((exact.bfloat16().double() - exact).norm() / (exact - wide[0]).norm())
         rows.append(row)
     return rows
@@ -208,7 +212,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(2)
     any_number = [name for name in options.methods if name not in EXPERTS]
-    found: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    record: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
         "speed": lambda: speed(options.methods, options.rounds, options.rival_rounds),
         "process": lambda: process(options.methods, options.runs, options.cache),
@@ -217,10 +221,10 @@ def main() -> None:
         "accuracy": lambda: accuracy(options.methods),
     }
     for part in sorted(options.parts, key=PARTS.index):
-        found[part] = parts[part]()
-        show(part, found[part])
+        record[part] = parts[part]()
+        show(part, record[part])
         if options.json is not None:
-            options.json.write_text(json.dumps(found, indent=1) + "\n")
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ The record joins that of bench_gpu.py in the same file.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import functools
 import json
 import statistics
 import sys
 import tempfile
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +28,8 @@ import torch
 from torch import Tensor
 
 import resm_kernels
-from benchmarks.bench_checkpoint import ALPHA, BASE_STD, DELTA_RMS, EXPERTS, Size, shapes
-from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
+from benchmarks.bench_checkpoint import ALPHA, BASE_STD, DELTA_RMS, EXPERTS, Size, read_all, write_models
+from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import MergeReport, merge_checkpoints
 
 METHODS: Final[dict[str, dict[str, float]]] = {"ties": {"density": 0.5}, "resm": {}}
@@ -56,43 +55,6 @@ def make_tensors(name: str, shape: tuple[int, ...], device: str) -> Iterator[Ten
         yield delta.add_(base).bfloat16().cpu()
 
 
-def make_models(folder: Path, size: Size, device: str) -> list[Path]:
-    """Write base and experts; return their folders."""
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": size.hidden,
-        "intermediate_size": size.intermediate,
-        "num_hidden_layers": size.layers,
-        "vocab_size": size.vocabulary,
-        "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
-    }
-    files = {"config.json": json.dumps(config, indent=2).encode()}
-    plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes(size)], 5 * 10**9)
-    folders = [folder / name for name in ("base", *(f"expert{t}" for t in range(EXPERTS)))]
-    with contextlib.ExitStack() as stack:
-        writers = [stack.enter_context(CheckpointWriter(f.absolute(), plan, files)) for f in folders]
-        for name, shape in shapes(size):
-            for writer, tensor in zip(writers, make_tensors(name, shape, device), strict=True):
-                writer.write(name, tensor)
-        for writer in writers:
-            writer.commit()
-    return folders
-
-
-def plain_read(folders: list[Path]) -> float:
-    """Seconds to read all tensors of all models once, into one buffer that is used over and over."""
-    readers = [CheckpointReader(folder) for folder in folders]
-    buffer = torch.zeros(max(t.nbytes for r in readers for t in r.tensors.values()), dtype=torch.uint8)
-    started = time.perf_counter()
-    for reader in readers:
-        for info in reader.tensors.values():
-            reader.read_into(info, buffer[: info.nbytes])
-        reader.close()
-    return time.perf_counter() - started
-
-
 def row_of(method: str, reports: list[MergeReport], read: float) -> Row:
     """Figures of the run with the median time."""
     report = sorted(reports, key=lambda r: r.seconds)[len(reports) // 2]
@@ -115,7 +77,7 @@ def row_of(method: str, reports: list[MergeReport], read: float) -> Row:
 
 def measure(folders: list[Path], options: argparse.Namespace) -> Iterator[Row]:
     """A plain read, then each method `options.runs` times after one run that is not counted."""
-    read = statistics.median(plain_read(folders) for _ in range(options.runs))
+    read = statistics.median(read_all(folders) for _ in range(options.runs))
     n_bytes = sum(CheckpointReader(f).nbytes for f in folders)
     yield {"method": "plain read", "seconds": read, "GB/s read": n_bytes / read / 1e9}
     for method in options.methods:
@@ -149,7 +111,9 @@ def main() -> None:
     size = Size(options.hidden, options.intermediate, options.layers, options.vocabulary)
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
-        folders = make_models(Path(scratch), size, "cpu" if options.device == "cpu" else "cuda")
+        folders = [Path(scratch, name) for name in ("base", *(f"expert{t}" for t in range(EXPERTS)))]
+        maker = "cpu" if options.device == "cpu" else "cuda"
+        write_models(folders, size, functools.partial(make_tensors, device=maker), 5 * 10**9)
         for row in measure(folders, options):
             rows.append(row)
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
@@ -158,8 +122,8 @@ def main() -> None:
         record = {"gpu": facts["gpu"], "torch": facts["torch"], "triton": facts["triton"], "ops": facts["ops"]}
         record |= {"size": vars(size), "device": options.device, "memory_limit": options.memory_limit, "rows": rows}
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        kept = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(kept | {"checkpoint": record}, indent=1) + "\n")
+        other_records = json.loads(options.json.read_text()) if options.json.exists() else {}
+        options.json.write_text(json.dumps(other_records | {"checkpoint": record}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

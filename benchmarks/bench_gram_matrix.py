@@ -38,5 +38,5 @@ def bench_gram_matrix(timed, x, benchmark):
     exact = wide.mT @ wide
     error = float((gram_matrix(x) - exact).norm() / exact.norm())
     benchmark.extra_info["error against float64"] = error
-    assert error <= x.shape[0] * 2.0**-53  # what the yardstick may round
+    assert error <= x.shape[0] * 2.0**-53  # the bound of the yardstick's rounding
     timed(lambda: gram_matrix(x))

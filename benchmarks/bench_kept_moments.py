@@ -17,11 +17,11 @@ def bench_torch_sum_of_one(timed, checkpoint):
     timed(lambda: (experts[0].float() - base.float()).abs().sum(), 3, yardstick=True)
 
 
-@pytest.mark.parametrize("kept", ["thresholds", "masks"])
-def bench_kept_moments(timed, checkpoint, kept):
+@pytest.mark.parametrize("sparsity", ["thresholds", "masks"])
+def bench_kept_moments(timed, checkpoint, sparsity):
     base, experts = checkpoint
     limits = torch.tensor([1e-3] * 3).double()
-    options = {"thresholds": limits} if kept == "thresholds" else {"masks": random_mask(base, experts, 0.5)}
+    options = {"thresholds": limits} if sparsity == "thresholds" else {"masks": random_mask(base, experts, 0.5)}
     expected = reference(base, experts, SparsityOptions(**options))
     torch.testing.assert_close(torch.stack(kept_moments(base, experts, **options), 1), expected, rtol=1e-9, atol=0)
     timed(lambda: kept_moments(base, experts, **options))

@@ -41,8 +41,8 @@ Way = Callable[[], Factors]
 
 
 def ours(base: Tensor, expert: Tensor, rank: int) -> Factors:
-    found = truncated_svd(base, expert, rank=rank)
-    return found.left, found.singular_values, found.right
+    svd = truncated_svd(base, expert, rank=rank)
+    return svd.left, svd.singular_values, svd.right
 
 
 def task_vector(base: Tensor, expert: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def task_vector(base: Tensor, expert: Tensor) -> Tensor:
 
 
 def mergekit(base: Tensor, expert: Tensor, rank: int) -> Factors:
-    """What mergekit-extract-lora does to one weight, by its own code."""
+    """The factors of one weight, computed by the code of mergekit-extract-lora."""
     from mergekit.architecture import WeightInfo
     from mergekit.scripts.extract_lora import TaskVectorDecompositionTask, TaskVectorTask
 
@@ -96,7 +96,7 @@ def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
     delta = task_vector(base, expert)
     values = torch.linalg.svdvals(delta.double())
     best, whole = float(values[rank:].square().sum().sqrt()), float(values.square().sum().sqrt())
-    own = residual(delta, ours(base, expert, rank))
+    our_residual = residual(delta, ours(base, expert, rank))
     ways: dict[str, Way] = {
         OURS: functools.partial(ours, base, expert, rank),
         f"svd_lowrank, niter = 2, q = {rank}": functools.partial(svd_lowrank, base, expert, rank, rank, 2),
@@ -105,12 +105,12 @@ def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
     if (function := sklearn_svd()) is not None:
         ways["scikit-learn, defaults"] = functools.partial(sklearn_way, function, base, expert, rank, "auto")
     out_of_reach = []
-    for name, way in equal_error_ways(base, expert, rank, own):
+    for name, way in equal_error_ways(base, expert, rank, our_residual):
         if way is None:
             out_of_reach.append(name)
         else:
             ways[name] = way
-    found = {name: residual(delta, way()) for name, way in ways.items()}  # the first call of each is not timed
+    residuals = {name: residual(delta, way()) for name, way in ways.items()}  # the first call of each is not timed
     seconds = in_turn(ways, rounds, warm_up=False)
     rows: list[dict[str, Any]] = [
         {
@@ -118,12 +118,12 @@ def measure(shape: tuple[int, int], rank: int, rounds: int) -> dict[str, Any]:
             "seconds": seconds[name],
             "median": statistics.median(seconds[name]),
             "ratio": statistics.median(seconds[name]) / statistics.median(seconds[OURS]),
-            "excess": found[name] / best - 1,
-            "relative_error": found[name] / whole,
+            "excess": residuals[name] / best - 1,
+            "relative_error": residuals[name] / whole,
         }
         for name in ways
     ]
-    equal = [row for row in rows if row["way"] != OURS and found[row["way"]] <= own]
+    equal = [row for row in rows if row["way"] != OURS and residuals[row["way"]] <= our_residual]
     return {
         "shape": list(shape),
         "rank": rank,

@@ -48,8 +48,8 @@ def bench_resm_kernels(timed, checkpoint, benchmark, method):
     base, experts = checkpoint
     # mergekit averages models with fused multiply-adds, which this library never uses: equal but for that rounding.
     dtype = torch.float32 if method == "linear" else torch.bfloat16
-    found = resm_kernels.merge(base, experts, method, out_dtype=dtype, **METHODS[method])
-    want = mergekit(base, experts, method, dtype=torch.float32, out_dtype=dtype)
+    merged = resm_kernels.merge(base, experts, method, out_dtype=dtype, **METHODS[method])
+    expected = mergekit(base, experts, method, dtype=torch.float32, out_dtype=dtype)
     comparable = torch.ones_like(base, dtype=torch.bool)
     if method == "ties":
         # Where a delta ties with the threshold, mergekit's sort keeps an arbitrary part; this library keeps all.
@@ -58,9 +58,9 @@ def bench_resm_kernels(timed, checkpoint, benchmark, method):
             comparable &= (expert.float() - base.float()).abs() != threshold
         benchmark.extra_info["share compared"] = float(comparable.float().mean())
     if method == "linear":
-        torch.testing.assert_close(found, want, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(merged, expected, rtol=1e-6, atol=1e-9)
     else:
-        assert torch.equal(found[comparable], want[comparable])
+        assert torch.equal(merged[comparable], expected[comparable])
     timed(lambda: resm_kernels.merge(base, experts, method, **METHODS[method]))
 
 
@@ -95,8 +95,8 @@ def bench_spectral(timed, matrices, benchmark, method, decomposition):
     base, experts = matrices
     run = lambda: resm_kernels.merge(base, experts, method, decomposition=decomposition)  # noqa: E731
     if method == "tsvm":
-        found, want = run() - base, fusion_bench_tsvm(base, experts)
-        difference = float((found - want).norm() / want.norm())
+        delta, expected = run() - base, fusion_bench_tsvm(base, experts)
+        difference = float((delta - expected).norm() / expected.norm())
         benchmark.extra_info["difference to fusion-bench"] = difference
         assert difference <= 1e-3
     timed(run, 3)

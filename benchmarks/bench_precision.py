@@ -1,4 +1,4 @@
-"""How precise merges are, and what the rank does to conditioning: the measurements behind the library's defaults.
+"""The precision of merges, and how the rank changes the conditioning: the measurements behind the library's defaults.
 
 Three experts whose task vectors have the exact spectrum σ_i = i^−α and random singular vectors.
 
@@ -33,7 +33,7 @@ from resm_kernels.linalg import decompose
 
 EXPERTS: Final = 3
 TOP: Final = 8
-OWN: Final[dict[str, dict[str, Any]]] = {
+OUR_RUNS: Final[dict[str, dict[str, Any]]] = {
     "ours, defaults": {},
     "ours, gram": {"decomposition": "gram", "accuracy": 0.0},
     "ours, exact": {"decomposition": "exact", "accuracy": 0.0},
@@ -79,9 +79,9 @@ def _tsvm(deltas: Sequence[Tensor], subspaces: Subspaces, polar: Callable[[Tenso
     return (polar(torch.cat(lefts, 1)) * torch.cat(values)) @ polar(torch.cat(rights, 1)).mT
 
 
-def relative(found: Tensor, want: Tensor) -> float:
-    """‖found − want‖ / ‖want‖ in float64."""
-    return float((found.double() - want.double()).norm() / want.double().norm())
+def relative(result: Tensor, exact: Tensor) -> float:
+    """‖result − exact‖ / ‖exact‖ in float64."""
+    return float((result.double() - exact.double()).norm() / exact.double().norm())
 
 
 def _svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -120,32 +120,33 @@ PLAIN: Final[dict[str, tuple[Subspaces, Callable[[Tensor], Tensor]]]] = {
 def precision(shape: tuple[int, int], alpha: float, rounds: int) -> dict[str, dict[str, float]]:
     """Error and seconds of each way; nothing of an accuracy out of reach."""
     deltas = [with_decay(*shape, alpha, seed=t) for t in range(EXPERTS)]
-    want, zeros = reference(deltas), torch.zeros(shape)
+    exact, zeros = reference(deltas), torch.zeros(shape)
     ways: dict[str, Callable[[], Tensor]] = {
         name: functools.partial(_tsvm, deltas, *parts) for name, parts in PLAIN.items()
     }
     ways |= {
-        name: functools.partial(resm_kernels.merge, zeros, deltas, "tsvm", **choices) for name, choices in OWN.items()
+        name: functools.partial(resm_kernels.merge, zeros, deltas, "tsvm", **choices)
+        for name, choices in OUR_RUNS.items()
     }
-    found: dict[str, dict[str, float]] = {}
+    figures: dict[str, dict[str, float]] = {}
     for name, way in list(ways.items()):
         try:
-            found[name] = {"error": relative(way(), want)}
+            figures[name] = {"error": relative(way(), exact)}
         except ValueError as error:
             if not is_out_of_reach(error):
                 raise
-            found[name] = {}
+            figures[name] = {}
             del ways[name]
     for name, seconds in in_turn(ways, rounds, warm_up=False).items():
-        found[name]["seconds"] = sorted(seconds)[len(seconds) // 2]
-    return found
+        figures[name]["seconds"] = sorted(seconds)[len(seconds) // 2]
+    return figures
 
 
 def rank_sweep(r: int, ranks: Sequence[int], alpha: float) -> list[dict[str, float]]:
     """cond(U) and the distortion of the top directions for each k; k = 0 stands for the plain sum."""
     deltas = [with_decay(r, r, alpha, seed=10 + t) for t in range(EXPERTS)]
     tops = [_cut(svd64(d), min(TOP, r // EXPERTS)) for d in deltas]
-    found = [decompose(d) for d in deltas]
+    decomposed = [decompose(d) for d in deltas]
 
     def distortion(merged: Tensor) -> float:
         each = [relative(u.mT @ merged.double() @ v, s.diag()) for u, s, v in tops]
@@ -154,7 +155,7 @@ def rank_sweep(r: int, ranks: Sequence[int], alpha: float) -> list[dict[str, flo
     rows = [{"k": 0.0, "fill": 0.0, "cond": 1.0, "distortion": distortion(torch.stack(deltas).sum(0))}]
     for k in ranks:
         merged = resm_kernels.merge(torch.zeros(r, r), deltas, "resm", beta=0.0, rank_rule="fixed", rank=k)
-        values = torch.linalg.svdvals(torch.cat([f.truncate(k).left.double() for f in found], 1))
+        values = torch.linalg.svdvals(torch.cat([f.truncate(k).left.double() for f in decomposed], 1))
         condition = float(values[0] / values[-1])
         rows.append({"k": k, "fill": EXPERTS * k / r, "cond": condition, "distortion": distortion(merged)})
     return rows
@@ -167,14 +168,14 @@ def show_precision(console: Console, cells: Mapping[str, Mapping[float, dict[str
         for alpha in by_decay:
             table.add_column(f"α = {alpha:g}", justify="right")
         for name in next(iter(by_decay.values())):
-            found = [ways[name] for ways in by_decay.values()]
-            texts = (f"{f['error']:.1e} ({f['seconds'] * 1e3:.1f})" if f else "out of reach" for f in found)
+            figures = [ways[name] for ways in by_decay.values()]
+            texts = (f"{f['error']:.1e} ({f['seconds'] * 1e3:.1f})" if f else "out of reach" for f in figures)
             table.add_row(name, *texts)
         console.print(table)
 
 
 def show_ranks(console: Console, r: int, sweeps: Mapping[float, Sequence[dict[str, float]]]) -> None:
-    table = Table(title=f"r = {r}, three experts: what the rank does", title_justify="left")
+    table = Table(title=f"r = {r}, three experts: the effect of the rank", title_justify="left")
     for name in ("k", "fill"):
         table.add_column(name, justify="right")
     for alpha in sweeps:

@@ -47,7 +47,7 @@ from resm_kernels.checkpoint import CheckpointReader
 
 RIVAL: Final = "fusion-bench tsvm"
 METHODS: Final = ("tsvm", "resm")
-OWN: Final[dict[str, dict[str, Any]]] = {
+OUR_RUNS: Final[dict[str, dict[str, Any]]] = {
     "tsvm": {"method": "tsvm"},
     "resm": {"method": "resm"},
     "resm, accuracy 0": {"method": "resm", "accuracy": 0.0},
@@ -104,11 +104,11 @@ def fusion_bench_merge(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
 def errors(base: Tensor, experts: Sequence[Tensor], skip_rival: bool) -> dict[str, float]:
     """The error of the merged task vector, of fusion-bench and ours."""
     deltas = [e.float() - base.float() for e in experts]
-    want = reference(deltas)
+    exact = reference(deltas)
     zeros = torch.zeros_like(deltas[0])
-    found = {} if skip_rival else {RIVAL: relative(fusion_bench(deltas), want)}
-    own = {name: choices for name, choices in OWN.items() if choices["method"] == "tsvm"}
-    return found | {name: relative(resm_kernels.merge(zeros, deltas, **c), want) for name, c in own.items()}
+    errors = {} if skip_rival else {RIVAL: relative(fusion_bench(deltas), exact)}
+    exact_runs = {name: choices for name, choices in OUR_RUNS.items() if choices["method"] == "tsvm"}
+    return errors | {name: relative(resm_kernels.merge(zeros, deltas, **c), exact) for name, c in exact_runs.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- stages
@@ -127,9 +127,9 @@ def flops(leaf: str, arguments: Any, result: Any) -> dict[str, float]:
         for x in arguments:
             counts[str(x.dtype)] += 14 / 3 * x.shape[0] ** 3
     elif leaf == "gram, eigh, ΔP":
-        for x, found in zip(arguments, result, strict=True):
-            m, n, k = *x.shape, found.vectors.shape[1]
-            counts[str(found.image.dtype)] += m * n * (n + 1) + 14 / 3 * n**3 + 2 * m * n * k
+        for x, svd in zip(arguments, result, strict=True):
+            m, n, k = *x.shape, svd.vectors.shape[1]
+            counts[str(svd.image.dtype)] += m * n * (n + 1) + 14 / 3 * n**3 + 2 * m * n * k
     return counts
 
 
@@ -150,11 +150,11 @@ class Stages:
 
     def __enter__(self) -> Stages:
         self.missing.clear()
-        for region, places in REGIONS.items():
-            for place in places:
-                self._wrap(place, region, None)
-        for leaf, place in LEAVES.items():
-            self._wrap(place, None, leaf)
+        for region, targets in REGIONS.items():
+            for target in targets:
+                self._wrap(target, region, None)
+        for leaf, target in LEAVES.items():
+            self._wrap(target, None, leaf)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,19 +166,19 @@ class Stages:
         """Run the function; what no stage inside it accounts for is 'other'."""
         self._timed(function, "", None, (), {})
 
-    def _wrap(self, place: str, region: str | None, leaf: str | None) -> None:
-        module_name, path = place.split(":")
+    def _wrap(self, target: str, region: str | None, leaf: str | None) -> None:
+        module_name, path = target.split(":")
         try:
             owner: Any = importlib.import_module(f"resm_kernels.{module_name}")
         except ModuleNotFoundError:
-            self.missing.append(place)
+            self.missing.append(target)
             return
         *parents, name = path.split(".")
         for parent in parents:
             owner = getattr(owner, parent)
         function = getattr(owner, name, None)
         if function is None:
-            self.missing.append(place)
+            self.missing.append(target)
             return
 
         @functools.wraps(function)
@@ -250,22 +250,22 @@ def measure(
     options: argparse.Namespace, folders: Sequence[Path], size: Size, console: Console
 ) -> tuple[list[dict[str, Any]], dict[str, Stages]]:
     """One record for each tensor, and the stages of each of our methods over all of them."""
-    stages = {name: Stages() for name in OWN}
+    stages = {name: Stages() for name in OUR_RUNS}
     warm_up(options.skip_rival)
     records = []
     for name, base, experts in tensors(folders, size):
         runs: dict[str, Callable[[], object]] = {
             run: functools.partial(resm_kernels.merge, base, experts, name=name, **choices)
-            for run, choices in OWN.items()
+            for run, choices in OUR_RUNS.items()
         }
         if not options.skip_rival:
             runs = {RIVAL: functools.partial(fusion_bench_merge, base, experts), **runs}
         record: dict[str, Any] = {"name": name, "kind": kind(name), "shape": list(base.shape)}
         with console.status(name):
             record["seconds"] = in_turn(runs, options.runs, warm_up=False)
-            for run, own in stages.items():
-                with own:
-                    own.call(runs[run])
+            for run, timer in stages.items():
+                with timer:
+                    timer.call(runs[run])
             if is_checked(name, options.check_layers):
                 record["error"] = errors(base, experts, options.skip_rival)
         records.append(record)
@@ -276,7 +276,7 @@ def warm_up(skip_rival: bool) -> None:
     """Imports and threads, on small matrices."""
     base = torch.ones(64, 48)
     experts = [base + torch.randn(64, 48, generator=torch.Generator().manual_seed(t)) for t in range(EXPERTS)]
-    for choices in OWN.values():
+    for choices in OUR_RUNS.values():
         resm_kernels.merge(base, experts, **choices)
     if not skip_rival:
         fusion_bench_merge(base, experts)
@@ -307,17 +307,17 @@ def stage_rows(stages: Stages, rates: dict[str, float]) -> list[dict[str, Any]]:
 def show_times(console: Console, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
     table = Table(title="seconds by kind of tensor (medians, summed)", title_justify="left")
     runs = list(records[0]["seconds"])
-    ratios = [f"{RIVAL} ÷ {name}" for name in OWN] if RIVAL in runs else []
+    ratios = [f"{RIVAL} ÷ {name}" for name in OUR_RUNS] if RIVAL in runs else []
     for name in ("kind", "tensors", *runs, *ratios):
         table.add_column(name, justify="left" if name == "kind" else "right")
     totals = {}
-    for name, own in {**by_kind(records), "total": list(records)}.items():
-        totals[name] = medians(own)
+    for name, members in {**by_kind(records), "total": list(records)}.items():
+        totals[name] = medians(members)
         cells = [f"{totals[name][run]:.3f}" for run in runs]
-        cells += [f"{totals[name][RIVAL] / totals[name][run]:.2f}×" for run in OWN] if ratios else []
+        cells += [f"{totals[name][RIVAL] / totals[name][run]:.2f}×" for run in OUR_RUNS] if ratios else []
         if name == "total":
             table.add_section()
-        table.add_row(name, str(len(own)), *cells)
+        table.add_row(name, str(len(members)), *cells)
     console.print(table)
     return totals
 
@@ -331,18 +331,18 @@ def show_errors(console: Console, records: Sequence[dict[str, Any]]) -> dict[str
     table = Table(
         title="relative error of the merged task vector against float64 (median, worst)", title_justify="left"
     )
-    own = [run for run in runs if run != RIVAL]
+    our_runs = [run for run in runs if run != RIVAL]
     worse: dict[str, list[str]] = {}
     if RIVAL in runs:
-        worse = {run: [r["name"] for r in checked if not r["error"][run] < r["error"][RIVAL]] for run in own}
+        worse = {run: [r["name"] for r in checked if not r["error"][run] < r["error"][RIVAL]] for run in our_runs}
     table.add_column("kind")
     for name in ("tensors", *runs, *(f"{run}: smaller" for run in worse)):
         table.add_column(name, justify="right")
     for name, members in {**by_kind(checked), "all": checked}.items():
         cells = []
         for run in runs:
-            found = [r["error"][run] for r in members]
-            cells.append(f"{statistics.median(found):.1e}, {max(found):.1e}")
+            errors = [r["error"][run] for r in members]
+            cells.append(f"{statistics.median(errors):.1e}, {max(errors):.1e}")
         cells += [f"{sum(r['name'] not in names for r in members)} of {len(members)}" for names in worse.values()]
         table.add_row(name, str(len(members)), *cells)
     console.print(table)
@@ -375,13 +375,13 @@ def show_processes(console: Console, results: Sequence[dict[str, Any]], rival: f
     for name in ("method", "median seconds", "peak memory", "floor: read + write", f"{RIVAL} in process ÷ this"):
         table.add_column(name, justify="left" if name == "method" else "right")
     for result in results:
-        own, floor = result[OURS], result["floor"]
+        run, floor = result[OURS], result["floor"]
         table.add_row(
             result["method"],
-            f"{own['median_seconds']:.2f}",
-            f"{own['peak_bytes'] / 1e9:.2f} GB",
+            f"{run['median_seconds']:.2f}",
+            f"{run['peak_bytes'] / 1e9:.2f} GB",
             f"{floor['read_seconds']:.2f} + {floor['write_seconds']:.2f} s",
-            "–" if rival is None else f"{rival / own['median_seconds']:.2f}×",
+            "–" if rival is None else f"{rival / run['median_seconds']:.2f}×",
         )
     console.print(table)
 
@@ -423,9 +423,9 @@ def main() -> None:
     records, stages = measure(options, folders, size, console)
     totals = show_times(console, records)
     worse = show_errors(console, records)
-    rows = {run: stage_rows(own, rates) for run, own in stages.items()}
-    for run, own in stages.items():
-        show_stages(console, run, rows[run], own.missing)
+    rows = {run: stage_rows(timer, rates) for run, timer in stages.items()}
+    for run, timer in stages.items():
+        show_stages(console, run, rows[run], timer.missing)
     processes = []
     if not options.skip_processes:
         with console.status("merging as a command"):

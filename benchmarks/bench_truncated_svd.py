@@ -43,7 +43,7 @@ POWER_ITERATIONS: Final = (1, 2, 3, 4, 5, 6, 8)
 WIDTHS: Final = (0.25, 0.28125, 0.3125, 0.34375, 0.375, 0.4375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0, 1.125, 1.25, 1.5)
 """Columns of our blocks, as shares of k; all blocks together have at least k and at most 4k + 32."""
 QUICK, QUICK_ROUNDS = 0.1, 4
-"""Seconds up to which a call is quick: what disturbs it is a larger share of it."""
+"""A call of at most so many seconds is quick: a disturbance is a larger share of its time."""
 DRAWS: Final = 3
 LOWEST: Final = 1e-9
 """Excess errors up to this count as none: LAPACK's fp32 SVD has about as much."""
@@ -54,7 +54,7 @@ Call = Callable[[int], Factors]
 
 
 class Point(NamedTuple):
-    """One way to decompose: whose, with which options, the call given a seed, and what was measured of it."""
+    """One way to decompose: its library, its options, the call for a seed, and the measurements."""
 
     family: str
     options: str
@@ -157,14 +157,14 @@ def ours(delta: Tensor, k: int) -> tuple[list[Point], list[str]]:
         },
     }
     points, out_of_reach = [], []
-    for options, given in choices.items():
+    for options, arguments in choices.items():
 
-        def call(seed: int, given: dict[str, Any] = given) -> Factors:
-            found = truncated_svd(delta, rank=k, seed=seed, **given)
-            return found.left, found.singular_values, found.right
+        def call(seed: int, arguments: dict[str, Any] = arguments) -> Factors:
+            svd = truncated_svd(delta, rank=k, seed=seed, **arguments)
+            return svd.left, svd.singular_values, svd.right
 
         try:
-            route = truncated_svd(delta, rank=k, **given).method
+            route = truncated_svd(delta, rank=k, **arguments).method
         except ValueError as error:
             if not is_out_of_reach(error):
                 raise
@@ -198,7 +198,7 @@ def sklearn_svd() -> Callable[..., Any] | None:
 
 
 def sklearn(function: Callable[..., Any], delta: Tensor, k: int, n_iter: int | str, seed: int = 0) -> Factors:
-    """scikit-learn's randomized_svd with its own 10 extra columns."""
+    """scikit-learn's randomized_svd with its default of 10 extra columns."""
     left, values, right_t = function(delta.numpy(), n_components=k, n_iter=n_iter, random_state=seed)
     return torch.from_numpy(left), torch.from_numpy(values), torch.from_numpy(right_t).mT
 
@@ -224,8 +224,8 @@ def rivals(delta: Tensor, k: int, most_iterations: int) -> list[Point]:
 
 def panel(delta: Tensor, values: Tensor, k: int, rounds: int, most_iterations: int) -> tuple[list[Point], list[str]]:
     """All points of one matrix and rank, measured, and our options that are out of reach."""
-    own, out_of_reach = ours(delta, k)
-    points = [*own, *rivals(delta, k, most_iterations)]
+    our_points, out_of_reach = ours(delta, k)
+    points = [*our_points, *rivals(delta, k, most_iterations)]
     best = float(values[k:].square().sum().sqrt())
     functions = {f"{i}": functools.partial(p.call, 0) for i, p in enumerate(points)}
     seconds = in_turn(functions, rounds, quick_rounds=QUICK_ROUNDS)
@@ -253,11 +253,11 @@ def tied(point: Point, others: Sequence[Point]) -> bool:
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The points that no other of them beats, quickest first."""
-    found: list[Point] = []
+    best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.median, p.excess)):
-        if not dominated(point, found):
-            found.append(point)
-    return found
+        if not dominated(point, best):
+            best.append(point)
+    return best
 
 
 def families(points: Sequence[Point]) -> dict[str, list[Point]]:
@@ -271,8 +271,8 @@ def points_of_ours(points: Sequence[Point]) -> list[Point]:
 
 def show(console: Console, title: str, points: Sequence[Point], everything: bool) -> list[Point]:
     """Print one panel's table and verdict; return the rivals' points that ours do not dominate."""
-    own = points_of_ours(points)
-    open_points = [p for p in points if p.family != OURS and not dominated(p, own)]
+    our_points = points_of_ours(points)
+    open_points = [p for p in points if p.family != OURS and not dominated(p, our_points)]
     table = Table(title=title, title_justify="left")
     for name in ("whose", "options", "excess error", "ms", "not dominated by ours"):
         table.add_column(name, justify="left" if name in ("whose", "options") else "right")
@@ -285,7 +285,7 @@ def show(console: Console, title: str, points: Sequence[Point], everything: bool
     if open_points:
         console.print(f"verdict: {len(open_points)} points of others are on the front:")
         for p in open_points:
-            tie = ", a tie" if tied(p, own) else ""
+            tie = ", a tie" if tied(p, our_points) else ""
             console.print(f"  {p.family}, {p.options}: {p.excess:.1e} in {p.median * 1e3:.2f} ms{tie}")
     else:
         console.print("verdict: every point of others is dominated by one of ours")

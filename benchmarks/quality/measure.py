@@ -1,6 +1,6 @@
 """Measure one seed: score every grid on validation, choose, then ask each chosen candidate the test questions once.
 
-The order is the guarantee. `choose` is given validation scores and nothing else, all choices are made and written
+The order is the guarantee. `choose` gets validation scores and nothing else, all choices are made and written
 down before the first test question is asked, and each candidate is asked them once, whatever rows it stands in.
 """
 
@@ -54,12 +54,12 @@ class Asker:
         self._model = move(model, device=device)
 
     def __call__(self, model: StateDict, split: Split) -> Mapping[str, float]:
-        found = self._model.load_state_dict(model, strict=False)
-        own = self._model.state_dict()
-        # A tied output head has no tensor of its own in a checkpoint.
-        missing = [k for k in found.missing_keys if own[k].data_ptr() not in {own[m].data_ptr() for m in model}]
-        if missing or found.unexpected_keys:
-            raise ValueError(f"model: missing {missing}, unexpected {found.unexpected_keys}; need the base's tensors")
+        keys = self._model.load_state_dict(model, strict=False)
+        tensors = self._model.state_dict()
+        # A checkpoint stores no tensor for a tied output head.
+        missing = [k for k in keys.missing_keys if tensors[k].data_ptr() not in {tensors[m].data_ptr() for m in model}]
+        if missing or keys.unexpected_keys:
+            raise ValueError(f"model: missing {missing}, unexpected {keys.unexpected_keys}; need the base's tensors")
         return evaluate(self._model, self._tokenizer, self.world, split)
 
     def questions(self) -> dict[str, dict[str, int]]:
@@ -115,14 +115,14 @@ def chosen(row: Row, record: Record) -> Candidate:
 
 def layers(models: Models) -> list[dict[str, Any]]:
     """What RESM would see in every matrix, embeddings too: sparsity, outlier mass, weights, ranks of the experts."""
-    found = []
+    rows = []
     for name, start in models["base"].items():
         plan = layer_plan(start, [models[expert][name] for expert in SFT], spectral=True)
         if plan.spectral:
-            own = {"sparsity": plan.sparsity, "outlier_mass": plan.outlier_mass, "weights": plan.weights}
-            small = {key: [float(f"{v:.4g}") for v in values] for key, values in own.items()}
-            found.append({"name": name, "shape": list(plan.shape), **small, "ranks": plan.ranks})
-    return found
+            figures = {"sparsity": plan.sparsity, "outlier_mass": plan.outlier_mass, "weights": plan.weights}
+            small = {key: [float(f"{v:.4g}") for v in values] for key, values in figures.items()}
+            rows.append({"name": name, "shape": list(plan.shape), **small, "ranks": plan.ranks})
+    return rows
 
 
 def rows_of(record: str) -> list[Row]:
@@ -140,8 +140,8 @@ def measure_seed(folder: Path, seed: int, record: str, device: str) -> Record:
     """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
     torch.set_num_threads(1)
     models, rows = Models(folder), rows_of(record)
-    found = Record.open(folder, models.fingerprint(models_of(rows), *ASKING, *MERGING))
+    scores = Record.open(folder, models.fingerprint(models_of(rows), *ASKING, *MERGING))
     ask = Asker(folder, World(seed), device)
-    found.questions = ask.questions()
-    found.layers = layers(models)
-    return Measurement(folder, models, ask, found).run(rows)
+    scores.questions = ask.questions()
+    scores.layers = layers(models)
+    return Measurement(folder, models, ask, scores).run(rows)

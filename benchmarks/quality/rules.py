@@ -3,7 +3,7 @@
 Notation of docs/resm.md: Q_t, P_t are the subspaces that a spectral method keeps of expert t, C_t = Q_tᵀΔ_tP_t, and
 M the merged task vector at λ = 1. Three rules set λ:
 
-* `preserve-norm`: λ = Σ_t ‖C_t‖ / Σ_t ‖Q_tᵀMP_t‖, so that what is found of M in the experts' subspaces has, on
+* `preserve-norm`: λ = Σ_t ‖C_t‖ / Σ_t ‖Q_tᵀMP_t‖, so that the part of M in the experts' subspaces has, on
   average, the experts' norm.
 * `least-squares`: λ = Σ_t ⟨Q_tᵀMP_t, C_t⟩ / Σ_t ‖Q_tᵀMP_t‖², which minimises Σ_t ‖λQ_tᵀMP_t − C_t‖²: it counts what
   points elsewhere against λ.
@@ -18,7 +18,7 @@ Five rules set the experts' weights w_t (mean 1), in place of RESM's outlier wei
 * `equal-norms`: w_t ∝ 1/‖Δ_t‖_F of the tensor, so that all experts push equally hard there.
 * `equal-retention`: w ≥ 0 such that all experts keep the same share ρ_t = ⟨Q_tᵀMP_t, C_t⟩ / ‖C_t‖² of themselves. M is
   linear in w, hence ρ = A·w, and w ∝ A⁻¹·1 (non-negative least squares). Who loses most by orthogonalisation, or is
-  outvoted where subspaces meet, is given more.
+  outvoted where subspaces meet, gets more.
 
 And one rule is about embeddings and output heads: `vocabulary-averaged` makes a spectral method average them.
 
@@ -49,11 +49,11 @@ Rule = Callable[[StateDict, Sequence[StateDict], str, Mapping[str, Any]], Overri
 
 
 def _subspaces(
-    name: str, base: Tensor, experts: Sequence[Tensor], method: str, given: Mapping[str, Any]
+    name: str, base: Tensor, experts: Sequence[Tensor], method: str, parameters: Mapping[str, Any]
 ) -> list[Subspace]:
     """The subspaces that `resm` or `tsvm` keeps; none where it averages."""
     # TSV-M is RESM with equal weights and no regard to sparsity, of embeddings too.
-    choices = {"beta": 0.0, "gamma": 0.0, "spectral": True} if method == "tsvm" else dict(given)
+    choices = {"beta": 0.0, "gamma": 0.0, "spectral": True} if method == "tsvm" else dict(parameters)
     ranks = layer_plan(base, list(experts), name, **choices).ranks
     matrices = [expert.double() - base.double() for expert in experts] if ranks else []
     return [d.truncate(k) for d, k in zip(decompose_list(matrices, "gram"), ranks, strict=True)] if ranks else []
@@ -62,17 +62,17 @@ def _subspaces(
 def _by_lambda(find: Callable[[Tensor, list[Subspace]], float]) -> Rule:
     """A rule that sets λ of every decomposed tensor from M and the subspaces."""
 
-    def rule(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+    def rule(base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]) -> Overrides:
         if method not in ("resm", "tsvm"):
             raise ValueError(f"method: got {method!r}, need 'resm' or 'tsvm', whose subspaces this rule compares")
-        found: Overrides = {}
+        overrides: Overrides = {}
         for name, start in base.items():
-            own = [expert[name] for expert in experts]
-            parts = _subspaces(name, start, own, method, given)
+            expert_tensors = [expert[name] for expert in experts]
+            parts = _subspaces(name, start, expert_tensors, method, parameters)
             if parts and any(p.core.numel() for p in parts):
-                merged = resm_kernels.merge(start.double(), own, method, name=name, **given)
-                found[name] = {"lambda_": find(merged - start.double(), parts)}
-        return found
+                merged = resm_kernels.merge(start.double(), expert_tensors, method, name=name, **parameters)
+                overrides[name] = {"lambda_": find(merged - start.double(), parts)}
+        return overrides
 
     return rule
 
@@ -107,19 +107,21 @@ def interference(merged: Tensor, parts: list[Subspace]) -> float:
 def _of_decomposed(rule: Rule) -> Rule:
     """The rule, shown the tensors alone that RESM decomposes."""
 
-    def own(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+    def decomposed_rule(
+        base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]
+    ) -> Overrides:
         count = len(experts)
-        spectral = {name: get("resm").resolve(count, dict(given), name)["spectral"] for name in base}
-        kept = {name: start for name, start in base.items() if is_spectral(start, count, spectral[name])}
-        return rule(kept, experts, method, given)
+        spectral = {name: get("resm").resolve(count, dict(parameters), name)["spectral"] for name in base}
+        decomposed = {name: start for name, start in base.items() if is_spectral(start, count, spectral[name])}
+        return rule(decomposed, experts, method, parameters)
 
-    return own
+    return decomposed_rule
 
 
 def _by_tails(find: Callable[[DeltaStats], Tensor]) -> Rule:
     """A rule that sets w of every tensor from its statistics."""
 
-    def rule(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+    def rule(base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]) -> Overrides:
         return {name: {"weight": find(_statistics(base, experts, name)).tolist()} for name in base}
 
     return _of_decomposed(rule)
@@ -139,7 +141,9 @@ def outlier_share(stats: DeltaStats) -> Tensor:
     return outlier_weights(stats.outlier_sum_abs / stats.sum_abs.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
 
 
-def model_outliers(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+def model_outliers(
+    base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]
+) -> Overrides:
     """w_t = T·a_t / Σ_s a_s with a_t the whole model's outlier mass."""
     mass = torch.zeros(len(experts), dtype=torch.float64)
     for name in base:
@@ -147,43 +151,48 @@ def model_outliers(base: StateDict, experts: Sequence[StateDict], method: str, g
     return {name: {"weight": outlier_weights(mass, 1.0).tolist()} for name in base}
 
 
-def equal_norms(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+def equal_norms(base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]) -> Overrides:
     """w_t ∝ 1/‖Δ_t‖_F, mean 1 over the experts that changed the tensor; 1 for one that did not."""
-    found: Overrides = {}
+    overrides: Overrides = {}
     for name, start in base.items():
         norms = torch.stack([(expert[name].double() - start.double()).norm() for expert in experts])
         changed = norms > 0
         inverse = torch.where(changed, 1 / torch.where(changed, norms, 1.0), 1.0)
         mean = inverse[changed].mean() if bool(changed.any()) else inverse.new_ones(())
-        found[name] = {"weight": torch.where(changed, inverse / mean, 1.0).tolist()}
-    return found
+        overrides[name] = {"weight": torch.where(changed, inverse / mean, 1.0).tolist()}
+    return overrides
 
 
-def equal_retention(base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]) -> Overrides:
+def equal_retention(
+    base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]
+) -> Overrides:
     """w ∝ the non-negative least-squares solution of A·w = 1, mean 1; experts without a change keep 1."""
-    found: Overrides = {}
+    overrides: Overrides = {}
     for name, start in base.items():
-        own = [expert[name] for expert in experts]
-        parts = _subspaces(name, start, own, method, given)
+        expert_tensors = [expert[name] for expert in experts]
+        parts = _subspaces(name, start, expert_tensors, method, parameters)
         changed = [t for t, part in enumerate(parts) if part.core.numel()]
         if not changed:
             continue
         columns = []
         for s in changed:
-            alone = [float(t == s) for t in range(len(own))]
-            merged = resm_kernels.merge(start.double(), own, method, name=name, weight=alone, **given) - start.double()
+            alone = [float(t == s) for t in range(len(expert_tensors))]
+            merged = (
+                resm_kernels.merge(start.double(), expert_tensors, method, name=name, weight=alone, **parameters)
+                - start.double()
+            )
             columns.append([float((_seen(merged, parts[t]) * parts[t].core).sum()) for t in changed])
         sizes = np.array([float(parts[t].core.square().sum()) for t in changed])
         solution, _ = nnls(np.array(columns).T / sizes[:, None], np.ones(len(changed)))
-        weights = [1.0] * len(own)
+        weights = [1.0] * len(expert_tensors)
         for t, value in zip(changed, solution / solution.mean(), strict=True):
             weights[t] = float(value)
-        found[name] = {"weight": weights}
-    return found
+        overrides[name] = {"weight": weights}
+    return overrides
 
 
 def vocabulary_averaged(
-    base: StateDict, experts: Sequence[StateDict], method: str, given: Mapping[str, Any]
+    base: StateDict, experts: Sequence[StateDict], method: str, parameters: Mapping[str, Any]
 ) -> Overrides:
     """`spectral: false` for tensors with a row for each token."""
     return {name: {"spectral": False} for name in base if is_vocabulary(name)}
