@@ -22,15 +22,7 @@ from torch import Tensor
 from resm_kernels.linalg.delta import Delta
 from resm_kernels.linalg.orthonormalize import orthonormalize, solve_triangular
 from resm_kernels.linalg.polar import RANK_TOLERANCE
-from resm_kernels.linalg.products import (
-    eigen_list,
-    frobenius_norm,
-    gram,
-    gram_list,
-    matmul,
-    matmul_list,
-    minus_product,
-)
+from resm_kernels.linalg.products import eigen_list, frobenius_norm, gram, gram_list, matmul, matmul_list, minus_product
 from resm_kernels.linalg.routes import Miss, Pair, SubspaceOptions
 from resm_kernels.linalg.threads import run
 from resm_kernels.ops.gram_product import gram_product

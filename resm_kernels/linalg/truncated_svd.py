@@ -118,10 +118,7 @@ def truncated_svd(
 
 
 def svd_lowrank(
-    A: Tensor,
-    q: int | None = 6,
-    niter: int | None = 2,
-    M: Tensor | None = None,
+    A: Tensor, q: int | None = 6, niter: int | None = 2, M: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A drop-in for torch.svd_lowrank: U, S, V with A − M ≈ U·diag(S)·Vᵀ of rank q.
 

@@ -29,12 +29,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     workspace=_workspace,
     max_experts=1,
 )
-def arcee_fusion(
-    base: Tensor,
-    experts: list[Tensor],
-    *,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
+def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
     """θ = θ_1 where the change's importance is at least its median + 1.5·(upper − lower quartile), else θ₀.
 
     The importance of a weight is |θ_1 − θ₀| times KL(p‖q) of its row, p and q the softmax of the row (the last

@@ -53,8 +53,5 @@ def dare(
 
 
 merge_method(
-    name="dare_linear",
-    title="Linear DARE",
-    reference="https://arxiv.org/abs/2311.03099",
-    workspace=masked_workspace,
+    name="dare_linear", title="Linear DARE", reference="https://arxiv.org/abs/2311.03099", workspace=masked_workspace
 )(functools.partial(dare, rule="sum"))

@@ -9,8 +9,5 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods.dare_linear import dare
 
 merge_method(
-    name="dare_ties",
-    title="DARE TIES",
-    reference="https://arxiv.org/abs/2311.03099",
-    workspace=masked_workspace,
+    name="dare_ties", title="DARE TIES", reference="https://arxiv.org/abs/2311.03099", workspace=masked_workspace
 )(functools.partial(dare, rule="ties"))

@@ -37,8 +37,7 @@ def dc_merge(
         int | None, Option("directions kept of each expert; ⌊r/T⌋, also at most, if left out", minimum=1)
     ] = None,
     smoothing: Annotated[
-        Literal["none", "average", "linear"],
-        Option("how singular values are balanced; for LoRA: average or linear"),
+        Literal["none", "average", "linear"], Option("how singular values are balanced; for LoRA: average or linear")
     ] = "none",
     rho: Annotated[float, Option("largest over smallest singular value (linear)", minimum=1.0)] = 5.0,
     density: Annotated[float, Option("share of the entries kept in the shared basis", minimum=0.0, maximum=1.0)] = 1e-3,

@@ -110,8 +110,5 @@ def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
 
 
 merge_method(
-    name="della_linear",
-    title="Linear DELLA",
-    reference="https://arxiv.org/abs/2406.11617",
-    workspace=ranked_workspace,
+    name="della_linear", title="Linear DELLA", reference="https://arxiv.org/abs/2406.11617", workspace=ranked_workspace
 )(functools.partial(della, rule="sum"))

@@ -40,8 +40,7 @@ def knots(
     weight: Weight = each(1.0),
     inner: Annotated[Literal["ties", "sum"], Option("how the aligned coordinates are merged")] = "ties",
     density: Annotated[
-        list[float],
-        Option("share of each expert's coordinates kept, largest first (ties)", minimum=0.0, maximum=1.0),
+        list[float], Option("share of each expert's coordinates kept, largest first (ties)", minimum=0.0, maximum=1.0)
     ] = each(1.0),
     normalize: NormalizeAgreeing = True,
     lambda_: Lambda = 1.0,

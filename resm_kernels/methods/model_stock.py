@@ -20,10 +20,7 @@ _SINGULAR: Final = 1e-6
 
 
 @merge_method(
-    title="Model Stock",
-    reference="https://arxiv.org/abs/2403.19522",
-    workspace=blocks_workspace,
-    min_experts=2,
+    title="Model Stock", reference="https://arxiv.org/abs/2403.19522", workspace=blocks_workspace, min_experts=2
 )
 def model_stock(
     base: Tensor,

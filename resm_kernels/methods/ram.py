@@ -18,11 +18,7 @@ SmallestChange = Annotated[float, Option("an expert has changed a weight if |δ|
 
 @merge_method(title="RAM", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace)
 def ram(
-    base: Tensor,
-    experts: list[Tensor],
-    *,
-    epsilon: SmallestChange = 1e-5,
-    out_dtype: torch.dtype | None,
+    base: Tensor, experts: list[Tensor], *, epsilon: SmallestChange = 1e-5, out_dtype: torch.dtype | None
 ) -> Tensor:
     """θ = θ₀ + (1/c)·Σ over the c experts with |δ_t| > ε of δ_t, weight by weight; θ₀ where c = 0.
 

@@ -14,11 +14,7 @@ from resm_kernels.methods._signature import Option
 from resm_kernels.methods.ram import SmallestChange, changes_of, in_order
 
 
-@merge_method(
-    title="RAM+ (tensor by tensor)",
-    reference="https://arxiv.org/abs/2601.13572",
-    workspace=blocks_workspace,
-)
+@merge_method(title="RAM+ (tensor by tensor)", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace)
 def ramplus_tl(
     base: Tensor,
     experts: list[Tensor],

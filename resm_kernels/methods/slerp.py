@@ -19,10 +19,7 @@ from resm_kernels.ops.aggregate import aggregate
 
 
 @merge_method(
-    title="SLERP",
-    reference="https://doi.org/10.1145/325165.325242",
-    workspace=elementwise_workspace,
-    max_experts=1,
+    title="SLERP", reference="https://doi.org/10.1145/325165.325242", workspace=elementwise_workspace, max_experts=1
 )
 def slerp(
     base: Tensor,

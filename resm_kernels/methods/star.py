@@ -23,8 +23,7 @@ def star(
     *,
     weight: Weight = each(1.0),
     eta: Annotated[
-        float,
-        Option("share of the nuclear norm kept; the authors' default is 40 percent", minimum=0, maximum=1),
+        float, Option("share of the nuclear norm kept; the authors' default is 40 percent", minimum=0, maximum=1)
     ] = 0.4,
     lambda_: Lambda = 1.0,
     decomposition: FullDecomposition = "gram",

@@ -52,12 +52,10 @@ def swudi(
         Option("how many directions are kept; SWUDI-A: participation_sqrt"),
     ] = "ratio",
     filter: Annotated[
-        Literal["exponential", "none"],
-        Option("how far along each kept direction; none (SWUDI-A) goes all the way"),
+        Literal["exponential", "none"], Option("how far along each kept direction; none (SWUDI-A) goes all the way")
     ] = "exponential",
     init: Annotated[
-        Literal["sum", "mean", "zero"],
-        Option("where the descent starts: sum or mean of the task vectors, or the base"),
+        Literal["sum", "mean", "zero"], Option("where the descent starts: sum or mean of the task vectors, or the base")
     ] = "sum",
     lambda_: Lambda = 1.0,
     spectral: Spectral = True,
