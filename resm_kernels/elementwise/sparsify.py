@@ -24,15 +24,15 @@ def merge_kept(
     base: Tensor,
     experts: list[Tensor],
     selection: dict[str, Any],
-    *,
     rule: str,
     weight: list[float],
+    *,
     normalize: bool,
-    lambda_: float,
-    rescale: bool | list[float],
+    rescale: bool | list[float] = False,
+    scale: float,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """Merge the selected elements of the task vectors.
+    """θ₀ + scale·rule(w_t·δ_t), where δ_t is the selected part of Δ_t.
 
     Args:
         selection: The arguments of `aggregate` and `kept_moments` that say which elements are kept; empty for all.
@@ -46,7 +46,7 @@ def merge_kept(
         base,
         experts,
         weight,
-        scale=lambda_,
+        scale=scale,
         rule=rule,
         normalize=normalize and can_normalize(rule, weight),
         rescale=factors,
