@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from resm_kernels.linalg.dominant import dominant_list
 from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.linalg.products import eigen_list, frobenius_norm, gram_list, matmul
+from resm_kernels.linalg.routes import FullDecompositionMethod
 from resm_kernels.linalg.threads import run
 
 
@@ -145,7 +147,7 @@ def decompose_counted(
     if method == "exact":
         return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":
-        raise ValueError(f"method: got {method!r}, need one of gram, exact")
+        raise ValueError(f"method: got {method!r}, need one of {', '.join(get_args(FullDecompositionMethod))}")
     tall = [m if m.shape[0] >= m.shape[1] else m.mT for m in matrices]
     kinds = [Decomposition if a is matrix else _Transposed for a, matrix in zip(tall, matrices, strict=True)]
     if counts is not None:

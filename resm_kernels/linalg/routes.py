@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
-DECOMPOSITIONS: Final = ("auto", "gram", "exact", "randomized")
+FullDecompositionMethod = Literal["gram", "exact"]
+"""Methods that compute all singular values, or as many as are asked for, in float64."""
+DecompositionMethod = Literal["auto", FullDecompositionMethod, "randomized"]
+DECOMPOSITIONS: Final[tuple[str, ...]] = get_args(DecompositionMethod)
 """The values of `method`."""
 SLACK: Final = 16 * torch.finfo(torch.float32).eps
 """What fp32's rounding may add to a sum of squares, and to a difference of matrices, as a share of it."""

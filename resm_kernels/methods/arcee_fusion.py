@@ -40,10 +40,7 @@ def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype 
     fp32 has a noise of 1e-9 in numbers of that size; its float64 agrees with ours.
 
     The inputs are read three times, by plain torch in blocks; importances are stored in fp32 (float64 if an input is).
-    Weights are copied and rounded once. Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    Weights are copied and rounded once.
     """
     check_inputs(base, experts, out_dtype)
     wide = compute_dtype(base, *experts)

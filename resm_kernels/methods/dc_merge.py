@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import TruncatedSVD, polar, truncated_svd
 from resm_kernels.linalg.products import matmul
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
@@ -15,14 +14,12 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 from resm_kernels.spectral.low_rank import LowRank, join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bases of all experts and their polar factors; an expert's decomposition, or its matrix in the shared basis."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     r = min(m, n)
     return (32 << 20) + 16 * m * n + 32 * (m + n) * r + 112 * r * r
 
@@ -66,16 +63,10 @@ def dc_merge(
     does as this function does. Tensors that are no matrices, or have fewer than T rows or columns, become θ₀ +
     λ·(1/T)·Σ_t w_t·Δ_t. w_t multiplies σ̃_t. One expert does not give itself, but the part of it that is kept. Where
     singular values of a Δ_t coincide, the result is not unique. All computations are float64.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for any number of threads.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, len(experts), spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    averaged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype, len(experts))
+    if averaged is not None:
+        return averaged
     most = min(base.shape) // len(experts)
     k = most if rank is None else min(rank, most)
     parts = [truncated_svd(task_vector(base, experts, t), rank=k, method=decomposition) for t in range(len(experts))]

@@ -47,11 +47,9 @@ def multislerp(
     ‖m‖ ≤ 1e-6, where mergekit follows the rounding of its sums.
 
     The inputs are read twice. Inner products are float64; θ is fp32 (float64 if an input is) and rounded once.
-    Deterministic: the same bits for any number of threads.
 
     Raises:
         ValueError: The weights sum to 0, or the weighted directions of three or more experts cancel.
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
     if len(experts) == 1:

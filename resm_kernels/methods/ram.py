@@ -26,10 +26,6 @@ def ram(
     has changed (c = 1) gets the whole change; one that several have changed gets the average of their changes.
 
     The inputs are read once, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
 

@@ -30,10 +30,6 @@ def ramplus_tl(
     averaging takes from the shared ones. Changes are counted within this tensor, hence mergekit's name "tensor-local".
 
     The inputs are read twice, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import HALF_DTYPES, compute_dtype
-from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
 from resm_kernels.linalg.products import task_matrix
 from resm_kernels.linalg.threads import run
@@ -26,7 +25,12 @@ from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
 from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, RankRule, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.spectral.task_matrices import averaged, decomposed_together, is_spectral, spectral_workspace
+from resm_kernels.spectral.task_matrices import (
+    averaged_unless_matrix,
+    decomposed_together,
+    is_spectral,
+    spectral_workspace,
+)
 
 SMALL: Final = 1 << 17
 """Matrices of up to this many elements are merged on one thread: dividing the work would cost more than it saves."""
@@ -83,17 +87,11 @@ def resm(
     within 1e-3, and from float64 elsewhere; M differs from float64's by about 2e-5 of its norm. For other experts the
     default is 0, which asks for float64 throughout. The product is formed in fp32 (float64 for float64 inputs) and
     added to θ₀ with one rounding.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for the same inputs, whatever the number of threads.
     """
     _check_rank(rank_rule, rank)
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, len(experts), spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    averaged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype, len(experts))
+    if averaged is not None:
+        return averaged
     vectors = _task_vectors(base, experts, weight, beta, kappa, outlier_clip, granularity, eps_rel)
     accuracy = _accuracy(accuracy, experts)
 

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg.products import gram, matmul
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
+from resm_kernels.spectral.task_matrices import task_vector
 
 
 @dataclass(frozen=True)
@@ -50,28 +49,9 @@ def interference(base: Tensor, experts: list[Tensor], weight: list[float]) -> In
     return Interference(operator, target, total)
 
 
-def averaged_unless_matrix(
-    base: Tensor,
-    experts: list[Tensor],
-    weight: list[float],
-    lambda_: float,
-    spectral: bool,
-    out_dtype: torch.dtype | None,
-) -> Tensor | None:
-    """Check the inputs, and return the average of the task vectors if the tensor is no matrix or `spectral` is False.
-
-    None means that the tensor is a matrix that the caller merges.
-    """
-    check_inputs(base, experts, out_dtype)
-    if is_spectral(base, 1, spectral):
-        return None
-    return averaged(base, experts, weight, lambda_, out_dtype)
-
-
-def interference_workspace(shape: tuple[int, ...]) -> int:
+def interference_workspace(m: int, n: int) -> int:
     """Bytes at the peak of `interference`: Δ_t, target, total and a product; a Gram matrix and the operator.
 
     Measured peaks of `wudi` lie 8 to 40 % below.
     """
-    m, n = shape
     return (32 << 20) + 40 * m * n + 24 * n * n
