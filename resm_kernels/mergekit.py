@@ -96,7 +96,8 @@ class _Implementation:
         base = group.base if self.method.needs_base or self.method.optional_base else None
         experts = group.entries if base is None else group.non_base
         if not experts:
-            return group.base.tensor.clone()
+            copy: Tensor = group.base.tensor.clone()
+            return copy
         arguments = {}
         for parameter in self.method.parameters:
             if parameter.name in parameters:

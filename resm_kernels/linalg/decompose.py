@@ -71,7 +71,7 @@ class Decomposition:
         return int((self.singular_values > RANK_TOLERANCE * self.singular_values[0]).sum())
 
     def truncate(self, k: int) -> Subspace:
-        """The subspaces of the largest singular values: k of them, or the numerical rank if that is smaller."""
+        """The subspaces of the k largest singular values; if the numerical rank is less than k, of that many."""
         k = min(k, self.rank)
         values, right = self.singular_values[:k], self._right[:, :k]
         if self._left is not None:
@@ -89,7 +89,7 @@ class Decomposition:
         # Rounding of the sums and of the Gram matrix's eigenvalues, each below √r·u·σ_1 in the units of σ².
         slack = 8 * self._matrix.shape[1] * torch.finfo(torch.float64).eps * total
         lost = total - frobenius_norm(core) ** 2
-        return ((max(lost, 0.0) + slack) / total) ** 0.5
+        return math.pow((max(lost, 0.0) + slack) / total, 0.5)
 
 
 def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,7 +99,7 @@ def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Up to 1e-12 scaling them suffices.
     if float(values[-1] / values[0]) ** 2 > 1e12 * torch.finfo(torch.float64).eps:
         return product / values, values.diag()
-    # At the numerical rank the deviation is at most 1e-4. One pass leaves its square times rounding: nothing.
+    # At the numerical rank the deviation is at most 1e-4, whose square one pass leaves: less than float64's rounding.
     orthonormal = orthonormalize(product / values, passes=1)
     return orthonormal.q, orthonormal.r * values
 
@@ -129,7 +129,7 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
 
 
 def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Decomposition]:
-    """`decompose` of several matrices side by side: the others fill the threads that one eigenproblem leaves idle."""
+    """`decompose` of several matrices side by side: they fill the threads that a single eigenproblem leaves idle."""
     for i, matrix in enumerate(matrices):
         if matrix.ndim != 2:
             raise ValueError(f"matrices[{i}]: got {matrix.ndim} dimensions, need 2")
@@ -140,10 +140,7 @@ def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Dec
 def decompose_counted(
     matrices: Sequence[Tensor], method: str, counts: Sequence[int] | None = None
 ) -> list[Decomposition]:
-    """`decompose_list` without its checks; with `counts`, "gram" computes that many of the largest singular values.
-
-    That is faster than all of them.
-    """
+    """`decompose_list` without its checks; with `counts`, "gram" computes only that many of the largest values."""
     if method == "exact":
         return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":

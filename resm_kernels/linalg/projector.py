@@ -21,8 +21,8 @@ from resm_kernels.ops.project import project
 from resm_kernels.ops.random_matrix import random_matrix
 
 _WHOLE_FRACTION: Final = 6
-"""G is formed whole if the rank is at least n divided by this; smaller ranks are sought in a part of the space, which
-takes fewer products."""
+"""G is formed whole if the rank is at least n divided by this; for smaller ranks a part of the space takes fewer
+products."""
 _HEAD_FRACTION: Final = 8
 """The rank divided by this is how many of the largest directions are computed first, so that they can be shrunk."""
 _HEAD_STEPS: Final = (3, 6)

@@ -1,4 +1,4 @@
-"""What a merge method is: a function on tensors, and the description that recipes, command line and plug-ins read."""
+"""The record of a merge method: a function on tensors, and the description that recipes and plug-ins read."""
 
 from __future__ import annotations
 

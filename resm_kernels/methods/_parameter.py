@@ -1,4 +1,4 @@
-"""What a parameter of a merge method is: its name, kind, default and bounds, and how values are checked."""
+"""The record of a merge method's parameter: its name, kind, default and bounds, and the check of its values."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """What an annotation says about a parameter in addition to its type: ``Annotated[float, Option("…", minimum=0)]``.
+    """The description of a parameter beside its type in an annotation: ``Annotated[float, Option("…", minimum=0)]``.
 
     Attributes:
         doc: One line for help texts and errors: meaning, unit, why this default.
@@ -41,7 +41,7 @@ def each(value: T) -> list[T]:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a method's signature says.
+    """The facts about a method that its signature states.
 
     Attributes:
         parameters: The keyword arguments that have an `Option`, in the signature's order.

@@ -49,10 +49,9 @@ def dc_merge(
        values and keeps the sum: ``none`` leaves them, ``average`` makes them equal, ``linear`` makes them proportional
        to numbers that fall linearly from ρ' to 1, ρ' = min(ρ, σ_1/σ_k).
     2. Û = polar([U_1 … U_T]) and V̂ = polar([V_1 … V_T]), the nearest orthonormal bases.
-    3. Of each ÛᵀΔ̃_tV̂ the max(1, ⌊density·K²⌋) entries of the largest magnitude are kept, K = T·k, and all that tie
-    with
-       the smallest of them. For each entry the sign of the sum is elected, and the kept values of that sign are
-       averaged.
+    3. Of each ÛᵀΔ̃_tV̂ the max(1, ⌊density·K²⌋) entries of the largest magnitude are kept, K = T·k, and all entries that
+       tie with the smallest of them. For each entry the sign of the sum is elected, and the kept values of that sign
+       are averaged.
     4. Only the T diagonal k×k blocks remain, one for the directions of each expert.
 
     The authors smooth when merging LoRA adapters (rank: the adapters', 16; smoothing: average, or linear with ρ = 5)
@@ -61,7 +60,7 @@ def dc_merge(
     orthonormalise them with the rest; a zero task vector thus has no effect. Where T·k < r their code for full
     fine-tuning has K = r, and includes directions that the SVD of a padded matrix leaves arbitrary; their code for LoRA
     does as this function does. Tensors that are no matrices, or have fewer than T rows or columns, become θ₀ +
-    λ·(1/T)·Σ_t w_t·Δ_t. w_t multiplies σ̃_t. One expert does not give itself, but the part of it that is kept. Where
+    λ·(1/T)·Σ_t w_t·Δ_t. w_t multiplies σ̃_t. A single expert is reduced to the part of it that is kept. Where
     singular values of a Δ_t coincide, the result is not unique. All computations are float64.
     """
     averaged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype, len(experts))

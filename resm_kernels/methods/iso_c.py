@@ -46,7 +46,7 @@ def iso_c(
     is the same, and σ̄ is still the mean over all r. S = 0 gives the base. Tensors that are no matrices become
     θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code.
 
-    All of it is float64, rounded once.
+    The merge is computed in float64 and rounded once.
     """
     if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
         return averaged

@@ -60,8 +60,8 @@ def knots(
     +, whatever the sign of the singular vector; the authors elect the sign that most elements have.
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t (the authors leave them as they are in the base).
 
-    U and the coordinates are float64 inside, coordinates are rounded to fp32 (float64 for float64 inputs) and the
-    product is formed in it, and the result is rounded once.
+    U and the coordinates are computed in float64. The coordinates are rounded to fp32 (float64 for float64 inputs), in
+    which the product is formed, and the result is rounded once.
     """
     if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
         return averaged

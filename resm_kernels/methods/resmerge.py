@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal
 import torch
 from torch import Tensor
 
-from resm_kernels.linalg import Subspace, subspace
+from resm_kernels.linalg import Subspace, subspaces
 from resm_kernels.linalg.products import matmul
 from resm_kernels.linalg.routes import FullDecompositionMethod
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
@@ -82,7 +82,7 @@ def resmerge(
     heads, residuals, total = [], [], torch.zeros(base.shape, dtype=torch.float64, device=base.device)
     for t, w in enumerate(weight):
         matrix = task_vector(base, experts, t).mul_(w)
-        head = subspace(matrix, rank, method=decomposition, accuracy=_ACCURACY)
+        head = subspaces([matrix], [rank], method=decomposition, accuracy=_ACCURACY)[0]
         heads.append(head)
         residuals.append(matrix.sub_(_product(head, 1.0).to(matrix.dtype)))
     head_gram, residual_gram = _head_gram(heads).cpu(), inner_products(None, residuals).cpu()
@@ -128,7 +128,7 @@ def _residual_shares(products: Tensor, smallest: float, beta_min: float, beta_ma
     likeness = (float(cosines.sum()) - float(cosines.diagonal().sum())) / pairs
     score = confidence * ((likeness + 1) / 2 + (coherence + 1) / 2) / 2
     beta = beta_max - (beta_max - beta_min) * min(max(score, 0.0), 1.0)
-    return unit * (coherence**beta * float(norms.mean()) / length)
+    return unit * (math.pow(coherence, beta) * float(norms.mean()) / length)
 
 
 def _head_factor(products: Tensor, smallest: float) -> float:

@@ -1,4 +1,4 @@
-"""The loss that WUDI minimises, as a quadratic: what `wudi` and `swudi` share."""
+"""The quadratic loss that the methods `wudi` and `swudi` minimise."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Interference:
     """L(M) = Σ_t ‖(M − Δ_t)·Δ_tᵀ‖²_F / ‖Δ_t‖²_F, whose gradient is 2·(M·operator − target).
 
     Attributes:
-        operator: C = Σ_t Δ_tᵀΔ_t / ‖Δ_t‖²_F, (n, n), float64; its trace is the number of experts that changed at all.
+        operator: C = Σ_t Δ_tᵀΔ_t / ‖Δ_t‖²_F, (n, n), float64; its trace is the number of nonzero Δ_t.
         target: D = Σ_t Δ_t·Δ_tᵀΔ_t / ‖Δ_t‖²_F, (m, n), float64. Any M with M·C = D is a minimum, such as D·C^+.
         total: Σ_t Δ_t, (m, n), float64, where the authors start.
     """

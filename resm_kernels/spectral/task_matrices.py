@@ -1,4 +1,4 @@
-"""Task vectors as matrices: which tensors are taken as matrices, and forming, averaging, summing, truncating them."""
+"""Task vectors as matrices: the test for matrices, and functions that form, average, sum and truncate them."""
 
 from __future__ import annotations
 
