@@ -122,19 +122,21 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
-    if matrix.ndim != 2:
-        raise ValueError(f"matrix: got {matrix.ndim} dimensions, need 2")
-    finite_norm(matrix, "matrix", 0)
-    return decompose_counted([matrix], method)[0]
+    return _checked({"matrix": matrix}, method)[0]
 
 
 def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Decomposition]:
     """`decompose` of several matrices side by side: they fill the threads that a single eigenproblem leaves idle."""
-    for i, matrix in enumerate(matrices):
+    return _checked({f"matrices[{i}]": matrix for i, matrix in enumerate(matrices)}, method)
+
+
+def _checked(matrices: dict[str, Tensor], method: str) -> list[Decomposition]:
+    """The decompositions of matrices with the names that errors use."""
+    for i, (name, matrix) in enumerate(matrices.items()):
         if matrix.ndim != 2:
-            raise ValueError(f"matrices[{i}]: got {matrix.ndim} dimensions, need 2")
-        finite_norm(matrix, f"matrices[{i}]", i)
-    return decompose_counted(matrices, method)
+            raise ValueError(f"{name}: got {matrix.ndim} dimensions, need 2")
+        finite_norm(matrix, name, i)
+    return decompose_counted(list(matrices.values()), method)
 
 
 def decompose_counted(
@@ -169,8 +171,7 @@ class _Transposed(Decomposition):
     """The decomposition of a wide matrix, through its transpose's."""
 
     def truncate(self, k: int) -> Subspace:
-        s = super().truncate(k)
-        return transposed(s)
+        return transposed(super().truncate(k))
 
 
 def transposed(s: Subspace) -> Subspace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 import torch
@@ -44,7 +45,4 @@ def changes_of(theta: Tensor, experts: list[Tensor], epsilon: float) -> tuple[li
 
 def in_order(terms: list[Tensor]) -> Tensor:
     """The sum of the terms, added in their order."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return functools.reduce(torch.add, terms)
