@@ -31,8 +31,8 @@ def merge(
         out_dtype: The result's dtype; base's by default.
         name: The tensor's name. Methods that draw random numbers (DARE, DELLA) derive them from it, so that tensors of
             one model need different names. RESM averages tensors whose name is that of an embedding or output head.
-        seed: A whole number from which random numbers are derived as well. The same seed and name give the same result on
-            any device and with any number of threads.
+        seed: A whole number from which random numbers are derived as well. The same seed and name give the same result
+            on any device and with any number of threads.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
             `lambda_`. Per-expert parameters take one value for all experts, or a sequence with one for each.
 

@@ -164,22 +164,22 @@ def _key(name: str) -> str:
 
 def _present(method: Method, arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The arguments of the inner method without those left out; None in a list becomes its default."""
-    passed = {}
+    present = {}
     for key, value in arguments.items():
-        if value is None or (isinstance(value, list) and all(v is None for v in value)):
+        values = value.tolist() if isinstance(value, Tensor) else value
+        values = list(values) if isinstance(values, (list, tuple)) else [values]
+        if all(v is None for v in values):
             continue
         parameter = method.parameter(key)
         if parameter.ignored:
-            ignored = key.removeprefix(_PREFIX)
-            raise ValueError(f"{key}: {method.name} takes {ignored!r} from recipes and ignores it")
-        if isinstance(value, list):
-            value = [parameter.default if v is None else v for v in value]
-            if not parameter.per_expert:
-                if len(set(value)) > 1:
-                    raise ValueError(f"{key}: got {value}, need one value, as {method.name} has one for all experts")
-                value = value[0]
-        passed[key] = value
-    return passed
+            recipe_name = key.removeprefix(_PREFIX)
+            raise ValueError(f"{key}: {method.name} takes {recipe_name!r} from recipes and ignores it")
+        values = [parameter.default if v is None else v for v in values]
+        if not parameter.per_expert and any(v != values[0] for v in values):
+            raise ValueError(f"{key}: got {values}, need one value, as {method.name} has one for all experts")
+        is_list = parameter.per_expert and isinstance(value, (list, tuple, Tensor))
+        present[key] = values if is_list else values[0]
+    return present
 
 
 def _passed_through(inners: Sequence[Method]) -> tuple[Parameter, ...]:
