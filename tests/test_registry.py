@@ -78,13 +78,13 @@ def test_base_and_seed_are_read_from_the_signature() -> None:
     assert int(merge(None, [torch.zeros(1)], "draws", name="a", seed=3)) == methods.tensor_key(3, "a")
 
 
-def test_partials_are_methods_with_other_defaults() -> None:
+def test_presets_make_a_function_several_methods() -> None:
     def rules(
         base: Tensor, experts: list[Tensor], *, rule: str, share: Percent = 1.0, out_dtype: torch.dtype | None
     ) -> Tensor:
         return torch.tensor([float(len(rule)), share])
 
-    decorated(name="half")(functools.partial(rules, rule="long", share=50.0))
+    decorated(name="half", rule="long", share=50.0)(rules)
     assert get("half").parameters == (Parameter("share", float, 50.0, "a share", minimum=0, maximum=100),)
     assert merge(torch.zeros(1), [torch.zeros(1)], "half").tolist() == [4, 50]
     assert merge(torch.zeros(1), [torch.zeros(1)], "half", share=2).tolist() == [4, 2]

@@ -60,7 +60,7 @@ _WELL_CONDITIONED = 1e-1
 
 
 def iterations_for(accuracy: float) -> int:
-    """Power iterations to begin with: what decaying spectra of trained task vectors need (bench_truncated_svd)."""
+    """The first number of power iterations; it suits spectra of trained task vectors (bench_truncated_svd)."""
     return min(MOST_ITERATIONS, max(3, math.ceil(2 - 1.5 * math.log10(accuracy)))) if accuracy > 0 else MOST_ITERATIONS
 
 

@@ -27,7 +27,7 @@ Rescale = Annotated[bool, Option("scale the kept elements of each task vector up
 RescaleBy = Annotated[
     Literal["l1", "probability"],
     Option(
-        "what `rescale` does: l1 restores the L1 norm (mergekit), probability divides each element by its probability "
+        "how `rescale` works: l1 restores the L1 norm (mergekit), probability divides each element by its probability "
         "of being kept (the papers)"
     ),
 ]

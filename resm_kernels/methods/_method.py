@@ -27,7 +27,7 @@ class Method:
         needs_base: False if it can merge models rather than task vectors; then `base` may be None.
         parameters: All parameters, each of which is a keyword argument of the call.
         function: `function(base, experts, *, out_dtype, **parameters)`; per-expert parameters arrive as lists.
-        workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
+        workspace: `workspace(shape, n_experts)` is an upper bound of the bytes that one call allocates beyond its
             inputs and its output.
         optional_base: True if it merges task vectors where there is a base, and models where there is none.
         min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
@@ -51,8 +51,8 @@ class Method:
         least, most = self.min_experts, self.max_experts
         if n_experts < least or (most is not None and n_experts > most):
             needed = f"at least {least}" if most is None else str(least) if least == most else f"{least} to {most}"
-            besides = " beside the base" if self.needs_base else ""
-            raise ValueError(f"got {n_experts}, but {self.name} merges {needed}{besides}")
+            base = " beside the base" if self.needs_base else ""
+            raise ValueError(f"got {n_experts}, but {self.name} merges {needed}{base}")
 
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that recipe key, or raise a ValueError that names the nearest one."""

@@ -45,7 +45,7 @@ def merge_method(
     in base's dtype. Its signature says all about its parameters:
 
     - ``base: Tensor`` needs a base; ``base: Tensor | None`` merges models where a recipe has none.
-    - ``steps: Annotated[int, Option("what it means", minimum=0)] = 300`` is the recipe's parameter ``steps``. Its type
+    - ``steps: Annotated[int, Option("its meaning", minimum=0)] = 300`` is the recipe's parameter ``steps``. Its type
       is float, int, bool or a Literal of strings, or one of these or None with the default None. An argument without a
       default must be in the recipe. ``lambda_`` is the recipe's ``lambda``.
     - ``density: Annotated[list[float], Option(…)] = each(1.0)`` has one value for each expert, and arrives as a list.
@@ -55,8 +55,8 @@ def merge_method(
         title: The method's name in prose, such as "TIES".
         reference: Where the method is defined, an address.
         name: What recipes call it (`merge_method`); the function's name by default.
-        workspace: ``workspace(shape, n_experts)``, an upper bound in bytes of what a call allocates beyond its inputs
-            and its output. The default is enough for two float64 tensors for each expert and four more.
+        workspace: ``workspace(shape, n_experts)``, an upper bound of the bytes that a call allocates beyond its
+            inputs and its output. The default is enough for two float64 tensors for each expert and four more.
         min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
         ignores_base: True for a ``base: Tensor | None`` from which no differences are formed.
         preset: Other defaults, or values of arguments without an `Option`, which recipes cannot set. One function can

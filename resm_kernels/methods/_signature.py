@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Option:
-    """The description of a parameter beside its type in an annotation: ``Annotated[float, Option("…", minimum=0)]``.
+    """The part of a parameter's annotation next to its type: ``Annotated[float, Option("…", minimum=0)]``.
 
     Attributes:
         doc: One line for help texts and errors: meaning, unit, why this default.

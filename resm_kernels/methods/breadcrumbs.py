@@ -64,6 +64,6 @@ def kept_ranks(density: float, gamma: float, numel: int) -> tuple[int, int]:
     """Ranks of the smallest and of the largest kept magnitude, counted from the largest of all; 0 for no bound."""
     if density >= 1:
         return numel, 0
-    kept = int(density * numel)
-    below = max(0, numel - kept - int(gamma * numel))
-    return (numel - below, numel - below - kept + 1) if kept else (0, 0)
+    count = int(density * numel)
+    below = max(0, numel - count - int(gamma * numel))
+    return (numel - below, numel - below - count + 1) if count else (0, 0)

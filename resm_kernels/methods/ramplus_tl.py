@@ -26,8 +26,8 @@ def ramplus_tl(
 ) -> Tensor:
     """As `ram`, but a change that only expert t has made is multiplied by λ_t = 1 + r·min(ρ_t, α).
 
-    ρ_t is the ratio of the expert's shared changes to its unique ones; scaling the unique ones compensates for what
-    averaging takes from the shared ones. Changes are counted within this tensor, hence mergekit's name "tensor-local".
+    ρ_t is the ratio of the expert's shared changes to its unique ones; scaling the unique ones compensates for the
+    averaging of the shared ones. Changes are counted within this tensor, hence mergekit's name "tensor-local".
 
     The inputs are read twice, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
     """

@@ -19,7 +19,7 @@ from resm_kernels.spectral.low_rank import join
 from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
 
 _ACCURACY: Final = 1e-4
-"""Backward error that "auto" may make in a head; the residual contains what the head lacks."""
+"""Backward error that "auto" may make in a head; the residual contains the difference."""
 _ZERO: Final = 1e-6
 """Heads and residuals up to this times the largest task vector are rounding and count as none."""
 

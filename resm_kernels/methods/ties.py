@@ -1,4 +1,4 @@
-"""TIES: trim, elect signs, merge what agrees (Yadav et al., arXiv 2306.01708), in mergekit's weighted form."""
+"""TIES: trim, elect signs, merge elements that agree (Yadav et al., arXiv 2306.01708), in mergekit's weighted form."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ def tsv_compress(
     Decompositions are float64, the products fp32 (float64 for float64 inputs), and the result is rounded once.
 
     Raises:
-        ValueError: Both `rank` and `share` are given.
+        ValueError: Both `rank` and `share` are set.
     """
     if rank is not None and share is not None:
         raise ValueError(f"rank: got {rank} and a share of {share:g}, need one of the two")
