@@ -88,6 +88,8 @@ def test_presets_make_a_function_several_methods() -> None:
     assert get("half").parameters == (Parameter("share", float, 50.0, "a share", minimum=0, maximum=100),)
     assert merge(torch.zeros(1), [torch.zeros(1)], "half").tolist() == [4, 50]
     assert merge(torch.zeros(1), [torch.zeros(1)], "half", share=2).tolist() == [4, 2]
+    with pytest.raises(TypeError, match="merge_method: min_expert: neither a keyword here nor an argument"):
+        decorated(min_expert=2)(rules)
     with pytest.raises(TypeError, match="name: missing"):
         decorated()(functools.partial(rules, rule="short"))
     with pytest.raises(TypeError, match="rules: rule: annotate it"):

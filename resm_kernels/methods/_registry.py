@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -73,6 +74,8 @@ def merge_method(
     """
 
     def decorate(function: F) -> F:
+        if unknown := sorted(preset.keys() - inspect.signature(function).parameters.keys()):
+            raise TypeError(f"merge_method: {unknown[0]}: neither a keyword here nor an argument of the function")
         method_function = functools.partial(function, **preset) if preset else function
         signature = read_signature(method_function)
         method_name = name or str(getattr(function, "__name__", ""))

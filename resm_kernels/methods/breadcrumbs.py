@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: drop the largest and the smallest changes (Davari, Belilovsky, arXiv 2312.06795)."""
+"""Model Breadcrumbs: drop the largest and the smallest changes (Davari and Belilovsky, arXiv 2312.06795)."""
 
 from __future__ import annotations
 

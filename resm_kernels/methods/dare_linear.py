@@ -1,4 +1,4 @@
-"""Linear DARE: drop at random, rescale, add up (Yu et al., Language Models are Super Mario, arXiv 2311.03099)."""
+"""DARE: drop at random, rescale, and add up or merge by TIES (Yu et al., Super Mario, arXiv 2311.03099)."""
 
 from __future__ import annotations
 

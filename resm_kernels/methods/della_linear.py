@@ -1,4 +1,4 @@
-"""Linear DELLA: drop at random, small elements more often, rescale, add up (Deep et al., arXiv 2406.11617)."""
+"""DELLA: drop at random by rank, rescale, and add up or merge by TIES (Deep et al., arXiv 2406.11617)."""
 
 from __future__ import annotations
 
