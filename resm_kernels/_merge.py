@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
-from resm_kernels.methods import Method, get
+from resm_kernels.methods import get
 
 
 def merge(
@@ -25,14 +25,14 @@ def merge(
     """Merge one weight tensor of several experts.
 
     Args:
-        base: θ₀, the tensor all experts were fine-tuned from; None for methods that average models.
-        experts: θ_1 … θ_T of base's shape and device; bf16, fp16, fp32 or float64, mixed at will.
+        base: θ₀, the tensor that all experts were fine-tuned from; None for methods that average models.
+        experts: θ_1 … θ_T of base's shape and device; bf16, fp16, fp32 or float64 each.
         method: A name from `resm_kernels.methods.names()`, such as resm, tsvm or ties.
         out_dtype: The result's dtype; base's by default.
         name: The tensor's name. Methods that draw random numbers (DARE, DELLA) derive them from it, so that tensors of
-            one model need different names; and RESM averages tensors whose name is that of an embedding or output head.
-        seed: A whole number from which random numbers are derived too. The same seed and name give the same result on
-            any device and with any number of threads.
+            one model need different names. RESM averages tensors whose name is that of an embedding or output head.
+        seed: A whole number from which random numbers are derived as well. The same seed and name give the same result
+            on any device and with any number of threads.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
             `lambda_`. Per-expert parameters take one value for all experts, or a sequence with one for each.
 
@@ -92,7 +92,12 @@ def merge_state_dicts(
     for key, value in first.items():
         if value.is_floating_point():
             origin, tensors = None if base is None else value, [expert[key] for expert in experts]
-            merged[key] = _merge_named(key, merge_method, origin, tensors, out_dtype, seed, parameters)
+            try:
+                merged[key] = merge_method(origin, tensors, out_dtype=out_dtype, name=key, seed=seed, **parameters)
+            except NonFiniteError as error:
+                raise NonFiniteError(f"{key}: {error.argument}", error.index, error.count) from error
+            except (ValueError, TypeError) as error:
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{key}: {error}") from error
             continue
         for name, model in models[1:]:
             if model[key].dtype != value.dtype or not torch.equal(model[key], value):
@@ -101,21 +106,3 @@ def merge_state_dicts(
                 )
         merged[key] = value.clone()
     return merged
-
-
-def _merge_named(
-    name: str,
-    method: Method,
-    base: Tensor | None,
-    experts: list[Tensor],
-    out_dtype: torch.dtype | None,
-    seed: int,
-    parameters: dict[str, Any],
-) -> Tensor:
-    """Merge one tensor; its name stands in front of errors."""
-    try:
-        return method(base, experts, out_dtype=out_dtype, name=name, seed=seed, **parameters)
-    except NonFiniteError as error:
-        raise NonFiniteError(f"{name}: {error.argument}", error.index, error.count) from error
-    except (ValueError, TypeError) as error:
-        raise (TypeError if isinstance(error, TypeError) else ValueError)(f"{name}: {error}") from error

@@ -1,4 +1,4 @@
-"""This library's methods inside mergekit, under their own names and, on request, in place of its built-in methods.
+"""This library's methods inside mergekit, under their names here and, on request, instead of its built-in methods.
 
 mergekit plans, reads and writes; the arithmetic is this library's.
 """
@@ -29,9 +29,10 @@ def register(*, replace: bool = False) -> tuple[str, ...]:
     (a recipe's `dtype`, else the widest of the models').
 
     Args:
-        replace: True also runs mergekit's own methods on these kernels, with mergekit's parameters and defaults. It is
-            False by default because results change: in bf16 by what mergekit's own bf16 arithmetic loses, in fp32 in
-            the last bits; and DARE and DELLA draw other masks, from the seed that mergekit-yaml's --random-seed sets.
+        replace: True also runs mergekit's built-in methods on these kernels, with mergekit's parameters and defaults.
+            It is False by default because results change: in bf16 by the rounding of mergekit's bf16 arithmetic, in
+            fp32 in the last bits; and DARE and DELLA draw other masks, from the seed that mergekit-yaml's --random-seed
+            sets.
 
     Returns:
         Names of the methods that run on this library's kernels. A second call only adds what `replace` adds.
@@ -74,7 +75,7 @@ def run(arguments: Sequence[str], *, replace: bool = False) -> None:
 
 
 def _interface(module: str) -> Any:
-    """A module of mergekit, or an ImportError that says what to install."""
+    """A module of mergekit, or an ImportError that names the package to install."""
     try:
         return importlib.import_module(f"mergekit.{module}")
     except ImportError as error:
@@ -96,7 +97,8 @@ class _Implementation:
         base = group.base if self.method.needs_base or self.method.optional_base else None
         experts = group.entries if base is None else group.non_base
         if not experts:
-            return group.base.tensor.clone()
+            copy: Tensor = group.base.tensor.clone()
+            return copy
         arguments = {}
         for parameter in self.method.parameters:
             if parameter.name in parameters:

@@ -89,7 +89,7 @@ def dare_ties(
     masks = _masks(task_tensors, density)
     pruned = list(task_tensors)
     if masks is not None:
-        # Kept in fp32 or float64, so that only the end result is rounded.
+        # They are fp32 or float64, so that only the end result is rounded.
         wide = compute_dtype(*task_tensors)
         pruned = [
             aggregate(None, [d], [1.0 / density], masks=[m], out_dtype=wide)
@@ -98,24 +98,20 @@ def dare_ties(
     return _disjoint_merge(pruned, weights, majority_sign_method, task_tensors[0].dtype)
 
 
-def _check_density(density: float, least: str) -> None:
-    if not density >= 0 or (least == "above 0" and density == 0):
-        raise ValueError(f"density: got {density!r}, need a share {least}")
-
-
 def _thresholds(task_tensors: Sequence[Tensor], density: float) -> Tensor | None:
-    _check_density(density, "of at least 0")
+    if not density >= 0:
+        raise ValueError(f"density: got {density!r}, need a share of at least 0")
     if density >= 1:
         return None
     return magnitude_threshold(torch.zeros_like(task_tensors[0]), task_tensors, int(density * task_tensors[0].numel()))
 
 
 def _masks(task_tensors: Sequence[Tensor], density: float) -> list[Tensor] | None:
-    _check_density(density, "above 0")
+    if not density > 0:
+        raise ValueError(f"density: got {density!r}, need a share above 0")
     if density >= 1:
         return None
-    seed = int(torch.randint(2**62, ()))
-    return random_mask(task_tensors[0], task_tensors, density, seed=seed)
+    return random_mask(task_tensors[0], task_tensors, density, seed=int(torch.randint(2**62, ())))
 
 
 def _disjoint_merge(pruned: Sequence[Tensor], weights: Tensor, method: SignMethod, dtype: torch.dtype) -> Tensor:

@@ -9,17 +9,24 @@ error is small, which `CERTIFICATE` bounds.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from inputs import orthonormal
 from torch import Tensor
 
-from resm_kernels.linalg import Subspace
+from resm_kernels.linalg import Subspace, subspaces
 
 ROUNDING = 1e-13
 SINGLE = 32 * 2.0**-24
 GRAM = 1e-14
 REPAIRED = 1e-10 / 2.0**-52
 CERTIFICATE = 1e-6
+
+
+def subspace(matrix: Tensor, rank: Any, **options: Any) -> Subspace:
+    """The dominant subspaces of one matrix."""
+    return subspaces([matrix], [rank], **options)[0]
 
 
 def distance(a: Tensor, b: Tensor) -> float:

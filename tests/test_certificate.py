@@ -25,9 +25,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import power_law, randn, with_spectrum
+from subspace_contract import subspace
 from torch import Tensor
 
-from resm_kernels.linalg import Subspace, subspace, svd_lowrank, truncated_svd
+from resm_kernels.linalg import Subspace, svd_lowrank, truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import orthonormal, power_law, same_bits, with_spectrum
-from subspace_contract import SINGLE, distance
+from subspace_contract import SINGLE, distance, subspace
 from test_certificate import check
 from torch import Tensor
 
-from resm_kernels.linalg import subspace, truncated_svd
+from resm_kernels.linalg import truncated_svd
 from resm_kernels.linalg.deflation import COLUMNS, Deflated, Joined, deflate, join
 from resm_kernels.linalg.gram_fp32 import gram_pairs
 from resm_kernels.linalg.routes import Miss, Pair

@@ -10,10 +10,9 @@ import math
 import pytest
 import torch
 from inputs import power_law, randn, with_spectrum
-from subspace_contract import SINGLE, distance, product
+from subspace_contract import SINGLE, distance, product, subspace
 from torch import Tensor
 
-from resm_kernels.linalg import subspace
 from resm_kernels.linalg.delta import Delta
 from resm_kernels.linalg.randomized import _extend, _Krylov, randomized
 from resm_kernels.linalg.routes import Miss, Pair, SubspaceOptions

@@ -57,7 +57,7 @@ def test_parameters_are_read_from_the_signature() -> None:
         Parameter("lambda", float, REQUIRED, get("ties").parameter("lambda").doc),
         Parameter("mask", bool, False, "no effect", ignored=True),
     )
-    assert method.needs_base and not method.draws and not method.wraps
+    assert method.needs_base and not method.draws
     assert (method.min_experts, method.max_experts) == (2, 4)
     assert method.resolve(2, {"lambda_": 2}, "lm_head.weight")["where"] == "row"
     one = torch.zeros(1)
@@ -66,35 +66,30 @@ def test_parameters_are_read_from_the_signature() -> None:
     assert everything(one, [one], weight=[2.0], lambda_=4.0).tolist() == [2, 4, 0]
 
 
-def test_base_seed_and_name_are_read_from_the_signature() -> None:
+def test_base_and_seed_are_read_from_the_signature() -> None:
     def draws(base: Tensor | None, experts: list[Tensor], *, seed: int, out_dtype: torch.dtype | None) -> Tensor:
         return torch.tensor(seed)
 
-    def wraps(
-        base: Tensor | None, experts: list[Tensor], *, name: str, seed: int, out_dtype: torch.dtype | None
-    ) -> Tensor:
-        return torch.tensor(seed + len(name))
-
     decorated()(draws)
-    decorated(name="wrapping", ignores_base=True)(wraps)
-    drawing, wrapping = get("draws"), get("wrapping")
-    assert (drawing.needs_base, drawing.optional_base, drawing.draws, drawing.wraps) == (False, True, True, False)
-    assert (wrapping.needs_base, wrapping.optional_base, wrapping.draws, wrapping.wraps) == (False, False, False, True)
-    one = torch.zeros(1)
-    assert int(merge(None, [one], "draws", name="a", seed=3)) == methods.tensor_key(3, "a")
-    assert int(merge(None, [one], "wrapping", name="abc", seed=3)) == 6
+    decorated(name="averaging", ignores_base=True)(draws)
+    drawing, averaging = get("draws"), get("averaging")
+    assert (drawing.needs_base, drawing.optional_base, drawing.draws) == (False, True, True)
+    assert (averaging.needs_base, averaging.optional_base) == (False, False)
+    assert int(merge(None, [torch.zeros(1)], "draws", name="a", seed=3)) == methods.tensor_key(3, "a")
 
 
-def test_partials_are_methods_with_other_defaults() -> None:
+def test_presets_make_a_function_several_methods() -> None:
     def rules(
         base: Tensor, experts: list[Tensor], *, rule: str, share: Percent = 1.0, out_dtype: torch.dtype | None
     ) -> Tensor:
         return torch.tensor([float(len(rule)), share])
 
-    decorated(name="half")(functools.partial(rules, rule="long", share=50.0))
+    decorated(name="half", rule="long", share=50.0)(rules)
     assert get("half").parameters == (Parameter("share", float, 50.0, "a share", minimum=0, maximum=100),)
     assert merge(torch.zeros(1), [torch.zeros(1)], "half").tolist() == [4, 50]
     assert merge(torch.zeros(1), [torch.zeros(1)], "half", share=2).tolist() == [4, 2]
+    with pytest.raises(TypeError, match="merge_method: min_expert: neither a keyword here nor an argument"):
+        decorated(min_expert=2)(rules)
     with pytest.raises(TypeError, match="name: missing"):
         decorated()(functools.partial(rules, rule="short"))
     with pytest.raises(TypeError, match="rules: rule: annotate it"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from inputs import experts_with_spectra, power_law, randn, same_bits, with_spectrum
+from subspace_contract import subspace
 from torch import Tensor
 
 from resm_kernels import merge
@@ -22,7 +23,6 @@ from resm_kernels.linalg import (
     orthonormalize,
     polar,
     polar_factors,
-    subspace,
     subspaces,
     svd_lowrank,
     truncated_svd,

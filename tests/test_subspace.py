@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 from inputs import orthonormal, power_law, randn, same_bits, with_spectrum
-from subspace_contract import ROUNDING, SINGLE, distance, product, projector, stepped
+from subspace_contract import ROUNDING, SINGLE, distance, product, projector, stepped, subspace
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
-from resm_kernels.linalg import DECOMPOSITIONS, decompose, randomized, subspace, subspaces
+from resm_kernels.linalg import DECOMPOSITIONS, decompose, randomized, subspaces
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -18,10 +18,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import FLOATS, dtype_pairs, group, power_law, randn, same_bits, with_spectrum
+from subspace_contract import subspace
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
-from resm_kernels.linalg import DECOMPOSITIONS, TruncatedSVD, subspace, svd_lowrank, truncated_svd
+from resm_kernels.linalg import DECOMPOSITIONS, TruncatedSVD, svd_lowrank, truncated_svd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

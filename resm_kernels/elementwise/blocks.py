@@ -54,7 +54,7 @@ def merge_elements(
     """θ = merge(θ₀, [θ_1 …]), element by element in fp32 (float64 if an input is), rounded once.
 
     Args:
-        others: Tensors of base's shape that `merge` gets after the experts, in their own dtypes.
+        others: Tensors of base's shape that `merge` gets after the experts, not converted.
 
     Raises:
         NonFiniteError: base or an expert has NaN or infinite values.
@@ -120,7 +120,7 @@ def merge_vectors(
 
 
 def map_rows(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """function([θ_1 …]) of each block of rows (vectors along the last dimension), with the tensors in their own dtypes.
+    """function([θ_1 …]) of each block of rows (vectors along the last dimension); the tensors are not converted.
 
     Returns:
         A tensor of the inputs' shape in `dtype`.

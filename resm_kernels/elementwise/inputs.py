@@ -1,4 +1,4 @@
-"""The check that methods make of their inputs, and the memory that an element-wise method needs."""
+"""The check of a method's inputs, and the memory that an element-wise method needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What methods share that leave elements of the task vectors out: random masks, restored norms, the merge itself."""
+"""Merges of task vectors of which some elements are dropped: random masks, norm-restoring factors, and the merge."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from resm_kernels.ops.random_mask import random_mask
 SMALLEST_NORM: Final = 1e-7
 """L1 norms below this are not restored, as in mergekit."""
 SMALLEST_SUM: Final = 1e-8
-"""Nothing is divided by a sum of weights below this, as in mergekit."""
+"""A sum of weights below this does not divide, as in mergekit."""
 
 
 def merge_kept(
     base: Tensor,
     experts: list[Tensor],
     selection: dict[str, Any],
-    *,
     rule: str,
     weight: list[float],
+    *,
     normalize: bool,
-    lambda_: float,
-    rescale: bool | list[float],
+    rescale: bool | list[float] = False,
+    scale: float,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """Merge the selected elements of the task vectors.
+    """θ₀ + scale·rule(w_t·δ_t), where δ_t is the selected part of Δ_t.
 
     Args:
         selection: The arguments of `aggregate` and `kept_moments` that say which elements are kept; empty for all.
         rescale: True restores each task vector's L1 norm; a list has the factor of each task vector.
-        normalize: Divide by the sum of the weights, unless that is next to 0.
+        normalize: Divide by the sum of the weights, unless that is almost 0 (`can_normalize`).
     """
     factors: Tensor | list[float] | None = rescale if isinstance(rescale, list) else None
     if not isinstance(rescale, list) and rescale and selection:
@@ -46,7 +46,7 @@ def merge_kept(
         base,
         experts,
         weight,
-        scale=lambda_,
+        scale=scale,
         rule=rule,
         normalize=normalize and can_normalize(rule, weight),
         rescale=factors,
@@ -56,7 +56,7 @@ def merge_kept(
 
 
 def can_normalize(rule: str, weight: list[float]) -> bool:
-    """False where the weights sum to 0 or next to it and no election decides which of them divide."""
+    """False if the weights sum to almost 0 and no election chooses the weights that divide."""
     return rule == "ties" or abs(float(np.array(weight, dtype=np.float32).sum())) >= SMALLEST_SUM
 
 

@@ -15,7 +15,7 @@ from resm_kernels.linalg.spectrum import (
     stable_rank,
     task_interference,
 )
-from resm_kernels.linalg.subspace import subspace, subspaces
+from resm_kernels.linalg.subspace import subspaces
 from resm_kernels.linalg.truncated_svd import TruncatedSVD, svd_lowrank, truncated_svd
 
 __all__ = [
@@ -37,7 +37,6 @@ __all__ = [
     "random_overlap",
     "singular_task_interference",
     "stable_rank",
-    "subspace",
     "subspaces",
     "svd_lowrank",
     "task_interference",

@@ -1,4 +1,4 @@
-"""A model of what each route to a dominant subspace costs, from which `subspace` chooses the cheapest one."""
+"""A cost model of the routes to a dominant subspace, by which `subspaces` chooses the cheapest one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RATES: Final = {
     "fp32 eigenvectors": 0.045,
 }
 _MORE_BLOCKS: Final = 1.25
-"""Measured cost of "randomized" as a multiple of what was planned, for σ_i ~ i^−0.7 and 1024 × 2816: flatter spectra
+"""Measured cost of "randomized" as a multiple of the planned cost, for σ_i ~ i^−0.7 and 1024 × 2816: flatter spectra
 take more blocks."""
 LOOSE: Final = 1e-2
 """Accuracies above this take few blocks of block Krylov iteration, which on a GPU should be cheaper than spectral

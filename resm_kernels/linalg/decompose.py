@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from resm_kernels.linalg.dominant import dominant_list
 from resm_kernels.linalg.orthonormalize import orthonormalize
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.linalg.products import eigen_list, frobenius_norm, gram_list, matmul
+from resm_kernels.linalg.routes import FullDecompositionMethod
 from resm_kernels.linalg.threads import run
 
 
@@ -69,7 +71,7 @@ class Decomposition:
         return int((self.singular_values > RANK_TOLERANCE * self.singular_values[0]).sum())
 
     def truncate(self, k: int) -> Subspace:
-        """The subspaces of the largest singular values: k of them, or the numerical rank if that is smaller."""
+        """The subspaces of the k largest singular values; if the numerical rank is less than k, of that many."""
         k = min(k, self.rank)
         values, right = self.singular_values[:k], self._right[:, :k]
         if self._left is not None:
@@ -87,7 +89,7 @@ class Decomposition:
         # Rounding of the sums and of the Gram matrix's eigenvalues, each below √r·u·σ_1 in the units of σ².
         slack = 8 * self._matrix.shape[1] * torch.finfo(torch.float64).eps * total
         lost = total - frobenius_norm(core) ** 2
-        return ((max(lost, 0.0) + slack) / total) ** 0.5
+        return math.pow((max(lost, 0.0) + slack) / total, 0.5)
 
 
 def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,7 +99,7 @@ def _left_of(product: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     # Columns i, j of ΔP/σ deviate from orthogonality by u·σ_1²/(σ_i·σ_j). Up to 1e-12 scaling them suffices.
     if float(values[-1] / values[0]) ** 2 > 1e12 * torch.finfo(torch.float64).eps:
         return product / values, values.diag()
-    # At the numerical rank the deviation is at most 1e-4. One pass leaves its square times rounding: nothing.
+    # At the numerical rank the deviation is at most 1e-4, whose square one pass leaves: less than float64's rounding.
     orthonormal = orthonormalize(product / values, passes=1)
     return orthonormal.q, orthonormal.r * values
 
@@ -120,32 +122,31 @@ def decompose(matrix: Tensor, method: str = "gram") -> Decomposition:
 
     Determinism: the same bits for the same input, whatever the number of threads.
     """
-    if matrix.ndim != 2:
-        raise ValueError(f"matrix: got {matrix.ndim} dimensions, need 2")
-    finite_norm(matrix, "matrix", 0)
-    return decompose_counted([matrix], method)[0]
+    return _checked({"matrix": matrix}, method)[0]
 
 
 def decompose_list(matrices: Sequence[Tensor], method: str = "gram") -> list[Decomposition]:
-    """`decompose` of several matrices side by side: the others fill the threads that one eigenproblem leaves idle."""
-    for i, matrix in enumerate(matrices):
+    """`decompose` of several matrices side by side: they fill the threads that a single eigenproblem leaves idle."""
+    return _checked({f"matrices[{i}]": matrix for i, matrix in enumerate(matrices)}, method)
+
+
+def _checked(matrices: dict[str, Tensor], method: str) -> list[Decomposition]:
+    """The decompositions of matrices with the names that errors use."""
+    for i, (name, matrix) in enumerate(matrices.items()):
         if matrix.ndim != 2:
-            raise ValueError(f"matrices[{i}]: got {matrix.ndim} dimensions, need 2")
-        finite_norm(matrix, f"matrices[{i}]", i)
-    return decompose_counted(matrices, method)
+            raise ValueError(f"{name}: got {matrix.ndim} dimensions, need 2")
+        finite_norm(matrix, name, i)
+    return decompose_counted(list(matrices.values()), method)
 
 
 def decompose_counted(
     matrices: Sequence[Tensor], method: str, counts: Sequence[int] | None = None
 ) -> list[Decomposition]:
-    """`decompose_list` without its checks; with `counts`, "gram" computes that many of the largest singular values.
-
-    That is faster than all of them.
-    """
+    """`decompose_list` without its checks; with `counts`, "gram" computes only that many of the largest values."""
     if method == "exact":
         return run([functools.partial(_exact, m) for m in matrices], matrices[0].device) if matrices else []
     if method != "gram":
-        raise ValueError(f"method: got {method!r}, need one of gram, exact")
+        raise ValueError(f"method: got {method!r}, need one of {', '.join(get_args(FullDecompositionMethod))}")
     tall = [m if m.shape[0] >= m.shape[1] else m.mT for m in matrices]
     kinds = [Decomposition if a is matrix else _Transposed for a, matrix in zip(tall, matrices, strict=True)]
     if counts is not None:
@@ -170,8 +171,7 @@ class _Transposed(Decomposition):
     """The decomposition of a wide matrix, through its transpose's."""
 
     def truncate(self, k: int) -> Subspace:
-        s = super().truncate(k)
-        return transposed(s)
+        return transposed(super().truncate(k))
 
 
 def transposed(s: Subspace) -> Subspace:

@@ -27,7 +27,7 @@ from resm_kernels.ops.random_matrix import random_matrix
 COLUMNS = 8
 """How many directions are taken out."""
 _FEWEST = 4 * COLUMNS
-"""Ranks from which this is worth its cost."""
+"""The smallest rank for which deflation is worth its cost."""
 _POWER_ITERATIONS = 2
 _SEARCH = SubspaceOptions(
     "randomized", oversampling=16 * (_POWER_ITERATIONS + 1) - COLUMNS, power_iterations=_POWER_ITERATIONS
@@ -36,8 +36,8 @@ _SEARCH = SubspaceOptions(
 _STEEP = 2.0
 """Effective rank up to which a spectrum counts as steep: 1.4 for i^−1.5, 2.5 for i^−1, 7 for i^−0.7, n = 1024."""
 _MOST_ROTATION, _MOST_OVERLAP = 3e-4, 1e-3
-"""Norms up to which a first-order rotation is made and an overlap removed: bases then deviate from orthonormality by
-the squares. An overlap affects small directions only, a rotation the largest too."""
+"""The largest norms of a rotation that is made to first order, and of an overlap that is removed: bases then deviate
+from orthonormality by the squares. An overlap affects small directions only, a rotation the largest ones too."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,9 @@ class Joined(NamedTuple):
 
 
 def deflate(a: Tensor, rank: int) -> Deflated | None:
-    """A tall fp32 matrix whose squares fit fp32, without its largest directions; None where that is not worth its cost.
+    """Take the largest directions out of a tall fp32 matrix whose squares fit fp32; None if it is not worth the cost.
 
-    That is the case for ranks below `_FEWEST`, and for matrices that are not steep. A matrix is steep if its effective
+    It is not for ranks below `_FEWEST`, nor for matrices that are not steep. A matrix is steep if its effective
     rank ‖a‖_F⁴/‖aᵀa‖_F² is small, where ‖aΩ‖_F²/‖aᵀaΩ‖_F² with random Ω estimates ‖a‖_F²/‖aᵀa‖_F².
     """
     if rank < _FEWEST:
@@ -89,7 +89,7 @@ def deflate(a: Tensor, rank: int) -> Deflated | None:
     matrix = rows.expert
     rest = torch.empty_like(matrix)
     if is_transposed:
-        # These are half an iteration nearer than pair.left, just as pair.right is.
+        # Half an iteration more than pair.left has; without a transposition pair.right has it.
         vectors = orthonormalize(matmul(matrix, pair.right)).q
         image = project(None, matrix, vectors).mT.contiguous()
         parts = row_panels(vectors, matrix, rest)

@@ -26,7 +26,7 @@ _SERIES_LIMIT = 2e-2
 _LEAST_OMITTED = 1e-3
 """Share of ‖Δ‖ that a core may leave out: half of it, squared, is less than 3e-7 of the certificate's slack."""
 _OMITTED_SHARE = 2e-2
-"""The same limit as a share of what the truncation leaves out: half of it, squared, adds 1e-4 to that."""
+"""The same limit as a share of the norm that the truncation leaves out, to which half of it, squared, adds 1e-4."""
 
 
 def gram_pairs(

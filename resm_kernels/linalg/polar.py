@@ -59,8 +59,8 @@ def polar(x: Tensor, method: str = "auto") -> Tensor:
     Args:
         x: (m, c), finite.
         method: "gram": the inverse root from an eigendecomposition of xᵀx in float64, whose error is about
-            1e-16·cond(x)²; singular values up to `RANK_TOLERANCE` times the largest count as zero, so that is 1e-4 at
-            worst and 1e-8 at cond(x) = 10⁴. An fp32 SVD, which other libraries use, has 1e-7·cond(x).
+            1e-16·cond(x)². Singular values up to `RANK_TOLERANCE` times the largest count as zero, so that the error is
+            1e-4 at worst, and 1e-8 at cond(x) = 10⁴. An fp32 SVD, which other libraries use, has 1e-7·cond(x).
             "polar_express": odd quintic iterations with minimax coefficients (Amsel, Persson, Musco, Gower 2025,
             arXiv 2505.16932) in float64, matrix products alone, error about 1e-15·cond(x); singular values between 0
             and `RANK_TOLERANCE` times the largest come out between 0 and 1.
@@ -178,7 +178,7 @@ def _float64_factors(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype) -
 
 
 def _inverse_root(values: Tensor) -> Tensor:
-    """λ^(−1/2) of descending eigenvalues of a Gram matrix, 0 for those that count as zero."""
+    """λ^(−1/2) of a Gram matrix's eigenvalues, in descending order; 0 for eigenvalues that count as zero."""
     positive = values > values[0].clamp(min=0) * RANK_TOLERANCE**2
     return torch.where(positive, values, 1.0).rsqrt() * positive
 
@@ -194,7 +194,7 @@ def _block_grams(matrices: Sequence[Sequence[Tensor]]) -> list[Tensor]:
 
 
 def _cross_grams(matrices: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """[Q_1 … Q_T]ᵀ[Q_1 … Q_T] of orthonormal blocks: identities on the diagonal, the blocks' products beside it."""
+    """[Q_1 … Q_T]ᵀ[Q_1 … Q_T] of orthonormal blocks: identities on the diagonal, the blocks' products off it."""
     blocks_to_fill, pairs = [], []
     grams = []
     for blocks in matrices:

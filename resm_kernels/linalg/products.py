@@ -163,7 +163,7 @@ def _gram_strip(x: Tensor, out: Tensor, strip: tuple[int, int]) -> None:
 
 
 def frobenius_norm(x: Tensor) -> float:
-    """‖x‖_F with a relative error of about 1e-7; not finite if x is not finite, or if the square overflows float64."""
+    """‖x‖_F with a relative error of about 1e-7; not finite if x is not, or if the sum of squares overflows float64."""
     quick = _energy(x, None)
     if 1e-20 < quick < math.inf:
         return math.sqrt(quick)

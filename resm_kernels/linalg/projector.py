@@ -21,8 +21,8 @@ from resm_kernels.ops.project import project
 from resm_kernels.ops.random_matrix import random_matrix
 
 _WHOLE_FRACTION: Final = 6
-"""G is formed whole if the rank is at least n divided by this; smaller ranks are sought in a part of the space, which
-takes fewer products."""
+"""G is formed whole if the rank is at least n divided by this; for smaller ranks a part of the space takes fewer
+products."""
 _HEAD_FRACTION: Final = 8
 """The rank divided by this is how many of the largest directions are computed first, so that they can be shrunk."""
 _HEAD_STEPS: Final = (3, 6)
@@ -33,8 +33,8 @@ _SEPARATION: Final = math.log((math.sqrt(5) - 1) ** 2) / 2
 """Logarithm of the factor by which one step magnifies the distance of undecided eigenvalues: half the logarithm of
 (2x)·(2 − 2x²) at x = (√5 − 1)/2, the fixed point of a step X² followed by 2X − X²."""
 _GROWTH_STEPS: Final = {torch.float32: 24, torch.float64: 36}
-"""Steps beside those for separation: before them small eigenvalues double, and after them all eigenvalues become 0
-or 1. There are more for float64, whose matrices have whole spectra."""
+"""Steps in addition to those for separation: before them small eigenvalues double, and after them all eigenvalues
+become 0 or 1. There are more for float64, whose matrices have whole spectra."""
 _UNDECIDED: Final = 1e-2
 """Σ x·(1 − x) of the eigenvalues up to which further steps would only add rounding errors."""
 

@@ -22,15 +22,7 @@ from torch import Tensor
 from resm_kernels.linalg.delta import Delta
 from resm_kernels.linalg.orthonormalize import orthonormalize, solve_triangular
 from resm_kernels.linalg.polar import RANK_TOLERANCE
-from resm_kernels.linalg.products import (
-    eigen_list,
-    frobenius_norm,
-    gram,
-    gram_list,
-    matmul,
-    matmul_list,
-    minus_product,
-)
+from resm_kernels.linalg.products import eigen_list, frobenius_norm, gram, gram_list, matmul, matmul_list, minus_product
 from resm_kernels.linalg.routes import Miss, Pair, SubspaceOptions
 from resm_kernels.linalg.threads import run
 from resm_kernels.ops.gram_product import gram_product
@@ -39,41 +31,41 @@ from resm_kernels.ops.random_matrix import random_matrix
 
 R = TypeVar("R")
 MOST_ITERATIONS = 24
-"""Power iterations after which the accuracy asked for counts as out of reach."""
+"""The most power iterations that are made to reach an accuracy."""
 _SAFE_RMS = (1e-12, 1e12)
 """Root mean squares of Δ·Ω with which the products with Δ, and their squares, stay far within fp32's range."""
 _NOISE_SHARE = 1e-3
-"""The rounding in ΔᵀΔP that is accepted, as a share of what is left out: it adds its square, a millionth."""
+"""The rounding in ΔᵀΔP that is accepted, as a share of the norm that is left out, to which it adds a millionth."""
 _LEAST_NOISE = 2e-6
-"""The rounding that is accepted where next to nothing is left out, as a share of ‖Δ‖ and as a mean over directions."""
+"""The rounding that is accepted where almost nothing is left out, as a share of ‖Δ‖ and a mean over directions."""
 _CONDITION_FACTOR = 3.0
-"""ΔΩ is left out at once if its condition exceeds this multiple of the accepted magnification of rounding: the
-magnification is then rarely small enough."""
+"""ΔΩ is left out at once if its condition number exceeds this multiple of the accepted magnification of rounding,
+because the magnification is then rarely small enough."""
 _SERIAL_WORK = 1 << 22
 """Multiplications up to which work on a basis runs on one thread: sharing it out would cost more than it saves."""
 _UNIT_ROUNDOFF = 2.0**-24
 _MOST_PASSES = 4
-"""Passes of orthonormalising a block at most: two suffice for all but blocks that are hardly more than rounding."""
+"""The most passes that orthonormalise a block: two suffice except for blocks that are hardly more than rounding."""
 _MOST_DEVIATION, _LAST_DEVIATION = 1e-4, 1e-2
 """The deviation from orthonormality that a basis may have; the last block may deviate more, as none follows it."""
 _LEAST_SHARE = 1e-7
 """Directions of ΔᵀΔP that are a smaller share of the largest one are mostly rounding."""
-# Deviations from orthonormality of the final bases, as the largest element of |QᵀQ − I|:
+# Bounds on the deviation of the final bases from orthonormality, the largest element of |QᵀQ − I|.
 _EXACT = 8 * _UNIT_ROUNDOFF
-"""Up to this it is fp32's rounding, and nothing needs to be done."""
+"""A deviation up to this is fp32's rounding and is not corrected."""
 _FIRST_ORDER = 1e-4
-"""Up to this a first-order correction suffices: it leaves the square, 1e-8."""
+"""A deviation up to this is corrected to first order, which leaves its square, 1e-8."""
 _WELL_CONDITIONED = 1e-1
-"""Up to this the columns are so well conditioned that one pass of Cholesky-QR suffices."""
+"""A deviation up to this leaves the columns so well conditioned that one pass of Cholesky-QR suffices."""
 
 
 def iterations_for(accuracy: float) -> int:
-    """Power iterations to begin with: what decaying spectra of trained task vectors need (bench_truncated_svd)."""
+    """The first number of power iterations; it suits spectra of trained task vectors (bench_truncated_svd)."""
     return min(MOST_ITERATIONS, max(3, math.ceil(2 - 1.5 * math.log10(accuracy)))) if accuracy > 0 else MOST_ITERATIONS
 
 
 def block_columns(rank: int, oversampling: int | None, iterations: int) -> int:
-    """Columns of a block: an equal share of those asked for, else half the rank, or more if that were too few."""
+    """Columns of a block: with `oversampling` an equal share of all columns, else half the rank or a minimum."""
     if oversampling is not None:
         return -(-(rank + oversampling) // (iterations + 1))
     return max(-(-(rank + 8 + rank // 4) // (iterations + 1)), -(-rank // 2), 8)
@@ -100,14 +92,14 @@ def randomized(delta: Delta, rank: int, options: SubspaceOptions, *, in_range: b
     y, z, energy = gram_product(delta.base, delta.expert, x)
     if not in_range and not _SAFE_RMS[0] <= frobenius_norm(y) / math.sqrt(y.numel() / n) <= _SAFE_RMS[1]:
         return Miss("beyond the range of fp32", out_of_range=True)
-    # Far below any residual: the next blocks, if there are any, magnify a block's deviation from orthonormality.
+    # The limit is far below any residual, because the next blocks magnify a block's deviation from orthonormality.
     most_deviation = _MOST_DEVIATION if is_fixed else min(_MOST_DEVIATION, 0.05 * accuracy)
     space = _Krylov([], [y], [z], math.sqrt(float(energy)))
     while True:
         while len(space.bases) < planned and space.width < min(m, n):
             is_last = is_fixed and len(space.bases) == planned - 1
             _extend(space, delta, _LAST_DEVIATION if is_last else most_deviation)
-        # With as many columns as there are directions nothing is left outside.
+        # A space with as many columns as there are directions leaves nothing outside, so that nothing is measured.
         pair = _best_pair(delta, space, rank, measure=not is_fixed and space.width < min(m, n))
         if is_fixed or pair.residual <= accuracy:
             return pair

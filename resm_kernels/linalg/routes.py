@@ -1,35 +1,38 @@
-"""What a route to a dominant subspace is, what it returns, and who tries the next route.
+"""Routes to a dominant subspace: their options, the results and misses that they return, and the order of trying them.
 
-A route is one way to compute the dominant subspaces of a matrix: block Krylov iteration (`randomized`), spectral
+A route is one algorithm for the dominant subspaces of a matrix: block Krylov iteration (`randomized`), spectral
 projectors (`projector`), a Gram matrix in fp32 (`gram_fp32`), and in float64 a Gram matrix or an SVD (`decompose`).
-The routes in float64 always return a result. Each of the others measures the error of its result, and returns a `Miss`
-in place of a result that is less accurate than the caller asked for or that fp32 cannot hold. A route raises an
-exception only for input that no route accepts, such as NaN, and no route tries another in its place. Within a module, a
-helper that cannot complete its step returns None, and its docstring says when.
+The routes in float64 always return a result. A route in fp32 measures or estimates the error of its result, and
+returns a `Miss` instead of a result that is less accurate than the caller asked for, or that fp32 cannot hold. A route
+raises an exception only for input that no route accepts, such as NaN, and never calls another route. A helper within a
+module that cannot complete its step returns None, and its docstring says when.
 
-Only `subspace.subspaces_of` tries the next route: after a miss the matrix is decomposed by its Gram matrix in float64,
-and the reason for the miss becomes part of `Subspace.reason`. If the caller asked for the route by name, there is no
-next one, and the miss is raised as a ValueError. `polar.polar_factors` treats its two routes in fp32 alike.
+Only `subspace.subspaces_of` tries a second route: after a miss it decomposes the matrix by its Gram matrix in float64,
+and the reason for the miss becomes part of `Subspace.reason`. If the caller asked for "randomized" by name, it raises
+the miss as a ValueError instead. `polar.polar_factors` treats misses of its two routes in fp32 in the first way.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal, get_args
 
 import torch
 from torch import Tensor
 
-DECOMPOSITIONS: Final = ("auto", "gram", "exact", "randomized")
+FullDecompositionMethod = Literal["gram", "exact"]
+"""Methods that compute all singular values, or as many as are asked for, in float64."""
+DecompositionMethod = Literal["auto", FullDecompositionMethod, "randomized"]
+DECOMPOSITIONS: Final[tuple[str, ...]] = get_args(DecompositionMethod)
 """The values of `method`."""
 SLACK: Final = 16 * torch.finfo(torch.float32).eps
-"""What fp32's rounding may add to a sum of squares, and to a difference of matrices, as a share of it."""
+"""The rounding that fp32 may add to a sum of squares, or to a difference of matrices, as a share of it."""
 
 
 @dataclass(frozen=True)
 class SubspaceOptions:
-    """How dominant subspaces are computed. The values are checked here, once; `linalg.subspaces` says what each means.
+    """How dominant subspaces are computed; `linalg.subspaces` describes each value. The values are checked once, here.
 
     Raises:
         ValueError: A value is out of range.
@@ -75,12 +78,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Miss:
-    """What a route returns in place of a result.
+    """The answer of a route that has no result.
 
     Attributes:
         reason: Why there is no result, in words.
-        error: The message of the ValueError for a caller who asked for this route by name; it names the argument and
-            says what is needed.
+        error: The message of the ValueError for a caller who asked for this route by name: the argument and the values
+            that it may have.
         out_of_range: Whether the matrix has values, or squares of values, that fp32 may not hold.
     """
 

@@ -140,7 +140,7 @@ def task_interference(subspaces: Sequence[Subspace]) -> TaskInterference:
     """Pairwise overlaps, and I = Σ_{s≠t} ‖U_sᵀ·Δ_t·V_s‖_F² / ((T − 1)·Σ_t ‖Δ_t‖_F²) with Δ_t = U_t·Σ_t·V_tᵀ.
 
     In the sum of all task vectors, the part within the subspaces of expert s is
-    U_sᵀ(Σ_tΔ_t)V_s = Σ_s + Σ_{t≠s} U_sᵀΔ_tV_s. The second term is what the other experts add there; it also forms the
+    U_sᵀ(Σ_tΔ_t)V_s = Σ_s + Σ_{t≠s} U_sᵀΔ_tV_s. The second term is the other experts' part; it also forms the
     diagonal blocks of the matrix in the STI. I is the share of an expert's squared norm that lies in another's
     subspaces, averaged over all ordered pairs with the squared norms as weights. Directions that overlap on one side
     only do no harm, and do not count. For random subspaces ‖U_sᵀΔ_tV_s‖_F² is k_s²/(mn)·‖Δ_t‖_F² on average.

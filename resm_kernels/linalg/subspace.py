@@ -1,4 +1,4 @@
-"""Dominant left and right subspaces of a matrix: which route computes them, and how accurate they are."""
+"""Dominant left and right subspaces of matrices: the choice of a route, and the certificate of its result."""
 
 from __future__ import annotations
 
@@ -27,28 +27,6 @@ Rank = int | Callable[[Tensor], int]
 """A rank, or a function from all singular values (float64, descending) to a rank."""
 
 
-def subspace(
-    matrix: Tensor,
-    rank: Rank,
-    *,
-    method: str = "auto",
-    accuracy: float = 0.0,
-    oversampling: int | None = None,
-    power_iterations: int | None = None,
-    seed: int = 0,
-) -> Subspace:
-    """The dominant left and right subspaces of one matrix and the core between them; see `subspaces`."""
-    return subspaces(
-        [matrix],
-        [rank],
-        method=method,
-        accuracy=accuracy,
-        oversampling=oversampling,
-        power_iterations=power_iterations,
-        seed=seed,
-    )[0]
-
-
 def subspaces(
     matrices: Sequence[Tensor],
     ranks: Sequence[Rank],
@@ -68,9 +46,9 @@ def subspaces(
         method: "gram" and "exact" are those of `decompose`, in float64. "randomized" is block Krylov iteration in fp32.
             "auto" (default) takes "gram" for accuracy 0. For other accuracies it takes, on the CPU, the cheaper of
             "gram" and "randomized" by a cost model of measured rates (linalg/_cost.py), and "gram" again where
-            "randomized" missed the accuracy. On other devices, up to an accuracy of 1e-2, it takes "projector":
-            spectral projectors by matrix products alone in fp32, and "gram" in float64 for the matrices whose measured
-            residual or condition number is too large; the host reads these numbers once for all matrices together.
+            "randomized" missed the accuracy. On other devices it takes "projector" for accuracies up to 1e-2: spectral
+            projectors by matrix products alone in fp32, and "gram" in float64 for the matrices whose measured residual
+            or condition number is too large. The host reads these numbers once for all matrices together.
         accuracy: The relative backward error allowed for speed: ‖ΔᵀQ − PCᵀ‖_F / ‖Δ‖_F is at most this. The subspaces
             are then the exact dominant ones of a matrix at that distance from Δ. A bf16 checkpoint is itself such a
             perturbation: rounding a weight of 0.02 shifts it by 3.5e-5 rms, which is 0.17 of a task vector of rms
@@ -104,7 +82,7 @@ def subspaces(
 
 
 def subspaces_of(deltas: Sequence[Delta], ranks: Sequence[Rank], options: SubspaceOptions) -> list[Subspace]:
-    """`subspaces` of task matrices, which "randomized" does not form. Here alone the next route is tried (`routes`)."""
+    """`subspaces` of task matrices, which "randomized" does not form. After a miss "gram" is tried (`routes`)."""
     _check(deltas, ranks, options.method)
     if not deltas:
         return []
@@ -136,7 +114,7 @@ def _check(deltas: Sequence[Delta], ranks: Sequence[Rank], method: str) -> None:
     if len(ranks) != len(deltas):
         raise ValueError(f"ranks: got {len(ranks)}, need one for each of the {len(deltas)} matrices")
     if method == "randomized" and not all(isinstance(k, int) for k in ranks):
-        raise ValueError("ranks: a rule needs all singular values, which method 'randomized' does not find")
+        raise ValueError("ranks: a rule needs all singular values, which method 'randomized' does not compute")
     for i, k in enumerate(ranks):
         if isinstance(k, int) and k < 0:
             raise ValueError(f"ranks[{i}]: got {k}, need a number of at least 0")
@@ -161,7 +139,7 @@ def _choose(delta: Delta, numbers: Sequence[int], count: int, options: SubspaceO
     if accuracy < SMALLEST_ACCURACY and is_adaptive:
         return _Choice("gram", 0.0, f"accuracy {accuracy:g} needs float64")
     if min(numbers) >= min(m, n):
-        return _Choice("gram", 0.0, "all directions are kept: what is given up is all the error there is")
+        return _Choice("gram", 0.0, "all directions are kept, so that the accuracy allowed would be the only error")
     if products.only_products(device) and is_adaptive and accuracy <= LOOSE:
         return _Choice("projector", 0.0, f"products alone on {device.type}")
     gram = sum(gram_cost(m, n, k, accuracy) for k in numbers)
@@ -215,7 +193,7 @@ def _sketched(delta: Delta, rank: int, i: int, options: SubspaceOptions, reason:
         if norm == 0 or rank == 0:
             return _empty(delta.matrix, norm, "randomized", reason)
         if not _FP32_NORMS[0] <= norm <= _FP32_NORMS[1]:
-            error = "matrices: got norms that results in fp32 cannot hold, need method 'auto', 'gram' or 'exact'"
+            error = "matrices: got norms that fp32 cannot hold, need method 'auto', 'gram' or 'exact'"
             return replace(result, error=error)
         # Powers of two change no digit.
         exponent = _exponent(norm / math.sqrt(delta.matrix.numel()))
@@ -234,7 +212,7 @@ def _dense(
     """The subspaces of some task matrices by "gram" or "exact", by "gram" in fp32 where `accuracy` allows that.
 
     Args:
-        reasons: For the position of each of these matrices, why it is decomposed so.
+        reasons: The positions of these matrices, each with the reason for this route.
     """
     reasons = dict(reasons)
     matrices = {i: deltas[i].matrix for i in reasons}
@@ -287,7 +265,7 @@ def _in_fp32(jobs: Sequence[tuple[Tensor, int, float]], accuracy: float) -> list
 
 
 def _exponent(rms: float) -> int:
-    """The power of two that brings a root mean square near 1; 0 where it is near enough already."""
+    """The exponent of the power of two that brings a root mean square to about 1; 0 if it is within 2^±20 already."""
     exponent = -math.frexp(rms)[1]
     return exponent if abs(exponent) > 20 else 0
 

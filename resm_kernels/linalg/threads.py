@@ -150,7 +150,7 @@ def run(tasks: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
 
 
 def _runs_in_turn(device: torch.device) -> bool:
-    """Whether tasks run in turn on the caller's thread: it is the only one, or the work is another device's."""
+    """Whether tasks run in turn on the caller's thread: there is no other thread, or another device does the work."""
     return device.type != "cpu" or getattr(_local, "has_one", False) or torch.get_num_threads() == 1
 
 

@@ -19,13 +19,13 @@ from resm_kernels.linalg.subspace import subspaces_of
 from resm_kernels.linalg.threads import run
 
 _SMALLEST_LOSS = 1e-5
-"""Share of the energy to be left out below which sums of fp32 squares cannot tell how many directions it takes."""
+"""The smallest share of the energy to leave out for which sums of fp32 squares can tell the number of directions."""
 _SMALLEST_RATIO = 1e-8
 """(σ_k/σ_1)² down to which V = CᵀU/σ is orthonormal to 2⁻⁵²/1e-8, less than fp32's rounding."""
 _OFF_DIAGONAL = 1e-11
 """Share of a core off its diagonal that counts as rounding: "gram" is as accurate as that."""
 _OVERSAMPLING = 8
-"""Columns of a block beyond the rank that svd_lowrank is asked for, as Halko, Martinsson and Tropp advise."""
+"""Columns that a block of svd_lowrank has beyond the rank, as Halko, Martinsson and Tropp advise."""
 _FIRST_RANK = 32
 """The first rank tried for a share of the energy."""
 
@@ -75,9 +75,8 @@ def truncated_svd(
         energy: The smallest k that keeps this share of ‖Δ‖_F², 0 to 1.
         tol: The smallest k with ‖Δ − Δ_k‖_F ≤ tol·‖Δ‖_F.
         method: "auto", "gram", "exact" or "randomized", as for `linalg.subspaces`.
-        accuracy: Relative backward error allowed to "randomized", as for `linalg.subspaces`. 5e-2 by default:
-            ‖Δ − Δ_k‖_F is then within about half a per cent of the least there is.
-            0 for float64's accuracy.
+        accuracy: Relative backward error allowed to "randomized", as for `linalg.subspaces`; 0 asks for float64's. With
+            the default, 5e-2, ‖Δ − Δ_k‖_F is about half a per cent above the smallest possible at most.
         oversampling, power_iterations, seed: For "randomized", as for `linalg.subspaces`.
 
     Returns:
@@ -95,7 +94,9 @@ def truncated_svd(
     share = _energy_share(rank, energy, tol)
     deltas = _differences(matrix, expert)
     if matrix.ndim == 3 and rank is None:
-        raise ValueError("rank: missing; a batch needs one for all, as energy and tol give every matrix its own")
+        raise ValueError(
+            "rank: missing; a batch needs one rank for all, and energy and tol would give each matrix its own"
+        )
     options = SubspaceOptions(method, accuracy, oversampling, power_iterations, seed)
     try:
         if rank is None:
@@ -118,10 +119,7 @@ def truncated_svd(
 
 
 def svd_lowrank(
-    A: Tensor,
-    q: int | None = 6,
-    niter: int | None = 2,
-    M: Tensor | None = None,
+    A: Tensor, q: int | None = 6, niter: int | None = 2, M: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """A drop-in for torch.svd_lowrank: U, S, V with A − M ≈ U·diag(S)·Vᵀ of rank q.
 
@@ -177,7 +175,7 @@ def _differences(matrix: Tensor, expert: Tensor | None) -> list[Delta]:
     """Δ, or every Δ of a batch, not yet formed."""
     if not isinstance(matrix, Tensor) or matrix.ndim not in (2, 3):
         got = f"{matrix.ndim} dimensions" if isinstance(matrix, Tensor) else type(matrix).__name__
-        raise ValueError(f"matrix: got {got}, need a tensor of 2, or 3 with a batch's")
+        raise ValueError(f"matrix: got {got}, need a tensor of 2 dimensions, or of 3 for a batch")
     if matrix.ndim == 3 and len(matrix) == 0:
         raise ValueError("matrix: got a batch of none, need at least one matrix")
     if expert is None:
@@ -242,7 +240,7 @@ def _is_diagonal(core: Tensor, values: Tensor) -> bool:
 
 
 def _core_svd(core: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, σ, V of a small matrix in float64; of fp32 by C·Cᵀ where float64 holds its square, which is far quicker."""
+    """U, σ, V of a small matrix in float64; for fp32 from C·Cᵀ, which is quicker, where float64 holds the squares."""
     wide = core.double()
     if core.dtype == torch.float32:
         powers, u = eigen_list([matmul(wide, wide.mT)])[0]

@@ -1,6 +1,14 @@
-"""Merge methods: tensors in, merged tensor out. Each module here registers one method, and `get(name)` returns it.
+"""Merge methods: tensors in, merged tensor out. Each module here registers a method, and `get(name)` returns it.
 
-A method of your own is a function with the decorator `merge_method`, in any module (examples/user_method). Installed
+Two methods that differ only by the rule that sums the task vectors, such as `dare_linear` and `dare_ties`, share a
+module. All methods here agree on the following, and their docstrings say only where they differ:
+
+- The result has base's dtype (the first expert's without a base) unless `out_dtype` says otherwise, and its shape.
+- A TypeError or ValueError names the argument that has a wrong type, dtype, shape, device or range.
+- A NonFiniteError names the tensor that has NaN or infinite values.
+- The same inputs and the same seed give the same bits, whatever the number of threads.
+
+A user's method is a function with the decorator `merge_method`, in any module (examples/user_method). Installed
 packages make theirs known through the entry-point group ``resm_kernels.methods``.
 """
 

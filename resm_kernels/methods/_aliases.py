@@ -4,45 +4,46 @@ from __future__ import annotations
 
 from typing import Annotated, Final, Literal
 
+from resm_kernels.linalg import routes
 from resm_kernels.methods._signature import Option
 
-Weight = Annotated[list[float], Option("factor of each expert's task vector; 1 keeps it as it is")]
+Weight = Annotated[list[float], Option("factor of each expert's task vector; 1 leaves it unchanged")]
 Lambda = Annotated[float, Option("scale of the merged task vector before it is added to the base")]
 
-Density = Annotated[list[float], Option("share of each task vector kept; 1 keeps all", minimum=0.0, maximum=1.0)]
+Density = Annotated[
+    list[float], Option("share of each task vector that is kept; 1 keeps all elements", minimum=0.0, maximum=1.0)
+]
 Gamma = Annotated[
     list[float],
-    Option("share of each task vector left out as outliers, largest magnitudes first", minimum=0.0, maximum=1.0),
+    Option("share of each task vector that is dropped as outliers, the largest magnitudes", minimum=0.0, maximum=1.0),
 ]
 Epsilon = Annotated[
     list[float],
-    Option(
-        "how far a row's smallest and largest elements' probabilities of being kept lie from density",
-        minimum=0.0,
-        maximum=0.5,
-    ),
+    Option("a row's smallest element is kept with density − ε, its largest with density + ε", minimum=0.0, maximum=0.5),
 ]
-Normalize = Annotated[bool, Option("divide by the sum of the weights (of those that agree in sign)")]
-NormalizeAgreeing = Annotated[bool, Option("divide by the sum of the weights whose sign agrees")]
-Rescale = Annotated[bool, Option("scale what is kept of each task vector up to the L1 norm of all of it")]
+Normalize = Annotated[bool, Option("divide by the sum of the weights; after an election, of those that agree in sign")]
+NormalizeAgreeing = Annotated[bool, Option("divide by the sum of the weights of the experts that agree in sign")]
+Rescale = Annotated[bool, Option("scale the kept elements of each task vector up to the L1 norm of all its elements")]
 RescaleBy = Annotated[
     Literal["l1", "probability"],
     Option(
-        "what `rescale` means: l1 restores the L1 norm (mergekit), probability divides by that of being kept "
-        "(the papers)"
+        "how `rescale` works: l1 restores the L1 norm (mergekit), probability divides each element by its probability "
+        "of being kept (the papers)"
     ),
 ]
 Int8Mask = Annotated[bool, Option("accepted as mergekit's memory option; masks are single bits here", ignored=True)]
-UnusedDensity = Annotated[list[float], Option("accepted as mergekit does, which leaves nothing out here", ignored=True)]
-UnusedRescale = Annotated[bool, Option("accepted as mergekit does, which leaves nothing out", ignored=True)]
+UnusedDensity = Annotated[list[float], Option("accepted as in mergekit; no element is dropped", ignored=True)]
+UnusedRescale = Annotated[bool, Option("accepted as in mergekit; no element is dropped", ignored=True)]
 
-SPECTRAL: Final = "false averages the task vectors of this tensor instead, as for vectors"
+SPECTRAL: Final = "false averages the task vectors of this tensor, as those of tensors that are no matrices"
 Spectral = Annotated[bool, Option(SPECTRAL)]
 DecompositionMethod = Annotated[
-    Literal["auto", "gram", "exact", "randomized"],
+    routes.DecompositionMethod,
     Option("auto: the cheapest that is accurate enough; gram, exact: in float64; randomized"),
 ]
-FullDecomposition = Annotated[Literal["gram", "exact"], Option("gram: products and eigenvectors; exact: LAPACK's SVD")]
+FullDecomposition = Annotated[
+    routes.FullDecompositionMethod, Option("gram: products and eigenvectors; exact: LAPACK's SVD")
+]
 """For methods that need all singular values."""
-ACCURACY: Final = "relative backward error allowed in each expert's subspaces; 0 for float64's"
+ACCURACY: Final = "relative backward error allowed in each expert's subspaces; 0 asks for float64's"
 Accuracy = Annotated[float, Option(ACCURACY, minimum=0.0)]

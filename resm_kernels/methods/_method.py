@@ -1,4 +1,4 @@
-"""What a merge method is: a function on tensors, and the description that recipes, command line and plug-ins read."""
+"""The record of a merge method: a function on tensors, and the description that recipes and plug-ins read."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ class Method:
         needs_base: False if it can merge models rather than task vectors; then `base` may be None.
         parameters: All parameters, each of which is a keyword argument of the call.
         function: `function(base, experts, *, out_dtype, **parameters)`; per-expert parameters arrive as lists.
-        workspace: `workspace(shape, n_experts)` is an upper bound in bytes of what one call allocates beyond its
+        workspace: `workspace(shape, n_experts)` is an upper bound of the bytes that one call allocates beyond its
             inputs and its output.
         optional_base: True if it merges task vectors where there is a base, and models where there is none.
         min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
         draws: True if it draws random numbers; then `function` takes `seed`, the 63-bit key of the tensor.
-        wraps: True if it calls another method; then `function` takes `name` and `seed` as the caller passed them.
     """
 
     name: str
@@ -46,15 +45,14 @@ class Method:
     min_experts: int = 1
     max_experts: int | None = None
     draws: bool = False
-    wraps: bool = False
 
     def check_count(self, n_experts: int) -> None:
         """Raise a ValueError unless the method merges that many experts."""
         least, most = self.min_experts, self.max_experts
         if n_experts < least or (most is not None and n_experts > most):
             needed = f"at least {least}" if most is None else str(least) if least == most else f"{least} to {most}"
-            besides = " beside the base" if self.needs_base else ""
-            raise ValueError(f"got {n_experts}, but {self.name} merges {needed}{besides}")
+            base = " beside the base" if self.needs_base else ""
+            raise ValueError(f"got {n_experts}, but {self.name} merges {needed}{base}")
 
     def parameter(self, name: str) -> Parameter:
         """Return the parameter of that recipe key, or raise a ValueError that names the nearest one."""
@@ -77,8 +75,12 @@ class Method:
             The value of every parameter by keyword, but for ignored ones, which are only checked.
 
         Raises:
-            ValueError, TypeError: An unknown, missing or bad argument.
+            ValueError, TypeError: An unknown, missing or bad argument, or a number of experts that cannot be merged.
         """
+        try:
+            self.check_count(n_experts)
+        except ValueError as error:
+            raise ValueError(f"experts: {error}") from None
         by_keyword = {p.keyword: p for p in self.parameters}
         for keyword in arguments:
             if keyword not in by_keyword:
@@ -103,17 +105,11 @@ class Method:
                 f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
                 "one or more tensors"
             )
-        try:
-            self.check_count(len(experts))
-        except ValueError as error:
-            raise ValueError(f"experts: {error}") from None
         if self.needs_base and base is None:
             raise ValueError(f"base: got None, but {self.name} merges task vectors and needs the base tensor")
         parameters = self.resolve(len(experts), arguments, name)
         if self.draws:
             parameters["seed"] = tensor_key(seed, name)
-        if self.wraps:
-            parameters |= {"name": name, "seed": seed}
         return self.function(base, list(experts), out_dtype=out_dtype, **parameters)
 
 

@@ -1,4 +1,4 @@
-"""What a parameter of a merge method is: its name, kind, default and bounds, and how values are checked."""
+"""The record of a merge method's parameter: its name, kind, default and bounds, and the check of its values."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Parameter:
     Attributes:
         name: The key that recipes use, in the field's (mergekit's) spelling.
         kind: `float`, `int`, `bool`, or a tuple of allowed strings.
-        default: The value when it is left out; `REQUIRED` if it must be given. `None` means that the method decides.
+        default: The value when it is left out; `REQUIRED` if it must be set. `None` means that the method decides.
         doc: One line for help texts and errors: meaning, unit, why this default.
-        per_expert: True if each expert has its own value.
+        per_expert: True if each expert has a separate value.
         minimum, maximum: Inclusive bounds of a number.
         vocabulary: The default for tensors with a row for each token (embeddings, output heads), if it differs from
             `default`; None if it does not.
@@ -52,7 +52,7 @@ class Parameter:
         return self.vocabulary if self.vocabulary is not None and is_vocabulary(tensor) else self.default
 
     def validate(self, value: Any) -> Any:
-        """Return `value` converted to the parameter's kind, or raise a ValueError that says what is needed."""
+        """Return `value` converted to the parameter's kind, or raise a ValueError that says which are allowed."""
         if value is None and self.default is None:
             return None
         if isinstance(self.kind, tuple):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
@@ -36,6 +38,7 @@ def merge_method(
     min_experts: int = 1,
     max_experts: int | None = None,
     ignores_base: bool = False,
+    **preset: Any,
 ) -> Callable[[F], F]:
     """Register the decorated function as a merge method, and return the function unchanged.
 
@@ -43,21 +46,22 @@ def merge_method(
     in base's dtype. Its signature says all about its parameters:
 
     - ``base: Tensor`` needs a base; ``base: Tensor | None`` merges models where a recipe has none.
-    - ``steps: Annotated[int, Option("what it means", minimum=0)] = 300`` is the recipe's parameter ``steps``. Its type
+    - ``steps: Annotated[int, Option("its meaning", minimum=0)] = 300`` is the recipe's parameter ``steps``. Its type
       is float, int, bool or a Literal of strings, or one of these or None with the default None. An argument without a
       default must be in the recipe. ``lambda_`` is the recipe's ``lambda``.
     - ``density: Annotated[list[float], Option(…)] = each(1.0)`` has one value for each expert, and arrives as a list.
-    - ``seed: int`` gets the key of this tensor's random numbers. A function that takes ``name`` too, to hand both on to
-      another method, gets the caller's seed instead.
+    - ``seed: int`` gets the key of this tensor's random numbers.
 
     Args:
         title: The method's name in prose, such as "TIES".
         reference: Where the method is defined, an address.
         name: What recipes call it (`merge_method`); the function's name by default.
-        workspace: ``workspace(shape, n_experts)``, an upper bound in bytes of what a call allocates beyond its inputs
-            and its output. The default is enough for two float64 tensors for each expert and four more.
+        workspace: ``workspace(shape, n_experts)``, an upper bound of the bytes that a call allocates beyond its
+            inputs and its output. The default is enough for two float64 tensors for each expert and four more.
         min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
         ignores_base: True for a ``base: Tensor | None`` from which no differences are formed.
+        preset: Other defaults, or values of arguments without an `Option`, which recipes cannot set. One function can
+            thus be several methods: give it one decorator for each.
 
     Raises:
         TypeError: The signature is not one of a merge method.
@@ -70,11 +74,13 @@ def merge_method(
     """
 
     def decorate(function: F) -> F:
-        signature = read_signature(function)
+        if unknown := sorted(preset.keys() - inspect.signature(function).parameters.keys()):
+            raise TypeError(f"merge_method: {unknown[0]}: neither a keyword here nor an argument of the function")
+        method_function = functools.partial(function, **preset) if preset else function
+        signature = read_signature(method_function)
         method_name = name or str(getattr(function, "__name__", ""))
         if not method_name:
-            raise TypeError("merge_method: name: missing; a functools.partial has no name of its own")
-        wraps = "name" in signature.handed_over
+            raise TypeError("merge_method: name: missing; a functools.partial has no name")
         register(
             Method(
                 name=method_name,
@@ -82,13 +88,12 @@ def merge_method(
                 reference=reference,
                 needs_base=signature.needs_base,
                 parameters=signature.parameters,
-                function=function,
+                function=method_function,
                 workspace=workspace,
                 optional_base=not signature.needs_base and not ignores_base,
                 min_experts=min_experts,
                 max_experts=max_experts,
-                draws="seed" in signature.handed_over and not wraps,
-                wraps=wraps,
+                draws=signature.draws,
             )
         )
         return function

@@ -7,7 +7,7 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
@@ -15,13 +15,10 @@ from resm_kernels.methods._parameter import REQUIRED, Parameter
 
 T = TypeVar("T")
 
-_HANDED_OVER: Final = ("out_dtype", "name", "seed")
-"""Keyword arguments that `Method.__call__` passes in addition to the parameters."""
-
 
 @dataclass(frozen=True)
 class Option:
-    """What an annotation says about a parameter in addition to its type: ``Annotated[float, Option("…", minimum=0)]``.
+    """The part of a parameter's annotation next to its type: ``Annotated[float, Option("…", minimum=0)]``.
 
     Attributes:
         doc: One line for help texts and errors: meaning, unit, why this default.
@@ -44,17 +41,17 @@ def each(value: T) -> list[T]:
 
 @dataclass(frozen=True)
 class Signature:
-    """What a method's signature says.
+    """The facts about a method that its signature states.
 
     Attributes:
         parameters: The keyword arguments that have an `Option`, in the signature's order.
         needs_base: True if `base` is a Tensor, False if it is a Tensor or None.
-        handed_over: Which of out_dtype, name and seed the function takes.
+        draws: True if the function takes `seed`.
     """
 
     parameters: tuple[Parameter, ...]
     needs_base: bool
-    handed_over: frozenset[str]
+    draws: bool
 
 
 def read_signature(function: Callable[..., Tensor]) -> Signature:
@@ -73,23 +70,19 @@ def read_signature(function: Callable[..., Tensor]) -> Signature:
     if [a.name for a in arguments[:2]] != ["base", "experts"]:
         raise TypeError(f"{title}: a merge method's first two arguments are base and experts")
     parameters: list[Parameter] = []
-    handed_over: set[str] = set()
     for argument in arguments[2:]:
-        if argument.kind is inspect.Parameter.VAR_KEYWORD:
-            continue
         if argument.kind is not inspect.Parameter.KEYWORD_ONLY:
             raise TypeError(f"{title}: {argument.name}: need a keyword-only argument, behind a * in the signature")
         options = [o for o in getattr(hints.get(argument.name), "__metadata__", ()) if isinstance(o, Option)]
-        if argument.name in _HANDED_OVER:
-            handed_over.add(argument.name)
-        elif options:
+        if options:
             # An alias that has an Option may be annotated with another one, which then counts.
             parameters.append(_parameter(title, argument, get_args(hints[argument.name])[0], options[-1]))
-        elif not (isinstance(function, functools.partial) and argument.name in function.keywords):
+        elif argument.name not in ("out_dtype", "seed") and argument.name not in getattr(function, "keywords", {}):
             raise TypeError(f"{title}: {argument.name}: annotate it, such as Annotated[float, Option('what it means')]")
-    if "out_dtype" not in handed_over:
+    names = {argument.name for argument in arguments}
+    if "out_dtype" not in names:
         raise TypeError(f"{title}: need a keyword argument out_dtype: torch.dtype | None, the dtype of the result")
-    return Signature(tuple(parameters), not _without_none(hints["base"])[1], frozenset(handed_over))
+    return Signature(tuple(parameters), not _without_none(hints["base"])[1], "seed" in names)
 
 
 def _parameter(title: str, argument: inspect.Parameter, annotation: Any, option: Option) -> Parameter:

@@ -29,12 +29,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     workspace=_workspace,
     max_experts=1,
 )
-def arcee_fusion(
-    base: Tensor,
-    experts: list[Tensor],
-    *,
-    out_dtype: torch.dtype | None,
-) -> Tensor:
+def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
     """θ = θ_1 where the change's importance is at least its median + 1.5·(upper − lower quartile), else θ₀.
 
     The importance of a weight is |θ_1 − θ₀| times KL(p‖q) of its row, p and q the softmax of the row (the last
@@ -45,10 +40,7 @@ def arcee_fusion(
     fp32 has a noise of 1e-9 in numbers of that size; its float64 agrees with ours.
 
     The inputs are read three times, by plain torch in blocks; importances are stored in fp32 (float64 if an input is).
-    Weights are copied and rounded once. Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    Weights are copied and rounded once.
     """
     check_inputs(base, experts, out_dtype)
     wide = compute_dtype(base, *experts)

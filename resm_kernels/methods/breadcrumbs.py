@@ -1,4 +1,4 @@
-"""Model Breadcrumbs: drop the largest and the smallest changes (Davari, Belilovsky, arXiv 2312.06795)."""
+"""Model Breadcrumbs: drop the largest and the smallest changes (Davari and Belilovsky, arXiv 2312.06795)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
+_variant = functools.partial(
+    merge_method, reference="https://arxiv.org/abs/2312.06795", workspace=elementwise_workspace
+)
 
+
+@_variant(name="breadcrumbs", title="Model Breadcrumbs", rule="sum")
+@_variant(name="breadcrumbs_ties", title="Model Breadcrumbs with TIES", rule="ties")
 def breadcrumbs(
     base: Tensor,
     experts: list[Tensor],
@@ -38,16 +44,9 @@ def breadcrumbs(
     too, so that the order of the elements does not matter; mergekit's sort keeps an arbitrary part of the ties.
     density ≥ 1 drops nothing, whatever gamma is.
     """
+    selection = _selection(base, experts, density, gamma)
     return merge_kept(
-        base,
-        experts,
-        _selection(base, experts, density, gamma),
-        rule=rule,
-        weight=weight,
-        normalize=normalize,
-        lambda_=lambda_,
-        rescale=rescale,
-        out_dtype=out_dtype,
+        base, experts, selection, rule, weight, normalize=normalize, rescale=rescale, scale=lambda_, out_dtype=out_dtype
     )
 
 
@@ -65,14 +64,6 @@ def kept_ranks(density: float, gamma: float, numel: int) -> tuple[int, int]:
     """Ranks of the smallest and of the largest kept magnitude, counted from the largest of all; 0 for no bound."""
     if density >= 1:
         return numel, 0
-    kept = int(density * numel)
-    below = max(0, numel - kept - int(gamma * numel))
-    return (numel - below, numel - below - kept + 1) if kept else (0, 0)
-
-
-merge_method(
-    name="breadcrumbs",
-    title="Model Breadcrumbs",
-    reference="https://arxiv.org/abs/2312.06795",
-    workspace=elementwise_workspace,
-)(functools.partial(breadcrumbs, rule="sum"))
+    count = int(density * numel)
+    below = max(0, numel - count - int(gamma * numel))
+    return (numel - below, numel - below - count + 1) if count else (0, 0)

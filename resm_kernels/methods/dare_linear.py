@@ -1,4 +1,4 @@
-"""Linear DARE: drop at random, rescale, add up (Yu et al., Language Models are Super Mario, arXiv 2311.03099)."""
+"""DARE: drop at random, rescale, and add up or merge by TIES (Yu et al., Super Mario, arXiv 2311.03099)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from resm_kernels.methods._aliases import Density, Int8Mask, Lambda, Normalize, 
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import each
 
+_variant = functools.partial(merge_method, reference="https://arxiv.org/abs/2311.03099", workspace=masked_workspace)
 
+
+@_variant(name="dare_linear", title="Linear DARE", rule="sum")
+@_variant(name="dare_ties", title="DARE TIES", rule="ties")
 def dare(
     base: Tensor,
     experts: list[Tensor],
@@ -40,21 +44,5 @@ def dare(
     if rescale and rescale_by == "probability":
         factors = [1 / d if d > 0 else 1.0 for d in density]
     return merge_kept(
-        base,
-        experts,
-        selection,
-        rule=rule,
-        weight=weight,
-        normalize=normalize,
-        lambda_=lambda_,
-        rescale=factors,
-        out_dtype=out_dtype,
+        base, experts, selection, rule, weight, normalize=normalize, rescale=factors, scale=lambda_, out_dtype=out_dtype
     )
-
-
-merge_method(
-    name="dare_linear",
-    title="Linear DARE",
-    reference="https://arxiv.org/abs/2311.03099",
-    workspace=masked_workspace,
-)(functools.partial(dare, rule="sum"))

@@ -7,7 +7,6 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import TruncatedSVD, polar, truncated_svd
 from resm_kernels.linalg.products import matmul
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
@@ -15,14 +14,12 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 from resm_kernels.spectral.low_rank import LowRank, join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bases of all experts and their polar factors; an expert's decomposition, or its matrix in the shared basis."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     r = min(m, n)
     return (32 << 20) + 16 * m * n + 32 * (m + n) * r + 112 * r * r
 
@@ -37,8 +34,7 @@ def dc_merge(
         int | None, Option("directions kept of each expert; ⌊r/T⌋, also at most, if left out", minimum=1)
     ] = None,
     smoothing: Annotated[
-        Literal["none", "average", "linear"],
-        Option("how singular values are balanced; for LoRA: average or linear"),
+        Literal["none", "average", "linear"], Option("how singular values are balanced; for LoRA: average or linear")
     ] = "none",
     rho: Annotated[float, Option("largest over smallest singular value (linear)", minimum=1.0)] = 5.0,
     density: Annotated[float, Option("share of the entries kept in the shared basis", minimum=0.0, maximum=1.0)] = 1e-3,
@@ -53,10 +49,9 @@ def dc_merge(
        values and keeps the sum: ``none`` leaves them, ``average`` makes them equal, ``linear`` makes them proportional
        to numbers that fall linearly from ρ' to 1, ρ' = min(ρ, σ_1/σ_k).
     2. Û = polar([U_1 … U_T]) and V̂ = polar([V_1 … V_T]), the nearest orthonormal bases.
-    3. Of each ÛᵀΔ̃_tV̂ the max(1, ⌊density·K²⌋) entries of the largest magnitude are kept, K = T·k, and all that tie
-    with
-       the smallest of them. For each entry the sign of the sum is elected, and the kept values of that sign are
-       averaged.
+    3. Of each ÛᵀΔ̃_tV̂ the max(1, ⌊density·K²⌋) entries of the largest magnitude are kept, K = T·k, and all entries that
+       tie with the smallest of them. For each entry the sign of the sum is elected, and the kept values of that sign
+       are averaged.
     4. Only the T diagonal k×k blocks remain, one for the directions of each expert.
 
     The authors smooth when merging LoRA adapters (rank: the adapters', 16; smoothing: average, or linear with ρ = 5)
@@ -65,18 +60,12 @@ def dc_merge(
     orthonormalise them with the rest; a zero task vector thus has no effect. Where T·k < r their code for full
     fine-tuning has K = r, and includes directions that the SVD of a padded matrix leaves arbitrary; their code for LoRA
     does as this function does. Tensors that are no matrices, or have fewer than T rows or columns, become θ₀ +
-    λ·(1/T)·Σ_t w_t·Δ_t. w_t multiplies σ̃_t. One expert does not give itself, but the part of it that is kept. Where
+    λ·(1/T)·Σ_t w_t·Δ_t. w_t multiplies σ̃_t. A single expert is reduced to the part of it that is kept. Where
     singular values of a Δ_t coincide, the result is not unique. All computations are float64.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for any number of threads.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, len(experts), spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    averaged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype, len(experts))
+    if averaged is not None:
+        return averaged
     most = min(base.shape) // len(experts)
     k = most if rank is None else min(rank, most)
     parts = [truncated_svd(task_vector(base, experts, t), rank=k, method=decomposition) for t in range(len(experts))]

@@ -1,4 +1,4 @@
-"""Linear DELLA: drop at random, small elements more often, rescale, add up (Deep et al., arXiv 2406.11617)."""
+"""DELLA: drop at random by rank, rescale, and add up or merge by TIES (Deep et al., arXiv 2406.11617)."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ RANKED_AT_ONCE: Final = 1 << 20
 """Elements of a tensor whose task vectors are formed at a time, if each is divided by its probability."""
 
 
+def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
+    """Bytes of masked methods, and of at least eight sorted rows with their task vectors and unpacked masks."""
+    elements = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
+    return masked_workspace(shape, n_experts) + min(elements, math.prod(shape)) * (64 + 8 * n_experts)
+
+
+_variant = functools.partial(merge_method, reference="https://arxiv.org/abs/2406.11617", workspace=ranked_workspace)
+
+
+@_variant(name="della_linear", title="Linear DELLA", rule="sum")
+@_variant(name="della", title="DELLA", rule="ties", normalize=True)
 def della(
     base: Tensor,
     experts: list[Tensor],
@@ -58,16 +69,9 @@ def della(
         return _merge_by_probability(
             base, experts, masks, density, epsilon, rule, weight, normalize, lambda_, out_dtype or base.dtype
         )
+    selection = random_selection(base, experts, density, epsilon, seed)
     return merge_kept(
-        base,
-        experts,
-        random_selection(base, experts, density, epsilon, seed),
-        rule=rule,
-        weight=weight,
-        normalize=normalize,
-        lambda_=lambda_,
-        rescale=rescale,
-        out_dtype=out_dtype,
+        base, experts, selection, rule, weight, normalize=normalize, rescale=rescale, scale=lambda_, out_dtype=out_dtype
     )
 
 
@@ -101,17 +105,3 @@ def _merge_by_probability(
         change = aggregate(None, deltas, weight, rule=rule, normalize=normalize and can_normalize(rule, weight))
         merged[start : start + rows] = join(base_block, change, lambda_, out_dtype)
     return merged.reshape(base.shape)
-
-
-def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Bytes of masked methods, and of at least eight sorted rows with their task vectors and unpacked masks."""
-    elements = max(RANKED_AT_ONCE, 8 * (shape[-1] if shape else 1))
-    return masked_workspace(shape, n_experts) + min(elements, math.prod(shape)) * (64 + 8 * n_experts)
-
-
-merge_method(
-    name="della_linear",
-    title="Linear DELLA",
-    reference="https://arxiv.org/abs/2406.11617",
-    workspace=ranked_workspace,
-)(functools.partial(della, rule="sum"))

@@ -5,24 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import polar
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import each
 from resm_kernels.ops.inner_products import inner_products
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, weighted_sum
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, weighted_sum
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bytes of the sum, a basis and the polar factor in float64, and the smaller Gram matrix with its eigenproblem.
 
     Measured peaks lie 20 to 55 % below.
     """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     return (24 << 20) + 24 * m * n + 40 * min(m, n) ** 2
 
 
@@ -49,14 +46,10 @@ def iso_c(
     is the same, and σ̄ is still the mean over all r. S = 0 gives the base. Tensors that are no matrices become
     θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, as in the authors' code.
 
-    All of it is float64, rounded once. Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    The merge is computed in float64 and rounded once.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, 1, spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
     total = weighted_sum(base, experts, weight)
     merged = polar(total) if total.shape[0] >= total.shape[1] else polar(total.mT).mT.contiguous()
     mean = float(inner_products(None, [merged, total])[0, 1]) / min(base.shape)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import Decomposition, decompose, polar
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.linalg.products import frobenius_norm, matmul
@@ -17,22 +16,15 @@ from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, W
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.spectral.low_rank import LowRank, join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector, weighted_sum
+from resm_kernels.spectral.task_matrices import (
+    averaged_unless_matrix,
+    decomposition_workspace,
+    task_vector,
+    weighted_sum,
+)
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Bytes of the bases of all subspaces and their polar factors, one residual and its decomposition, in float64.
-
-    This is the most that any parameters and dtypes take (measured peaks lie at least 10 % below); the defaults take
-    half.
-    """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return (24 << 20) + 96 * m * n + 64 * min(m, n) ** 2
-
-
-@merge_method(title="Iso-CTS", reference="https://arxiv.org/abs/2502.04959", workspace=_workspace)
+@merge_method(title="Iso-CTS", reference="https://arxiv.org/abs/2502.04959", workspace=decomposition_workspace)
 def iso_cts(
     base: Tensor,
     experts: list[Tensor],
@@ -67,14 +59,10 @@ def iso_cts(
     that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t.
 
     Subspaces and polar factors are float64, the product of the two fp32 (float64 for float64 inputs), and the result
-    is rounded once. Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    is rounded once.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, 1, spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
     r = min(base.shape)
     s, p = subspace_sizes(r, len(experts), common_space_fraction)
     decomposed = decompose(weighted_sum(base, experts, weight), decomposition)

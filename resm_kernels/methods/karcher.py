@@ -48,11 +48,6 @@ def karcher(
     As in mergekit, tensors with ‖θ_t‖ ≤ `tol` have no direction and count only in the mean norm; angles below `tol`
     count as 0; and if the directions cancel, m_0 is the first of them. A direction opposite to m has no shortest path
     from m and is left out of the step (mergekit divides by the rounding of sin π).
-
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
     dtype = out_dtype or (None if base is None else base.dtype)

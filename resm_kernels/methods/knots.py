@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import decompose
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.linalg.products import eigen_list, gram, matmul
@@ -18,17 +17,15 @@ from resm_kernels.methods._signature import Option, each
 from resm_kernels.methods.ties import ties
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.spectral.low_rank import LowRank, join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bytes of the eigenproblem of the shared rows' Gram matrix, and of the coordinates of all experts.
 
     This is for float64 inputs, whose coordinates take twice as much (measured peaks lie at least 15 % below).
     """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     return (24 << 20) + 48 * min(m, n * n_experts) ** 2 + (12 * n_experts + 32) * m * n
 
 
@@ -40,8 +37,7 @@ def knots(
     weight: Weight = each(1.0),
     inner: Annotated[Literal["ties", "sum"], Option("how the aligned coordinates are merged")] = "ties",
     density: Annotated[
-        list[float],
-        Option("share of each expert's coordinates kept, largest first (ties)", minimum=0.0, maximum=1.0),
+        list[float], Option("share of each expert's coordinates kept, largest first (ties)", minimum=0.0, maximum=1.0)
     ] = each(1.0),
     normalize: NormalizeAgreeing = True,
     lambda_: Lambda = 1.0,
@@ -64,15 +60,11 @@ def knots(
     +, whatever the sign of the singular vector; the authors elect the sign that most elements have.
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t (the authors leave them as they are in the base).
 
-    U and the coordinates are float64 inside, coordinates are rounded to fp32 (float64 for float64 inputs) and the
-    product is formed in it, and the result is rounded once. Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    U and the coordinates are computed in float64. The coordinates are rounded to fp32 (float64 for float64 inputs), in
+    which the product is formed, and the result is rounded once.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, 1, spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
     if inner == "sum":
         return aggregate(base, experts, weight, scale=lambda_, out_dtype=out_dtype)
     dtype = compute_dtype(base, *experts)

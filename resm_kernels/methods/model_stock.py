@@ -20,10 +20,7 @@ _SINGULAR: Final = 1e-6
 
 
 @merge_method(
-    title="Model Stock",
-    reference="https://arxiv.org/abs/2403.19522",
-    workspace=blocks_workspace,
-    min_experts=2,
+    title="Model Stock", reference="https://arxiv.org/abs/2403.19522", workspace=blocks_workspace, min_experts=2
 )
 def model_stock(
     base: Tensor,
@@ -45,11 +42,7 @@ def model_stock(
     same for two experts.
 
     Whole tensors are read twice, vectors once. θ is computed in fp32 (float64 if an input is) and rounded once, angles
-    in float64. Vectors are merged by plain torch, a block at a time. Deterministic: the same bits for any number of
-    threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    in float64. Vectors are merged by plain torch, a block at a time.
     """
     check_inputs(base, experts, out_dtype)
     if filter_wise:

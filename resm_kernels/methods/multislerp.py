@@ -38,7 +38,7 @@ def multislerp(
 
     The published definition has one more step: with μ = m/‖m‖, project the u_t onto the tangent space of the sphere at
     μ, average there, and follow that average τ back onto the sphere. But
-    τ = Σ_t w_t·(u_t − ⟨u_t, μ⟩·μ) = m − ⟨m, μ⟩·μ = 0 for all inputs: what mergekit adds there is rounding. So the
+    τ = Σ_t w_t·(u_t − ⟨u_t, μ⟩·μ) = m − ⟨m, μ⟩·μ = 0 for all inputs: mergekit adds its rounding there. So the
     result is the formula above, all of whose coefficients are functions of the inner products ⟨x_s, x_t⟩. For a mean
     that does follow the sphere see `karcher`.
 
@@ -47,11 +47,9 @@ def multislerp(
     ‖m‖ ≤ 1e-6, where mergekit follows the rounding of its sums.
 
     The inputs are read twice. Inner products are float64; θ is fp32 (float64 if an input is) and rounded once.
-    Deterministic: the same bits for any number of threads.
 
     Raises:
         ValueError: The weights sum to 0, or the weighted directions of three or more experts cancel.
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
     if len(experts) == 1:

@@ -32,10 +32,6 @@ def nearswap(
     |δ| < 1e-6 do not quite reach the other model's; for t ≥ 1e-6 it is the same.
 
     The inputs are read once, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
 

@@ -48,11 +48,7 @@ def nuslerp(
     Ω up to 3e-4. A vector that is 0 has no direction, and Ω = 90°.
 
     Whole tensors are read twice, vectors once. θ is computed in fp32 (float64 if an input is) and rounded once, angles
-    in float64. Vectors are merged by plain torch, a block at a time. Deterministic: the same bits for any number of
-    threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
+    in float64. Vectors are merged by plain torch, a block at a time.
     """
     check_inputs(base, experts, out_dtype)
     total = sum(weight)

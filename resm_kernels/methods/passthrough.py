@@ -24,7 +24,7 @@ def passthrough(
     base: Tensor | None,
     experts: list[Tensor],
     *,
-    scale: Annotated[list[float | None], Option("what the model's values are multiplied by")] = each(None),
+    scale: Annotated[list[float | None], Option("factor of the model's values; 1 if left out")] = each(None),
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     """θ = s·θ_1, or θ_1 without a scale: in fp32 (float64 if it is), rounded once. The base has no effect.

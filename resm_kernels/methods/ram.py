@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Annotated
 
 import torch
@@ -18,11 +19,7 @@ SmallestChange = Annotated[float, Option("an expert has changed a weight if |δ|
 
 @merge_method(title="RAM", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace)
 def ram(
-    base: Tensor,
-    experts: list[Tensor],
-    *,
-    epsilon: SmallestChange = 1e-5,
-    out_dtype: torch.dtype | None,
+    base: Tensor, experts: list[Tensor], *, epsilon: SmallestChange = 1e-5, out_dtype: torch.dtype | None
 ) -> Tensor:
     """θ = θ₀ + (1/c)·Σ over the c experts with |δ_t| > ε of δ_t, weight by weight; θ₀ where c = 0.
 
@@ -30,10 +27,6 @@ def ram(
     has changed (c = 1) gets the whole change; one that several have changed gets the average of their changes.
 
     The inputs are read once, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
 
@@ -52,7 +45,4 @@ def changes_of(theta: Tensor, experts: list[Tensor], epsilon: float) -> tuple[li
 
 def in_order(terms: list[Tensor]) -> Tensor:
     """The sum of the terms, added in their order."""
-    total = terms[0]
-    for term in terms[1:]:
-        total = total + term
-    return total
+    return functools.reduce(torch.add, terms)

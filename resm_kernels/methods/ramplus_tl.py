@@ -14,11 +14,7 @@ from resm_kernels.methods._signature import Option
 from resm_kernels.methods.ram import SmallestChange, changes_of, in_order
 
 
-@merge_method(
-    title="RAM+ (tensor by tensor)",
-    reference="https://arxiv.org/abs/2601.13572",
-    workspace=blocks_workspace,
-)
+@merge_method(title="RAM+ (tensor by tensor)", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace)
 def ramplus_tl(
     base: Tensor,
     experts: list[Tensor],
@@ -30,14 +26,10 @@ def ramplus_tl(
 ) -> Tensor:
     """As `ram`, but a change that only expert t has made is multiplied by λ_t = 1 + r·min(ρ_t, α).
 
-    ρ_t is the ratio of the expert's shared changes to its unique ones; scaling the unique ones compensates for what
-    averaging takes from the shared ones. Changes are counted within this tensor, hence mergekit's name "tensor-local".
+    ρ_t is the ratio of the expert's shared changes to its unique ones; scaling the unique ones compensates for the
+    averaging of the shared ones. Changes are counted within this tensor, hence mergekit's name "tensor-local".
 
     The inputs are read twice, by plain torch in blocks; θ is computed in fp32 (float64 if an input is), rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_inputs(base, experts, out_dtype)
 

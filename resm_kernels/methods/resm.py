@@ -1,8 +1,8 @@
 """RESM: Reweighting Enhanced task Singular Merging (Yang et al., arXiv 2502.06876, NeurIPS 2025).
 
 The paper adds outlier weighting and sparsity-aware rank selection to task singular vector merging (TSV-M, arXiv
-2412.00081). Its equations were not available to us: the definitions here are this library's own reading of its text,
-and everything that they had to decide is a named parameter. See docs/resm.md for the mathematics.
+2412.00081). Its equations were not available to us: the definitions here are this library's reading of its text, and
+every choice in them is a named parameter. docs/resm.md has the mathematics.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import HALF_DTYPES, compute_dtype
-from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition, Subspace, decompose_list, subspaces
 from resm_kernels.linalg.products import task_matrix
 from resm_kernels.linalg.threads import run
@@ -26,7 +25,12 @@ from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
 from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, RankRule, ranks_of_spectra, ranks_of_statistics
-from resm_kernels.spectral.task_matrices import averaged, decomposed_together, is_spectral, spectral_workspace
+from resm_kernels.spectral.task_matrices import (
+    averaged_unless_matrix,
+    decomposed_together,
+    is_spectral,
+    spectral_workspace,
+)
 
 SMALL: Final = 1 << 17
 """Matrices of up to this many elements are merged on one thread: dividing the work would cost more than it saves."""
@@ -77,23 +81,17 @@ def resm(
     little; and their outliers are the rows of the words that an expert was trained on, so that outlier weights give
     nearly everything to one expert (docs/quality.md: measured on models of a million parameters).
 
-    Arithmetic: `accuracy` is what may be given up for speed. By default it is `HALF_PRECISION_ACCURACY`, 1e-3, where
-    all experts are bf16 or fp16: they are themselves rounded, by about 0.17 of a task vector's rms in bf16 for weights
-    of 0.02 and changes of 2e-4. Subspaces and polar factors then come from fp32 wherever its measured rounding is
-    within 1e-3, and from float64 elsewhere; M differs from float64's by about 2e-5 of its norm. For other experts the
-    default is 0, which asks for float64 throughout. The product is formed in fp32 (float64 for float64 inputs) and
+    Arithmetic: `accuracy` is the error that is allowed for speed. By default it is 1e-3 (`HALF_PRECISION_ACCURACY`)
+    where all experts are bf16 or fp16: they are themselves rounded, in bf16 by about 0.17 of a task vector's rms for
+    weights of 0.02 and changes of 2e-4. Subspaces and polar factors then come from fp32 wherever its measured rounding
+    is within 1e-3, and from float64 elsewhere; M differs from float64's by about 2e-5 of its norm. For other experts
+    the default is 0, which asks for float64 throughout. The product is formed in fp32 (float64 for float64 inputs) and
     added to θ₀ with one rounding.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for the same inputs, whatever the number of threads.
     """
     _check_rank(rank_rule, rank)
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, len(experts), spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    averaged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype, len(experts))
+    if averaged is not None:
+        return averaged
     vectors = _task_vectors(base, experts, weight, beta, kappa, outlier_clip, granularity, eps_rel)
     accuracy = _accuracy(accuracy, experts)
 
@@ -119,11 +117,11 @@ def resm(
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What RESM does to one tensor, before it is done.
+    """The weights and ranks by which RESM merges one tensor.
 
     Attributes:
         shape: The tensor's shape.
-        spectral: False if its task vectors are averaged instead (not a matrix, too small, or told so).
+        spectral: False if its task vectors are averaged, because it is no matrix, is too small, or `spectral` is False.
         sparsity: s_t, the share of |δ| ≤ ε, of each expert.
         outlier_mass: a_t, the outliers' Σ|δ| per parameter, of each expert.
         weights: w_t, user weights included; the mean over the rows where there is one weight a row. User weights alone
@@ -144,7 +142,7 @@ class LayerPlan:
 
 
 def layer_plan(base: Tensor, experts: list[Tensor], name: str = "", **arguments: object) -> LayerPlan:
-    """What RESM would do to one tensor: weights and ranks, decomposing only if the rank rule asks for the spectrum.
+    """The weights and ranks of one tensor, which is decomposed only if the rank rule needs singular values.
 
     Args:
         base, experts: As for `resm`.
@@ -255,7 +253,7 @@ def outlier_weights(mass: Tensor, beta: float) -> Tensor:
 
 
 def _accuracy(accuracy: float | None, experts: Sequence[Tensor]) -> float:
-    """The accuracy that was asked for, or else one that the rounding of the experts themselves makes reasonable."""
+    """`accuracy`, or if it is None, a default that the rounding of the experts themselves makes reasonable."""
     if accuracy is not None:
         return accuracy
     return HALF_PRECISION_ACCURACY if all(e.dtype in HALF_DTYPES for e in experts) else 0.0

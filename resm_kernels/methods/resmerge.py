@@ -8,27 +8,25 @@ from typing import Annotated, Final, Literal
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
-from resm_kernels.linalg import Subspace, subspace
+from resm_kernels.linalg import Subspace, subspaces
 from resm_kernels.linalg.products import matmul
+from resm_kernels.linalg.routes import FullDecompositionMethod
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.inner_products import inner_products
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
 
 _ACCURACY: Final = 1e-4
-"""Backward error that "auto" may make in a head; the residual contains what the head lacks."""
+"""Backward error that "auto" may make in a head; the residual contains the difference."""
 _ZERO: Final = 1e-6
 """Heads and residuals up to this times the largest task vector are rounding and count as none."""
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bytes of the residuals, their sum, one task vector, and its decomposition or the product of a head."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     r = min(m, n)
     return (32 << 20) + (8 * n_experts + 32) * m * n + 96 * r * r
 
@@ -54,7 +52,7 @@ def resmerge(
         float, Option("largest norm of the head correction, in units of the backbone's", minimum=0.0)
     ] = 0.2,
     decomposition: Annotated[
-        Literal["auto", "gram", "exact"], Option("auto: subspace iteration where that is cheaper")
+        Literal["auto", FullDecompositionMethod], Option("auto: block Krylov iteration where that is cheaper")
     ] = "auto",
     lambda_: Lambda = 1.0,
     spectral: Spectral = True,
@@ -76,22 +74,15 @@ def resmerge(
     head_ratio times the residual's norm. Experts without a residual count as 0 in mean norm, consensus and cosines;
     experts without a head are in no pair. The authors take an SVD for every head; "auto" takes subspace iteration where
     that is cheaper, to a backward error of 1e-4. Residuals are fp32 (float64 for float64 inputs), the rest is float64.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for any number of threads.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, 1, spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
     if beta_min > beta_max:
         raise ValueError(f"beta_min: got {beta_min:g}, need at most beta_max, {beta_max:g}")
     heads, residuals, total = [], [], torch.zeros(base.shape, dtype=torch.float64, device=base.device)
     for t, w in enumerate(weight):
         matrix = task_vector(base, experts, t).mul_(w)
-        head = subspace(matrix, rank, method=decomposition, accuracy=_ACCURACY)
+        head = subspaces([matrix], [rank], method=decomposition, accuracy=_ACCURACY)[0]
         heads.append(head)
         residuals.append(matrix.sub_(_product(head, 1.0).to(matrix.dtype)))
     head_gram, residual_gram = _head_gram(heads).cpu(), inner_products(None, residuals).cpu()
@@ -137,7 +128,7 @@ def _residual_shares(products: Tensor, smallest: float, beta_min: float, beta_ma
     likeness = (float(cosines.sum()) - float(cosines.diagonal().sum())) / pairs
     score = confidence * ((likeness + 1) / 2 + (coherence + 1) / 2) / 2
     beta = beta_max - (beta_max - beta_min) * min(max(score, 0.0), 1.0)
-    return unit * (coherence**beta * float(norms.mean()) / length)
+    return unit * (math.pow(coherence, beta) * float(norms.mean()) / length)
 
 
 def _head_factor(products: Tensor, smallest: float) -> float:

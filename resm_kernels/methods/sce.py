@@ -1,4 +1,4 @@
-"""SCE: select what varies, calculate weights, erase minority signs (Wan et al., FuseChat, arXiv 2408.07990)."""
+"""SCE: select elements that vary, calculate weights, erase minority signs (Wan et al., FuseChat, arXiv 2408.07990)."""
 
 from __future__ import annotations
 

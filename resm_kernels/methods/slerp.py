@@ -19,10 +19,7 @@ from resm_kernels.ops.aggregate import aggregate
 
 
 @merge_method(
-    title="SLERP",
-    reference="https://doi.org/10.1145/325165.325242",
-    workspace=elementwise_workspace,
-    max_experts=1,
+    title="SLERP", reference="https://doi.org/10.1145/325165.325242", workspace=elementwise_workspace, max_experts=1
 )
 def slerp(
     base: Tensor,
@@ -48,10 +45,6 @@ def slerp(
     A tensor that is 0 has no direction, and Ω = 90°.
 
     Ω comes from one read in float64, θ from a second one, in fp32 (float64 if an input is), rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
     check_group(base, experts)
     cosine = cosines(gram_with_base(base, experts))[0, 1]

@@ -7,24 +7,22 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, truncated_sum, truncated_sum_workspace
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, decomposition_workspace, truncated_sum
 
 
-@merge_method(title="STAR", reference="https://arxiv.org/abs/2502.10339", workspace=truncated_sum_workspace)
+@merge_method(title="STAR", reference="https://arxiv.org/abs/2502.10339", workspace=decomposition_workspace)
 def star(
     base: Tensor,
     experts: list[Tensor],
     *,
     weight: Weight = each(1.0),
     eta: Annotated[
-        float,
-        Option("share of the nuclear norm kept; the authors' default is 40 percent", minimum=0, maximum=1),
+        float, Option("share of the nuclear norm kept; the authors' default is 40 percent", minimum=0, maximum=1)
     ] = 0.4,
     lambda_: Lambda = 1.0,
     decomposition: FullDecomposition = "gram",
@@ -43,14 +41,9 @@ def star(
     Tensors that are no matrices become θ₀ + λ·(1/T)·Σ_t w_t·Δ_t (the authors merge LoRA, which has matrices only).
 
     Decompositions are float64, the products fp32 (float64 for float64 inputs), and the result is rounded once.
-    Deterministic: the same bits for any number of threads.
-
-    Raises:
-        NonFiniteError: An input has NaN or infinite values.
     """
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, 1, spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
 
     def rule(t: int, decomposed: Decomposition) -> tuple[int, float]:
         k, factor = star_rule(decomposed.singular_values[: decomposed.rank], eta)

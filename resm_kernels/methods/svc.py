@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, Final
 
 import torch
@@ -96,68 +97,93 @@ def svc(
     base: Tensor,
     experts: list[Tensor],
     *,
-    inners: Mapping[str, Method],
-    inner: str,
+    inner: Method,
+    inner_values: Mapping[str, Any],
     alpha: Annotated[
         float, Option("least count of an expert's answer, above 0; 1/T where the inner method averages", minimum=0.0)
     ] = 1.0,
     lambda_: Lambda = 1.0,
     spectral: Annotated[bool, Option("false leaves this tensor as the inner method has it, as vectors are")] = True,
-    name: str,
     seed: int,
     out_dtype: torch.dtype | None,
-    **inner_arguments: Any,
 ) -> Tensor:
     """θ = θ₀ + λ·`calibrate`(θ_inner − θ₀, Δ_1 … Δ_T, α), θ_inner the result of the method `inner` for these tensors.
 
-    `weight` is the inner method's; its other parameters have the prefix ``inner_`` (inner_density: 0.2), and its own
-    defaults for that tensor if they are left out. Its random numbers are those that it draws on its own. It runs in
-    float64, so that θ_inner − θ₀ is exact. Tensors that are no matrices are not calibrated, nor are those with
-    ``spectral: false``, as the authors have embeddings: their θ_inner − θ₀ is scaled by λ.
+    `weight` is the inner method's; its other parameters have the prefix ``inner_`` (inner_density: 0.2), and the
+    inner method's defaults for that tensor if they are left out. It draws the random numbers that it draws without SVC.
+    It runs in float64, so that θ_inner − θ₀ is exact. Tensors that are no matrices are not calibrated, nor are those
+    with ``spectral: false``, as the authors have embeddings: their θ_inner − θ₀ is scaled by λ.
 
     Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range, or unknown to `inner`.
-        NonFiniteError: An input has NaN or infinite values.
+        TypeError, ValueError: `alpha` is 0, or an argument is not one that `inner` takes.
 
     Determinism: the inner method's.
     """
     check_inputs(base, experts, out_dtype)
     if not alpha > 0:
         raise ValueError(f"alpha: got {alpha!r}, need a number above 0")
-    method = inners[inner]
-    passed = _inner_arguments(method, inner_arguments)
+    values = dict(inner_values, seed=seed) if inner.draws else inner_values
     calibrated = is_spectral(base, 1, spectral) and base.numel() > 0
     if not calibrated and lambda_ == 1:
-        return method(base, experts, out_dtype=out_dtype, name=name, seed=seed, **passed)
+        return inner.function(base, experts, out_dtype=out_dtype, **values)
     base64 = base.double()
     experts64 = [expert.to(torch.float64, copy=True) for expert in experts]
-    merged = method(base64, experts64, out_dtype=torch.float64, name=name, seed=seed, **passed).sub_(base64)
+    merged = inner.function(base64, experts64, out_dtype=torch.float64, **values).sub_(base64)
     if calibrated:
         merged = calibrate(merged, [expert.sub_(base64) for expert in experts64], alpha)
     return join(base, merged, lambda_, out_dtype)
 
 
-def _inner_arguments(method: Method, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The inner method's keyword arguments, without those left out; None in a list becomes the inner default."""
-    passed = {}
+@dataclass(frozen=True)
+class _Calibration(Method):
+    """The method `svc`, whose values are resolved by the parameters of the inner method that they name.
+
+    Attributes:
+        inners: The methods that may be calibrated, by name.
+    """
+
+    inners: Mapping[str, Method] = field(default_factory=dict)
+
+    def resolve(self, n_experts: int, arguments: dict[str, Any], name: str = "") -> dict[str, Any]:
+        """`Method.resolve`, with the inner method as `inner` and its arguments as `inner_values`."""
+        inner_keys = {p.keyword for p in self.parameters if p.name == "weight" or p.name.startswith(_PREFIX)}
+        inner_arguments = {key: value for key, value in arguments.items() if key in inner_keys}
+        values = super().resolve(n_experts, {k: v for k, v in arguments.items() if k not in inner_keys}, name)
+        inner = self.inners[values["inner"]]
+        renamed = replace(inner, parameters=tuple(replace(p, name=_key(p.name)) for p in inner.parameters))
+        inner_values = renamed.resolve(n_experts, _present(renamed, inner_arguments), name)
+        keywords = {_key(p.name): p.keyword for p in inner.parameters}
+        calibration = {key: value for key, value in values.items() if key not in inner_keys}
+        return calibration | {"inner": inner, "inner_values": {keywords[k]: v for k, v in inner_values.items()}}
+
+
+def _key(name: str) -> str:
+    """What recipes call a parameter of the inner method."""
+    return name if name == "weight" else _PREFIX + name
+
+
+def _present(method: Method, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the inner method without those left out; None in a list becomes its default."""
+    present = {}
     for key, value in arguments.items():
-        if value is None or (isinstance(value, list) and all(v is None for v in value)):
+        values = value.tolist() if isinstance(value, Tensor) else value
+        values = list(values) if isinstance(values, (list, tuple)) else [values]
+        if all(v is None for v in values):
             continue
-        parameter = method.parameter(key.removeprefix(_PREFIX))
+        parameter = method.parameter(key)
         if parameter.ignored:
-            raise ValueError(f"{key}: {method.name} takes {parameter.name!r} from recipes and ignores it")
-        if isinstance(value, list):
-            value = [parameter.default if v is None else v for v in value]
-            if not parameter.per_expert:
-                if len(set(value)) > 1:
-                    raise ValueError(f"{key}: got {value}, need one value, as {method.name} has one for all experts")
-                value = value[0]
-        passed[parameter.keyword] = value
-    return passed
+            recipe_name = key.removeprefix(_PREFIX)
+            raise ValueError(f"{key}: {method.name} takes {recipe_name!r} from recipes and ignores it")
+        values = [parameter.default if v is None else v for v in values]
+        if not parameter.per_expert and any(v != values[0] for v in values):
+            raise ValueError(f"{key}: got {values}, need one value, as {method.name} has one for all experts")
+        is_list = parameter.per_expert and isinstance(value, (list, tuple, Tensor))
+        present[key] = values if is_list else values[0]
+    return present
 
 
 def _passed_through(inners: Sequence[Method]) -> tuple[Parameter, ...]:
-    """One parameter for each name that inner methods have; the inner method itself checks the values.
+    """One parameter for each name that inner methods have; values are checked by the chosen method's parameter.
 
     A name that is a number in one method and a choice in another is left out; there is none (tests/test_svc.py).
     """
@@ -170,8 +196,7 @@ def _passed_through(inners: Sequence[Method]) -> tuple[Parameter, ...]:
         kind = _common_kind([parameter.kind for _, parameter in owners])
         if kind is not None:
             doc = f"{name} of the inner method ({', '.join(owner for owner, _ in owners)}); its default if left out"
-            key = name if name == "weight" else _PREFIX + name
-            passed.append(Parameter(key, kind, None, doc, per_expert=any(p.per_expert for _, p in owners)))
+            passed.append(Parameter(_key(name), kind, None, doc, per_expert=any(p.per_expert for _, p in owners)))
     return tuple(passed)
 
 
@@ -197,18 +222,19 @@ def register_svc(inners: Sequence[Method]) -> None:
         float64_tensors = 8 * (n_experts + 3) * m * n
         return float64_tensors + max(inner_workspace, (32 << 20) + 24 * m * n + 56 * min(m, n) ** 2)
 
-    function = functools.partial(svc, inners=by_name)
     inner = Parameter("inner", tuple(by_name), "task_arithmetic", "the method whose result is calibrated")
-    signature = read_signature(functools.partial(function, inner=None))  # the choices of `inner` are known only here
+    # `resolve` passes the inner method and its values, which are no parameters of recipes.
+    signature = read_signature(functools.partial(svc, inner=inners[0], inner_values={}))
     register(
-        Method(
+        _Calibration(
             name="svc",
             title="SVC",
             reference="https://arxiv.org/abs/2602.05536",
             needs_base=True,
             parameters=(inner, *signature.parameters, *_passed_through(inners)),
-            function=function,
+            function=svc,
             workspace=workspace,
-            wraps=True,
+            draws=True,
+            inners=by_name,
         )
     )

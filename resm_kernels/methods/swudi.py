@@ -8,13 +8,13 @@ from typing import Annotated, Final, Literal
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import elementwise_workspace
 from resm_kernels.linalg.products import eigen_list, matmul, matmul_list
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
-from resm_kernels.spectral.interference import averaged_unless_matrix, interference, interference_workspace
+from resm_kernels.spectral.interference import interference, interference_workspace
 from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace
 
 _FLOOR: Final = 1e-8
 """The authors' smallest eigenvalue in rank rules, where tr C is the number of experts."""
@@ -22,12 +22,10 @@ _NOISE: Final = 1e-12
 """Eigenvalues up to this times the largest are rounding; they belong to relative singular values up to 1e-6."""
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bytes of the loss, or of start and target along the eigenvectors and of LAPACK's scratch memory."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
-    return max(interference_workspace(shape), (32 << 20) + 64 * m * n + 64 * n * n)
+    return max(interference_workspace(m, n), (32 << 20) + 64 * m * n + 64 * n * n)
 
 
 @merge_method(title="SWUDI", reference="https://arxiv.org/abs/2606.07289", workspace=_workspace)
@@ -52,12 +50,10 @@ def swudi(
         Option("how many directions are kept; SWUDI-A: participation_sqrt"),
     ] = "ratio",
     filter: Annotated[
-        Literal["exponential", "none"],
-        Option("how far along each kept direction; none (SWUDI-A) goes all the way"),
+        Literal["exponential", "none"], Option("how far along each kept direction; none (SWUDI-A) goes all the way")
     ] = "exponential",
     init: Annotated[
-        Literal["sum", "mean", "zero"],
-        Option("where the descent starts: sum or mean of the task vectors, or the base"),
+        Literal["sum", "mean", "zero"], Option("where the descent starts: sum or mean of the task vectors, or the base")
     ] = "sum",
     lambda_: Lambda = 1.0,
     spectral: Spectral = True,
@@ -77,15 +73,8 @@ def swudi(
     (`spectral: false`). Task vectors that are zero have no term in the loss. One expert gives itself. All defaults are
     the authors'. They divide by max(ν, 1e-8) instead of ν; here f/ν is computed as its limit t where ν is 0, and with
     the filter none f is 0 where ν is rounding. All computations are float64.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for any number of threads.
     """
-    averaged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)
-    if averaged is not None:
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
         return averaged
     parts = interference(base, experts, weight)
     target, merged = parts.target, parts.total

@@ -31,14 +31,4 @@ def task_arithmetic(
 
     If |Σ_t w_t| < 1e-8 the sum is not divided, as in mergekit.
     """
-    return merge_kept(
-        base,
-        experts,
-        {},
-        rule="sum",
-        weight=weight,
-        normalize=normalize,
-        lambda_=lambda_,
-        rescale=False,
-        out_dtype=out_dtype,
-    )
+    return merge_kept(base, experts, {}, "sum", weight, normalize=normalize, scale=lambda_, out_dtype=out_dtype)

@@ -1,4 +1,4 @@
-"""TIES: trim, elect signs, merge what agrees (Yadav et al., arXiv 2306.01708), in mergekit's weighted form."""
+"""TIES: trim, elect signs, merge elements that agree (Yadav et al., arXiv 2306.01708), in mergekit's weighted form."""
 
 from __future__ import annotations
 
@@ -43,21 +43,13 @@ def ties(
     mergekit; peft elects before weighting and divides by the count. With `rescale` the kept elements are scaled up to
     the L1 norm of all of Δ_t.
     """
-    selection = {}
+    trimmed = {}
     if any(d < 1 for d in density):
         ranks = [_kept_count(d, experts[0].numel()) for d in density]
         # Finiteness is checked by aggregate, which reads the same values.
-        selection = {"thresholds": magnitude_threshold(base, experts, ranks, check_finite=False)}
+        trimmed = {"thresholds": magnitude_threshold(base, experts, ranks, check_finite=False)}
     return merge_kept(
-        base,
-        experts,
-        selection,
-        rule="ties",
-        weight=weight,
-        normalize=normalize,
-        lambda_=lambda_,
-        rescale=rescale,
-        out_dtype=out_dtype,
+        base, experts, trimmed, "ties", weight, normalize=normalize, rescale=rescale, scale=lambda_, out_dtype=out_dtype
     )
 
 

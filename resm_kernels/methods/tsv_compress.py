@@ -8,17 +8,16 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg import Decomposition
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, truncated_sum, truncated_sum_workspace
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, decomposition_workspace, truncated_sum
 
 
-@merge_method(title="TSV-C", reference="https://arxiv.org/abs/2412.00081", workspace=truncated_sum_workspace)
+@merge_method(title="TSV-C", reference="https://arxiv.org/abs/2412.00081", workspace=decomposition_workspace)
 def tsv_compress(
     base: Tensor,
     experts: list[Tensor],
@@ -48,17 +47,14 @@ def tsv_compress(
     whole, as in the authors' code.
 
     Decompositions are float64, the products fp32 (float64 for float64 inputs), and the result is rounded once.
-    Deterministic: the same bits for any number of threads.
 
     Raises:
-        ValueError: Both `rank` and `share` are given.
-        NonFiniteError: An input has NaN or infinite values.
+        ValueError: Both `rank` and `share` are set.
     """
     if rank is not None and share is not None:
         raise ValueError(f"rank: got {rank} and a share of {share:g}, need one of the two")
-    check_inputs(base, experts, out_dtype)
-    if not is_spectral(base, 1, spectral):
-        return averaged(base, experts, weight, lambda_, out_dtype)
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
     r = min(base.shape)
     k = _directions(r, len(experts), rank, share)
     if k >= r:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.elementwise.inputs import elementwise_workspace
 from resm_kernels.linalg.products import matmul
 from resm_kernels.linalg.threads import run
 from resm_kernels.methods._aliases import Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
-from resm_kernels.spectral.interference import averaged_unless_matrix, interference, interference_workspace
+from resm_kernels.spectral.interference import interference, interference_workspace
 from resm_kernels.spectral.low_rank import join
+from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 """The usual constants of Adam, which the authors keep."""
@@ -25,13 +25,11 @@ _ROWS, _DEVICE_ROWS = 256, 1024
 """Rows optimised at a time, on the CPU and elsewhere: enough for products at full speed, few enough for the caches."""
 
 
-def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
+@matrix_workspace
+def _workspace(m: int, n: int, n_experts: int) -> int:
     """Bytes of the loss, or of its first gradient and Hessian and of Adam's state for the rows that are optimised."""
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     rows = min(m, max(_DEVICE_ROWS, _ROWS * torch.get_num_threads()))
-    return max(interference_workspace(shape), (32 << 20) + 16 * m * n + 16 * n * n + 64 * rows * n)
+    return max(interference_workspace(m, n), (32 << 20) + 16 * m * n + 16 * n * n + 64 * rows * n)
 
 
 @merge_method(title="WUDI-Merging", reference="https://arxiv.org/abs/2503.08099", workspace=_workspace)
@@ -56,16 +54,9 @@ def wudi(
     authors' code divides by their norm). One expert gives itself. All defaults are the authors'. C, D and the first
     gradient are float64; steps are fp32 (float64 for float64 inputs) on the distance from the start, which ends within
     1e-6 of float64 steps.
-
-    Raises:
-        TypeError, ValueError: An argument of the wrong type, dtype, shape, device or range.
-        NonFiniteError: An input has NaN or infinite values.
-
-    Determinism: the same bits for any number of threads.
     """
-    merged = averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)
-    if merged is not None:
-        return merged
+    if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
+        return averaged
     dtype = compute_dtype(base, *experts)
     parts = interference(base, experts, weight)
     gradient = matmul(parts.total, parts.operator).sub_(parts.target).mul_(2)

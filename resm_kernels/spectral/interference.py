@@ -1,4 +1,4 @@
-"""The loss that WUDI minimises, as a quadratic: what `wudi` and `swudi` share."""
+"""The quadratic loss that the methods `wudi` and `swudi` minimise."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs
 from resm_kernels.linalg.products import gram, matmul
-from resm_kernels.spectral.task_matrices import averaged, is_spectral, task_vector
+from resm_kernels.spectral.task_matrices import task_vector
 
 
 @dataclass(frozen=True)
@@ -17,7 +16,7 @@ class Interference:
     """L(M) = Σ_t ‖(M − Δ_t)·Δ_tᵀ‖²_F / ‖Δ_t‖²_F, whose gradient is 2·(M·operator − target).
 
     Attributes:
-        operator: C = Σ_t Δ_tᵀΔ_t / ‖Δ_t‖²_F, (n, n), float64; its trace is the number of experts that changed at all.
+        operator: C = Σ_t Δ_tᵀΔ_t / ‖Δ_t‖²_F, (n, n), float64; its trace is the number of nonzero Δ_t.
         target: D = Σ_t Δ_t·Δ_tᵀΔ_t / ‖Δ_t‖²_F, (m, n), float64. Any M with M·C = D is a minimum, such as D·C^+.
         total: Σ_t Δ_t, (m, n), float64, where the authors start.
     """
@@ -50,28 +49,9 @@ def interference(base: Tensor, experts: list[Tensor], weight: list[float]) -> In
     return Interference(operator, target, total)
 
 
-def averaged_unless_matrix(
-    base: Tensor,
-    experts: list[Tensor],
-    weight: list[float],
-    lambda_: float,
-    spectral: bool,
-    out_dtype: torch.dtype | None,
-) -> Tensor | None:
-    """Check the inputs, and return the average of the task vectors if the tensor is no matrix or `spectral` is False.
-
-    None means that the tensor is a matrix that the caller merges.
-    """
-    check_inputs(base, experts, out_dtype)
-    if is_spectral(base, 1, spectral):
-        return None
-    return averaged(base, experts, weight, lambda_, out_dtype)
-
-
-def interference_workspace(shape: tuple[int, ...]) -> int:
+def interference_workspace(m: int, n: int) -> int:
     """Bytes at the peak of `interference`: Δ_t, target, total and a product; a Gram matrix and the operator.
 
     Measured peaks of `wudi` lie 8 to 40 % below.
     """
-    m, n = shape
     return (32 << 20) + 40 * m * n + 24 * n * n

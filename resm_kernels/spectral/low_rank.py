@@ -31,7 +31,7 @@ def orthogonalized_sum(
 
     With polar(Q) = F·Wᵀ this is F_Q·(W_Qᵀ·diag(w·C)·W_P)·F_Pᵀ: the small product first, which goes to the shorter
     basis. F and W are orthonormal, so that forming the products in fp32 rounds M by a few units of fp32, whatever the
-    conditions of Q and P; where `accuracy` allows Q and (QᵀQ)^(−1/2) in their place, by that times the conditions.
+    conditions of Q and P; where `accuracy` allows Q and (QᵀQ)^(−1/2) instead, by `accuracy` times the conditions.
 
     Args:
         parts: One subspace for each expert, Σ_t k_t ≤ min(m, n).

@@ -81,8 +81,8 @@ def _least_interference(decompositions: Sequence[Decomposition], weights: Sequen
     loss = torch.zeros(most, dtype=torch.float64)
     for decomposition, w in pairs:
         power = decomposition.singular_values.cpu().square()
-        kept = power.cumsum(0)[:most]
-        loss += w * w * (kept * distortion + (power.sum() - kept))
+        inside = power.cumsum(0)[:most]
+        loss += w * w * (inside * distortion + (power.sum() - inside))
     return int(loss.argmin()) + 1
 
 

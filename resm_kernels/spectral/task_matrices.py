@@ -1,4 +1,4 @@
-"""Task vectors as matrices: which tensors are taken as matrices, and forming, averaging, summing, truncating them."""
+"""Task vectors as matrices: the test for matrices, and functions that form, average, sum and truncate them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError, raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
 from resm_kernels.linalg import Decomposition, decompose
 from resm_kernels.linalg.products import matmul, task_matrix
 from resm_kernels.ops.aggregate import aggregate
@@ -19,27 +19,34 @@ from resm_kernels.ops.aggregate import aggregate
 _GROUP_BYTES: Final = 1 << 30
 
 
-def is_spectral(base: Tensor, n_experts: int, spectral: bool) -> bool:
-    """True for a matrix with room for at least one direction of every expert, unless `spectral` is False."""
-    return spectral and base.ndim == 2 and min(base.shape) >= n_experts
+def is_spectral(base: Tensor, directions: int, spectral: bool) -> bool:
+    """True for a matrix with room for that many directions, such as one of each expert, unless `spectral` is False."""
+    return spectral and base.ndim == 2 and min(base.shape) >= directions
 
 
-def averaged(
+def averaged_unless_matrix(
     base: Tensor,
-    experts: Sequence[Tensor],
-    weight: Sequence[float] | Tensor,
+    experts: list[Tensor],
+    weight: list[float],
     lambda_: float,
+    spectral: bool,
     out_dtype: torch.dtype | None,
-) -> Tensor:
-    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, which is how spectral methods merge tensors that are no matrices.
+    directions: int = 1,
+) -> Tensor | None:
+    """θ₀ + λ·(1/T)·Σ_t w_t·Δ_t, which is how spectral methods merge tensors that they do not merge as matrices.
 
-    Vectors are merged in float64: they are so small that it costs nothing, and 1/T alone is off by a third of a unit in
-    the last place of fp32.
+    The result is None for a matrix with room for that many directions, unless `spectral` is False. Vectors are merged
+    in float64: they are so small that it costs nothing, and 1/T alone is off by a third of a unit in the last place of
+    fp32.
 
     Raises:
-        NonFiniteError: An input has NaN or infinite values.
+        TypeError, ValueError: The inputs do not fit together (`check_inputs`).
+        NonFiniteError: An input of the average has NaN or infinite values.
     """
-    weights = [float(w) / len(experts) for w in weight]
+    check_inputs(base, experts, out_dtype)
+    if is_spectral(base, directions, spectral):
+        return None
+    weights = [w / len(experts) for w in weight]
     if base.ndim > 1:
         return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
     wide = [expert.double() for expert in experts]
@@ -107,15 +114,22 @@ def truncated_sum(
     return total
 
 
-def truncated_sum_workspace(shape: tuple[int, ...], n_experts: int) -> int:
-    """Bytes for `truncated_sum`: one expert's matrix and decomposition, one product, the sum.
+def matrix_workspace(workspace: Callable[[int, int, int], int]) -> Callable[[tuple[int, ...], int], int]:
+    """Make workspace(m, n, T), the bytes for a matrix, the workspace of a method that averages all other tensors."""
 
-    This is the most that any rank, decomposition and dtype take (measured peaks lie at least 15 % below); small ranks
+    def of_shape(shape: tuple[int, ...], n_experts: int) -> int:
+        return workspace(*shape, n_experts) if len(shape) == 2 else elementwise_workspace(shape, n_experts)
+
+    return of_shape
+
+
+@matrix_workspace
+def decomposition_workspace(m: int, n: int, n_experts: int) -> int:
+    """Bytes of one expert's matrix and decomposition, and of a sum or of the bases of all subspaces, in float64.
+
+    This is the most that any rank, decomposition and dtype take (measured peaks lie at least 10 % below); small ranks
     take half of it.
     """
-    if len(shape) != 2:
-        return elementwise_workspace(shape, n_experts)
-    m, n = shape
     return (24 << 20) + 96 * m * n + 64 * min(m, n) ** 2
 
 
