@@ -287,16 +287,3 @@ def test_wrong_arguments_are_named() -> None:
     for k in (-1, 5, 1.0, True):
         with pytest.raises(ValueError, match=r"^k: got .*, need a whole number from 0 to 4"):
             symmetric_eigen(a, k)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("n, k", [(5, 3), (5, 5), (5, 0), (0, 0)])
-def test_operator_is_registered_soundly(n: int, k: int, dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.resm_kernels.symmetric_eigen.default, (symmetric(n).to(dtype),), {"k": k})
-
-
-def test_operator_compiles_into_one_graph() -> None:
-    def trace(a: Tensor) -> Tensor:
-        return torch.ops.resm_kernels.symmetric_eigen(a, k=4)[0].sum()
-
-    a = symmetric(9)
-    assert float(torch.compile(trace, fullgraph=True, backend="eager")(a)) == float(trace(a))
