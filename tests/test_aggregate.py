@@ -283,7 +283,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     ]
     for kind, message, changed in refused:
         with pytest.raises(kind, match=message):
-            aggregate(**({"base": base, "experts": experts, "weights": [1, 1]} | changed))  # type: ignore[arg-type]
+            aggregate(**({"base": base, "experts": experts, "weights": [1, 1]} | changed))
     # Without division such weights are fine; nor does the divisor of ties need their sum.
     aggregate(base, experts, [1, -1])
     aggregate(base, experts, [1, -1], rule="ties", normalize=True)

@@ -298,6 +298,6 @@ def test_tensors_of_the_wrong_kind_are_refused_by_name() -> None:
     ]
     for kind, message, b, e in wrong:
         with pytest.raises(kind, match=message):
-            delta_stats(b, e)  # type: ignore[arg-type]
+            delta_stats(b, e)
     with torch.no_grad():
         delta_stats(base, [expert.clone().requires_grad_()])

@@ -134,7 +134,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"^left: got a torch.strided tensor of torch.bfloat16"):
         low_rank_update(base, left.bfloat16(), right)
     with pytest.raises(TypeError, match=r"^left: got list, need a tensor"):
-        low_rank_update(base, left.tolist(), right)  # type: ignore[arg-type]
+        low_rank_update(base, left.tolist(), right)
     with pytest.raises(ValueError, match=r"^right: requires grad"):
         low_rank_update(base, left, right.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"^base: got shape \[4, 3, 1\], need a matrix"):

@@ -215,4 +215,4 @@ def test_wrong_arguments_are_refused_by_name() -> None:
 def test_k_that_is_no_whole_number_is_refused_by_name(k: object) -> None:
     base, experts = group((4, 3), 2)
     with pytest.raises((ValueError, TypeError), match=r"^k: got"):
-        magnitude_threshold(base, experts, k)  # type: ignore[arg-type]
+        magnitude_threshold(base, experts, k)

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import EveryWay
-from inputs import BLOCK, CHUNK, FLOATS, LAYOUTS, group, laid_out, randn, same_bits, values
+from inputs import BLOCK, CHUNK, FLOATS, LAYOUTS, group, laid_out, randn, values
+from product_contract import same
 from torch import Tensor
 
 from resm_kernels.masks import packed
@@ -66,20 +67,6 @@ ELEMENTWISE: dict[str, Callable[[Tensor, list[Tensor]], Any]] = {
     "inner_products, rows": lambda _, experts: inner_products(None, experts, rows=True),
 }
 elementwise = pytest.mark.parametrize("call", ELEMENTWISE)
-
-
-def tensors_of(result: Any) -> list[Tensor]:
-    """The tensors of a result: one, a sequence of them, or the fields of a record."""
-    if isinstance(result, Tensor):
-        return [result]
-    return list(result if isinstance(result, (tuple, list)) else vars(result).values())
-
-
-def same(a: Any, b: Any) -> bool:
-    def equal(x: Tensor, y: Tensor) -> bool:
-        return same_bits(x, y) if x.is_floating_point() else x.dtype == y.dtype and torch.equal(x, y)
-
-    return all(equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
 
 @elementwise

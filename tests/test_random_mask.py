@@ -27,7 +27,7 @@ SHAPES = [(), (0,), (0, 4), (1,), (129,), (5, 1), (7, 129), (3, 1000), (2, 3, 40
 
 
 def kept(base: Tensor, experts: list[Tensor], *args: object, **keywords: object) -> list[Tensor]:
-    return [unpacked(mask, base.shape) for mask in random_mask(base, experts, *args, **keywords)]  # type: ignore[arg-type]
+    return [unpacked(mask, base.shape) for mask in random_mask(base, experts, *args, **keywords)]
 
 
 def reference(base: Tensor, experts: list[Tensor], density: list[float], epsilon: float, seed: int) -> list[Tensor]:
@@ -158,7 +158,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         ("epsilon: got -0.1, need a finite number of at least 0", (0.5, -0.1)),
     ):
         with pytest.raises(ValueError, match=message):
-            random_mask(base, experts, *args)  # type: ignore[arg-type]
+            random_mask(base, experts, *args)
     with pytest.raises(ValueError, match="seed: got -1, need a whole number from 0"):
         random_mask(base, experts, 0.5, seed=-1)
     with pytest.raises(ValueError, match=r"experts\[1\]: got shape"):

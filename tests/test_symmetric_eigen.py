@@ -275,7 +275,7 @@ def test_values_that_are_not_finite_are_refused(value: float, n: int, i: int, j:
 def test_wrong_arguments_are_named() -> None:
     a = symmetric(4)
     with pytest.raises(TypeError, match=r"^a: got list, need a tensor"):
-        symmetric_eigen(a.tolist())  # type: ignore[arg-type]
+        symmetric_eigen(a.tolist())
     with pytest.raises(
         TypeError, match=r"^a: got a torch.strided tensor of torch.float16, need .*torch.float32 or torch.float64"
     ):
@@ -286,4 +286,4 @@ def test_wrong_arguments_are_named() -> None:
         symmetric_eigen(a.clone().requires_grad_())
     for k in (-1, 5, 1.0, True):
         with pytest.raises(ValueError, match=r"^k: got .*, need a whole number from 0 to 4"):
-            symmetric_eigen(a, k)  # type: ignore[arg-type]
+            symmetric_eigen(a, k)
