@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -40,29 +41,11 @@ RULES = ("sum", "ties")
 WEIGHTS = (0.7, -0.3, 0.0, 1.9, 1.0)
 
 
-def check_against_reference(
-    base: Tensor | None,
-    experts: list[Tensor],
-    weights: list[float],
-    *,
-    scale: float = 0.8,
-    rule: str = "sum",
-    normalize: bool = False,
-    thresholds: Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
-) -> None:
-    result = aggregate(
-        base, experts, weights, scale=scale, rule=rule, normalize=normalize, thresholds=thresholds, out_dtype=out_dtype
-    )
-    options = AggregateOptions(
-        weights=tuple(weights),
-        scale=scale,
-        rule=rule,
-        normalize=normalize,
-        thresholds=None if thresholds is None else thresholds.double(),
-        out_dtype=out_dtype,
-    )
-    expected, _ = reference(base, experts, options)
+def check_against_reference(base: Tensor | None, experts: list[Tensor], weights: list[float], **options: Any) -> None:
+    result = aggregate(base, experts, weights, scale=0.8, **options)
+    if options.get("thresholds") is not None:
+        options["thresholds"] = options["thresholds"].double()
+    expected, _ = reference(base, experts, AggregateOptions(weights=tuple(weights), scale=0.8, **options))
     assert result.is_contiguous() and same_bits(result, expected)
 
 
