@@ -26,6 +26,8 @@ if not torch.cuda.is_available():
     # package: before any test module is.
     os.environ["TRITON_INTERPRET"] = "1"
 
+EveryWay = Callable[[], Iterator[str]]
+UseThreads = Callable[[int], None]
 ISAS: list[str] = [] if _extension.native is None else list(_extension.native.build_facts()["isas"])
 
 
@@ -39,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture
-def use_threads() -> Iterator[Callable[[int], None]]:
+def use_threads() -> Iterator[UseThreads]:
     """`use_threads(n)` sets the number of threads until the test ends."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
@@ -47,7 +49,7 @@ def use_threads() -> Iterator[Callable[[int], None]]:
 
 
 @pytest.fixture
-def every_way(use_threads: Callable[[int], None]) -> Iterator[Callable[[], Iterator[str]]]:
+def every_way(use_threads: UseThreads) -> Iterator[EveryWay]:
     """Iterating over `every_way()` sets each thread count and instruction set in turn and says which is set."""
     native = _extension.native
     if native is None:

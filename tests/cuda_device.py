@@ -55,8 +55,8 @@ def guarded_memory() -> Iterator[None]:
     rooms: list[Tensor] = []
 
     def guarded(shape: object, *, dtype: torch.dtype, device: object) -> Tensor:
-        size = torch.Size([shape] if isinstance(shape, int) else shape)  # type: ignore[arg-type]
-        room = torch.full((size.numel() + 2 * GUARD,), 77, dtype=dtype, device=device)  # type: ignore[call-overload]
+        size = torch.Size([shape] if isinstance(shape, int) else shape)
+        room = torch.full((size.numel() + 2 * GUARD,), 77, dtype=dtype, device=device)
         rooms.append(room)
         return room[GUARD:-GUARD].view(size)
 

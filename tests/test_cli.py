@@ -50,11 +50,11 @@ def test_merge_writes_the_model_and_says_so(family: Family, run) -> None:
 
 def test_random_seed_decides_what_is_dropped(family: Family, run) -> None:
     recipe = str(family.recipe_file("dare_ties", parameters={"density": 0.5}))
-    found = []
+    merges = []
     for seed in ("1", "1", "2"):
         assert run("merge", recipe, str(family.out), "--overwrite", "--random-seed", seed)[0] == 0
-        found.append(load_model(family.out))
-    same = [all(torch.equal(found[0][name], other[name]) for name in other) for other in found]
+        merges.append(load_model(family.out))
+    same = [all(torch.equal(merges[0][name], other[name]) for name in other) for other in merges]
     assert same == [True, True, False]
 
 

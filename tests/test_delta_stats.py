@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import BLOCK, CHUNK, FLOATS, KINDS, LAYOUTS, SHAPES, dtype_pairs, group, laid_out, randn, same_bits
+from inputs import BLOCK, CHUNK, FLOATS, KINDS, SHAPES, dtype_pairs, group, randn, same_bits
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -168,15 +167,6 @@ def test_large_cancelling_sum() -> None:
     assert abs(float(result.sum)) <= SIGNED_SUM[False] * float(both.double().abs().sum())
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_give_what_contiguous_copies_give(layout: str) -> None:
-    views = laid_out(layout)
-    result = delta_stats(views[0], views[1:], histogram=True)
-    expected = delta_stats(views[0].contiguous(), [v.contiguous() for v in views[1:]], histogram=True)
-    for name, value in vars(expected).items():
-        assert torch.equal(getattr(result, name), value), name
-
-
 @pytest.mark.parametrize("shape", [(), (5,), (4, 33), (3, 2, 17), (6, 1), (3, 0), (0, 4), (3, CHUNK + 9)], ids=str)
 def test_rows_are_the_statistics_of_each(shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 3, expert_dtypes=[torch.float32, torch.bfloat16, torch.float64])
@@ -193,19 +183,6 @@ def test_rows_that_are_not_finite_are_refused_by_name() -> None:
     experts[1][2, 1] = math.nan
     with pytest.raises(NonFiniteError, match=r"experts\[1\]: got 1 NaN"):
         delta_stats(base, experts, rows=True)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_bits_depend_on_neither_threads_nor_instruction_set(
-    every_way: Callable[[], Iterator[str]], dtype: torch.dtype
-) -> None:
-    base, experts = group((5 * CHUNK + 3 * BLOCK + 7,), 2, base_dtype=dtype)
-    expected = None
-    for way in every_way():
-        result = delta_stats(base, experts, eps_rel=0.3, histogram=True)
-        expected = expected or result
-        for name, value in vars(expected).items():
-            assert same_bits(getattr(result, name), value), f"{name}: {way}"
 
 
 def test_eps_and_eps_rel() -> None:
@@ -321,26 +298,6 @@ def test_tensors_of_the_wrong_kind_are_refused_by_name() -> None:
     ]
     for kind, message, b, e in wrong:
         with pytest.raises(kind, match=message):
-            delta_stats(b, e)  # type: ignore[arg-type]
+            delta_stats(b, e)
     with torch.no_grad():
         delta_stats(base, [expert.clone().requires_grad_()])
-
-
-@pytest.mark.parametrize("rows", [False, True])
-@pytest.mark.parametrize("histogram", [False, True])
-@pytest.mark.parametrize("shape", [(), (0,), (5, 3), (0, 3)], ids=str)
-def test_operator_is_registered_soundly(rows: bool, histogram: bool, shape: tuple[int, ...]) -> None:
-    base, experts = group(shape, 2, base_dtype=torch.bfloat16)
-    for kappa in (None, 3.0):
-        options = {"eps_rel": 0.1, "kappa": kappa, "histogram": histogram, "rows": rows}
-        torch.library.opcheck(torch.ops.resm_kernels.delta_stats.default, (base, experts), options)
-
-
-def test_operator_compiles_into_one_graph() -> None:
-    def sparsity(base: Tensor, expert: Tensor) -> Tensor:
-        counts = torch.ops.resm_kernels.delta_stats(base, [expert])[1]
-        return counts[0, 0] / base.numel()
-
-    base, (expert,) = group((40, 3), 1, "ties")
-    compiled = torch.compile(sparsity, fullgraph=True, backend="eager")
-    assert float(compiled(base, expert)) == float((base == expert).float().mean())

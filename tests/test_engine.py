@@ -269,7 +269,7 @@ def test_an_error_of_the_computation_is_raised_when_the_tensors_before_are_writt
 
 def test_window_reads_only_so_far_ahead_however_much_memory_it_may_take() -> None:
     info = TensorInfo("t", torch.bfloat16, (1 << 24,), Path("file"), 0, 1 << 25)
-    jobs = [Job(str(i), ((None, info),) * 4, info.nbytes, 0) for i in range(9)]  # type: ignore[arg-type]
+    jobs = [Job(str(i), ((None, info),) * 4, info.nbytes, 0) for i in range(9)]
     assert Window.for_cpu(jobs, 1 << 40) == Window(jobs[0].input_segment + READ_AHEAD, 2 * info.nbytes, 0)
     assert Window.for_cpu(jobs[:1], 1 << 40).inputs == jobs[0].input_segment  # no more than there is to read
     assert Window.for_cpu(jobs, 7 << 25).inputs == 5 << 25  # within the limit, of which two outputs are to be had

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import ISAS
+from conftest import EveryWay
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import FLOATS, KINDS, generator, randn, same_bits, values
+from product_contract import EMPTY, on_baseline
 from torch import Tensor
 
 from resm_kernels.ops import aggregate, low_rank_update
@@ -22,7 +22,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Kernels work on 16 × 48 sums at a time, on 192 × 192 until they are whole, over 256 (128) products at a time.
 SIZES = [(1, 1, 1), (5, 3, 2), (16, 48, 256), (17, 49, 257), (193, 200, 130), (1030, 7, 300), (40, 390, 520)]
-EMPTY = [(0, 5, 3), (5, 0, 3), (5, 3, 0), (0, 0, 0)]
 
 
 def factors(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -100,15 +99,11 @@ def test_elements_depend_on_their_own_row_and_column_alone() -> None:
 @pytest.mark.parametrize("m, n, k", [(1100, 200, 300), (3, 500, 70)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_depend_on_no_thread_count_and_on_no_fused_instruction_set(
-    every_way: Callable[[], Iterator[str]], m: int, n: int, k: int, dtype: torch.dtype
+    every_way: EveryWay, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
     base, (left, right) = values((m, n), "weights", torch.bfloat16, 0), factors(m, n, k, dtype)
-    result = {way: low_rank_update(base, left, right, out_dtype=dtype) for way in every_way()}
-    for way, theta in result.items():
-        isa = way.split(",")[0]
-        alike = f"{ISAS[0]}, 1 threads" if isa != "baseline" else "baseline, 1 threads"
-        assert same_bits(theta, result[alike]), way
-    check(result["baseline, 1 threads"], base, left, right, 1.0)
+    result = on_baseline(every_way, lambda: low_rank_update(base, left, right, out_dtype=dtype))
+    check(result, base, left, right, 1.0)
 
 
 def test_layouts_give_what_contiguous_copies_give() -> None:
@@ -139,7 +134,7 @@ def test_wrong_arguments_are_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"^left: got a torch.strided tensor of torch.bfloat16"):
         low_rank_update(base, left.bfloat16(), right)
     with pytest.raises(TypeError, match=r"^left: got list, need a tensor"):
-        low_rank_update(base, left.tolist(), right)  # type: ignore[arg-type]
+        low_rank_update(base, left.tolist(), right)
     with pytest.raises(ValueError, match=r"^right: requires grad"):
         low_rank_update(base, left, right.clone().requires_grad_())
     with pytest.raises(ValueError, match=r"^base: got shape \[4, 3, 1\], need a matrix"):
@@ -148,20 +143,3 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         low_rank_update(base, left, right, scale=math.nan)
     with pytest.raises(TypeError, match=r"^out_dtype: got torch.int32"):
         low_rank_update(base, left, right, out_dtype=torch.int32)
-
-
-@pytest.mark.parametrize("m, n, k", [(5, 7, 3), (0, 7, 3), (5, 7, 0)], ids=str)
-def test_operator_is_registered_soundly(m: int, n: int, k: int) -> None:
-    base, (left, right) = values((m, n), "weights", torch.bfloat16, 0), factors(m, n, k)
-    operator = torch.ops.resm_kernels.low_rank_update.default
-    torch.library.opcheck(operator, (base, left, right), {"scale": 0.5})
-    torch.library.opcheck(operator, (base.mT, right, left), {"out_dtype": torch.float32})
-
-
-def test_operator_compiles_into_one_graph() -> None:
-    def energy(base: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        return torch.ops.resm_kernels.low_rank_update(base, left, right, scale=0.5).square().sum()
-
-    base, (left, right) = values((40, 30), "weights", torch.float32, 0), factors(40, 30, 6)
-    compiled = torch.compile(energy, fullgraph=True, backend="eager")
-    assert float(compiled(base, left, right)) == float(energy(base, left, right))

@@ -80,23 +80,6 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         random_matrix(1, 3, first_column=2**33 - 2)
 
 
-@pytest.mark.parametrize("n, columns", [(5, 3), (0, 3), (5, 0)])
-def test_operator_is_registered_soundly(n: int, columns: int) -> None:
-    operator = torch.ops.resm_kernels.random_matrix.default
-    options = {"n": n, "columns": columns, "seed": 3, "first_column": 1, "device": torch.device("cpu")}
-    torch.library.opcheck(operator, (), options)
-
-
-def test_operator_compiles_into_one_graph() -> None:
-    def energy(seed: int) -> torch.Tensor:
-        cpu = torch.device("cpu")
-        omega = torch.ops.resm_kernels.random_matrix(n=6, columns=5, seed=seed, first_column=1, device=cpu)
-        return omega.square().sum()
-
-    compiled = torch.compile(energy, fullgraph=True, backend="eager")
-    assert float(compiled(4)) == float(energy(4))
-
-
 # Lines "philox4x32 10" of tests/kat_vectors of Random123: counter and key, then the result.
 KNOWN_ANSWERS = [
     ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),

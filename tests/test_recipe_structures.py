@@ -16,6 +16,17 @@ from hypothesis import strategies as st
 
 from resm_kernels.engine import merge_checkpoints
 
+SLERP = """
+        merge_method: slerp
+        base_model: X
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
+            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
+            - value: 0.5
+        dtype: float32
+"""
+
 # The models of a family: B is the base, X, Y and Z its experts.
 STRUCTURES = {
     # Whole models that are averaged, each with its weight (examples/linear.yml).
@@ -76,27 +87,13 @@ STRUCTURES = {
           - sources:
               - {model: X, layer_range: [0, 3]}
               - {model: Y, layer_range: [0, 3]}
-        merge_method: slerp
-        base_model: X
-        parameters:
-          t:
-            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
-            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
-            - value: 0.5
-        dtype: float32
-    """,
+    """
+    + SLERP,
     # The same merge, of whole models.
     "slerp, models": """
         models: [{model: X}, {model: Y}]
-        merge_method: slerp
-        base_model: X
-        parameters:
-          t:
-            - {filter: self_attn, value: [0, 0.5, 0.3, 0.7, 1]}
-            - {filter: mlp, value: [1, 0.5, 0.7, 0.3, 0]}
-            - value: 0.5
-        dtype: float32
-    """,
+    """
+    + SLERP,
     # Task vectors on a sphere, and a base among the sources of a slice.
     "nuslerp, slices": """
         slices:

@@ -136,22 +136,6 @@ def test_one_mask_may_serve_all_experts() -> None:
     assert same_bits(result, aggregate(base, experts, [1.0, 2.0], masks=[mask, mask.clone()]))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("rule, consensus_method", RULES)
-def test_bits_depend_on_neither_threads_nor_instruction_set(
-    every_way: Callable[[], Iterator[str]], dtype: torch.dtype, rule: str, consensus_method: str
-) -> None:
-    base, experts = group((2 * CHUNK + 3 * BLOCK + 7,), 3, base_dtype=dtype)
-    options: dict[str, Any] = {"thresholds": LOWER, "upper_thresholds": UPPER, "masks": masks_of(base, 3)}
-    expected = None
-    for way in every_way():
-        result = aggregate(
-            base, experts, WEIGHTS, rule=rule, consensus_method=consensus_method, rescale=SCALES, **options
-        )
-        expected = result if expected is None else expected
-        assert same_bits(result, expected), way
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_values_that_are_not_finite_are_refused_where_they_are_left_out(dtype: torch.dtype) -> None:
     base, experts = group((BLOCK + 9,), 2, base_dtype=dtype)
@@ -160,11 +144,3 @@ def test_values_that_are_not_finite_are_refused_where_they_are_left_out(dtype: t
     for rule, options in (("sum", {"masks": nothing}), ("ties", {"masks": nothing}), ("sum", {"thresholds": [9, 9]})):
         with pytest.raises(NonFiniteError, match=r"experts\[1\]: got 1 NaN"):
             aggregate(base, experts, [1, 1], rule=rule, **options)
-
-
-def test_operator_is_registered_soundly() -> None:
-    base, experts = group((5, 3), 2, base_dtype=torch.bfloat16)
-    limits = torch.tensor([1e-3, 1e-3]).double()
-    options = {"weights": [1.0, 0.5], "rule": "ties", "consensus_method": "unweighted", "min_divisor": 0.1}
-    options |= {"thresholds": limits / 9, "upper_thresholds": limits, "masks": masks_of(base, 2), "rescale": limits}
-    torch.library.opcheck(torch.ops.resm_kernels.aggregate.default, (base, experts), options)

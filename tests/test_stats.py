@@ -46,26 +46,26 @@ def test_spectra_equal_numpys(family: Family) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     rows = {row.name: row for row in checkpoint_stats(family.recipe("resm"), spectra=True)}
     row = rows[name]
-    found = row.spectra
-    assert found is not None
+    spectra = row.spectra
+    assert spectra is not None
     m, n = row.shape
     deltas = [(e[name].double() - family.base[name].double()).numpy() for e in family.experts]
     svds = [np.linalg.svd(d, full_matrices=False) for d in deltas]
-    assert found.indices == list(range(1, 33))
-    assert found.kept == row.ranks
+    assert spectra.indices == list(range(1, 33))
+    assert spectra.kept == row.ranks
     for t, (_, s, _) in enumerate(svds):
         share = s / s.sum()
-        assert found.values[t] == pytest.approx(s / s[0], abs=SPECTRUM)
-        assert found.largest[t] == pytest.approx(s[0], rel=SPECTRUM)
-        assert found.frobenius[t] == pytest.approx(np.linalg.norm(deltas[t]), rel=SPECTRUM)
-        assert found.nuclear[t] == pytest.approx(np.linalg.norm(deltas[t], "nuc"), rel=SPECTRUM)
-        assert found.effective_rank[t] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=SPECTRUM)
-        assert found.stable_rank[t] == pytest.approx((s**2).sum() / s[0] ** 2, rel=SPECTRUM)
-        for rank, energy in ((found.rank_90[t], 0.9), (found.rank_99[t], 0.99)):
+        assert spectra.values[t] == pytest.approx(s / s[0], abs=SPECTRUM)
+        assert spectra.largest[t] == pytest.approx(s[0], rel=SPECTRUM)
+        assert spectra.frobenius[t] == pytest.approx(np.linalg.norm(deltas[t]), rel=SPECTRUM)
+        assert spectra.nuclear[t] == pytest.approx(np.linalg.norm(deltas[t], "nuc"), rel=SPECTRUM)
+        assert spectra.effective_rank[t] == pytest.approx(np.exp(-(share * np.log(share)).sum()), rel=SPECTRUM)
+        assert spectra.stable_rank[t] == pytest.approx((s**2).sum() / s[0] ** 2, rel=SPECTRUM)
+        for rank, energy in ((spectra.rank_90[t], 0.9), (spectra.rank_99[t], 0.99)):
             assert (s[:rank] ** 2).sum() >= energy * (s**2).sum() > (s[: rank - 1] ** 2).sum()
         i = np.arange(2, 17)  # 32/20 and 32/2
         slope = np.polyfit(np.log(i), np.log(s[1:16]), 1, w=i**-0.5)[0]
-        assert found.decay[t] == pytest.approx(-slope, rel=1e-8)
+        assert spectra.decay[t] == pytest.approx(-slope, rel=1e-8)
     us = [u[:, :k] for (u, _, _), k in zip(svds, row.ranks, strict=True)]
     vs = [v[:k].T for (_, _, v), k in zip(svds, row.ranks, strict=True)]
     values = [s[:k] for (_, s, _), k in zip(svds, row.ranks, strict=True)]
@@ -74,16 +74,16 @@ def test_spectra_equal_numpys(family: Family) -> None:
             if s != t:
                 smaller, larger = sorted((row.ranks[s], row.ranks[t]))
                 for bases, overlaps, expected, size in (
-                    (us, found.left_overlap, found.left_expected, m),
-                    (vs, found.right_overlap, found.right_expected, n),
+                    (us, spectra.left_overlap, spectra.left_expected, m),
+                    (vs, spectra.right_overlap, spectra.right_expected, n),
                 ):
                     cosine = np.linalg.norm(bases[s].T @ bases[t]) ** 2 / smaller
                     assert overlaps[s][t] == pytest.approx(cosine, rel=1e-8)
                     assert expected[s][t] == larger / size
     interference, sti = interferences(us, values, vs)
-    assert found.interference == pytest.approx(interference, rel=1e-8)
-    assert found.sti == pytest.approx(sti, rel=1e-8)
-    assert 0 < found.interference_expected < 1
+    assert spectra.interference == pytest.approx(interference, rel=1e-8)
+    assert spectra.sti == pytest.approx(sti, rel=1e-8)
+    assert 0 < spectra.interference_expected < 1
 
 
 def test_spectra_are_opt_in_and_only_of_what_is_decomposed(family: Family) -> None:
@@ -116,23 +116,23 @@ def test_copies_interfere_wholly_and_an_untouched_tensor_not_at_all(family: Fami
 
 def test_spectrum_in_the_json_is_bounded() -> None:
     base, experts = experts_with_spectra(200, 150, 2)
-    found = tensor_spectra(base, experts, [75, 75])
-    assert len(found.indices) <= 64
-    assert (found.indices[0], found.indices[-1]) == (1, 150)
-    assert found.indices == sorted(set(found.indices))
+    spectra = tensor_spectra(base, experts, [75, 75])
+    assert len(spectra.indices) <= 64
+    assert (spectra.indices[0], spectra.indices[-1]) == (1, 150)
+    assert spectra.indices == sorted(set(spectra.indices))
     expected = torch.linalg.svdvals(experts[1].double() - base.double())
-    assert found.values[1] == pytest.approx(
-        (expected / expected[0])[torch.tensor(found.indices) - 1].tolist(), abs=1e-8
+    assert spectra.values[1] == pytest.approx(
+        (expected / expected[0])[torch.tensor(spectra.indices) - 1].tolist(), abs=1e-8
     )
 
 
 def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> None:
     base, experts = experts_with_spectra(330, 310, 3)
-    found: list[Spectra] = []
+    results: list[Spectra] = []
     for threads in (1, 2, 3):
         use_threads(threads)
-        found.append(tensor_spectra(base, experts, [100, 90, 103]))
-    assert found[0] == found[1] == found[2]
+        results.append(tensor_spectra(base, experts, [100, 90, 103]))
+    assert results[0] == results[1] == results[2]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import UseThreads
 from inputs import randn, same_bits
 from torch import Tensor
 
@@ -23,7 +24,19 @@ from resm_kernels.linalg.threads import Queue, _limits, run
 CPU = torch.device("cpu")
 COUNTS = (1, 2, 3, 5)
 counts = pytest.mark.parametrize("threads", COUNTS)
-UseThreads = Callable[[int], None]
+
+
+def slow_tasks() -> tuple[list[Callable[[], Any]], threading.Semaphore, list[int], list[int]]:
+    """Fifty tasks of 20 ms, a semaphore that each releases as it starts, and those that started and finished."""
+    running, started, finished = threading.Semaphore(0), [], []
+
+    def slow(i: int) -> None:
+        started.append(i)
+        running.release()
+        time.sleep(0.02)
+        finished.append(i)
+
+    return [partial(slow, i) for i in range(50)], running, started, finished
 
 
 @counts
@@ -136,14 +149,7 @@ def test_first_failed_task_in_order_is_raised(threads: int, use_threads: UseThre
 @counts
 def test_no_task_still_runs_when_an_error_is_raised(threads: int, use_threads: UseThreads) -> None:
     use_threads(threads)
-    running = threading.Semaphore(0)
-    started, finished = [], []
-
-    def slow(i: int) -> None:
-        started.append(i)
-        running.release()
-        time.sleep(0.02)
-        finished.append(i)
+    tasks, running, started, finished = slow_tasks()
 
     def failing() -> None:
         if threads > 1:
@@ -151,8 +157,7 @@ def test_no_task_still_runs_when_an_error_is_raised(threads: int, use_threads: U
         raise ValueError("stop")
 
     with pytest.raises(ValueError, match="stop"):
-        tasks: list[Callable[[], Any]] = [failing, *(partial(slow, i) for i in range(50))]
-        run(tasks, CPU)
+        run([failing, *tasks], CPU)
     assert sorted(started) == sorted(finished)
     assert len(started) < 50  # tasks that had not begun are dropped
 
@@ -266,17 +271,9 @@ def test_a_queue_is_left_when_all_its_tasks_are_done(threads: int, use_threads: 
 @counts
 def test_a_queue_left_by_an_error_waits_for_what_runs_and_drops_the_rest(threads: int, use_threads: UseThreads) -> None:
     use_threads(threads)
-    running = threading.Semaphore(0)
-    started, finished = [], []
-
-    def slow(i: int) -> None:
-        started.append(i)
-        running.release()
-        time.sleep(0.02)
-        finished.append(i)
-
+    tasks, running, started, finished = slow_tasks()
     with pytest.raises(KeyError, match="caller"), Queue(CPU) as queue:
-        queue.add([partial(slow, i) for i in range(50)])
+        queue.add(tasks)
         running.acquire(timeout=20)
         raise KeyError("caller")
     assert sorted(started) == sorted(finished)

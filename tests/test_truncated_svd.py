@@ -243,13 +243,13 @@ def test_wrong_arguments_are_refused_by_name() -> None:
         ("got rank and tol, need exactly one", lambda: truncated_svd(a, rank=1, tol=0.5)),
         ("rank: got -1", lambda: truncated_svd(a, rank=-1)),
         ("rank: got True", lambda: truncated_svd(a, rank=True)),
-        ("rank: got 2.5", lambda: truncated_svd(a, rank=2.5)),  # type: ignore[arg-type]
-        ("rank: got nan", lambda: truncated_svd(a, rank=math.nan)),  # type: ignore[arg-type]
+        ("rank: got 2.5", lambda: truncated_svd(a, rank=2.5)),
+        ("rank: got nan", lambda: truncated_svd(a, rank=math.nan)),
         ("energy: got 1.5, need a number from 0 to 1", lambda: truncated_svd(a, energy=1.5)),
         ("energy: got nan", lambda: truncated_svd(a, energy=math.nan)),
         ("tol: got -0.1", lambda: truncated_svd(a, tol=-0.1)),
         ("matrix: got 1 dimensions", lambda: truncated_svd(a[0], rank=1)),
-        ("matrix: got list", lambda: truncated_svd([a], rank=1)),  # type: ignore[arg-type]
+        ("matrix: got list", lambda: truncated_svd([a], rank=1)),
         ("matrix: got a batch of none", lambda: truncated_svd(a[None][:0], rank=1)),
         ("rank: missing; a batch needs one", lambda: truncated_svd(a[None], energy=0.5)),
         (r"need \[3, 4\] like expert", lambda: truncated_svd(a, a.mT, rank=1)),

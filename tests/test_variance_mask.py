@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -74,15 +73,6 @@ def test_equal_changes_have_no_variance_and_are_never_kept() -> None:
     assert mask.nonzero().flatten().tolist() in ([3], [400], [3, 400])
 
 
-def test_bits_depend_on_neither_threads_nor_instruction_set(every_way: Callable[[], Iterator[str]]) -> None:
-    base, experts = group((2 * CHUNK + 77,), 3, base_dtype=torch.bfloat16)
-    expected = None
-    for way in every_way():
-        result = variance_mask(base, experts, 0.3)
-        expected = result if expected is None else expected
-        assert torch.equal(result, expected), way
-
-
 def test_wrong_arguments_are_refused_by_name() -> None:
     base, experts = group((4, 3), 2)
     for bad in (1.5, -0.1, math.nan):
@@ -90,9 +80,3 @@ def test_wrong_arguments_are_refused_by_name() -> None:
             variance_mask(base, experts, bad)
     with pytest.raises(ValueError, match=r"experts\[1\]: got shape"):
         variance_mask(base, [experts[0], experts[1].mT], 0.5)
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (5, 3)], ids=str)
-def test_operator_is_registered_soundly(shape: tuple[int, ...]) -> None:
-    base, experts = group(shape, 2, base_dtype=torch.bfloat16)
-    torch.library.opcheck(torch.ops.resm_kernels.variance_mask.default, (base, experts), {"density": 0.5})
