@@ -30,21 +30,53 @@ namespace resm::cpu::RESM_ISA {
 
 template <class C>
 constexpr BlockKernels<C> block_kernels() {
-  return {load<C>,    store<C>,       count_nonfinite<C>, moments<C>,    outliers<C>,       histogram<C>,
-          bracket<C>, aggregate<C>,   add_update<C>,      add_scaled<C>, inner_products<C>, kept_sums<C>,
-          keys<C>,    count_cells<C>, count_keys<C>,      variance<C>,   split_values<C>};
+  return {
+      .load = load<C>,
+      .store = store<C>,
+      .count_nonfinite = count_nonfinite<C>,
+      .moments = moments<C>,
+      .outliers = outliers<C>,
+      .histogram = histogram<C>,
+      .bracket = bracket<C>,
+      .aggregate = aggregate<C>,
+      .add_update = add_update<C>,
+      .add_scaled = add_scaled<C>,
+      .inner_products = inner_products<C>,
+      .kept_sums = kept_sums<C>,
+      .keys = keys<C>,
+      .count_cells = count_cells<C>,
+      .count_keys = count_keys<C>,
+      .variance = variance<C>,
+      .split_values = split_values<C>,
+  };
 }
 
 extern const Kernels table;
 const Kernels table = {
-    RESM_ISA_NAME,
-    block_kernels<float>(),
-    moments_bf16,
-    outliers_bf16,
-    aggregate_bf16,
-    block_kernels<double>(),
-    {delta_tile, random_rows, add_projection, add_image, add_preimage, block_energy, widen_panel, add_panel_gram},
-    {random_bits, random_words, keep_by_range},
-    eigen::eigen_kernels()};
+    .isa = RESM_ISA_NAME,
+    .f32 = block_kernels<float>(),
+    .moments_bf16 = moments_bf16,
+    .outliers_bf16 = outliers_bf16,
+    .aggregate_bf16 = aggregate_bf16,
+    .f64 = block_kernels<double>(),
+    .products =
+        {
+            .delta_tile = delta_tile,
+            .random_rows = random_rows,
+            .add_projection = add_projection,
+            .add_image = add_image,
+            .add_preimage = add_preimage,
+            .block_energy = block_energy,
+            .widen_panel = widen_panel,
+            .add_panel_gram = add_panel_gram,
+        },
+    .masks =
+        {
+            .random_bits = random_bits,
+            .random_words = random_words,
+            .keep_by_range = keep_by_range,
+        },
+    .eigen = eigen::eigen_kernels(),
+};
 
 }  // namespace resm::cpu::RESM_ISA
