@@ -15,19 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import (
-    BLOCK,
-    FLOATS,
-    KINDS,
-    SHAPES,
-    bits,
-    dtype_pairs,
-    generator,
-    group,
-    randn,
-    same_bits,
-    values,
-)
+from inputs import BLOCK, FLOATS, KINDS, SHAPES, bits, dtype_pairs, generator, group, randn, same_bits, values
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -76,10 +64,7 @@ def test_hand_computed_ties() -> None:
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    n_experts=st.integers(1, 4),
-    scale=st.floats(-2, 2, width=32),
-    normalize=st.booleans(),
+    seed=st.integers(0, 10**6), n_experts=st.integers(1, 4), scale=st.floats(-2, 2, width=32), normalize=st.booleans()
 )
 def test_sum_against_exact_arithmetic(seed: int, n_experts: int, scale: float, normalize: bool) -> None:
     g = generator(seed)
@@ -101,7 +86,7 @@ def test_sum_against_exact_arithmetic(seed: int, n_experts: int, scale: float, n
 def test_every_shape_and_rule_has_the_reference_bits(rule: str, normalize: bool, n_experts: int) -> None:
     for seed, shape in enumerate(SHAPES if n_experts == 2 else SHAPES[:9] + SHAPES[-2:-1]):
         base, experts = group(shape, n_experts, seed=seed)
-        limits = [None]
+        limits: list[torch.Tensor | None] = [None]
         if rule == "ties":
             limits += [magnitude_threshold(base, experts, base.numel() // 4), torch.full((n_experts,), math.inf)]
         for limit in limits:
@@ -176,11 +161,7 @@ def test_rounding_to_half_is_to_nearest_even_around_every_pattern(dtype: torch.d
     rounded_up = above.clone()
     rounded_up[-1] = math.inf  # past the largest finite value lies infinity
     odd = bits(finite.to(dtype)).remainder(2) == 1
-    for point, expected in (
-        (below, finite),
-        (midpoint, torch.where(odd, rounded_up, finite)),
-        (beyond, rounded_up),
-    ):
+    for point, expected in ((below, finite), (midpoint, torch.where(odd, rounded_up, finite)), (beyond, rounded_up)):
         keep = torch.isfinite(point)
         result = aggregate(None, [point[keep]], [1.0], out_dtype=dtype)
         assert torch.equal(result.double(), expected[keep])

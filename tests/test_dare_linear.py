@@ -64,7 +64,7 @@ def test_seed_and_name_decide_what_is_dropped() -> None:
     for other in ({"seed": 1}, {"seed": -1}, {"name": "a"}, {"seed": 1, "name": "a"}):
         assert not same_bits(merge(base, experts, "dare_linear", density=0.5, **other), first)
     with pytest.raises(ValueError, match="seed: got 'x', need a whole number"):
-        merge(base, experts, "dare_linear", seed="x")  # type: ignore[arg-type]
+        merge(base, experts, "dare_linear", seed="x")
 
 
 def test_tensors_of_a_model_are_dropped_apart() -> None:
@@ -80,7 +80,7 @@ def test_checkpoints_depend_on_the_seed_alone(tmp_path: Path) -> None:
     recipe = family.recipe("dare_linear", parameters={"density": 0.5})
 
     def merged(**choices: object) -> dict[str, Tensor]:
-        merge_checkpoints(recipe, family.out, overwrite=True, **choices)  # type: ignore[arg-type]
+        merge_checkpoints(recipe, family.out, overwrite=True, **choices)
         return load_model(family.out)
 
     first = merged(random_seed=5)

@@ -31,11 +31,6 @@ from test_gpu_executor import is_copied, make_jobs, merged
 GPU = torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
-
-
 def test_small_copies_there_and_back_from_pinned_memory() -> None:
     device, ring = CudaDevice(GPU, 1 << 30), Ring(1 << 16, 0)
     values = torch.randn(1000)

@@ -32,11 +32,6 @@ from resm_kernels.engine.window import READ_AHEAD, Job
 from resm_kernels.options import MergeKeywords
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
-
-
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     bits = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
     return set(a) == set(b) and all(
@@ -111,8 +106,8 @@ def test_threads_setting_is_restored_and_checked(family: Family) -> None:
 
 
 def test_gradients_filters_and_own_parameters_reach_the_method(family: Family) -> None:
-    models = [{"model": str(f)} for f in family.folders]
-    models[0] = models[0] | {"parameters": {"weight": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]}}
+    models: list[dict[str, Any]] = [{"model": str(f)} for f in family.folders]
+    models[0] |= {"parameters": {"weight": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]}}
     recipe = family.recipe("task_arithmetic", models=models, parameters={"weight": 0.25, "lambda": 0.5})
     merge_checkpoints(recipe, family.out)
     merged = load_model(family.out)
@@ -301,7 +296,7 @@ def test_stats_describe_every_tensor(family: Family) -> None:
     assert row.spectral
     assert len(row.ranks) == len(row.weights) == len(row.sparsity) == len(row.outlier_mass) == 3
     assert sum(row.weights) == pytest.approx(3)
-    assert row.statistics["numel"] == [1024] * 3 or row.statistics["numel"] == 1024
+    assert row.statistics["numel"] == [1024] * 3
     assert by_name["model.norm.weight"].ranks == []
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -23,11 +22,6 @@ CHAT = [
     {"role": "assistant", "content": "Hello!"},
     {"role": "user", "content": "Bye."},
 ]
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
 
 
 def render(template: str, chat: list[dict[str, str]], **choices: Any) -> str:

@@ -54,11 +54,7 @@ def test_randomized_is_as_near_as_its_krylov_space_allows(
 ) -> None:
     delta = with_spectrum(250, 200, power_law(200, alpha), 2).float()
     s = subspace(
-        delta,
-        rank,
-        method="randomized",
-        power_iterations=iterations,
-        oversampling=columns * (iterations + 1) - rank,
+        delta, rank, method="randomized", power_iterations=iterations, oversampling=columns * (iterations + 1) - rank
     )
     error = float((product(s) - delta.double()).norm())
     best = krylov_error(delta.double(), rank, columns, iterations, with_first=True)

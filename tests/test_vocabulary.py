@@ -13,6 +13,7 @@ import yaml
 from checkpoints import fine_tuned, llama_config, load_model, random_weights, save_model
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import mergekit_folder
 
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge, vocabulary
@@ -83,15 +84,6 @@ def tokens_of(folder: Path) -> dict[str, int]:
     return transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
-def by_mergekit(recipe: Mapping[str, Any], out: Path) -> None:
-    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    options = MergeOptions(quiet=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(dict(recipe)))), str(out), options)
-
-
 TOKENS = {
     "<|im_end|>": {"source": "{second}", "force": True},
     "<|new|>": {"source": {"kind": "model_token", "model": "{first}", "token": "word5"}},
@@ -120,8 +112,8 @@ def test_equals_mergekit(family: Vocabularies, method: str, keys: dict[str, Any]
     recipe = yaml.safe_load(text)
     tokens, ours = merged(family, recipe)
     theirs = family.root / "mergekit"
-    by_mergekit(recipe, theirs)
-    their_tokens, expected = tokens_of(theirs), load_model(theirs)
+    expected = mergekit_folder(recipe, theirs)
+    their_tokens = tokens_of(theirs)
     # mergekit's order of added tokens is that of a set, so rows are compared token by token.
     assert set(tokens) == set(their_tokens)
     for name in (EMBEDDING, HEAD):
@@ -317,7 +309,7 @@ def test_tokens_beyond_the_embedding_are_left_out(family: Vocabularies, source: 
     tokens, _ = merged(family, recipe)
     assert not {"more4", "abc"} & set(tokens) and ("ab" in tokens) == bool(merges)
     if not merges:  # mergekit 0.1.5 leaves merges in that make a token it takes out, and special tokens
-        by_mergekit(recipe, family.root / "mergekit")
+        mergekit_folder(recipe, family.root / "mergekit")
         assert set(tokens) == set(tokens_of(family.root / "mergekit")) - {"more4"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(family.out)
     assert tokenizer.pad_token is None
