@@ -159,5 +159,5 @@ class Family:
         save_model(self.folders[expert], weights)
 
     def leftovers(self) -> list[str]:
-        """What a merge left behind: the output folder, or a hidden one beside it."""
+        """The names of folders that a merge left behind: the output folder, and hidden ones next to it."""
         return sorted(p.name for p in self.root.iterdir() if p == self.out or p.name.startswith("."))

@@ -1,4 +1,4 @@
-"""aggregate: bits equal to its reference, to a definition in Python floats, and to torch's own conversions.
+"""aggregate: bits equal to its reference, to a definition in Python floats, and to torch's conversions.
 
 Nothing here has a tolerance but the comparison with exact arithmetic: there the op rounds once at each of 2T + 4
 steps of fp32 (2^-24 of the sum of magnitudes each), and once to the output.
@@ -52,7 +52,7 @@ def test_hand_computed_ties() -> None:
     a = torch.tensor([1.0, -4.0, 2.0, 1.0, 0.0, -1.0])
     b = torch.tensor([-3.0, 1.0, 4.0, -1.0, 0.0, -2.0])
     weights = [2.0, 1.0]
-    # Weighted: a 2 −8 4 2 0 −2, b −3 1 4 −1 0 −2; sums −1 −7 8 1 0 −4; what agrees with their sign is kept.
+    # Weighted: a 2 −8 4 2 0 −2, b −3 1 4 −1 0 −2; sums −1 −7 8 1 0 −4; terms of that sign stay.
     assert aggregate(base, [a, b], weights, rule="ties").tolist() == [-3.0, -8.0, 8.0, 2.0, 0.0, -4.0]
     normalized = aggregate(base, [a, b], weights, rule="ties", normalize=True)
     assert torch.equal(normalized, torch.tensor([-3.0, -4.0, 8 / 3, 1.0, 0.0, -4 / 3]))

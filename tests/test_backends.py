@@ -33,7 +33,7 @@ def on_gpu(op: str) -> str:
     return "triton" if op in IN_TRITON and importlib.util.find_spec("triton") is not None else "reference"
 
 
-# Runs in its own process: what cannot be loaded is decided when the package is first imported.
+# Runs in a new process, because the package decides at its first import whether its kernels load.
 WITHOUT_NATIVE = """
 import json, sys
 sys.modules["resm_kernels._native"] = None

@@ -67,7 +67,7 @@ def test_rescaling_restores_the_l1_norm() -> None:
     assert float(merged.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
 
 
-def test_ties_at_both_ends_are_kept_whatever_their_order() -> None:
+def test_ties_at_both_ends_remain_in_any_order() -> None:
     base, expert = torch.zeros(8), torch.tensor([1.0, 2.0, 2.0, -2.0, 3.0, -3.0, 3.0, 4.0])
     merged = merge(base, [expert], "breadcrumbs", density=0.25, gamma=0.375)  # ranks 4 and 5 from the largest: a 3, a 2
     assert merged.tolist() == [0.0, 2.0, 2.0, -2.0, 3.0, -3.0, 3.0, 0.0]

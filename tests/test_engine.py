@@ -105,7 +105,7 @@ def test_threads_setting_is_restored_and_checked(family: Family) -> None:
         merge_checkpoints(family.recipe(), family.out, threads=0, overwrite=True)
 
 
-def test_gradients_filters_and_own_parameters_reach_the_method(family: Family) -> None:
+def test_gradients_filters_and_parameters_of_models_reach_the_method(family: Family) -> None:
     models: list[dict[str, Any]] = [{"model": str(f)} for f in family.folders]
     models[0] |= {"parameters": {"weight": [{"filter": "mlp", "value": [0.0, 1.0]}, {"value": 0.5}]}}
     recipe = family.recipe("task_arithmetic", models=models, parameters={"weight": 0.25, "lambda": 0.5})
@@ -274,14 +274,14 @@ def test_window_reads_only_so_far_ahead_however_much_memory_it_may_take() -> Non
 @pytest.mark.parametrize(("uses", "huge"), [(31, False), (32, True)])
 def test_memory_of_a_ring_is_private_and_has_huge_pages_if_it_is_used_often(uses: int, huge: bool) -> None:
     ring = Ring(1 << 24, uses << 24)
-    at, found = ring.memory.data_ptr(), False
+    address, in_ring = ring.memory.data_ptr(), False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         first, *rest = line.split()
         if not first.endswith(":"):
             start, end = (int(text, 16) for text in first.split("-"))
-            found = start <= at < end
-            assert not found or rest[0] == "rw-p"  # shared memory has no huge pages
-        elif found and first == "VmFlags:":
+            in_ring = start <= address < end
+            assert not in_ring or rest[0] == "rw-p"  # shared memory has no huge pages
+        elif in_ring and first == "VmFlags:":
             assert ("hg" in rest) == huge
             return
     pytest.fail("the ring is not mapped")

@@ -18,7 +18,7 @@ OPS = sorted(p.stem for p in (PACKAGE / "ops").glob("*.py") if not p.stem.starts
 METHODS = sorted(p.stem for p in (PACKAGE / "methods").glob("*.py") if not p.stem.startswith("_"))
 LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.startswith("_"))
 
-# A module may import from its own layer and from those before it.
+# A module may import from its layer and from those before it.
 LAYERS = [
     {"_version", "_extension", "suggestions", "tensor_names", "dtypes"},
     {"checks", "masks", "memory", "philox"},

@@ -81,7 +81,7 @@ def test_every_kind_of_values_equals_a_sort(kind: str, dtype: torch.dtype, n: in
 
 
 def adversaries(n: int) -> dict[str, Tensor]:
-    """Differences with much structure: few values, long runs, outliers in one place."""
+    """Differences with much structure: few values, long runs, adjacent outliers."""
     lone = torch.zeros(n)
     lone[n // 3] = 7.0
     block = 1e-3 * randn(n, seed=1)

@@ -132,7 +132,7 @@ def test_card_says_what_was_merged_and_how_to_repeat_it(family: Family, monkeypa
         "```yaml\n# a comment of the author's\n",
     ):
         assert part in card
-    # The recipe beside the weights is the one that made them.
+    # The recipe in the output folder is the one that made it.
     again = family.root / "again"
     merge_checkpoints(family.out / "mergekit_config.yml", again)
     assert (again / "model.safetensors").read_bytes() == (family.out / "model.safetensors").read_bytes()

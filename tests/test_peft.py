@@ -1,4 +1,4 @@
-"""The twins of peft's merge_utils: its own functions are the oracle."""
+"""The twins of peft's merge_utils, compared with peft's functions."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_half_precision_is_rounded_once() -> None:
     assert bool(((merged.double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all())
 
 
-def test_serves_pefts_own_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serves_pefts_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
     peft = pytest.importorskip("peft")
 
     def merged() -> Tensor:

@@ -68,7 +68,7 @@ CASES = [
     Case("swudi", order=1e-12),
     Case("tsvm", rounding=1e-5, order=1e-8, turned=1e-8, scaled=1e-8),
     *(Case("tsv_compress", p, order=1e-12, turned=1e-10) for p in ({}, {"rank": 4}, {"share": 0.2})),
-    # Adam takes steps in coordinates of its own, and as long ones for short task vectors as for long ones.
+    # Adam scales each coordinate by itself, and its steps are as long for short task vectors as for long ones.
     Case("wudi", order=1e-10, turned=0, scaled=0),
 ]
 METHODS = sorted({case.method for case in CASES})
