@@ -78,6 +78,7 @@ def groups(
     return group(shape, draw(st.integers(*n_experts)), kind, base_dtype=dtype, seed=draw(st.integers(0, 10**6)))
 
 
+SparseMerge = tuple[Tensor, list[Tensor], dict[str, Any]]
 SHAPES = ((1,), (3,), (7, 5), (33, 17), (2, 3, 19))
 
 
@@ -87,7 +88,7 @@ def sparse_merges(
     *shapes: tuple[int, ...],
     kinds: Sequence[str] = ("weights",),
     **shares: Sequence[float],
-) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+) -> SparseMerge:
     """A base, experts, and the parameters of a sparsifying method under mergekit's names.
 
     Args:

@@ -193,9 +193,8 @@ def test_weights_may_be_a_tensor_and_thresholds_a_list() -> None:
     base, experts = group((50,), 2)
     limits = [0.001, 0.0005]
     result = aggregate(base, experts, torch.tensor([0.5, 2.0]), rule="ties", thresholds=limits)
-    assert same_bits(
-        result, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=torch.tensor(limits).double())
-    )
+    limits_in_float64 = torch.tensor(limits).double()
+    assert same_bits(result, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=limits_in_float64))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -48,9 +48,8 @@ def test_result_is_the_in_memory_merge(family: Family, method: str, out_dtype: s
     expected = merge_state_dicts(None if method == "linear" else family.base, family.experts, method, out_dtype=dtype)
     assert same(load_model(family.out), expected)
     assert report.tensors == len(expected)
-    assert report.bytes_read == sum(t.nbytes for t in expected.values()) * (3 if method == "linear" else 4) // (
-        dtype.itemsize // 2
-    )
+    n_models = 3 if method == "linear" else 4
+    assert report.bytes_read == sum(t.nbytes for t in expected.values()) * n_models // (dtype.itemsize // 2)
     config = json.loads((family.out / "config.json").read_text())
     assert config["torch_dtype"] == (out_dtype or "bfloat16")
 
@@ -210,9 +209,8 @@ def test_bytes_in_flight_stay_within_the_stated_bound(family: Family, limit: int
     report = merge_checkpoints(family.recipe(), family.out, memory_limit=limit)
     assert 0 < report.memory_peak <= report.memory_bound
     with plan_merge(family.recipe(), options=MergeOptions(memory_limit=limit)) as plan:
-        smallest = (
-            max(j.input_segment for j in plan.jobs) + max(j.output_bytes for j in plan.jobs) + plan.window.workspace
-        )
+        smallest = max(j.input_segment for j in plan.jobs) + max(j.output_bytes for j in plan.jobs)
+        smallest += plan.window.workspace
         assert report.memory_bound == plan.window.bound <= max(limit, smallest)
 
 
@@ -301,9 +299,8 @@ def test_stats_describe_every_tensor(family: Family) -> None:
 
 
 def test_stats_of_another_methods_recipe_use_resms_defaults(family: Family) -> None:
-    assert checkpoint_stats(family.recipe("ties", parameters={"density": 0.1})) == checkpoint_stats(
-        family.recipe("resm")
-    )
+    rows = checkpoint_stats(family.recipe("ties", parameters={"density": 0.1}))
+    assert rows == checkpoint_stats(family.recipe("resm"))
     recipe = family.recipe("linear")
     with pytest.raises(MergeError, match="base_model: missing"):
         checkpoint_stats(recipe)

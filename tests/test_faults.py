@@ -126,9 +126,7 @@ def test_output_folder_is_protected(family: Family) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("kaboom"), KeyboardInterrupt(), SystemExit(143)])
-def test_crash_in_the_middle_leaves_nothing(
-    family: Family, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_crash_leaves_nothing(family: Family, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     calls = []
 
     def crash(done: int, total: int) -> None:

@@ -181,9 +181,8 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 def test_a_tensors_memory_is_read_into_again_when_its_copy_there_is_done_not_its_merge() -> None:
     reader, reading = Stored(), []
     jobs = make_jobs([100] * 6, reader)
-    window = Window(
-        inputs=2 * max(j.input_segment for j in jobs), outputs=sum(j.output_segment for j in jobs), workspace=0
-    )
+    inputs, outputs = 2 * max(j.input_segment for j in jobs), sum(j.output_segment for j in jobs)
+    window = Window(inputs=inputs, outputs=outputs, workspace=0)
     reader.fail = reading.append
 
     def compute(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
@@ -279,9 +278,8 @@ def test_a_failure_on_a_device_is_raised_when_the_tensors_before_are_written(sta
 @pytest.mark.parametrize("stage", ["copy_in", "run"])
 def test_a_device_out_of_memory_is_an_error_that_names_tensor_need_and_limit(stage: str) -> None:
     jobs = make_jobs([(500, 2, 700)] * 4)
-    device = LateDevice(
-        memory_limit=50_000, fail=failing(stage, 2, torch.OutOfMemoryError("CUDA out of memory.\nMore"))
-    )
+    no_memory = torch.OutOfMemoryError("CUDA out of memory.\nMore")
+    device = LateDevice(memory_limit=50_000, fail=failing(stage, 2, no_memory))
     problem = (
         r"tensor 'tensor 2': cuda:0 has no memory left: the tensor needs \S+ kB \(.*\), device_memory is 50.0 kB, of "
         r"which \S+ kB are for tensors in flight; lower device_memory.*\(CUDA out of memory.\)$"

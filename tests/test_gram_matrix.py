@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from conftest import SameOnThreads
+from conftest import EveryWay, SameOnThreads
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import generator, randn, same_bits
@@ -55,9 +54,7 @@ def test_squares_beyond_fp32_are_held(scale: float) -> None:
 
 
 @pytest.mark.parametrize("n, c", [(1700, 30), (500, 100), (110, 500)], ids=str)
-def test_bits_depend_on_no_thread_count_and_no_instruction_set(
-    every_way: Callable[[], Iterator[str]], n: int, c: int
-) -> None:
+def test_bits_depend_on_no_thread_count_and_no_instruction_set(every_way: EveryWay, n: int, c: int) -> None:
     x = randn(n, c, seed=1)
     result = {way: gram_matrix(x) for way in every_way()}
     first = next(iter(result.values()))

@@ -38,9 +38,8 @@ def test_hand_computed() -> None:
     base, expert = torch.ones(4), torch.tensor([1.5, -1.0, 4.0, 1.0])  # Δ = 0.5 −2 3 0
     result = kept_moments(base, [expert], thresholds=[1.0])
     assert [float(x) for x in result] == [5.5, 5.0, 13.0]
-    result = kept_moments(
-        base, [expert], upper_thresholds=[2.0], masks=[packed(torch.tensor([False, True, True, True]))]
-    )
+    mask = packed(torch.tensor([False, True, True, True]))
+    result = kept_moments(base, [expert], upper_thresholds=[2.0], masks=[mask])
     assert [float(x) for x in result] == [5.5, 2.0, 4.0]
 
 

@@ -26,9 +26,8 @@ def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
         assert isinstance(method, Method) and method.name == name
         assert method.title and method.reference.startswith("https://")
         assert method.needs_base == (name not in AVERAGES)
-    with pytest.raises(
-        ValueError, match=rf"unknown merge method 'tie', did you mean 'ties'\?; known: {', '.join(names())}"
-    ):
+    message = rf"unknown merge method 'tie', did you mean 'ties'\?; known: {', '.join(names())}"
+    with pytest.raises(ValueError, match=message):
         get("tie")
     with pytest.raises(ValueError, match=r"unknown merge method 'xyz'; known"):
         merge(torch.zeros(2), [torch.zeros(2)], "xyz")

@@ -1,7 +1,7 @@
 """random_mask: the reference's bits, the shares and probabilities its definition names, independence.
 
-Counts of selected elements are binomial. `within` holds them to Hoeffding's bounds, which a binomial count leaves with a
-probability below 1e-9; seeds are fixed.
+Counts of selected elements are binomial. `within` holds them to Hoeffding's bounds, which a binomial count leaves with
+a probability below 1e-9; seeds are fixed.
 """
 
 from __future__ import annotations

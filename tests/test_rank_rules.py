@@ -64,9 +64,8 @@ def test_is_the_minimum_at_any_size(m: int, n: int, n_experts: int, seed: int) -
 
 def test_experts_that_do_not_interfere_keep_all_they_have_room_for() -> None:
     left, right = orthonormal(60, 48, 0), orthonormal(48, 48, 1)
-    deltas = [
-        (left[:, 16 * t : 16 * (t + 1)] * power_law(16, 0.5)) @ right[:, 16 * t : 16 * (t + 1)].mT for t in range(3)
-    ]
+    pairs = zip(left.split(16, 1), right.split(16, 1), strict=True)
+    deltas = [(u * power_law(16, 0.5)) @ v.mT for u, v in pairs]
     assert check(torch.zeros(60, 48, dtype=torch.float64), deltas, beta=0.0) == 16
 
 

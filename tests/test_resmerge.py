@@ -77,9 +77,8 @@ def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, alike:
     merged = merged_delta(base.float(), single, "resmerge", decomposition="gram")
     assert relative(merged, authors_resmerge([e - base.float() for e in single])) <= 1e-6
     weighed = [w * d for w, d in zip(range(1, n_experts + 1), deltas, strict=True)]
-    merged = merged_delta(
-        base, experts, "resmerge", weight=list(range(1, n_experts + 1)), lambda_=0.5, decomposition="gram"
-    )
+    weight = list(range(1, n_experts + 1))
+    merged = merged_delta(base, experts, "resmerge", weight=weight, lambda_=0.5, decomposition="gram")
     assert relative(merged, 0.5 * authors_resmerge(weighed)) <= 1e-9
 
 

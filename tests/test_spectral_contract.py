@@ -235,9 +235,7 @@ def test_one_expert_gives_itself(method: str, parameters: dict[str, Any], dtype:
     ],
     ids=str,
 )
-def test_same_bits_for_any_number_of_threads(
-    method: str, parameters: dict[str, Any], same_on_threads: SameOnThreads
-) -> None:
+def test_same_bits_on_any_threads(method: str, parameters: dict[str, Any], same_on_threads: SameOnThreads) -> None:
     groups = [
         experts_with_spectra(330, 305, 2, dtype=torch.bfloat16),
         experts_with_spectra(330, 305, 2),

@@ -112,9 +112,8 @@ def test_spectrum_in_the_json_is_bounded() -> None:
     assert (spectra.indices[0], spectra.indices[-1]) == (1, 150)
     assert spectra.indices == sorted(set(spectra.indices))
     expected = torch.linalg.svdvals(experts[1].double() - base.double())
-    assert spectra.values[1] == pytest.approx(
-        (expected / expected[0])[torch.tensor(spectra.indices) - 1].tolist(), abs=1e-8
-    )
+    shares = (expected / expected[0])[torch.tensor(spectra.indices) - 1].tolist()
+    assert spectra.values[1] == pytest.approx(shares, abs=1e-8)
 
 
 def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> None:

@@ -31,9 +31,8 @@ def save_tokenizer(
 ) -> None:
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, list(merges), unk_token="<unk>"))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     fast.add_tokens(list(added))
     if pad is not None:
         fast.pad_token = pad
@@ -195,9 +194,8 @@ def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory
     padding = [i for i, row in enumerate(rows) if row is None]
     if padding:
         expected[padding] = expected.sum(0) / (len(rows) - len(padding))
-    exact = (
-        aligned.dtype == tensors[0].dtype and not padding and not any(len(sources) > 1 for sources in foreign.values())
-    )
+    has_means = any(len(sources) > 1 for sources in foreign.values())
+    exact = aligned.dtype == tensors[0].dtype and not padding and not has_means
     torch.testing.assert_close(aligned.double(), expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
     for reader in readers:
         reader.close()
