@@ -145,18 +145,18 @@ class Bench:
         ):
             if "rows" in choices and self.device == "cpu":
                 continue  # hundreds of programs take the interpreter minutes; tests/test_triton.py has this case
-            options = DeltaStatsOptions(**choices)
+            stats_options = DeltaStatsOptions(**choices)
             expected = delta_stats(*on_cpu, **({"kappa": None} | choices)).n_outlier
-            counts = stats(part, parts, options)[1]
+            counts = stats(part, parts, stats_options)[1]
             assert torch.equal(counts[..., 2].cpu(), expected), f"{backend}, delta_stats: differs from the CPU"
-            yield self.row(f"delta_stats, {name}, {backend}", partial(stats, base, experts, options), read)
+            yield self.row(f"delta_stats, {name}, {backend}", partial(stats, base, experts, stats_options), read)
         for share in (0.01, 0.2, 0.5):
             few = int(share * part.numel())
             threshold = select(part, parts, MagnitudeThresholdOptions(k=(few,) * N_EXPERTS))[0]
             assert torch.equal(threshold.cpu(), magnitude_threshold(*on_cpu, few)), f"{backend}: differs from the CPU"
-            options = MagnitudeThresholdOptions(k=(int(share * base.numel()),) * N_EXPERTS)
+            all_parts = MagnitudeThresholdOptions(k=(int(share * base.numel()),) * N_EXPERTS)
             name = f"magnitude_threshold of {share:.0%}, {backend}"
-            yield self.row(name, partial(select, base, experts, options), read)
+            yield self.row(name, partial(select, base, experts, all_parts), read)
         ranks = MagnitudeThresholdOptions(k=(base.numel() // 5,) * N_EXPERTS)
 
         def ties() -> Tensor:
@@ -212,9 +212,8 @@ class Bench:
             y = gram_product(base, experts[0], x).y
             expected = (experts[0].double() - base.double()) @ x.double()
             assert float((y - expected).norm() / expected.norm()) < 1e-6, "gram_product: less exact than fp32"
-            row = self.row(
-                f"gram_product, {columns} columns", lambda x=x: gram_product(base, experts[0], x), 2 * base.nbytes
-            )
+            call = partial(gram_product, base, experts[0], x)
+            row = self.row(f"gram_product, {columns} columns", call, 2 * base.nbytes)
             yield row | {"TFLOP/s": 4 * base.numel() * columns / row["ms"] / 1e9}
 
     def large_products(self) -> Iterator[Row]:
@@ -277,11 +276,8 @@ class Bench:
         total = 0.0
         for name, (shape, count) in self.sizes.layers.items():
             base, experts = self.inputs(shape)
-            row = self.row(
-                f"resm, {name} {shape[0]}×{shape[1]}",
-                lambda base=base, experts=experts: resm_kernels.merge(base, experts, "resm"),
-                (2 + N_EXPERTS) * base.nbytes,
-            )
+            call = partial(resm_kernels.merge, base, experts, "resm")
+            row = self.row(f"resm, {name} {shape[0]}×{shape[1]}", call, (2 + N_EXPERTS) * base.nbytes)
             total += 32 * count * row["ms"]
             matrices = [e.float() - base.float() for e in experts]
             spaces = subspaces(matrices, [min(shape) // N_EXPERTS] * N_EXPERTS, accuracy=1e-3)

@@ -94,7 +94,7 @@ def fusion_bench(deltas: Sequence[Tensor]) -> Tensor:
     from fusion_bench.method.task_singular_vector.utils.TSVM_utils import compute_and_sum_svd_mem_reduction
 
     with contextlib.redirect_stdout(io.StringIO()):
-        return compute_and_sum_svd_mem_reduction([{"w": d} for d in deltas], accelerator="cpu")["w"]
+        return compute_and_sum_svd_mem_reduction([{"w": d} for d in deltas], accelerator=torch.device("cpu"))["w"]
 
 
 def fusion_bench_merge(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
@@ -128,7 +128,7 @@ def flops(leaf: str, arguments: Any, result: Any) -> dict[str, float]:
             counts[str(x.dtype)] += 14 / 3 * x.shape[0] ** 3
     elif leaf == "gram, eigh, ΔP":
         for x, svd in zip(arguments, result, strict=True):
-            m, n, k = *x.shape, svd.vectors.shape[1]
+            (m, n), k = x.shape, svd.vectors.shape[1]
             counts[str(svd.image.dtype)] += m * n * (n + 1) + 14 / 3 * n**3 + 2 * m * n * k
     return counts
 
@@ -197,7 +197,7 @@ class Stages:
 
     def _timed(self, function: Callable[..., Any], region: str | None, leaf: str | None, args: Any, kwargs: Any) -> Any:
         around = self._stack[-1][0] if self._stack else ""
-        frame = [around if region is None else region, 0.0]
+        frame: list[Any] = [around if region is None else region, 0.0]
         self._stack.append(frame)
         started = time.perf_counter()
         result = function(*args, **kwargs)

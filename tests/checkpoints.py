@@ -109,6 +109,14 @@ def save_model(
     return folder
 
 
+def save_adapter(folder: Path, tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> Path:
+    """Write a LoRA adapter's folder."""
+    folder.mkdir(exist_ok=True)
+    save_file(dict(tensors), folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
 def load_model(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model folder, by the safetensors library alone."""
     tensors: dict[str, torch.Tensor] = {}
@@ -151,5 +159,5 @@ class Family:
         save_model(self.folders[expert], weights)
 
     def leftovers(self) -> list[str]:
-        """What a merge left behind: the output folder, or a hidden one beside it."""
+        """The names of folders that a merge left behind: the output folder, and hidden ones next to it."""
         return sorted(p.name for p in self.root.iterdir() if p == self.out or p.name.startswith("."))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import Family
 from hypothesis import HealthCheck, settings
+from torch import Tensor
 
-from resm_kernels import _extension
+from resm_kernels import _extension, cli
 
 # Derandomised: a run that passed passes again. No deadline: shared machines are slow at times.
 settings.register_profile(
@@ -28,6 +32,9 @@ if not torch.cuda.is_available():
 
 EveryWay = Callable[[], Iterator[str]]
 UseThreads = Callable[[int], None]
+SameOnThreads = Callable[[Callable[[], Sequence[Tensor]]], Sequence[Tensor]]
+RunCommand = Callable[..., tuple[int, str, str]]
+THREADS = (1, 2, 3, 5)
 ISAS: list[str] = [] if _extension.native is None else list(_extension.native.build_facts()["isas"])
 
 
@@ -46,6 +53,46 @@ def use_threads() -> Iterator[UseThreads]:
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def same_on_threads(use_threads: UseThreads) -> SameOnThreads:
+    """`same_on_threads(work)` asserts that `work()` has the same bits on 1, 2, 3 and 5 threads, and returns it."""
+
+    def check(work: Callable[[], Sequence[Tensor]]) -> Sequence[Tensor]:
+        from inputs import same_bits
+
+        results = []
+        for threads in THREADS:
+            use_threads(threads)
+            results.append(work())
+            assert torch.get_num_threads() == threads
+        for threads, result in zip(THREADS, results, strict=True):
+            for i, (expected, tensor) in enumerate(zip(results[0], result, strict=True)):
+                assert same_bits(tensor, expected), f"tensor {i} differs between 1 and {threads} threads"
+        return results[0]
+
+    return check
+
+
+@pytest.fixture
+def family(tmp_path: Path) -> Family:
+    """A base model and three experts in bf16."""
+    return Family(tmp_path)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
+    """`run(*arguments)` runs the command in this process; it returns the exit code, stdout and stderr."""
+
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
+        monkeypatch.setattr("signal.signal", lambda *_: None)
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        return int(exit_.value.code or 0), *capsys.readouterr()
+
+    return command
 
 
 @pytest.fixture

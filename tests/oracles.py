@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import yaml
+from checkpoints import load_model
 from hypothesis import strategies as st
 from inputs import generator, group
 from torch import Tensor
 
+from resm_kernels.engine import merge_checkpoints
 from resm_kernels.masks import unpacked
 from resm_kernels.methods import tensor_key
 from resm_kernels.ops import random_mask
@@ -38,6 +44,27 @@ def mergekit(
     return merged
 
 
+def mergekit_folder(recipe: dict[str, Any], out: Path, **options: Any) -> dict[str, Tensor]:
+    """The tensors of mergekit's merge of a recipe, which it writes to `out`."""
+    pytest.importorskip("mergekit", reason="mergekit is the oracle")
+    from mergekit.config import MergeConfiguration
+    from mergekit.merge import MergeOptions, run_merge
+
+    config = MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe)))
+    run_merge(config, str(out), MergeOptions(quiet=True, write_model_card=False, **options))
+    return load_model(out)
+
+
+def assert_merged_as_by_mergekit(recipe: dict[str, Any], root: Path, **tolerances: float) -> list[dict[str, Any]]:
+    """Merge to `out` and, with mergekit, to `mergekit`; assert that all tensors agree, and return both configs."""
+    folders = [root / "out", root / "mergekit"]
+    merge_checkpoints(recipe, folders[0], overwrite=True)
+    shutil.rmtree(folders[1], ignore_errors=True)
+    expected = mergekit_folder(recipe, folders[1], copy_tokenizer=False)
+    torch.testing.assert_close(load_model(folders[0]), expected, **tolerances)  # an error names the tensor
+    return [json.loads((folder / "config.json").read_text()) for folder in folders]
+
+
 @st.composite
 def groups(
     draw: Callable[[st.SearchStrategy[Any]], Any],
@@ -51,6 +78,7 @@ def groups(
     return group(shape, draw(st.integers(*n_experts)), kind, base_dtype=dtype, seed=draw(st.integers(0, 10**6)))
 
 
+SparseMerge = tuple[Tensor, list[Tensor], dict[str, Any]]
 SHAPES = ((1,), (3,), (7, 5), (33, 17), (2, 3, 19))
 
 
@@ -60,7 +88,7 @@ def sparse_merges(
     *shapes: tuple[int, ...],
     kinds: Sequence[str] = ("weights",),
     **shares: Sequence[float],
-) -> tuple[Tensor, list[Tensor], dict[str, Any]]:
+) -> SparseMerge:
     """A base, experts, and the parameters of a sparsifying method under mergekit's names.
 
     Args:

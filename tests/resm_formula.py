@@ -45,13 +45,13 @@ def formula_rank(rule: str, r: int, sparsity: list[Fraction], t: int, spectrum: 
 
 def polar_by_svd(x: Tensor) -> Tensor:
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    kept = s > 1e-6 * s[0]
-    return u[:, kept] @ vh[kept]
+    significant = s > 1e-6 * s[0]
+    return u[:, significant] @ vh[significant]
 
 
-def formula(base: Tensor, experts: list[Tensor], **given: Any) -> tuple[Tensor, list[int]]:
+def formula(base: Tensor, experts: list[Tensor], **parameters: Any) -> tuple[Tensor, list[int]]:
     """M of RESM's definition (without λ and θ₀) and the ranks."""
-    c = DEFAULTS | {"weight": [1.0] * len(experts)} | given
+    c = DEFAULTS | {"weight": [1.0] * len(experts)} | parameters
     deltas = [e.double() - base.double() for e in experts]
     r = min(base.shape)
     a = torch.stack([masses(d if c["granularity"] == "row" else d.flatten(), c["kappa"]) for d in deltas])

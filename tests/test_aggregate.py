@@ -1,4 +1,4 @@
-"""aggregate: bits equal to its reference, to a definition in Python floats, and to torch's own conversions.
+"""aggregate: bits equal to its reference, to a definition in Python floats, and to torch's conversions.
 
 Nothing here has a tolerance but the comparison with exact arithmetic: there the op rounds once at each of 2T + 4
 steps of fp32 (2^-24 of the sum of magnitudes each), and once to the output.
@@ -15,19 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import (
-    BLOCK,
-    FLOATS,
-    KINDS,
-    SHAPES,
-    bits,
-    dtype_pairs,
-    generator,
-    group,
-    randn,
-    same_bits,
-    values,
-)
+from inputs import BLOCK, FLOATS, KINDS, SHAPES, bits, dtype_pairs, generator, group, randn, same_bits, values
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -64,7 +52,7 @@ def test_hand_computed_ties() -> None:
     a = torch.tensor([1.0, -4.0, 2.0, 1.0, 0.0, -1.0])
     b = torch.tensor([-3.0, 1.0, 4.0, -1.0, 0.0, -2.0])
     weights = [2.0, 1.0]
-    # Weighted: a 2 −8 4 2 0 −2, b −3 1 4 −1 0 −2; sums −1 −7 8 1 0 −4; what agrees with their sign is kept.
+    # Weighted: a 2 −8 4 2 0 −2, b −3 1 4 −1 0 −2; sums −1 −7 8 1 0 −4; terms of that sign stay.
     assert aggregate(base, [a, b], weights, rule="ties").tolist() == [-3.0, -8.0, 8.0, 2.0, 0.0, -4.0]
     normalized = aggregate(base, [a, b], weights, rule="ties", normalize=True)
     assert torch.equal(normalized, torch.tensor([-3.0, -4.0, 8 / 3, 1.0, 0.0, -4 / 3]))
@@ -76,10 +64,7 @@ def test_hand_computed_ties() -> None:
 
 
 @given(
-    seed=st.integers(0, 10**6),
-    n_experts=st.integers(1, 4),
-    scale=st.floats(-2, 2, width=32),
-    normalize=st.booleans(),
+    seed=st.integers(0, 10**6), n_experts=st.integers(1, 4), scale=st.floats(-2, 2, width=32), normalize=st.booleans()
 )
 def test_sum_against_exact_arithmetic(seed: int, n_experts: int, scale: float, normalize: bool) -> None:
     g = generator(seed)
@@ -101,7 +86,7 @@ def test_sum_against_exact_arithmetic(seed: int, n_experts: int, scale: float, n
 def test_every_shape_and_rule_has_the_reference_bits(rule: str, normalize: bool, n_experts: int) -> None:
     for seed, shape in enumerate(SHAPES if n_experts == 2 else SHAPES[:9] + SHAPES[-2:-1]):
         base, experts = group(shape, n_experts, seed=seed)
-        limits = [None]
+        limits: list[torch.Tensor | None] = [None]
         if rule == "ties":
             limits += [magnitude_threshold(base, experts, base.numel() // 4), torch.full((n_experts,), math.inf)]
         for limit in limits:
@@ -176,11 +161,7 @@ def test_rounding_to_half_is_to_nearest_even_around_every_pattern(dtype: torch.d
     rounded_up = above.clone()
     rounded_up[-1] = math.inf  # past the largest finite value lies infinity
     odd = bits(finite.to(dtype)).remainder(2) == 1
-    for point, expected in (
-        (below, finite),
-        (midpoint, torch.where(odd, rounded_up, finite)),
-        (beyond, rounded_up),
-    ):
+    for point, expected in ((below, finite), (midpoint, torch.where(odd, rounded_up, finite)), (beyond, rounded_up)):
         keep = torch.isfinite(point)
         result = aggregate(None, [point[keep]], [1.0], out_dtype=dtype)
         assert torch.equal(result.double(), expected[keep])
@@ -212,9 +193,8 @@ def test_weights_may_be_a_tensor_and_thresholds_a_list() -> None:
     base, experts = group((50,), 2)
     limits = [0.001, 0.0005]
     result = aggregate(base, experts, torch.tensor([0.5, 2.0]), rule="ties", thresholds=limits)
-    assert same_bits(
-        result, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=torch.tensor(limits).double())
-    )
+    limits_in_float64 = torch.tensor(limits).double()
+    assert same_bits(result, aggregate(base, experts, [0.5, 2.0], rule="ties", thresholds=limits_in_float64))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

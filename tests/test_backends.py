@@ -11,6 +11,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def on_gpu(op: str) -> str:
     return "triton" if op in IN_TRITON and importlib.util.find_spec("triton") is not None else "reference"
 
 
-# Runs in its own process: what cannot be loaded is decided when the package is first imported.
+# Runs in a new process, because the package decides at its first import whether its kernels load.
 WITHOUT_NATIVE = """
 import json, sys
 sys.modules["resm_kernels._native"] = None
@@ -41,15 +42,15 @@ import resm_kernels
 from resm_kernels.ops import delta_stats
 inputs = torch.load(sys.argv[1])
 merged = {
-    name: resm_kernels.merge(inputs["base"], inputs["experts"][: inputs["counts"][name]], name, **inputs["given"][name])
-    for name in resm_kernels.methods.names()
+    name: resm_kernels.merge(inputs["base"], inputs["experts"][:count], name, **inputs["parameters"][name])
+    for name, count in inputs["counts"].items()
 }
 stats = vars(delta_stats(inputs["base"], inputs["experts"], eps_rel=0.1, histogram=True))
 torch.save({"merged": merged, "stats": stats}, sys.argv[2])
 print(json.dumps(resm_kernels.backends()))
 """
 
-GIVEN = {
+PARAMETERS: dict[str, dict[str, Any]] = {
     "ties": {"density": 0.3, "weight": [1.0, 0.5]},
     "task_arithmetic": {"lambda_": 0.7},
     "della": {"density": 0.5},
@@ -118,8 +119,8 @@ def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_p
     base, experts = group((40, 28), 2, base_dtype=torch.bfloat16, seed=3)
     inputs, outputs = tmp_path / "inputs.pt", tmp_path / "outputs.pt"
     counts = {name: call_of(name)[0] for name in names()}
-    given = {name: call_of(name)[1] | GIVEN.get(name, {}) for name in names()}
-    torch.save({"base": base, "experts": experts, "counts": counts, "given": given}, inputs)
+    parameters = {name: call_of(name)[1] | PARAMETERS.get(name, {}) for name in names()}
+    torch.save({"base": base, "experts": experts, "counts": counts, "parameters": parameters}, inputs)
     ran = subprocess.run(
         [sys.executable, "-c", WITHOUT_NATIVE, str(inputs), str(outputs)], capture_output=True, text=True, timeout=120
     )
@@ -133,7 +134,7 @@ def test_package_merges_by_every_method_without_native_kernels_and_says_so(tmp_p
     result = torch.load(outputs)
     assert set(result["merged"]) == set(names())
     for name, merged in result["merged"].items():
-        expected = merge(base, experts[: counts[name]], name, **given[name])
+        expected = merge(base, experts[: counts[name]], name, **parameters[name])
         if name in ("resm", "tsvm"):
             torch.testing.assert_close(merged, expected, rtol=2.0**-7, atol=SUMS)  # a bf16 unit where fp32 lies between
             assert int((merged != expected).sum()) <= merged.numel() // 100

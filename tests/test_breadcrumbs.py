@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import assume, given, settings
 from inputs import group, randn, same_bits
-from oracles import assert_agrees, mergekit, our_keywords, sparse_merges, terms_of
+from oracles import SparseMerge, assert_agrees, mergekit, our_keywords, sparse_merges, terms_of
 from torch import Tensor
 
 from resm_kernels import merge
@@ -35,7 +33,7 @@ def kept_and_tied(base: Tensor, expert: Tensor, density: float, gamma: float) ->
 @pytest.mark.parametrize("method", ["breadcrumbs", "breadcrumbs_ties"])
 @given(drawn=sparse_merges(kinds=["weights", "ties"], density=[0.0, 0.1, 0.5, 0.9, 1.0], gamma=[0.0, 0.01, 0.1, 0.6]))
 @settings(max_examples=100)
-def test_equals_mergekit_away_from_ties(method: str, drawn: tuple[Tensor, list[Tensor], dict[str, Any]]) -> None:
+def test_equals_mergekit_away_from_ties(method: str, drawn: SparseMerge) -> None:
     base, experts, parameters = drawn
     shares = zip(experts, parameters["density"], parameters["gamma"], strict=True)
     masks, cuts = zip(*(kept_and_tied(base, *share) for share in shares), strict=True)
@@ -67,7 +65,7 @@ def test_rescaling_restores_the_l1_norm() -> None:
     assert float(merged.abs().sum()) == pytest.approx(float(expert.abs().sum()), rel=1e-12)
 
 
-def test_ties_at_both_ends_are_kept_whatever_their_order() -> None:
+def test_ties_at_both_ends_remain_in_any_order() -> None:
     base, expert = torch.zeros(8), torch.tensor([1.0, 2.0, 2.0, -2.0, 3.0, -3.0, 3.0, 4.0])
     merged = merge(base, [expert], "breadcrumbs", density=0.25, gamma=0.375)  # ranks 4 and 5 from the largest: a 3, a 2
     assert merged.tolist() == [0.0, 2.0, 2.0, -2.0, 3.0, -3.0, 3.0, 0.0]

@@ -12,19 +12,12 @@ import torch
 from checkpoints import STORED_DTYPES, random_tensor, random_weights, save_model
 from safetensors.torch import load_file, save_file
 
-from resm_kernels.checkpoint import (
-    Auxiliary,
-    CheckpointError,
-    CheckpointReader,
-    format_bytes,
-    parse_size,
-)
+from resm_kernels.checkpoint import Auxiliary, CheckpointError, CheckpointReader, format_bytes, parse_size
 
 
 def test_reader_returns_what_safetensors_wrote(tmp_path: Path) -> None:
-    tensors = {f"t{i}": random_tensor(dtype, (3, i)) for i, dtype in enumerate(STORED_DTYPES)} | {
-        "scalar": torch.tensor(2.5)
-    }
+    tensors = {f"t{i}": random_tensor(dtype, (3, i)) for i, dtype in enumerate(STORED_DTYPES)}
+    tensors["scalar"] = torch.tensor(2.5)
     save_file(tensors, tmp_path / "model.safetensors")
     with CheckpointReader(tmp_path) as reader:
         assert set(reader.tensors) == set(tensors)
@@ -75,100 +68,72 @@ def two_shards(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def drop_shard(folder: Path) -> None:
-    two_shards(folder)[1].unlink()
-
-
 def truncate(folder: Path) -> None:
     file = two_shards(folder)[0]
     os.truncate(file, file.stat().st_size - 3)
 
 
-def garble(folder: Path) -> None:
-    file = two_shards(folder)[0]
-    file.write_bytes(b"\x00" * 8 + b"no header")
-
-
-def empty(folder: Path) -> None:
-    two_shards(folder)[0].write_bytes(b"")
-
-
-def misplace(folder: Path) -> None:
-    first, second = two_shards(folder)
+def remove_tensor(folder: Path) -> None:
+    first, _ = two_shards(folder)
     tensors = load_file(first)
     tensors.pop("model.embed_tokens.weight")
     save_file(tensors, first)
-    assert second.exists()
 
 
-def duplicate(folder: Path) -> None:
-    first, second = two_shards(folder)
-    save_file(load_file(second) | {"model.embed_tokens.weight": torch.zeros(2)}, second)
-    assert first.exists()
+def add_tensor(name: str) -> Callable[[Path], None]:
+    def add(folder: Path) -> None:
+        _, second = two_shards(folder)
+        save_file(load_file(second) | {name: torch.zeros(2)}, second)
+
+    return add
 
 
-def stray(folder: Path) -> None:
-    _, second = two_shards(folder)
-    save_file(load_file(second) | {"surprise": torch.zeros(2)}, second)
+def save(name: str, tensor: torch.Tensor) -> Callable[[Path], None]:
+    return lambda folder: save_file({name: tensor}, folder / "model.safetensors")
 
 
-def climb(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+def write(name: str, text: str) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(text)
 
 
-def bad_index(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text("{")
+INDEX = "model.safetensors.index.json"
+FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
+DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "no second shard": (lambda f: two_shards(f)[1].unlink(), [SECOND, "shard", "missing", "download it again"]),
+    "truncated": (truncate, [FIRST, "cut short"]),
+    "no header": (
+        lambda f: two_shards(f)[0].write_bytes(b"\x00" * 8 + b"no header"),
+        [FIRST, "not a whole safetensors file"],
+    ),
+    "empty": (lambda f: two_shards(f)[0].write_bytes(b""), [FIRST, "not a whole safetensors file"]),
+    "no such tensor": (remove_tensor, [FIRST, "'model.embed_tokens.weight'", "is not in it"]),
+    "tensor in both": (add_tensor("model.embed_tokens.weight"), ["'model.embed_tokens.weight'", "both in"]),
+    "tensor not in the index": (add_tensor("surprise"), ["'surprise'", "does not name"]),
+    "another folder": (
+        write(INDEX, '{"weight_map": {"a": "../x.safetensors"}}'),
+        ["'../x.safetensors'", "same folder"],
+    ),
+    "damaged index": (write(INDEX, "{"), [INDEX, "weight_map"]),
+    "two indices": (
+        lambda f: two_shards(f)[0].with_name("other.safetensors.index.json").write_text("{}"),
+        ["2 safetensors indices"],
+    ),
+    "no index": (
+        lambda f: two_shards(f)[0].with_name(INDEX).unlink(),
+        ["neither model.safetensors nor", "not complete"],
+    ),
+    "only pickles": (write("pytorch_model-00001-of-00002.bin", "x"), ["pytorch_model.bin", "save_pretrained"]),
+    "adapter": (write("adapter_config.json", "{}"), ["LoRA adapter"]),
+    "nothing": (lambda f: None, ["holds no safetensors"]),
+    "fp8": (save("a.weight", torch.zeros(4, dtype=torch.float8_e4m3fn)), ["'a.weight'", "F8_E4M3", "dequantise"]),
+    "complex": (save("a", torch.zeros(4, dtype=torch.complex64)), ["'a'", "C64", "unsupported"]),
+}
 
 
-def two_indices(folder: Path) -> None:
-    two_shards(folder)
-    (folder / "other.safetensors.index.json").write_text("{}")
-
-
-def no_index(folder: Path) -> None:
-    two_shards(folder)
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def only_bin(folder: Path) -> None:
-    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"x")
-
-
-def adapter(folder: Path) -> None:
-    (folder / "adapter_config.json").write_text("{}")
-
-
-def fp8(folder: Path) -> None:
-    save_file({"a.weight": torch.zeros(4, dtype=torch.float8_e4m3fn)}, folder / "model.safetensors")
-
-
-def fp8_unsigned_complex(folder: Path) -> None:
-    save_file({"a": torch.zeros(4, dtype=torch.complex64)}, folder / "model.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("damage", "parts"),
-    [
-        (drop_shard, ["model-00002-of-00002.safetensors", "shard", "missing", "download it again"]),
-        (truncate, ["model-00001-of-00002.safetensors", "cut short"]),
-        (garble, ["model-00001-of-00002.safetensors", "not a whole safetensors file"]),
-        (empty, ["model-00001-of-00002.safetensors", "not a whole safetensors file"]),
-        (misplace, ["model-00001-of-00002.safetensors", "'model.embed_tokens.weight'", "is not in it"]),
-        (duplicate, ["'model.embed_tokens.weight'", "both in"]),
-        (stray, ["'surprise'", "does not name"]),
-        (climb, ["'../x.safetensors'", "same folder"]),
-        (bad_index, ["model.safetensors.index.json", "weight_map"]),
-        (two_indices, ["2 safetensors indices"]),
-        (no_index, ["neither model.safetensors nor", "not complete"]),
-        (only_bin, ["pytorch_model.bin", "save_pretrained"]),
-        (adapter, ["LoRA adapter"]),
-        (lambda folder: None, ["holds no safetensors"]),
-        (fp8, ["'a.weight'", "F8_E4M3", "dequantise"]),
-        (fp8_unsigned_complex, ["'a'", "C64", "unsupported"]),
-    ],
-)
-def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: Callable[[Path], None], parts: list[str]) -> None:
-    damage(tmp_path)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: str) -> None:
+    apply, parts = DAMAGES[damage]
+    apply(tmp_path)
     with pytest.raises(CheckpointError) as caught:
         CheckpointReader(tmp_path)
     for part in [*parts, str(tmp_path)]:
@@ -214,14 +179,12 @@ def test_sizes_for_people() -> None:
     assert [format_bytes(n) for n in (12, 1500, 2_168_725_504, 5e12)] == ["12 B", "1.5 kB", "2.2 GB", "5.00 TB"]
 
 
-@pytest.mark.parametrize(
-    ("key", "expected"), [("torch_dtype", ["torch_dtype"]), ("dtype", ["dtype"]), (None, ["dtype"])]
-)
-def test_config_gets_the_output_dtype_under_its_own_key(tmp_path: Path, key: str | None, expected: list[str]) -> None:
+@pytest.mark.parametrize(("key", "expected"), [("torch_dtype", "torch_dtype"), ("dtype", "dtype"), (None, "dtype")])
+def test_config_gets_the_output_dtype_under_the_key_that_it_has(tmp_path: Path, key: str | None, expected: str) -> None:
     config = {"model_type": "llama", "text_config": {"dtype": "float32"}} | ({key: "float32"} if key else {})
     (tmp_path / "config.json").write_text(json.dumps(config))
     written = json.loads(Auxiliary(tmp_path, tmp_path).files(torch.bfloat16, everywhere=False)["config.json"])
-    assert {k: v for k, v in written.items() if "dtype" in k} == dict.fromkeys(expected, "bfloat16")
+    assert {k: v for k, v in written.items() if "dtype" in k} == {expected: "bfloat16"}
     assert written["text_config"]["dtype"] == "float32"
     written = json.loads(Auxiliary(tmp_path, tmp_path).files(torch.bfloat16, everywhere=True)["config.json"])
     assert written["text_config"]["dtype"] == "bfloat16"

@@ -7,38 +7,18 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from checkpoints import Family, load_model
+from conftest import RunCommand
 from typer.testing import CliRunner
 
 from resm_kernels import cli, merge_state_dicts
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
-
-
-def invoke(
-    *arguments: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> tuple[int, str, str]:
-    """Run the command in this process as its entry point does; return exit code, stdout and stderr."""
-    monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    captured = capsys.readouterr()
-    return int(exit_.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    return lambda *arguments: invoke(*arguments, monkeypatch=monkeypatch, capsys=capsys)
-
-
-def test_merge_writes_the_model_and_says_so(family: Family, run) -> None:
+def test_merge_writes_the_model_and_says_so(family: Family, run: RunCommand) -> None:
     code, out, err = run("merge", family.recipe_file(), family.out)
     assert (code, err) == (0, "")
     assert out.startswith("merged 30 tensors with ties in ")
@@ -48,7 +28,7 @@ def test_merge_writes_the_model_and_says_so(family: Family, run) -> None:
     assert run("merge", family.recipe_file(), family.out, "--overwrite", "--quiet") == (0, "", "")
 
 
-def test_random_seed_decides_what_is_dropped(family: Family, run) -> None:
+def test_random_seed_decides_what_is_dropped(family: Family, run: RunCommand) -> None:
     recipe = str(family.recipe_file("dare_ties", parameters={"density": 0.5}))
     merges = []
     for seed in ("1", "1", "2"):
@@ -65,9 +45,9 @@ def test_module_runs_as_a_process(family: Family) -> None:
     assert (family.out / "model.safetensors").is_file()
 
 
-def test_dry_run_says_everything_and_writes_nothing(family: Family, run) -> None:
-    models = [{"model": str(f)} for f in family.folders]
-    models[1] = models[1] | {"parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 2}]}}
+def test_dry_run_says_everything_and_writes_nothing(family: Family, run: RunCommand) -> None:
+    models: list[dict[str, Any]] = [{"model": str(f)} for f in family.folders]
+    models[1] |= {"parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 2}]}}
     recipe = family.recipe_file(models=models, parameters={"density": 0.5})
     code, out, err = run("merge", recipe, family.out, "--dry-run", "--max-shard-size", "30kB", "--memory-limit", "1MiB")
     assert (code, err) == (0, "")
@@ -87,12 +67,12 @@ def test_dry_run_says_everything_and_writes_nothing(family: Family, run) -> None
     assert family.leftovers() == []
 
 
-def test_dry_run_says_where_a_default_is_another(family: Family, run) -> None:
+def test_dry_run_says_where_a_default_is_another(family: Family, run: RunCommand) -> None:
     code, out, _ = run("merge", family.recipe_file("resm"), family.out, "--dry-run")
     assert code == 0 and "spectral = True (default, False for embeddings and output heads)" in out
 
 
-def test_progress_without_a_terminal_is_plain_lines(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_without_a_terminal_is_lines(family: Family, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("resm_kernels.report._LINE_EVERY", 0.0)
     code, _, err = run("merge", family.recipe_file(), family.out)
     assert code == 0
@@ -123,11 +103,11 @@ def test_progress_on_a_terminal_is_a_bar(family: Family) -> None:
         (("stats", "nowhere.yml"), "error: nowhere.yml: cannot be read: No such file or directory\n"),
     ],
 )
-def test_errors_are_one_line_and_exit_1(run, arguments: tuple[str, ...], message: str) -> None:
+def test_errors_are_one_line_and_exit_1(run: RunCommand, arguments: tuple[str, ...], message: str) -> None:
     assert run(*arguments) == (1, "", message)
 
 
-def test_error_in_a_model_is_one_line_and_leaves_nothing(family: Family, run) -> None:
+def test_error_in_a_model_is_one_line_and_leaves_nothing(family: Family, run: RunCommand) -> None:
     family.change(1, model__norm__weight=torch.full((32,), torch.nan))
     code, out, err = run("merge", family.recipe_file(), family.out)
     problem = "tensor 'model.norm.weight' holds 32 NaN or infinite values; the model is damaged"
@@ -135,13 +115,13 @@ def test_error_in_a_model_is_one_line_and_leaves_nothing(family: Family, run) ->
     assert family.leftovers() == []
 
 
-def test_size_that_is_none(family: Family, run) -> None:
+def test_size_that_is_none(family: Family, run: RunCommand) -> None:
     code, _, err = run("merge", family.recipe_file(), family.out, "--max-shard-size", "big")
     assert code == 1
     assert err == "error: max_shard_size: got 'big', need a size such as 5GB, 512MiB or a number of bytes\n"
 
 
-def test_unexpected_errors_say_how_to_see_more(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_errors_name_traceback(family: Family, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("a bug")
 
@@ -149,15 +129,12 @@ def test_unexpected_errors_say_how_to_see_more(family: Family, run, monkeypatch:
     code, _, err = run("merge", family.recipe_file(), family.out)
     assert code == 1
     assert err == "error: RuntimeError: a bug (--traceback before the command shows where)\n"
-    monkeypatch.setattr(
-        sys, "argv", ["resm-kernels", "--traceback", "merge", str(family.recipe_file()), str(family.out)]
-    )
     with pytest.raises(RuntimeError, match="a bug"):
-        cli.main()
+        run("--traceback", "merge", family.recipe_file(), family.out)
     assert family.leftovers() == []
 
 
-def test_interrupt_exits_130(family: Family, run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupt_exits_130(family: Family, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -173,7 +150,7 @@ def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
 
 
-def test_stats_table_and_json(family: Family, run, tmp_path: Path) -> None:
+def test_stats_table_and_json(family: Family, run: RunCommand, tmp_path: Path) -> None:
     family.change(1, model__norm__weight=torch.full((32,), torch.nan))
     file = tmp_path / "stats.json"
     code, out, _ = run("stats", family.recipe_file("resm"), "--json", file)
@@ -195,7 +172,7 @@ def test_json_holds_no_value_that_readers_refuse() -> None:
     assert json.loads(to_json({"a": [float("nan"), 1.5, (float("inf"),)]})) == {"a": [None, 1.5, [None]]}
 
 
-def test_info_as_text_and_json(run) -> None:
+def test_info_as_text_and_json(run: RunCommand) -> None:
     code, out, _ = run("info")
     assert code == 0
     for part in ("resm_kernels", "torch", "native", "threads", "gpu", "cpu", "delta_stats"):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from checkpoints import Family, load_model
 from hypothesis import given, settings
 from inputs import group, randn, same_bits
-from oracles import assert_agrees, mergekit_with_our_masks, our_keywords, sparse_merges, terms_of
+from oracles import SparseMerge, assert_agrees, mergekit_with_our_masks, our_keywords, sparse_merges, terms_of
 from torch import Tensor
 
 from resm_kernels import merge, merge_state_dicts
@@ -22,7 +19,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["dare_linear", "dare_ties"])
 @given(drawn=sparse_merges(density=[0.0, 0.125, 0.5, 0.875, 1.0]))
 @settings(max_examples=100)
-def test_equals_mergekit_with_the_same_masks(method: str, drawn: tuple[Tensor, list[Tensor], dict[str, Any]]) -> None:
+def test_equals_mergekit_with_the_same_masks(method: str, drawn: SparseMerge) -> None:
     base, experts, parameters = drawn
     merged = merge(base, experts, method, **our_keywords(parameters))
     expected, masks, probabilities = mergekit_with_our_masks(method, base, experts, **parameters)
@@ -64,7 +61,7 @@ def test_seed_and_name_decide_what_is_dropped() -> None:
     for other in ({"seed": 1}, {"seed": -1}, {"name": "a"}, {"seed": 1, "name": "a"}):
         assert not same_bits(merge(base, experts, "dare_linear", density=0.5, **other), first)
     with pytest.raises(ValueError, match="seed: got 'x', need a whole number"):
-        merge(base, experts, "dare_linear", seed="x")  # type: ignore[arg-type]
+        merge(base, experts, "dare_linear", seed="x")
 
 
 def test_tensors_of_a_model_are_dropped_apart() -> None:
@@ -75,12 +72,11 @@ def test_tensors_of_a_model_are_dropped_apart() -> None:
     assert same_bits(merged["b.weight"], merge(base, [expert], "dare_linear", density=0.5, seed=7, name="b.weight"))
 
 
-def test_checkpoints_depend_on_the_seed_alone(tmp_path: Path) -> None:
-    family = Family(tmp_path)
+def test_checkpoints_depend_on_the_seed_alone(family: Family) -> None:
     recipe = family.recipe("dare_linear", parameters={"density": 0.5})
 
     def merged(**choices: object) -> dict[str, Tensor]:
-        merge_checkpoints(recipe, family.out, overwrite=True, **choices)  # type: ignore[arg-type]
+        merge_checkpoints(recipe, family.out, overwrite=True, **choices)
         return load_model(family.out)
 
     first = merged(random_seed=5)

@@ -56,7 +56,7 @@ def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, smooth
     deltas = [e - base for e in experts]
     rank, rho = {"rank": 4, "density": 0.1}, {"rho": 2.0, "density": 0.02}
     for parameters in ({}, {"density": 0.05}, {"density": 1.0}, rank, rho):
-        expected = authors_dc_merge(deltas, smoothing=smoothing, **parameters)  # type: ignore[arg-type]
+        expected = authors_dc_merge(deltas, smoothing=smoothing, **parameters)
         assert float(expected.norm()) > 0
         for decomposition in ("gram", "exact"):
             options = {"smoothing": smoothing, "decomposition": decomposition, **parameters}

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, same_bits
-from oracles import assert_agrees, mergekit_with_our_masks, our_keywords, sparse_merges, terms_of
-from torch import Tensor
+from oracles import SparseMerge, assert_agrees, mergekit_with_our_masks, our_keywords, sparse_merges, terms_of
 
 from resm_kernels import merge
 from resm_kernels.reference.random_mask import doubled_ranks, probability_law
@@ -21,9 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("method", ["della_linear", "della"])
 @given(drawn=sparse_merges((2,), (7, 5), (33, 17), density=[0.0, 0.4, 0.5, 0.6, 1.0]), epsilon=st.floats(0.01, 0.3))
 @settings(max_examples=100)
-def test_equals_mergekit_with_the_same_masks(
-    method: str, drawn: tuple[Tensor, list[Tensor], dict[str, Any]], epsilon: float
-) -> None:
+def test_equals_mergekit_with_the_same_masks(method: str, drawn: SparseMerge, epsilon: float) -> None:
     base, experts, parameters = drawn
     merged = merge(base, experts, method, epsilon=epsilon, **our_keywords(parameters))
     expected, masks, _ = mergekit_with_our_masks(method, base, experts, epsilon, **parameters)

@@ -148,10 +148,7 @@ def test_sums_of_one_repeated_half_precision_value_stay_within_the_contract(shif
     assert abs(float(result.sum_sq) - value**2 * n) <= SQUARES[True] * value**2 * n
 
 
-@given(
-    shift=st.floats(1.0, 2.0, width=32),
-    n=st.sampled_from([BLOCK, 3 * BLOCK + 7, 16 * BLOCK]),
-)
+@given(shift=st.floats(1.0, 2.0, width=32), n=st.sampled_from([BLOCK, 3 * BLOCK + 7, 16 * BLOCK]))
 def test_sum_of_magnitudes_of_one_repeated_value_stays_within_the_contract(shift: float, n: int) -> None:
     # The worst case for sums in fp32: all roundings may go the same way.
     expert = torch.full((n,), shift)

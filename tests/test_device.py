@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Family, save_model
+from checkpoints import Family, save_adapter, save_model
 from late_device import LateDevice
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from resm_kernels import cli
@@ -80,11 +79,6 @@ def test_busy_seconds_count_what_overlaps_once() -> None:
 
 
 @pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
-
-
-@pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[LateDevice]]:
     """`gpus(n)` puts doubles instead of n GPUs; it returns the list of those that are opened."""
 
@@ -134,10 +128,8 @@ def test_adapters_are_merged_through_their_factors(family: Family, gpus: Any) ->
     for i in range(2):
         folder, generator = family.root / f"adapter{i}", torch.Generator().manual_seed(i)
         parts = {"A": torch.randn(3, 32, generator=generator), "B": torch.randn(32, 3, generator=generator)}
-        folder.mkdir()
         weights = {f"base_model.model.{module}.lora_{part}.weight": parts[part] for part in parts}
-        save_file(weights, folder / "adapter_model.safetensors")
-        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 3, "lora_alpha": 6}')
+        save_adapter(folder, weights, {"peft_type": "LORA", "r": 3, "lora_alpha": 6})
         models.append({"model": str(folder)})
     recipe = family.recipe("tsvm", models=models)
     merge_checkpoints(recipe, family.out)

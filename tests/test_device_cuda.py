@@ -31,11 +31,6 @@ from test_gpu_executor import is_copied, make_jobs, merged
 GPU = torch.device("cuda", torch.cuda.current_device())
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
-
-
 def test_small_copies_there_and_back_from_pinned_memory() -> None:
     device, ring = CudaDevice(GPU, 1 << 30), Ring(1 << 16, 0)
     values = torch.randn(1000)
@@ -68,11 +63,11 @@ def test_small_copies_there_and_back_from_pinned_memory() -> None:
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("limit", [1, 100_000, 1 << 26], ids=["tight", "small", "roomy"])
 def test_jobs_have_the_results_of_the_cpu(count: int, limit: int) -> None:
-    """Two of one GPU do for two GPUs: each has streams and memory of its own."""
+    """Two devices on one GPU stand for two GPUs, because each has separate streams and memory."""
     generator = torch.Generator().manual_seed(1)
     sizes = torch.randint(0, 20_000, (200,), generator=generator).tolist()
     jobs = make_jobs([(n, 1 + n % 4, 0) for n in sizes], host=[3, 50])
-    expected, found = {}, {}
+    expected, results = {}, {}
     window, cpu = Window.for_cpu(jobs, limit), CpuExecutor(merged)
     Pipeline(jobs, window, cpu, lambda job, t: expected.update({job.name: t.clone()})).run()
     executor = GpuExecutor(
@@ -82,10 +77,10 @@ def test_jobs_have_the_results_of_the_cpu(count: int, limit: int) -> None:
         copy=merged,
     )
     window = Window.for_gpus(jobs, limit)
-    pipeline = Pipeline(jobs, window, executor, lambda job, t: found.update({job.name: t.clone()}))
+    pipeline = Pipeline(jobs, window, executor, lambda job, t: results.update({job.name: t.clone()}))
     timings = pipeline.run()
-    assert list(found) == list(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert list(results) == list(expected)
+    assert all(torch.equal(results[name], expected[name]) for name in expected)
     assert sum(use.tensors for use in timings.devices) == 198
 
 
@@ -99,8 +94,8 @@ def test_merged_files_are_the_cpus(family: Family, method: str) -> None:
     for i, choices in enumerate([{}, {"memory_limit": 1}, {"device_memory": need}, {"max_shard_size": "20kB"}]):
         out = family.root / f"out{i}"
         report = merge_checkpoints(recipe, out, device="cuda:all", **choices)
-        found = load_model(out)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        result = load_model(out)
+        assert all(torch.equal(result[name], expected[name]) for name in expected)
         assert sum(use.tensors for use in report.devices) == len(expected)
         assert all(use.memory_peak <= use.memory_limit for use in report.devices)
         assert sum(report.busy_share(use) for use in report.devices) > 0
@@ -108,12 +103,12 @@ def test_merged_files_are_the_cpus(family: Family, method: str) -> None:
 
 
 def test_a_spectral_merge_does_not_depend_on_the_pipeline(family: Family) -> None:
-    found = []
+    merges = []
     for choices in ({}, {"memory_limit": 1}, {"device": "cuda:all"}):
         merge_checkpoints(family.recipe("resm"), family.out, overwrite=True, **({"device": "cuda"} | choices))
-        found.append(load_model(family.out))
-    for other in found[1:]:
-        assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+        merges.append(load_model(family.out))
+    for other in merges[1:]:
+        assert all(torch.equal(other[name], merges[0][name]) for name in merges[0])
 
 
 def wide_family(root: Path, rows: int) -> dict[str, object]:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +18,6 @@ from checkpoints import VOCABULARY, Family, llama_config, save_model
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter
 from resm_kernels.engine import MergeError, merge_checkpoints
 from resm_kernels.recipe import RecipeError
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
 
 
 def set_config(family: Family, **changes: Any) -> None:
@@ -132,9 +126,7 @@ def test_output_folder_is_protected(family: Family) -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError("kaboom"), KeyboardInterrupt(), SystemExit(143)])
-def test_crash_in_the_middle_leaves_nothing(
-    family: Family, monkeypatch: pytest.MonkeyPatch, error: BaseException
-) -> None:
+def test_crash_leaves_nothing(family: Family, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     calls = []
 
     def crash(done: int, total: int) -> None:

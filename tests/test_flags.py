@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 from checkpoints import Family, load_model
+from conftest import RunCommand
 from typer.testing import CliRunner
 
 from resm_kernels import cli
@@ -14,19 +12,9 @@ from resm_kernels.flags import FLAGS, translate
 
 
 def test_options_that_are_ours_under_another_name() -> None:
-    arguments = [
-        "recipe.yml",
-        "out",
-        "--cuda",
-        "--out-shard-size",
-        "5B",
-        "-j",
-        "4",
-        "--out-shard-size=2M",
-        "--overwrite",
-    ]
+    theirs = "recipe.yml out --cuda --out-shard-size 5B -j 4 --out-shard-size=2M --overwrite"
     ours = "recipe.yml out --device cuda --max-shard-size 5000000000 --threads 4 --max-shard-size 2000000 --overwrite"
-    assert translate(arguments) == (ours.split(), [])
+    assert translate(theirs.split()) == (ours.split(), [])
     assert translate(["--out-shard-size", "5GB"])[0] == ["--max-shard-size", "5GB"]
     assert translate(["a", "--", "--cuda"])[0] == ["a", "--", "--cuda"]
 
@@ -55,25 +43,11 @@ def test_every_option_of_mergekit_yaml_is_understood() -> None:
                 assert name in known or name in help_text, name
 
 
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
-    """Run the command in this process; return its exit code and what it wrote to stderr."""
-    monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0), capsys.readouterr().err
-
-
-def test_command_lines_of_mergekit_users_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    family = Family(tmp_path)
+def test_command_lines_of_mergekit_users_work(family: Family, run: RunCommand) -> None:
     (family.base_folder / "tokenizer.json").write_text("{}")
     recipe = family.recipe_file()
     arguments = ["merge", recipe, family.out, "--no-copy-tokenizer", "--lazy-unpickle", "--out-shard-size", "30K", "-q"]
-    code, err = run(
-        monkeypatch, capsys, *arguments, "--no-write-model-card", "--no-trust-remote-code", "--allow-crimes"
-    )
+    code, _, err = run(*arguments, "--no-write-model-card", "--no-trust-remote-code", "--allow-crimes")
     assert (code, err) == (0, "no effect: --lazy-unpickle: only safetensors are read\n")
     assert len(list(family.out.glob("*.safetensors"))) > 2 and len(load_model(family.out)) == 30
     assert not list(family.out.glob("*tokenizer*")) and not (family.out / "README.md").exists()
@@ -81,7 +55,7 @@ def test_command_lines_of_mergekit_users_work(
         ("--unsafe-truncate-embeddings", "tokenizer_source: base"),
         ("--out-shard-size", "got no value, need one"),
     ]:
-        code, err = run(monkeypatch, capsys, "merge", recipe, family.out, flag)
+        code, _, err = run("merge", recipe, family.out, flag)
         assert code == 2 and err.startswith(f"error: {flag}: ") and why in err
-    code, err = run(monkeypatch, capsys, "info", "--lazy-unpickle")
+    code, _, err = run("info", "--lazy-unpickle")
     assert code == 2 and "no effect" not in err

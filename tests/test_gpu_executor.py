@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from late_device import LateDevice
 from torch import Tensor
 
-from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.checkpoint import CheckpointReader, TensorInfo
 from resm_kernels.checks import Check
 from resm_kernels.engine import MergeError, Window
 from resm_kernels.engine.cpu_executor import CpuExecutor
@@ -58,7 +59,7 @@ def make_jobs(sizes: Sequence[int | tuple[int, int, int]], reader: Stored | None
         tensors = [torch.randn(n, generator=generator, dtype=torch.float64).to(d) for d in dtypes]
         infos = [reader.add(f"{name}/{t}", tensor) for t, tensor in enumerate(tensors)]
         output = n * (dtypes[0].itemsize if i in host else 4)
-        jobs.append(Job(name, tuple((reader, info) for info in infos), output, workspace))
+        jobs.append(Job(name, tuple((cast(CheckpointReader, reader), info) for info in infos), output, workspace))
     return jobs
 
 
@@ -74,7 +75,7 @@ def started(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
 
 
 def check_sum(job: Job, total: Tensor) -> None:
-    assert total.is_back  # the check gets the values that were copied out, not those on the device
+    assert hasattr(total, "is_back")  # the check gets the values that were copied out, not those on the device
     if "bad" in job.name or not torch.isfinite(total).all():
         raise MergeError(f"{job.name} is bad")
 
@@ -180,9 +181,8 @@ def wait_until(condition: Callable[[], bool]) -> bool:
 def test_a_tensors_memory_is_read_into_again_when_its_copy_there_is_done_not_its_merge() -> None:
     reader, reading = Stored(), []
     jobs = make_jobs([100] * 6, reader)
-    window = Window(
-        inputs=2 * max(j.input_segment for j in jobs), outputs=sum(j.output_segment for j in jobs), workspace=0
-    )
+    inputs, outputs = 2 * max(j.input_segment for j in jobs), sum(j.output_segment for j in jobs)
+    window = Window(inputs=inputs, outputs=outputs, workspace=0)
     reader.fail = reading.append
 
     def compute(job: Job, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
@@ -278,9 +278,8 @@ def test_a_failure_on_a_device_is_raised_when_the_tensors_before_are_written(sta
 @pytest.mark.parametrize("stage", ["copy_in", "run"])
 def test_a_device_out_of_memory_is_an_error_that_names_tensor_need_and_limit(stage: str) -> None:
     jobs = make_jobs([(500, 2, 700)] * 4)
-    device = LateDevice(
-        memory_limit=50_000, fail=failing(stage, 2, torch.OutOfMemoryError("CUDA out of memory.\nMore"))
-    )
+    no_memory = torch.OutOfMemoryError("CUDA out of memory.\nMore")
+    device = LateDevice(memory_limit=50_000, fail=failing(stage, 2, no_memory))
     problem = (
         r"tensor 'tensor 2': cuda:0 has no memory left: the tensor needs \S+ kB \(.*\), device_memory is 50.0 kB, of "
         r"which \S+ kB are for tensors in flight; lower device_memory.*\(CUDA out of memory.\)$"
@@ -353,13 +352,13 @@ def test_a_failure_anywhere_ends_all_with_that_error_and_no_gap(stage, at, count
     fail = failing(stage, at, ArithmeticError(stage))
     reader.fail = lambda name: fail("read")
     memory = 2 * max(map(device_need, jobs))
-    run = Run(
-        jobs,
-        [LateDevice(f"cuda:{i}", memory, lags=(lag, i), fail=fail) for i in range(count)],
-        limit,
-        write=lambda job, result: fail("write") or run.written.append((job.name, result.clone())),
-        progress=lambda done, total: fail("progress"),
-    )
+    devices = [LateDevice(f"cuda:{i}", memory, lags=(lag, i), fail=fail) for i in range(count)]
+
+    def write(job: Job, result: Tensor) -> None:
+        fail("write")
+        run.written.append((job.name, result.clone()))
+
+    run = Run(jobs, devices, limit, write=write, progress=lambda done, total: fail("progress"))
     # Eleven jobs go to devices; all may have been written when progress is first called.
     if at == 11 and stage in ("copy_in", "run", "copy_out"):
         run()

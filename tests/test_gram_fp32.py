@@ -14,9 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
 @pytest.mark.parametrize("shape", [(256, 256), (400, 256), (512, 512)], ids=str)
-def test_estimated_residuals_of_gram_matrices_in_fp32_are_not_below_the_truth(
-    shape: tuple[int, int], alpha: float
-) -> None:
+def test_estimated_residuals_of_gram_matrices_in_fp32_are_not_too_low(shape: tuple[int, int], alpha: float) -> None:
     matrix = with_spectrum(*shape, power_law(min(shape), alpha), seed=3).float()
     size = float(matrix.double().norm())
     for k in (3, shape[1] // 12, shape[1] // 4, shape[1] // 3):

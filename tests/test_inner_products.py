@@ -62,7 +62,7 @@ def test_integers_are_summed_exactly() -> None:
 
 
 def test_one_wide_value_among_many_is_not_lost() -> None:
-    """What fp32 sums lose: 1e8 beside a million of ones."""
+    """Sums in fp32 would lose a million ones that are added to 1e8."""
     x = torch.ones(1_000_000)
     x[500_000] = 1e8
     assert float(inner_products(None, [x, torch.ones_like(x)])[0, 1]) == 999_999 + 1e8
@@ -77,8 +77,8 @@ def test_rows_are_the_gram_matrices_of_each(shape: tuple[int, ...], with_base: b
     assert result.shape == (*shape[:-1], 3, 3)
     flat = [t.reshape(result[..., 0, 0].numel(), -1) if result.numel() else t for t in (base, *experts)]
     for i, gram in enumerate(result.reshape(-1, 3, 3)):
-        own = [t[i] for t in flat]
-        assert same_bits(gram, inner_products(own[0] if with_base else None, own[1:]))
+        rows = [t[i] for t in flat]
+        assert same_bits(gram, inner_products(rows[0] if with_base else None, rows[1:]))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -51,8 +51,8 @@ def test_equals_mergekit_but_for_its_fused_products(
     parameters = {"weight": weight, "normalize": normalize}
     merged = merge(None, experts, "linear", **parameters)
     expected = mergekit(None, experts, "linear", parameters, out_dtype=base.dtype)
-    size = sum(w * e.double().abs() for w, e in zip(weight, experts, strict=True))
-    size = size / sum(weight) if normalize else size
+    divisor = sum(weight) if normalize else 1.0
+    size = sum(w / divisor * e.double().abs() for w, e in zip(weight, experts, strict=True))
     bound = 2 * (len(weight) + 1) * 2.0**-24 * size
     if base.dtype == torch.bfloat16:
         bound = bound + expected.double().abs() * 2.0**-7  # the last bit of bf16, where fp32 lies near a midpoint

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoints import Family, llama_config, load_model, random_weights, save_model
+from checkpoints import Family, llama_config, load_model, random_weights, save_adapter, save_model
+from conftest import SameOnThreads
 from inputs import relative, same_bits
 from safetensors.torch import load_file, save_file
 
@@ -120,7 +120,7 @@ def test_small_changes_of_a_bf16_model_survive(tmp_path: Path) -> None:
         assert relative(got.double() - before[f"{name}.weight"].double(), change) < accuracy
 
 
-def test_same_bits_on_any_number_of_threads(tmp_path: Path, use_threads: Callable[[int], None]) -> None:
+def test_same_bits_on_any_number_of_threads(tmp_path: Path, same_on_threads: SameOnThreads) -> None:
     weight = torch.randn(1000, 330, generator=torch.Generator().manual_seed(0)).bfloat16()
     base = save_model(tmp_path / "base", {"x.weight": weight})
     factors = {
@@ -129,22 +129,12 @@ def test_same_bits_on_any_number_of_threads(tmp_path: Path, use_threads: Callabl
         "base_model.model.x.lora_magnitude_vector": torch.rand(1000),
     }
     config = {"peft_type": "LORA", "r": 40, "lora_alpha": 3, "use_dora": True}
-    results = []
-    for threads in (1, 2, 3):
-        use_threads(threads)
-        results.append(read_all(save_adapter(tmp_path / "adapter", factors, config), base)["x.weight"])
-    assert all(same_bits(results[0], other) for other in results[1:])
+    adapter = save_adapter(tmp_path / "adapter", factors, config)
+    (result,) = same_on_threads(lambda: [read_all(adapter, base)["x.weight"]])
     a, b, magnitude = (tensor.double() for tensor in factors.values())
     direction = weight.double() + 3 / 40 * b @ a
     expected = magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True)
-    assert relative(results[0], expected) < 1e-6
-
-
-def save_adapter(folder: Path, tensors: Weights, config: dict[str, Any]) -> Path:
-    folder.mkdir(exist_ok=True)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    return folder
+    assert relative(result, expected) < 1e-6
 
 
 NAME = "model.layers.0.self_attn.q_proj"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import fine_tuned, llama_config, load_model, random_weights, save_model
+from conftest import RunCommand, SameOnThreads
 from inputs import relative, same_bits
 from safetensors.torch import load_file
 
-from resm_kernels import cli
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.lora import extract_lora
 
@@ -200,16 +199,16 @@ def test_conv1d_layers_of_gpt2(tmp_path: Path) -> None:
     assert all(relative(got[n], expected[n]) < 1e-6 for n in expected)
 
 
-def test_same_adapter_on_any_number_of_threads(tmp_path: Path, use_threads: Any) -> None:
+def test_same_adapter_on_any_number_of_threads(tmp_path: Path, same_on_threads: SameOnThreads) -> None:
     base = {"a.weight": torch.randn(310, 330, generator=torch.Generator().manual_seed(0))}
     save_model(tmp_path / "base", base)
     save_model(tmp_path / "tuned", fine_tuned(base, 1))
-    results = []
-    for threads in (1, 2, 3):
-        use_threads(threads)
-        extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / f"{threads}", rank=8)
-        results.append(adapter_tensors(tmp_path / f"{threads}"))
-    assert all(same_bits(results[0][n], other[n]) for other in results[1:] for n in results[0])
+
+    def work() -> list[torch.Tensor]:
+        extract_lora(tmp_path / "tuned", tmp_path / "base", tmp_path / "adapter", rank=8, overwrite=True)
+        return [tensor for _, tensor in sorted(adapter_tensors(tmp_path / "adapter").items())]
+
+    same_on_threads(work)
 
 
 @pytest.mark.parametrize(
@@ -256,27 +255,17 @@ def test_overwrites_adapters_only(models: tuple[Path, Path], tmp_path: Path) -> 
         extract_lora(tuned, base, other, rank=2, overwrite=True)
 
 
-def run_command(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
-def test_command(models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_command(models: tuple[Path, Path], tmp_path: Path, run: RunCommand) -> None:
     base, tuned = models
     out = tmp_path / "adapter"
-    assert run_command(monkeypatch, "extract-lora", tuned, out, "--base", base, "--rank", 4) == 0
-    text, err = capsys.readouterr()
-    assert err == ""
+    code, text, err = run("extract-lora", tuned, out, "--base", base, "--rank", 4)
+    assert (code, err) == (0, "")
     lines = text.splitlines()
     assert len([line for line in lines if "rank    4  error" in line]) == 21
     assert "model.layers.0.mlp.up_proj.weight  48×32" in text
     assert "extracted 21 adapters, rank 4, error" in text
     assert "LOST: 9 changed tensors that are not decomposed" in text
     command = ["extract-lora", tuned, out, "--base", base, "--energy", 0.5, "--target", "v_proj", "--save-rest"]
-    assert run_command(monkeypatch, *command, "--overwrite", "--quiet", "--threads", 1, "--dtype", "bfloat16") == 0
-    assert capsys.readouterr() == ("", "")
-    assert run_command(monkeypatch, "extract-lora", tuned, out, "--base", base) == 1
-    assert capsys.readouterr().err == "error: rank, energy: got neither, need one of them\n"
+    assert run(*command, "--overwrite", "--quiet", "--threads", 1, "--dtype", "bfloat16") == (0, "", "")
+    error = "error: rank, energy: got neither, need one of them\n"
+    assert run("extract-lora", tuned, out, "--base", base) == (1, "", error)

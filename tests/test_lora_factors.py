@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from conftest import SameOnThreads
 from inputs import randn, relative, same_bits
 
 from resm_kernels import merge
@@ -117,13 +117,9 @@ def test_experts_may_be_tuples() -> None:
 
 
 @pytest.mark.parametrize("method", ["tsvm", "iso_c", "resm"])
-def test_same_bits_on_any_number_of_threads(method: str, use_threads: Callable[[int], None]) -> None:
+def test_same_bits_on_any_number_of_threads(method: str, same_on_threads: SameOnThreads) -> None:
     base, factors = family((340, 310), (20, 90), torch.float32)
-    results = []
-    for threads in (1, 2, 3):
-        use_threads(threads)
-        results.append(merge_factors(base, factors, method))
-    assert all(same_bits(results[0], other) for other in results[1:])
+    same_on_threads(lambda: [merge_factors(base, factors, method)])
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from inputs import (
-    BLOCK,
-    CHUNK,
-    FLOATS,
-    KINDS,
-    SHAPES,
-    dtype_pairs,
-    generator,
-    group,
-    randn,
-    same_bits,
-)
+from inputs import BLOCK, CHUNK, FLOATS, KINDS, SHAPES, dtype_pairs, generator, group, randn, same_bits
 from torch import Tensor
 
 from resm_kernels import NonFiniteError
@@ -92,7 +81,7 @@ def test_every_kind_of_values_equals_a_sort(kind: str, dtype: torch.dtype, n: in
 
 
 def adversaries(n: int) -> dict[str, Tensor]:
-    """Differences with much structure: few values, long runs, outliers in one place."""
+    """Differences with much structure: few values, long runs, adjacent outliers."""
     lone = torch.zeros(n)
     lone[n // 3] = 7.0
     block = 1e-3 * randn(n, seed=1)
@@ -177,11 +166,7 @@ def test_op_agrees_with_its_reference(n_experts: int, shape: tuple[int, ...]) ->
 def test_one_k_for_each_expert() -> None:
     base, experts = group((100,), 3)
     result = magnitude_threshold(base, experts, [1, 50, 0])
-    assert result.tolist() == [
-        by_sorting(base, experts, 1)[0],
-        by_sorting(base, experts, 50)[1],
-        math.inf,
-    ]
+    assert result.tolist() == [by_sorting(base, experts, 1)[0], by_sorting(base, experts, 50)[1], math.inf]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -12,7 +12,7 @@ from inputs import call_of, group, randn, same_bits
 from torch import Tensor
 
 import resm_kernels
-from resm_kernels import NonFiniteError, merge, merge_state_dicts, methods
+from resm_kernels import NonFiniteError, merge, merge_state_dicts
 from resm_kernels.methods import REQUIRED, Method, Parameter, get, names
 
 AVERAGES = {"linear", "karcher", "passthrough", "nuslerp", "multislerp"}
@@ -26,36 +26,38 @@ def test_registry_finds_methods_by_name_and_suggests_the_nearest() -> None:
         assert isinstance(method, Method) and method.name == name
         assert method.title and method.reference.startswith("https://")
         assert method.needs_base == (name not in AVERAGES)
-    with pytest.raises(
-        ValueError, match=rf"unknown merge method 'tie', did you mean 'ties'\?; known: {', '.join(names())}"
-    ):
+    message = rf"unknown merge method 'tie', did you mean 'ties'\?; known: {', '.join(names())}"
+    with pytest.raises(ValueError, match=message):
         get("tie")
     with pytest.raises(ValueError, match=r"unknown merge method 'xyz'; known"):
         merge(torch.zeros(2), [torch.zeros(2)], "xyz")
 
 
-# Every method with the parameters that it needs, and three methods also with a share of the values to select.
+# Every method with the parameters that it needs, and some also with parameters that choose another computation.
 MERGES = [
     *((name, call_of(name)[1]) for name in names()),
     *(("breadcrumbs", {"density": 0.5}), ("ties", {"density": 0.2}), ("sce", {"select_topk": 0.5})),
+    *(("model_stock", {"filter_wise": True}), ("nearswap", {"t": 1e-3}), ("nuslerp", {"nuslerp_flatten": False})),
+    ("nuslerp", {"nuslerp_flatten": False, "nuslerp_row_wise": True, "weight": [0.2, 0.5]}),
 ]
 
 
 @pytest.mark.parametrize(("name", "parameters"), MERGES, ids=str)
-@pytest.mark.parametrize("shape", [(12, 10), (7,), (), (0,), (0, 4), (1,), (0, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(12, 10), (7,), (), (0,), (0, 4), (1,), (0, 3), (3, 0), (2, 3, 5)], ids=str)
 @pytest.mark.parametrize("out_dtype", [None, torch.float16], ids=str)
 def test_every_method_merges_every_shape(
     name: str, parameters: dict[str, Any], shape: tuple[int, ...], out_dtype: torch.dtype | None
 ) -> None:
     n_experts = min(3, get(name).max_experts or 3)
     base, experts = group(shape, n_experts, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
-    merged = merge(base, experts, name, out_dtype=out_dtype, **parameters)
-    assert merged.shape == shape and merged.dtype == (out_dtype or torch.bfloat16)
-    assert merged.is_contiguous() and bool(torch.isfinite(merged).all())
-    assert all(merged.data_ptr() != t.data_ptr() for t in [base, *experts] if t.numel())
-    # Experts may come as any sequence, and the method itself can be called in the same way.
-    assert same_bits(merged, merge(base, tuple(experts), name, out_dtype=out_dtype, **parameters))
-    assert same_bits(merged, methods.get(name)(base, experts, out_dtype=out_dtype, **parameters))
+    for origin in [base] if get(name).needs_base else [base, None]:
+        merged = merge(origin, experts, name, out_dtype=out_dtype, **parameters)
+        assert merged.shape == shape and merged.dtype == (out_dtype or (experts[0] if origin is None else base).dtype)
+        assert merged.is_contiguous() and bool(torch.isfinite(merged).all())
+        assert all(merged.data_ptr() != t.data_ptr() for t in [base, *experts] if t.numel())
+        # Experts may come as any sequence, and the method itself can be called in the same way.
+        assert same_bits(merged, merge(origin, tuple(experts), name, out_dtype=out_dtype, **parameters))
+        assert same_bits(merged, get(name)(origin, experts, out_dtype=out_dtype, **parameters))
 
 
 @pytest.mark.parametrize(("name", "parameters"), [m for m in MERGES if get(m[0]).needs_base], ids=str)

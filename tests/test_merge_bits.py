@@ -42,7 +42,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "ties": ({"density": 0.2}, {"density": [0.2, 0.9], "normalize": False, "weight": [0.5, 1.5]}),
 }
-"""Parameters beside a method's defaults."""
+"""Parameters that differ from a method's defaults."""
 
 
 def machine() -> dict[str, Any]:
@@ -57,11 +57,11 @@ def machine() -> dict[str, Any]:
 
 
 def digest(*tensors: Tensor) -> str:
-    found = hashlib.sha256()
+    hasher = hashlib.sha256()
     for tensor in tensors:
-        found.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(bits(tensor).numpy().tobytes())
-    return found.hexdigest()[:16]
+        hasher.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        hasher.update(bits(tensor).numpy().tobytes())
+    return hasher.hexdigest()[:16]
 
 
 def merges(method: str) -> Iterator[tuple[str, str]]:
@@ -86,8 +86,8 @@ def products() -> Iterator[tuple[str, str]]:
         base, experts = group((120, 80), 3, base_dtype=dtype)
         stats = ops.delta_stats(base, experts, eps_rel=0.1, kappa=2.5, histogram=True)
         yield f"delta_stats {dtype}", digest(*(t for t in vars(stats).values() if isinstance(t, Tensor)))
-        found = truncated_svd(base, experts[0], rank=7, accuracy=1e-2)
-        yield f"truncated_svd {dtype}", digest(*found[:3])
+        decomposition = truncated_svd(base, experts[0], rank=7, accuracy=1e-2)
+        yield f"truncated_svd {dtype}", digest(*decomposition[:3])
 
 
 def record() -> dict[str, Any]:
@@ -113,14 +113,14 @@ def recorded(needs_the_machine: bool) -> dict[str, str]:
 @pytest.mark.parametrize("method", methods.names())
 def test_merges_have_the_recorded_bits(method: str) -> None:
     expected = recorded(method not in PORTABLE)
-    found = dict(merges(method))
-    assert found == {key: expected.get(key) for key in found}
+    digests = dict(merges(method))
+    assert digests == {key: expected.get(key) for key in digests}
 
 
 def test_statistics_and_decompositions_have_the_recorded_bits() -> None:
     expected = recorded(True)
-    found = dict(products())
-    assert found == {key: expected[key] for key in found}
+    digests = dict(products())
+    assert digests == {key: expected[key] for key in digests}
 
 
 if __name__ == "__main__":

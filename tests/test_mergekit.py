@@ -106,11 +106,7 @@ def test_the_base_may_stand_anywhere_and_one_model_is_copied() -> None:
 
 @pytest.mark.parametrize(
     ("parameters", "message"),
-    [
-        ({"rank_rule": "most"}, "sparsity"),
-        ({"gamma": -1}, "greater than or equal to 0"),
-        ({"gama": 1}, "gama"),
-    ],
+    [({"rank_rule": "most"}, "sparsity"), ({"gamma": -1}, "greater than or equal to 0"), ({"gama": 1}, "gama")],
 )
 def test_bad_parameters_are_refused_by_mergekit(parameters: dict[str, object], message: str) -> None:
     register()

@@ -56,7 +56,7 @@ def test_equals_mergekit(
     base = randn(*shape, seed=seed).to(dtype)
     common = randn(*shape, seed=seed + 1)
     experts = [(base + common + randn(*shape, seed=seed + 2 + t)).to(dtype) for t in range(n_experts)]
-    parameters: ClassVar = {"filter_wise": filter_wise}
+    parameters = {"filter_wise": filter_wise}
     merged = merge(base, experts, "model_stock", out_dtype=torch.float32, **parameters)
     rows = [(base, experts)]
     if filter_wise:

@@ -46,9 +46,8 @@ def test_equals_mergekit(
     for wide, bound in ((torch.float64, 8), (torch.float32, 24)):
         expected = mergekit(origin, experts, "multislerp", parameters, wide, wide)
         # Where unit vectors nearly cancel, what is left of them is magnified.
-        assert_near(
-            merged, expected, [base, *experts], bound * (len(weights) + 1) * scale / max(length, eps) * 2.0**-24
-        )
+        relative_bound = bound * (len(weights) + 1) * scale / max(length, eps) * 2.0**-24
+        assert_near(merged, expected, [base, *experts], relative_bound)
 
 
 def test_is_the_weighted_mean_of_directions_at_the_weighted_mean_length() -> None:

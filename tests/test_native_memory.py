@@ -28,8 +28,8 @@ def make(megabytes: float) -> Tensor:
     return empty((int(megabytes * MB),), torch.uint8)
 
 
-def drop_kept() -> None:
-    """Make the library keep no memory from earlier tests: what is large takes the place of what was kept."""
+def release_memory() -> None:
+    """Make the library release the memory of earlier tests: a large result replaces it."""
     make(600)
     gc.collect()
 
@@ -40,7 +40,7 @@ def is_mapped(address: int) -> bool:
 
 
 def test_next_result_lies_where_the_last_lay() -> None:
-    drop_kept()
+    release_memory()
     first = make(8)
     address = first.data_ptr()
     assert address % (2 * MB) == 0
@@ -63,8 +63,8 @@ def test_living_results_share_nothing(steps: list[tuple[int, bool]]) -> None:
 
 
 @needs_maps
-def test_fresh_memory_takes_the_place_of_what_is_kept() -> None:
-    drop_kept()
+def test_fresh_memory_replaces_retained_memory() -> None:
+    release_memory()
     small = [make(10) for _ in range(4)]
     addresses = [t.data_ptr() for t in small]
     del small
@@ -78,7 +78,7 @@ def test_fresh_memory_takes_the_place_of_what_is_kept() -> None:
 
 @needs_maps
 def test_little_outlasts_the_last_use() -> None:
-    drop_kept()
+    release_memory()
     tensors = [make(100) for _ in range(4)]
     addresses = [t.data_ptr() for t in tensors]
     del tensors

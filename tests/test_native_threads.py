@@ -10,6 +10,7 @@ from threading import Barrier
 
 import pytest
 import torch
+from conftest import THREADS, SameOnThreads
 from inputs import CHUNK, group, randn, same_bits
 from torch import Tensor
 
@@ -18,7 +19,6 @@ from resm_kernels.ops import aggregate, delta_stats, gram_product, project
 
 pytestmark = pytest.mark.skipif(_extension.native is None, reason="the native kernels are not built")
 
-COUNTS = (1, 2, 3, 5)
 
 # What the scripts below call: a native op of several chunks.
 SETUP = """
@@ -65,7 +65,7 @@ def test_calls_side_by_side_have_the_bits_of_calls_in_turn(use_threads: Callable
     together = Barrier(4)
 
     def caller(i: int) -> bool:
-        torch.set_num_threads(COUNTS[i % 4])
+        torch.set_num_threads(THREADS[i % 4])
         together.wait(timeout=20)
         return all(same_bits(a, b) for _ in range(5) for a, b in zip(every_op(), expected, strict=True))
 
@@ -77,18 +77,14 @@ def test_many_small_calls_follow_each_other(use_threads: Callable[[int], None]) 
     base, experts = group((2 * CHUNK + 1,), 1)
     expected = delta_stats(base, experts).sum_sq
     for i in range(300):
-        use_threads(COUNTS[i % 4])
+        use_threads(THREADS[i % 4])
         assert same_bits(delta_stats(base, experts).sum_sq, expected)
 
 
 @pytest.mark.usefixtures("flush_denormals")
-def test_all_threads_flush_subnormals_where_the_caller_does(use_threads: Callable[[int], None]) -> None:
+def test_all_threads_flush_subnormals_where_the_caller_does(same_on_threads: SameOnThreads) -> None:
     base, experts = group((16 * CHUNK,), 1, "subnormal")
-    results = []
-    for threads in COUNTS:
-        use_threads(threads)
-        results.append(aggregate(base, experts, [1.0]))
-    assert all(same_bits(other, results[0]) for other in results[1:])
+    same_on_threads(lambda: [aggregate(base, experts, [1.0])])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs fork")

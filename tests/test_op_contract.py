@@ -183,10 +183,7 @@ COMPILED: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         lambda base: OPERATORS.random_mask(base, [base], density=[0.5], epsilon=[0.0], seed=3)[0] + 1,
         (BASE,),
     ),
-    "gram_product": (
-        lambda *a: sum(t.square().sum() for t in OPERATORS.gram_product(*a)),
-        (BASE, EXPERT, RIGHT),
-    ),
+    "gram_product": (lambda *a: sum(t.square().sum() for t in OPERATORS.gram_product(*a)), (BASE, EXPERT, RIGHT)),
     "project": (lambda *a: OPERATORS.project(*a).square().sum(), (BASE, EXPERT, LEFT)),
     "low_rank_update": (lambda *a: OPERATORS.low_rank_update(*a, scale=0.5).square().sum(), (BASE, LEFT, RIGHT)),
     "gram_matrix": (lambda x: OPERATORS.gram_matrix(x).square().sum(), (EXPERT,)),

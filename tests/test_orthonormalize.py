@@ -54,9 +54,7 @@ def check(x: Tensor, result: Orthonormalized) -> None:
 @dtypes
 @pytest.mark.parametrize("shape", [(1, 1), (9, 1), (40, 40), (90, 30), (300, 7)], ids=str)
 @pytest.mark.parametrize("condition", [1.0, 1e2, 1e4, 1e6])
-def test_columns_are_orthonormal_and_span_the_input(
-    dtype: torch.dtype, shape: tuple[int, int], condition: float
-) -> None:
+def test_columns_are_orthonormal_and_span_x(dtype: torch.dtype, shape: tuple[int, int], condition: float) -> None:
     x = conditioned(*shape, condition, dtype)
     result = orthonormalize(x)
     check(x, result)
@@ -101,7 +99,7 @@ def test_more_passes_do_no_harm() -> None:
 
 @dtypes
 @pytest.mark.parametrize("condition", [1e8, 1e10, 1e12, 1e15])
-def test_conditions_beyond_plain_cholesky_are_shifted_or_left_to_householder(
+def test_conditions_beyond_plain_cholesky_are_shifted_or_go_to_householder(
     dtype: torch.dtype, condition: float
 ) -> None:
     # In fp32 rounding of the input alone brings the condition back to 1e7.

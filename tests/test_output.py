@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -23,11 +22,6 @@ CHAT = [
     {"role": "assistant", "content": "Hello!"},
     {"role": "user", "content": "Bye."},
 ]
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
 
 
 def render(template: str, chat: list[dict[str, str]], **choices: Any) -> str:
@@ -138,7 +132,7 @@ def test_card_says_what_was_merged_and_how_to_repeat_it(family: Family, monkeypa
         "```yaml\n# a comment of the author's\n",
     ):
         assert part in card
-    # The recipe beside the weights is the one that made them.
+    # The recipe in the output folder is the one that made it.
     again = family.root / "again"
     merge_checkpoints(family.out / "mergekit_config.yml", again)
     assert (again / "model.safetensors").read_bytes() == (family.out / "model.safetensors").read_bytes()

@@ -47,8 +47,7 @@ def matrix_row(name: str, shape: tuple[int, int] = (9, 7), delta: float = 1.0) -
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_writes_a_picture(tmp_path: Path, suffix: str) -> None:
-    family = Family(tmp_path)
+def test_writes_a_picture(family: Family, tmp_path: Path, suffix: str) -> None:
     family.change(1, model__norm__weight=torch.full((32,), torch.nan))
     rows = checkpoint_stats(family.recipe("resm", parameters={"spectral": True}), spectra=True)
     file = tmp_path / f"picture{suffix}"

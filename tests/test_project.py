@@ -32,9 +32,8 @@ class TestProject(ProductContract):
         delta, left = task_matrix_fp32(base, expert).double(), q.double().mT
         steps = (min(m, 256) + math.ceil(m / 256) + 1) * 2.0**-24
         bound = steps / (1 - steps) * (left.abs() @ delta.abs()) + m * 2.0**-149
-        assert (
-            result.dtype == torch.float32 and result.shape == (q.shape[1], expert.shape[1]) and result.is_contiguous()
-        )
+        assert result.dtype == torch.float32 and result.is_contiguous()
+        assert result.shape == (q.shape[1], expert.shape[1])
         assert bool(((result.double() - left @ delta).abs() <= bound).all())
 
     @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -151,9 +151,8 @@ def test_scales_by_powers_of_two_change_no_digit(alone: None) -> None:
 def test_calls_alike_give_the_same_bits() -> None:
     matrix = with_spectrum(90, 60, power_law(60, 0.3), seed=1).float()
     for rank in (4, 20):
-        assert all(
-            same_bits(a, b) for a, b in zip(*(project_dominant(matrix, rank, seed=5) for _ in range(2)), strict=True)
-        )
+        first, second = (project_dominant(matrix, rank, seed=5) for _ in range(2))
+        assert all(same_bits(a, b) for a, b in zip(first, second, strict=True))
 
 
 def test_polar_factors(alone: None) -> None:

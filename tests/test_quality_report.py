@@ -183,7 +183,7 @@ def test_the_choice_reads_validation_alone(folder: Path, models: Models, tmp_pat
     assert other.choices == record.choices and other.test != record.test
     best = max(record.choices.values(), key=lambda key: record.valid[key]["average"])
     assert all(record.valid[best]["average"] >= scores["average"] for scores in record.valid.values())
-    # Of the grid, only the default (a row of its own) and the choice were asked the test questions.
+    # Of the grid, only the default, which has a separate row, and the choice were asked the test questions.
     asked = {merge_of("task_arithmetic").key, candidates.Candidate(("helpful",)).key, best}
     assert set(record.test) == asked
 

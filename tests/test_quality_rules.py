@@ -75,9 +75,8 @@ def test_equal_retention_retains_equally() -> None:
     weights = rules.RULES["equal-retention"](base, experts, "resm", parameters)["w"]["weight"]
 
     def retained(weight: list[float]) -> list[float]:
-        merged = (
-            resm_kernels.merge(base["w"], [e["w"] for e in experts], "resm", weight=weight, **parameters) - base["w"]
-        )
+        merged = resm_kernels.merge(base["w"], [e["w"] for e in experts], "resm", weight=weight, **parameters)
+        merged -= base["w"]
         shares = []
         for delta in deltas:
             u, s, vt = torch.linalg.svd(delta)

@@ -1,7 +1,7 @@
 """random_mask: the reference's bits, the shares and probabilities its definition names, independence.
 
-Counts of kept elements are binomial; `within` holds them to bounds that a true binomial leaves with a probability below
-1e-9 (Hoeffding), at fixed seeds.
+Counts of selected elements are binomial. `within` holds them to Hoeffding's bounds, which a binomial count leaves with
+a probability below 1e-9; seeds are fixed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SHAPES = [(), (0,), (0, 4), (1,), (129,), (5, 1), (7, 129), (3, 1000), (2, 3, 40), (1, CHUNK + 5)]
 
 
-def kept(base: Tensor, experts: list[Tensor], *args: object, **keywords: object) -> list[Tensor]:
+def masks_of(base: Tensor, experts: list[Tensor], *args: object, **keywords: object) -> list[Tensor]:
     return [unpacked(mask, base.shape) for mask in random_mask(base, experts, *args, **keywords)]
 
 
@@ -95,7 +95,7 @@ def test_magnitudes_however_they_lie_have_the_reference_bits(row: int) -> None:
 
 def test_elements_are_kept_by_the_words_the_definition_names() -> None:
     base = torch.zeros(300)
-    (result,) = kept(base, [base], 0.25, seed=9)
+    (result,) = masks_of(base, [base], 0.25, seed=9)
     for i in (0, 31, 32, 127, 128, 299):
         counter = torch.tensor(32 * (i // 128) + i % 32)
         zero = torch.tensor(0)
@@ -105,27 +105,27 @@ def test_elements_are_kept_by_the_words_the_definition_names() -> None:
 
 def test_a_part_of_a_tensor_is_drawn_as_in_the_whole() -> None:
     base = torch.zeros(5000)
-    whole, part = kept(base, [base], 0.4, seed=1)[0], kept(base[:1234], [base[:1234]], 0.4, seed=1)[0]
+    whole, part = masks_of(base, [base], 0.4, seed=1)[0], masks_of(base[:1234], [base[:1234]], 0.4, seed=1)[0]
     assert torch.equal(whole[:1234], part)
 
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.9, 0.999])
 def test_density_is_the_share_kept(density: float) -> None:
     base = torch.zeros(1000, 1000)
-    for mask in kept(base, [base, base], density, seed=11):
+    for mask in masks_of(base, [base, base], density, seed=11):
         assert within(int(mask.sum()), density * 1e6, 10**6)
 
 
 def test_all_and_nothing_are_kept_exactly() -> None:
     base = torch.zeros(1000)
-    everything, nothing = kept(base, [base, base], [1.0, 0.0], 0.3)
+    everything, nothing = masks_of(base, [base, base], [1.0, 0.0], 0.3)
     assert bool(everything.all()) and not bool(nothing.any())
 
 
 def test_probability_rises_evenly_with_the_rank_within_each_row() -> None:
     columns, rows = 50, 20000
     expert = randn(rows, columns, seed=0)
-    (mask,) = kept(torch.zeros_like(expert), [expert], 0.5, 0.4, seed=2)
+    (mask,) = masks_of(torch.zeros_like(expert), [expert], 0.5, 0.4, seed=2)
     by_rank = mask.gather(1, expert.abs().argsort(1)).sum(0)
     for rank in range(columns):
         assert within(int(by_rank[rank]), rows * (0.1 + 0.8 * rank / (columns - 1)), rows)
@@ -134,15 +134,15 @@ def test_probability_rises_evenly_with_the_rank_within_each_row() -> None:
 def test_equal_magnitudes_have_the_mean_of_their_ranks() -> None:
     # ranks 1.5 1.5 3 4 of 4: q = p − ε + 2ε·(rank − 1)/3
     expert = torch.tensor([[1.0, -1.0, 2.0, 3.0]]).repeat(40000, 1)
-    (mask,) = kept(torch.zeros_like(expert), [expert], 0.5, 0.3, seed=4)
+    (mask,) = masks_of(torch.zeros_like(expert), [expert], 0.5, 0.3, seed=4)
     for column, probability in enumerate([0.3, 0.3, 0.6, 0.8]):
         assert within(int(mask[:, column].sum()), 40000 * probability, 40000)
 
 
 def test_masks_of_experts_seeds_and_neighbours_are_independent() -> None:
     base = torch.zeros(1 << 18)
-    one, other = kept(base, [base, base], 0.5, seed=1)
-    (reseeded,) = kept(base, [base], 0.5, seed=2)
+    one, other = masks_of(base, [base, base], 0.5, seed=1)
+    (reseeded,) = masks_of(base, [base], 0.5, seed=2)
     n = base.numel()
     for a, b in ((one, other), (one, reseeded), (other, reseeded), (one[1:], one[:-1]), (one[32:], one[:-32])):
         assert within(int((a == b).sum()), a.numel() / 2, n)

@@ -22,9 +22,8 @@ OFFSETS = [(0, 0), (5, 1), (2**63 - 1, 6), (2**40 + 5, 2**32 + 1)]
 
 
 def reference(n: int, columns: int, seed: int, first_column: int = 0) -> torch.Tensor:
-    options = RandomMatrixOptions(
-        n=n, columns=columns, seed=seed, first_column=first_column, device=torch.device("cpu")
-    )
+    cpu = torch.device("cpu")
+    options = RandomMatrixOptions(n=n, columns=columns, seed=seed, first_column=first_column, device=cpu)
     return definition(options)
 
 

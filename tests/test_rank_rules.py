@@ -24,7 +24,7 @@ TIE = 1e-9
 def losses(deltas: list[Tensor], weights: list[float]) -> list[float]:
     """The function that k = 1, 2, … minimises."""
     parts = [torch.linalg.svd(d.double(), full_matrices=False) for d in deltas]
-    found = []
+    losses_by_rank = []
     for k in range(1, min(deltas[0].shape) // len(deltas) + 1):
         d = 0.0
         for bases in ([p.U[:, :k] for p in parts], [p.Vh[:k].mT for p in parts]):
@@ -35,15 +35,15 @@ def losses(deltas: list[Tensor], weights: list[float]) -> list[float]:
         for p, w in zip(parts, weights, strict=True):
             power = p.S.square()
             loss += w * w * float(power[:k].sum() * min(d, 1.0) + power[k:].sum())
-        found.append(loss)
-    return found
+        losses_by_rank.append(loss)
+    return losses_by_rank
 
 
 def check(base: Tensor, experts: list[Tensor], **choices: float | list[float]) -> int:
     plan = layer_plan(base, experts, rank_rule="interference", **choices)
-    wanted = losses([e.double() - base.double() for e in experts], plan.weights)
+    loss = losses([e.double() - base.double() for e in experts], plan.weights)
     (k,) = set(plan.ranks)
-    assert wanted[k - 1] <= min(wanted) * (1 + TIE)
+    assert loss[k - 1] <= min(loss) * (1 + TIE)
     return k
 
 
@@ -64,20 +64,19 @@ def test_is_the_minimum_at_any_size(m: int, n: int, n_experts: int, seed: int) -
 
 def test_experts_that_do_not_interfere_keep_all_they_have_room_for() -> None:
     left, right = orthonormal(60, 48, 0), orthonormal(48, 48, 1)
-    deltas = [
-        (left[:, 16 * t : 16 * (t + 1)] * power_law(16, 0.5)) @ right[:, 16 * t : 16 * (t + 1)].mT for t in range(3)
-    ]
+    pairs = zip(left.split(16, 1), right.split(16, 1), strict=True)
+    deltas = [(u * power_law(16, 0.5)) @ v.mT for u, v in pairs]
     assert check(torch.zeros(60, 48, dtype=torch.float64), deltas, beta=0.0) == 16
 
 
 def test_experts_that_share_their_tails_only_are_cut_there() -> None:
-    # Eight directions of their own, orthogonal to all others, and then eight shared ones: each costs d without gain.
+    # Each expert has eight directions orthogonal to all others and eight shared ones, which cost d without gain.
     left, right = orthonormal(80, 80, 0), orthonormal(80, 80, 1)
     spectrum = torch.cat([torch.full((8,), 3.0), torch.full((8,), 1.0)]).double()
     deltas = []
     for t in range(4):
-        own, shared = slice(8 * t, 8 * (t + 1)), slice(32, 40)
-        u, v = (torch.cat([x[:, own], x[:, shared]], 1) for x in (left, right))
+        private, shared = slice(8 * t, 8 * (t + 1)), slice(32, 40)
+        u, v = (torch.cat([x[:, private], x[:, shared]], 1) for x in (left, right))
         deltas.append((u * spectrum) @ v.mT)
     assert check(torch.zeros(80, 80, dtype=torch.float64), deltas, beta=0.0) == 8
 
@@ -85,13 +84,13 @@ def test_experts_that_share_their_tails_only_are_cut_there() -> None:
 @pytest.mark.parametrize("decomposition", ["auto", "gram", "exact"])
 def test_is_the_same_for_every_way_to_the_spectrum(decomposition: str) -> None:
     base, experts = experts_with_spectra(60, 45, 3, 0.3, seed=4)
-    wanted = layer_plan(base, experts, rank_rule="interference").ranks
-    assert layer_plan(base, experts, rank_rule="interference", decomposition=decomposition).ranks == wanted
+    expected = layer_plan(base, experts, rank_rule="interference").ranks
+    assert layer_plan(base, experts, rank_rule="interference", decomposition=decomposition).ranks == expected
 
 
 def test_an_unchanged_expert_does_not_count() -> None:
     base, experts = experts_with_spectra(60, 45, 2, 0.7, seed=2, dtype=torch.float64)
     plan = layer_plan(base, [*experts, base.clone()], rank_rule="interference", beta=0.0)
-    wanted = losses([e - base for e in experts], [1.0, 1.0])[: 45 // 3]
+    loss = losses([e - base for e in experts], [1.0, 1.0])[: 45 // 3]
     (k,) = set(plan.ranks)
-    assert k > 1 and wanted[k - 1] <= min(wanted) * (1 + TIE)
+    assert k > 1 and loss[k - 1] <= min(loss) * (1 + TIE)

@@ -94,9 +94,8 @@ def test_whole_recipe_resolves_as_in_mergekit() -> None:
     resolver = pytest.importorskip("mergekit.parameter_resolver", reason="mergekit is older than 0.1.5")
     parameters = {"weight": [{"filter": "mlp", "value": [0.1, 0.9]}, {"value": 3}]}
     model_parameters = {"weight": [{"filter": "attn", "value": 5}]}
-    ours = load_recipe(
-        recipe(models=[{"model": "x", "parameters": model_parameters}, {"model": "y"}], parameters=parameters)
-    )
+    models = [{"model": "x", "parameters": model_parameters}, {"model": "y"}]
+    ours = load_recipe(recipe(models=models, parameters=parameters))
     theirs = config.MergeConfiguration.model_validate(
         recipe(models=[{"model": "x", "parameters": model_parameters}, {"model": "y"}], parameters=parameters)
     )

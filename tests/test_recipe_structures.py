@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from checkpoints import LAYERS, Family, load_model
+from checkpoints import LAYERS, Family
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from resm_kernels.engine import merge_checkpoints
+from oracles import assert_merged_as_by_mergekit
 
 SLERP = """
         merge_method: slerp
@@ -147,24 +144,9 @@ def named(structure: Any, folders: dict[str, str]) -> Any:
 
 def assert_equal_to_mergekit(family: Family, structure: Any) -> None:
     """Merge with both libraries: all tensors must agree within fp32's rounding, and so must the numbers of layers."""
-    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
     letters = dict(zip("BXYZ", map(str, [family.base_folder, *family.folders]), strict=True))
-    recipe = named(structure, letters)
-    file = family.root / "recipe.yml"
-    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
-    merge_checkpoints(file, family.out, overwrite=True)
-    theirs = family.root / "mergekit"
-    shutil.rmtree(theirs, ignore_errors=True)
-    options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(recipe), str(theirs), options)
-    ours, expected = load_model(family.out), load_model(theirs)
-    assert set(ours) == set(expected)
-    torch.testing.assert_close(ours, expected, rtol=2e-6, atol=2e-8)  # names the tensor that differs
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (family.out, theirs)]
-    assert configs[0]["num_hidden_layers"] == configs[1]["num_hidden_layers"]
+    ours, theirs = assert_merged_as_by_mergekit(named(structure, letters), family.root, rtol=2e-6, atol=2e-8)
+    assert ours["num_hidden_layers"] == theirs["num_hidden_layers"]
 
 
 @pytest.mark.parametrize("name", STRUCTURES)

@@ -34,9 +34,9 @@ def test_half_precision_experts_are_merged_in_fp32_by_default(shape: tuple[int, 
         for choice in ({}, {"accuracy": 1e-3}, {"accuracy": 0})
     )
     assert same_bits(default, loose) and not torch.equal(default, exact)
-    for found, bound in ((exact, 2e-6), (default, 1e-4)):
+    for merged, bound in ((exact, 2e-6), (default, 1e-4)):
         # fp32 rounds θ₀ + M by 2^-24 of θ₀, which is a hundred times M.
-        assert relative(found - base.double(), m) <= bound + 100 * 2.0**-24
+        assert relative(merged - base.double(), m) <= bound + 100 * 2.0**-24
     assert layer_plan(base, experts).accuracy == 1e-3 and layer_plan(base, experts, accuracy=0).accuracy == 0
 
 

@@ -66,7 +66,7 @@ def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, alike:
     base, experts = related(*shape, n_experts, alike, seed=3)
     deltas = [e - base for e in experts]
     for parameters in ({}, {"rank": 2, "beta_min": 0.2}, {"confidence": 0.0}, {"head_ratio": 1.5, "beta_max": 2.0}):
-        expected = authors_resmerge(deltas, **parameters)  # type: ignore[arg-type]
+        expected = authors_resmerge(deltas, **parameters)
         for decomposition in ("gram", "exact"):
             assert (
                 relative(merged_delta(base, experts, "resmerge", decomposition=decomposition, **parameters), expected)
@@ -77,9 +77,8 @@ def test_equals_the_authors_steps(shape: tuple[int, int], n_experts: int, alike:
     merged = merged_delta(base.float(), single, "resmerge", decomposition="gram")
     assert relative(merged, authors_resmerge([e - base.float() for e in single])) <= 1e-6
     weighed = [w * d for w, d in zip(range(1, n_experts + 1), deltas, strict=True)]
-    merged = merged_delta(
-        base, experts, "resmerge", weight=list(range(1, n_experts + 1)), lambda_=0.5, decomposition="gram"
-    )
+    weight = list(range(1, n_experts + 1))
+    merged = merged_delta(base, experts, "resmerge", weight=weight, lambda_=0.5, decomposition="gram")
     assert relative(merged, 0.5 * authors_resmerge(weighed)) <= 1e-9
 
 
@@ -96,7 +95,7 @@ def test_residuals_without_anything_in_common_are_averaged() -> None:
     base = randn(24, 20, seed=0).double()
     mean = sum(d - 5 * torch.outer(left[:, i], right[:, i]) for i, d in zip((0, 3, 6), deltas, strict=True)) / 3
     # The heads have nothing in common either, so there is no correction.
-    assert relative(merged_delta(base, [base + d for d in deltas], "resmerge", decomposition="gram"), mean) <= 1e-9  # type: ignore[arg-type]
+    assert relative(merged_delta(base, [base + d for d in deltas], "resmerge", decomposition="gram"), mean) <= 1e-9
 
 
 def test_copies_give_the_merge_of_one() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from checkpoints import Family, llama_config, load_model, save_model
+from oracles import assert_merged_as_by_mergekit
 
 from resm_kernels import merge_state_dicts
 from resm_kernels.engine import MergeError, checkpoint_stats, merge_checkpoints, plan_merge
@@ -26,27 +26,11 @@ def source(folder: Path, first: int, end: int, **parameters: Any) -> dict[str, A
     return {"model": str(folder), "layer_range": [first, end]} | settings
 
 
-def by_mergekit(recipe: dict[str, Any], out: Path) -> dict[str, torch.Tensor]:
-    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    options = MergeOptions(copy_tokenizer=False, quiet=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(recipe))), str(out), options)
-    return load_model(out)
-
-
 def assert_like_mergekit(family: Family, recipe: dict[str, Any]) -> dict[str, Any]:
     """Merge with both; every tensor must agree to fp32's rounding. Returns our config."""
-    merge_checkpoints(recipe, family.out)
-    theirs = family.root / "mergekit"
-    ours, expected = load_model(family.out), by_mergekit(recipe, theirs)
-    assert set(ours) == set(expected)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
-    config, their_config = (json.loads((folder / "config.json").read_text()) for folder in (family.out, theirs))
-    assert config["num_hidden_layers"] == their_config["num_hidden_layers"]
-    return config
+    ours, theirs = assert_merged_as_by_mergekit(recipe, family.root, rtol=1e-6, atol=1e-8)
+    assert ours["num_hidden_layers"] == theirs["num_hidden_layers"]
+    return ours
 
 
 def test_stacked_layers_are_numbered_anew(family: Family) -> None:
@@ -115,7 +99,7 @@ def test_base_of_each_slice(family: Family) -> None:
         {"sources": [source(a, 0, 1), source(b, 0, 1)], "base_model": str(a)},
         {"sources": [source(b, 2, 3), source(c, 1, 2)], "base_model": str(b)},
     ]
-    recipe = {"merge_method": "ties", "base_model": str(a), "slices": slices, "dtype": "float32"}
+    recipe: dict[str, Any] = {"merge_method": "ties", "base_model": str(a), "slices": slices, "dtype": "float32"}
     recipe["parameters"] = {"density": 0.5, "weight": 1}
     assert_like_mergekit(family, recipe)
     del recipe["base_model"]
@@ -203,13 +187,10 @@ def test_problems_with_slices_name_their_place(family: Family) -> None:
 def test_models_that_do_not_fit_in_a_slice(family: Family) -> None:
     a, b = family.folders[:2]
     family.change(1, **{"model__layers__2__mlp__up_proj__weight": None})
-    with pytest.raises(
-        MergeError, match=r"expert1: has no tensor for 'model.layers.0.mlp.up_proj.weight' of .*expert0"
-    ):
+    name = "'model.layers.0.mlp.up_proj.weight'"
+    with pytest.raises(MergeError, match=rf"expert1: has no tensor for {name} of .*expert0"):
         merge_checkpoints(slices_of([source(a, 0, 1), source(b, 2, 3)]), family.out)
-    with pytest.raises(
-        MergeError, match=r"expert0: tensor 'model.layers.0.mlp.up_proj.weight' has no counterpart in .*expert1"
-    ):
+    with pytest.raises(MergeError, match=rf"expert0: tensor {name} has no counterpart in .*expert1"):
         merge_checkpoints(slices_of([source(b, 2, 3), source(a, 0, 1)]), family.out)
     family.change(1, **{"model__layers__2__mlp__up_proj__weight": torch.zeros(40, 32)})
     with pytest.raises(MergeError, match=r"expert1: .*has shape \(40, 32\), need \(48, 32\) as in .*expert0"):
@@ -245,8 +226,8 @@ def images(folder: Path, weights: dict[str, torch.Tensor], seed: int) -> Path:
     """The Llama with a vision tower of two layers and a projector, named as in Gemma 3's or Mistral 3's files."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {f"language_model.{name}": tensor for name, tensor in weights.items()}
-    shapes = {"multi_modal_projector.linear_1.weight": (32, 16), "vision_tower.patch_conv.weight": (16, 4)}
-    shapes |= {f"vision_tower.transformer.layers.{i}.ffn_norm.weight": (16,) for i in range(2)}
+    shapes: dict[str, Any] = {f"vision_tower.transformer.layers.{i}.ffn_norm.weight": (16,) for i in range(2)}
+    shapes |= {"multi_modal_projector.linear_1.weight": (32, 16), "vision_tower.patch_conv.weight": (16, 4)}
     tensors |= {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
     config = {
         "architectures": ["Mistral3ForConditionalGeneration"],
@@ -325,7 +306,6 @@ def synthetic(folder: Path, kind: str, seed: int) -> Path:
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_modules_equal_mergekits(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
-    family = Family(tmp_path, experts=1)
     x, y = (synthetic(tmp_path / name, kind, i) for i, name in enumerate("xy"))
     stacked = {
         "slices": [{"sources": [source(x, 0, 2), source(y, 1, 3)]}, {"sources": [source(y, 0, 3, weight=2)]}],
@@ -337,14 +317,8 @@ def test_modules_equal_mergekits(tmp_path: Path, kind: str) -> None:
     )
     modules = {names[0]: stacked, names[1]: both, names[2]: both}
     recipe = {"merge_method": "linear", "modules": modules, "parameters": {"weight": 1}, "dtype": "float32"}
-    merge_checkpoints(recipe, family.out)
-    theirs = tmp_path / "mergekit"
-    ours, expected = load_model(family.out), by_mergekit(recipe, theirs)
-    assert set(ours) == set(expected)
-    for name, tensor in ours.items():
-        torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    configs = assert_merged_as_by_mergekit(recipe, tmp_path, rtol=1e-6, atol=1e-7)
     key = "num_decoder_layers" if kind == "t5" else "num_hidden_layers"
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (family.out, theirs)]
     layers = [config.get("text_config", config)[key] for config in configs]
     assert layers == [5, 5]
 

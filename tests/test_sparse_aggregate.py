@@ -48,9 +48,8 @@ def check_against_reference(
 @pytest.mark.parametrize("shape", [(), (0,), (17,), (BLOCK + 1,), (7, 11, 13), (CHUNK + 3,)], ids=str)
 def test_every_choice_has_the_reference_bits(rule: str, consensus_method: str, shape: tuple[int, ...]) -> None:
     base, experts = group(shape, 3)
-    for lower, upper, masks, rescale in itertools.product(
-        (None, LOWER), (None, UPPER), (None, masks_of(base, 3)), (None, SCALES)
-    ):
+    choices = ((None, choice) for choice in (LOWER, UPPER, masks_of(base, 3), SCALES))
+    for lower, upper, masks, rescale in itertools.product(*choices):
         options = {"thresholds": lower, "upper_thresholds": upper, "masks": masks, "rescale": rescale}
         for start, normalize in ((base, False), (None, True)):
             check_against_reference(start, experts, rule, consensus_method, normalize=normalize, **options)

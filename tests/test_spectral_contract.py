@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
+from conftest import SameOnThreads
 from inputs import (
     LAYOUTS,
     MATRICES,
@@ -68,7 +68,7 @@ CASES = [
     Case("swudi", order=1e-12),
     Case("tsvm", rounding=1e-5, order=1e-8, turned=1e-8, scaled=1e-8),
     *(Case("tsv_compress", p, order=1e-12, turned=1e-10) for p in ({}, {"rank": 4}, {"share": 0.2})),
-    # Adam takes steps in coordinates of its own, and as long ones for short task vectors as for long ones.
+    # Adam scales each coordinate by itself, and its steps are as long for short task vectors as for long ones.
     Case("wudi", order=1e-10, turned=0, scaled=0),
 ]
 METHODS = sorted({case.method for case in CASES})
@@ -235,18 +235,11 @@ def test_one_expert_gives_itself(method: str, parameters: dict[str, Any], dtype:
     ],
     ids=str,
 )
-def test_same_bits_for_any_number_of_threads(
-    method: str, parameters: dict[str, Any], use_threads: Callable[[int], None]
-) -> None:
-    for shape, n_experts, dtype in (
-        ((330, 305), 2, torch.bfloat16),
-        ((330, 305), 2, torch.float32),
-        ((523, 301), 3, torch.float32),
-        ((310, 401), 2, torch.float32),
-    ):
-        base, experts = experts_with_spectra(*shape, n_experts, dtype=dtype)
-        merges = []
-        for threads in (1, 2, 3):
-            use_threads(threads)
-            merges.append(merge(base, experts, method, out_dtype=torch.float64, **parameters))
-        assert same_bits(merges[1], merges[0]) and same_bits(merges[2], merges[0])
+def test_same_bits_on_any_threads(method: str, parameters: dict[str, Any], same_on_threads: SameOnThreads) -> None:
+    groups = [
+        experts_with_spectra(330, 305, 2, dtype=torch.bfloat16),
+        experts_with_spectra(330, 305, 2),
+        experts_with_spectra(523, 301, 3),
+        experts_with_spectra(310, 401, 2),
+    ]
+    same_on_threads(lambda: [merge(*group, method, out_dtype=torch.float64, **parameters) for group in groups])

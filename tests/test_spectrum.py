@@ -72,9 +72,8 @@ def test_closed_forms() -> None:
     assert stable_rank(values) == pytest.approx(1 / (1 - q * q), rel=ROUNDING)
     # σ² = 9, 4, 2, 1: shares 9/16, 13/16, 15/16, 1.
     values = doubles(9, 4, 2, 1).sqrt()
-    assert [energy_rank(values, s) for s in (0.0, 0.5, 9 / 16, 0.57, 13 / 16, 0.9, 0.99, 1.0)] == [
-        *(0, 1, 1, 2, 2, 3, 4, 4)
-    ]
+    ranks = [energy_rank(values, s) for s in (0.0, 0.5, 9 / 16, 0.57, 13 / 16, 0.9, 0.99, 1.0)]
+    assert ranks == [0, 1, 1, 2, 2, 3, 4, 4]
 
 
 @pytest.mark.parametrize("values", [torch.zeros(7), torch.zeros(0)])

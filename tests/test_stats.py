@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import Family
+from conftest import RunCommand
 from inputs import experts_with_spectra
 
-from resm_kernels import cli
 from resm_kernels.engine import checkpoint_stats
 from resm_kernels.engine.stats import Spectra, tensor_spectra
 
@@ -24,22 +24,15 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SPECTRUM = 1e-9
 
 
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return Family(tmp_path)
-
-
 def interferences(us: list[np.ndarray], values: list[np.ndarray], vs: list[np.ndarray]) -> tuple[float, float]:
     """Interference and STI as `linalg.spectrum` defines them, in numpy."""
-    n_experts, landed = len(us), 0.0
-    for s in range(n_experts):
-        for t in range(n_experts):
-            if s != t:
-                landed += np.linalg.norm(us[s].T @ (us[t] * values[t]) @ vs[t].T @ vs[s]) ** 2
+    n_experts, overlap = len(us), 0.0
+    for s, t in itertools.permutations(range(n_experts), 2):
+        overlap += float(np.linalg.norm(us[s].T @ (us[t] * values[t]) @ vs[t].T @ vs[s])) ** 2
     u, v, sigma = np.hstack(us), np.hstack(vs), np.concatenate(values)
     unit = np.eye(len(sigma))
     sti = np.abs((u.T @ u - unit) @ np.diag(sigma) @ (v.T @ v - unit)).sum()
-    return float(landed / ((n_experts - 1) * (sigma**2).sum())), float(sti)
+    return float(overlap / ((n_experts - 1) * (sigma**2).sum())), float(sti)
 
 
 def test_spectra_equal_numpys(family: Family) -> None:
@@ -69,17 +62,15 @@ def test_spectra_equal_numpys(family: Family) -> None:
     us = [u[:, :k] for (u, _, _), k in zip(svds, row.ranks, strict=True)]
     vs = [v[:k].T for (_, _, v), k in zip(svds, row.ranks, strict=True)]
     values = [s[:k] for (_, s, _), k in zip(svds, row.ranks, strict=True)]
-    for s in range(3):
-        for t in range(3):
-            if s != t:
-                smaller, larger = sorted((row.ranks[s], row.ranks[t]))
-                for bases, overlaps, expected, size in (
-                    (us, spectra.left_overlap, spectra.left_expected, m),
-                    (vs, spectra.right_overlap, spectra.right_expected, n),
-                ):
-                    cosine = np.linalg.norm(bases[s].T @ bases[t]) ** 2 / smaller
-                    assert overlaps[s][t] == pytest.approx(cosine, rel=1e-8)
-                    assert expected[s][t] == larger / size
+    for a, b in itertools.permutations(range(3), 2):
+        smaller, larger = sorted((row.ranks[a], row.ranks[b]))
+        for bases, overlaps, expected, size in (
+            (us, spectra.left_overlap, spectra.left_expected, m),
+            (vs, spectra.right_overlap, spectra.right_expected, n),
+        ):
+            cosine = np.linalg.norm(bases[a].T @ bases[b]) ** 2 / smaller
+            assert overlaps[a][b] == pytest.approx(cosine, rel=1e-8)
+            assert expected[a][b] == larger / size
     interference, sti = interferences(us, values, vs)
     assert spectra.interference == pytest.approx(interference, rel=1e-8)
     assert spectra.sti == pytest.approx(sti, rel=1e-8)
@@ -106,7 +97,7 @@ def test_copies_interfere_wholly_and_an_untouched_tensor_not_at_all(family: Fami
     base, experts = experts_with_spectra(40, 30, 1)
     copies = tensor_spectra(base, experts * 3, [10, 10, 10])
     assert copies.interference == pytest.approx(1)
-    assert (copies.left_overlap[0][2], copies.right_overlap[2][0]) == (pytest.approx(1), pytest.approx(1))
+    assert [copies.left_overlap[0][2], copies.right_overlap[2][0]] == pytest.approx([1, 1])
     untouched = tensor_spectra(base, [base, base], [10, 10])
     assert untouched.values == [[0.0] * 30] * 2
     assert (untouched.kept, untouched.effective_rank, untouched.rank_99) == ([0, 0], [0.0, 0.0], [0, 0])
@@ -121,9 +112,8 @@ def test_spectrum_in_the_json_is_bounded() -> None:
     assert (spectra.indices[0], spectra.indices[-1]) == (1, 150)
     assert spectra.indices == sorted(set(spectra.indices))
     expected = torch.linalg.svdvals(experts[1].double() - base.double())
-    assert spectra.values[1] == pytest.approx(
-        (expected / expected[0])[torch.tensor(spectra.indices) - 1].tolist(), abs=1e-8
-    )
+    shares = (expected / expected[0])[torch.tensor(spectra.indices) - 1].tolist()
+    assert spectra.values[1] == pytest.approx(shares, abs=1e-8)
 
 
 def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> None:
@@ -135,43 +125,33 @@ def test_bits_do_not_depend_on_threads(use_threads: Callable[[int], None]) -> No
     assert results[0] == results[1] == results[2]
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["resm-kernels", *map(str, arguments)])
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    with pytest.raises(SystemExit) as exit_:
-        cli.main()
-    return int(exit_.value.code or 0)
-
-
-def test_command_shows_spectra(
-    family: Family, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_shows_spectra(family: Family, run: RunCommand) -> None:
     recipe = family.recipe_file("resm", parameters={"spectral": True})
-    assert run(monkeypatch, "stats", recipe, "--spectra") == 0
-    out = capsys.readouterr().out
+    code, out, _ = run("stats", recipe, "--spectra")
+    assert code == 0
     for part in ("effective rank", "decay", "interference (random)", "model.layers.0.self_attn.q_proj.weight"):
         assert part in out
     assert len({len(line) for line in out.splitlines()[1:]}) == 1  # nothing folds
-    assert run(monkeypatch, "stats", recipe) == 0
-    assert "interference" not in capsys.readouterr().out
-    assert run(monkeypatch, "stats", recipe, "--spectra", "--json", "-", "--quiet") == 0
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["tensors"]}
+    code, out, _ = run("stats", recipe)
+    assert code == 0 and "interference" not in out
+    code, out, _ = run("stats", recipe, "--spectra", "--json", "-", "--quiet")
+    assert code == 0
+    rows = {row["name"]: row for row in json.loads(out)["tensors"]}
     assert rows["model.norm.weight"]["spectra"] is None
     assert set(rows["lm_head.weight"]["spectra"]) == set(Spectra.__dataclass_fields__)
 
 
 def test_command_draws_a_picture(
-    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    family: Family, run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib", reason="pictures need the extra `plot`")
     file = tmp_path / "picture.png"
-    assert run(monkeypatch, "stats", family.recipe_file("resm"), "--plot", file, "--json", tmp_path / "s.json") == 0
+    assert run("stats", family.recipe_file("resm"), "--plot", file, "--json", tmp_path / "s.json")[0] == 0
     assert file.read_bytes().startswith(b"\x89PNG")
     drawn = {row["name"]: row["spectra"] for row in json.loads((tmp_path / "s.json").read_text())["tensors"]}
     assert drawn["model.layers.0.self_attn.q_proj.weight"] is not None
     assert drawn["model.embed_tokens.weight"] is None  # averaged
-    capsys.readouterr()
     # What cannot be drawn is said before the models are read.
     monkeypatch.setattr("resm_kernels.engine.stats.plan_merge", None)
-    assert run(monkeypatch, "stats", family.recipe_file("resm"), "--plot", tmp_path / "picture.gif") == 1
-    assert capsys.readouterr().err.startswith("error: plot: got ")
+    code, _, err = run("stats", family.recipe_file("resm"), "--plot", tmp_path / "picture.gif")
+    assert code == 1 and err.startswith("error: plot: got ")

@@ -41,7 +41,7 @@ def test_numerical_rank_bounds_the_truncation(method: str) -> None:
     matrix = with_spectrum(30, 20, power_law(7, 0.5), 0)
     s = subspace(matrix, 20, method=method, accuracy=1e-2 if method == "randomized" else 0.0)
     assert s.core.shape == (7, 7) and distance(product(s), matrix) <= SINGLE
-    assert s.error <= 3 * SINGLE  # the certificate in fp32 has 32 units of slack and the difference's own rounding
+    assert s.error <= 3 * SINGLE  # the certificate in fp32 has 32 units of slack and the rounding of the difference
     # 1e-6 of the largest is the limit.
     three = torch.diag(torch.tensor([1.0, 2e-6, 5e-7])).double()
     assert subspace(three, 3, method=method, accuracy=1e-2).core.shape == (2, 2)

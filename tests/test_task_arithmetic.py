@@ -1,7 +1,7 @@
 """task_arithmetic: equal to mergekit in fp32 to the bit for up to four experts.
 
-torch sums four rows and fewer in order; from five on, columns that fill no vector are summed in an order of their
-own, so that mergekit's own result depends on a tensor's length. There `reordered` bounds the difference: each order
+torch sums four rows and fewer in order; from five on, columns that fill no vector are summed in another
+order, so that mergekit's result depends on a tensor's length. There `reordered` bounds the difference: each order
 rounds T times, 2^-24 of the sum of magnitudes a time. The sign of a zero is not compared: torch starts its sums at
 +0.
 """

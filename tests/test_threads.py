@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import UseThreads
+from conftest import THREADS, SameOnThreads, UseThreads
 from inputs import randn, same_bits
 from torch import Tensor
 
@@ -22,8 +22,7 @@ from resm_kernels.linalg import threads as threads_module
 from resm_kernels.linalg.threads import Queue, _limits, run
 
 CPU = torch.device("cpu")
-COUNTS = (1, 2, 3, 5)
-counts = pytest.mark.parametrize("threads", COUNTS)
+counts = pytest.mark.parametrize("threads", THREADS)
 
 
 def slow_tasks() -> tuple[list[Callable[[], Any]], threading.Semaphore, list[int], list[int]]:
@@ -211,7 +210,7 @@ def test_tasks_record_no_gradient(use_threads: UseThreads) -> None:
     assert not any(y.requires_grad for y in run([lambda: x * 2, lambda: x * 3], CPU))
 
 
-def test_bits_of_blas_and_lapack_do_not_depend_on_threads(use_threads: UseThreads) -> None:
+def test_bits_of_blas_and_lapack_do_not_depend_on_threads(same_on_threads: SameOnThreads) -> None:
     x = randn(330, 310, seed=1)
     square = (x.mT @ x).double()
 
@@ -226,11 +225,7 @@ def test_bits_of_blas_and_lapack_do_not_depend_on_threads(use_threads: UseThread
         ]
         return run(tasks, CPU)
 
-    results = []
-    for threads in COUNTS:
-        use_threads(threads)
-        results.append(work())
-    assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+    same_on_threads(work)
 
 
 @counts

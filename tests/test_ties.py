@@ -2,7 +2,7 @@
 
 Where more values than ⌊density·N⌋ reach the threshold, mergekit's sort keeps an arbitrary part of the tied, this
 library all of them: positions where an expert's |Δ| is tied at its threshold are left out, and only those. For five
-experts and more torch sums columns that fill no vector in an order of its own (see test_task_arithmetic.py). The sign
+experts and more torch sums columns that fill no vector in another order (see test_task_arithmetic.py). The sign
 of a zero is not compared.
 """
 
@@ -71,13 +71,13 @@ def test_rescaling_is_mergekits(normalize: bool) -> None:
     terms = []
     for expert, w, d in zip(experts, parameters["weight"], parameters["density"], strict=True):
         size = (expert - base).abs()
-        kept_mask = size >= size.flatten().sort(descending=True).values[int(d * size.numel()) - 1]
-        terms += terms_of(base, [expert], [kept_mask], [w])
+        above_threshold = size >= size.flatten().sort(descending=True).values[int(d * size.numel()) - 1]
+        terms += terms_of(base, [expert], [above_threshold], [w])
     merged = merge(base, experts, "ties", **our_keywords(parameters))
     assert_agrees(merged, mergekit(base, experts, "ties", parameters), base, terms, parameters, True)
 
 
-def test_all_tied_values_are_kept_whatever_their_order() -> None:
+def test_all_tied_values_remain_in_any_order() -> None:
     base = torch.zeros(10)
     expert = torch.tensor([1.0, 2.0, 1.0, 3.0, -1.0, 1.0, 0.5, 0.0, 0.0, 0.0])
     merged = merge(base, [expert], "ties", density=0.3)  # k = 3, and four values are tied with the third
@@ -86,7 +86,7 @@ def test_all_tied_values_are_kept_whatever_their_order() -> None:
     assert torch.equal(merge(base, [expert[order]], "ties", density=0.3), merged[order])
 
 
-def test_density_is_the_share_kept() -> None:
+def test_density_is_the_share_that_remains() -> None:
     base, expert = torch.zeros(1000), randn(1000, seed=0)
     for density, count in ((1.0, 1000), (0.2, 200), (0.0015, 1), (1e-9, 1), (0.0, 0)):
         assert int((merge(base, [expert], "ties", density=density) != 0).sum()) == count

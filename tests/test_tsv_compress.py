@@ -27,9 +27,7 @@ def fusion_bench_tsvc(task_vectors: list[Tensor], share: float) -> list[Tensor]:
 @pytest.mark.parametrize("n_experts", [2, 3, 5])
 @pytest.mark.parametrize("shape", [*MATRICES, (7, 30)], ids=str)
 @pytest.mark.parametrize("alpha", [0.3, 0.7, 1.5])
-def test_each_expert_equals_fusion_bench(
-    shape: tuple[int, int], n_experts: int, alpha: float, decomposition: str
-) -> None:
+def test_experts_equal_fusion_bench(shape: tuple[int, int], n_experts: int, alpha: float, decomposition: str) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, alpha, seed=3, dtype=torch.float64)
     expected = fusion_bench_tsvc([e - base for e in experts], 1 / n_experts)
     parameters = {"decomposition": decomposition}

@@ -1,4 +1,4 @@
-"""A merge method of a user's own: the example is installed with pip and runs from a folder outside this tree."""
+"""A merge method that a user wrote: the example is installed with pip and runs from a folder outside this tree."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ import yaml
 from checkpoints import fine_tuned, llama_config, load_model, random_weights, save_model
 from hypothesis import given
 from hypothesis import strategies as st
+from oracles import mergekit_folder
 
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge, vocabulary
@@ -30,9 +31,8 @@ def save_tokenizer(
 ) -> None:
     vocabulary = {word: i for i, word in enumerate(words)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, list(merges), unk_token="<unk>"))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
     fast.add_tokens(list(added))
     if pad is not None:
         fast.pad_token = pad
@@ -40,7 +40,7 @@ def save_tokenizer(
 
 
 class Vocabularies:
-    """A base and two experts, each with words of its own."""
+    """A base and two experts, whose vocabularies differ."""
 
     def __init__(self, root: Path, dtype: torch.dtype = torch.float32) -> None:
         self.root, self.out = root, root / "out"
@@ -83,15 +83,6 @@ def tokens_of(folder: Path) -> dict[str, int]:
     return transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
 
 
-def by_mergekit(recipe: Mapping[str, Any], out: Path) -> None:
-    pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
-    from mergekit.config import MergeConfiguration
-    from mergekit.merge import MergeOptions, run_merge
-
-    options = MergeOptions(quiet=True, write_model_card=False)
-    run_merge(MergeConfiguration.model_validate(yaml.safe_load(yaml.safe_dump(dict(recipe)))), str(out), options)
-
-
 TOKENS = {
     "<|im_end|>": {"source": "{second}", "force": True},
     "<|new|>": {"source": {"kind": "model_token", "model": "{first}", "token": "word5"}},
@@ -120,8 +111,8 @@ def test_equals_mergekit(family: Vocabularies, method: str, keys: dict[str, Any]
     recipe = yaml.safe_load(text)
     tokens, ours = merged(family, recipe)
     theirs = family.root / "mergekit"
-    by_mergekit(recipe, theirs)
-    their_tokens, expected = tokens_of(theirs), load_model(theirs)
+    expected = mergekit_folder(recipe, theirs)
+    their_tokens = tokens_of(theirs)
     # mergekit's order of added tokens is that of a set, so rows are compared token by token.
     assert set(tokens) == set(their_tokens)
     for name in (EMBEDDING, HEAD):
@@ -159,18 +150,18 @@ def test_rows_that_are_only_moved_keep_their_bits_and_dtype(tmp_path: Path) -> N
         (job,) = (job for job in plan.jobs if job.name == EMBEDDING)
         assert [info.dtype for _, info in job.inputs] == [torch.float32, torch.bfloat16]
         assert [info.shape[0] for _, info in job.inputs] == [11, 11]
-        assert type(job.inputs[1][0]).__name__ == "CheckpointReader", "the vocabulary is the model's own"
+        assert type(job.inputs[1][0]).__name__ == "CheckpointReader", "the output has this model's vocabulary"
     tokens, ours = merged(family, recipe)
     assert ours[EMBEDDING].dtype == torch.bfloat16
     half = (family.row(1, "word5").float() + family.row(2, "word5").float()) / 2
     assert torch.equal(ours[EMBEDDING][tokens["word5"]], half.bfloat16())
-    # "other" is the second model's alone: the first is given that row, so that the mean is the row itself.
+    # Only the second model has "other". The first gets that row, so that the mean is the row itself.
     assert torch.equal(ours[EMBEDDING][tokens["other"]], family.row(2, "other"))
 
 
 @given(st.data())
 def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
-    """Any mixture of own rows, other models' rows, means, zeros and padding, read in pieces of any size."""
+    """Any mixture of the model's rows, other models' rows, means, zeros and padding, read in pieces of any size."""
     dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
     heights = data.draw(st.lists(st.integers(1, 12), min_size=1, max_size=3))
     shapes = data.draw(st.sampled_from([(), (3,)]))
@@ -189,10 +180,10 @@ def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory
     with pytest.MonkeyPatch.context() as patch:
         for name, least in (("CHUNK", 1), ("_GAP", 0), ("_MEANS", 1)):
             patch.setattr(vocabulary, name, data.draw(st.integers(least, 40)))
-        kept_rows = [row if isinstance(row, int) else -1 for row in rows]
+        model_rows = [row if isinstance(row, int) else -1 for row in rows]
         foreign = {i: row for i, row in enumerate(rows) if isinstance(row, tuple)}
         model_tensors = vocabulary.ModelTensors([(reader, reader.tensors[EMBEDDING]) for reader in readers])
-        found = vocabulary.AlignedReader(model_tensors, 0, kept_rows, foreign).read(EMBEDDING)
+        aligned = vocabulary.AlignedReader(model_tensors, 0, model_rows, foreign).read(EMBEDDING)
     double = [tensor.double() for tensor in tensors]
     expected = torch.zeros((len(rows), *shapes), dtype=torch.float64)
     for i, row in enumerate(rows):
@@ -203,10 +194,9 @@ def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory
     padding = [i for i, row in enumerate(rows) if row is None]
     if padding:
         expected[padding] = expected.sum(0) / (len(rows) - len(padding))
-    exact = (
-        found.dtype == tensors[0].dtype and not padding and not any(len(sources) > 1 for sources in foreign.values())
-    )
-    torch.testing.assert_close(found.double(), expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+    has_means = any(len(sources) > 1 for sources in foreign.values())
+    exact = aligned.dtype == tensors[0].dtype and not padding and not has_means
+    torch.testing.assert_close(aligned.double(), expected, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
     for reader in readers:
         reader.close()
 
@@ -217,29 +207,29 @@ def test_forced_means_have_the_same_bits_in_all_models(family: Vocabularies) -> 
         (job,) = (job for job in plan.jobs if job.name == EMBEDDING)
         assert plan.tokenizer is not None
         row = plan.tokenizer.tokens["word4"]
-        found = [reader.read(info.name)[row] for reader, info in job.inputs]
+        rows = [reader.read(info.name)[row] for reader, info in job.inputs]
     # The base has the token, so that its row is what models without it would take.
-    assert all(torch.equal(values, family.row(0, "word4")) for values in found)
+    assert all(torch.equal(values, family.row(0, "word4")) for values in rows)
     models = [{"model": str(folder)} for folder in family.folders]
     recipe = {"merge_method": "linear", "models": models, "tokenizer": {"tokens": {"word4": {"force": True}}}}
     with plan_merge(recipe) as plan:
         (job,) = (job for job in plan.jobs if job.name == EMBEDDING)
-        found = [reader.read(info.name)[row] for reader, info in job.inputs]
-    assert all(torch.equal(values, found[0]) for values in found)
+        rows = [reader.read(info.name)[row] for reader, info in job.inputs]
+    assert all(torch.equal(values, rows[0]) for values in rows)
     mean = sum(family.row(i, "word4").double() for i in range(3)) / 3
-    torch.testing.assert_close(found[0].double(), mean, rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(rows[0].double(), mean, rtol=1e-6, atol=1e-8)
 
 
 def test_result_depends_on_neither_window_nor_threads(family: Vocabularies) -> None:
     recipe = family.recipe("ties", tokenizer={"pad_to_multiple_of": 16}, parameters={"density": 0.5})
     _, expected = merged(family, recipe)
     for choices in ({"memory_limit": 1}, {"threads": 1}, {"max_shard_size": "1kB"}):
-        _, found = merged(family, recipe, **choices)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        _, ours = merged(family, recipe, **choices)
+        assert all(torch.equal(ours[name], expected[name]) for name in expected)
 
 
 def test_special_tokens_keep_their_meaning(family: Vocabularies) -> None:
-    """Ids in the configs follow their tokens; one that the output's tokenizer lacks becomes its own such token."""
+    """Ids in the configs follow their tokens; one that the output lacks becomes its tokenizer's token of that role."""
     words = ["</s>", "<unk>", "<s>", "<pad>", *WORDS[3:]]
     folder = family.root / "tokenizer"
     save_tokenizer(folder, words, pad="<pad>")
@@ -247,8 +237,9 @@ def test_special_tokens_keep_their_meaning(family: Vocabularies) -> None:
     (family.folders[0] / "config.json").write_text(json.dumps(config))
     (family.folders[0] / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "temperature": 0.5}))
     merged(family, family.recipe(tokenizer_source=str(folder)))
-    found = json.loads((family.out / "config.json").read_text())
-    assert (found["bos_token_id"], found["eos_token_id"], found["pad_token_id"]) == (2, [0, words.index("word5")], 3)
+    written = json.loads((family.out / "config.json").read_text())
+    ids = [written[f"{role}_token_id"] for role in ("bos", "eos", "pad")]
+    assert ids == [2, [0, words.index("word5")], 3]
     generation = json.loads((family.out / "generation_config.json").read_text())
     assert generation == {"eos_token_id": 0, "temperature": 0.5}
 
@@ -297,7 +288,7 @@ def test_slices_of_models_with_different_vocabularies(family: Vocabularies) -> N
     recipe = {"merge_method": "linear", "slices": slices, "tokenizer": {"source": "union"}}
     tokens, ours = merged(family, recipe)
     assert torch.equal(ours[EMBEDDING][tokens["first"]], family.row(1, "first"))
-    # The head is the last slice's: it has no row for the first model's own words.
+    # The head is the last slice's, which has no row for words of the first model alone.
     assert torch.equal(ours[HEAD][tokens["other"]], family.row(2, "other", HEAD))
     assert not ours[HEAD][tokens["first"]].any()
 
@@ -317,7 +308,7 @@ def test_tokens_beyond_the_embedding_are_left_out(family: Vocabularies, source: 
     tokens, _ = merged(family, recipe)
     assert not {"more4", "abc"} & set(tokens) and ("ab" in tokens) == bool(merges)
     if not merges:  # mergekit 0.1.5 leaves merges in that make a token it takes out, and special tokens
-        by_mergekit(recipe, family.root / "mergekit")
+        mergekit_folder(recipe, family.root / "mergekit")
         assert set(tokens) == set(tokens_of(family.root / "mergekit")) - {"more4"}
     tokenizer = transformers.AutoTokenizer.from_pretrained(family.out)
     assert tokenizer.pad_token is None
