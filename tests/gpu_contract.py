@@ -189,7 +189,7 @@ class GpuContract:
         ):
             for rule in ("sum", "ties"):
                 self.check_aggregate(*group, rule)
-            self.check_threshold(*group, [2000, 0, base.numel()])
+            self.check_threshold(*group, [base.numel() // 6, 0, base.numel()])
             self.check_stats(*group, eps_rel=0.3, kappa=1.5)
 
     def test_empty_tensors_small(self) -> None:
@@ -257,7 +257,7 @@ class GpuContract:
             self.check_stats(*device_group(n, dtype, 2), eps=eps, eps_rel=eps_rel, kappa=kappa)
 
     @every_dtype
-    @pytest.mark.parametrize("shape", [(), (0, 3), (3, 0), (1, 37), (5, 37), (4, 64), (2, 2, 37)], ids=str)
+    @pytest.mark.parametrize("shape", [(), (0, 3), (3, 0), (1, 37), (3, 37), (2, 64), (2, 2, 37)], ids=str)
     def test_delta_stats_small_of_rows(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
         self.check_rows(shape, dtype)
 
@@ -266,8 +266,8 @@ class GpuContract:
     def test_magnitude_threshold_small_is_exact(self, dtype: torch.dtype, kind: str) -> None:
         for n in self.threshold_lengths:
             base, experts = device_group(n, dtype, 2, kind)
-            for share in (0.01, 0.6):
-                self.check_threshold(base, experts, [math.ceil(share * n)] * 2)
+            for k in {math.ceil(n / 100), math.ceil(0.6 * n)}:
+                self.check_threshold(base, experts, [k] * 2)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
     def test_magnitude_threshold_of_every_rank(self, dtype: torch.dtype) -> None:
