@@ -10,7 +10,7 @@ arch=${RESM_CUDA_ARCHITECTURES:-90-real}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 mode=${1:-}  # --quick: fewer rounds, smaller models
-tests=(tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py tests/test_cuda_masks.py tests/test_triton.py)
+tests=(tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py tests/test_triton.py)
 results=benchmarks/results/gpu.json
 step() {
   echo "== $1"
@@ -40,9 +40,9 @@ export RESM_REQUIRE_GPU=1
 step "GPU tests" "$python" -m pytest "${tests[@]}" -q
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck; do
-    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest "${tests[@]:0:4}" -q -k "small"
+    step "$tool" compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -m pytest "${tests[@]:0:3}" -q -k "small"
   done
-  step "memcheck, Triton" compute-sanitizer --error-exitcode 1 "$python" -m pytest tests/test_triton.py -q -k "aggregate_of_mixed or not_finite or of_nothing"
+  step "memcheck, Triton" compute-sanitizer --error-exitcode 1 "$python" -m pytest tests/test_triton.py -q -k "mixed_dtypes_and_layouts or not_finite or empty"
 else
   echo "skipped: no compute-sanitizer on this machine"
 fi

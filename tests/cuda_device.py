@@ -32,6 +32,7 @@ if DEVICE == "cpu" and os.environ.get("RESM_REQUIRE_GPU"):
     pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
 
 GUARD = 64
+"""Elements of a guard, before and after a tensor."""
 
 
 def device_group(
@@ -44,28 +45,28 @@ def device_group(
 
 def shifted(tensor: Tensor) -> Tensor:
     """A copy that is contiguous and one element off any alignment."""
-    room = tensor.new_empty(tensor.numel() + 1)
-    room[1:] = tensor.flatten()
-    return room[1:].view(tensor.shape)
+    buffer = tensor.new_empty(tensor.numel() + 1)
+    buffer[1:] = tensor.flatten()
+    return buffer[1:].view(tensor.shape)
 
 
 @contextmanager
 def guarded_memory() -> Iterator[None]:
     """Every tensor that the launchers allocate within it lies between guards, which no kernel may touch."""
-    rooms: list[Tensor] = []
+    buffers: list[Tensor] = []
 
     def guarded(shape: object, *, dtype: torch.dtype, device: object) -> Tensor:
         size = torch.Size([shape] if isinstance(shape, int) else shape)
-        room = torch.full((size.numel() + 2 * GUARD,), 77, dtype=dtype, device=device)
-        rooms.append(room)
-        return room[GUARD:-GUARD].view(size)
+        buffer = torch.full((size.numel() + 2 * GUARD,), 77, dtype=dtype, device=device)
+        buffers.append(buffer)
+        return buffer[GUARD:-GUARD].view(size)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "empty", guarded)
         patch.setattr(torch, "zeros", lambda *a, **k: guarded(*a, **k).zero_())
         yield
-    assert rooms
-    assert all(bool((room[:GUARD] == 77).all()) and bool((room[-GUARD:] == 77).all()) for room in rooms)
+    assert buffers
+    assert all(bool((guard == 77).all()) for buffer in buffers for guard in (buffer[:GUARD], buffer[-GUARD:]))
 
 
 def kernels_on_host() -> ModuleType:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cuda_device import DEVICE, cuda_kernels, device_group, guarded_memory, shifted  # noqa: F401  (a fixture)
+from gpu_contract import GpuContract, every_dtype, random_masks
 from hypothesis import given
 from hypothesis import strategies as st
 from inputs import FLOATS, generator, randn, same_bits, values
@@ -22,110 +23,61 @@ from resm_kernels._launch import prepare_aggregate
 from resm_kernels.cuda import aggregate as aggregate_launcher
 from resm_kernels.cuda import launch
 from resm_kernels.cuda import magnitude_threshold as magnitude_threshold_launcher
+from resm_kernels.cuda import random_mask as random_mask_launcher
 from resm_kernels.cuda.aggregate import CHUNK, aggregate
 from resm_kernels.cuda.delta_stats import delta_stats
+from resm_kernels.cuda.kept_moments import kept_moments
 from resm_kernels.cuda.magnitude_threshold import magnitude_threshold
-from resm_kernels.reference import aggregate as reference_aggregate
-from resm_kernels.reference import delta_stats as reference_delta_stats
-from resm_kernels.reference import magnitude_threshold as reference_magnitude_threshold
+from resm_kernels.cuda.random_mask import random_mask
+from resm_kernels.cuda.variance_mask import variance_mask
+from resm_kernels.reference import kept_moments as reference_kept_moments
+from resm_kernels.reference import random_mask as reference_random_mask
+from resm_kernels.reference import variance_mask as reference_variance_mask
 from resm_kernels.reference.aggregate import AggregateOptions
 from resm_kernels.reference.delta_stats import DeltaStatsOptions
+from resm_kernels.reference.deltas import SparsityOptions
 from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
+from resm_kernels.reference.random_mask import RandomMaskOptions
+from resm_kernels.reference.variance_mask import VarianceMaskOptions
 
-pytestmark = [pytest.mark.usefixtures("cuda_kernels"), pytest.mark.usefixtures("one_thread")]
+pytestmark = pytest.mark.usefixtures("cuda_kernels", "one_thread")
 
-LENGTHS = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5)
 SAMPLE = {torch.float32: 8192, torch.float64: 4096}
 """Elements that are sampled, by the dtype of the arithmetic; a tensor of at most so many is sampled whole."""
 
 
-def check_aggregate(base: Tensor | None, experts: list[Tensor], rule: str) -> None:
-    n_experts = len(experts)
-    weights = tuple(float(w) for w in randn(n_experts, seed=3))
-    limits = randn(n_experts, seed=4, dtype=torch.float64).abs().mul(2e-3).to(DEVICE)
-    # torch rounds float64 to half types twice: see test_float64_is_rounded_once.
-    wide = any(t.dtype == torch.float64 for t in (base, *experts) if t is not None)
-    for out_dtype in (torch.float64, torch.float32) if wide else (None, torch.bfloat16, torch.float16, torch.float64):
-        for thresholds in (None, limits) if rule == "ties" else (None,):
-            for normalize in (False, True):
-                options = AggregateOptions(
-                    weights=weights,
-                    scale=0.7,
-                    rule=rule,
-                    normalize=normalize,
-                    thresholds=thresholds,
-                    out_dtype=out_dtype,
-                )
-                merged, nonfinite = aggregate(base, experts, options)
-                expected = reference_aggregate.aggregate(base, experts, options)
-                assert same_bits(nonfinite.cpu(), expected[1].cpu())
-                assert merged.is_contiguous() and same_bits(merged.cpu(), expected[0].cpu())
+class TestKernels(GpuContract):
+    backend = "cuda"
+    lengths = (0, 1, 7, 8, 257, 2048, CHUNK - 1, CHUNK + 8, 2 * CHUNK + 5)
+    mixed_shape = (90, 140)
+    large = 16_397
+    sparse_lengths = (257, 0, 5, CHUNK + 13, 64)
+    threshold_lengths = (0, 1, 1000, 8192, 8193, 12_345)
+    ranks = (0, 1, 2, 3, 9, 12_345, 20_000, 39_998, 39_999)
+    float64_outputs = (torch.float32, torch.float64)
+    tolerances = ((1e-13, 1e-14),) * 2
+    last_bin_of_nan = math.inf
+
+    def test_delta_stats_of_several_chunks(self) -> None:
+        self.check_stats(*device_group(50_001, torch.float16, 2), kappa=3.0)
+
+    @every_dtype
+    def test_delta_stats_small_of_long_rows(self, dtype: torch.dtype) -> None:
+        self.check_rows((2, 3, 17_000), dtype)
+
+    def test_aggregate_takes_any_number_of_experts(self) -> None:
+        self.check_aggregate(*device_group(300, torch.bfloat16, 70), "ties")
+
+    @every_dtype
+    def test_views_off_any_alignment_small(self, dtype: torch.dtype) -> None:
+        base, experts = device_group(CHUNK + 24, dtype, 2)
+        for group in ((shifted(base), experts), (base, [shifted(experts[0]), experts[1]])):
+            self.check_aggregate(*group, "sum")
+            self.check_threshold(*group, [500, 8000])
+            self.check_stats(*group, eps=1e-3, kappa=2.0)
 
 
-def check_threshold(base: Tensor, experts: list[Tensor], k: list[int]) -> None:
-    options = MagnitudeThresholdOptions(k=tuple(k))
-    expected = reference_magnitude_threshold.magnitude_threshold(base, experts, options)
-    for a, b in zip(magnitude_threshold(base, experts, options), expected, strict=True):
-        assert same_bits(a.cpu(), b.cpu())
-
-
-def check_stats(base: Tensor, experts: list[Tensor], **options: Any) -> None:
-    with_histogram = DeltaStatsOptions(**options, histogram=True)
-    expected = reference_delta_stats.delta_stats(base, experts, with_histogram)
-    results = delta_stats(base, experts, with_histogram)
-    assert torch.equal(results[1], expected[1]) and torch.equal(results[2], expected[2])
-    torch.testing.assert_close(results[0], expected[0], rtol=1e-13, atol=1e-14)
-    wide = any(t.dtype == torch.float64 for t in (base, *experts))
-    torch.testing.assert_close(results[3], expected[3], rtol=2.0**-23 if wide else 0, atol=0)
-    plain = delta_stats(base, experts, DeltaStatsOptions(**options))
-    again = delta_stats(base, experts, with_histogram)
-    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(results, again, strict=True))
-    assert all(same_bits(a.cpu(), b.cpu()) for a, b in zip(results[:2], plain[:2], strict=True))
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("rule", ["sum", "ties"])
-@pytest.mark.parametrize("with_base", [False, True])
-def test_aggregate_small_has_the_references_bits(dtype: torch.dtype, rule: str, with_base: bool) -> None:
-    for n_experts, lengths in ((1, (257, 8)), (3, LENGTHS)):
-        for i, n in enumerate(lengths):
-            base, experts = device_group(n, dtype, n_experts, seed=10 * i)
-            check_aggregate(base if with_base else None, experts, rule)
-
-
-def test_aggregate_takes_any_number_of_experts() -> None:
-    check_aggregate(*device_group(300, torch.bfloat16, 70), "ties")
-
-
-@pytest.mark.parametrize("kind", ["ties", "subnormal", "huge", "zeros"])
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_aggregate_small_of_unusual_values(kind: str, dtype: torch.dtype) -> None:
-    base, experts = device_group(299, dtype, 2, kind)
-    for rule in ("sum", "ties"):
-        check_aggregate(base, experts, rule)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_views_off_any_alignment_small(dtype: torch.dtype) -> None:
-    base, experts = device_group(CHUNK + 24, dtype, 2)
-    for group in ((shifted(base), experts), (base, [shifted(experts[0]), experts[1]])):
-        check_aggregate(*group, "sum")
-        check_threshold(*group, [500, 8000])
-        check_stats(*group, eps=1e-3, kappa=2.0)
-
-
-def test_mixed_dtypes_and_layouts_small() -> None:
-    base = values((90, 140), "weights", torch.float32, 0).to(DEVICE)
-    half = values((90, 140), "weights", torch.bfloat16, 5).to(DEVICE)
-    for group in (
-        (base.mT.contiguous().mT, [base.bfloat16(), base.double() * 1.5, (base + 1e-3).half()]),
-        (half, [(half * 2).float(), half.half(), half]),
-        (half, [half * 2, half, half * 0.5]),
-    ):
-        for rule in ("sum", "ties"):
-            check_aggregate(*group, rule)
-        check_threshold(*group, [2000, 0, 12600])
-        check_stats(*group, eps_rel=0.3, kappa=1.5)
+check_threshold = TestKernels().check_threshold
 
 
 @pytest.mark.skipif(_extension.native is None, reason="the native kernels are not built")
@@ -155,76 +107,6 @@ def test_results_are_those_of_the_cpu_kernels() -> None:
     assert torch.equal(counts[:, 2].cpu(), stats.n_outlier)
     assert torch.equal(bin_counts.cpu(), stats.histogram_counts)
     assert torch.equal(bin_sums.cpu(), stats.histogram_sum_abs)
-
-
-def test_nothing_small_is_merged_to_nothing() -> None:
-    empty = torch.zeros(0, device=DEVICE)
-    assert aggregate(empty, [empty], AggregateOptions(weights=(1.0,)))[0].shape == (0,)
-    assert delta_stats(empty, [empty], DeltaStatsOptions(kappa=3.0))[1].tolist() == [[0, 0, 0, 0, 0]]
-    assert magnitude_threshold(empty, [empty], MagnitudeThresholdOptions(k=(0,)))[0].tolist() == [math.inf]
-
-
-@pytest.mark.parametrize("n", [1, 2 * CHUNK + 5])
-def test_values_that_are_not_finite_are_counted_small(n: int) -> None:
-    base, experts = device_group(n, torch.bfloat16, 2)
-    bad = [3, 700, 2051, -1] if n > 1 else [0]
-    special = torch.tensor([math.nan, math.inf, -math.inf, math.nan])[: len(bad)]
-    experts[1][bad] = special.to(experts[0])
-    _, nonfinite = aggregate(base, experts, AggregateOptions(weights=(1.0, 1.0), rule="ties"))
-    assert nonfinite.tolist() == [0, 0, len(bad)]
-    moments, counts, bins, sums = delta_stats(base, experts, DeltaStatsOptions(histogram=True))
-    assert counts[:, 3].tolist() == [0, len(bad)]
-    assert bool(moments[1, :4].isnan().all()) and bool(moments[0].isfinite().all())
-    assert torch.equal(bins[:, -1], counts[:, 3]) and torch.equal(sums[:, -1].isinf(), counts[:, 3] > 0)
-    options = MagnitudeThresholdOptions(k=(min(n, 4),) * 2)
-    thresholds, nonfinite = magnitude_threshold(base, experts, options)
-    assert torch.equal(nonfinite, counts[:, 3])
-    assert not thresholds[1].isfinite() and bool(thresholds[0].isfinite())
-    base[0] = math.nan
-    assert aggregate(base, experts, AggregateOptions(weights=(1.0, 1.0)))[1].tolist() == [1, 0, len(bad)]
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize(("eps", "eps_rel", "kappa"), [(0.0, 0.0, 2.0), (1e-3, 0.0, None), (1e-9, 0.5, 1.0)])
-def test_delta_stats_small(dtype: torch.dtype, eps: float, eps_rel: float, kappa: float | None) -> None:
-    for n in (0, 1, 37, 3000):
-        check_stats(*device_group(n, dtype, 2), eps=eps, eps_rel=eps_rel, kappa=kappa)
-
-
-def test_delta_stats_of_several_chunks() -> None:
-    check_stats(*device_group(50_001, torch.float16, 2), kappa=3.0)
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("shape", [(), (0, 3), (3, 0), (1, 37), (5, 37), (4, 64), (2, 3, 17_000)], ids=str)
-def test_delta_stats_small_of_rows(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-    base, experts = device_group(math.prod(shape), dtype, 2)
-    base, experts = base.reshape(shape), [e.reshape(shape) for e in experts]
-    check_stats(base, experts, eps_rel=0.3, kappa=2.0, rows=True)
-    if len(shape) < 2 or not base.numel():
-        return
-    # A row has the bits that it has by itself, at the same address.
-    options = DeltaStatsOptions(kappa=2.0, histogram=True, rows=True)
-    row = delta_stats(base[-1:], [e[-1:] for e in experts], options)
-    for all_rows, last in zip(delta_stats(base, experts, options), row, strict=True):
-        assert same_bits(all_rows[:, -1:].contiguous().cpu(), last.contiguous().cpu())
-
-
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("kind", ["weights", "ties", "subnormal", "zeros"])
-def test_magnitude_threshold_small_is_exact(dtype: torch.dtype, kind: str) -> None:
-    for n in (0, 1, 1000, 8192, 8193, 12_345):
-        base, experts = device_group(n, dtype, 2, kind)
-        for share in (0.01, 0.6):
-            check_threshold(base, experts, [math.ceil(share * n)] * 2)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_magnitude_threshold_of_every_rank(dtype: torch.dtype) -> None:
-    n = 20_000
-    base, experts = device_group(n, dtype, 2)
-    for k in (0, 1, 2, 3, 9, n // 2, n - 2, n - 1):
-        check_threshold(base, experts, [k, n - k])
 
 
 @given(
@@ -312,7 +194,7 @@ def test_brackets_that_just_miss_on_either_side(sources: list[list[int]], dtype:
         biased = randn(n, seed=1, dtype=dtype)
         biased[sampled] *= factor
         check_threshold(base, [biased.to(DEVICE)], [n // 2])
-    missed = [where == [2] for where in sources]
+    missed = [source == [2] for source in sources]
     assert missed[0] and missed[-1] and not all(missed)
 
 
@@ -341,13 +223,53 @@ def test_bits_do_not_depend_on_chunks(dtype: torch.dtype, monkeypatch: pytest.Mo
         assert torch.equal(magnitude_threshold(base, experts, ranks)[0], limits)
 
 
+def test_elements_that_are_left_out_small_are_counted_too() -> None:
+    base, experts = device_group(300, torch.bfloat16, 2)
+    experts[1][[3, 299]] = torch.tensor([math.nan, math.inf]).to(experts[1])
+    base[39] = math.nan
+    masks = tuple(torch.zeros_like(mask) for mask in random_masks(experts))
+    _, nonfinite = aggregate(base, experts, AggregateOptions(weights=(1.0, 1.0), masks=masks))
+    assert nonfinite.tolist() == [1, 0, 2]
+
+
+def test_random_mask_small_of_ranks_that_need_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = torch.zeros(5, 70, device=DEVICE), [randn(5, 70, seed=1).to(DEVICE)]
+    options = RandomMaskOptions(density=(0.5,), epsilon=(0.3,), seed=1)
+    expected = random_mask(base, experts, options)[0]
+    monkeypatch.setattr(random_mask_launcher, "ranks_of", lambda *a: reference_random_mask.ranks_of(*a).long())
+    assert torch.equal(random_mask(base, experts, options)[0], expected)
+
+
+def test_kept_moments_of_mixed_dtypes_views_and_values_that_are_not_finite() -> None:
+    base = shifted(values((300,), "weights", torch.float32, 0).to(DEVICE))
+    experts = [base.bfloat16(), base.double() * 1.5, (base + 1e-3).half()]
+    expected = reference_kept_moments.kept_moments(base, experts, SparsityOptions())
+    torch.testing.assert_close(kept_moments(base, experts, SparsityOptions()), expected, rtol=1e-13, atol=0)
+    experts[1][7] = math.inf
+    infinite = kept_moments(base, experts, SparsityOptions()).isinf()
+    assert infinite.tolist() == [[False] * 3, [True] * 3, [False] * 3]
+
+
+def test_variance_mask_of_mixed_dtypes_and_views() -> None:
+    options = VarianceMaskOptions(density=0.4)
+    base = shifted(values((300,), "weights", torch.float32, 0).to(DEVICE))
+    for experts in ([base.bfloat16(), base.half()], [shifted(base * 1.1), base * 0.9], [base.double() * 1.5, base]):
+        expected = reference_variance_mask.variance_mask(base, experts, options)
+        assert torch.equal(variance_mask(base, experts, options), expected)
+
+
 def test_kernels_write_only_to_their_results() -> None:
     for n in (9001, 5, 16_400):
         base, experts = device_group(n, torch.float16, 2)
+        masks = random_masks(experts)
         with guarded_memory():
             aggregate(base, experts, AggregateOptions(weights=(1.0, 2.0), rule="ties", out_dtype=torch.float32))
+            aggregate(base, experts, AggregateOptions(weights=(1.0, 2.0), normalize=True, masks=masks))
             delta_stats(base, experts, DeltaStatsOptions(eps_rel=0.1, kappa=3.0, histogram=True))
             magnitude_threshold(base, experts, MagnitudeThresholdOptions(k=(n // 2, 1)))
+            random_mask(base, experts, RandomMaskOptions(density=(0.5, 0.5), epsilon=(0.0, 0.2), seed=1))
+            kept_moments(base, experts, SparsityOptions(masks=masks))
+            variance_mask(base, experts, VarianceMaskOptions(density=0.5))
 
 
 def aggregate_arguments(**changes: Any) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Family, load_model
-from inputs import call_of, power_law, with_spectrum
-from torch.utils._pytree import tree_leaves
+from inputs import FLOATS, call_of, power_law, with_spectrum
+from product_contract import same
 
 import resm_kernels
 from resm_kernels.engine import merge_checkpoints
@@ -32,8 +32,6 @@ if not torch.cuda.is_available():
         pytest.fail("RESM_REQUIRE_GPU is set, but torch sees no GPU", pytrace=False)
     pytest.skip("torch sees no GPU here; run `make gpu` on a machine that has one", allow_module_level=True)
 
-DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
-
 
 def group(shape: tuple[int, ...], dtype: torch.dtype, n_experts: int = 3) -> tuple[torch.Tensor, list[torch.Tensor]]:
     generator = torch.Generator().manual_seed(0)
@@ -46,7 +44,7 @@ def on_gpu(base: torch.Tensor, experts: list[torch.Tensor]) -> tuple[torch.Tenso
     return base.cuda(), [e.cuda() for e in experts]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rule", ["sum", "ties"])
 @pytest.mark.parametrize("shape", [(7, 5), (300, 257), (0,), ()], ids=["small", "odd", "empty", "small scalar"])
 def test_aggregate_has_the_bits_of_the_cpu(dtype: torch.dtype, rule: str, shape: tuple[int, ...]) -> None:
@@ -56,9 +54,9 @@ def test_aggregate_has_the_bits_of_the_cpu(dtype: torch.dtype, rule: str, shape:
     weights = [0.5, 0.3, 0.2]
     on_cpu = aggregate(base, experts, weights, **options)
     assert torch.equal(aggregate(*on_gpu(base, experts), weights, **options).cpu(), on_cpu)
-    without = {**options, "thresholds": None}
-    on_cpu = aggregate(None, experts, weights, **without)
-    assert torch.equal(aggregate(None, on_gpu(base, experts)[1], weights, **without).cpu(), on_cpu)
+    untrimmed = {**options, "thresholds": None}
+    on_cpu = aggregate(None, experts, weights, **untrimmed)
+    assert torch.equal(aggregate(None, on_gpu(base, experts)[1], weights, **untrimmed).cpu(), on_cpu)
 
 
 def test_aggregate_small_refuses_nan() -> None:
@@ -69,12 +67,7 @@ def test_aggregate_small_refuses_nan() -> None:
 
 
 IN_CUDA = [op for op in dispatch_table() if has_gpu_kernel(op, "cuda")]
-BACKENDS = [
-    pytest.param(op, backend, id=f"{op} {backend}")
-    for op in IN_CUDA
-    for backend in ("triton", "cuda")
-    if has_gpu_kernel(op, backend)
-]
+BACKENDS = [(op, backend) for op in IN_CUDA for backend in ("triton", "cuda") if has_gpu_kernel(op, backend)]
 
 
 def options_of(op: str, numel: int) -> Any:
@@ -113,8 +106,7 @@ def test_ops_run_on_the_current_stream(op: str, backend: str) -> None:
         late.copy_(base)
         results = kernel(late, experts, options)
     torch.cuda.current_stream().wait_stream(stream)
-    for a, b in zip(tree_leaves(results), tree_leaves(expected), strict=True):
-        assert torch.equal(a, b)
+    assert same(results, expected)
 
 
 @pytest.mark.parametrize("op", IN_CUDA)

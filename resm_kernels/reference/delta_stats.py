@@ -51,7 +51,8 @@ def delta_stats(
     Returns:
         For each expert, and each row of it where `rows` asks for them (T, or T and the base's leading dimensions): five
         moments float64 (Σδ, Σδ², Σ|δ|, max|δ|, outliers' Σ|δ|), five counts int64 (zero, small, outliers, not finite,
-        all), and the histogram's counts int64 and sums float64, `options.bins` long.
+        all), and the histogram's counts int64 and sums float64, `options.bins` long. The last bin counts the values
+        that are not finite; where one of these is NaN, a backend may give the bin's sum as NaN or as ∞.
     """
     count, length = vector_layout(base.shape, options.rows)
     vectors = [v for delta in task_vectors(base, experts) for v in delta.reshape(count, length).unbind(0)]

@@ -1,7 +1,7 @@
 """delta_stats on a GPU: sums in float64, chunk by chunk, added up in a fixed order.
 
-One launch takes the sums of every chunk, the next their totals. Outliers and a relative ε need the moments: for these,
-both are launched again. The histogram is a launch by itself. The host waits for none of them.
+One launch computes the sums of every chunk, the next adds them up. Outliers and a relative ε need the moments, so that
+both kernels are launched again for them. The histogram has a launch by itself. The host waits for none of them.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from resm_kernels.triton._constants import group_constants
 from resm_kernels.triton._device import chunk_of, is_finite, load_as
 
 BLOCK, BLOCKS, WARPS = 2048, 16, 8
-"""Elements at a time, how often a program takes as many (a shorter loop is unrolled for gfx942, into four times the
-registers), and its warps."""
+"""A program of WARPS warps reads BLOCKS times BLOCK elements. A shorter loop would be unrolled for gfx942 and take four
+times the registers."""
 CHUNKS = 512
-"""Chunks whose sums are added at a time."""
+"""How many chunks' sums are added at a time."""
 FIELDS = 8
-"""Sums of a chunk: Σδ, Σδ², Σ|δ|, max|δ|, and how many δ are 0, small, not finite; or outliers, their Σ|δ|, small."""
+"""Room for the sums of a chunk. The first read has seven: Σδ, Σδ², Σ|δ|, max|δ|, and how many δ are 0, small and not
+finite. The second has three: how many δ are outliers, their Σ|δ|, and how many are small."""
 HISTOGRAM_BLOCK, HISTOGRAM_WARPS = 2048, 4
 
 
@@ -144,7 +145,7 @@ def _total(
     chunk_sums, first, count, t, field, LARGEST: tl.constexpr, T: tl.constexpr, FIELDS: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """One field of `count` chunks from the first on, added up, or the largest."""
+    """The sum, or with LARGEST the maximum, of one field over `count` chunks from `first` on."""
     total = tl.zeros([CHUNKS], tl.float64)
     for i in range(0, count, CHUNKS):
         chunk = i + tl.arange(0, CHUNKS)
@@ -164,24 +165,24 @@ def totals_kernel(
     t = program // n_rows
     count = (length + CHUNK - 1) // CHUNK
     first = program % n_rows * count
-    moment = moments + program * 5
-    number = counts + program * 5
+    row_moments = moments + program * 5
+    row_counts = counts + program * 5
     if SECOND:
-        tl.store(number + 2, _total(chunk_sums, first, count, t, 0, False, T, FIELDS, CHUNKS).to(tl.int64))
-        tl.store(moment + 4, _total(chunk_sums, first, count, t, 1, False, T, FIELDS, CHUNKS))
+        tl.store(row_counts + 2, _total(chunk_sums, first, count, t, 0, False, T, FIELDS, CHUNKS).to(tl.int64))
+        tl.store(row_moments + 4, _total(chunk_sums, first, count, t, 1, False, T, FIELDS, CHUNKS))
         if SMALL:
-            tl.store(number + 1, _total(chunk_sums, first, count, t, 2, False, T, FIELDS, CHUNKS).to(tl.int64))
+            tl.store(row_counts + 1, _total(chunk_sums, first, count, t, 2, False, T, FIELDS, CHUNKS).to(tl.int64))
     else:
         sizes = _total(chunk_sums, first, count, t, 2, False, T, FIELDS, CHUNKS)
         largest = _total(chunk_sums, first, count, t, 3, True, T, FIELDS, CHUNKS)
-        tl.store(moment, _total(chunk_sums, first, count, t, 0, False, T, FIELDS, CHUNKS))
-        tl.store(moment + 1, _total(chunk_sums, first, count, t, 1, False, T, FIELDS, CHUNKS))
-        tl.store(moment + 2, sizes)
-        tl.store(moment + 3, tl.where(sizes == sizes, largest, sizes))  # a maximum may pass over NaN
-        tl.store(number, _total(chunk_sums, first, count, t, 4, False, T, FIELDS, CHUNKS).to(tl.int64))
-        tl.store(number + 1, _total(chunk_sums, first, count, t, 5, False, T, FIELDS, CHUNKS).to(tl.int64))
-        tl.store(number + 3, _total(chunk_sums, first, count, t, 6, False, T, FIELDS, CHUNKS).to(tl.int64))
-        tl.store(number + 4, length)
+        tl.store(row_moments, _total(chunk_sums, first, count, t, 0, False, T, FIELDS, CHUNKS))
+        tl.store(row_moments + 1, _total(chunk_sums, first, count, t, 1, False, T, FIELDS, CHUNKS))
+        tl.store(row_moments + 2, sizes)
+        tl.store(row_moments + 3, tl.where(sizes == sizes, largest, sizes))  # a maximum may pass over NaN
+        tl.store(row_counts, _total(chunk_sums, first, count, t, 4, False, T, FIELDS, CHUNKS).to(tl.int64))
+        tl.store(row_counts + 1, _total(chunk_sums, first, count, t, 5, False, T, FIELDS, CHUNKS).to(tl.int64))
+        tl.store(row_counts + 3, _total(chunk_sums, first, count, t, 6, False, T, FIELDS, CHUNKS).to(tl.int64))
+        tl.store(row_counts + 4, length)
 
 
 @triton.jit(do_not_specialize=["length", "n_rows"])
@@ -190,7 +191,7 @@ def histogram_kernel(
     T: tl.constexpr, BASE: tl.constexpr, EXPERT: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr,
     BY_ROWS: tl.constexpr, BLOCK: tl.constexpr, BINS: tl.constexpr,
 ):  # fmt: skip
-    """Bin by bin of those that occur in a block: a binade's fp32 values have exact sums in float64, in any order."""
+    """Adds a block's values bin by bin. Sums of the fp32 values of one binade are exact in float64, in any order."""
     row, start, end = chunk_of(length, BLOCK, BY_ROWS)
     offsets = start + tl.arange(0, BLOCK)
     mask = offsets < end
