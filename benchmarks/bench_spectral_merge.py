@@ -67,7 +67,7 @@ REGIONS: Final = {
     "left bases": ("linalg.gram_fp32:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
     "merged product": ("spectral.low_rank:orthogonalized_sum",),
     "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
-    "join": ("spectral.low_rank:join", "spectral.task_matrices:averaged"),
+    "join": ("spectral.low_rank:join", "spectral.task_matrices:averaged_unless_matrix"),
 }
 """Stages, and the functions whose insides they are."""
 LEAVES: Final = {
