@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ def on_baseline(every_way: EveryWay, call: Callable[[], Any]) -> Any:
     return results["baseline, 1 threads"]
 
 
-class ProductContract:
+class ProductContract(ABC):
     """Tests of an op on a base, an expert of shape (m, n) and an operand.
 
     Attributes:
@@ -52,9 +53,9 @@ class ProductContract:
     operand: ClassVar[str]
     side: ClassVar[int]
 
+    @abstractmethod
     def check(self, result: Any, base: Tensor | None, expert: Tensor, operand: Tensor) -> None:
         """Fail unless the result is within the bound that the op states."""
-        raise NotImplementedError
 
     def operand_of(self, m: int, n: int, columns: int) -> Tensor:
         return randn((m, n)[self.side], columns, seed=1)
