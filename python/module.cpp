@@ -27,24 +27,34 @@ void require(bool holds, const std::string& need) {
   if (!holds) throw py::value_error("resm_kernels._native: " + need);
 }
 
-// A contiguous tensor of floating-point numbers.
+void require_cpu(py::handle tensor, const char* name) {
+  require(tensor.attr("is_cpu").cast<bool>(), std::string(name) + ": need a tensor on the CPU");
+}
+
+// `elements_of` a tensor on the CPU.
+template <class T>
+T* cpu_elements(py::handle tensor, const char* name, int64_t numel) {
+  require_cpu(tensor, name);
+  return elements_of<T>(tensor, name, numel);
+}
+
+// A contiguous tensor of floating-point numbers on the CPU.
 Array float_array(py::handle tensor, const char* name, int64_t numel) {
+  require_cpu(tensor, name);
   return {.data = data_of(tensor, name, numel), .dtype = float_dtype(tensor.attr("dtype"), name)};
 }
 
-// An input tensor of an op: a contiguous one on the CPU, which lives as long as this object.
+// An input tensor of an op, made contiguous, which lives as long as this object.
 class Input {
  public:
-  Input(py::handle tensor, const char* name) : name_(name), tensor_(tensor.attr("contiguous")()) {
-    require(tensor_.attr("is_cpu").cast<bool>(), std::string(name) + ": need a tensor on the CPU");
-  }
+  Input(py::handle tensor, const char* name) : name_(name), tensor_(tensor.attr("contiguous")()) {}
 
   std::vector<int64_t> shape() const { return tensor_.attr("shape").cast<std::vector<int64_t>>(); }
   int64_t numel() const { return tensor_.attr("numel")().cast<int64_t>(); }
   Array array(int64_t numel) const { return float_array(tensor_, name_, numel); }
   template <class T>
   const T* elements(int64_t numel) const {
-    return elements_of<T>(tensor_, name_, numel);
+    return cpu_elements<T>(tensor_, name_, numel);
   }
   // The numbers of rows and columns of a matrix.
   std::pair<int64_t, int64_t> matrix_shape() const {
@@ -134,7 +144,7 @@ void py_aggregate(py::handle base, const py::sequence& experts, py::handle optio
                               .min_divisor = number_or(-INFINITY, options.attr("min_divisor"))};
   require(static_cast<int>(read.weights.size()) == n, "weights: need one for each expert");
   const AggregateResult result{.merged = float_array(merged, "merged", group->numel()),
-                               .nonfinite = elements_of<int64_t>(nonfinite, "nonfinite", 1 + n)};
+                               .nonfinite = cpu_elements<int64_t>(nonfinite, "nonfinite", 1 + n)};
   const py::gil_scoped_release unlocked;
   aggregate(*group, read, result, threads);
 }
@@ -148,10 +158,10 @@ void py_delta_stats(py::handle base, const py::sequence& experts, py::handle opt
   const DeltaStatsOptions read{.eps = options.attr("eps").cast<double>(),
                                .eps_rel = options.attr("eps_rel").cast<double>(),
                                .kappa = number_or(-1.0, options.attr("kappa"))};
-  DeltaStatsResult result{.moments = elements_of<double>(moments, "moments", vectors * kMoments),
-                          .counts = elements_of<int64_t>(counts, "counts", vectors * kCounts),
-                          .bin_counts = elements_of<int64_t>(bin_counts, "bin_counts", bins),
-                          .bin_sums = elements_of<double>(bin_sums, "bin_sums", bins)};
+  DeltaStatsResult result{.moments = cpu_elements<double>(moments, "moments", vectors * kMoments),
+                          .counts = cpu_elements<int64_t>(counts, "counts", vectors * kCounts),
+                          .bin_counts = cpu_elements<int64_t>(bin_counts, "bin_counts", bins),
+                          .bin_sums = cpu_elements<double>(bin_sums, "bin_sums", bins)};
   if (!histogram) result.bin_counts = nullptr;
   const py::gil_scoped_release unlocked;
   delta_stats(*group, read, result, threads);
@@ -164,8 +174,8 @@ void py_magnitude_threshold(py::handle base, const py::sequence& experts, py::ha
   const auto k = options.attr("k").cast<std::vector<int64_t>>();
   require(static_cast<int>(k.size()) == n, "k: need one for each expert");
   for (const int64_t rank : k) require(rank >= 0 && rank <= group->numel(), "k: need 0 to the number of elements");
-  const ThresholdResult result{.thresholds = elements_of<double>(thresholds, "thresholds", n),
-                               .nonfinite = elements_of<int64_t>(nonfinite, "nonfinite", n)};
+  const ThresholdResult result{.thresholds = cpu_elements<double>(thresholds, "thresholds", n),
+                               .nonfinite = cpu_elements<int64_t>(nonfinite, "nonfinite", n)};
   const py::gil_scoped_release unlocked;
   magnitude_threshold(*group, k, result, threads);
 }
@@ -174,7 +184,7 @@ void py_inner_products(py::handle base, const py::sequence& experts, py::handle 
                        int threads) {
   const GroupInput group(base, experts, {.base = false, .rows = options.attr("rows").cast<bool>()});
   const int64_t n = group->n_experts();
-  double* out = elements_of<double>(grams, "grams", group->rows * n * n);
+  double* out = cpu_elements<double>(grams, "grams", group->rows * n * n);
   const py::gil_scoped_release unlocked;
   inner_products(*group, out, threads);
 }
@@ -183,7 +193,7 @@ void py_kept_moments(py::handle base, const py::sequence& experts, py::handle op
                      int threads) {
   GroupInput group(base, experts, {.base = true});
   const SparsityOptions sparsity = group.sparsity(options);
-  double* out = elements_of<double>(moments, "moments", group->n_experts() * 3);
+  double* out = cpu_elements<double>(moments, "moments", group->n_experts() * 3);
   const py::gil_scoped_release unlocked;
   kept_moments(*group, sparsity, out, threads);
 }
@@ -198,7 +208,7 @@ void py_random_mask(py::handle base, const py::sequence& experts, py::handle opt
   RandomMaskOptions read{.laws = {}, .seed = options.attr("seed").cast<uint64_t>()};
   for (const auto& [lowest, step] : laws) read.laws.push_back({.lowest = lowest, .step = step});
   std::vector<uint8_t*> outs;
-  for (const py::handle mask : masks) outs.push_back(elements_of<uint8_t>(mask, "masks", mask_bytes(group->numel())));
+  for (const py::handle mask : masks) outs.push_back(cpu_elements<uint8_t>(mask, "masks", mask_bytes(group->numel())));
   const py::gil_scoped_release unlocked;
   random_mask(*group, read, outs, threads);
 }
@@ -206,7 +216,7 @@ void py_random_mask(py::handle base, const py::sequence& experts, py::handle opt
 void py_variance_mask(py::handle base, const py::sequence& experts, py::handle options, py::handle mask, int threads) {
   const GroupInput group(base, experts, {.base = true});
   const auto density = options.attr("density").cast<double>();
-  uint8_t* out = elements_of<uint8_t>(mask, "mask", mask_bytes(group->numel()));
+  uint8_t* out = cpu_elements<uint8_t>(mask, "mask", mask_bytes(group->numel()));
   const py::gil_scoped_release unlocked;
   variance_mask(*group, density, out, threads);
 }
@@ -217,7 +227,7 @@ void py_random_matrix(py::handle options, py::handle omega, int threads) {
                                  .seed = options.attr("seed").cast<uint64_t>(),
                                  .first_column = options.attr("first_column").cast<int64_t>()};
   require(read.n >= 0 && read.columns >= 0 && read.first_column >= 0, "rows and columns must not be negative");
-  float* out = elements_of<float>(omega, "omega", read.n * read.columns);
+  float* out = cpu_elements<float>(omega, "omega", read.n * read.columns);
   const py::gil_scoped_release unlocked;
   random_matrix(read, out, threads);
 }
@@ -228,7 +238,7 @@ void py_project(py::handle base, py::handle expert, py::handle q, py::handle b, 
   const Input factor(q, "q");
   const int64_t l = factor.matrix_shape().second;
   const float* from = factor.elements<float>(delta.m * l);
-  float* out = elements_of<float>(b, "b", l * delta.n);
+  float* out = cpu_elements<float>(b, "b", l * delta.n);
   const py::gil_scoped_release unlocked;
   project(delta, from, l, out, threads);
 }
@@ -240,9 +250,9 @@ void py_gram_product(py::handle base, py::handle expert, py::handle x, py::handl
   const Input factor(x, "x");
   const int64_t columns = factor.matrix_shape().second;
   const float* from = factor.elements<float>(delta.n * columns);
-  const GramProductResult result{.y = elements_of<float>(y, "y", delta.m * columns),
-                                 .z = elements_of<float>(z, "z", delta.n * columns),
-                                 .energy = elements_of<double>(energy, "energy", 1)};
+  const GramProductResult result{.y = cpu_elements<float>(y, "y", delta.m * columns),
+                                 .z = cpu_elements<float>(z, "z", delta.n * columns),
+                                 .energy = cpu_elements<double>(energy, "energy", 1)};
   const py::gil_scoped_release unlocked;
   gram_product(delta, from, columns, result, threads);
 }
@@ -251,7 +261,7 @@ void py_gram_matrix(py::handle x, py::handle g, int threads) {
   const Input matrix(x, "x");
   const auto [n, columns] = matrix.matrix_shape();
   const float* from = matrix.elements<float>(n * columns);
-  double* out = elements_of<double>(g, "g", columns * columns);
+  double* out = cpu_elements<double>(g, "g", columns * columns);
   const py::gil_scoped_release unlocked;
   gram_matrix(from, n, columns, out, threads);
 }
@@ -285,7 +295,7 @@ void py_low_rank_update(py::handle base, py::handle left, py::handle right, py::
 template <class T>
 EigenStatus solve(const Input& a, int64_t n, int64_t k, py::handle values, py::handle vectors, int threads) {
   const T* from = a.elements<T>(n * n);
-  T *to_values = elements_of<T>(values, "values", k), *to_vectors = elements_of<T>(vectors, "vectors", n * k);
+  T *to_values = cpu_elements<T>(values, "values", k), *to_vectors = cpu_elements<T>(vectors, "vectors", n * k);
   const py::gil_scoped_release unlocked;
   return symmetric_eigen(from, n, k, to_values, to_vectors, threads);
 }

@@ -26,6 +26,8 @@ BASE = torch.zeros(6)
         (torch.empty(6), torch.empty(2), "nonfinite: got dtype torch.float32, need torch.int64"),
         (torch.empty(6), torch.empty(3, dtype=torch.int64), "nonfinite: got 3 elements, need 2"),
         (torch.empty(6, dtype=torch.int32), torch.empty(2, dtype=torch.int64), "merged: got dtype torch.int32"),
+        (torch.empty(6, device="meta"), torch.empty(2, dtype=torch.int64), "merged: need a tensor on the CPU"),
+        (torch.empty(6), torch.empty(2, dtype=torch.int64, device="meta"), "nonfinite: need a tensor on the CPU"),
     ],
 )
 def test_outputs_of_the_wrong_kind_are_refused(merged: torch.Tensor, nonfinite: torch.Tensor, message: str) -> None:
