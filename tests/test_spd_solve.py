@@ -187,7 +187,7 @@ def test_values_that_are_not_finite_are_refused_by_name(bad: float) -> None:
     for i, j in [(0, 0), (299, 299), (250, 3)]:
         a, b = spd(300, 10.0, 1), randn(300, 300, seed=1)
         b[i, j] = bad
-        with pytest.raises(NonFiniteError, match="^b: got 1 NaN or infinite values"):
+        with pytest.raises(NonFiniteError, match=r"^b: got 1 NaN or infinite values"):
             spd_solve(a, b)
         a[i, j] = a[j, i] = bad
         with pytest.raises(NonFiniteError, match=rf"^a: got {len({i, j})} NaN or infinite values"):
