@@ -129,6 +129,11 @@ class Decoder:
         """Full name → shape of the parameters outside of the blocks; a tied head has the embedding's name alone."""
         return {name: tuple(p.shape) for name, p in self._frame.named_parameters()}
 
+    def parameters(self) -> dict[str, tuple[int, ...]]:
+        """Full name → shape of every parameter."""
+        blocks = [self.block_parameters(i) for i in range(len(self.prefixes))]
+        return {**self.outer_parameters(), **{name: shape for block in blocks for name, shape in block.items()}}
+
     # ------------------------------------------------------------------ running
 
     def enter(self, tokens: Tensor, outer: Weights) -> Tensor:

@@ -20,10 +20,11 @@ Stage = list[LinearLayer]
 
 
 class Expert(NamedTuple):
-    """An expert, and the batches of its prompts with its answers."""
+    """An expert, the batches of its prompts with its answers, and its architecture (often the merged model's)."""
 
     weights: WeightReader
     batches: Sequence[Batch]
+    decoder: Decoder
 
     @property
     def rows(self) -> int:
@@ -83,15 +84,17 @@ class Layerwise:
 
     # ------------------------------------------------------------------ steps
 
-    def enter(self, embeddings: Mapping[str, Tensor]) -> None:
-        """Write the hidden states before the first block; `embeddings` replaces outer weights of the merged model."""
+    def enter(self) -> None:
+        """Write the hidden states before the first block."""
         names = [name for name in self._decoder.outer_parameters() if not self._is_head(name)]
-        merged = {**self._start.read(names, self._device), **embeddings}
-        for t, expert in enumerate(self._experts):
-            for weights, kind in ((expert.weights.read(names, self._device), "expert"), (merged, "merged")):
+        for kind in ("expert", "merged"):
+            merged = self._start.read(names, self._device) if kind == "merged" else None
+            for t, expert in enumerate(self._experts):
+                weights = expert.weights.read(names, self._device) if merged is None else merged
+                decoder = self._decoder if merged is not None else expert.decoder
                 for batch in expert.batches:
-                    hidden = self._decoder.enter(batch.tokens.to(self._device), self._with_head(weights))
-                    self._check(hidden, expert if kind == "expert" else None, "the embedding")
+                    hidden = decoder.enter(batch.tokens.to(self._device), self._with_head(weights))
+                    self._check(hidden, expert if merged is None else None, "the embedding")
                     self._width = hidden.shape[-1]
                     self._states(kind, t, 0).write(batch.first, batch.pack(hidden))
 
@@ -113,7 +116,9 @@ class Layerwise:
         reports = []
         for s, stage in enumerate(stages):
             new, report = self._solve(
-                stage, merged, lambda t, batch, s=s: self._merged_inputs(number, t, batch, merged, stages[s]),
+                stage,
+                merged,
+                lambda t, batch, s=s: self._merged_inputs(number, t, batch, merged, stages[s]),
                 [files[s] for files in inputs],
             )
             solved |= new
@@ -135,11 +140,12 @@ class Layerwise:
             weights = expert.weights.read(names, self._device)
             file = self._inputs(t, 0, self._width)
             for batch in expert.batches:
-                x = self._decoder.head_inputs(self._hidden("expert", t, self.blocks, batch), weights)
+                x = expert.decoder.head_inputs(self._hidden("expert", t, self.blocks, batch), weights)
                 file.write(batch.first, batch.pack(x))
             inputs.append(file)
         solved, report = self._solve(
-            [head], merged,
+            [head],
+            merged,
             lambda t, batch: self._decoder.head_inputs(self._hidden("merged", t, self.blocks, batch), merged),
             inputs,
         )
@@ -160,7 +166,7 @@ class Layerwise:
         files: list[RowFile] = []
         for batch in expert.batches:
             hidden = self._hidden("expert", t, number, batch)
-            out, inputs = self._decoder.outputs_and_inputs(number, hidden, weights, stages)
+            out, inputs = expert.decoder.outputs_and_inputs(number, hidden, weights, stages)
             self._check(out, expert, f"block {number}")
             self._states("expert", t, number + 1).write(batch.first, batch.pack(out))
             files = files or [self._inputs(t, s, x.shape[-1]) for s, x in enumerate(inputs)]
@@ -168,9 +174,7 @@ class Layerwise:
                 file.write(batch.first, batch.pack(x))
         return files
 
-    def _merged_inputs(
-        self, number: int, t: int, batch: Batch, merged: Mapping[str, Tensor], stage: Stage
-    ) -> Tensor:
+    def _merged_inputs(self, number: int, t: int, batch: Batch, merged: Mapping[str, Tensor], stage: Stage) -> Tensor:
         hidden = self._hidden("merged", t, number, batch)
         return self._decoder.stage_inputs(number, hidden, merged, [stage])[0]
 
