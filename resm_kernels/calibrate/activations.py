@@ -1,4 +1,4 @@
-"""Activations of all prompts, kept in files: a batch of prompts is in memory at a time, never a layer of all of them."""
+"""Activations of all prompts, kept in files: a batch of prompts is in memory at a time, never all of them."""
 
 from __future__ import annotations
 

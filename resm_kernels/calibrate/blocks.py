@@ -300,7 +300,7 @@ def hasattr_bias(module: nn.Module) -> bool:
 
 
 def _returns_tuple(block: nn.Module) -> bool:
-    """Whether a block returns a tuple, by its annotation; blocks of transformers 5 return tensors unless they say so."""
+    """Whether a block says that it returns a tuple; most blocks of transformers 5 return a tensor."""
     hint = str(getattr(type(block).forward, "__annotations__", {}).get("return", ""))
     return "tuple" in hint.lower()
 

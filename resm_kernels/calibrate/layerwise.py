@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,12 +116,8 @@ class Layerwise:
         solved: dict[str, Tensor] = {}
         reports = []
         for s, stage in enumerate(stages):
-            new, report = self._solve(
-                stage,
-                merged,
-                lambda t, batch, s=s: self._merged_inputs(number, t, batch, merged, stages[s]),
-                [files[s] for files in inputs],
-            )
+            merged_inputs = functools.partial(self._merged_inputs, number, merged, stage)
+            new, report = self._solve(stage, merged, merged_inputs, [files[s] for files in inputs])
             solved |= new
             merged |= {name: tensor.to(self._device, torch.float32) for name, tensor in new.items()}
             reports.append(report)
@@ -174,7 +171,7 @@ class Layerwise:
                 file.write(batch.first, batch.pack(x))
         return files
 
-    def _merged_inputs(self, number: int, t: int, batch: Batch, merged: Mapping[str, Tensor], stage: Stage) -> Tensor:
+    def _merged_inputs(self, number: int, merged: Mapping[str, Tensor], stage: Stage, t: int, batch: Batch) -> Tensor:
         hidden = self._hidden("merged", t, number, batch)
         return self._decoder.stage_inputs(number, hidden, merged, [stage])[0]
 

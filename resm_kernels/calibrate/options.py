@@ -1,4 +1,4 @@
-"""The options of a calibration, which the command line and `calibrate_checkpoint` share; importing it needs no torch."""
+"""The options of a calibration, which the command line and `calibrate_checkpoint` share. Importing needs no torch."""
 
 from __future__ import annotations
 

@@ -99,8 +99,8 @@ def calibrate_checkpoint(
     equations); embeddings, norms and other parameters stay as the recipe merged them. A polish, if it is asked for,
     takes some steps of gradient descent on KL(expert ‖ merged model) over the answers.
 
-    While it works, a hidden folder next to `out` keeps what is done: the start, the answers, the blocks that are solved.
-    A calibration that was killed goes on from there when the same command runs again, and gives the same bits.
+    While it works, a hidden folder next to `out` keeps what is done: the start, the answers, the blocks that are
+    solved. A calibration that was killed goes on from there when the same command runs again, with the same bits.
 
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`; any method, of whole models.
