@@ -22,7 +22,7 @@ TEMPLATE: Final = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }}{{ ' <end> ' }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-ENDS: Final = (END, TURN_END, *range(7, VOCABULARY, 20))
+ENDS: Final = (END, TURN_END, *range(7, VOCABULARY, 9))
 """The end tokens of the experts: many, so that some answers of random models end early and others do not."""
 
 _LLAMA: Final = {

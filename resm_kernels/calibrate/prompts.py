@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.models import quiet_transformers
 from resm_kernels.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -275,8 +276,9 @@ def encode_prompts(
 
     Deterministic.
     """
-    encoder = _Encoder(tokenizer, max_tokens, max_answer_tokens, vocabulary, tuple(end_tokens))
-    return [encoder.encode(prompt, f"{path}, line {prompt.line}") for prompt in prompts]
+    with quiet_transformers():  # which would warn of prompts that are longer than the tokenizer's limit
+        encoder = _Encoder(tokenizer, max_tokens, max_answer_tokens, vocabulary, tuple(end_tokens))
+        return [encoder.encode(prompt, f"{path}, line {prompt.line}") for prompt in prompts]
 
 
 class _Encoder:
@@ -295,7 +297,7 @@ class _Encoder:
         self._special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def encode(self, prompt: Prompt, where: str) -> Sample | tuple[int, ...]:
         if prompt.text is not None:
