@@ -1,0 +1,1 @@
+"""Merges that are calibrated with the experts' own answers to prompts."""
