@@ -90,6 +90,7 @@ class Decoder:
     Attributes:
         prefixes: For each block the path of its module with a dot at the end, such as "model.layers.0.".
         base_prefix: The prefix of all tensors but the head's, such as "model."; some checkpoints leave it out.
+        embedding: Name of the parameter that token ids look up.
         head: The output head; None if it is tied to the embedding.
     """
 
@@ -117,6 +118,7 @@ class Decoder:
         tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
         self.head = None if tied or not head_name else LinearLayer(head_name, False, hasattr_bias(names[head_name]))
         self._head_name = head_name
+        self.embedding = next(n for n, m in names.items() if m is model.get_input_embeddings()) + ".weight"
 
     # ------------------------------------------------------------------ weights
 

@@ -85,11 +85,14 @@ class Layerwise:
 
     # ------------------------------------------------------------------ steps
 
-    def enter(self) -> None:
-        """Write the hidden states before the first block."""
+    def enter(self, embedding: Mapping[str, Tensor]) -> None:
+        """Write the hidden states before the first block; `embedding` replaces the merged model's, if it is not empty.
+
+        Name → tensor, as `count_embedding` returns it.
+        """
         names = [name for name in self._decoder.outer_parameters() if not self._is_head(name)]
         for kind in ("expert", "merged"):
-            merged = self._start.read(names, self._device) if kind == "merged" else None
+            merged = {**self._start.read(names, self._device), **embedding} if kind == "merged" else None
             for t, expert in enumerate(self._experts):
                 weights = expert.weights.read(names, self._device) if merged is None else merged
                 decoder = self._decoder if merged is not None else expert.decoder
@@ -98,6 +101,26 @@ class Layerwise:
                     self._check(hidden, expert if merged is None else None, "the embedding")
                     self._width = hidden.shape[-1]
                     self._states(kind, t, 0).write(batch.first, batch.pack(hidden))
+
+    def count_embedding(self) -> dict[str, Tensor]:
+        """The embedding that averages the experts' by how often their prompts and answers have each token.
+
+        Row v is Σ_t c_tv·E_tv / Σ_t c_tv, which is the least-squares solution for an embedding; rows of tokens that no
+        prompt has are the merged model's.
+        """
+        name = self._decoder.embedding
+        merged = self._start.read([name])[name].double()
+        counts = torch.zeros(len(self._experts), len(merged), dtype=torch.float64)
+        for t, expert in enumerate(self._experts):
+            for batch in expert.batches:
+                tokens = batch.tokens.flatten()[batch.positions]
+                counts[t] += torch.bincount(tokens, minlength=len(merged))
+        seen = counts.sum(0) > 0
+        total = torch.zeros_like(merged)
+        for t, expert in enumerate(self._experts):
+            total[seen] += counts[t, seen, None] * expert.weights.read([name])[name][seen]
+        merged[seen] = total[seen] / counts.sum(0)[seen, None]
+        return {name: merged.to(self._dtypes[name])}
 
     def resume(self, width: int) -> None:
         """Go on with files that are there, of hidden states of that width."""

@@ -24,7 +24,6 @@ from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
 from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
-from resm_kernels.calibrate.options import CalibrateKeywords, CalibrateOptions
 from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
 from resm_kernels.calibrate.prompts import Sample
 from resm_kernels.calibrate.weights import WeightReader
@@ -33,6 +32,7 @@ from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, check_ou
 from resm_kernels.checkpoint.format import parse_size
 from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
 from resm_kernels.engine.models import Model
+from resm_kernels.options import CalibrateKeywords, CalibrateOptions
 from resm_kernels.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ Progress = Callable[[str, int, int], None]
 
 _REPORT: Final = "calibration.json"
 _START: Final = "start"
+_EMBEDDING: Final = "embedding.safetensors"
 _POLISHED: Final = "polished"
 
 
@@ -112,6 +113,8 @@ def calibrate_checkpoint(
             gradients and AdamW's moments: 20 bytes for each parameter.
         answer_weight: u, the weight of positions that predict a token of the answer; others have 1.
         ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs.
+        embeddings: "merged", the default, leaves them as the recipe merged them; "token-counts" averages the experts'
+            embeddings by how often each token occurs in their prompts and answers.
         learning_rate: Peak learning rate of the polish.
         held_out: The share of each expert's prompts that the polish does not train on and is stopped by.
         max_prompts: Use the first prompts of each file only, so many.
@@ -251,13 +254,16 @@ class _Calibration:
         if "width" in state:
             layerwise.resume(state["width"])
         else:
-            layerwise.enter()
+            embedding = layerwise.count_embedding() if self._options.embeddings == "token-counts" else {}
+            stored = {weights.stored_name(name): tensor for name, tensor in embedding.items()}
+            self._work.save_tensors(_EMBEDDING, stored)
+            layerwise.enter({name: tensor.to(self._device, torch.float32) for name, tensor in embedding.items()})
             self._work.save(width=layerwise.width, blocks=[])
         while (done := len(state["blocks"])) < steps:
             self._progress("blocks", done, steps)
             solved, report = layerwise.block(done) if done < layerwise.blocks else layerwise.head()
             stored = {weights.stored_name(name): tensor for name, tensor in solved.items()}
-            self._work.save_tensors(f"block-{done:05d}.safetensors", stored)
+            self._work.save_tensors(_block_file(done), stored)
             self._work.save(blocks=[*state["blocks"], asdict(report)])
         self._progress("blocks", steps, steps)
 
@@ -305,8 +311,8 @@ class _Calibration:
         if "polish" in self._work.state:
             files = sorted(polished.glob("*.safetensors"))
         else:
-            files = sorted(self._work.path.glob("block-*.safetensors"))
-            files = files[: len(self._work.state.get("blocks", ()))]
+            blocks = range(len(self._work.state.get("blocks", ())))
+            files = [self._work.path / name for name in (_EMBEDDING, *map(_block_file, blocks))] if blocks else []
         names = {}
         for file in files:
             with safe_open(file, "pt") as opened:
@@ -350,6 +356,10 @@ class _Calibration:
         began = time.perf_counter()
         yield
         self._seconds[phase] = time.perf_counter() - began
+
+
+def _block_file(number: int) -> str:
+    return f"block-{number:05d}.safetensors"
 
 
 def _card_text(options: CalibrateOptions) -> str:
