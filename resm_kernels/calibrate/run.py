@@ -14,21 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
 
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.activations import make_batches
 from resm_kernels.calibrate.answers import answer_prompts
-from resm_kernels.calibrate.blocks import Decoder
+from resm_kernels.calibrate.blocks import Decoder, model_names, without_weights
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
 from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
+from resm_kernels.calibrate.output import Place, find_tensors, small_files, write_model
 from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
-from resm_kernels.calibrate.prompts import Sample
+from resm_kernels.calibrate.prompts import Sample, read_prompts
 from resm_kernels.calibrate.weights import WeightReader
 from resm_kernels.calibrate.workfolder import WorkFolder
-from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, check_output_folder, plan_output, read_config
+from resm_kernels.checkpoint import CheckpointReader, check_output_folder, read_config
 from resm_kernels.checkpoint.format import parse_size
 from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
 from resm_kernels.engine.models import Model
@@ -153,6 +153,8 @@ def calibrate_checkpoint(
         _check_recipe(plan, files)
         target = check_output_folder(out, overwrite=chosen.overwrite, inputs=plan.models.folders)
         config = load_config(plan.reference)
+        for file in files:
+            read_prompts(file, chosen.max_prompts)  # raises an error now, not after the merge
         with WorkFolder(target, _job(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
             report = _Calibration(plan, files, chosen, target, work, device, config, shard_bytes, progress).run()
             work.remove()
@@ -184,6 +186,7 @@ class _Calibration:
             start = self._merge()
         with self._timed("answering"):
             samples = [self._answers(t) for t in range(len(self._files))]
+            self._check_samples(samples)
         with contextlib.closing(start.reader):
             if self._options.least_squares:
                 with self._timed("least squares"), torch.inference_mode():
@@ -200,7 +203,7 @@ class _Calibration:
                     blocks=tuple(self._work.state.get("blocks", ())),
                     polish=self._work.state.get("polish"),
                 )
-                self._write(start, self._out, self._calibrated(), self._files_of(start, report))
+                self._write(start, self._out, self._files_of(start, report))
         report.seconds = self._seconds
         return report
 
@@ -219,7 +222,7 @@ class _Calibration:
 
     def _answers(self, t: int) -> list[Sample]:
         expert, file = self._plan.experts[t], self._files[t]
-        folder = self._work.path if self._options.answers is None else self._options.answers
+        folder = self._work.path if self._options.answers is None else Path(self._options.answers).expanduser()
         cache = folder / f"answers-{t}-{expert.folder.name}-{file.stem}.safetensors"
         return answer_prompts(
             expert,
@@ -233,13 +236,27 @@ class _Calibration:
             progress=lambda done, total: self._progress(f"answers of {expert.folder.name}", done, total),
         )
 
+    def _check_samples(self, samples: Sequence[Sequence[Sample]]) -> None:
+        """Refuse to go on with other answers than those that the unfinished work began with.
+
+        Another device may give other answers, and so may another process that uses the same folder of answers.
+        """
+        content = json.dumps([[[s.tokens, s.answer_start] for s in own] for own in samples])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        if self._work.state.get("samples", digest) != digest:
+            raise CalibrationError(
+                f"{self._work.path}: holds an unfinished calibration with other answers of the experts; run it on the "
+                "same device as then, or pass --restart to begin anew"
+            )
+        self._work.save(samples=digest)
+
     def _least_squares(self, start: Model, samples: Sequence[Sequence[Sample]]) -> None:
         decoder = Decoder(self._config)
         shapes = decoder.parameters()
-        weights = WeightReader(start.folder, start.reader, decoder.base_prefix, shapes)
+        weights = WeightReader(start.folder, start.reader, decoder.names.base_prefix, shapes)
         experts = [
             Expert(
-                WeightReader(model.folder, model.reader, decoder.base_prefix, shapes),
+                WeightReader(model.folder, model.reader, decoder.names.base_prefix, shapes),
                 make_batches(own, self._options.answer_weight, self._options.batch_tokens),
                 self._decoder_of(model, decoder),
             )
@@ -285,7 +302,7 @@ class _Calibration:
                 del expert
         folder = self._work.path / "solved"
         if not folder.is_dir():
-            self._write(start, folder, self._calibrated(), _small_files(start.folder))
+            self._write(start, folder, small_files(start.folder))
         with contextlib.closing(CheckpointReader(folder)) as reader:
             student = load_model(Model(folder, reader, start.config, folder), dtype=torch.float32, device=self._device)
         options = PolishOptions(
@@ -299,50 +316,32 @@ class _Calibration:
         )
         with quiet_transformers():
             student.save_pretrained(self._work.path / _POLISHED)
+        self._work.sync(_POLISHED)
         self._work.save(polish=asdict(report))
 
     # ------------------------------------------------------------------ output
 
-    def _calibrated(self) -> dict[str, Path]:
-        """Stored name → safetensors file of every tensor that is not the start's."""
-        from safetensors import safe_open
-
-        polished = self._work.path / _POLISHED
+    def _calibrated(self, start: Model) -> dict[str, Place]:
+        """The tensors that are not the start's."""
         if "polish" in self._work.state:
-            files = sorted(polished.glob("*.safetensors"))
+            files = sorted((self._work.path / _POLISHED).glob("*.safetensors"))
         else:
             blocks = range(len(self._work.state.get("blocks", ())))
             files = [self._work.path / name for name in (_EMBEDDING, *map(_block_file, blocks))] if blocks else []
-        names = {}
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                names |= dict.fromkeys(opened.keys(), file)
-        return names
+        return find_tensors(files, start.reader.tensors, model_names(without_weights(self._config)))
 
-    def _write(self, start: Model, out: Path, calibrated: Mapping[str, Path], files: Mapping[str, bytes]) -> None:
-        """Write a model folder: the start's tensors, or those of `calibrated` in the start's dtypes."""
-        from safetensors import safe_open
-
-        tensors = start.reader.tensors
-        plan = plan_output(((n, t.dtype, t.shape) for n, t in tensors.items()), self._shard_bytes)
-        if "polish" in self._work.state and (missing := sorted(tensors.keys() - calibrated.keys())):
-            raise CalibrationError(f"polish: transformers saves no tensor {missing[0]!r}, which the merged model has")
-        with contextlib.ExitStack() as stack, CheckpointWriter(out, plan, files) as writer:
-            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(calibrated.values())}
-            for done, (name, info) in enumerate(tensors.items()):
-                tensor: Tensor
-                if name in calibrated:
-                    tensor = opened[calibrated[name]].get_tensor(name).to(info.dtype)
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        raise CalibrationError(f"tensor {name!r}: has values beyond the range of {info.dtype}")
-                else:
-                    tensor = start.reader.read(name)
-                writer.write(name, tensor)
-                self._progress("writing", done + 1, len(tensors))
-            writer.commit()
+    def _write(self, start: Model, out: Path, files: Mapping[str, bytes]) -> None:
+        write_model(
+            start.reader,
+            self._calibrated(start),
+            out,
+            files,
+            self._shard_bytes,
+            lambda done, total: self._progress("writing", done, total),
+        )
 
     def _files_of(self, start: Model, report: CalibrationReport) -> dict[str, bytes]:
-        files = _small_files(start.folder)
+        files = small_files(start.folder)
         entry = {k: v for k, v in asdict(report).items() if k not in ("out", "seconds")}
         entry |= {"version": __version__, "options": self._options.job()}
         files[_REPORT] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
@@ -374,15 +373,6 @@ def _card_text(options: CalibrateOptions) -> str:
     )
 
 
-def _small_files(folder: Path) -> dict[str, bytes]:
-    """Everything of a model folder but its weights."""
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json")
-    }
-
-
 def _check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
     """Refuse recipes whose output is not the experts' architecture, and a wrong number of files."""
     parts = plan.recipe.parts
@@ -408,13 +398,14 @@ def _job(plan: MergePlan, files: Sequence[Path], options: CalibrateOptions) -> d
         "recipe": plan.recipe.text,
         "version of the libraries": {"resm-kernels": __version__, **versions},
     }
-    entries |= {f"model ({model.folder.name})": model_fingerprint(model) for model in plan.models.all()}
+    for i, model in enumerate(plan.models.all()):
+        entries[f"model {i + 1} ({model.folder.name})"] = model_fingerprint(model)
     for t, file in enumerate(files):
         try:
             entries[f"file of prompts ({t + 1})"] = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             raise CalibrationError(f"{file}: cannot be read: {error.strerror}; need a file of prompts") from error
-    return entries | {f"{name}": value for name, value in options.job().items()}
+    return entries | options.job()
 
 
 def _comparable(config: Any) -> dict[str, Any]:
