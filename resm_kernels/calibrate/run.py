@@ -153,10 +153,16 @@ def calibrate_checkpoint(
         _check_recipe(plan, files)
         target = check_output_folder(out, overwrite=chosen.overwrite, inputs=plan.models.folders)
         config = load_config(plan.reference)
+        # What is wrong with prompts and models is said now, not after the merge.
         for file in files:
-            read_prompts(file, chosen.max_prompts)  # raises an error now, not after the merge
+            read_prompts(file, chosen.max_prompts)
+        decoder = Decoder(config) if chosen.least_squares else None
+        if decoder is not None:
+            for model in plan.experts:
+                _weights(model, decoder)
         with WorkFolder(target, _job(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
-            report = _Calibration(plan, files, chosen, target, work, device, config, shard_bytes, progress).run()
+            job = _Calibration(plan, files, chosen, target, work, device, config, decoder, shard_bytes, progress)
+            report = job.run()
             work.remove()
     return report
 
@@ -173,11 +179,12 @@ class _Calibration:
         work: WorkFolder,
         device: torch.device,
         config: Any,
+        decoder: Decoder | None,
         shard_bytes: int,
         progress: Progress | None,
     ) -> None:
         self._plan, self._files, self._options, self._out, self._work = plan, files, options, out, work
-        self._device, self._config, self._shard_bytes = device, config, shard_bytes
+        self._device, self._config, self._decoder, self._shard_bytes = device, config, decoder, shard_bytes
         self._progress: Progress = progress or (lambda phase, done, total: None)
         self._seconds: dict[str, float] = {}
 
@@ -188,9 +195,9 @@ class _Calibration:
             samples = [self._answers(t) for t in range(len(self._files))]
             self._check_samples(samples)
         with contextlib.closing(start.reader):
-            if self._options.least_squares:
+            if self._decoder is not None:
                 with self._timed("least squares"), torch.inference_mode():
-                    self._least_squares(start, samples)
+                    self._least_squares(start, samples, self._decoder)
             if self._options.polish_steps:
                 with self._timed("polishing"):
                     self._polish(start, samples)
@@ -250,19 +257,17 @@ class _Calibration:
             )
         self._work.save(samples=digest)
 
-    def _least_squares(self, start: Model, samples: Sequence[Sequence[Sample]]) -> None:
-        decoder = Decoder(self._config)
-        shapes = decoder.parameters()
-        weights = WeightReader(start.folder, start.reader, decoder.names.base_prefix, shapes)
+    def _least_squares(self, start: Model, samples: Sequence[Sequence[Sample]], decoder: Decoder) -> None:
+        weights = _weights(start, decoder)
         experts = [
             Expert(
-                WeightReader(model.folder, model.reader, decoder.names.base_prefix, shapes),
+                _weights(model, decoder),
                 make_batches(own, self._options.answer_weight, self._options.batch_tokens),
                 self._decoder_of(model, decoder),
             )
             for model, own in zip(self._plan.experts, samples, strict=True)
         ]
-        dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in shapes}
+        dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in decoder.parameters()}
         layerwise = Layerwise(
             decoder, weights, dtypes, experts, ridge=self._options.ridge, folder=self._work.path, device=self._device
         )
@@ -355,6 +360,10 @@ class _Calibration:
         began = time.perf_counter()
         yield
         self._seconds[phase] = time.perf_counter() - began
+
+
+def _weights(model: Model, decoder: Decoder) -> WeightReader:
+    return WeightReader(model.folder, model.reader, decoder.names.base_prefix, decoder.parameters())
 
 
 def _block_file(number: int) -> str:
