@@ -163,7 +163,7 @@ def test_embeddings_by_token_counts(models: Models) -> None:
 
 @pytest.mark.parametrize("polish_steps", [0, 2])
 def test_a_tied_head_that_is_stored_too_stays_the_embedding(tmp_path: Path, polish_steps: int) -> None:
-    """transformers would load both, untied, if they differed. The configuration ties them by default, not by an entry."""
+    """transformers would load both, untied, if they differed. Here the configuration ties them by default."""
     models = Models(tmp_path, "Gemma2")
     for folder in (models.base, *models.folders):
         config = json.loads((folder / "config.json").read_text())
@@ -215,7 +215,7 @@ def test_polish(models: Models, least_squares: bool) -> None:
 def test_a_mixture_can_be_polished_and_least_squares_say_why_not(tmp_path: Path) -> None:
     """transformers joins its experts' tensors."""
     models = Models(tmp_path, "Mixtral")
-    with pytest.raises(CalibrationError, match="expert0: has no tensor .*whose tensors it joins or renames"):
+    with pytest.raises(CalibrationError, match=r"expert0: has no tensor .*whose tensors it joins or renames"):
         models.calibrate()
     assert models.leftovers() == []
     models.calibrate(least_squares=False, polish_steps=3)

@@ -210,7 +210,7 @@ class _Calibration:
                     blocks=tuple(self._work.state.get("blocks", ())),
                     polish=self._work.state.get("polish"),
                 )
-                self._write(start, self._out, self._files_of(start, report))
+                self._write(start, self._out, self._files_of(start, report), "writing")
         report.seconds = self._seconds
         return report
 
@@ -307,7 +307,7 @@ class _Calibration:
                 del expert
         folder = self._work.path / "solved"
         if not folder.is_dir():
-            self._write(start, folder, small_files(start.folder))
+            self._write(start, folder, small_files(start.folder), "preparing")
         with contextlib.closing(CheckpointReader(folder)) as reader:
             student = load_model(Model(folder, reader, start.config, folder), dtype=torch.float32, device=self._device)
         options = PolishOptions(
@@ -335,14 +335,14 @@ class _Calibration:
             files = [self._work.path / name for name in (_EMBEDDING, *map(_block_file, blocks))] if blocks else []
         return find_tensors(files, start.reader.tensors, model_names(without_weights(self._config)))
 
-    def _write(self, start: Model, out: Path, files: Mapping[str, bytes]) -> None:
+    def _write(self, start: Model, out: Path, files: Mapping[str, bytes], phase: str) -> None:
         write_model(
             start.reader,
             self._calibrated(start),
             out,
             files,
             self._shard_bytes,
-            lambda done, total: self._progress("writing", done, total),
+            lambda done, total: self._progress(phase, done, total),
         )
 
     def _files_of(self, start: Model, report: CalibrationReport) -> dict[str, bytes]:
