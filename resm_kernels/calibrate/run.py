@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -45,6 +46,7 @@ _REPORT: Final = "calibration.json"
 _START: Final = "start"
 _EMBEDDING: Final = "embedding.safetensors"
 _POLISHED: Final = "polished"
+_ASIDE: Final = "output"
 
 
 @dataclass(kw_only=True)
@@ -219,6 +221,8 @@ class _Calibration:
     def _merge(self) -> Model:
         folder = self._work.path / _START
         if not folder.is_dir():
+            for partial in self._work.path.glob(f".{_START}.partial-*"):
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             merge_checkpoints(
                 self._plan.recipe,
                 folder,
@@ -340,6 +344,7 @@ class _Calibration:
             start.reader,
             self._calibrated(start),
             out,
+            self._work.path / _ASIDE,
             files,
             self._shard_bytes,
             lambda done, total: self._progress(phase, done, total),
