@@ -186,7 +186,7 @@ class _Calibration:
             samples = [self._answers(t) for t in range(len(self._files))]
         with contextlib.closing(start.reader):
             if self._options.least_squares:
-                with self._timed("least squares"), torch.inference_mode():
+                with self._timed("least squares"), torch.no_grad():
                     self._least_squares(start, samples)
             if self._options.polish_steps:
                 with self._timed("polishing"):
