@@ -165,11 +165,11 @@ def peak():
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 torch.set_num_threads(1)
-n, overwrite = 2000, {overwrite}
-a = torch.ones(n, n).double()
+n, overwrite = 3000, {overwrite}
+a = torch.ones(n, n, dtype=torch.float64)
 a.diagonal().add_(1.0)
 b = torch.ones(64, n)
-spd_solve(a[:300, :300], b[:, :300])
+spd_solve(a[:700, :700], b[:, :700])
 before = peak()
 x = spd_solve(a, b, overwrite_a=overwrite).x
 print((peak() - before) / (a.numel() * 8))
@@ -182,7 +182,7 @@ def test_a_is_copied_once_or_not_at_all(overwrite: bool) -> None:
     code = MEMORY.format(overwrite=overwrite)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     copies = float(done.stdout)
-    assert copies < 0.4 if overwrite else 0.9 < copies < 1.4
+    assert copies < 0.5 if overwrite else 0.9 < copies < 1.5
 
 
 def test_layouts_give_what_contiguous_copies_give() -> None:

@@ -76,7 +76,8 @@ def spd_solve(a: Tensor, b: Tensor, *, overwrite_a: bool = False) -> SpdSolution
             and by how much; a solution misses the bound, as where numbers come near the ends of float64's range.
         NonFiniteError: a or b has NaN or infinite values.
 
-    Memory: besides a, b and x, one copy of a (none with `overwrite_a`), and for each thread a few panels of 256 rows.
+    Memory: besides a, b and x, one copy of a (none with `overwrite_a`), 3 KB for each of its columns, and for each
+    thread a few panels of 256 rows.
 
     Determinism: the same bits for any number of threads, because tasks are cut by shapes alone and each runs on one
     thread. After Higham, Accuracy and Stability of Numerical Algorithms, 2002, chapters 7, 10 and 12.
