@@ -8,14 +8,13 @@
 namespace resm::cpu {
 namespace {
 
-constexpr int64_t kPiece = 96;         // rows whose products are added up before they are added to a square
-constexpr int64_t kTurn = 2 * kPiece;  // rows widened at a time: a square is read and written once for them
-constexpr int64_t kAcross = 16;        // panels of a block's columns: widened, they stay in the second cache
-constexpr int64_t kDown = 32;          // panels of a block's rows: its squares stay in the third cache
-constexpr int64_t kMostParts = 8;      // the most parts of the rows, which are summed separately
-constexpr int64_t kFewestPieces = 4;   // of a part: with fewer, adding up the parts would take noticeable time
+constexpr int64_t kPiece = 96;        // rows widened at a time, whose products are added up before a square takes them
+constexpr int64_t kAcross = 16;       // panels of a block's columns: widened, they stay in the second cache
+constexpr int64_t kDown = 32;         // panels of a block's rows: its squares stay in the third cache
+constexpr int64_t kMostParts = 8;     // the most parts of the rows, which are summed separately
+constexpr int64_t kFewestPieces = 4;  // of a part: with fewer, adding up the parts would take noticeable time
 constexpr int64_t kSquare = int64_t(kGramPanel) * kGramPanel;
-constexpr int64_t kWide = kTurn * kGramPanel;
+constexpr int64_t kWide = kPiece * kGramPanel;
 
 struct Matrix {
   const float* data;
@@ -68,40 +67,37 @@ class Gram {
           const Block& block = blocks_[task / parts_];
           double *wide = memory.data(), *sums = wide + (kAcross + 1) * kWide;
           std::fill_n(sums, block.area() * kSquare, 0.0);
-          const int64_t end = std::min(pieces_ * (part + 1) / parts_ * kPiece, n_);
-          for (int64_t row = pieces_ * part / parts_ * kPiece; row < end; row += kTurn)
-            add_rows(row, static_cast<int>(std::min(kTurn, end - row)), block, wide, sums);
+          for (int64_t p = pieces_ * part / parts_; p < pieces_ * (part + 1) / parts_; ++p)
+            add_piece(p * kPiece, block, wide, sums);
           turns.when_due(task, [&] { add_to(g, block, part, sums); });
         });
   }
 
  private:
-  int64_t first_column(const Block& block, int64_t i) const { return is_symmetric_ ? std::max(i, block.j) : block.j; }
+  int64_t first_panel(const Block& block, int64_t i) const { return is_symmetric_ ? std::max(i, block.j) : block.j; }
   int64_t squares(const Block& block) const {
     int64_t sum = 0;
-    for (int64_t i = block.i; i < block.i_end; ++i) sum += block.j_end - first_column(block, i);
+    for (int64_t i = block.i; i < block.i_end; ++i) sum += block.j_end - first_panel(block, i);
     return sum;
   }
 
-  void add_rows(int64_t row, int rows, const Block& block, double* wide, double* sums) const {
+  void add_piece(int64_t row, const Block& block, double* wide, double* sums) const {
+    const int rows = static_cast<int>(std::min(kPiece, n_ - row));
     double* of_x = wide + kAcross * kWide;
     for (int64_t j = block.j; j < block.j_end; ++j) y_.widen(row, rows, j, wide + (j - block.j) * kWide);
     for (int64_t i = block.i; i < block.i_end; ++i) {
       const bool is_at_hand = is_symmetric_ && i >= block.j;
       if (!is_at_hand) x_.widen(row, rows, i, of_x);
       const double* left = is_at_hand ? wide + (i - block.j) * kWide : of_x;
-      for (int64_t j = first_column(block, i); j < block.j_end; ++j)
-        for (int64_t r = 0; r < rows; r += kPiece)
-          kernels().products.add_panel_gram(left + r * kGramPanel, wide + (j - block.j) * kWide + r * kGramPanel,
-                                            static_cast<int>(std::min<int64_t>(kPiece, rows - r)),
-                                            block.square(sums, i, j));
+      for (int64_t j = first_panel(block, i); j < block.j_end; ++j)
+        kernels().products.add_panel_gram(left, wide + (j - block.j) * kWide, rows, block.square(sums, i, j));
     }
   }
 
   // Adds a part's sums; the last part also mirrors those of a symmetric product.
   void add_to(double* g, const Block& block, int64_t part, double* sums) const {
     for (int64_t i = block.i; i < block.i_end; ++i)
-      for (int64_t j = first_column(block, i); j < block.j_end; ++j) {
+      for (int64_t j = first_panel(block, i); j < block.j_end; ++j) {
         double* square = block.square(sums, i, j);
         const int height = x_.width_of(i), width = y_.width_of(j);
         double* corner = g + i * kGramPanel * y_.columns + j * kGramPanel;

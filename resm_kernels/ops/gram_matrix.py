@@ -35,7 +35,7 @@ def gram_matrix(x: Tensor, y: Tensor | None = None) -> Tensor:
     Precision: products are exact and their sums are rounded to float64. To first order
     |error| ≤ (min(n, 96) + ⌈n/96⌉ + 1)·2⁻⁵³·(|x|ᵀ·|y|).
 
-    Memory: on a CPU, besides x, y and G, up to 3 MB for each thread, for 192 rows of 408 columns, widened, and the sums
+    Memory: on a CPU, besides x, y and G, up to 3 MB for each thread, for 96 rows of 408 columns, widened, and the sums
     of 384 × 768 products. Where there is no native kernel, the reference widens the whole x and y.
 
     Determinism: the same bits for any number of threads and every instruction set; other devices differ within that
