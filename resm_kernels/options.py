@@ -110,7 +110,7 @@ class CalibrateOptions:
 
     least_squares: bool = True
     polish_steps: int = 0
-    answer_weight: float = 5.0
+    answer_weight: float = 10.0
     ridge: float = 1e-3
     embeddings: str = "merged"
     learning_rate: float = 1e-3
