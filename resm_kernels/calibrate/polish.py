@@ -54,7 +54,7 @@ class PolishOptions:
     """
 
     steps: int = 40
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     batch: int = 32
     warmup: int = 4
     held_out: float = 0.1
@@ -198,8 +198,8 @@ def polish(
         What was measured on the samples held out.
 
     Memory: 20 bytes for each parameter (weights, gradients and AdamW's two moments on the student's device, a copy of
-    the best weights on the CPU); activations of one expert's part of a batch; and for its logits about 16 bytes times
-    `batch`, the longest answer and the vocabulary.
+    the best weights on the CPU); the activations of one expert's part of a batch; and for its logits at most 24 bytes
+    times `batch`, the vocabulary, and the positions from the first answer's start to the longest sample's end.
 
     Raises:
         CalibrationError: Too few samples or files, a file from other samples or another vocabulary, a student that is
