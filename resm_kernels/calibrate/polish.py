@@ -39,7 +39,11 @@ _LARGEST_NORM: Final = 1.0
 
 @dataclass(frozen=True, kw_only=True)
 class PolishOptions:
-    """How long and how hard to polish. docs/calibrate.md has the measurements behind the defaults.
+    """How long and how hard to polish.
+
+    Rate and batch were chosen on validation of the 3H benchmark's small models, after least squares with 800 prompts an
+    expert. With 32 samples of each expert in a step, rates of 1e-4, 3e-4, 6e-4 and 1e-3 led to an average of 70.5,
+    73.3, 72.5 and 69.6 points; with 8 samples no rate passed 70; 64 samples at 5e-4 led to 73.9, for twice the work.
 
     Attributes:
         steps: Steps of AdamW without weight decay; 0 only measures the KL.
