@@ -54,8 +54,8 @@ class GramSums:
         leader = leader if version == x._version else name
         if self.leaders.setdefault(name, leader) != leader:
             raise CalibrationError(
-                f"statistics: layer {name!r} had the inputs of {self.leaders[name]!r} before, and now has others; need a "
-                "model whose layers share their inputs always or never"
+                f"statistics: layer {name!r} had the inputs of {self.leaders[name]!r} before, and now has others; need "
+                "a model whose layers share their inputs always or never"
             )
         if leader != name:
             return

@@ -161,8 +161,8 @@ def compute_statistics(
             statistics = _fisher(loaded, samples, names, random_seed, progress)
         if not statistics.tensors:
             raise CalibrationError(
-                f"statistics: {opened.folder}: transformers loads its weights under other names than its files have, so "
-                "that no statistic can be matched to a tensor; need a model whose files have transformers' names"
+                f"statistics: {opened.folder}: transformers loads its weights under other names than its files have, "
+                "so that no statistic can be matched to a tensor; need a model whose files have transformers' names"
             )
     about = StatisticsInfo(
         kind=kind,
@@ -334,8 +334,8 @@ def _fisher(
     scale = (squares / sum(total.numel() for total in sums.values())) ** 0.5 / len(samples)
     if not 0 < scale < float("inf"):
         raise CalibrationError(
-            f"statistics: the root mean square of the Fisher informations is {scale}, need a finite number above 0; the "
-            "model may be damaged, or its dtype too narrow for squared gradients: need float32"
+            f"statistics: the root mean square of the Fisher informations is {scale}, need a finite number above 0; "
+            "the model may be damaged, or its dtype too narrow for squared gradients: need float32"
         )
     return _Statistics(
         tensors={names[name]: (total / (len(samples) * scale)).cpu() for name, total in sums.items()},

@@ -1,5 +1,7 @@
-"""RegMean and RegMean++: the weights whose outputs are nearest to the experts' (Jin et al., arXiv 2212.09849, ICLR 2023;
-Nguyen et al., arXiv 2508.03121)."""
+"""RegMean and RegMean++: the weights whose outputs are nearest to the experts'.
+
+Jin et al., arXiv 2212.09849, ICLR 2023; Nguyen et al., arXiv 2508.03121.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     statistics_model="merged",
     off_diagonal=0.95,
 )
-@merge_method(
-    title="RegMean", reference="https://arxiv.org/abs/2212.09849", workspace=_workspace, statistics="gram"
-)
+@merge_method(title="RegMean", reference="https://arxiv.org/abs/2212.09849", workspace=_workspace, statistics="gram")
 def regmean(
     base: Tensor | None,
     experts: list[Tensor],
