@@ -104,6 +104,7 @@ def answer(
         )
         check = LogitsProcessorList([_FiniteLogits(model)])
         context = context_length(model.config)
+        generate: Any = model.generate
         samples: dict[int, Sample] = {}
         for batch in _batches([len(ids) for ids in prompts], max_new_tokens, batch_tokens):
             longest = len(prompts[batch[0]])
@@ -114,7 +115,7 @@ def answer(
                 )
             ids, mask = _padded([prompts[i] for i in batch], settings.pad_token_id, model.device)
             with _generation_settings(model, settings):
-                output: Any = model.generate(ids, attention_mask=mask, logits_processor=check)
+                output = generate(ids, attention_mask=mask, logits_processor=check)
             for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(row) if token in ends), len(row))
                 samples[i] = Sample((*prompts[i], *row[: end + 1]), len(prompts[i]))

@@ -161,6 +161,7 @@ def load_model(model: Model, *, dtype: torch.dtype, device: torch.device | str) 
         _check_report(model, report)
         _check_causal(model, loaded)
         loaded.generation_config = load_generation_config(model)
+        loaded.name_or_path = str(model.folder)
     return loaded.to(device).eval()
 
 
@@ -173,7 +174,8 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
         # transformers renames and joins tensors when it loads them, so that a loaded model may not have the tensor that
         # the adapter names. It therefore gets the adapted tensors under the names that they have in the files.
         source = {"pretrained_model_name_or_path": None, "state_dict": _adapted_tensors(model.reader, dtype)}
-    loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded, report = model_class.from_pretrained(
         config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source
     )
     return loaded, report
