@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SameOnThreads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import group, randn, relative, same_bits
@@ -90,12 +91,10 @@ def test_tensors_without_statistics_are_averaged_and_the_base_changes_nothing() 
     assert bool(((merged.double() - exact).abs() <= 0.501 * 2.0**-7 * exact.abs()).all())
 
 
-def test_threads_do_not_change_the_bits() -> None:
+def test_threads_do_not_change_the_bits(same_on_threads: SameOnThreads) -> None:
     base, experts = group((300, 700), 3, base_dtype=torch.bfloat16)
     fishers = [f.float() for f in informations((300, 700), 3)]
-    merged = merge(base, experts, "fisher", statistics=fishers)
-    torch.set_num_threads(2)
-    assert same_bits(merge(base, experts, "fisher", statistics=fishers), merged)
+    same_on_threads(lambda: [merge(base, experts, "fisher", statistics=fishers)])
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,9 @@ def command(*arguments: object) -> str:
 def check_merges() -> None:
     for name in resm_kernels.methods.names():
         method = resm_kernels.methods.get(name)
-        required: dict[str, Any] = {p.keyword: 0.5 for p in method.parameters if p.default is resm_kernels.methods.REQUIRED}
+        required: dict[str, Any] = {
+            p.keyword: 0.5 for p in method.parameters if p.default is resm_kernels.methods.REQUIRED
+        }
         experts = EXPERTS[: method.max_experts]
         if method.statistics:
             required["statistics"] = [None] * len(experts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from resm_kernels.calibrate.answers import answer, context_length, end_tokens
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.fisher import fisher_information
 from resm_kernels.calibrate.grams import gather_grams
 from resm_kernels.calibrate.models import load_model, load_tokenizer
 from resm_kernels.calibrate.prompts import Sample, encode_prompts, read_prompts
@@ -22,7 +24,6 @@ from resm_kernels.checkpoint import format_bytes
 from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_statistics_file, write_statistics
 from resm_kernels.checks import check_choice
 from resm_kernels.engine.models import Model, open_model
-from resm_kernels.methods import tensor_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -321,40 +322,20 @@ def _fisher(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> _Statistics:
-    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in names}
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    for i, sample in enumerate(samples):
-        generator = torch.Generator().manual_seed(tensor_key(seed, f"sample {i}"))
-        for total, gradient in zip(sums.values(), _gradients(model, parameters, sample, generator), strict=True):
-            if gradient is not None:
-                total.addcmul_(gradient.float(), gradient.float())
-        if progress is not None:
-            progress(i + 1, len(samples))
-    squares = sum(float(total.double().square().sum()) for total in sums.values())
-    scale = (squares / sum(total.numel() for total in sums.values())) ** 0.5 / len(samples)
-    if not 0 < scale < float("inf"):
+    parameters = dict(model.named_parameters())
+    matched = {stored: parameters[name] for name, stored in names.items()}
+    information = fisher_information(model, matched, samples, seed, progress)
+    squares = sum(float(f.double().square().sum()) for f in information.values())
+    scale = (squares / max(sum(f.numel() for f in information.values()), 1)) ** 0.5
+    if information and not 0 < scale < math.inf:
         raise CalibrationError(
             f"statistics: the root mean square of the Fisher informations is {scale}, need a finite number above 0; "
             "the model may be damaged, or its dtype too narrow for squared gradients: need float32"
         )
     return _Statistics(
-        tensors={names[name]: (total / (len(samples) * scale)).cpu() for name, total in sums.items()},
+        tensors={name: f.div_(scale).cpu() for name, f in information.items()},
         tokens=sum(len(sample.tokens) - sample.answer_start for sample in samples),
-        unmatched=tuple(name for name, _ in model.named_parameters() if name not in names),
+        unmatched=tuple(name for name in parameters if name not in names),
         shared={},
         scale=scale,
     )
-
-
-def _gradients(
-    model: PreTrainedModel, parameters: Mapping[str, Tensor], sample: Sample, generator: torch.Generator
-) -> Sequence[Tensor | None]:
-    """∂ log p(y | x)/∂θ of one prompt x with its answer, for tokens y drawn at the positions of the answer."""
-    tokens = torch.tensor([sample.tokens[:-1]], device=model.device)
-    with torch.enable_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[0, sample.answer_start - 1 :].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise CalibrationError("statistics: the model gives NaN or infinite logits; it is damaged")
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
-        likelihood = logits.log_softmax(-1).gather(1, drawn).sum()
-        return torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True)
