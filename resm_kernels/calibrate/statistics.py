@@ -255,7 +255,7 @@ def _grams(
 
     with _ending_at_head(model):
         kept_on_device = (kept.to(model.device) for _, kept in batches)
-        grams = gather_grams(model, {layer: layers[layer] for layer in matched}, kept_on_device, run)
+        grams = gather_grams({layer: layers[layer] for layer in matched}, kept_on_device, run)
     count = sum(int(kept.sum()) for _, kept in batches)
     return _Statistics(
         tensors={matched[layer]: (total / count).float().cpu() for layer, total in grams.sums.items()},

@@ -140,7 +140,8 @@ def write_statistics(out: Path, tensors: Mapping[str, Tensor], about: Statistics
     with write_errors_named(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(dict(tensors), partial, {"format": "pt", _KEY: json.dumps(asdict(about))})
+            # More than one entry would be stored in an order that varies.
+            save_file(dict(tensors), partial, {_KEY: json.dumps(asdict(about))})
             with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             size = partial.stat().st_size
