@@ -6,13 +6,16 @@ from resm_kernels.calibrate.answers import answer, answer_prompts, load_samples,
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.models import load_model, load_tokenizer
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
+from resm_kernels.calibrate.statistics import StatisticsReport, compute_statistics
 
 __all__ = [
     "CalibrationError",
     "Prompt",
     "Sample",
+    "StatisticsReport",
     "answer",
     "answer_prompts",
+    "compute_statistics",
     "encode_prompts",
     "load_model",
     "load_samples",

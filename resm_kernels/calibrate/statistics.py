@@ -18,7 +18,7 @@ from resm_kernels.calibrate.answers import answer, context_length, end_tokens
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fisher import fisher_information
 from resm_kernels.calibrate.grams import gather_grams
-from resm_kernels.calibrate.models import load_model, load_tokenizer
+from resm_kernels.calibrate.models import load_model, load_tokenizer, quiet_transformers
 from resm_kernels.calibrate.prompts import Sample, encode_prompts, read_prompts
 from resm_kernels.checkpoint import format_bytes
 from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_statistics_file, write_statistics
@@ -156,10 +156,11 @@ def compute_statistics(
         samples = [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
         _check_context(loaded, samples)
         names = _stored_names(loaded, opened)
-        if kind == "gram":
-            statistics = _grams(loaded, samples, names, batch_tokens, progress)
-        else:
-            statistics = _fisher(loaded, samples, names, random_seed, progress)
+        with quiet_transformers():
+            if kind == "gram":
+                statistics = _grams(loaded, samples, names, batch_tokens, progress)
+            else:
+                statistics = _fisher(loaded, samples, names, random_seed, progress)
         if not statistics.tensors:
             raise CalibrationError(
                 f"statistics: {opened.folder}: transformers loads its weights under other names than its files have, "
