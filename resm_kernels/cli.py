@@ -194,6 +194,9 @@ def statistics(
     out: Annotated[Path, typer.Argument(help="File to write, such as chat.statistics.safetensors.")],
     prompts: Annotated[Path, typer.Option("--prompts", help="File of prompts, .jsonl or .txt.")],
     kind: Annotated[str, typer.Option(help="gram for RegMean and RegMean++, fisher for Fisher merging.")] = "gram",
+    answers_by: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model that answers; default: MODEL. For RegMean++ the expert.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer; 1 reads prompts alone.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a prompt may have.")] = 1024,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only, so many.")] = None,
@@ -205,7 +208,7 @@ def statistics(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
-    """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers itself, into the file OUT."""
+    """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers, and write it to OUT."""
     with _loading():
         import torch
 
@@ -218,6 +221,7 @@ def statistics(
         out,
         prompts,
         kind=kind,
+        answers_by=answers_by,
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,
         max_prompts=max_prompts,

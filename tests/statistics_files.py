@@ -43,7 +43,14 @@ def write(file: Path, folder: Path, kind: str, seed: int = 0, **changes: Any) ->
         fingerprint = reader.fingerprint()
     tensors, shared = grams_of(shapes, seed) if kind == "gram" else (fishers_of(shapes, seed), {})
     tensors = changes.pop("tensors", lambda t: t)(tensors)
-    entries = {"model": str(folder), "fingerprint": fingerprint, "prompts": 5, "tokens": 1234, "shared": shared}
+    entries = {
+        "model": str(folder),
+        "answers_by": str(folder),
+        "fingerprint": fingerprint,
+        "prompts": 5,
+        "tokens": 1234,
+        "shared": shared,
+    }
     write_statistics(file, tensors, StatisticsInfo(kind=kind, **entries | changes))
     return tensors | {name: tensors[stored] for name, stored in shared.items() if stored in tensors}
 

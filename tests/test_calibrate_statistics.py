@@ -11,7 +11,7 @@ import pytest
 import torch
 from checkpoints import load_model, save_adapter
 from conftest import RunCommand
-from experts import BEGIN, ENDS, greedy, save_expert, transformers
+from experts import BEGIN, ENDS, WORDS, greedy, save_expert, transformers, word_tokenizer
 from inputs import randn, relative
 from oracles import fusion_bench
 from torch import Tensor, nn
@@ -245,6 +245,23 @@ def test_statistics_lead_to_merges(tmp_path: Path, method: str) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in merged.values())
     layers = {name for name in merged if name.endswith("weight") and ".c_" in name}
     assert changed >= layers and (method == "fisher" or changed == layers)
+
+
+def test_another_model_may_answer(tmp_path: Path) -> None:
+    expert, merged = (save_expert(tmp_path / name, seed=t) for t, name in enumerate(("expert", "merged")))
+    prompts = write_prompts(tmp_path / "a.jsonl")
+    out = tmp_path / "a.safetensors"
+    report = compute_statistics(merged, out, tmp_path / "a.jsonl", answers_by=expert, max_new_tokens=4)
+    grams, reader = read(out)
+    model = loaded(expert)
+    samples = [Sample(p + greedy(model, p, 4, ENDS), len(p)) for p in prompts]
+    expected = gram_oracle(merged, samples)
+    assert report.tokens == sum(len(s.tokens) - 1 for s in samples)
+    assert all(relative(gram, expected[name]) <= 1e-5 for name, gram in grams.items())
+    assert (reader.about.model, reader.about.answers_by) == (str(merged), str(expert))
+    word_tokenizer(words=(*WORDS[:-1], "other")).save_pretrained(expert)
+    with pytest.raises(CalibrationError, match=r"answers_by: the tokenizer of .*expert has other tokens than that of"):
+        compute_statistics(merged, tmp_path / "b.safetensors", tmp_path / "a.jsonl", answers_by=expert)
 
 
 def test_adapters_have_statistics_of_base_and_adapter(tmp_path: Path) -> None:

@@ -313,7 +313,7 @@ def test_output_files_are_checked_and_appear_whole(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    about = StatisticsInfo(kind="gram", model="m", fingerprint="f", prompts=1, tokens=1)
+    about = StatisticsInfo(kind="gram", model="m", answers_by="m", fingerprint="f", prompts=1, tokens=1)
     with pytest.raises(CheckpointError, match=r"a.safetensors: cannot be written: No space left"):
         write_statistics(check_statistics_file(tmp_path / "a.safetensors", overwrite=True), {}, about)
     assert (tmp_path / "a.safetensors").read_text() == "old" and len(list(tmp_path.iterdir())) == 2

@@ -19,7 +19,7 @@ from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fisher import fisher_information
 from resm_kernels.calibrate.grams import gather_grams
 from resm_kernels.calibrate.models import load_model, load_tokenizer, quiet_transformers
-from resm_kernels.calibrate.prompts import Sample, encode_prompts, read_prompts
+from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
 from resm_kernels.checkpoint import format_bytes
 from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_statistics_file, write_statistics
 from resm_kernels.checks import check_choice
@@ -72,6 +72,7 @@ def compute_statistics(
     prompts: str | os.PathLike[str],
     *,
     kind: str = "gram",
+    answers_by: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 64,
     max_prompt_tokens: int = 1024,
     max_prompts: int | None = None,
@@ -105,6 +106,8 @@ def compute_statistics(
         out: The file, `….safetensors`.
         prompts: A file of prompts (`.jsonl` or `.txt`); see `resm_kernels.calibrate.prompts`.
         kind: "gram" or "fisher".
+        answers_by: The model that answers the prompts, as `model`; None for `model` itself. For RegMean++ it is the
+            expert, whose answers the merged model then reads.
         max_new_tokens: The largest number of tokens of an answer; 1 reads prompts alone.
         max_prompt_tokens: The number of tokens that a prompt may have; longer ones are errors.
         max_prompts: Use the file's first prompts only, so many; None uses all.
@@ -119,9 +122,9 @@ def compute_statistics(
         CalibrationError, CheckpointError, RecipeError: The model, the prompts or the file cannot be used.
         ValueError: An option is out of its range.
 
-    Memory: the whole model in `dtype`. Gram matrices add 8·in² bytes for every one that is stored. Fisher informations
-    add a gradient and a sum of squares for every weight, so that the model takes three times its bytes in fp32, and the
-    activations of one prompt.
+    Memory: the whole model in `dtype`; one that answers for it is freed before. Gram matrices add 8·in² bytes for every
+    one that is stored. Fisher informations add a gradient and a sum of squares for every weight, so that the model
+    takes three times its bytes in fp32, and the activations of one prompt.
 
     Determinism: the same bits on one kind of device with the same number of threads: torch's products, of which the
     model consists, round differently with another number.
@@ -136,24 +139,15 @@ def compute_statistics(
     with contextlib.ExitStack() as stack:
         opened = open_model(os.fspath(model), "model", stack)
         fingerprint = opened.reader.fingerprint()
-        loaded = load_model(opened, dtype=DTYPES[dtype], device=device)
-        tokenizer = load_tokenizer(opened)
-        encoded = encode_prompts(
-            asked,
-            tokenizer,
-            Path(prompts),
-            max_prompt_tokens,
-            max_answer_tokens=max_new_tokens,
-            vocabulary=loaded.config.get_text_config().vocab_size,
-            end_tokens=end_tokens(loaded.generation_config, tokenizer),
-        )
-        open_ones = [entry for entry in encoded if not isinstance(entry, Sample)]
-        answers = iter(
-            answer(loaded, tokenizer, open_ones, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-            if open_ones
-            else ()
-        )
-        samples = [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
+        answering = opened if answers_by is None else open_model(os.fspath(answers_by), "answers_by", stack)
+        if answering is not opened:
+            _check_same_tokens(opened, answering)
+        limits = (max_prompt_tokens, max_new_tokens, batch_tokens)
+        loaded = load_model(answering, dtype=DTYPES[dtype], device=device)
+        samples = _answered(answering, loaded, asked, Path(prompts), *limits)
+        if answering is not opened:
+            del loaded
+            loaded = load_model(opened, dtype=DTYPES[dtype], device=device)
         _check_context(loaded, samples)
         names = _stored_names(loaded, opened)
         with quiet_transformers():
@@ -169,6 +163,7 @@ def compute_statistics(
     about = StatisticsInfo(
         kind=kind,
         model=os.fspath(model),
+        answers_by=os.fspath(model if answers_by is None else answers_by),
         fingerprint=fingerprint,
         prompts=len(samples),
         tokens=statistics.tokens,
@@ -200,6 +195,42 @@ class _Statistics:
     shared: Mapping[str, str]
     transposed: tuple[str, ...] = ()
     scale: float = 1.0
+
+
+def _answered(
+    answering: Model,
+    loaded: PreTrainedModel,
+    asked: Sequence[Prompt],
+    file: Path,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    batch_tokens: int,
+) -> list[Sample]:
+    """The prompts of a file with their answers: the file's own, else those of a model that has been loaded."""
+    tokenizer = load_tokenizer(answering)
+    encoded = encode_prompts(
+        asked,
+        tokenizer,
+        file,
+        max_prompt_tokens,
+        max_answer_tokens=max_new_tokens,
+        vocabulary=loaded.config.get_text_config().vocab_size,
+        end_tokens=end_tokens(loaded.generation_config, tokenizer),
+    )
+    unanswered = [entry for entry in encoded if not isinstance(entry, Sample)]
+    answers: Iterator[Sample] = iter(())
+    if unanswered:
+        answers = iter(answer(loaded, tokenizer, unanswered, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens))
+    return [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
+
+
+def _check_same_tokens(model: Model, answering: Model) -> None:
+    """Refuse answers in tokens that mean something else to the model."""
+    if load_tokenizer(model).get_vocab() != load_tokenizer(answering).get_vocab():
+        raise CalibrationError(
+            f"answers_by: the tokenizer of {answering.folder} has other tokens than that of {model.folder}; need the "
+            "same"
+        )
 
 
 def _check_context(model: PreTrainedModel, samples: Sequence[Sample]) -> None:

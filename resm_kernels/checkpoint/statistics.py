@@ -36,7 +36,8 @@ class StatisticsInfo:
         kind: "gram": G = (1/N)·Σ x·xᵀ over the N inputs x of a linear layer, (in, in). "fisher": the diagonal of the
             Fisher information, of the weight's shape, divided by `scale`.
         model: The model's name when the statistics were computed.
-        fingerprint: `CheckpointReader.fingerprint` of that model.
+        answers_by: The model that answered the prompts.
+        fingerprint: `CheckpointReader.fingerprint` of `model`.
         prompts: How many prompts it read.
         tokens: How many tokens counted: N for Gram matrices.
         scale: The root mean square of all Fisher informations before they were divided by it; 1 for Gram matrices.
@@ -48,6 +49,7 @@ class StatisticsInfo:
 
     kind: str
     model: str
+    answers_by: str
     fingerprint: str
     prompts: int
     tokens: int
