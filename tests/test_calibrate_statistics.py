@@ -316,7 +316,7 @@ def test_bad_arguments_are_refused(
     paths = {"model": "model", "out": "a.safetensors", "prompts": "a.jsonl"}
     given = {key: tmp_path / str(options.get(key, name)) for key, name in paths.items()}
     with pytest.raises(error, match=message):
-        compute_statistics(**given, **{k: v for k, v in options.items() if k not in paths})  # type: ignore[arg-type]
+        compute_statistics(**given, **{k: v for k, v in options.items() if k not in paths})
     assert not (tmp_path / "a.safetensors").exists()
 
 

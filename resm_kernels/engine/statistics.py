@@ -32,8 +32,7 @@ def open_statistics(recipe: Recipe, models: OpenedModels, on_error: contextlib.E
         file = Path(source.statistics).expanduser()
         key = os.path.realpath(file)
         if key not in by_file:
-            by_file[key] = StatisticsReader(file)
-            on_error.enter_context(by_file[key])
+            by_file[key] = on_error.enter_context(StatisticsReader(file))
         statistics[source] = by_file[key]
         _check_kind(recipe.method, by_file[key])
         _check_shapes(models.by_source[source], by_file[key])
