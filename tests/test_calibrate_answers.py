@@ -89,7 +89,7 @@ def test_answers_are_greedy(experts: Callable[[str], Path], kind: str, batch_tok
 def test_batches_keep_to_their_size(experts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load_model(open_model(experts("Llama")), **FLOAT32)
     shapes: list[torch.Size] = []
-    generate = loaded.generate
+    generate: Any = loaded.generate
 
     def spy(ids: torch.Tensor, **keys: Any) -> Any:
         shapes.append(ids.shape)
@@ -221,6 +221,11 @@ def test_files_that_hold_no_answers_are_refused_and_kept(tmp_path: Path) -> None
             load_samples(path, "key")
     with pytest.raises(CalibrationError, match="cannot be written"):
         save_samples(file / "below", [], "key")
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CalibrationError, match="folder: the answers cannot be written: Is a directory"):
+        save_samples(tmp_path / "folder", [], "key")
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_answers_are_kept_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

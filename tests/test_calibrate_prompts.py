@@ -187,6 +187,8 @@ def test_ids_of_texts_and_conversations() -> None:
     ]
     assert encode(entries[1:2], end_tokens=(TURN_END,)) == [Sample((BEGIN, 6, 7, 8, TURN_END), 2)]
     assert encode(entries[1:2], end_tokens=()) == [Sample((BEGIN, 6, 7, 8), 2)]
+    chatty = TEMPLATE.replace("<end> ", "<end> w60 ")
+    assert encode(entries[3:], chatty) == [Sample((USER, 6, 7, TURN_END, 60, ASSISTANT, 9, TURN_END), 6)]
     assert encode(entries[3:], end_tokens=()) == [Sample((*chat, 9, TURN_END), 5)]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -357,7 +356,6 @@ def _ask(
         )
     finally:
         del expert
-        gc.collect()  # a model's modules refer to each other
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
 

@@ -184,6 +184,7 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
 def _adapted_tensors(reader: AdapterReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in reader.tensors:
+        # Rounded here, so that fp32 or float64 copies of all adapted tensors are never there together.
         tensor = reader.read(name)
         tensors[name] = tensor.to(dtype) if reader.is_changed(name) and tensor.is_floating_point() else tensor
     return tensors
