@@ -283,8 +283,10 @@ class _NothingToAlign:
 
 def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", random_weights(0))
-    file = tmp_path / "deep" / "a.statistics.safetensors"
+    file, other = tmp_path / "deep" / "a.statistics.safetensors", tmp_path / "other"
     statistics = write(file, folder, "gram", transposed=(DOWN,), scale=2.5)
+    other.touch()
+    assert file.stat().st_mode == other.stat().st_mode, "whoever reads other files reads this one"
     with StatisticsReader(file) as reader:
         assert sorted(reader.names) == sorted(statistics)
         for name, gram in statistics.items():

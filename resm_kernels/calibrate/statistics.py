@@ -289,8 +289,11 @@ def _grams(
         kept_on_device = (kept.to(model.device) for _, kept in batches)
         grams = gather_grams({layer: layers[layer] for layer in matched}, kept_on_device, run)
     count = sum(int(kept.sum()) for _, kept in batches)
+    tensors = {}
+    for layer in tuple(grams.sums):  # each sum in float64 is dropped when its mean in fp32 is there
+        tensors[matched[layer]] = grams.sums.pop(layer).div_(count).float().cpu()
     return _Statistics(
-        tensors={matched[layer]: (total / count).float().cpu() for layer, total in grams.sums.items()},
+        tensors=tensors,
         tokens=count,
         unmatched=tuple(weight for layer, weight in weights.items() if layer not in grams.leaders),
         shared={matched[layer]: matched[leader] for layer, leader in grams.leaders.items() if layer != leader},

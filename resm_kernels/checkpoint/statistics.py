@@ -142,8 +142,11 @@ def write_statistics(out: Path, tensors: Mapping[str, Tensor], about: Statistics
     with write_errors_named(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
+            with open(partial, "xb") as stream:
+                mode = os.fstat(stream.fileno()).st_mode
             # More than one entry would be stored in an order that varies.
             save_file(dict(tensors), partial, {_KEY: json.dumps(asdict(about))})
+            partial.chmod(mode)  # safetensors makes files that only their owner may read
             with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             size = partial.stat().st_size
