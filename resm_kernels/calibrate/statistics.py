@@ -94,9 +94,8 @@ def compute_statistics(
     - ``fisher``: F = (1/n)·Σ_i (∂ log p(y_i | x_i)/∂θ)² for every weight, over the n prompts, divided by the root mean
       square s of F over the whole model. At each position of the answer, y_i has a token that is drawn from the
       model's own distribution there, so that F is an unbiased estimate of the Fisher information along the greedy
-      answers (squared gradients of the greedy tokens themselves would vanish where the model is sure). It differs from
-      Matena and Raffel's only in that answers are followed greedily. fusion-bench squares the gradient of a whole
-      batch, of the sum over labels of √p·log p.
+      answers (squared gradients of the greedy tokens themselves would vanish where the model is sure). fusion-bench
+      squares the gradient of a whole batch, of the sum over labels of √p·log p.
 
     Statistics are stored in fp32: their rounding is far below the sampling error of any number of prompts, and they are
     as large as the model already, or larger.
