@@ -19,6 +19,7 @@ from torch import Tensor
 
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.models import (
     load_config,
     load_generation_config,
@@ -27,10 +28,8 @@ from resm_kernels.calibrate.models import (
     quiet_transformers,
 )
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, TOKENIZER_PATTERNS
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.models import Model
-from resm_kernels.lora import AdapterReader
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -383,15 +382,5 @@ def _key(model: Model, prompts: Sequence[Prompt], options: Sequence[object]) -> 
     versions = [__version__, *(importlib.metadata.version(name) for name in ("torch", "transformers"))]
     entries = [[prompt.text, prompt.messages, prompt.response] for prompt in prompts]
     digest = hashlib.sha256(json.dumps([_FORMAT, versions, options, entries]).encode())
-    readers = [model.reader, *([model.reader.base] if isinstance(model.reader, AdapterReader) else [])]
-    for file in sorted({info.file for reader in readers for info in reader.tensors.values()}):
-        with open(file, "rb") as stream:
-            state = os.fstat(stream.fileno())
-            header = stream.read(8)
-            header += stream.read(int.from_bytes(header, "little"))
-        digest.update(json.dumps([file.name, state.st_size, state.st_mtime_ns]).encode() + header)
-    for folder in dict.fromkeys((model.base_folder, model.folder)):
-        patterns = (CONFIG_FILE, "adapter_config.json", *MODEL_PATTERNS, *TOKENIZER_PATTERNS)
-        for file in sorted({f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}):
-            digest.update(json.dumps([file.name, file.stat().st_size]).encode() + file.read_bytes())
+    digest.update(model_fingerprint(model).encode())
     return digest.hexdigest()
