@@ -24,6 +24,7 @@ from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
 from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
+from resm_kernels.calibrate.output import REPORT_FILE, card_text, small_files
 from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
 from resm_kernels.calibrate.prompts import Sample
 from resm_kernels.calibrate.weights import WeightReader
@@ -41,7 +42,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much is done."""
 
-_REPORT: Final = "calibration.json"
 _START: Final = "start"
 _EMBEDDING: Final = "embedding.safetensors"
 _POLISHED: Final = "polished"
@@ -111,8 +111,8 @@ def calibrate_checkpoint(
         least_squares: Whether to solve the linear layers (default: True); False leaves the polish alone.
         polish_steps: Steps of the polish; 0, the default, takes none. It needs the whole model in memory, in fp32 with
             gradients and AdamW's moments: 20 bytes for each parameter.
-        answer_weight: u, the weight of positions that predict a token of the answer; others have 1. 10 was best among 1,
-            5 and 10 on the validation questions of the quality benchmark, by less than a point.
+        answer_weight: u, the weight of positions that predict a token of the answer; others have 1. Among 1, 5 and 10,
+            10 was best on the validation questions of the quality benchmark, by less than a point.
         ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs.
         embeddings: "merged", the default, leaves them as the recipe merged them; "token-counts" averages the experts'
             embeddings by how often each token occurs in their prompts and answers.
@@ -286,7 +286,7 @@ class _Calibration:
                 del expert
         folder = self._work.path / "solved"
         if not folder.is_dir():
-            self._write(start, folder, self._calibrated(), _small_files(start.folder))
+            self._write(start, folder, self._calibrated(), small_files(start.folder))
         with contextlib.closing(CheckpointReader(folder)) as reader:
             student = load_model(Model(folder, reader, start.config, folder), dtype=torch.float32, device=self._device)
         options = PolishOptions(
@@ -314,7 +314,7 @@ class _Calibration:
         else:
             blocks = range(len(self._work.state.get("blocks", ())))
             files = [self._work.path / name for name in (_EMBEDDING, *map(_block_file, blocks))] if blocks else []
-        names = {}
+        names: dict[str, Path] = {}
         for file in files:
             with safe_open(file, "pt") as opened:
                 names |= dict.fromkeys(opened.keys(), file)
@@ -343,13 +343,13 @@ class _Calibration:
             writer.commit()
 
     def _files_of(self, start: Model, report: CalibrationReport) -> dict[str, bytes]:
-        files = _small_files(start.folder)
+        files = small_files(start.folder)
         entry = {k: v for k, v in asdict(report).items() if k not in ("out", "seconds")}
         entry |= {"version": __version__, "options": self._options.job()}
-        files[_REPORT] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
+        files[REPORT_FILE] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
         if "README.md" in files:
             card = files["README.md"].decode().replace(f"# {_START}\n", f"# {self._out.name}\n")
-            files["README.md"] = card.replace("\n## Models\n", f"\n{_card_text(self._options)}\n\n## Models\n").encode()
+            files["README.md"] = card.replace("\n## Models\n", f"\n{card_text(self._options)}\n\n## Models\n").encode()
         return files
 
     @contextlib.contextmanager
@@ -361,27 +361,6 @@ class _Calibration:
 
 def _block_file(number: int) -> str:
     return f"block-{number:05d}.safetensors"
-
-
-def _card_text(options: CalibrateOptions) -> str:
-    parts = []
-    if options.least_squares:
-        parts.append("its linear layers were solved by least squares for the experts' outputs")
-    if options.polish_steps:
-        parts.append(f"it was polished by up to {options.polish_steps} steps on the KL to the experts")
-    return (
-        f"The merge was calibrated on prompts that the experts answered themselves: {', and '.join(parts)}. "
-        f"{_REPORT} has the figures."
-    )
-
-
-def _small_files(folder: Path) -> dict[str, bytes]:
-    """Everything of a model folder but its weights."""
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json")
-    }
 
 
 def _check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
