@@ -110,10 +110,10 @@ class CalibrateOptions:
 
     least_squares: bool = True
     polish_steps: int = 0
-    answer_weight: float = 5.0
+    answer_weight: float = 10.0
     ridge: float = 1e-3
     embeddings: str = "merged"
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     held_out: float = 0.1
     max_prompts: int | None = None
     max_prompt_tokens: int = 1024

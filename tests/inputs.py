@@ -142,10 +142,24 @@ def merged_delta(base: Tensor, experts: list[Tensor], method: str, **parameters:
 
 
 def call_of(method: str) -> tuple[int, dict[str, Any]]:
-    """A number of experts that the method takes, two if possible, and values for parameters without a default."""
+    """A number of experts that the method takes, two if possible, and values for arguments without a default.
+
+    A method that needs statistics gets none for the tensor, which it then averages.
+    """
     chosen = get(method)
-    required = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
-    return min(max(2, chosen.min_experts), chosen.max_experts or 2), required
+    required: dict[str, Any] = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
+    n_experts = min(max(2, chosen.min_experts), chosen.max_experts or 2)
+    return n_experts, required | ({"statistics": [None] * n_experts} if chosen.statistics else {})
+
+
+def random_statistics(method: str, shape: Sequence[int], n_experts: int, seed: int = 0) -> list[Tensor | None]:
+    """Statistics of the kind that the method needs, for a tensor of that shape: None where it has none of the kind."""
+    if get(method).statistics == "fisher":
+        return [randn(*shape, seed=seed + t).square() for t in range(n_experts)]
+    if len(shape) != 2:
+        return [None] * n_experts
+    inputs = [randn(2 * shape[1] + 3, shape[1], seed=seed + t, dtype=torch.float64) for t in range(n_experts)]
+    return [(x.mT @ x / len(x)).float() for x in inputs]
 
 
 LAYOUTS = ["transposed", "strided", "expanded"]

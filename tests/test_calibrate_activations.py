@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -25,7 +24,7 @@ def samples(draw: st.DrawFn) -> list[Sample]:
 
 
 @given(samples(), st.floats(0.25, 50), st.integers(1, 40))
-def test_every_position_is_there_once_with_its_weight(
+def test_every_position_is_there_once_with_the_root_of_its_share(
     own: list[Sample], answer_weight: float, batch_tokens: int
 ) -> None:
     expected = {}
@@ -33,7 +32,8 @@ def test_every_position_is_there_once_with_its_weight(
         for p in range(len(sample.tokens) - 1):
             is_answer = sample.answer_start - 1 <= p <= len(sample.tokens) - 2
             before = sample.tokens[: p + 1]
-            expected[sample.tokens[p]] = (before, math.sqrt(answer_weight) if is_answer else 1.0)
+            expected[sample.tokens[p]] = (before, answer_weight if is_answer else 1.0)
+    total = sum(u for _, u in expected.values())
     found = {}
     row = 0
     for batch in make_batches(own, answer_weight, batch_tokens):
@@ -45,7 +45,7 @@ def test_every_position_is_there_once_with_its_weight(
             i, p = divmod(position, batch.tokens.shape[1])
             line = tuple(batch.tokens[i].tolist())
             assert line[p] not in found
-            found[line[p]] = (line[: p + 1], pytest.approx(weight, rel=1e-6))
+            found[line[p]] = (line[: p + 1], pytest.approx(weight**2 * total, rel=1e-5))
     assert expected == found
     assert row == len(expected)
 

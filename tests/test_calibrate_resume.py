@@ -155,10 +155,14 @@ def other_prompts(models: Models) -> dict[str, Any]:
 
 
 def other_expert(models: Models) -> dict[str, Any]:
-    weights = load_model(models.folders[1])
-    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
-    save_file(weights, models.folders[1] / "model.safetensors", metadata={"format": "pt"})
+    change_head(models.folders[1])
     return {}
+
+
+def change_head(folder: Path) -> None:
+    weights = load_model(folder)
+    weights["lm_head.weight"] = weights["lm_head.weight"] + 1
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_another_job_is_refused_by_the_name_of_what_differs(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,7 +191,7 @@ def test_models_of_one_name_are_told_apart(models: Models, monkeypatch: pytest.M
         (models.root / f"run{t}").mkdir()
         models.folders[t] = folder.rename(models.root / f"run{t}" / "expert")
     cut_off(models, monkeypatch)
-    os.utime(models.folders[0] / "model.safetensors", ns=(1, 1))
+    change_head(models.folders[0])
     with pytest.raises(CalibrationError, match=r"another model 1 \(expert\);"):
         models.calibrate()
 

@@ -22,7 +22,12 @@ MIXES: Final = ("mix-uniform", "mix-weighted", "mix-filtered")
 
 FOLDED: Final = ("slerp", "nuslerp", "nearswap", "arcee_fusion")
 """Methods for two models, folded over the experts in the order of `SFT`: see `merging.fold`."""
-LEFT_OUT: Final = {"passthrough": "it copies one model, and every expert has a row of its own"}
+LEFT_OUT: Final = {
+    "passthrough": "it copies one model, and every expert has a row of its own",
+    "regmean": "it needs statistics; see the calibrated rows",
+    "regmean_plus": "it needs statistics; see the calibrated rows",
+    "fisher": "it needs statistics; see the calibrated rows",
+}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from resm_kernels.calibrate.models import load_model, load_tokenizer
 from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
 from resm_kernels.calibrate.run import CalibrationReport, calibrate_checkpoint
+from resm_kernels.calibrate.statistics import StatisticsReport, compute_statistics
 from resm_kernels.options import CalibrateOptions
 
 __all__ = [
@@ -18,9 +19,11 @@ __all__ = [
     "PolishReport",
     "Prompt",
     "Sample",
+    "StatisticsReport",
     "answer",
     "answer_prompts",
     "calibrate_checkpoint",
+    "compute_statistics",
     "encode_prompts",
     "load_model",
     "load_samples",

@@ -24,8 +24,8 @@ class Batch:
     Attributes:
         tokens: (batch, length) int64.
         positions: The positions of real tokens in the flattened batch, in order, (n,).
-        weights: √u of each of these positions, (n,) fp32: u is 1, or the answer weight where the next token belongs to
-            the answer.
+        weights: √u_p of each of these positions, (n,) fp32: u_p is proportional to 1, or to the answer weight where the
+            next token belongs to the answer; over all batches Σ u_p = 1.
         first: Number of real tokens in the batches before this one.
     """
 
@@ -54,6 +54,11 @@ def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: 
     """Batches of at most `batch_tokens` tokens (or one sample), each of samples of similar length.
 
     A sample's last token is left out, because nothing is predicted from it.
+
+    Args:
+        samples: One expert's samples.
+        answer_weight: How much more a position counts that predicts a token of the answer.
+        batch_tokens: Padding counts too.
     """
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i))
     groups: list[list[Sample]] = []
@@ -62,6 +67,8 @@ def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: 
         if not groups or (len(groups[-1]) + 1) * length > batch_tokens:
             groups.append([])
         groups[-1].append(samples[i])
+    answers = sum(len(sample.tokens) - sample.answer_start for sample in samples)
+    total = sum(len(sample.tokens) - 1 for sample in samples) + (answer_weight - 1) * answers
     batches, first = [], 0
     for group in groups:
         lengths = torch.tensor([len(sample.tokens) - 1 for sample in group])
@@ -70,7 +77,7 @@ def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: 
         place = torch.arange(width)
         answer = place >= torch.tensor([sample.answer_start - 1 for sample in group])[:, None]
         positions = (place < lengths[:, None]).flatten().nonzero().squeeze(1)
-        weights = torch.where(answer, math.sqrt(answer_weight), 1.0).flatten()[positions]
+        weights = torch.where(answer, math.sqrt(answer_weight / total), math.sqrt(1 / total)).flatten()[positions]
         batches.append(Batch(tokens, positions, weights, first))
         first = batches[-1].last
     return batches

@@ -3,11 +3,12 @@
 For a linear layer with start weight W₀, expert t's weight W_t, its inputs X_t in expert t, and the inputs X̂_t in the
 merged model as far as it is done, both on the prompts of expert t, the new weight minimises
 
-    Σ_t Σ_p u_p·‖W·x̂_p − W_t·x_p‖² + r·‖W − W₀‖_F²,        r = ρ·mean(diag Σ_t X̂_tᵀ·U·X̂_t)
+    Σ_t Σ_p u_p·‖W·x̂_p − W_t·x_p‖² + r·‖W − W₀‖_F²,        r = ρ·mean(diag Σ_t X̂_tᵀ·U_t·X̂_t)
 
-over all positions p of these prompts, u_p = u where the next token belongs to the answer and 1 elsewhere. It solves
+over all positions p of these prompts, with u_p proportional to u where the next token belongs to the answer and to 1
+elsewhere, and Σ_p u_p = 1 for each expert, so that all count the same. It solves, U_t = diag(u_p),
 
-    W·(Σ_t X̂_tᵀ·U·X̂_t + r·I) = Σ_t W_t·X_tᵀ·U·X̂_t + r·W₀.
+    W·(Σ_t X̂_tᵀ·U_t·X̂_t + r·I) = Σ_t W_t·X_tᵀ·U_t·X̂_t + r·W₀.
 
 A bias is one more column of W, whose input is 1. Layers with the same input (q, k and v; gate and up) are one stage and
 share the left side. Stages are solved in the order in which they run, and blocks in theirs, so that each corrects what
@@ -61,10 +62,10 @@ class Products:
     """
 
     def __init__(self, width: int, device: torch.device | str) -> None:
-        rows = max(256, min(_BUFFER_ROWS, _BUFFER_BYTES // (8 * width)))
-        self._rows = torch.empty(rows, 2 * width, device=device)
+        count = max(256, min(_BUFFER_ROWS, _BUFFER_BYTES // (8 * width)))
+        self._merged = torch.empty(count, width, device=device)
+        self._expert = torch.empty_like(self._merged)
         self._filled = 0
-        self._width = width
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.cross = torch.zeros_like(self.gram)
 
@@ -72,13 +73,12 @@ class Products:
         """Take in rows of X̂ and X, (n, width) each."""
         start = 0
         while start < len(merged):
-            count = min(len(merged) - start, len(self._rows) - self._filled)
-            target = self._rows[self._filled : self._filled + count]
-            target[:, : self._width] = merged[start : start + count]
-            target[:, self._width :] = expert[start : start + count]
+            count = min(len(merged) - start, len(self._merged) - self._filled)
+            place, rows = slice(self._filled, self._filled + count), slice(start, start + count)
+            self._merged[place], self._expert[place] = merged[rows], expert[rows]
             self._filled += count
             start += count
-            if self._filled == len(self._rows):
+            if self._filled == len(self._merged):
                 self._flush()
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -88,9 +88,9 @@ class Products:
         return self.gram, self.cross
 
     def _flush(self) -> None:
-        both = gram_matrix(self._rows[: self._filled])
-        self.gram += both[: self._width, : self._width]
-        self.cross += both[self._width :, : self._width]
+        merged, expert = self._merged[: self._filled], self._expert[: self._filled]
+        self.gram += gram_matrix(merged)
+        self.cross += gram_matrix(expert, merged)
         self._filled = 0
 
 

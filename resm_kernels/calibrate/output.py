@@ -6,7 +6,7 @@ import contextlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from resm_kernels.calibrate.blocks import ModelNames
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.weights import stored_names
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
+from resm_kernels.options import CalibrateOptions
+
+REPORT_FILE: Final = "calibration.json"
 
 
 class Place(NamedTuple):
@@ -79,6 +82,19 @@ def write_model(
             writer.write(name, _read(calibrated[name], info.dtype) if name in calibrated else start.read(name))
             progress(done + 1, len(tensors))
         writer.commit()
+
+
+def card_text(options: CalibrateOptions) -> str:
+    """The model card's paragraph about the calibration."""
+    parts = []
+    if options.least_squares:
+        parts.append("its linear layers were solved by least squares for the experts' outputs")
+    if options.polish_steps:
+        parts.append(f"it was polished by up to {options.polish_steps} steps on the KL to the experts")
+    return (
+        f"The merge was calibrated on prompts that the experts answered themselves: {', and '.join(parts)}. "
+        f"{REPORT_FILE} has the figures."
+    )
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
