@@ -11,11 +11,13 @@ import pytest
 import torch
 from calibrations import Models, contents, logits, samples_of, write_prompts
 from checkpoints import load_model
-from experts import KINDS, save_expert, transformers
+from experts import save_expert, transformers
 from safetensors.torch import load_file, save_file
 
 from resm_kernels.calibrate import CalibrationError, load_samples
-from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.calibrate.blocks import ModelNames
+from resm_kernels.calibrate.output import Place, find_tensors, write_model
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader
 from resm_kernels.engine import MergeError, merge_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -258,6 +260,11 @@ def test_numbers_of_prompt_files(models: Models) -> None:
     assert models.leftovers() == []
 
 
+def test_one_prompt_file_that_is_no_list(models: Models) -> None:
+    for file in (models.files[0], str(models.files[0])):
+        refused(models, r"^prompts: got '.*prompts0\.txt', need a list with one file", TypeError, files=file)
+
+
 def test_recipes_of_other_models_than_the_experts(models: Models) -> None:
     sources = [{"model": str(folder), "layer_range": [0, 2]} for folder in models.folders]
     slices = {"merge_method": "linear", "slices": [{"sources": sources}], "parameters": {"weight": 1}}
@@ -279,15 +286,35 @@ def test_experts_of_other_vocabularies(models: Models) -> None:
 
 
 def test_solutions_beyond_the_outputs_range(models: Models) -> None:
-    """Experts whose second layer of the MLP undoes what the first one does to fp16's range."""
-    for folder in models.folders:
-        weights = load_model(folder)
-        weights["model.layers.1.mlp.up_proj.weight"] *= 1e5
+    """Heads that cancel out in the merge, so that it is in fp16's range."""
+    head = 1e6 * torch.randn(load_model(models.base)["lm_head.weight"].shape)
+    for folder, sign in zip(models.folders, (1, -1), strict=True):
+        weights = load_model(folder) | {"lm_head.weight": sign * head}
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     recipe = models.recipe(out_dtype="float16")
-    with pytest.raises((CalibrationError, MergeError), match=r"float16"):
-        models.calibrate(recipe)
-    assert not models.out.exists()
+    message = r"^lm_head\.weight: the solution exceeds the range of torch\.float16; need out_dtype: bfloat16$"
+    refused(models, message, recipe=recipe)
+
+
+def test_tensors_that_have_no_place_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "polished.safetensors"
+    save_file({"a.x": torch.ones(1), "y": torch.ones(1), "z": torch.full((1,), 1e9)}, file)
+    names = ModelNames("a.", "embedding.weight", "head", tied=False)
+    assert find_tensors([file], {"x": 0, "a.y": 0, "z": 0}, names) == {
+        stored: Place(file, name) for stored, name in (("x", "a.x"), ("a.y", "y"), ("z", "z"))
+    }
+    with pytest.raises(CalibrationError, match=f"^{file}: has a tensor 'z', which the merged model does not store$"):
+        find_tensors([file], {"x": 0, "a.y": 0}, names)
+    start = tmp_path / "start"
+    start.mkdir()
+    save_file({"z": torch.ones(1, dtype=torch.float16)}, start / "model.safetensors")
+    with (
+        CheckpointReader(start) as reader,
+        pytest.raises(CalibrationError, match=r"^tensor 'z': has values beyond the range of torch.float16"),
+    ):
+        places = {"z": Place(file, "z")}
+        write_model(reader, places, tmp_path / "out", tmp_path / "aside", {}, 1 << 20, lambda done, total: None)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "aside").exists()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -334,7 +361,3 @@ def test_outputs_that_are_there(models: Models) -> None:
 def test_options_out_of_range(models: Models, option: dict[str, Any], message: str) -> None:
     refused(models, message, ValueError, **option)
     assert models.leftovers() == []
-
-
-def test_kinds_are_those_that_are_tested() -> None:
-    assert KINDS.keys() == {"Llama", "Qwen2", "GPT2", "Gemma2", "Phi3", "Mixtral"}

@@ -129,6 +129,27 @@ def test_blocks_give_what_the_whole_model_gives(kind: str) -> None:
     assert not own
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_of_stages_are_in_the_order_of_positions(kind: str) -> None:
+    """Another last token changes the inputs of all layers at the last position, and at no other."""
+    config = tiny_config(kind)
+    weights = dict(random_model(config).named_parameters())
+    decoder = Decoder(config)
+    tokens = torch.randint(3, 60, (3, 5), generator=torch.Generator().manual_seed(1))
+    other = tokens.clone()
+    other[1, -1] = tokens[1, -1] % 50 + 5
+    with torch.inference_mode():
+        outer = {name: weights[name] for name in decoder.outer_parameters()}
+        block = {name: weights[name] for name in decoder.block_parameters(0)}
+        hidden = [decoder.enter(x, outer) for x in (tokens, other)]
+        stages = decoder.stages(0, hidden[0], block)
+        assert stages
+        for stage in stages:
+            a, b = (decoder.stage_inputs(0, h, block, [stage])[0] for h in hidden)
+            changed = (a - b).abs().amax(-1) > 1e-6
+            assert changed.nonzero().tolist() == [[1, 4]], stage[0].name
+
+
 def in_width(layer: LinearLayer, weights: dict[str, Tensor]) -> int:
     return weights[layer.weight].shape[0 if layer.transposed else 1]
 

@@ -138,7 +138,7 @@ def calibrate_checkpoint(
     Raises:
         CalibrationError: The prompts, the models or an unfinished calibration cannot be used.
         RecipeError, CheckpointError, MergeError: As for `merge_checkpoints`.
-        ValueError: An option is out of its range.
+        ValueError, TypeError: An option is out of its range; prompts are no list.
 
     Memory: one expert to answer (with its cache of keys and values); then one block of one expert and of the merged
     model in fp32, or their embeddings (in float64 for token counts), four float64 matrices (in, in) of the layer with
@@ -149,6 +149,8 @@ def calibrate_checkpoint(
     Deterministic: the same models, prompts, options and number of threads give the same bits on one kind of device.
     """
     chosen = CalibrateOptions(**options)
+    if isinstance(prompts, (str, os.PathLike)):
+        raise TypeError(f"prompts: got {os.fspath(prompts)!r}, need a list with one file for each expert")
     files = [Path(os.path.expanduser(os.fspath(path))) for path in prompts]
     shard_bytes = parse_size(chosen.max_shard_size, "max_shard_size")
     device = _device(chosen.device)
