@@ -5,17 +5,30 @@
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
 
+from benchmarks.quality.calibrated import BEST, MIXED, row_of
 from benchmarks.quality.candidates import Row
+from benchmarks.quality.prompts import DRAWS, MOST
 
 
 class Hypothesis(NamedTuple):
-    """That one row has a higher average than another on the test split."""
+    """That one row is ahead of another on the test split.
+
+    Attributes:
+        claim: What it says.
+        better, worse: The two rows.
+        column: Of which score.
+        margin: By more than how many points it is ahead; negative where it may be behind by less. The test of a claim
+            with a margin is one-sided. None: the test is of any difference, two-sided.
+    """
 
     claim: str
     better: str
     worse: str
+    column: Literal["average", "worst"] = "average"
+    margin: float | None = None
 
 
 _TSVM, _RESM = "default/tsvm", "default/resm"
@@ -39,10 +52,28 @@ HYPOTHESES: Final = (
 )
 
 
-def named_rows(rows: list[Row]) -> list[Row]:
-    """The rows that the hypotheses compare."""
-    names = {name for h in HYPOTHESES for name in (h.better, h.worse)}
+_FITTED, _FRESHLY = (row_of(draw, "least squares", 256) for draw in DRAWS)
+_POLISHED = row_of("trained", "least squares + polish", MOST)
+_FITTED_WORDS = "least squares with 256 prompts from training is over 4 points above the best merge without data"
+CALIBRATED: Final = (
+    Hypothesis(f"{_FITTED_WORDS}, on average", _FITTED, BEST, margin=4.0),
+    Hypothesis("and in the worst dimension", _FITTED, BEST, "worst", 4.0),
+    Hypothesis("with polish and 800 prompts it is less than 2 points below mixed data", _POLISHED, MIXED, margin=-2.0),
+    Hypothesis("and above it in the worst dimension", _POLISHED, MIXED, "worst", 0.0),
+    Hypothesis("least squares with 256 fresh prompts is over 4 points above", _FRESHLY, BEST, margin=4.0),
+    Hypothesis("and in the worst dimension", _FRESHLY, BEST, "worst", 4.0),
+    Hypothesis("least squares beats RegMean, 256 prompts", _FITTED, row_of("trained", "RegMean", 256), margin=0.0),
+    Hypothesis(
+        "least squares + polish beats KL alone, 800 prompts", _POLISHED, row_of("trained", "KL alone", MOST), margin=0.0
+    ),
+)
+"""Claims about calibrated merges, said before seeds 10 to 14 were looked at."""
+
+
+def named_rows(rows: list[Row], claims: Sequence[Hypothesis]) -> list[Row]:
+    """The rows that the claims compare."""
+    names = {name for h in claims for name in (h.better, h.worse)}
     named = [row for row in rows if f"{row.group}/{row.name}" in names]
     if unknown := names - {f"{row.group}/{row.name}" for row in named}:
-        raise ValueError(f"HYPOTHESES: no row {sorted(unknown)[0]!r}")
+        raise ValueError(f"claims: no row {sorted(unknown)[0]!r}")
     return named
