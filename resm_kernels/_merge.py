@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ def merge(
     out_dtype: torch.dtype | None = None,
     name: str = "",
     seed: int = 0,
+    statistics: Sequence[Tensor | None] | None = None,
+    transposed: bool = False,
     **parameters: Any,
 ) -> Tensor:
     """Merge one weight tensor of several experts.
@@ -33,6 +35,10 @@ def merge(
             one model need different names. RESM averages tensors whose name is that of an embedding or output head.
         seed: A whole number from which random numbers are derived as well. The same seed and name give the same result
             on any device and with any number of threads.
+        statistics: For methods that need statistics beside the weights (RegMean, Fisher merging), one for each expert:
+            the (in, in) Gram matrix of the layer's inputs, or a Fisher information for each weight. None in the list
+            for a tensor without; experts are then averaged.
+        transposed: True if the weight is stored as (in, out), as GPT-2's Conv1D stores it; only Gram matrices need it.
         parameters: The method's parameters (`resm_kernels.methods.get(method).parameters`); `lambda` is spelled
             `lambda_`. Per-expert parameters take one value for all experts, or a sequence with one for each.
 
@@ -49,7 +55,16 @@ def merge(
         >>> merge(base, experts, method="resm", lambda_=0.7).shape
         torch.Size([64, 32])
     """
-    return get(method)(base, experts, out_dtype=out_dtype, name=name, seed=seed, **parameters)
+    return get(method)(
+        base,
+        experts,
+        out_dtype=out_dtype,
+        name=name,
+        seed=seed,
+        statistics=statistics,
+        transposed=transposed,
+        **parameters,
+    )
 
 
 def merge_state_dicts(
@@ -59,6 +74,8 @@ def merge_state_dicts(
     *,
     out_dtype: torch.dtype | None = None,
     seed: int = 0,
+    statistics: Sequence[Mapping[str, Tensor] | None] | None = None,
+    transposed: Collection[str] = (),
     **parameters: Any,
 ) -> dict[str, Tensor]:
     """Merge whole state dictionaries tensor by tensor; see `merge`.
@@ -70,6 +87,9 @@ def merge_state_dicts(
         base: The base model; None for methods that average models.
         experts: The fine-tuned models.
         method, out_dtype, seed, parameters: As for `merge`.
+        statistics: For methods that need statistics, each expert's by the name of the weight they belong to; tensors
+            without any are averaged.
+        transposed: Names of the weights that are stored as (in, out).
 
     Returns:
         The merged tensors by name, in the order of `base`, or of the first expert if there is no base.
@@ -93,7 +113,16 @@ def merge_state_dicts(
         if value.is_floating_point():
             origin, tensors = None if base is None else value, [expert[key] for expert in experts]
             try:
-                merged[key] = merge_method(origin, tensors, out_dtype=out_dtype, name=key, seed=seed, **parameters)
+                merged[key] = merge_method(
+                    origin,
+                    tensors,
+                    out_dtype=out_dtype,
+                    name=key,
+                    seed=seed,
+                    statistics=None if statistics is None else [None if s is None else s.get(key) for s in statistics],
+                    transposed=key in transposed,
+                    **parameters,
+                )
             except NonFiniteError as error:
                 raise NonFiniteError(f"{key}: {error.argument}", error.index, error.count) from error
             except (ValueError, TypeError) as error:

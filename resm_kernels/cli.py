@@ -1,4 +1,4 @@
-"""The command `resm-kernels`: merge, stats, info, extract-lora.
+"""The command `resm-kernels`: merge, stats, statistics, info, extract-lora.
 
 Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
 torch.
@@ -186,6 +186,49 @@ def stats(
             typer.echo(text)
         else:
             json_file.write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def statistics(
+    model: Annotated[str, typer.Argument(help="Model folder, or BASE+ADAPTER.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="File to write, such as chat.statistics.safetensors.")],
+    prompts: Annotated[Path, typer.Option("--prompts", help="File of prompts, .jsonl or .txt.")],
+    kind: Annotated[str, typer.Option(help="gram for RegMean and RegMean++, fisher for Fisher merging.")] = "gram",
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer; 1 reads prompts alone.")] = 64,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a prompt may have.")] = 1024,
+    max_prompts: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only, so many.")] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens that run at a time.")] = 4096,
+    dtype: Annotated[str, typer.Option(help="Of the model's arithmetic: float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu or cuda.")] = "cpu",
+    random_seed: Annotated[int, typer.Option(help="The seed of the tokens that Fisher informations draw.")] = 0,
+    threads: ThreadsOption = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+) -> None:
+    """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers itself, into the file OUT."""
+    with _loading():
+        import torch
+
+        from resm_kernels.calibrate.statistics import compute_statistics
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    report = compute_statistics(
+        model,
+        out,
+        prompts,
+        kind=kind,
+        max_new_tokens=max_new_tokens,
+        max_prompt_tokens=max_prompt_tokens,
+        max_prompts=max_prompts,
+        batch_tokens=batch_tokens,
+        dtype=dtype,
+        device=device,
+        random_seed=random_seed,
+        overwrite=overwrite,
+    )
+    if not quiet:
+        typer.echo(str(report))
 
 
 @app.command()

@@ -22,7 +22,9 @@ FIRST_VERSION: Final = "0.1.5"
 
 
 def register(*, replace: bool = False) -> tuple[str, ...]:
-    """Make all merge methods of `resm_kernels.methods.names()`, installed plug-ins included, known to mergekit.
+    """Make the merge methods of `resm_kernels.methods.names()`, installed plug-ins included, known to mergekit.
+
+    Methods that need statistics (RegMean, Fisher merging) are left out: mergekit passes a method weights alone.
 
     mergekit itself does not look for plug-ins: call this in the same process before it reads a recipe, or run
     ``resm-kernels mergekit RECIPE OUT``. Results are rounded once, to the dtype of the tensors that mergekit passes
@@ -45,6 +47,8 @@ def register(*, replace: bool = False) -> tuple[str, ...]:
     registered = []
     for name in names():
         method, present = get(name), registry.get(name)
+        if method.statistics is not None:
+            continue
         if present is None:
             registry[name] = _plug_in(method, _spec(method))
         elif not isinstance(implementation := getattr(present, "implementation", present), _Implementation):

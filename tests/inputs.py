@@ -142,10 +142,14 @@ def merged_delta(base: Tensor, experts: list[Tensor], method: str, **parameters:
 
 
 def call_of(method: str) -> tuple[int, dict[str, Any]]:
-    """A number of experts that the method takes, two if possible, and values for parameters without a default."""
+    """A number of experts that the method takes, two if possible, and values for arguments without a default.
+
+    A method that needs statistics gets none for the tensor, which it then averages.
+    """
     chosen = get(method)
-    required = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
-    return min(max(2, chosen.min_experts), chosen.max_experts or 2), required
+    required: dict[str, Any] = {p.keyword: 0.5 for p in chosen.parameters if p.default is REQUIRED}
+    n_experts = min(max(2, chosen.min_experts), chosen.max_experts or 2)
+    return n_experts, required | ({"statistics": [None] * n_experts} if chosen.statistics else {})
 
 
 LAYOUTS = ["transposed", "strided", "expanded"]

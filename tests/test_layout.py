@@ -35,6 +35,7 @@ LAYERS = [
     {"lora"},
     {"options"},
     {"engine"},
+    {"calibrate"},
     {"report", "plot"},
     {"flags"},
     {"cli", "__main__"},

@@ -24,6 +24,7 @@ def describe_plan(plan: MergePlan) -> str:
         f"base          {plan.recipe.base_model or 'none'}",
         *(line for part in plan.recipe.parts for piece in part.slices for line in _slice_lines(part, piece)),
         *_parameter_lines(plan),
+        *_statistics_lines(plan),
         f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
     ]
     if plan.tokenizer is not None:
@@ -50,6 +51,8 @@ def _slice_lines(part: Part, piece: Slice) -> list[str]:
     lines = [f"module        {part.name}"] if part.name is not None and piece is part.slices[0] else []
     for source in piece.experts:
         notes = [f"{name} = {_setting(value)}" for name, value in source.parameters.items()]
+        if source.statistics is not None:
+            notes.append(f"statistics {source.statistics}")
         if source.layers is not None:
             notes.insert(0, f"layers {source.layers[0]} to {source.layers[1] - 1}")
         lines.append(f"expert        {source.model}" + (f"  ({', '.join(notes)})" if notes else ""))
@@ -66,6 +69,19 @@ def _parameter_lines(plan: MergePlan) -> list[str]:
             other = f", {parameter.vocabulary} for embeddings and output heads" if has_other else ""
             lines.append(f"parameter     {parameter.name} = {parameter.default} (default{other})")
     return lines
+
+
+def _statistics_lines(plan: MergePlan) -> list[str]:
+    if not plan.statistics:
+        return []
+    about = [reader.about for reader in plan.statistics.values()]
+    jobs = [job for job in plan.jobs if job.has_statistics]
+    read = sum(info.nbytes for job in jobs for _, info in job.inputs[len(job.folders) :])
+    tokens = ", ".join(f"{a.tokens:,}" for a in about)
+    return [
+        f"statistics    {about[0].kind} of {len(jobs)} tensors, {format_bytes(read)} to read; tokens {tokens}",
+        f"averaged      {sum(not job.copied for job in plan.jobs) - len(jobs)} tensors without statistics",
+    ]
 
 
 def _device_line(plan: MergePlan, device: Device) -> str:

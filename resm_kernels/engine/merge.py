@@ -181,13 +181,24 @@ def _check_named(job: TensorJob, check: Callable[[Tensor], None], values: Tensor
 
 
 def _merged(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
-    base, experts = (tensors[0], tensors[1:]) if plan.base is not None else (None, tensors)
     with _errors_named(job):
         if job.factors is not None:
             result = _merge_factors(plan, job, tensors)
         else:
+            models, statistics = tensors[: len(job.folders)], tensors[len(job.folders) :]
+            base, experts = (models[0], models[1:]) if plan.base is not None else (None, models)
+            given: dict[str, Any] = {}
+            if plan.method.statistics is not None:
+                given["statistics"] = statistics if job.has_statistics else [None] * job.n_experts
+                given["transposed"] = job.transposed
             result = plan.method(
-                base, experts, out_dtype=job.dtype, name=job.name, seed=plan.options.random_seed, **job.parameters
+                base,
+                experts,
+                out_dtype=job.dtype,
+                name=job.name,
+                seed=plan.options.random_seed,
+                **given,
+                **job.parameters,
             )
         if job.dtype == torch.float16:
             check_values(torch.isfinite(result).all(), _check_range)

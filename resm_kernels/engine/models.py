@@ -57,6 +57,35 @@ class OpenedModels:
         return list(dict.fromkeys(f for model in self.all() for f in (model.folder, model.base_folder)))
 
 
+def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
+    """Open one model: a folder, or BASE+ADAPTER.
+
+    Args:
+        path: As a recipe names a model.
+        where: What errors call it.
+        on_error: Closes what has been opened.
+
+    Raises:
+        RecipeError, CheckpointError: There is no such folder, or it cannot be read.
+    """
+    pair = model_and_adapter(path, where)
+    folder = model_folder(path, where) if pair is None else pair[0]
+    if pair is None and is_adapter_folder(folder):
+        raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
+    base = _open_whole(folder, on_error)
+    return base if pair is None else _open_adapter(pair[1], base, on_error, double=False)
+
+
+def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
+    reader = on_error.enter_context(CheckpointReader(folder))
+    return Model(folder, reader, read_config(folder), folder)
+
+
+def _open_adapter(folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool) -> Model:
+    reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double))
+    return Model(folder, reader, base.config, base.folder)
+
+
 def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened."""
     by_folder: dict[str, Model] = {}
@@ -67,15 +96,13 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
     def open_whole(folder: Path) -> Model:
         key = os.path.realpath(folder)
         if key not in by_folder:
-            reader = on_error.enter_context(CheckpointReader(folder))
-            by_folder[key] = Model(folder, reader, read_config(folder), folder)
+            by_folder[key] = _open_whole(folder, on_error)
         return by_folder[key]
 
     def open_adapter(folder: Path, base: Model) -> Model:
-        reader = AdapterReader(folder, base.reader, base.config, double=double)
-        return Model(folder, on_error.enter_context(reader), base.config, base.folder)
+        return _open_adapter(folder, base, on_error, double=double)
 
-    def open_model(path: str, where: str) -> Model:
+    def open_path(path: str, where: str) -> Model:
         pair = model_and_adapter(path, where)
         if pair is not None:
             base_folder, adapter_folder = pair
@@ -93,7 +120,7 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
 
     def open_once(path: str, where: str) -> Model:
         if path not in by_path:
-            by_path[path] = open_model(path, where)
+            by_path[path] = open_path(path, where)
         return by_path[path]
 
     first = recipe.sources[0]

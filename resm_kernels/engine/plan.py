@@ -13,6 +13,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, check_output_folder, plan_output
+from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.checks import check_configs, check_tied, check_weights
 from resm_kernels.engine.cuda_device import open_devices
@@ -21,6 +22,7 @@ from resm_kernels.engine.devices import Device
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
+from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_of
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import AlignedReader, Vocabulary
 from resm_kernels.engine.window import Job, Window
@@ -48,6 +50,8 @@ class TensorJob(Job):
         factors: The stored factors of each expert, None for an expert that does not change the tensor. The inputs are
             then the base's tensor, and A and B of each expert that has factors; `lora.merge_factors` merges them. None
             if the experts are merged as whole tensors.
+        has_statistics: True if the inputs end with a statistic of each expert.
+        transposed: True if the statistics say that the weight is stored as (in, out).
     """
 
     dtype: torch.dtype
@@ -57,6 +61,8 @@ class TensorJob(Job):
     folders: tuple[Path, ...]
     n_experts: int
     factors: tuple[StoredFactors | None, ...] | None = None
+    has_statistics: bool = False
+    transposed: bool = False
 
     def folder(self, position: int | None) -> Path:
         """Return the folder of the expert at that position, or of the base for None."""
@@ -72,6 +78,7 @@ class MergePlan:
         options: How the merge is carried out.
         out: The output folder; None for a plan that is not to be carried out.
         models: Every model that is read.
+        statistics: The statistics of each expert, for methods that need them.
         layout: Which tensors the output has, and what each is merged from.
         tokenizer: The output's tokenizer if vocabularies are merged; None if the reference model's files are copied.
         jobs: One per output tensor, in the order of the reference model's files.
@@ -86,6 +93,7 @@ class MergePlan:
     options: MergeOptions
     out: Path | None
     models: OpenedModels
+    statistics: Statistics
     layout: Layout
     tokenizer: OutputTokenizer | None
     jobs: tuple[TensorJob, ...]
@@ -131,8 +139,8 @@ class MergePlan:
 
     def close(self) -> None:
         """Close all input files."""
-        for model in self.models.all():
-            model.reader.close()
+        for reader in (*(model.reader for model in self.models.all()), *self.statistics.values()):
+            reader.close()
 
     def __enter__(self) -> MergePlan:
         return self
@@ -172,12 +180,13 @@ def plan_merge(
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = check_tied(models.all())
         check_weights(models.all())
+        statistics = open_statistics(recipe, models, on_error)
         layout = plan_layout(recipe, models, {OUTPUT_HEAD} if tied else set())
         tokenizer = vocabulary = None
         if recipe.output_tokenizer is not None:
             tokenizer = build_tokenizer(recipe, models, trust_remote_code=options.trust_remote_code)
             vocabulary = Vocabulary(recipe, models, tokenizer)
-        planner = _JobPlanner(recipe, models, vocabulary, dense=dense)
+        planner = _JobPlanner(recipe, models, statistics, vocabulary, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
         if out is not None:
             out = check_output_folder(out, overwrite=options.overwrite, inputs=models.folders)
@@ -186,6 +195,7 @@ def plan_merge(
             options=options,
             out=out,
             models=models,
+            statistics=statistics,
             layout=layout,
             tokenizer=tokenizer,
             jobs=jobs,
@@ -203,12 +213,22 @@ class _JobPlanner:
     """Makes the job of each output tensor.
 
     Args:
+        statistics: The statistics of each expert.
         vocabulary: Aligns the rows of embeddings and heads; None if vocabularies are not merged.
         dense: As for `plan_merge`.
     """
 
-    def __init__(self, recipe: Recipe, models: OpenedModels, vocabulary: Vocabulary | None, *, dense: bool) -> None:
-        self._recipe, self._models, self._vocabulary, self._dense = recipe, models, vocabulary, dense
+    def __init__(
+        self,
+        recipe: Recipe,
+        models: OpenedModels,
+        statistics: Statistics,
+        vocabulary: Vocabulary | None,
+        *,
+        dense: bool,
+    ) -> None:
+        self._recipe, self._models, self._statistics = recipe, models, statistics
+        self._vocabulary, self._dense = vocabulary, dense
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, info in models.reference.reader.tensors.items():
             if vocabulary is None or not is_vocabulary(name):
@@ -236,7 +256,10 @@ class _JobPlanner:
             dtype = tensor.lead.reader.stored_dtype(tensor.inputs[models.index(tensor.lead)])
         expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
-        workspace = 0 if copied else method.workspace(info.shape, len(piece.experts))
+        statistics, transposed = ((), False) if copied else statistics_of(self._statistics, piece.experts, expert_inputs)
+        self._check_rows(tensor, statistics)
+        # Methods state the workspace of a weight (out, in).
+        workspace = 0 if copied else method.workspace(info.shape[:: -1 if transposed else 1], len(piece.experts))
         if any(i.dtype == torch.float64 for i in infos):
             workspace *= 2  # methods state their workspace for task vectors in fp32
         workspace += max((reader.workspace for reader, _ in inputs if isinstance(reader, AlignedReader)), default=0)
@@ -249,7 +272,7 @@ class _JobPlanner:
             workspace = factors_workspace(info.shape, [f.rank if f else 0 for f in factors])
         return TensorJob(
             name=tensor.name,
-            inputs=inputs,
+            inputs=(*inputs, *statistics),
             output_bytes=info.numel * dtype.itemsize,
             workspace=workspace,
             dtype=dtype,
@@ -259,7 +282,19 @@ class _JobPlanner:
             folders=tuple(m.folder for m in models),
             n_experts=len(piece.experts),
             factors=factors,
+            has_statistics=bool(statistics),
+            transposed=transposed,
         )
+
+    def _check_rows(self, tensor: OutputTensor, statistics: Sequence[tuple[StatisticsReader, TensorInfo]]) -> None:
+        """Refuse statistics with an entry for each row of an embedding whose rows are aligned by token."""
+        if statistics and self._vocabulary is not None and is_vocabulary(tensor.name):
+            reader = statistics[0][0]
+            if reader.about.kind == "fisher":
+                raise MergeError(
+                    f"{reader.file}: has a statistic for each row of {tensor.name!r} in the expert's own vocabulary; "
+                    "merge Fisher statistics without tokenizer or tokenizer_source"
+                )
 
     def _check_shapes(self, tensor: OutputTensor, models: Sequence[Model], infos: Sequence[TensorInfo]) -> None:
         """Refuse inputs of different shapes, and stacked layers that the config cannot describe together."""

@@ -226,9 +226,9 @@ def _as_resm(recipe: Recipe) -> Recipe:
 
 
 def _without_parameters(entry: Any) -> Any:
-    """Return an entry of a recipe without its `parameters` and those of the entries in it."""
+    """Return an entry of a recipe without its `parameters` and `statistics` and those of the entries in it."""
     if isinstance(entry, BaseModel):
-        fields = {key: _without_parameters(value) for key, value in entry if key != "parameters"}
+        fields = {key: _without_parameters(value) for key, value in entry if key not in ("parameters", "statistics")}
         return type(entry).model_construct(**fields)
     if isinstance(entry, dict):
         return {key: _without_parameters(value) for key, value in entry.items()}

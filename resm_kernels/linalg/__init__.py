@@ -4,6 +4,7 @@ from resm_kernels.linalg.decompose import Decomposition, Subspace, decompose, de
 from resm_kernels.linalg.orthonormalize import Orthonormalized, orthonormalize
 from resm_kernels.linalg.polar import polar, polar_factors
 from resm_kernels.linalg.routes import DECOMPOSITIONS
+from resm_kernels.linalg.spd_solve import SpdSolution, spd_solve
 from resm_kernels.linalg.spectrum import (
     TaskInterference,
     decay_exponent,
@@ -22,6 +23,7 @@ __all__ = [
     "DECOMPOSITIONS",
     "Decomposition",
     "Orthonormalized",
+    "SpdSolution",
     "Subspace",
     "TaskInterference",
     "TruncatedSVD",
@@ -36,6 +38,7 @@ __all__ = [
     "polar_factors",
     "random_overlap",
     "singular_task_interference",
+    "spd_solve",
     "stable_rank",
     "subspaces",
     "svd_lowrank",

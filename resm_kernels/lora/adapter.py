@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -261,6 +262,14 @@ class AdapterReader(CheckpointReader):
         rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
         super().read_into(stored.rows(first, last), rows)
         out.copy_(rows)
+
+    def fingerprint(self) -> str:
+        """Return a hash of the base model's fingerprint, of the adapter's and of its configuration."""
+        with CheckpointReader(self.folder, WEIGHTS_FILE) as stored:
+            parts = (self.base.fingerprint(), stored.fingerprint())
+        hasher = hashlib.blake2b("\n".join(parts).encode(), digest_size=16)
+        hasher.update((self.folder / CONFIG_FILE).read_bytes())
+        return hasher.hexdigest()
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Return True if two tensors have the same dtype, shape and bits."""

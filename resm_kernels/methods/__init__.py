@@ -27,8 +27,8 @@ from resm_kernels.methods.svc import register_svc
 for _module in pkgutil.iter_modules(__path__):
     if not _module.name.startswith("_"):
         importlib.import_module(f"{__name__}.{_module.name}")
-# SVC calibrates the result of any method that merges any number of experts.
-register_svc([m for m in registered() if m.max_experts is None])
+# SVC calibrates the result of any method that merges any number of experts from their weights alone.
+register_svc([m for m in registered() if m.max_experts is None and m.statistics is None])
 
 __all__ = [
     "REQUIRED",

@@ -8,6 +8,9 @@ from resm_kernels.linalg import routes
 from resm_kernels.methods._signature import Option
 
 Weight = Annotated[list[float], Option("factor of each expert's task vector; 1 leaves it unchanged")]
+NonnegativeWeight = Annotated[
+    list[float], Option("how much each expert counts; only the ratios of the weights matter", minimum=0.0)
+]
 Lambda = Annotated[float, Option("scale of the merged task vector before it is added to the base")]
 
 Density = Annotated[

@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from resm_kernels.methods._parameter import REQUIRED, Parameter
 from resm_kernels.suggestions import did_you_mean
+
+
+StatisticsKind: TypeAlias = Literal["gram", "fisher"]
+StatisticsModel: TypeAlias = Literal["expert", "merged"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,9 @@ class Method:
         optional_base: True if it merges task vectors where there is a base, and models where there is none.
         min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
         draws: True if it draws random numbers; then `function` takes `seed`, the 63-bit key of the tensor.
+        statistics: The kind of statistics that `function` takes as `statistics`, one for each expert: "gram", with
+            which it takes `transposed` too, or "fisher". None if it merges weights alone.
+        statistics_model: Whose statistics: those of each "expert" itself, or of one "merged" model.
     """
 
     name: str
@@ -45,6 +52,8 @@ class Method:
     min_experts: int = 1
     max_experts: int | None = None
     draws: bool = False
+    statistics: StatisticsKind | None = None
+    statistics_model: StatisticsModel = "expert"
 
     def check_count(self, n_experts: int) -> None:
         """Raise a ValueError unless the method merges that many experts."""
@@ -97,9 +106,15 @@ class Method:
         out_dtype: torch.dtype | None = None,
         name: str = "",
         seed: int = 0,
+        statistics: Sequence[Tensor | None] | None = None,
+        transposed: bool = False,
         **arguments: Any,
     ) -> Tensor:
-        """Merge one tensor. Some defaults depend on its `name`; random numbers depend on `name` and `seed`."""
+        """Merge one tensor. Some defaults depend on its `name`; random numbers depend on `name` and `seed`.
+
+        `statistics` has one entry for each expert, None for a tensor without; `transposed` says that the weight is
+        stored as (in, out). Methods that merge weights alone take neither.
+        """
         if isinstance(experts, Tensor) or len(experts) == 0:
             raise ValueError(
                 f"experts: got {'a tensor' if isinstance(experts, Tensor) else 'none'}, need a sequence of "
@@ -110,7 +125,27 @@ class Method:
         parameters = self.resolve(len(experts), arguments, name)
         if self.draws:
             parameters["seed"] = tensor_key(seed, name)
+        parameters |= self._given_statistics(len(experts), statistics, transposed)
         return self.function(base, list(experts), out_dtype=out_dtype, **parameters)
+
+
+    def _given_statistics(
+        self, n_experts: int, statistics: Sequence[Tensor | None] | None, transposed: bool
+    ) -> dict[str, Any]:
+        """Return the arguments `statistics` and `transposed` that the function takes."""
+        if self.statistics is None:
+            if statistics is not None:
+                raise ValueError(f"statistics: got some, but {self.name} merges weights alone; need none")
+            return {}
+        if statistics is None or isinstance(statistics, Tensor):
+            raise ValueError(
+                f"statistics: got {'none' if statistics is None else 'a tensor'}, but {self.name} needs a list of "
+                f"{self.statistics} statistics, one for each expert, None for a tensor without"
+            )
+        if len(statistics) != n_experts:
+            raise ValueError(f"statistics: got {len(statistics)}, need one for each of the {n_experts} experts")
+        given: dict[str, Any] = {"statistics": list(statistics)}
+        return given | {"transposed": transposed} if self.statistics == "gram" else given
 
 
 def tensor_key(seed: int, name: str) -> int:

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from resm_kernels.methods._method import Method
+from resm_kernels.methods._method import Method, StatisticsKind, StatisticsModel
 from resm_kernels.methods._signature import read_signature
 from resm_kernels.suggestions import did_you_mean
 
@@ -38,6 +38,8 @@ def merge_method(
     min_experts: int = 1,
     max_experts: int | None = None,
     ignores_base: bool = False,
+    statistics: StatisticsKind | None = None,
+    statistics_model: StatisticsModel = "expert",
     **preset: Any,
 ) -> Callable[[F], F]:
     """Register the decorated function as a merge method, and return the function unchanged.
@@ -51,6 +53,8 @@ def merge_method(
       default must be in the recipe. ``lambda_`` is the recipe's ``lambda``.
     - ``density: Annotated[list[float], Option(…)] = each(1.0)`` has one value for each expert, and arrives as a list.
     - ``seed: int`` gets the key of this tensor's random numbers.
+    - ``statistics: list[Tensor | None]`` gets each expert's statistic of this tensor, None for a tensor without, and
+      ``transposed: bool`` says whether a weight is stored as (in, out); see the argument `statistics`.
 
     Args:
         title: The method's name in prose, such as "TIES".
@@ -60,6 +64,11 @@ def merge_method(
             inputs and its output. The default is enough for two float64 tensors for each expert and four more.
         min_experts, max_experts: How many experts it merges, not counting the base; None: any number.
         ignores_base: True for a ``base: Tensor | None`` from which no differences are formed.
+        statistics: The kind of statistics that the function takes beside the weights: "gram", the (in, in) Gram matrix
+            of a linear layer's inputs, for which the function takes `transposed` too, or "fisher", a Fisher information
+            for each weight. None for a method that merges weights alone.
+        statistics_model: Whose statistics they are: "expert" for those of each expert itself, "merged" for those of one
+            merged model, computed with each expert's prompts.
         preset: Other defaults, or values of arguments without an `Option`, which recipes cannot set. One function can
             thus be several methods: give it one decorator for each.
 
@@ -78,6 +87,13 @@ def merge_method(
             raise TypeError(f"merge_method: {unknown[0]}: neither a keyword here nor an argument of the function")
         method_function = functools.partial(function, **preset) if preset else function
         signature = read_signature(method_function)
+        taken = {None: (False, False), "gram": (True, True), "fisher": (True, False)}[statistics]
+        if (signature.statistics, signature.transposed) != taken:
+            raise TypeError(
+                f"{getattr(function, '__name__', function)}: merge_method(statistics={statistics!r}) needs a function "
+                f"with{'' if taken[0] else 'out'} the argument statistics and with{'' if taken[1] else 'out'} the "
+                "argument transposed"
+            )
         method_name = name or str(getattr(function, "__name__", ""))
         if not method_name:
             raise TypeError("merge_method: name: missing; a functools.partial has no name")
@@ -94,6 +110,8 @@ def merge_method(
                 min_experts=min_experts,
                 max_experts=max_experts,
                 draws=signature.draws,
+                statistics=statistics,
+                statistics_model=statistics_model,
             )
         )
         return function

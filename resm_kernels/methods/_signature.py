@@ -7,13 +7,16 @@ import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 from resm_kernels.methods._parameter import REQUIRED, Parameter
 
 T = TypeVar("T")
+
+_GIVEN: Final = ("out_dtype", "seed", "statistics", "transposed")
+"""Keyword arguments of a method's function that are no parameters: whoever calls it derives them from the tensor."""
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,15 @@ class Signature:
         parameters: The keyword arguments that have an `Option`, in the signature's order.
         needs_base: True if `base` is a Tensor, False if it is a Tensor or None.
         draws: True if the function takes `seed`.
+        statistics: True if it takes `statistics`.
+        transposed: True if it takes `transposed`.
     """
 
     parameters: tuple[Parameter, ...]
     needs_base: bool
     draws: bool
+    statistics: bool = False
+    transposed: bool = False
 
 
 def read_signature(function: Callable[..., Tensor]) -> Signature:
@@ -77,12 +84,13 @@ def read_signature(function: Callable[..., Tensor]) -> Signature:
         if options:
             # An alias that has an Option may be annotated with another one, which then counts.
             parameters.append(_parameter(title, argument, get_args(hints[argument.name])[0], options[-1]))
-        elif argument.name not in ("out_dtype", "seed") and argument.name not in getattr(function, "keywords", {}):
+        elif argument.name not in _GIVEN and argument.name not in getattr(function, "keywords", {}):
             raise TypeError(f"{title}: {argument.name}: annotate it, such as Annotated[float, Option('what it means')]")
     names = {argument.name for argument in arguments}
     if "out_dtype" not in names:
         raise TypeError(f"{title}: need a keyword argument out_dtype: torch.dtype | None, the dtype of the result")
-    return Signature(tuple(parameters), not _without_none(hints["base"])[1], "seed" in names)
+    needs_base = not _without_none(hints["base"])[1]
+    return Signature(tuple(parameters), needs_base, *(name in names for name in ("seed", "statistics", "transposed")))
 
 
 def _parameter(title: str, argument: inspect.Parameter, annotation: Any, option: Option) -> Parameter:

@@ -23,12 +23,14 @@ class Source:
         layers: The range [first, end) of the model's layers; None stands for the whole model.
         parameters: The settings that hold for this model only.
         location: Where the recipe lists this source.
+        statistics: The file of its statistics, for methods that need them.
     """
 
     model: str
     layers: tuple[int, int] | None
     parameters: Settings
     location: Location
+    statistics: str | None = None
 
     def is_model(self, name: str) -> bool:
         """Return True if `name` is this model's name or another spelling of it."""

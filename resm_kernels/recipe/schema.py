@@ -77,11 +77,12 @@ _CLOSED: Final = ConfigDict(extra="forbid", frozen=True)
 
 
 class ModelEntry(BaseModel):
-    """An entry of `models`: one whole model, with the parameters that hold for it only."""
+    """An entry of `models`: one whole model, with the parameters that hold for it only, and maybe its statistics."""
 
     model_config = _CLOSED
 
     model: _Model
+    statistics: str | None = None
     parameters: _Parameters = {}
 
 
@@ -92,6 +93,7 @@ class SourceEntry(BaseModel):
 
     model: _Model
     layer_range: Annotated[tuple[int, int], PlainValidator(_parse_range)]
+    statistics: str | None = None
     parameters: _Parameters = {}
 
 
@@ -214,7 +216,10 @@ class Recipe(BaseModel):
         levels = (parameters, self.parameters)
         pieces = []
         if models is not None:
-            sources = [Source(e.model, None, e.parameters, (*location, "models", i)) for i, e in enumerate(models)]
+            sources = [
+                Source(e.model, None, e.parameters, (*location, "models", i), e.statistics)
+                for i, e in enumerate(models)
+            ]
             base = None
             if self.base_model is not None and self._merges_differences(self.base_model):
                 base = Source(self.base_model, None, {}, ("base_model",))
@@ -222,7 +227,7 @@ class Recipe(BaseModel):
         for i, entry in enumerate(slices or ()):
             slice_location = (*location, "slices", i)
             sources = [
-                Source(e.model, e.layer_range, e.parameters, (*slice_location, "sources", j))
+                Source(e.model, e.layer_range, e.parameters, (*slice_location, "sources", j), e.statistics)
                 for j, e in enumerate(entry.sources)
             ]
             base = self._slice_base(entry, sources, slice_location)
@@ -318,6 +323,7 @@ def _check_slice(method: Method, piece: Slice) -> None:
             (*piece.location, "sources"), f"got layer ranges {ranges}, need equally many layers of each source"
         )
     for source in piece.sources:
+        _check_statistics(method, source, is_expert=source in piece.experts)
         for name, setting in source.parameters.items():
             location = (*source.location, "parameters", name)
             if source not in piece.experts:
@@ -331,6 +337,21 @@ def _check_slice(method: Method, piece: Slice) -> None:
         has_value = has_value or all(parameter.name in s.parameters for s in piece.experts)
         if parameter.default is REQUIRED and not has_value:
             raise LocatedError(("parameters", parameter.name), f"missing; {parameter.doc}")
+
+
+def _check_statistics(method: Method, source: Source, *, is_expert: bool) -> None:
+    location = (*source.location, "statistics")
+    if source.statistics is not None and method.statistics is None:
+        raise LocatedError(location, f"{method.name} merges weights alone and needs no statistics; remove this key")
+    if source.statistics is not None and not is_expert:
+        raise LocatedError(location, "the base model is not merged and needs no statistics; remove this key")
+    if source.statistics is None and method.statistics is not None and is_expert:
+        whose = "this model" if method.statistics_model == "expert" else "a merged model, computed with its prompts"
+        raise LocatedError(
+            location,
+            f"missing; {method.name} needs the {method.statistics} statistics of {whose}: a file that "
+            "resm-kernels statistics wrote",
+        )
 
 
 def _check_setting(method: Method, name: str, setting: Setting, location: Location) -> Parameter:

@@ -1,0 +1,215 @@
+"""Loads models, which the engine has opened, with transformers."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.engine.checks import check_configs
+from resm_kernels.engine.models import Model
+from resm_kernels.lora import AdapterReader
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_SHOWN: Final = 3
+"""How many tensors an error names."""
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Let transformers print no progress bars and no warnings; what was set before is restored at the end."""
+    _check_installed()
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    verbosity, bars, no_hub_bars = (
+        logging.get_verbosity(),
+        logging.is_progress_bar_enabled(),
+        are_progress_bars_disabled(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            logging.set_verbosity_error()
+            logging.disable_progress_bar()
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+            if bars:
+                logging.enable_progress_bar()
+            if no_hub_bars:
+                disable_progress_bars()
+
+
+def _check_installed() -> None:
+    try:
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise CalibrationError(
+            "calibrate: needs transformers, which is not installed: pip install 'resm-kernels[tokenizers]'"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def load_config(model: Model) -> PreTrainedConfig:
+    """Return the configuration of a decoder with an output head, as transformers reads it.
+
+    Raises:
+        CalibrationError: transformers is not installed or cannot read the configuration, or the model is no decoder
+            with an output head: an encoder, an encoder and a decoder, a classifier, a model without a head.
+        CheckpointError: The model is quantised.
+    """
+    check_configs([model], mixed=True)
+    with quiet_transformers():
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+        try:
+            config: PreTrainedConfig = AutoConfig.from_pretrained(
+                model.base_folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers raises whatever its configurations do
+            raise CalibrationError(
+                f"calibrate: {model.base_folder / 'config.json'}: transformers cannot read it ({_reason(error)})"
+            ) from error
+        head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    names = list(config.architectures or ())
+    known = getattr(head, "__name__", None)
+    if head is None or getattr(config, "is_encoder_decoder", False) or (names and known not in names):
+        got = " and ".join(names) or config.model_type
+        need = f", need {known}" if known is not None else ", need a causal language model"
+        raise CalibrationError(f"calibrate: {model.folder}: {got} is no decoder with an output head{need}")
+    return config
+
+
+def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model; that of an adapter's base model.
+
+    Raises:
+        CalibrationError: transformers is not installed, or the folder has no tokenizer that it can load. Code from the
+            folder is never run.
+    """
+    with quiet_transformers():
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                model.base_folder, trust_remote_code=False, local_files_only=True
+            )
+        except Exception as error:  # transformers raises whatever its tokenizer classes do
+            raise CalibrationError(
+                f"calibrate: {model.base_folder}: has no tokenizer that transformers can load ({_reason(error)}); need "
+                "its tokenizer files"
+            ) from error
+    return tokenizer
+
+
+def load_generation_config(model: Model) -> GenerationConfig:
+    """Return a model's `generation_config.json`, or what its config.json says if there is none."""
+    with quiet_transformers():
+        from transformers import GenerationConfig
+
+        if not (model.base_folder / "generation_config.json").is_file():
+            return GenerationConfig.from_model_config(load_config(model))
+        try:
+            return GenerationConfig.from_pretrained(model.base_folder, local_files_only=True)
+        except Exception as error:  # the file may hold anything
+            raise CalibrationError(
+                f"calibrate: {model.base_folder / 'generation_config.json'}: cannot be read ({_reason(error)})"
+            ) from error
+
+
+def load_model(model: Model, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
+    """Load a whole model, or an adapter on its base model, for evaluation.
+
+    A whole model is loaded from its folder. The tensors of an adapted model are read one after another by its reader,
+    which forms θ₀ + s·B·A, and are rounded once to `dtype`.
+
+    Args:
+        model: A model that the engine has opened.
+        dtype: The dtype of the weights, and of the model's arithmetic. (Layers that transformers always keeps in fp32
+            stay so.)
+        device: Where the weights are put.
+
+    Returns:
+        The model in evaluation mode, with its own generation settings. It takes the bytes of its weights in `dtype`;
+        while an adapted model is loaded, its base's weights in their stored dtype take memory too.
+
+    Raises:
+        CalibrationError: As for `load_config`; or transformers cannot load the weights, or the files lack tensors that
+            the model needs, or hold some that it does not know or that have another shape. A head that is tied to the
+            embedding may be missing.
+
+    Deterministic: the same files give the same bits.
+    """
+    config = load_config(model)
+    with quiet_transformers():
+        try:
+            loaded, report = _load(model, config, dtype)
+        except Exception as error:  # transformers raises whatever its models do
+            raise CalibrationError(
+                f"calibrate: {model.folder}: transformers cannot load it ({_reason(error)})"
+            ) from error
+        _check_report(model, report)
+        _check_causal(model, loaded)
+        loaded.generation_config = load_generation_config(model)
+    return loaded.to(device).eval()
+
+
+def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
+    """Return the model, and transformers' report of tensors that do not fit."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": model.folder, "local_files_only": True}
+    if isinstance(model.reader, AdapterReader):
+        # transformers renames and joins tensors when it loads them, so that a loaded model may not have the tensor that
+        # the adapter names. It therefore gets the adapted tensors under the names that they have in the files.
+        source = {"pretrained_model_name_or_path": None, "state_dict": _adapted_tensors(model.reader, dtype)}
+    loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+        config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source
+    )
+    return loaded, report
+
+
+def _adapted_tensors(reader: AdapterReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name in reader.tensors:
+        tensor = reader.read(name)
+        tensors[name] = tensor.to(dtype) if reader.is_changed(name) and tensor.is_floating_point() else tensor
+    return tensors
+
+
+def _check_report(model: Model, report: dict[str, Any]) -> None:
+    """Raise a CalibrationError if tensors are missing, unknown, or of another shape."""
+    mismatched = [
+        f"{name} has the shape {tuple(got)}, need {tuple(need)}" for name, got, need in report["mismatched_keys"]
+    ]
+    for entries, verdict in (
+        (mismatched, "tensors do not fit its configuration"),
+        (report["missing_keys"], "tensors are missing that its architecture needs"),
+        (report["unexpected_keys"], "tensors are stored that its architecture does not know"),
+        (report["error_msgs"], "transformers reports"),
+    ):
+        if entries:
+            shown = "; ".join(sorted(map(str, entries))[:_SHOWN])
+            more = f"; and {len(entries) - _SHOWN} more" if len(entries) > _SHOWN else ""
+            raise CalibrationError(f"calibrate: {model.folder}: {verdict}: {shown}{more}")
+
+
+def _check_causal(model: Model, loaded: Any) -> None:
+    """Refuse encoders, such as BERT, that were saved with a decoder's head but without `is_decoder`."""
+    if getattr(loaded.config, "is_decoder", None) is False and any(
+        getattr(module, "is_causal", None) is False for module in loaded.modules()
+    ):
+        raise CalibrationError(
+            f"calibrate: {model.folder}: {type(loaded).__name__} is no decoder with an output head: its config.json "
+            "says is_decoder: false, so that every position sees the later ones"
+        )

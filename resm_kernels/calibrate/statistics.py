@@ -1,0 +1,360 @@
+"""Statistics of a model on prompts, which RegMean and Fisher merging need: Gram matrices or Fisher informations."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from resm_kernels.calibrate.answers import answer, context_length, end_tokens
+from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.grams import gather_grams
+from resm_kernels.calibrate.models import load_model, load_tokenizer
+from resm_kernels.calibrate.prompts import Sample, encode_prompts, read_prompts
+from resm_kernels.checkpoint import format_bytes
+from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_statistics_file, write_statistics
+from resm_kernels.checks import check_choice
+from resm_kernels.engine.models import Model, open_model
+from resm_kernels.methods import tensor_key
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The dtypes that a model may compute its statistics in, by name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatisticsReport:
+    """What `compute_statistics` did.
+
+    Attributes:
+        out: The file.
+        kind: "gram" or "fisher".
+        weights: How many weights have a statistic.
+        stored: How many tensors the file has: weights that share their inputs have one Gram matrix.
+        unmatched: Weights of the loaded model without a statistic, because the files have no tensor of their name.
+        prompts: How many prompts were read.
+        tokens: How many tokens counted.
+        bytes_written: The size of the file.
+        seconds: Wall time.
+    """
+
+    out: Path
+    kind: str
+    weights: int
+    stored: int
+    unmatched: tuple[str, ...]
+    prompts: int
+    tokens: int
+    bytes_written: int
+    seconds: float
+
+    def __str__(self) -> str:
+        missing = f"; {len(self.unmatched)} weights without ({self.unmatched[0]}, …)" if self.unmatched else ""
+        return (
+            f"{self.kind} statistics of {self.weights} weights from {self.prompts} prompts, {self.tokens:,} tokens, in "
+            f"{self.seconds:.1f} s ({format_bytes(self.bytes_written)}){missing}: {self.out}"
+        )
+
+
+def compute_statistics(
+    model: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    prompts: str | os.PathLike[str],
+    *,
+    kind: str = "gram",
+    max_new_tokens: int = 64,
+    max_prompt_tokens: int = 1024,
+    max_prompts: int | None = None,
+    batch_tokens: int = 4096,
+    dtype: str = "float32",
+    device: str = "cpu",
+    random_seed: int = 0,
+    overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> StatisticsReport:
+    """Compute the statistics of a model on prompts, and write them to a safetensors file.
+
+    The model answers the prompts greedily first, except those that bring their answers. It then reads prompts with
+    their answers (all tokens but the last, behind which nothing is predicted).
+
+    - ``gram``: G = (1/N)·Σ x·xᵀ for every linear layer (`nn.Linear`, and GPT-2's Conv1D), over its inputs x at all N
+      tokens that the model reads. Sums are float64. Layers that share their inputs, such as q_proj, k_proj and v_proj,
+      have one matrix. A head that is tied to the embedding has none.
+    - ``fisher``: F = (1/n)·Σ_i (∂ log p(y_i | x_i)/∂θ)² for every weight, over the n prompts, divided by the root mean
+      square s of F over the whole model. At each position of the answer, y_i has a token that is drawn from the
+      model's own distribution there, so that F is an unbiased estimate of the Fisher information along the greedy
+      answers (squared gradients of the greedy tokens themselves would vanish where the model is sure). It differs from
+      Matena and Raffel's only in that answers are followed greedily. fusion-bench squares the gradient of a whole
+      batch, of the sum over labels of √p·log p.
+
+    Statistics are stored in fp32: their rounding is far below the sampling error of any number of prompts, and they are
+    as large as the model already, or larger.
+
+    Args:
+        model: A model folder, or BASE+ADAPTER; for RegMean++ that of a merged model.
+        out: The file, `….safetensors`.
+        prompts: A file of prompts (`.jsonl` or `.txt`); see `resm_kernels.calibrate.prompts`.
+        kind: "gram" or "fisher".
+        max_new_tokens: The largest number of tokens of an answer; 1 reads prompts alone.
+        max_prompt_tokens: The number of tokens that a prompt may have; longer ones are errors.
+        max_prompts: Use the file's first prompts only, so many; None uses all.
+        batch_tokens: How many tokens run at a time, padding included; Fisher informations take one prompt at a time.
+        dtype: The dtype of the model's arithmetic: "float32", "bfloat16" or "float16".
+        device: Where the model runs.
+        random_seed: A whole number from which the drawn tokens are derived.
+        overwrite: Replace `out` if it exists.
+        progress: `progress(prompts done, all)` of those whose statistics have been computed.
+
+    Raises:
+        CalibrationError, CheckpointError, RecipeError: The model, the prompts or the file cannot be used.
+        ValueError: An option is out of its range.
+
+    Memory: the whole model in `dtype`. Gram matrices add 8·in² bytes for every one that is stored. Fisher informations
+    add a gradient and a sum of squares for every weight, so that the model takes three times its bytes in fp32, and the
+    activations of one prompt.
+
+    Determinism: the same bits on one kind of device with the same number of threads: torch's products, of which the
+    model consists, round differently with another number.
+    """
+    began = time.perf_counter()
+    check_choice("kind", kind, KINDS)
+    check_choice("dtype", dtype, tuple(DTYPES))
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens: got {batch_tokens}, need at least 1")
+    file = check_statistics_file(out, overwrite=overwrite)
+    asked = read_prompts(Path(prompts), max_prompts)
+    with contextlib.ExitStack() as stack:
+        opened = open_model(os.fspath(model), "model", stack)
+        fingerprint = opened.reader.fingerprint()
+        loaded = load_model(opened, dtype=DTYPES[dtype], device=device)
+        tokenizer = load_tokenizer(opened)
+        encoded = encode_prompts(
+            asked,
+            tokenizer,
+            Path(prompts),
+            max_prompt_tokens,
+            max_answer_tokens=max_new_tokens,
+            vocabulary=loaded.config.get_text_config().vocab_size,
+            end_tokens=end_tokens(loaded.generation_config, tokenizer),
+        )
+        open_ones = [entry for entry in encoded if not isinstance(entry, Sample)]
+        answers = iter(
+            answer(loaded, tokenizer, open_ones, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+            if open_ones
+            else ()
+        )
+        samples = [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
+        _check_context(loaded, samples)
+        names = _stored_names(loaded, opened)
+        if kind == "gram":
+            statistics = _grams(loaded, samples, names, batch_tokens, progress)
+        else:
+            statistics = _fisher(loaded, samples, names, random_seed, progress)
+        if not statistics.tensors:
+            raise CalibrationError(
+                f"statistics: {opened.folder}: transformers loads its weights under other names than its files have, so "
+                "that no statistic can be matched to a tensor; need a model whose files have transformers' names"
+            )
+    about = StatisticsInfo(
+        kind=kind,
+        model=os.fspath(model),
+        fingerprint=fingerprint,
+        prompts=len(samples),
+        tokens=statistics.tokens,
+        scale=statistics.scale,
+        shared=statistics.shared,
+        transposed=statistics.transposed,
+    )
+    size = write_statistics(file, statistics.tensors, about)
+    return StatisticsReport(
+        out=file,
+        kind=kind,
+        weights=len(statistics.tensors) + len(statistics.shared),
+        stored=len(statistics.tensors),
+        unmatched=statistics.unmatched,
+        prompts=len(samples),
+        tokens=statistics.tokens,
+        bytes_written=size,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """What is to be stored; see `StatisticsInfo`."""
+
+    tensors: Mapping[str, Tensor]
+    tokens: int
+    unmatched: tuple[str, ...]
+    shared: Mapping[str, str]
+    transposed: tuple[str, ...] = ()
+    scale: float = 1.0
+
+
+def _check_context(model: PreTrainedModel, samples: Sequence[Sample]) -> None:
+    context = context_length(model.config)
+    longest = max(len(sample.tokens) for sample in samples) - 1
+    if context is not None and longest > context:
+        raise CalibrationError(
+            f"statistics: a prompt with its answer has {longest} tokens, but the model has only {context} positions; "
+            "need shorter ones"
+        )
+
+
+def _stored_names(model: PreTrainedModel, opened: Model) -> dict[str, str]:
+    """Parameter of the loaded model → its name in the files; those without one are left out.
+
+    Files may leave out or add the prefix of the model without its head, as GPT-2's on the hub do.
+    """
+    prefix = f"{model.base_model_prefix}."
+    stored = {}
+    for name, parameter in model.named_parameters():
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            info = opened.reader.tensors.get(candidate)
+            if info is not None and info.shape == tuple(parameter.shape):
+                stored[name] = candidate
+                break
+    return stored
+
+
+class _Reached(BaseException):
+    """Ends a forward pass at the output head, whose inputs are the last that count; no error."""
+
+
+def _grams(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    names: Mapping[str, str],
+    batch_tokens: int,
+    progress: Callable[[int, int], None] | None,
+) -> _Statistics:
+    layers, transposed = _linear_layers(model)
+    weights = {layer: f"{layer}.weight" for layer in layers}
+    matched = {layer: names[weight] for layer, weight in weights.items() if weight in names}
+    batches = _padded_batches(samples, batch_tokens)
+    done = 0
+
+    def run(i: int) -> None:
+        nonlocal done
+        tokens, kept = batches[i]
+        with contextlib.suppress(_Reached):
+            model(input_ids=tokens.to(model.device), use_cache=False)
+        done += len(kept)
+        if progress is not None:
+            progress(done, len(samples))
+
+    with _ending_at_head(model):
+        kept_on_device = (kept.to(model.device) for _, kept in batches)
+        grams = gather_grams(model, {layer: layers[layer] for layer in matched}, kept_on_device, run)
+    count = sum(int(kept.sum()) for _, kept in batches)
+    return _Statistics(
+        tensors={matched[layer]: (total / count).float().cpu() for layer, total in grams.sums.items()},
+        tokens=count,
+        unmatched=tuple(weight for layer, weight in weights.items() if layer not in grams.leaders),
+        shared={matched[layer]: matched[leader] for layer, leader in grams.leaders.items() if layer != leader},
+        transposed=tuple(name for layer, name in matched.items() if layer in transposed),
+    )
+
+
+def _linear_layers(model: PreTrainedModel) -> tuple[dict[str, nn.Module], set[str]]:
+    """The linear layers of a model by name, without a tied head, and which of them store weights as (in, out)."""
+    from transformers.pytorch_utils import Conv1D
+
+    embedding = model.get_input_embeddings()
+    layers, transposed = dict[str, nn.Module](), set[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, Conv1D)) and module.weight is not embedding.weight:
+            layers[name] = module
+            if isinstance(module, Conv1D):
+                transposed.add(name)
+    return layers, transposed
+
+
+@contextlib.contextmanager
+def _ending_at_head(model: PreTrainedModel) -> Iterator[None]:
+    """Let every forward pass end at the output head, behind its hooks: its logits are not needed, and are large."""
+
+    def reached(*_: Any) -> None:
+        raise _Reached
+
+    head: Any = model.get_output_embeddings()
+    head.forward = reached  # hides the class's method
+    try:
+        yield
+    finally:
+        del head.forward
+
+
+def _padded_batches(samples: Sequence[Sample], batch_tokens: int) -> list[tuple[Tensor, Tensor]]:
+    """Token ids (batch, length), padded on the right, and which of them are not padding; similar lengths together.
+
+    A decoder is causal, so that no token sees the padding behind it.
+    """
+    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i))
+    groups: list[list[Sample]] = []
+    for i in order:
+        if not groups or (len(groups[-1]) + 1) * (len(samples[i].tokens) - 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(samples[i])
+    batches = []
+    for group in groups:
+        lengths = torch.tensor([len(sample.tokens) - 1 for sample in group])
+        width = int(lengths.max())
+        tokens = torch.tensor([[*sample.tokens[:-1], *[0] * (width - len(sample.tokens) + 1)] for sample in group])
+        batches.append((tokens, torch.arange(width) < lengths[:, None]))
+    return batches
+
+
+def _fisher(
+    model: PreTrainedModel,
+    samples: Sequence[Sample],
+    names: Mapping[str, str],
+    seed: int,
+    progress: Callable[[int, int], None] | None,
+) -> _Statistics:
+    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in names}
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
+    for i, sample in enumerate(samples):
+        generator = torch.Generator().manual_seed(tensor_key(seed, f"sample {i}"))
+        for total, gradient in zip(sums.values(), _gradients(model, parameters, sample, generator), strict=True):
+            if gradient is not None:
+                total.addcmul_(gradient.float(), gradient.float())
+        if progress is not None:
+            progress(i + 1, len(samples))
+    squares = sum(float(total.double().square().sum()) for total in sums.values())
+    scale = (squares / sum(total.numel() for total in sums.values())) ** 0.5 / len(samples)
+    if not 0 < scale < float("inf"):
+        raise CalibrationError(
+            f"statistics: the root mean square of the Fisher informations is {scale}, need a finite number above 0; the "
+            "model may be damaged, or its dtype too narrow for squared gradients: need float32"
+        )
+    return _Statistics(
+        tensors={names[name]: (total / (len(samples) * scale)).cpu() for name, total in sums.items()},
+        tokens=sum(len(sample.tokens) - sample.answer_start for sample in samples),
+        unmatched=tuple(name for name, _ in model.named_parameters() if name not in names),
+        shared={},
+        scale=scale,
+    )
+
+
+def _gradients(
+    model: PreTrainedModel, parameters: Mapping[str, Tensor], sample: Sample, generator: torch.Generator
+) -> Sequence[Tensor | None]:
+    """∂ log p(y | x)/∂θ of one prompt x with its answer, for tokens y drawn at the positions of the answer."""
+    tokens = torch.tensor([sample.tokens[:-1]], device=model.device)
+    with torch.enable_grad():
+        logits = model(input_ids=tokens, use_cache=False).logits[0, sample.answer_start - 1 :].float()
+        if not bool(torch.isfinite(logits).all()):
+            raise CalibrationError("statistics: the model gives NaN or infinite logits; it is damaged")
+        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
+        likelihood = logits.log_softmax(-1).gather(1, drawn).sum()
+        return torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True)
