@@ -26,14 +26,14 @@ STATISTICAL: Final = {"RegMean": "regmean", "RegMean++": "regmean_plus", "Fisher
 REFERENCE: Final = "calibrated:reference"
 MIXED: Final = f"{REFERENCE}/mix-uniform"
 BEST: Final = f"{REFERENCE}/RESM, β = 0, ranks by interference"
-"""The best merge without data: it has the highest average and the highest worst dimension among all merges of three
+"""The best merge without prompts: it has the highest average and the highest worst dimension among all merges of three
 experts in the record of seeds 0 to 4."""
 TUNED: Final = ("multislerp", "resm", "iso_c")
 """The methods with the best averages on validation of seeds 0 to 4, each at the best point of its grid."""
 
 
 def reference_rows() -> list[Row]:
-    """Models trained on mixed data, and merges without data: `BEST`, others, and one of two experts.
+    """Models trained on mixed data, and merges without prompts: `BEST`, others, and one of two experts.
 
     That one has a higher average than `BEST` in the record of seeds 0 to 4, and no honesty.
     """

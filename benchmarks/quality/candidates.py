@@ -23,7 +23,10 @@ MIXES: Final = ("mix-uniform", "mix-weighted", "mix-filtered")
 
 FOLDED: Final = ("slerp", "nuslerp", "nearswap", "arcee_fusion")
 """Methods for two models, folded over the experts in the order of `SFT`: see `merging.fold`."""
-LEFT_OUT: Final = {"passthrough": "it copies one model, and every expert has a row of its own"}
+LEFT_OUT: Final = {
+    "passthrough": "it copies one model, and every expert has a row of its own",
+    **dict.fromkeys(("regmean", "regmean_plus", "fisher"), "it needs prompts, and has rows among calibrated merges"),
+}
 
 
 @dataclass(frozen=True)
