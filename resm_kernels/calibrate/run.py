@@ -1,0 +1,436 @@
+"""Calibrates a merge: merge by the recipe, let the experts answer, solve layer by layer, polish, write the model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels._version import __version__
+from resm_kernels.calibrate.activations import make_batches
+from resm_kernels.calibrate.answers import answer_prompts
+from resm_kernels.calibrate.blocks import Decoder
+from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.fingerprint import model_fingerprint
+from resm_kernels.calibrate.layerwise import Expert, Layerwise
+from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
+from resm_kernels.calibrate.options import CalibrateKeywords, CalibrateOptions
+from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
+from resm_kernels.calibrate.prompts import Sample
+from resm_kernels.calibrate.weights import WeightReader
+from resm_kernels.calibrate.workfolder import WorkFolder
+from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, check_output_folder, plan_output, read_config
+from resm_kernels.checkpoint.format import parse_size
+from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
+from resm_kernels.engine.models import Model
+from resm_kernels.recipe import Recipe
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # Python 3.11 has it in `typing`
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, and how much of how much is done."""
+
+_REPORT: Final = "calibration.json"
+_START: Final = "start"
+_POLISHED: Final = "polished"
+
+
+@dataclass(kw_only=True)
+class CalibrationReport:
+    """What a calibration did; the output folder has it as calibration.json.
+
+    Attributes:
+        out: The output folder.
+        method: Name of the merge method that gave the start.
+        prompts: Number of prompts of each expert.
+        answer_tokens: Number of tokens in each expert's answers.
+        blocks: The least squares, one entry for each block and, if the model has one of its own, for the output head.
+        polish: The polish; None if there was none.
+        seconds: Wall time by phase; of a resumed calibration, only what this process spent.
+    """
+
+    out: Path
+    method: str
+    prompts: tuple[int, ...]
+    answer_tokens: tuple[int, ...]
+    blocks: tuple[Mapping[str, Any], ...] = ()
+    polish: Mapping[str, Any] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def summary(self) -> str:
+        """One line about the whole."""
+        parts = [f"{sum(self.prompts)} prompts"]
+        if self.blocks:
+            errors = [block["errors"] for block in self.blocks if block["errors"]][-1]
+            parts.append(f"hidden states within {' / '.join(f'{e:.1%}' for e in errors)} of the experts'")
+        if self.polish is not None:
+            first, kept = self.polish["evaluations"][0], self.polish["kept"]
+            parts.append(f"held-out KL {_mean(first):.3f} → {_mean(kept):.3f} at step {kept['step']}")
+        return f"calibrated {self.method} with {', '.join(parts)} in {sum(self.seconds.values()):.1f} s: {self.out}"
+
+
+def _mean(evaluation: Mapping[str, Any]) -> float:
+    return sum(evaluation["experts"]) / len(evaluation["experts"])
+
+
+def calibrate_checkpoint(
+    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    out: str | os.PathLike[str],
+    prompts: Sequence[str | os.PathLike[str]],
+    *,
+    progress: Progress | None = None,
+    **options: Unpack[CalibrateKeywords],
+) -> CalibrationReport:
+    """Merge model folders as the recipe says, then calibrate the merged model on prompts, and write it to `out`.
+
+    The experts answer their prompts themselves, so that no labels are needed. Least squares then solve every linear
+    layer of every block for what the experts' layers give on their own prompts (see `least_squares.py` for the
+    equations); embeddings, norms and other parameters stay as the recipe merged them. A polish, if it is asked for,
+    takes some steps of gradient descent on KL(expert ‖ merged model) over the answers.
+
+    While it works, a hidden folder next to `out` keeps what is done: the start, the answers, the blocks that are solved.
+    A calibration that was killed goes on from there when the same command runs again, and gives the same bits.
+
+    Args:
+        recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`; any method, of whole models.
+        out: Folder to create.
+        prompts: One file of prompts for each expert, in the recipe's order; see `read_prompts` for their format.
+        progress: Called as `progress(phase, done, all)`.
+        least_squares: Whether to solve the linear layers (default: True); False leaves the polish alone.
+        polish_steps: Steps of the polish; 0, the default, takes none. It needs the whole model in memory, in fp32 with
+            gradients and AdamW's moments: 20 bytes for each parameter.
+        answer_weight: u, the weight of positions that predict a token of the answer; others have 1.
+        ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs.
+        learning_rate: Peak learning rate of the polish.
+        held_out: The share of each expert's prompts that the polish does not train on and is stopped by.
+        max_prompts: Use the first prompts of each file only, so many.
+        max_prompt_tokens: Most tokens of a prompt; a longer one is an error.
+        max_new_tokens: Most tokens of an answer.
+        batch_tokens: Tokens that run through a block at once.
+        answers: Folder where the experts' answers are kept for other calibrations; by default they are kept with the
+            unfinished work, and deleted with it.
+        seed: Decides which prompts are held out, and the polish's order.
+        device: "cpu", "cuda" or "cuda:N".
+        threads: Number of threads to compute with; None leaves torch's setting.
+        max_shard_size: The most bytes of tensor data in one output file.
+        overwrite: Replace `out` if it is a model folder already, when the new one is complete.
+        restart: Begin anew, whatever an earlier process left unfinished.
+
+    Returns:
+        CalibrationReport.
+
+    Raises:
+        CalibrationError: The prompts, the models or an unfinished calibration cannot be used.
+        RecipeError, CheckpointError, MergeError: As for `merge_checkpoints`.
+        ValueError: An option is out of its range.
+
+    Memory: one expert to answer (with its cache of keys and values); then one block of one expert and of the merged
+    model in fp32, or their embeddings, three float64 matrices (in, in) of the layer with the most inputs and one of its
+    weights, and one batch of activations. The number of blocks and of prompts has no influence. Hidden states and the
+    inputs of one block's layers are on disk, in fp32.
+
+    Deterministic: the same models, prompts, options and number of threads give the same bits on one kind of device.
+    """
+    chosen = CalibrateOptions(**options)
+    files = [Path(os.path.expanduser(os.fspath(path))) for path in prompts]
+    shard_bytes = parse_size(chosen.max_shard_size, "max_shard_size")
+    device = _device(chosen.device)
+    with plan_merge(recipe, None, MergeOptions(threads=chosen.threads)) as plan:
+        _check_recipe(plan, files)
+        target = check_output_folder(out, overwrite=chosen.overwrite, inputs=plan.models.folders)
+        config = load_config(plan.reference)
+        with WorkFolder(target, _job(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
+            report = _Calibration(plan, files, chosen, target, work, device, config, shard_bytes, progress).run()
+            work.remove()
+    return report
+
+
+class _Calibration:
+    """One calibration, step by step; every step looks whether it was done already."""
+
+    def __init__(
+        self,
+        plan: MergePlan,
+        files: Sequence[Path],
+        options: CalibrateOptions,
+        out: Path,
+        work: WorkFolder,
+        device: torch.device,
+        config: Any,
+        shard_bytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self._plan, self._files, self._options, self._out, self._work = plan, files, options, out, work
+        self._device, self._config, self._shard_bytes = device, config, shard_bytes
+        self._progress: Progress = progress or (lambda phase, done, total: None)
+        self._seconds: dict[str, float] = {}
+
+    def run(self) -> CalibrationReport:
+        with self._timed("merging"):
+            start = self._merge()
+        with self._timed("answering"):
+            samples = [self._answers(t) for t in range(len(self._files))]
+        with contextlib.closing(start.reader):
+            if self._options.least_squares:
+                with self._timed("least squares"), torch.inference_mode():
+                    self._least_squares(start, samples)
+            if self._options.polish_steps:
+                with self._timed("polishing"):
+                    self._polish(start, samples)
+            with self._timed("writing"):
+                report = CalibrationReport(
+                    out=self._out,
+                    method=self._plan.method.name,
+                    prompts=tuple(len(own) for own in samples),
+                    answer_tokens=tuple(sum(len(s.tokens) - s.answer_start for s in own) for own in samples),
+                    blocks=tuple(self._work.state.get("blocks", ())),
+                    polish=self._work.state.get("polish"),
+                )
+                self._write(start, self._out, self._calibrated(), self._files_of(start, report))
+        report.seconds = self._seconds
+        return report
+
+    # ------------------------------------------------------------------ steps
+
+    def _merge(self) -> Model:
+        folder = self._work.path / _START
+        if not folder.is_dir():
+            merge_checkpoints(
+                self._plan.recipe,
+                folder,
+                threads=self._options.threads,
+                progress=lambda done, total: self._progress("merging", done, total),
+            )
+        return Model(folder, CheckpointReader(folder), read_config(folder), folder)
+
+    def _answers(self, t: int) -> list[Sample]:
+        expert, file = self._plan.experts[t], self._files[t]
+        folder = self._work.path if self._options.answers is None else self._options.answers
+        cache = folder / f"answers-{t}-{expert.folder.name}-{file.stem}.safetensors"
+        return answer_prompts(
+            expert,
+            file,
+            cache,
+            device=self._device,
+            max_new_tokens=self._options.max_new_tokens,
+            max_prompt_tokens=self._options.max_prompt_tokens,
+            batch_tokens=self._options.batch_tokens,
+            max_prompts=self._options.max_prompts,
+            progress=lambda done, total: self._progress(f"answers of {expert.folder.name}", done, total),
+        )
+
+    def _least_squares(self, start: Model, samples: Sequence[Sequence[Sample]]) -> None:
+        decoder = Decoder(self._config)
+        shapes = decoder.parameters()
+        weights = WeightReader(start.folder, start.reader, decoder.base_prefix, shapes)
+        experts = [
+            Expert(
+                WeightReader(model.folder, model.reader, decoder.base_prefix, shapes),
+                make_batches(own, self._options.answer_weight, self._options.batch_tokens),
+                self._decoder_of(model, decoder),
+            )
+            for model, own in zip(self._plan.experts, samples, strict=True)
+        ]
+        dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in shapes}
+        layerwise = Layerwise(
+            decoder, weights, dtypes, experts, ridge=self._options.ridge, folder=self._work.path, device=self._device
+        )
+        state = self._work.state
+        steps = layerwise.blocks + (decoder.head is not None)
+        if "width" in state:
+            layerwise.resume(state["width"])
+        else:
+            layerwise.enter()
+            self._work.save(width=layerwise.width, blocks=[])
+        while (done := len(state["blocks"])) < steps:
+            self._progress("blocks", done, steps)
+            solved, report = layerwise.block(done) if done < layerwise.blocks else layerwise.head()
+            stored = {weights.stored_name(name): tensor for name, tensor in solved.items()}
+            self._work.save_tensors(f"block-{done:05d}.safetensors", stored)
+            self._work.save(blocks=[*state["blocks"], asdict(report)])
+        self._progress("blocks", steps, steps)
+
+    def _decoder_of(self, model: Model, decoder: Decoder) -> Decoder:
+        """The decoder of an expert whose config computes something else than the merged model's."""
+        config = load_config(model)
+        return decoder if _comparable(config) == _comparable(self._config) else Decoder(config)
+
+    def _polish(self, start: Model, samples: Sequence[Sequence[Sample]]) -> None:
+        if "polish" in self._work.state:
+            return
+        targets = []
+        for t, (model, own) in enumerate(zip(self._plan.experts, samples, strict=True)):
+            targets.append(self._work.path / f"targets-{t}.npy")
+            if not targets[-1].is_file():
+                self._progress("targets", t, len(samples))
+                expert = load_model(model, dtype=torch.float32, device=self._device)
+                write_targets(expert, own, targets[-1], batch_tokens=self._options.batch_tokens)
+                del expert
+        folder = self._work.path / "solved"
+        if not folder.is_dir():
+            self._write(start, folder, self._calibrated(), _small_files(start.folder))
+        with contextlib.closing(CheckpointReader(folder)) as reader:
+            student = load_model(Model(folder, reader, start.config, folder), dtype=torch.float32, device=self._device)
+        options = PolishOptions(
+            steps=self._options.polish_steps,
+            learning_rate=self._options.learning_rate,
+            held_out=self._options.held_out,
+            seed=self._options.seed,
+        )
+        report: PolishReport = polish(
+            student, samples, targets, options, lambda done, total: self._progress("polishing", done, total)
+        )
+        with quiet_transformers():
+            student.save_pretrained(self._work.path / _POLISHED)
+        self._work.save(polish=asdict(report))
+
+    # ------------------------------------------------------------------ output
+
+    def _calibrated(self) -> dict[str, Path]:
+        """Stored name → safetensors file of every tensor that is not the start's."""
+        from safetensors import safe_open
+
+        polished = self._work.path / _POLISHED
+        if "polish" in self._work.state:
+            files = sorted(polished.glob("*.safetensors"))
+        else:
+            files = sorted(self._work.path.glob("block-*.safetensors"))
+            files = files[: len(self._work.state.get("blocks", ()))]
+        names = {}
+        for file in files:
+            with safe_open(file, "pt") as opened:
+                names |= dict.fromkeys(opened.keys(), file)
+        return names
+
+    def _write(self, start: Model, out: Path, calibrated: Mapping[str, Path], files: Mapping[str, bytes]) -> None:
+        """Write a model folder: the start's tensors, or those of `calibrated` in the start's dtypes."""
+        from safetensors import safe_open
+
+        tensors = start.reader.tensors
+        plan = plan_output(((n, t.dtype, t.shape) for n, t in tensors.items()), self._shard_bytes)
+        if "polish" in self._work.state and (missing := sorted(tensors.keys() - calibrated.keys())):
+            raise CalibrationError(f"polish: transformers saves no tensor {missing[0]!r}, which the merged model has")
+        with contextlib.ExitStack() as stack, CheckpointWriter(out, plan, files) as writer:
+            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(calibrated.values())}
+            for done, (name, info) in enumerate(tensors.items()):
+                tensor: Tensor
+                if name in calibrated:
+                    tensor = opened[calibrated[name]].get_tensor(name).to(info.dtype)
+                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+                        raise CalibrationError(f"tensor {name!r}: has values beyond the range of {info.dtype}")
+                else:
+                    tensor = start.reader.read(name)
+                writer.write(name, tensor)
+                self._progress("writing", done + 1, len(tensors))
+            writer.commit()
+
+    def _files_of(self, start: Model, report: CalibrationReport) -> dict[str, bytes]:
+        files = _small_files(start.folder)
+        entry = {k: v for k, v in asdict(report).items() if k not in ("out", "seconds")}
+        entry |= {"version": __version__, "options": self._options.job()}
+        files[_REPORT] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
+        if "README.md" in files:
+            card = files["README.md"].decode().replace(f"# {_START}\n", f"# {self._out.name}\n")
+            files["README.md"] = card.replace("\n## Models\n", f"\n{_card_text(self._options)}\n\n## Models\n").encode()
+        return files
+
+    @contextlib.contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._seconds[phase] = time.perf_counter() - began
+
+
+def _card_text(options: CalibrateOptions) -> str:
+    parts = []
+    if options.least_squares:
+        parts.append("its linear layers were solved by least squares for the experts' outputs")
+    if options.polish_steps:
+        parts.append(f"it was polished by up to {options.polish_steps} steps on the KL to the experts")
+    return (
+        f"The merge was calibrated on prompts that the experts answered themselves: {', and '.join(parts)}. "
+        f"{_REPORT} has the figures."
+    )
+
+
+def _small_files(folder: Path) -> dict[str, bytes]:
+    """Everything of a model folder but its weights."""
+    return {
+        file.relative_to(folder).as_posix(): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json")
+    }
+
+
+def _check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
+    """Refuse recipes whose output is not the experts' architecture, and a wrong number of files."""
+    parts = plan.recipe.parts
+    if len(parts) != 1 or len(parts[0].slices) != 1 or any(s.layers is not None for s in plan.recipe.sources):
+        raise CalibrationError("recipe: has slices or modules; calibrate needs a recipe of whole models (models: …)")
+    if plan.tokenizer is not None:
+        raise CalibrationError(
+            "recipe: tokenizer: merges vocabularies, so that the experts' tokens are not the output's; calibrate needs "
+            "models of one vocabulary and a recipe without tokenizer"
+        )
+    if len(files) != len(plan.experts):
+        names = ", ".join(model.folder.name for model in plan.experts)
+        raise CalibrationError(
+            f"prompts: got {len(files)} files, need one for each of the {len(plan.experts)} experts, in the recipe's "
+            f"order: {names}"
+        )
+
+
+def _job(plan: MergePlan, files: Sequence[Path], options: CalibrateOptions) -> dict[str, Any]:
+    """What the result depends on, by the names that errors use."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    entries: dict[str, Any] = {
+        "recipe": plan.recipe.text,
+        "version of the libraries": {"resm-kernels": __version__, **versions},
+    }
+    entries |= {f"model ({model.folder.name})": model_fingerprint(model) for model in plan.models.all()}
+    for t, file in enumerate(files):
+        try:
+            entries[f"file of prompts ({t + 1})"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        except OSError as error:
+            raise CalibrationError(f"{file}: cannot be read: {error.strerror}; need a file of prompts") from error
+    return entries | {f"{name}": value for name, value in options.job().items()}
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    """A configuration's entries that may change what the model computes."""
+    ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+    return {k: v for k, v in config.to_dict().items() if k not in ignored and not k.endswith("_token_id")}
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device: got {name!r}, need cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: got {name!r}, need cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: got {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
+    return device
+
+
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

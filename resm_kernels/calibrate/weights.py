@@ -1,0 +1,55 @@
+"""Reads the weights of one part of a model, by the names that transformers' modules have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from resm_kernels.checkpoint import CheckpointReader
+
+
+class WeightReader:
+    """The tensors of one model under the names of transformers' parameters.
+
+    Some checkpoints leave out the prefix of the base model ("transformer." or "model."), and some have it in addition;
+    any other difference is an error.
+
+    Args:
+        folder: The model's folder, for messages.
+        reader: Its tensors.
+        base_prefix: "model." or the like; see `Decoder`.
+        shapes: Every parameter of the architecture, and its shape.
+
+    Raises:
+        ValueError: A parameter is not in the model, or has another shape.
+    """
+
+    def __init__(
+        self, folder: Path, reader: CheckpointReader, base_prefix: str, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self.folder = folder
+        self._reader = reader
+        self._stored: dict[str, str] = {}
+        for name, shape in shapes.items():
+            spellings = (name, name.removeprefix(base_prefix), base_prefix + name)
+            stored = next((s for s in spellings if s in reader.tensors), None)
+            if stored is None:
+                raise ValueError(
+                    f"{folder}: has no tensor {name!r}; calibration needs tensors that are named as transformers' "
+                    "modules are: load the model with transformers and save it again"
+                )
+            found = tuple(reader.tensors[stored].shape)
+            if found != shape:
+                raise ValueError(f"{folder}: tensor {stored!r} has shape {found}, need {shape} as its config.json says")
+            self._stored[name] = stored
+
+    def stored_name(self, parameter: str) -> str:
+        """The name under which the model stores a parameter."""
+        return self._stored[parameter]
+
+    def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+        """Those parameters in fp32."""
+        return {name: self._reader.read(self._stored[name]).to(device, torch.float32) for name in names}

@@ -1,0 +1,147 @@
+"""The folder of an unfinished calibration: what is done of which job, so that the same command goes on from there."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from torch import Tensor
+
+from resm_kernels.calibrate.errors import CalibrationError
+
+_MANIFEST: Final = "calibration.json"
+_LOCK: Final = "lock"
+_FORMAT: Final = 1
+
+
+class WorkFolder:
+    """A hidden folder next to the output, named after it; `remove` deletes it when the output is complete.
+
+    Use it as a context manager: it holds a lock meanwhile.
+
+    Args:
+        out: The output folder.
+        job: What is calibrated: entries by name, as JSON has them. The folder of another job is refused.
+        restart: Delete a folder that is there, whatever its job.
+
+    Raises:
+        CalibrationError: Another process works in the folder, it is another job's, or it is damaged.
+
+    Attributes:
+        state: How far the work is; `save` writes it.
+    """
+
+    def __init__(self, out: Path, job: Mapping[str, Any], *, restart: bool) -> None:
+        self.path = out.parent / f".{out.name}.calibration"
+        self._job, self._restart = json.loads(json.dumps(job)), restart
+        self.state: dict[str, Any] = {}
+        self._lock: int | None = None
+
+    def __enter__(self) -> WorkFolder:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise CalibrationError(f"{self.path}: cannot be made: {error.strerror}") from error
+        try:
+            self._take_lock()
+            if self._restart:
+                self._clear()
+            if (self.path / _MANIFEST).exists():
+                self._read()
+            else:
+                self._clear()
+                self.save()
+        except BaseException:
+            self._release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._release()
+
+    def save(self, **changes: Any) -> None:
+        """Change the state and write it; what it speaks of must be on disk already."""
+        self.state |= changes
+        content = json.dumps({"format": _FORMAT, "job": self._job, "state": self.state}, indent=1)
+        self.write(_MANIFEST, content.encode())
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file that appears under its name when it is on disk."""
+        with _errors_named(self.path):
+            partial = self.path / f".{name}.{secrets.token_hex(4)}"
+            with open(partial, "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            partial.replace(self.path / name)
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors as a safetensors file, as `write` does."""
+        from safetensors.torch import save
+
+        self.write(name, save({key: tensor.cpu().contiguous() for key, tensor in tensors.items()}))
+
+    def remove(self) -> None:
+        """Delete the folder."""
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def _take_lock(self) -> None:
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+            raise CalibrationError(
+                f"{self.path}: the process {holder} is calibrating this output already; wait for it, or name another "
+                "output folder"
+            ) from None
+        os.ftruncate(self._lock, 0)
+        os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self) -> None:
+        for entry in self.path.iterdir():
+            if entry.name == _LOCK:
+                continue
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def _read(self) -> None:
+        file = self.path / _MANIFEST
+        try:
+            content = json.loads(file.read_bytes())
+            job, state = content["job"], content["state"]
+            known = content["format"] == _FORMAT and isinstance(job, dict) and isinstance(state, dict)
+        except (OSError, ValueError, KeyError, TypeError):
+            known = False
+        if not known:
+            raise CalibrationError(f"{file}: is damaged, or of another version; pass --restart to begin anew")
+        differing = sorted(k for k in {*job, *self._job} if job.get(k) != self._job.get(k))
+        if differing:
+            raise CalibrationError(
+                f"{self.path}: holds an unfinished calibration with another {', another '.join(differing)}; run the "
+                "same command as then, name another output folder, or pass --restart to begin anew"
+            )
+        self.state = state
+
+
+@contextlib.contextmanager
+def _errors_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CalibrationError(f"{folder}: cannot be written: {error.strerror or error}") from error
