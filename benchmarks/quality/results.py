@@ -28,7 +28,7 @@ class Results:
         rows: By group and name ("tuned/resm"): the test scores of each seed, with all kinds.
         chosen: For the same rows, what was chosen at each seed, in words.
         grids: Of rows with a choice, by name: each point in words, and its validation averages.
-        layers: Of each seed, RESM's view of the matrices.
+        layers: Of each seed, what RESM with β = 1 sees in the matrices.
         seconds: Of each seed, processor seconds by what they went into.
         costs: Of rows of merges in a record of calibrated merges, by name: the processor seconds at each seed of all
             that the row merges, its prompts' answers included; its training of experts and its choices not.
