@@ -25,7 +25,9 @@ FOLDED: Final = ("slerp", "nuslerp", "nearswap", "arcee_fusion")
 """Methods for two models, folded over the experts in the order of `SFT`: see `merging.fold`."""
 LEFT_OUT: Final = {
     "passthrough": "it copies one model, and every expert has a row of its own",
-    **dict.fromkeys(("regmean", "regmean_plus", "fisher"), "it needs prompts, and has rows among calibrated merges"),
+    "regmean": "it needs statistics; see the calibrated rows",
+    "regmean_plus": "it needs statistics; see the calibrated rows",
+    "fisher": "it needs statistics; see the calibrated rows",
 }
 
 
