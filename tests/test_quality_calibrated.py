@@ -126,7 +126,10 @@ def test_the_library_gets_recipe_prompts_and_options(
         resm_kernels.merge_checkpoints(recipe, out)
 
     monkeypatch.setattr(calibrating, "calibrate_checkpoint", merge_only)
-    merged = Calibrator(folder, world, tmp_path)(candidate("trained", 5, least_squares=True, polish_steps=3))
+    (tmp_path / "scratch" / "merged").mkdir(parents=True)  # what a killed process left
+    merged = Calibrator(folder, world, tmp_path / "scratch")(
+        candidate("trained", 5, least_squares=True, polish_steps=3)
+    )
     expected = merge(Models(folder), START)
     assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in expected)
     (call,) = calls
@@ -147,7 +150,7 @@ def test_the_library_gets_recipe_prompts_and_options(
     ids=["least-squares", "polish", "both", *STATISTICAL],
 )
 def test_every_way_calibrates(folder: Path, world: World, tmp_path: Path, chosen: Candidate) -> None:
-    calibrate = Calibrator(folder, world, tmp_path)
+    calibrate = Calibrator(folder, world, tmp_path / "scratch")
     merged, start = calibrate(chosen), merge(Models(folder), START)
     assert merged.keys() == start.keys()
     for name, tensor in merged.items():
@@ -161,7 +164,7 @@ def test_every_way_calibrates(folder: Path, world: World, tmp_path: Path, chosen
 
 def test_a_merge_without_calibration_is_no_business_of_it(folder: Path, world: World, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="need a merge with a calibration"):
-        Calibrator(folder, world, tmp_path)(START)
+        Calibrator(folder, world, tmp_path / "scratch")(START)
     with pytest.raises(ValueError, match="calibrate: got None"):
         rows = [Row("calibrated:fresh", "x", (candidate(least_squares=True),))]
         measure.Measurement(tmp_path, Models(folder), Spy(), records.Record("x")).run(rows)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import resm_kernels
@@ -28,7 +28,7 @@ class Calibrator:
     Args:
         models: The seed's folder of models.
         world: The seed's world, which draws the prompts.
-        scratch: A folder for files that are removed when a candidate is done.
+        scratch: A folder that is made for a candidate's files, and removed when the candidate is done.
     """
 
     def __init__(self, models: Path, world: World, scratch: Path) -> None:
@@ -42,38 +42,42 @@ class Calibrator:
         calibration = candidate.calibration
         if calibration is None or candidate.method is None:
             raise ValueError(f"candidate: got {candidate.key}, need a merge with a calibration")
-        with TemporaryDirectory(dir=self._scratch) as name:
-            folder = Path(name)
-            prompts = [self._write_prompts(folder, expert, calibration) for expert in candidate.experts]
-            out = folder / "merged"
-            if calibration.least_squares or calibration.polish_steps:
-                calibrate_checkpoint(
-                    self._recipe(candidate),
-                    out,
-                    prompts,
-                    least_squares=calibration.least_squares,
-                    polish_steps=calibration.polish_steps,
-                    max_new_tokens=MAX_NEW_TOKENS,
-                )
-            else:
-                method = methods.get(candidate.method)
-                statistics = self._write_statistics(folder, candidate, method, prompts)
-                resm_kernels.merge_checkpoints(self._recipe(candidate, statistics), out)
-            return Models(folder)[out.name]
+        # A process that was killed may have left files.
+        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch.mkdir()
+        try:
+            return self._merge(candidate, candidate.method, calibration)
+        finally:
+            shutil.rmtree(self._scratch)
 
-    def _write_prompts(self, folder: Path, expert: str, calibration: Calibration) -> Path:
+    def _merge(self, candidate: Candidate, method: str, calibration: Calibration) -> StateDict:
+        prompts = [self._write_prompts(expert, calibration) for expert in candidate.experts]
+        out = self._scratch / "merged"
+        if calibration.least_squares or calibration.polish_steps:
+            calibrate_checkpoint(
+                self._recipe(candidate),
+                out,
+                prompts,
+                least_squares=calibration.least_squares,
+                polish_steps=calibration.polish_steps,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
+        else:
+            statistics = self._write_statistics(candidate, methods.get(method), prompts)
+            resm_kernels.merge_checkpoints(self._recipe(candidate, statistics), out)
+        return Models(self._scratch)[out.name]
+
+    def _write_prompts(self, expert: str, calibration: Calibration) -> Path:
         drawn = self._drawn[expert, calibration.draw][: calibration.prompts]
-        file = folder / f"{expert}.jsonl"
+        file = self._scratch / f"{expert}.jsonl"
         file.write_text("".join(json.dumps({"prompt": prompt.text}) + "\n" for prompt in drawn))
         return file
 
-    def _write_statistics(
-        self, folder: Path, candidate: Candidate, method: Method, prompts: Sequence[Path]
-    ) -> list[Path]:
+    def _write_statistics(self, candidate: Candidate, method: Method, prompts: Sequence[Path]) -> list[Path]:
         assert method.statistics is not None
         models = [self._models / expert for expert in candidate.experts]
         if method.statistics_model == "merged":
-            start = folder / "start"
+            start = self._scratch / "start"
             resm_kernels.merge_checkpoints(self._recipe(replace(START, experts=candidate.experts)), start)
             models = [start] * len(models)
         files = [file.with_suffix(".safetensors") for file in prompts]

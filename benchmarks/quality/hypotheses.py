@@ -66,8 +66,8 @@ CALIBRATED: Final = (
     Hypothesis("least squares beat RegMean", _FITTED, row_of("trained", "RegMean", 256), margin=0.0),
     Hypothesis("least squares + polish beat KL alone", _POLISHED, row_of("trained", "KL alone", MOST), margin=0.0),
 )
-"""Claims about calibrated merges, said before seeds 10 to 14 were looked at: with 256 prompts an expert by least squares
-alone, and with 800 where they are polished."""
+"""Claims about calibrated merges, said before seeds 10 to 14 were looked at: least squares alone have 256 prompts an
+expert, and with a polish 800."""
 
 
 def named_rows(rows: list[Row], claims: Sequence[Hypothesis]) -> list[Row]:

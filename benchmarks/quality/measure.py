@@ -183,5 +183,5 @@ def measure_seed(folder: Path, seed: int, record: RecordName, device: str) -> Re
     scores.questions = ask.questions()
     if not calibrated:
         scores.layers = layers(models)
-    calibrate = Calibrator(folder, world, kept) if calibrated else None
+    calibrate = Calibrator(folder, world, kept / "scratch") if calibrated else None
     return Measurement(kept, models, ask, scores, calibrate).run(rows)

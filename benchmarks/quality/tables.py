@@ -127,8 +127,8 @@ def claim_table(results: Sequence[Results]) -> str:
     for i, h in enumerate(CALIBRATED):
         cells = [h.claim, h.column, f"{h.margin:+g}"]
         for record, column in zip(results, columns, strict=True):
-            tested, p = column[i]
-            cells += [_signed(tested.difference), f"{tested.above} of {len(record.seeds)}", _p(p)]
+            test, p = column[i]
+            cells += [_signed(test.difference), f"{test.above} of {len(record.seeds)}", _p(p)]
         lines.append(_line(cells))
     return "\n".join(lines)
 
