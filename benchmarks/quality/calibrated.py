@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from benchmarks.quality.candidates import SFT, Calibration, Candidate, Row, merge_of, tuned_rows
 from benchmarks.quality.prompts import DRAWS, MOST, Draw
+from resm_kernels import methods
 
 COUNTS: Final = (64, 256, MOST)
 """Prompts an expert."""
@@ -45,7 +46,8 @@ def reference_rows() -> list[Row]:
         "helpful + harmless, task arithmetic": merge_of("task_arithmetic", ("helpful", "harmless")),
     }
     stored = [Row(REFERENCE, name, (Candidate((name,)),)) for name in ("mix-uniform", "mix-weighted")]
-    tuned = [Row(REFERENCE, f"{row.name}, tuned", row.candidates) for row in tuned_rows() if row.name in TUNED]
+    grids = {row.name: row.candidates for row in tuned_rows()}
+    tuned = [Row(REFERENCE, f"{methods.get(name).title}, tuned", grids[name]) for name in TUNED]
     return [*stored, *(Row(REFERENCE, name, (merge,)) for name, merge in merges.items()), *tuned]
 
 
