@@ -121,9 +121,10 @@ def test_a_grid_begins_with_the_default() -> None:
 
 
 def test_parameters_at_their_defaults_are_the_default() -> None:
-    assert merge_of("resm", lambda_=1.0, beta=1.0).key == merge_of("resm").key
+    assert merge_of("resm", lambda_=1.0, beta=0.0).key == merge_of("resm").key
     assert merge_of("resm", lambda_=0.5).key != merge_of("resm").key
     assert merge_of("resm", spectral=True).key != merge_of("resm").key
+    assert merge_of("resm", beta=1.0).describe() == "beta 1"
     assert merge_of("tsvm", spectral=True).key == merge_of("tsvm").key
 
 
@@ -330,3 +331,12 @@ def test_published_tables_come_from_the_published_records(tmp_path: Path) -> Non
     development, fresh = (results.read(folder / f"quality{name}.json") for name in ("", "_confirmation"))
     tables.write(tmp_path / "quality.md", development, fresh)
     assert (tmp_path / "quality.md").read_text() == (folder / "quality.md").read_text()
+
+
+def test_published_grids_have_the_names_of_their_points() -> None:
+    """A parameter that a method's default changes under the records would give their rows false names."""
+    development = results.read(Path(run.__file__).parents[1] / "results" / "quality.json")
+    rows = {f"{row.group}/{row.name}": row for row in measure.all_rows()}
+    assert "tuned/resm" in development.grids
+    for name, points in development.grids.items():
+        assert list(points) == [candidate.describe() for candidate in rows[name].candidates], name

@@ -132,8 +132,8 @@ GRIDS: Final[dict[str, tuple[Candidate, ...]]] = {
     "resmerge": grid("resmerge", rank=(1, 8), lambda_=(1.5, 2.0, 2.5)),
     "dc_merge": grid("dc_merge", smoothing=("average", "linear"), lambda_=(0.7, 1.0, 1.3)),
     "resm": (
-        *grid("resm", lambda_=(0.8, 1.2)),
         *grid("resm", beta=(0.0, 0.25), lambda_=(1.0, 1.2)),
+        *grid("resm", beta=(1.0,), lambda_=(0.8, 1.0, 1.2)),
         *grid("resm", granularity=("row",), beta=(0.5,)),
     ),
 }  # fmt: skip
@@ -152,8 +152,9 @@ def stored_rows() -> list[Row]:
 
 
 def default_rows() -> list[Row]:
-    """Every method of the library as it comes."""
-    return [Row("default", name, (merge_of(name),)) for name in GRIDS if has_default(name)]
+    """Every method of the library as it comes, and RESM as the abstract of its paper reads."""
+    rows = [Row("default", name, (merge_of(name),)) for name in GRIDS if has_default(name)]
+    return [*rows, Row("default", "RESM, β = 1", (merge_of("resm", beta=1.0),))]
 
 
 def tuned_rows() -> list[Row]:

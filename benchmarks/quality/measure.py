@@ -114,10 +114,10 @@ def chosen(row: Row, record: Record) -> Candidate:
 
 
 def layers(models: Models) -> list[dict[str, Any]]:
-    """What RESM would see in every matrix, embeddings too: sparsity, outlier mass, weights, ranks of the experts."""
+    """What RESM with β = 1 would see in every matrix, embeddings too: sparsity, outlier mass, weights, ranks."""
     rows = []
     for name, start in models["base"].items():
-        plan = layer_plan(start, [models[expert][name] for expert in SFT], spectral=True)
+        plan = layer_plan(start, [models[expert][name] for expert in SFT], spectral=True, beta=1.0)
         if plan.spectral:
             figures = {"sparsity": plan.sparsity, "outlier_mass": plan.outlier_mass, "weights": plan.weights}
             small = {key: [float(f"{v:.4g}") for v in values] for key, values in figures.items()}

@@ -14,7 +14,10 @@ from benchmarks.quality.candidates import SFT
 from benchmarks.quality.results import Results
 
 DIMENSIONS: Final = ("helpful", "honest", "harmless")
-_NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")}
+_NAMED: Final = {
+    "default": ("resm", "RESM, β = 1"),
+    "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear"),
+}
 """Methods named in the picture where they are not on the front; all others are dots."""
 
 
@@ -59,7 +62,7 @@ def layers(results: Results, file: Path) -> None:
     titles = {
         "sparsity": "sparsity: share of weights unchanged",
         "outlier_mass": "outlier mass per weight",
-        "weights": "outlier weights w (mean 1)",
+        "weights": "outlier weights w of β = 1 (mean 1)",
         "ranks": "rank kept, share of r/T",
     }
     figure = Figure(figsize=(14, 11), layout="constrained")

@@ -32,7 +32,7 @@ class Record:
         questions: How many questions of each kind each split has.
         valid, test: Scores by the candidates' keys.
         choices: For each row of several candidates, by group and name, the key that validation chose.
-        layers: RESM's view of every tensor at its defaults.
+        layers: What RESM with β = 1 sees in every tensor.
         seconds: Processor seconds spent, by what on.
     """
 

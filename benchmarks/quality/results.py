@@ -28,7 +28,7 @@ class Results:
         rows: By group and name ("tuned/resm"): the test scores of each seed, with all kinds.
         chosen: For the same rows, what was chosen at each seed, in words.
         grids: Of rows with a choice, by name: each point in words, and its validation averages.
-        layers: Of each seed, RESM's view of the matrices.
+        layers: Of each seed, what RESM with β = 1 sees in the matrices.
         seconds: Of each seed, processor seconds by what they went into.
     """
 

@@ -100,7 +100,7 @@ TITLES: Final = {
     "ablation-vocabulary": "Embeddings: merged as any matrix, or averaged",
     "ablation-weights": "Rules for the experts' weights",
     "ablation-ranks": "Rules for ranks, with equal weights",
-    "ablation-decompositions": "Exact and approximate subspaces",
+    "ablation-decompositions": "Exact and approximate subspaces, with β = 1",
     "ablation-scale": "Rules for λ",
     "ablation-experts": "Other numbers and kinds of experts",
     "hypotheses": "Fresh seeds",

@@ -20,8 +20,8 @@ KEPT = Path("build/demo/resm")  # relative to the repository's root
 RECIPES = {
     "task arithmetic": "task_arithmetic",
     "TSV-M": "tsvm",
+    "RESM, beta: 1 (the abstract)": "resm_beta_1",
     "RESM (defaults)": "resm",
-    "RESM (tuned on validation)": "resm_tuned",
 }
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         for name, recipe in RECIPES.items():
-            out = kept if recipe == "resm_tuned" else Path(scratch) / recipe
+            out = kept if recipe == "resm" else Path(scratch) / recipe
             merge(recipe, out)
             folders[name] = out
         rows, world = {}, World(SEED)
@@ -48,7 +48,7 @@ def main() -> None:
             with console.status(f"asking {name}"):
                 rows[name] = evaluate(*load(folder), world, "test")
     console.print(table(rows))
-    console.print(f"The tuned RESM merge lies in {KEPT}. Try it:", soft_wrap=True)
+    console.print(f"The RESM merge lies in {KEPT}. Try it:", soft_wrap=True)
     command = f'.venv/bin/python -m benchmarks.quality.evaluate {KEPT} --ask "how do i paint the guard ?"'
     console.print(command, soft_wrap=True, highlight=False)
 
