@@ -148,12 +148,13 @@ def solve_stage(
     gram.diagonal().add_(pull)
     solved: dict[str, Tensor] = {}
     residual, moved, length = 0.0, 0.0, 0.0
+    last = any(layer.has_bias for layer in layers)  # whose solution may destroy the matrix
     for has_bias in (False, True):
         group = [layer for layer in layers if layer.has_bias is has_bias]
         if not group:
             continue
         sides = torch.cat([right.pop(layer).add_(begin[layer], alpha=pull) for layer in group])
-        solution = spd_solve(_columns(gram, group[0], ones), sides)
+        solution = spd_solve(_columns(gram, group[0], ones).contiguous(), sides, overwrite_a=has_bias is last)
         residual = max(residual, solution.residual)
         for layer, matrix in zip(group, solution.x.split([len(begin[layer]) for layer in group]), strict=True):
             moved += float((matrix - begin[layer]).square().sum())
