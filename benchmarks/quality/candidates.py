@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Final
 
+from benchmarks.quality.prompts import Draw
 from resm_kernels import methods
 
 MOST_POINTS: Final = 8
@@ -31,6 +32,25 @@ LEFT_OUT: Final = {
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a merge does with prompts, at the library's defaults.
+
+    With neither least squares nor a polish, the prompts are for the statistics that the merge method needs.
+
+    Attributes:
+        draw: Where the prompts come from.
+        prompts: How many each expert has.
+        least_squares: Whether linear layers are fitted to the experts' outputs.
+        polish_steps: Steps that bring the merge's predictions near the experts'.
+    """
+
+    draw: Draw
+    prompts: int
+    least_squares: bool = False
+    polish_steps: int = 0
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One model to measure.
 
@@ -39,17 +59,21 @@ class Candidate:
         method: The merge method's name in recipes; None for a model as it is.
         parameters: The method's parameters as keywords; what is not named has its default.
         rule: A rule of `rules.RULES` that sets further parameters for each tensor, from base and experts alone.
+        calibration: What the merge does with the experts' prompts; None for one that sees weights alone.
     """
 
     experts: tuple[str, ...]
     method: str | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
     rule: str | None = None
+    calibration: Calibration | None = None
 
     @property
     def key(self) -> str:
         """What records know it by: canonical JSON of all that it is."""
         parts = {"experts": self.experts, "method": self.method, "parameters": dict(self.parameters), "rule": self.rule}
+        if self.calibration is not None:
+            parts["calibration"] = asdict(self.calibration)
         return json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
 
     def describe(self) -> str:
