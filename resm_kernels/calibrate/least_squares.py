@@ -28,6 +28,7 @@ from torch import Tensor
 
 from resm_kernels.calibrate.activations import Batch
 from resm_kernels.calibrate.blocks import LinearLayer
+from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.linalg.products import matmul
 from resm_kernels.linalg.spd_solve import spd_solve
 from resm_kernels.ops.gram_matrix import gram_matrix
@@ -131,7 +132,8 @@ def solve_stage(
         dtypes: The dtype of each tensor in the output.
 
     Raises:
-        ValueError: The normal equations cannot be solved.
+        CalibrationError: The normal equations cannot be solved, or the solution is beyond the range of the output's
+            dtype.
     """
     ones = any(layer.has_bias for layer in layers)
     begin = {layer: matrix_of(layer, start) for layer in layers}
@@ -143,6 +145,7 @@ def solve_stage(
         weights = read()
         for layer, side in right.items():
             side += matmul(matrix_of(layer, weights), _columns(cross, layer, ones))
+        del read, products, own, cross, weights  # before the next expert's are formed
     assert gram is not None
     pull = ridge * float(gram.diagonal().mean())
     gram.diagonal().add_(pull)
@@ -154,7 +157,12 @@ def solve_stage(
         if not group:
             continue
         sides = torch.cat([right.pop(layer).add_(begin[layer], alpha=pull) for layer in group])
-        solution = spd_solve(_columns(gram, group[0], ones).contiguous(), sides, overwrite_a=has_bias is last)
+        matrix = _columns(gram, group[0], ones).contiguous()
+        try:
+            solution = spd_solve(matrix, sides, overwrite_a=has_bias is last)
+        except ValueError as error:
+            names = ", ".join(layer.name for layer in layers)
+            raise CalibrationError(f"{names}: no solution ({error}); need more prompts or a larger ridge") from error
         residual = max(residual, solution.residual)
         for layer, matrix in zip(group, solution.x.split([len(begin[layer]) for layer in group]), strict=True):
             moved += float((matrix - begin[layer]).square().sum())
@@ -165,6 +173,8 @@ def solve_stage(
                 solved[layer.bias] = matrix[:, -1].to(dtypes[layer.bias]).contiguous()
     for name, tensor in solved.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name}: the solution exceeds the range of {tensor.dtype}; need out_dtype: bfloat16")
+            raise CalibrationError(
+                f"{name}: the solution exceeds the range of {tensor.dtype}; need out_dtype: bfloat16"
+            )
     names = tuple(layer.name for layer in layers)
     return solved, StageReport(names, residual, math.sqrt(moved / length) if length else math.inf)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from resm_kernels.calibrate.blocks import is_causal
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.engine.checks import check_configs
 from resm_kernels.engine.models import Model
@@ -209,9 +210,7 @@ def _check_report(model: Model, report: dict[str, Any]) -> None:
 
 def _check_causal(model: Model, loaded: Any) -> None:
     """Refuse encoders, such as BERT, that were saved with a decoder's head but without `is_decoder`."""
-    if getattr(loaded.config, "is_decoder", None) is False and any(
-        getattr(module, "is_causal", None) is False for module in loaded.modules()
-    ):
+    if not is_causal(loaded):
         raise CalibrationError(
             f"calibrate: {model.folder}: {type(loaded).__name__} is no decoder with an output head: its config.json "
             "says is_decoder: false, so that every position sees the later ones"
