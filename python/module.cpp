@@ -257,13 +257,20 @@ void py_gram_product(py::handle base, py::handle expert, py::handle x, py::handl
   gram_product(delta, from, columns, result, threads);
 }
 
-void py_gram_matrix(py::handle x, py::handle g, int threads) {
-  const Input matrix(x, "x");
-  const auto [n, columns] = matrix.matrix_shape();
-  const float* from = matrix.elements<float>(n * columns);
-  double* out = cpu_elements<double>(g, "g", columns * columns);
+// y may be None.
+void py_gram_matrix(py::handle x, py::handle y, py::handle g, int threads) {
+  const Input left(x, "x"), right(y.is_none() ? x : y, "y");
+  const auto [n, columns] = left.matrix_shape();
+  const auto [y_rows, y_columns] = right.matrix_shape();
+  require(y_rows == n, "y: need as many rows as x");
+  const float *of_x = left.elements<float>(n * columns), *of_y = right.elements<float>(n * y_columns);
+  double* out = cpu_elements<double>(g, "g", columns * y_columns);
+  const bool has_y = !y.is_none();  // of_y does not tell: it is null where y has no rows
   const py::gil_scoped_release unlocked;
-  gram_matrix(from, n, columns, out, threads);
+  if (has_y)
+    gram_matrix(of_x, of_y, n, columns, y_columns, out, threads);
+  else
+    gram_matrix(of_x, n, columns, out, threads);
 }
 
 // left and right are of one dtype, float32 or float64. right may be the transpose of a contiguous matrix.

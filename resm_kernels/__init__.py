@@ -1,7 +1,8 @@
 """Merges fine-tuned models by RESM and other methods: tensors, state dictionaries and whole checkpoints.
 
-`merge` and `merge_state_dicts` work in memory, `merge_checkpoints` reads a recipe and writes a folder. `ops` has the
-kernels, `linalg` the decompositions (`truncated_svd`, and `svd_lowrank` as a replacement for torch's).
+`merge` and `merge_state_dicts` work in memory. `merge_checkpoints` reads a recipe and writes a folder, and
+`calibrate_checkpoint` does so with prompts. `ops` has the kernels, `linalg` the decompositions (`truncated_svd`, and
+`svd_lowrank` as a replacement for torch's).
 
 Each name is loaded when it is first used, so that the command line can answer without torch, and merging tensors does
 not need the libraries that read recipes. `torch.ops.resm_kernels` exists as soon as `resm_kernels.ops` is imported.
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from resm_kernels import linalg, methods, ops
     from resm_kernels._backends import backends
     from resm_kernels._merge import merge, merge_state_dicts
+    from resm_kernels.calibrate import calibrate_checkpoint
     from resm_kernels.checks import NonFiniteError
     from resm_kernels.engine import merge_checkpoints
     from resm_kernels.linalg.truncated_svd import svd_lowrank, truncated_svd
@@ -26,6 +28,7 @@ _MODULES: Final = ("linalg", "methods", "ops")
 _HOMES: Final = {
     "NonFiniteError": "checks",
     "backends": "_backends",
+    "calibrate_checkpoint": "calibrate",
     "merge": "_merge",
     "merge_checkpoints": "engine",
     "merge_state_dicts": "_merge",
@@ -53,6 +56,7 @@ __all__ = [
     "NonFiniteError",
     "__version__",
     "backends",
+    "calibrate_checkpoint",
     "linalg",
     "merge",
     "merge_checkpoints",

@@ -1,4 +1,4 @@
-"""The command `resm-kernels`: merge, stats, statistics, info, extract-lora.
+"""The command `resm-kernels`: merge, calibrate, statistics, stats, info, extract-lora.
 
 Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
 torch.
@@ -17,8 +17,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from resm_kernels.flags import translate
-from resm_kernels.options import MergeKeywords, MergeOptions
+from resm_kernels.flags import repeated, translate
+from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -138,6 +138,85 @@ def run_mergekit(
 
 
 @app.command()
+def calibrate(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    out: Annotated[Path, typer.Argument(help="Folder of the calibrated model.", show_default=False)],
+    prompts: Annotated[
+        list[Path],
+        typer.Option(
+            "--prompts",
+            metavar="FILE...",
+            help="Files of prompts, one for each expert in the recipe's order: .jsonl or .txt.",
+            show_default=False,
+        ),
+    ],
+    least_squares: Annotated[
+        bool, typer.Option(help="Solve the linear layers for the experts' outputs.")
+    ] = CalibrateOptions.least_squares,
+    polish_steps: Annotated[
+        int, typer.Option(help="Steps of gradient descent on the KL to the experts afterwards.")
+    ] = CalibrateOptions.polish_steps,
+    answer_weight: Annotated[
+        float, typer.Option(help="Weight of positions that predict an answer; others have 1.")
+    ] = CalibrateOptions.answer_weight,
+    ridge: Annotated[
+        float, typer.Option(help="How strongly the merge holds, relative to a layer's mean squared input.")
+    ] = CalibrateOptions.ridge,
+    embeddings: Annotated[
+        str, typer.Option(help="Embeddings of the output: merged, or token-counts.")
+    ] = CalibrateOptions.embeddings,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of the polish.")
+    ] = CalibrateOptions.learning_rate,
+    held_out: Annotated[
+        float, typer.Option(help="Share of the prompts that the polish is stopped by.")
+    ] = CalibrateOptions.held_out,
+    max_prompts: Annotated[
+        int | None, typer.Option(help="Use the first prompts of each file only.")
+    ] = CalibrateOptions.max_prompts,
+    max_prompt_tokens: Annotated[
+        int, typer.Option(help="Most tokens of a prompt; a longer one is an error.")
+    ] = CalibrateOptions.max_prompt_tokens,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = CalibrateOptions.max_new_tokens,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens that run through a block at once.")
+    ] = CalibrateOptions.batch_tokens,
+    answers: Annotated[
+        Path | None, typer.Option(help="Folder where answers are kept for other calibrations.")
+    ] = CalibrateOptions.answers,
+    seed: Annotated[int, typer.Option(help="Of the prompts held out and their order.")] = CalibrateOptions.seed,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:N.")] = str(CalibrateOptions.device),
+    threads: ThreadsOption = CalibrateOptions.threads,
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB or 512MiB.")] = str(
+        CalibrateOptions.max_shard_size
+    ),
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
+    ] = CalibrateOptions.overwrite,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")
+    ] = CalibrateOptions.restart,
+    quiet: QuietOption = False,
+) -> None:
+    """Merge as RECIPE says, calibrate on prompts that the experts answer themselves, and write the model to OUT.
+
+    Cut off, the same command goes on where it was.
+    """
+    with _loading():
+        from rich.console import Console
+
+        from resm_kernels.calibrate import calibrate_checkpoint
+        from resm_kernels.report import phase_display
+
+    options: CalibrateKeywords = {n: context.params[n] for n in CalibrateKeywords.__annotations__}  # type: ignore[assignment]
+    with phase_display(Console(stderr=True), quiet=quiet) as progress:
+        report = calibrate_checkpoint(recipe, out, prompts, progress=progress, **options)
+    if not quiet:
+        typer.echo(report.summary())
+
+
+@app.command()
 def stats(
     recipe: RecipeArgument,
     json_file: Annotated[
@@ -194,6 +273,9 @@ def statistics(
     out: Annotated[Path, typer.Argument(help="File to write, such as chat.statistics.safetensors.")],
     prompts: Annotated[Path, typer.Option("--prompts", help="File of prompts, .jsonl or .txt.")],
     kind: Annotated[str, typer.Option(help="gram for RegMean and RegMean++, fisher for Fisher merging.")] = "gram",
+    answers_by: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Model that answers; default: MODEL. For RegMean++ the expert.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer; 1 reads prompts alone.")] = 64,
     max_prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens that a prompt may have.")] = 1024,
     max_prompts: Annotated[int | None, typer.Option(min=1, help="Use the first prompts only, so many.")] = None,
@@ -205,7 +287,7 @@ def statistics(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
-    """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers itself, into the file OUT."""
+    """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers, and write it to OUT."""
     with _loading():
         import torch
 
@@ -218,6 +300,7 @@ def statistics(
         out,
         prompts,
         kind=kind,
+        answers_by=answers_by,
         max_new_tokens=max_new_tokens,
         max_prompt_tokens=max_prompt_tokens,
         max_prompts=max_prompts,
@@ -325,8 +408,13 @@ def main() -> None:
 
 
 def _translated(arguments: list[str]) -> list[str]:
-    """Return the command line with the options of mergekit-yaml's that `merge` accepts translated."""
+    """Return the command line in typer's form.
+
+    `merge` accepts options of mergekit-yaml's, and an option of several files has to be repeated for each of them.
+    """
     command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
+    if arguments[command : command + 1] == ["calibrate"]:
+        return repeated(arguments, "--prompts")
     if arguments[command : command + 1] != ["merge"]:
         return arguments
     try:

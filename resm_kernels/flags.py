@@ -92,3 +92,23 @@ def _bytes(size: str) -> str:
     """Return the size in this command line's words: mergekit's B stands for a billion bytes, not for a byte."""
     unit = _UNITS.get(size[-1:].upper())
     return size if unit is None or not size[:-1].isdecimal() else str(int(size[:-1]) * unit)
+
+
+def repeated(arguments: Sequence[str], option: str) -> list[str]:
+    """Repeat an option for each of its values: `--prompts a b` becomes `--prompts a --prompts b`.
+
+    The values end before the next argument that begins with a dash.
+    """
+    result: list[str] = []
+    takes_values = False
+    for argument in arguments:
+        if argument == option:
+            takes_values = True
+            result.append(argument)
+        elif argument.startswith("-"):
+            takes_values = False
+            result.append(argument)
+        else:
+            is_further = takes_values and result[-1] != option
+            result += [option, argument] if is_further else [argument]
+    return result

@@ -1,12 +1,14 @@
-"""The options of a merge of checkpoints, which the command line, `merge_checkpoints` and the plan share.
+"""The options of merges and of calibrations of checkpoints, which the command line and the functions share.
 
 Importing this module does not import torch, so that the command line can show the defaults in its help at once.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypedDict
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypedDict
 
 if TYPE_CHECKING:
     import torch
@@ -67,3 +69,83 @@ class MergeOptions:
         object.__setattr__(self, "window_bytes", parse_size(self.memory_limit, "memory_limit"))
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads: got {self.threads}, need at least 1")
+
+
+class CalibrateKeywords(TypedDict, total=False):
+    """The types of the keyword arguments that `CalibrateOptions` and `calibrate_checkpoint` share."""
+
+    least_squares: bool
+    polish_steps: int
+    answer_weight: float
+    ridge: float
+    embeddings: str
+    learning_rate: float
+    held_out: float
+    max_prompts: int | None
+    max_prompt_tokens: int
+    max_new_tokens: int
+    batch_tokens: int
+    answers: Path | None
+    seed: int
+    device: str | torch.device
+    threads: int | None
+    max_shard_size: str | int
+    overwrite: bool
+    restart: bool
+
+
+EMBEDDINGS: Final = ("merged", "token-counts")
+"""Where calibrated models have their embeddings from."""
+# The options that change nothing but where and in which pieces the work is done.
+_NO_JOB: Final = ("answers", "device", "threads", "overwrite", "restart", "max_shard_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrateOptions:
+    """How a merge is calibrated; `calibrate_checkpoint` documents the keyword arguments.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    least_squares: bool = True
+    polish_steps: int = 0
+    answer_weight: float = 10.0
+    ridge: float = 1e-3
+    embeddings: str = "merged"
+    learning_rate: float = 3e-4
+    held_out: float = 0.1
+    max_prompts: int | None = None
+    max_prompt_tokens: int = 1024
+    max_new_tokens: int = 64
+    batch_tokens: int = 4096
+    answers: Path | None = None
+    seed: int = 0
+    device: str | torch.device = "cpu"
+    threads: int | None = None
+    max_shard_size: str | int = "5GB"
+    overwrite: bool = False
+    restart: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("answer_weight", "ridge", "learning_rate"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{name}: got {value}, need a finite number above 0")
+        for name, least in (("polish_steps", 0), ("max_prompt_tokens", 1), ("max_new_tokens", 1), ("batch_tokens", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, need at least {least}")
+        for name in ("threads", "max_prompts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, need at least 1")
+        if self.embeddings not in EMBEDDINGS:
+            raise ValueError(f"embeddings: got {self.embeddings!r}, need {' or '.join(EMBEDDINGS)}")
+        if not 0 < self.held_out < 1:
+            raise ValueError(f"held_out: got {self.held_out}, need a share above 0 and below 1")
+        if not self.least_squares and not self.polish_steps:
+            raise ValueError("least_squares: got False and polish_steps 0, so nothing would be done; need one of both")
+
+    def job(self) -> dict[str, Any]:
+        """The options on which the result depends."""
+        return {name: value for name, value in asdict(self).items() if name not in _NO_JOB}

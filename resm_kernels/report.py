@@ -57,6 +57,41 @@ def progress_display(console: Console, title: str, *, quiet: bool) -> Iterator[C
         yield _Lines(console, title)
 
 
+@contextlib.contextmanager
+def phase_display(console: Console, *, quiet: bool) -> Iterator[Callable[[str, int, int], None] | None]:
+    """Yield a `progress(phase, done, total)` callback, or None if `quiet`; see `progress_display`."""
+    if quiet:
+        yield None
+    elif console.is_terminal:
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=console, transient=True) as bar:
+            tasks: dict[str, progress.TaskID] = {}
+
+            def show(phase: str, done: int, total: int) -> None:
+                if phase not in tasks:
+                    tasks[phase] = bar.add_task(phase)
+                bar.update(tasks[phase], completed=done, total=total)
+
+            yield show
+    else:
+        last = time.monotonic()
+
+        def print_line(phase: str, done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _LINE_EVERY:
+                last = time.monotonic()
+                console.print(f"{phase}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
+
+        yield print_line
+
+
 class _Lines:
     """Prints a line of progress every `_LINE_EVERY` seconds."""
 

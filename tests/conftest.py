@@ -81,6 +81,19 @@ def family(tmp_path: Path) -> Family:
     return Family(tmp_path)
 
 
+@pytest.fixture(scope="session")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`experts(kind)` returns the folder of a tiny model of this kind; `tests/experts.py` lists the kinds."""
+    from experts import save_expert  # needs transformers
+
+    root = tmp_path_factory.mktemp("experts")
+
+    def saved(kind: str) -> Path:
+        return root / kind if (root / kind).exists() else save_expert(root / kind, kind)
+
+    return saved
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> RunCommand:
     """`run(*arguments)` runs the command in this process; it returns the exit code, stdout and stderr."""

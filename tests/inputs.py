@@ -152,6 +152,16 @@ def call_of(method: str) -> tuple[int, dict[str, Any]]:
     return n_experts, required | ({"statistics": [None] * n_experts} if chosen.statistics else {})
 
 
+def random_statistics(method: str, shape: Sequence[int], n_experts: int, seed: int = 0) -> list[Tensor | None]:
+    """Statistics of the kind that the method needs, for a tensor of that shape: None where it has none of the kind."""
+    if get(method).statistics == "fisher":
+        return [randn(*shape, seed=seed + t).square() for t in range(n_experts)]
+    if len(shape) != 2:
+        return [None] * n_experts
+    inputs = [randn(2 * shape[1] + 3, shape[1], seed=seed + t, dtype=torch.float64) for t in range(n_experts)]
+    return [(x.mT @ x / len(x)).float() for x in inputs]
+
+
 LAYOUTS = ["transposed", "strided", "expanded"]
 
 

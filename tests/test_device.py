@@ -11,6 +11,7 @@ import pytest
 import torch
 from checkpoints import Family, save_adapter, save_model
 from late_device import LateDevice
+from statistics_files import with_statistics
 from typer.testing import CliRunner
 
 from resm_kernels import cli
@@ -18,6 +19,7 @@ from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter
 from resm_kernels.checks import collected_checks
 from resm_kernels.engine import MergeError, cuda_device, merge_checkpoints
 from resm_kernels.engine.devices import devices_by_name
+from resm_kernels.methods import get
 from resm_kernels.ops import aggregate
 
 
@@ -102,13 +104,15 @@ def files(folder: Path) -> dict[str, bytes]:
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "resm"])
+@pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "resm", "regmean", "fisher"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_merged_files_are_the_cpus(family: Family, gpus: Any, method: str, count: int) -> None:
     ids = torch.arange(8)
     for folder, weights in zip([family.base_folder, *family.folders], [family.base, *family.experts], strict=True):
         save_model(folder, weights | {"position_ids": ids})
     recipe = family.recipe(method, out_dtype="float16", parameters={"density": 0.3} if "ties" in method else {})
+    if get(method).statistics:
+        recipe, _ = with_statistics(family, method, out_dtype="float16")
     merge_checkpoints(recipe, family.out, max_shard_size="40kB")
     expected = files(family.out)
     devices = gpus(count)

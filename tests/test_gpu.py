@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Family, load_model
-from inputs import FLOATS, call_of, power_law, with_spectrum
+from inputs import FLOATS, call_of, power_law, random_statistics, with_spectrum
 from product_contract import same
 
 import resm_kernels
@@ -154,8 +154,12 @@ def test_merged_checkpoints_agree_with_the_cpu(method: str, tmp_path: Path) -> N
 def test_methods_agree_with_the_cpu(method: str) -> None:
     n_experts, arguments = call_of(method)
     base, experts = group((64, 48), torch.float32, n_experts)
+    there = dict(arguments)
+    if resm_kernels.methods.get(method).statistics:
+        arguments["statistics"] = random_statistics(method, (64, 48), n_experts)
+        there["statistics"] = [None if s is None else s.cuda() for s in arguments["statistics"]]
     on_cpu = resm_kernels.merge(base, experts, method, **arguments)
-    merged = resm_kernels.merge(*on_gpu(base, experts), method, **arguments)
+    merged = resm_kernels.merge(*on_gpu(base, experts), method, **there)
     assert merged.device.type == "cuda"
     assert (merged.cpu() - on_cpu).norm() <= 1e-5 * (on_cpu - base).norm()
 

@@ -159,7 +159,9 @@ def _package_imports(path: Path) -> set[str]:
     return imported - {"__version__"}
 
 
-@pytest.mark.parametrize("module", ["resm_kernels", "resm_kernels.cli", "resm_kernels.engine"])
+@pytest.mark.parametrize(
+    "module", ["resm_kernels", "resm_kernels.cli", "resm_kernels.engine", "resm_kernels.calibrate"]
+)
 def test_import_stays_light(module: str) -> None:
     code = f"import sys, {module}; print([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

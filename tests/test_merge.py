@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import call_of, group, randn, same_bits
+from inputs import call_of, group, randn, random_statistics, same_bits
 from torch import Tensor
 
 import resm_kernels
 from resm_kernels import NonFiniteError, merge, merge_state_dicts
 from resm_kernels.methods import REQUIRED, Method, Parameter, get, names
 
-AVERAGES = {"linear", "karcher", "passthrough", "nuslerp", "multislerp"}
+AVERAGES = {"linear", "karcher", "passthrough", "nuslerp", "multislerp", "regmean", "regmean_plus", "fisher"}
 """Methods that need no base; nuslerp and multislerp merge task vectors if there is one."""
 
 
@@ -49,6 +49,8 @@ def test_every_method_merges_every_shape(
     name: str, parameters: dict[str, Any], shape: tuple[int, ...], out_dtype: torch.dtype | None
 ) -> None:
     n_experts = min(3, get(name).max_experts or 3)
+    if get(name).statistics:
+        parameters = parameters | {"statistics": random_statistics(name, shape, n_experts)}
     base, experts = group(shape, n_experts, base_dtype=torch.bfloat16, expert_dtypes=[torch.float32])
     for origin in [base] if get(name).needs_base else [base, None]:
         merged = merge(origin, experts, name, out_dtype=out_dtype, **parameters)
@@ -147,6 +149,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("swudi", {"rank_rule": "ration"}, "rank_rule: got 'ration', need one of ratio.*did you mean 'ratio'"),
     ("swudi", {"rank_ratio": 1.5}, "rank_ratio: got 1.5, need a number from 0 to 1"),
     *(("ties", {"density": d}, "density: got .*, need a number from 0 to 1") for d in (-0.1, 1.1, math.nan, "many")),
+    ("ties", {"statistics": [None, None]}, "statistics: got some, but ties merges weights alone; need none"),
     ("ties", {"densty": 0.2}, r"ties has no parameter 'densty', did you mean 'density'\?; it has weight"),
     ("ties", {"lamda_": 0.5}, r"ties has no parameter 'lamda_', did you mean 'lambda'\?"),
     ("linear", {"lambda_": 0.5}, "linear has no parameter 'lambda_'"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from inputs import bits, call_of, group
+from inputs import bits, call_of, group, random_statistics
 from torch import Tensor
 
 from resm_kernels import _extension, merge, methods, ops, truncated_svd
@@ -72,6 +72,8 @@ def merges(method: str) -> Iterator[tuple[str, str]]:
         for shape in SHAPES:
             for dtype in DTYPES:
                 base, experts = group(shape, n_experts, base_dtype=dtype)
+                if methods.get(method).statistics:
+                    required["statistics"] = random_statistics(method, shape, n_experts)
                 merged = merge(
                     base, experts, method, name="model.layers.0.q_proj.weight", seed=3, **required, **options
                 )

@@ -64,3 +64,15 @@ def test_ranks_and_missing_bases_are_refused() -> None:
         native.magnitude_threshold(BASE, [BASE], MagnitudeThresholdOptions(k=(7,)), thresholds, nonfinite, 1)
     with pytest.raises(ValueError, match="base: got none, need a tensor"):
         native.delta_stats(None, [BASE], DeltaStatsOptions(), *[thresholds] * 4, 1)
+
+
+def test_gram_matrices_of_the_wrong_size_are_refused() -> None:
+    x, y = torch.empty(4, 3), torch.empty(4, 2)
+    for other, g, message in [
+        (y[:3], torch.empty(3, 2).double(), "y: need as many rows as x"),
+        (y, torch.empty(3, 3).double(), "g: got 9 elements, need 6"),
+        (None, torch.empty(3, 2).double(), "g: got 6 elements, need 9"),
+        (y.double(), torch.empty(3, 2).double(), "y: got dtype torch.float64, need torch.float32"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=message):
+            native.gram_matrix(x, other, g, 1)

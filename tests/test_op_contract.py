@@ -138,8 +138,9 @@ def matrix_operators(m: int, n: int, k: int) -> Iterator[tuple[str, tuple[Any, .
     yield "project", (None, expert, randn(k, m, seed=1).mT), {}
     yield "low_rank_update", (base, left, right), {"scale": 0.5}
     yield "low_rank_update", (base.mT, right, left), {"out_dtype": torch.float32}
-    yield "gram_matrix", (left,), {}
-    yield "gram_matrix", (left.mT,), {}
+    yield "gram_matrix", (left, None), {}
+    yield "gram_matrix", (left.mT, None), {}
+    yield "gram_matrix", (left, randn(m, n, seed=3)), {}
     for dtype in (torch.float32, torch.float64):
         for count in {min(m, k), m}:
             yield "symmetric_eigen", (randn(m, m, seed=1, dtype=dtype),), {"k": count}
@@ -186,7 +187,10 @@ COMPILED: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
     "gram_product": (lambda *a: sum(t.square().sum() for t in OPERATORS.gram_product(*a)), (BASE, EXPERT, RIGHT)),
     "project": (lambda *a: OPERATORS.project(*a).square().sum(), (BASE, EXPERT, LEFT)),
     "low_rank_update": (lambda *a: OPERATORS.low_rank_update(*a, scale=0.5).square().sum(), (BASE, LEFT, RIGHT)),
-    "gram_matrix": (lambda x: OPERATORS.gram_matrix(x).square().sum(), (EXPERT,)),
+    "gram_matrix": (
+        lambda x, y: (OPERATORS.gram_matrix(x, None) @ OPERATORS.gram_matrix(x, y)).square().sum(),
+        (EXPERT, OTHER),
+    ),
     "symmetric_eigen": (lambda a: OPERATORS.symmetric_eigen(a, k=4)[0].sum(), (BASE[:30],)),
     "random_matrix": (
         lambda seed: OPERATORS.random_matrix(n=6, columns=5, seed=seed, first_column=1, device=torch.device("cpu")) + 1,

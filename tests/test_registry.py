@@ -135,6 +135,48 @@ def test_signatures_that_say_too_little_are_refused(function: Any, message: str)
         decorated()(function)
 
 
+def takes_fishers(
+    base: Tensor | None, experts: list[Tensor], *, statistics: list[Tensor | None], out_dtype: torch.dtype | None
+) -> Tensor:
+    return torch.tensor([0.0 if s is None else 1.0 for s in statistics])
+
+
+def takes_grams(
+    base: Tensor | None,
+    experts: list[Tensor],
+    *,
+    statistics: list[Tensor | None],
+    transposed: bool,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    return torch.tensor([float(transposed), float(len(statistics))])
+
+
+def test_statistics_are_arguments_of_methods_that_declare_them() -> None:
+    decorated(statistics="fisher")(takes_fishers)
+    decorated(statistics="gram", statistics_model="merged")(takes_grams)
+    assert (get("takes_fishers").statistics, get("takes_fishers").statistics_model) == ("fisher", "expert")
+    assert (get("takes_grams").statistics, get("takes_grams").statistics_model) == ("gram", "merged")
+    one = torch.zeros(1)
+    given = {"statistics": [None, one], "transposed": True}
+    assert merge(None, [one, one], "takes_fishers", **given).tolist() == [0, 1]
+    assert merge(None, [one, one], "takes_grams", **given).tolist() == [1, 2]
+    assert get("takes_grams").parameters == ()
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "message"),
+    [
+        (takes_fishers, None, "statistics=None.* without the argument statistics and without the argument transposed"),
+        (takes_fishers, "gram", "statistics='gram'.* with the argument statistics and with the argument transposed"),
+        (takes_grams, "fisher", "statistics='fisher'.* with the argument statistics and without the argument trans"),
+    ],
+)
+def test_statistics_that_are_declared_and_taken_must_agree(function: Any, kind: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        decorated(statistics=kind)(function)
+
+
 def test_names_are_taken_once() -> None:
     def ties(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor: ...
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,6 +154,35 @@ def test_inputs_stay_as_they_were_unless_they_may_be_overwritten() -> None:
     overwritten = spd_solve(a, b, overwrite_a=True)
     assert same_bits(overwritten.x, result.x) and overwritten.residual == result.residual
     assert same_bits(b, before[1]) and not torch.equal(a, before[0])
+
+
+MEMORY = """
+import torch
+from resm_kernels.linalg import spd_solve
+
+def peak():
+    status = open("/proc/self/status").read()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+torch.set_num_threads(1)
+n, overwrite = 3000, {overwrite}
+a = torch.ones(n, n, dtype=torch.float64)
+a.diagonal().add_(1.0)
+b = torch.ones(64, n)
+spd_solve(a[:700, :700], b[:, :700])
+before = peak()
+x = spd_solve(a, b, overwrite_a=overwrite).x
+print((peak() - before) / (a.numel() * 8))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak of a process's memory is read from /proc")
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_is_copied_once_or_not_at_all(overwrite: bool) -> None:
+    code = MEMORY.format(overwrite=overwrite)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    copies = float(done.stdout)
+    assert copies < 0.5 if overwrite else 0.9 < copies < 1.5
 
 
 def test_layouts_give_what_contiguous_copies_give() -> None:

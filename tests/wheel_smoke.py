@@ -34,8 +34,13 @@ def command(*arguments: object) -> str:
 def check_merges() -> None:
     for name in resm_kernels.methods.names():
         method = resm_kernels.methods.get(name)
-        required = {p.keyword: 0.5 for p in method.parameters if p.default is resm_kernels.methods.REQUIRED}
-        assert resm_kernels.merge(BASE, EXPERTS[: method.max_experts], name, **required).isfinite().all(), name
+        required: dict[str, Any] = {
+            p.keyword: 0.5 for p in method.parameters if p.default is resm_kernels.methods.REQUIRED
+        }
+        experts = EXPERTS[: method.max_experts]
+        if method.statistics:
+            required["statistics"] = [None] * len(experts)
+        assert resm_kernels.merge(BASE, experts, name, **required).isfinite().all(), name
     assert resm_kernels.merge(BASE, EXPERTS, "linear").eq(2).all()
 
 

@@ -112,6 +112,8 @@ void gram_product(const DeltaMatrix& delta, const float* x, int64_t columns, con
 
 // g = xᵀ·x, with x (n, columns) and g (columns, columns).
 void gram_matrix(const float* x, int64_t n, int64_t columns, double* g, int threads);
+// g = xᵀ·y, with x (n, columns), y (n, y_columns) and g (columns, y_columns).
+void gram_matrix(const float* x, const float* y, int64_t n, int64_t columns, int64_t y_columns, double* g, int threads);
 
 // L·Rᵀ: L (m, k) is row-major; element (j, i) of R (n, k) lies at right + j·right_row + i·right_step. Both are float, or
 // both double.

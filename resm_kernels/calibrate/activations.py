@@ -1,9 +1,11 @@
-"""Activations of all prompts, kept in files: a batch of prompts is in memory at a time, never a layer of all of them."""
+"""Activations of all prompts, kept in files: a batch of prompts is in memory at a time, never all of them."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.prompts import Sample
 
 
@@ -21,8 +24,8 @@ class Batch:
     Attributes:
         tokens: (batch, length) int64.
         positions: The positions of real tokens in the flattened batch, in order, (n,).
-        weights: √u of each of these positions, (n,) fp32: u is 1, or the answer weight where the next token belongs to
-            the answer.
+        weights: √u_p of each of these positions, (n,) fp32: u_p is proportional to 1, or to the answer weight where the
+            next token belongs to the answer; over all batches Σ u_p = 1.
         first: Number of real tokens in the batches before this one.
     """
 
@@ -51,6 +54,11 @@ def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: 
     """Batches of at most `batch_tokens` tokens (or one sample), each of samples of similar length.
 
     A sample's last token is left out, because nothing is predicted from it.
+
+    Args:
+        samples: One expert's samples.
+        answer_weight: How much more a position counts that predicts a token of the answer.
+        batch_tokens: Padding counts too.
     """
     order = sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i))
     groups: list[list[Sample]] = []
@@ -59,6 +67,8 @@ def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: 
         if not groups or (len(groups[-1]) + 1) * length > batch_tokens:
             groups.append([])
         groups[-1].append(samples[i])
+    answers = sum(len(sample.tokens) - sample.answer_start for sample in samples)
+    total = sum(len(sample.tokens) - 1 for sample in samples) + (answer_weight - 1) * answers
     batches, first = [], 0
     for group in groups:
         lengths = torch.tensor([len(sample.tokens) - 1 for sample in group])
@@ -67,7 +77,7 @@ def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: 
         place = torch.arange(width)
         answer = place >= torch.tensor([sample.answer_start - 1 for sample in group])[:, None]
         positions = (place < lengths[:, None]).flatten().nonzero().squeeze(1)
-        weights = torch.where(answer, math.sqrt(answer_weight), 1.0).flatten()[positions]
+        weights = torch.where(answer, math.sqrt(answer_weight / total), math.sqrt(1 / total)).flatten()[positions]
         batches.append(Batch(tokens, positions, weights, first))
         first = batches[-1].last
     return batches
@@ -77,26 +87,53 @@ class RowFile:
     """A matrix of fp32 rows in a file, of which a process holds only what it reads or writes at the moment.
 
     Args:
-        file: Its path. The file is made, with zeros, if it is not there or has another size.
+        file: Its path.
         shape: Rows and width.
+        new: Whether to make the file, with zeros, in place of one that may be there. Otherwise it has to be there.
+
+    Raises:
+        CalibrationError: The file is not there or has another size, or cannot be read or written.
     """
 
-    def __init__(self, file: Path, shape: tuple[int, int]) -> None:
+    def __init__(self, file: Path, shape: tuple[int, int], *, new: bool = False) -> None:
         self.file, self.shape = file, shape
         size = 4 * shape[0] * shape[1]
-        if not file.is_file() or file.stat().st_size != size:
-            with open(file, "wb") as stream:
-                stream.truncate(size)
+        with _errors_named(file):
+            if new:
+                with open(file, "wb") as stream:
+                    stream.truncate(size)
+            found = file.stat().st_size
+        if found != size:
+            raise CalibrationError(f"{file}: has {found} bytes, need {size}; pass --restart to begin anew")
 
     def read(self, first: int, last: int) -> Tensor:
         """Rows first to last, in new memory."""
-        rows = np.fromfile(
-            self.file, np.float32, (last - first) * self.shape[1], offset=4 * first * self.shape[1]
-        ).reshape(last - first, self.shape[1])
-        return torch.from_numpy(rows)
+        count, offset = (last - first) * self.shape[1], 4 * first * self.shape[1]
+        with _errors_named(self.file):
+            rows = np.fromfile(self.file, np.float32, count, offset=offset)
+        return torch.from_numpy(rows.reshape(last - first, self.shape[1]))
 
     def write(self, first: int, rows: Tensor) -> None:
         """Replace rows from `first` on."""
-        with open(self.file, "r+b") as stream:
+        with _errors_named(self.file), open(self.file, "r+b") as stream:
             stream.seek(4 * first * self.shape[1])
             rows.detach().float().cpu().contiguous().numpy().tofile(stream)
+
+    def sync(self) -> None:
+        """Return when the rows are on disk, so that they are still there after a power failure."""
+        with _errors_named(self.file), open(self.file, "rb") as stream:
+            os.fsync(stream.fileno())
+
+    def remove(self) -> None:
+        """Delete the file."""
+        self.file.unlink()
+
+
+@contextlib.contextmanager
+def _errors_named(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{file}: is missing; pass --restart to begin anew") from error
+    except OSError as error:
+        raise CalibrationError(f"{file}: cannot be read or written: {error.strerror or error}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import hashlib
 import importlib.metadata
 import json
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.models import (
     load_config,
     load_generation_config,
@@ -28,10 +28,8 @@ from resm_kernels.calibrate.models import (
     quiet_transformers,
 )
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, TOKENIZER_PATTERNS
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.models import Model
-from resm_kernels.lora import AdapterReader
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -104,6 +102,7 @@ def answer(
         )
         check = LogitsProcessorList([_FiniteLogits(model)])
         context = context_length(model.config)
+        generate: Any = model.generate
         samples: dict[int, Sample] = {}
         for batch in _batches([len(ids) for ids in prompts], max_new_tokens, batch_tokens):
             longest = len(prompts[batch[0]])
@@ -114,7 +113,7 @@ def answer(
                 )
             ids, mask = _padded([prompts[i] for i in batch], settings.pad_token_id, model.device)
             with _generation_settings(model, settings):
-                output: Any = model.generate(ids, attention_mask=mask, logits_processor=check)
+                output = generate(ids, attention_mask=mask, logits_processor=check)
             for i, row in zip(batch, output[:, longest:].tolist(), strict=True):
                 end = next((k for k, token in enumerate(row) if token in ends), len(row))
                 samples[i] = Sample((*prompts[i], *row[: end + 1]), len(prompts[i]))
@@ -356,7 +355,6 @@ def _ask(
         )
     finally:
         del expert
-        gc.collect()  # a model's modules refer to each other
         if torch.device(device).type == "cuda":
             torch.cuda.empty_cache()
 
@@ -384,15 +382,5 @@ def _key(model: Model, prompts: Sequence[Prompt], options: Sequence[object]) -> 
     versions = [__version__, *(importlib.metadata.version(name) for name in ("torch", "transformers"))]
     entries = [[prompt.text, prompt.messages, prompt.response] for prompt in prompts]
     digest = hashlib.sha256(json.dumps([_FORMAT, versions, options, entries]).encode())
-    readers = [model.reader, *([model.reader.base] if isinstance(model.reader, AdapterReader) else [])]
-    for file in sorted({info.file for reader in readers for info in reader.tensors.values()}):
-        with open(file, "rb") as stream:
-            state = os.fstat(stream.fileno())
-            header = stream.read(8)
-            header += stream.read(int.from_bytes(header, "little"))
-        digest.update(json.dumps([file.name, state.st_size, state.st_mtime_ns]).encode() + header)
-    for folder in dict.fromkeys((model.base_folder, model.folder)):
-        patterns = (CONFIG_FILE, "adapter_config.json", *MODEL_PATTERNS, *TOKENIZER_PATTERNS)
-        for file in sorted({f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}):
-            digest.update(json.dumps([file.name, file.stat().st_size]).encode() + file.read_bytes())
+    digest.update(model_fingerprint(model).encode())
     return digest.hexdigest()

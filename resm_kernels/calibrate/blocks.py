@@ -14,8 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from resm_kernels.calibrate.errors import CalibrationError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_CACHED_CALLS = 8
+"""The arguments of blocks are kept for so many shapes of hidden states: they hold masks, and are cheap to make."""
 
 Weights = Mapping[str, Tensor]
 
@@ -85,23 +90,25 @@ class Decoder:
         config: transformers' configuration of a decoder with an output head.
 
     Raises:
-        ValueError: The architecture has no list of blocks that can be run one by one.
+        CalibrationError: The architecture has no list of blocks that can be run one by one.
 
     Attributes:
         prefixes: For each block the path of its module with a dot at the end, such as "model.layers.0.".
-        base_prefix: The prefix of all tensors but the head's, such as "model."; some checkpoints leave it out.
+        names: The model's names.
         head: The output head; None if it is tied to the embedding.
     """
 
     def __init__(self, config: Any) -> None:
-        from transformers import AutoModelForCausalLM
-
-        with _parameters_without_memory():
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        model = without_weights(config)
         self._frame: nn.Module = model.eval().requires_grad_(False)
-        path, blocks = _block_list(model)
         self.architecture = type(model).__name__
-        self.base_prefix = f"{model.base_model_prefix}."
+        if not is_causal(model):
+            raise CalibrationError(
+                f"{self.architecture}: is no decoder: its config.json says is_decoder: false, so that every position "
+                "sees the later ones"
+            )
+        path, blocks = _block_list(model)
+        self.names = model_names(model)
         self.prefixes = tuple(f"{path}.{i}." for i in range(len(blocks)))
         self._blocks: list[nn.Module] = list(blocks)
         self._record_tuple = _returns_tuple(self._blocks[0])
@@ -112,11 +119,9 @@ class Decoder:
         for i, block in enumerate(self._blocks):
             blocks[i] = _Recorder(block, self, i)
         self._call_cache: dict[tuple[int, int], list[Call]] = {}
-        names = dict(model.named_modules())
-        head_name = next((n for n, m in names.items() if m is model.get_output_embeddings()), "")
-        tied = bool(getattr(config.get_text_config(), "tie_word_embeddings", False))
-        self.head = None if tied or not head_name else LinearLayer(head_name, False, hasattr_bias(names[head_name]))
-        self._head_name = head_name
+        name = self.names.head
+        has_own_head = bool(name) and not self.names.tied
+        self.head = LinearLayer(name, False, has_bias(model.get_submodule(name))) if has_own_head else None
 
     # ------------------------------------------------------------------ weights
 
@@ -143,9 +148,16 @@ class Decoder:
             tokens: (batch, length) token ids.
             outer: The weights outside of the blocks.
         """
-        self._run_frame({"input_ids": tokens}, outer, through=False)
-        assert self._entered is not None
-        return self._entered
+        self._run_frame({"input_ids": tokens}, outer, through=True)
+        entered, calls = self._entered, self._calls
+        assert entered is not None
+        expected = self._calls_for(entered)
+        if not _equal([(c.args, c.kwargs) for c in calls], [(c.args, c.kwargs) for c in expected]):
+            raise CalibrationError(
+                f"{self.architecture}: its blocks get more of the tokens than hidden states, so that they cannot be "
+                "run one by one"
+            )
+        return entered
 
     def block(self, number: int, hidden: Tensor, weights: Weights) -> Tensor:
         """The hidden states behind a block."""
@@ -163,10 +175,10 @@ class Decoder:
             seen.append(args[0])
             raise _Reached
 
-        handle = self._frame.get_submodule(self._head_name).register_forward_pre_hook(hook)
+        handle = self._frame.get_submodule(self.names.head).register_forward_pre_hook(hook)
         self._injected = hidden
         try:
-            self._run_frame({"inputs_embeds": torch.zeros_like(hidden)}, outer, through=True)
+            self._run_frame({"inputs_embeds": self._no_embeddings(hidden)}, outer, through=True)
         finally:
             handle.remove()
             self._injected = None
@@ -177,7 +189,7 @@ class Decoder:
         from transformers.pytorch_utils import Conv1D
 
         return {
-            name: LinearLayer(self.prefixes[number] + name, isinstance(module, Conv1D), hasattr_bias(module))
+            name: LinearLayer(self.prefixes[number] + name, isinstance(module, Conv1D), has_bias(module))
             for name, module in self._blocks[number].named_modules()
             if isinstance(module, (nn.Linear, Conv1D))
         }
@@ -254,14 +266,21 @@ class Decoder:
         There is no padding on the left and no attention mask, so positions are 0, 1, … in every sequence.
         """
         shape = (hidden.shape[0], hidden.shape[1])
-        if shape not in self._call_cache:
+        calls = self._call_cache.get(shape)
+        if calls is None:
             outer = {
                 name: torch.zeros(1, dtype=hidden.dtype, device=hidden.device).expand(size)
                 for name, size in self.outer_parameters().items()
             }
-            self._run_frame({"inputs_embeds": torch.zeros_like(hidden)}, outer, through=True)
-            self._call_cache[shape] = list(self._calls)
-        return self._call_cache[shape]
+            self._run_frame({"inputs_embeds": self._no_embeddings(hidden)}, outer, through=True)
+            calls = self._calls
+            if len(self._call_cache) < _CACHED_CALLS:
+                self._call_cache[shape] = calls
+        return calls
+
+    def _no_embeddings(self, hidden: Tensor) -> Tensor:
+        """Zeros in place of looked-up tokens; OPT's embedding has another width than its hidden states."""
+        return hidden.new_zeros(*hidden.shape[:2], self.outer_parameters()[self.names.embedding][-1])
 
     def _run_frame(self, inputs: dict[str, Tensor], outer: Weights, *, through: bool) -> None:
         for attempt in range(2):
@@ -270,13 +289,13 @@ class Decoder:
                 torch.func.functional_call(self._frame, dict(outer), (), {**inputs, "use_cache": False})
             except _Reached:
                 return
-            except _Changed:
+            except (_Changed, TypeError, AttributeError) as error:
                 if attempt:
-                    raise ValueError(
+                    raise CalibrationError(
                         f"{self.architecture}: computes with hidden states between its blocks, so that they cannot be "
                         "run one by one"
-                    ) from None
-                # The annotation was wrong about what blocks return.
+                    ) from error
+                # The annotation may be wrong about what blocks return, and no arithmetic is done with a tuple.
                 self._record_tuple = not self._record_tuple
 
     def _record(self, number: int, hidden: Tensor, call: Call) -> Any:
@@ -294,13 +313,13 @@ class Decoder:
         return (hidden,) if self._record_tuple else hidden
 
 
-def hasattr_bias(module: nn.Module) -> bool:
+def has_bias(module: nn.Module) -> bool:
     """Whether a linear layer has a bias."""
     return getattr(module, "bias", None) is not None
 
 
 def _returns_tuple(block: nn.Module) -> bool:
-    """Whether a block returns a tuple, by its annotation; blocks of transformers 5 return tensors unless they say so."""
+    """Whether a block says that it returns a tuple; most blocks of transformers 5 return a tensor."""
     hint = str(getattr(type(block).forward, "__annotations__", {}).get("return", ""))
     return "tuple" in hint.lower()
 
@@ -316,11 +335,66 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The path and the list of the decoder's blocks."""
-    count = model.config.get_text_config().num_hidden_layers
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", 0)
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == count and count > 0:
             return path, module
-    raise ValueError(f"{type(model).__name__}: has no list of {count} blocks; need a decoder")
+    raise CalibrationError(f"{type(model).__name__}: has no list of {count} blocks; need a decoder that has one")
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arguments are equal, by values where they are tensors or hold some."""
+    if isinstance(a, Tensor):
+        return isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, Mapping):
+        return isinstance(b, Mapping) and a.keys() == b.keys() and all(_equal(a[key], b[key]) for key in a)
+    if isinstance(a, (tuple, list)):
+        return isinstance(b, (tuple, list)) and len(a) == len(b) and all(map(_equal, a, b))
+    return type(a) is type(b)
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether no position sees the later ones; False for encoders with a decoder's head but without `is_decoder`."""
+    return getattr(model.config, "is_decoder", None) is not False or all(
+        getattr(module, "is_causal", None) is not False for module in model.modules()
+    )
+
+
+@dataclass(frozen=True)
+class ModelNames:
+    """Names within an architecture.
+
+    Attributes:
+        base_prefix: The prefix of all tensors but the head's, such as "model."; some checkpoints leave it out.
+        embedding: Name of the parameter that token ids look up.
+        head: Path of the output head's module; empty if there is none.
+        tied: Whether the head's weight is the embedding.
+    """
+
+    base_prefix: str
+    embedding: str
+    head: str
+    tied: bool
+
+
+def model_names(model: PreTrainedModel) -> ModelNames:
+    """The names of a model of transformers."""
+    modules = dict(model.named_modules())
+    return ModelNames(
+        base_prefix=f"{model.base_model_prefix}.",
+        embedding=next(n for n, m in modules.items() if m is model.get_input_embeddings()) + ".weight",
+        head=next((n for n, m in modules.items() if m is model.get_output_embeddings()), ""),
+        tied=bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False)),
+    )
+
+
+def without_weights(config: Any) -> PreTrainedModel:
+    """The modules of a decoder with an output head; the parameters, on the meta device, take no memory."""
+    from transformers import AutoModelForCausalLM
+
+    with _parameters_without_memory():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
 
 
 @contextlib.contextmanager

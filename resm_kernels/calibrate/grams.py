@@ -54,8 +54,8 @@ class GramSums:
         leader = leader if version == x._version else name
         if self.leaders.setdefault(name, leader) != leader:
             raise CalibrationError(
-                f"statistics: layer {name!r} had the inputs of {self.leaders[name]!r} before, and now has others; need a "
-                "model whose layers share their inputs always or never"
+                f"statistics: layer {name!r} had the inputs of {self.leaders[name]!r} before, and now has others; need "
+                "a model whose layers share their inputs always or never"
             )
         if leader != name:
             return
@@ -78,7 +78,6 @@ class GramSums:
 
 
 def gather_grams(
-    module: nn.Module,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Tensor],
     run: Callable[[int], object],
@@ -86,10 +85,9 @@ def gather_grams(
     """Run a module for every batch, and return the Gram sums of its linear layers' inputs.
 
     Args:
-        module: The module that runs; gradients are not recorded.
-        layers: Its linear layers by name.
+        layers: The module's linear layers by name.
         batches: For each batch, which of its (batch, length) positions are not padding.
-        run: `run(i)` runs the module for batch i.
+        run: `run(i)` runs the module for batch i. Gradients are not recorded.
 
     Raises:
         CalibrationError: A layer gets inputs whose padding cannot be told apart, or that are not finite.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from resm_kernels.calibrate.activations import Batch, RowFile
 from resm_kernels.calibrate.blocks import Decoder, LinearLayer
+from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.least_squares import Products, StageReport, solve_stage, weighted_rows
 from resm_kernels.calibrate.weights import WeightReader
 
@@ -84,11 +86,14 @@ class Layerwise:
 
     # ------------------------------------------------------------------ steps
 
-    def enter(self) -> None:
-        """Write the hidden states before the first block."""
+    def enter(self, embedding: Mapping[str, Tensor]) -> None:
+        """Write the hidden states before the first block; `embedding` replaces the merged model's, if it is not empty.
+
+        Name → tensor, as `count_embedding` returns it.
+        """
         names = [name for name in self._decoder.outer_parameters() if not self._is_head(name)]
         for kind in ("expert", "merged"):
-            merged = self._start.read(names, self._device) if kind == "merged" else None
+            merged = {**self._start.read(names, self._device), **embedding} if kind == "merged" else None
             for t, expert in enumerate(self._experts):
                 weights = expert.weights.read(names, self._device) if merged is None else merged
                 decoder = self._decoder if merged is not None else expert.decoder
@@ -96,7 +101,28 @@ class Layerwise:
                     hidden = decoder.enter(batch.tokens.to(self._device), self._with_head(weights))
                     self._check(hidden, expert if merged is None else None, "the embedding")
                     self._width = hidden.shape[-1]
-                    self._states(kind, t, 0).write(batch.first, batch.pack(hidden))
+                    self._write_states(kind, t, 0, batch, hidden)
+        self._sync(0)
+
+    def count_embedding(self) -> dict[str, Tensor]:
+        """The embedding that averages the experts' by how often their prompts and answers have each token.
+
+        Row v is Σ_t c_tv·E_tv / Σ_t c_tv, which is the least-squares solution for an embedding; rows of tokens that no
+        prompt has are the merged model's.
+        """
+        name = self._decoder.names.embedding
+        merged = self._start.read([name])[name].double()
+        counts = torch.zeros(len(self._experts), len(merged), dtype=torch.float64)
+        for t, expert in enumerate(self._experts):
+            for batch in expert.batches:
+                tokens = batch.tokens.flatten()[batch.positions]
+                counts[t] += torch.bincount(tokens, minlength=len(merged))
+        seen = counts.sum(0) > 0
+        total = torch.zeros_like(merged)
+        for t, expert in enumerate(self._experts):
+            total[seen] += counts[t, seen, None] * expert.weights.read([name])[name][seen]
+        merged[seen] = total[seen] / counts.sum(0)[seen, None]
+        return {name: merged.to(self._dtypes[name])}
 
     def resume(self, width: int) -> None:
         """Go on with files that are there, of hidden states of that width."""
@@ -115,18 +141,15 @@ class Layerwise:
         solved: dict[str, Tensor] = {}
         reports = []
         for s, stage in enumerate(stages):
-            new, report = self._solve(
-                stage,
-                merged,
-                lambda t, batch, s=s: self._merged_inputs(number, t, batch, merged, stages[s]),
-                [files[s] for files in inputs],
-            )
+            merged_inputs = functools.partial(self._merged_inputs, number, merged, stage)
+            new, report = self._solve(stage, merged, merged_inputs, [files[s] for files in inputs])
             solved |= new
             merged |= {name: tensor.to(self._device, torch.float32) for name, tensor in new.items()}
             reports.append(report)
             for files in inputs:
-                files[s].file.unlink()
+                files[s].remove()
         errors = [self._run_merged(number, t, merged) for t in range(len(self._experts))]
+        self._sync(number + 1)
         return solved, BlockReport(number, tuple(reports), tuple(errors))
 
     def head(self) -> tuple[dict[str, Tensor], BlockReport]:
@@ -138,11 +161,10 @@ class Layerwise:
         inputs = []
         for t, expert in enumerate(self._experts):
             weights = expert.weights.read(names, self._device)
-            file = self._inputs(t, 0, self._width)
+            inputs.append(self._new_inputs(t, 0, self._width))
             for batch in expert.batches:
                 x = expert.decoder.head_inputs(self._hidden("expert", t, self.blocks, batch), weights)
-                file.write(batch.first, batch.pack(x))
-            inputs.append(file)
+                inputs[-1].write(batch.first, batch.pack(x))
         solved, report = self._solve(
             [head],
             merged,
@@ -150,13 +172,15 @@ class Layerwise:
             inputs,
         )
         for file in inputs:
-            file.file.unlink()
+            file.remove()
         return solved, BlockReport(self.blocks, (report,), ())
 
     # ------------------------------------------------------------------ inside
 
     def _find_stages(self, number: int, merged: Mapping[str, Tensor]) -> list[Stage]:
-        batch = self._experts[0].batches[0]
+        # Of the batch with the most tokens: an expert of a mixture that gets all tokens of a short prompt looks like a
+        # layer that sees every position.
+        batch = self._experts[0].batches[-1]
         return self._decoder.stages(number, self._hidden("merged", 0, number, batch), merged)
 
     def _run_expert(self, number: int, t: int, names: Sequence[str], stages: Sequence[Stage]) -> list[RowFile]:
@@ -168,13 +192,13 @@ class Layerwise:
             hidden = self._hidden("expert", t, number, batch)
             out, inputs = expert.decoder.outputs_and_inputs(number, hidden, weights, stages)
             self._check(out, expert, f"block {number}")
-            self._states("expert", t, number + 1).write(batch.first, batch.pack(out))
-            files = files or [self._inputs(t, s, x.shape[-1]) for s, x in enumerate(inputs)]
+            self._write_states("expert", t, number + 1, batch, out)
+            files = files or [self._new_inputs(t, s, x.shape[-1]) for s, x in enumerate(inputs)]
             for file, x in zip(files, inputs, strict=True):
                 file.write(batch.first, batch.pack(x))
         return files
 
-    def _merged_inputs(self, number: int, t: int, batch: Batch, merged: Mapping[str, Tensor], stage: Stage) -> Tensor:
+    def _merged_inputs(self, number: int, merged: Mapping[str, Tensor], stage: Stage, t: int, batch: Batch) -> Tensor:
         hidden = self._hidden("merged", t, number, batch)
         return self._decoder.stage_inputs(number, hidden, merged, [stage])[0]
 
@@ -184,8 +208,7 @@ class Layerwise:
         for batch in self._experts[t].batches:
             out = self._decoder.block(number, self._hidden("merged", t, number, batch), merged)
             self._check(out, None, f"block {number}")
-            rows = batch.pack(out)
-            self._states("merged", t, number + 1).write(batch.first, rows)
+            rows = self._write_states("merged", t, number + 1, batch, out)
             wanted = self._states("expert", t, number + 1).read(batch.first, batch.last).to(rows.device)
             weights = batch.weights.to(rows.device)[:, None]
             error += float(((rows - wanted) * weights).double().square().sum())
@@ -222,12 +245,24 @@ class Layerwise:
         rows = self._states(kind, t, number).read(batch.first, batch.last)
         return batch.unpack(rows.to(self._device))
 
-    def _states(self, kind: str, t: int, number: int) -> RowFile:
-        shape = (self._experts[t].rows, self._width)
-        return RowFile(self._folder / f"hidden-{kind}-{t}-{number % 2}.f32", shape)
+    def _write_states(self, kind: str, t: int, number: int, batch: Batch, hidden: Tensor) -> Tensor:
+        """Write a batch's hidden states before block `number`, and return them as rows."""
+        rows = batch.pack(hidden)
+        self._states(kind, t, number, new=batch.first == 0).write(batch.first, rows)
+        return rows
 
-    def _inputs(self, t: int, s: int, width: int) -> RowFile:
-        return RowFile(self._folder / f"inputs-{t}-{s}.f32", (self._experts[t].rows, width))
+    def _sync(self, number: int) -> None:
+        """See to it that the hidden states before block `number` are on disk: whoever goes on from there needs them."""
+        for kind in ("expert", "merged"):
+            for t in range(len(self._experts)):
+                self._states(kind, t, number).sync()
+
+    def _states(self, kind: str, t: int, number: int, *, new: bool = False) -> RowFile:
+        shape = (self._experts[t].rows, self._width)
+        return RowFile(self._folder / f"hidden-{kind}-{t}-{number % 2}.f32", shape, new=new)
+
+    def _new_inputs(self, t: int, s: int, width: int) -> RowFile:
+        return RowFile(self._folder / f"inputs-{t}-{s}.f32", (self._experts[t].rows, width), new=True)
 
     def _is_head(self, name: str) -> bool:
         head = self._decoder.head
@@ -245,4 +280,6 @@ class Layerwise:
             return
         folder = self._start.folder if expert is None else expert.weights.folder
         who = "the merged model" if expert is None else str(folder)
-        raise ValueError(f"{who}: {where} gives NaN or infinite hidden states; the model is damaged or overflows fp32")
+        raise CalibrationError(
+            f"{who}: {where} gives NaN or infinite hidden states; the model is damaged or overflows fp32"
+        )

@@ -3,11 +3,12 @@
 For a linear layer with start weight W₀, expert t's weight W_t, its inputs X_t in expert t, and the inputs X̂_t in the
 merged model as far as it is done, both on the prompts of expert t, the new weight minimises
 
-    Σ_t Σ_p u_p·‖W·x̂_p − W_t·x_p‖² + r·‖W − W₀‖_F²,        r = ρ·mean(diag Σ_t X̂_tᵀ·U·X̂_t)
+    Σ_t Σ_p u_p·‖W·x̂_p − W_t·x_p‖² + r·‖W − W₀‖_F²,        r = ρ·mean(diag Σ_t X̂_tᵀ·U_t·X̂_t)
 
-over all positions p of these prompts, u_p = u where the next token belongs to the answer and 1 elsewhere. It solves
+over all positions p of these prompts, with u_p proportional to u where the next token belongs to the answer and to 1
+elsewhere, and Σ_p u_p = 1 for each expert, so that all count the same. It solves, U_t = diag(u_p),
 
-    W·(Σ_t X̂_tᵀ·U·X̂_t + r·I) = Σ_t W_t·X_tᵀ·U·X̂_t + r·W₀.
+    W·(Σ_t X̂_tᵀ·U_t·X̂_t + r·I) = Σ_t W_t·X_tᵀ·U_t·X̂_t + r·W₀.
 
 A bias is one more column of W, whose input is 1. Layers with the same input (q, k and v; gate and up) are one stage and
 share the left side. Stages are solved in the order in which they run, and blocks in theirs, so that each corrects what
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from resm_kernels.calibrate.activations import Batch
 from resm_kernels.calibrate.blocks import LinearLayer
+from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.linalg.products import matmul
 from resm_kernels.linalg.spd_solve import spd_solve
 from resm_kernels.ops.gram_matrix import gram_matrix
@@ -60,10 +62,10 @@ class Products:
     """
 
     def __init__(self, width: int, device: torch.device | str) -> None:
-        rows = max(256, min(_BUFFER_ROWS, _BUFFER_BYTES // (8 * width)))
-        self._rows = torch.empty(rows, 2 * width, device=device)
+        count = max(256, min(_BUFFER_ROWS, _BUFFER_BYTES // (8 * width)))
+        self._merged = torch.empty(count, width, device=device)
+        self._expert = torch.empty_like(self._merged)
         self._filled = 0
-        self._width = width
         self.gram = torch.zeros(width, width, dtype=torch.float64, device=device)
         self.cross = torch.zeros_like(self.gram)
 
@@ -71,13 +73,12 @@ class Products:
         """Take in rows of X̂ and X, (n, width) each."""
         start = 0
         while start < len(merged):
-            count = min(len(merged) - start, len(self._rows) - self._filled)
-            target = self._rows[self._filled : self._filled + count]
-            target[:, : self._width] = merged[start : start + count]
-            target[:, self._width :] = expert[start : start + count]
+            count = min(len(merged) - start, len(self._merged) - self._filled)
+            place, rows = slice(self._filled, self._filled + count), slice(start, start + count)
+            self._merged[place], self._expert[place] = merged[rows], expert[rows]
             self._filled += count
             start += count
-            if self._filled == len(self._rows):
+            if self._filled == len(self._merged):
                 self._flush()
 
     def finish(self) -> tuple[Tensor, Tensor]:
@@ -87,9 +88,9 @@ class Products:
         return self.gram, self.cross
 
     def _flush(self) -> None:
-        both = gram_matrix(self._rows[: self._filled])
-        self.gram += both[: self._width, : self._width]
-        self.cross += both[self._width :, : self._width]
+        merged, expert = self._merged[: self._filled], self._expert[: self._filled]
+        self.gram += gram_matrix(merged)
+        self.cross += gram_matrix(expert, merged)
         self._filled = 0
 
 
@@ -131,7 +132,8 @@ def solve_stage(
         dtypes: The dtype of each tensor in the output.
 
     Raises:
-        ValueError: The normal equations cannot be solved.
+        CalibrationError: The normal equations cannot be solved, or the solution is beyond the range of the output's
+            dtype.
     """
     ones = any(layer.has_bias for layer in layers)
     begin = {layer: matrix_of(layer, start) for layer in layers}
@@ -143,17 +145,24 @@ def solve_stage(
         weights = read()
         for layer, side in right.items():
             side += matmul(matrix_of(layer, weights), _columns(cross, layer, ones))
+        del read, products, own, cross, weights  # before the next expert's are formed
     assert gram is not None
     pull = ridge * float(gram.diagonal().mean())
     gram.diagonal().add_(pull)
     solved: dict[str, Tensor] = {}
     residual, moved, length = 0.0, 0.0, 0.0
+    last = any(layer.has_bias for layer in layers)  # whose solution may destroy the matrix
     for has_bias in (False, True):
         group = [layer for layer in layers if layer.has_bias is has_bias]
         if not group:
             continue
         sides = torch.cat([right.pop(layer).add_(begin[layer], alpha=pull) for layer in group])
-        solution = spd_solve(_columns(gram, group[0], ones), sides)
+        matrix = _columns(gram, group[0], ones).contiguous()
+        try:
+            solution = spd_solve(matrix, sides, overwrite_a=has_bias is last)
+        except ValueError as error:
+            names = ", ".join(layer.name for layer in layers)
+            raise CalibrationError(f"{names}: no solution ({error}); need more prompts or a larger ridge") from error
         residual = max(residual, solution.residual)
         for layer, matrix in zip(group, solution.x.split([len(begin[layer]) for layer in group]), strict=True):
             moved += float((matrix - begin[layer]).square().sum())
@@ -164,6 +173,8 @@ def solve_stage(
                 solved[layer.bias] = matrix[:, -1].to(dtypes[layer.bias]).contiguous()
     for name, tensor in solved.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise ValueError(f"{name}: the solution exceeds the range of {tensor.dtype}; need out_dtype: bfloat16")
+            raise CalibrationError(
+                f"{name}: the solution exceeds the range of {tensor.dtype}; need out_dtype: bfloat16"
+            )
     names = tuple(layer.name for layer in layers)
     return solved, StageReport(names, residual, math.sqrt(moved / length) if length else math.inf)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from resm_kernels.calibrate.blocks import is_causal
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.engine.checks import check_configs
 from resm_kernels.engine.models import Model
@@ -161,6 +162,7 @@ def load_model(model: Model, *, dtype: torch.dtype, device: torch.device | str) 
         _check_report(model, report)
         _check_causal(model, loaded)
         loaded.generation_config = load_generation_config(model)
+        loaded.name_or_path = str(model.folder)
     return loaded.to(device).eval()
 
 
@@ -173,7 +175,8 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
         # transformers renames and joins tensors when it loads them, so that a loaded model may not have the tensor that
         # the adapter names. It therefore gets the adapted tensors under the names that they have in the files.
         source = {"pretrained_model_name_or_path": None, "state_dict": _adapted_tensors(model.reader, dtype)}
-    loaded, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    loaded, report = model_class.from_pretrained(
         config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source
     )
     return loaded, report
@@ -182,6 +185,7 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
 def _adapted_tensors(reader: AdapterReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in reader.tensors:
+        # Rounded here, so that fp32 or float64 copies of all adapted tensors are never there together.
         tensor = reader.read(name)
         tensors[name] = tensor.to(dtype) if reader.is_changed(name) and tensor.is_floating_point() else tensor
     return tensors
@@ -206,9 +210,7 @@ def _check_report(model: Model, report: dict[str, Any]) -> None:
 
 def _check_causal(model: Model, loaded: Any) -> None:
     """Refuse encoders, such as BERT, that were saved with a decoder's head but without `is_decoder`."""
-    if getattr(loaded.config, "is_decoder", None) is False and any(
-        getattr(module, "is_causal", None) is False for module in loaded.modules()
-    ):
+    if not is_causal(loaded):
         raise CalibrationError(
             f"calibrate: {model.folder}: {type(loaded).__name__} is no decoder with an output head: its config.json "
             "says is_decoder: false, so that every position sees the later ones"

@@ -13,6 +13,7 @@ of the role `assistant`.
 from __future__ import annotations
 
 import json
+import reprlib
 import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.models import quiet_transformers
 from resm_kernels.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ _SUFFIXES: Final = (".jsonl", ".txt")
 _TEXT_KEYS: Final = ("prompt", "text")
 _KEYS: Final = (*_TEXT_KEYS, "messages", "response")
 _ROLES: Final = ("system", "user", "assistant")
+_LONG_NAME: Final = 40
 _BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
@@ -156,10 +159,7 @@ def _parse_json(number: int, line: str, where: str) -> Prompt:
         raise CalibrationError(f"{where}: is not JSON ({error}); need one object a line") from None
     _check_object(entry, where)
     for key in entry:
-        if key not in _KEYS:
-            raise CalibrationError(
-                f"{where}: got the key {key!r}, need one of {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
-            )
+        _check_known(key, _KEYS, f"{where}: key")
     given = [key for key in (*_TEXT_KEYS, "messages") if key in entry]
     if len(given) != 1:
         got = " and ".join(given) or "none"
@@ -191,18 +191,20 @@ def _conversation(number: int, entries: Any, where: str) -> Prompt:
 def _message(entry: Any, where: str) -> Message:
     _check_object(entry, where)
     for key in entry:
-        if key not in Message._fields:
-            hint = did_you_mean(key, Message._fields)
-            raise CalibrationError(f"{where}: got the key {key!r}, need role and content{hint}")
+        _check_known(key, Message._fields, f"{where}: key")
     for key in Message._fields:
         if key not in entry:
             raise CalibrationError(f"{where}: {key} is missing; need role and content")
-    role = entry["role"]
-    if role not in _ROLES:
-        raise CalibrationError(
-            f"{where}: role: got {role!r}, need one of {', '.join(_ROLES)}{did_you_mean(role, _ROLES)}"
-        )
+    role = _text(entry["role"], f"{where}: role")
+    _check_known(role, _ROLES, f"{where}: role")
     return Message(role, _text(entry["content"], f"{where}: content"))
+
+
+def _check_known(name: str, known: Sequence[str], where: str) -> None:
+    if name not in known:
+        # A file may hold names of any length.
+        hint = did_you_mean(name, known) if len(name) < _LONG_NAME else ""
+        raise CalibrationError(f"{where}: got {reprlib.repr(name)}, need one of {', '.join(known)}{hint}")
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -274,8 +276,9 @@ def encode_prompts(
 
     Deterministic.
     """
-    encoder = _Encoder(tokenizer, max_tokens, max_answer_tokens, vocabulary, tuple(end_tokens))
-    return [encoder.encode(prompt, f"{path}, line {prompt.line}") for prompt in prompts]
+    with quiet_transformers():  # which would warn of prompts that are longer than the tokenizer's limit
+        encoder = _Encoder(tokenizer, max_tokens, max_answer_tokens, vocabulary, tuple(end_tokens))
+        return [encoder.encode(prompt, f"{path}, line {prompt.line}") for prompt in prompts]
 
 
 class _Encoder:
@@ -294,7 +297,7 @@ class _Encoder:
         self._special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
 
     def _ids(self, text: str, *, special: bool) -> tuple[int, ...]:
-        return tuple(self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+        return tuple(self._tokenizer(text, add_special_tokens=special)["input_ids"])
 
     def encode(self, prompt: Prompt, where: str) -> Sample | tuple[int, ...]:
         if prompt.text is not None:

@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,25 +15,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import Tensor
 
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.activations import make_batches
 from resm_kernels.calibrate.answers import answer_prompts
-from resm_kernels.calibrate.blocks import Decoder
+from resm_kernels.calibrate.blocks import Decoder, model_names, without_weights
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
 from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
-from resm_kernels.calibrate.options import CalibrateKeywords, CalibrateOptions
+from resm_kernels.calibrate.output import REPORT_FILE, Place, card_text, find_tensors, small_files, write_model
 from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
-from resm_kernels.calibrate.prompts import Sample
+from resm_kernels.calibrate.prompts import Sample, read_prompts
 from resm_kernels.calibrate.weights import WeightReader
 from resm_kernels.calibrate.workfolder import WorkFolder
-from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, check_output_folder, plan_output, read_config
+from resm_kernels.checkpoint import CheckpointReader, check_output_folder, read_config
 from resm_kernels.checkpoint.format import parse_size
 from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
 from resm_kernels.engine.models import Model
+from resm_kernels.options import CalibrateKeywords, CalibrateOptions
 from resm_kernels.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, and how much of how much is done."""
 
-_REPORT: Final = "calibration.json"
 _START: Final = "start"
+_EMBEDDING: Final = "embedding.safetensors"
 _POLISHED: Final = "polished"
+_ASIDE: Final = "output"
 
 
 @dataclass(kw_only=True)
@@ -99,8 +101,8 @@ def calibrate_checkpoint(
     equations); embeddings, norms and other parameters stay as the recipe merged them. A polish, if it is asked for,
     takes some steps of gradient descent on KL(expert ‖ merged model) over the answers.
 
-    While it works, a hidden folder next to `out` keeps what is done: the start, the answers, the blocks that are solved.
-    A calibration that was killed goes on from there when the same command runs again, and gives the same bits.
+    While it works, a hidden folder next to `out` keeps what is done: the start, the answers, the blocks that are
+    solved. A calibration that was killed goes on from there when the same command runs again, with the same bits.
 
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`; any method, of whole models.
@@ -110,8 +112,11 @@ def calibrate_checkpoint(
         least_squares: Whether to solve the linear layers (default: True); False leaves the polish alone.
         polish_steps: Steps of the polish; 0, the default, takes none. It needs the whole model in memory, in fp32 with
             gradients and AdamW's moments: 20 bytes for each parameter.
-        answer_weight: u, the weight of positions that predict a token of the answer; others have 1.
+        answer_weight: u, the weight of positions that predict a token of the answer; others have 1. Among 1, 5 and 10,
+            10 was best on the validation questions of the quality benchmark, by less than a point.
         ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs.
+        embeddings: "merged", the default, leaves them as the recipe merged them; "token-counts" averages the experts'
+            embeddings by how often each token occurs in their prompts and answers.
         learning_rate: Peak learning rate of the polish.
         held_out: The share of each expert's prompts that the polish does not train on and is stopped by.
         max_prompts: Use the first prompts of each file only, so many.
@@ -150,8 +155,16 @@ def calibrate_checkpoint(
         _check_recipe(plan, files)
         target = check_output_folder(out, overwrite=chosen.overwrite, inputs=plan.models.folders)
         config = load_config(plan.reference)
+        # What is wrong with prompts and models is said now, not after the merge.
+        for file in files:
+            read_prompts(file, chosen.max_prompts)
+        decoder = Decoder(config) if chosen.least_squares else None
+        if decoder is not None:
+            for model in plan.experts:
+                _weights(model, decoder)
         with WorkFolder(target, _job(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
-            report = _Calibration(plan, files, chosen, target, work, device, config, shard_bytes, progress).run()
+            job = _Calibration(plan, files, chosen, target, work, device, config, decoder, shard_bytes, progress)
+            report = job.run()
             work.remove()
     return report
 
@@ -168,11 +181,12 @@ class _Calibration:
         work: WorkFolder,
         device: torch.device,
         config: Any,
+        decoder: Decoder | None,
         shard_bytes: int,
         progress: Progress | None,
     ) -> None:
         self._plan, self._files, self._options, self._out, self._work = plan, files, options, out, work
-        self._device, self._config, self._shard_bytes = device, config, shard_bytes
+        self._device, self._config, self._decoder, self._shard_bytes = device, config, decoder, shard_bytes
         self._progress: Progress = progress or (lambda phase, done, total: None)
         self._seconds: dict[str, float] = {}
 
@@ -181,10 +195,11 @@ class _Calibration:
             start = self._merge()
         with self._timed("answering"):
             samples = [self._answers(t) for t in range(len(self._files))]
+            self._check_samples(samples)
         with contextlib.closing(start.reader):
-            if self._options.least_squares:
-                with self._timed("least squares"), torch.inference_mode():
-                    self._least_squares(start, samples)
+            if self._decoder is not None:
+                with self._timed("least squares"), torch.no_grad():
+                    self._least_squares(start, samples, self._decoder)
             if self._options.polish_steps:
                 with self._timed("polishing"):
                     self._polish(start, samples)
@@ -197,7 +212,7 @@ class _Calibration:
                     blocks=tuple(self._work.state.get("blocks", ())),
                     polish=self._work.state.get("polish"),
                 )
-                self._write(start, self._out, self._calibrated(), self._files_of(start, report))
+                self._write(start, self._out, self._files_of(start, report), "writing")
         report.seconds = self._seconds
         return report
 
@@ -206,6 +221,8 @@ class _Calibration:
     def _merge(self) -> Model:
         folder = self._work.path / _START
         if not folder.is_dir():
+            for partial in self._work.path.glob(f".{_START}.partial-*"):
+                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             merge_checkpoints(
                 self._plan.recipe,
                 folder,
@@ -216,7 +233,7 @@ class _Calibration:
 
     def _answers(self, t: int) -> list[Sample]:
         expert, file = self._plan.experts[t], self._files[t]
-        folder = self._work.path if self._options.answers is None else self._options.answers
+        folder = self._work.path if self._options.answers is None else Path(self._options.answers).expanduser()
         cache = folder / f"answers-{t}-{expert.folder.name}-{file.stem}.safetensors"
         return answer_prompts(
             expert,
@@ -230,19 +247,31 @@ class _Calibration:
             progress=lambda done, total: self._progress(f"answers of {expert.folder.name}", done, total),
         )
 
-    def _least_squares(self, start: Model, samples: Sequence[Sequence[Sample]]) -> None:
-        decoder = Decoder(self._config)
-        shapes = decoder.parameters()
-        weights = WeightReader(start.folder, start.reader, decoder.base_prefix, shapes)
+    def _check_samples(self, samples: Sequence[Sequence[Sample]]) -> None:
+        """Refuse to go on with other answers than those that the unfinished work began with.
+
+        Another device may give other answers, and so may another process that uses the same folder of answers.
+        """
+        content = json.dumps([[[s.tokens, s.answer_start] for s in own] for own in samples])
+        digest = hashlib.sha256(content.encode()).hexdigest()
+        if self._work.state.get("samples", digest) != digest:
+            raise CalibrationError(
+                f"{self._work.path}: holds an unfinished calibration with other answers of the experts; run it on the "
+                "same device as then, or pass --restart to begin anew"
+            )
+        self._work.save(samples=digest)
+
+    def _least_squares(self, start: Model, samples: Sequence[Sequence[Sample]], decoder: Decoder) -> None:
+        weights = _weights(start, decoder)
         experts = [
             Expert(
-                WeightReader(model.folder, model.reader, decoder.base_prefix, shapes),
+                _weights(model, decoder),
                 make_batches(own, self._options.answer_weight, self._options.batch_tokens),
                 self._decoder_of(model, decoder),
             )
             for model, own in zip(self._plan.experts, samples, strict=True)
         ]
-        dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in shapes}
+        dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in decoder.parameters()}
         layerwise = Layerwise(
             decoder, weights, dtypes, experts, ridge=self._options.ridge, folder=self._work.path, device=self._device
         )
@@ -251,13 +280,16 @@ class _Calibration:
         if "width" in state:
             layerwise.resume(state["width"])
         else:
-            layerwise.enter()
+            embedding = layerwise.count_embedding() if self._options.embeddings == "token-counts" else {}
+            stored = {weights.stored_name(name): tensor for name, tensor in embedding.items()}
+            self._work.save_tensors(_EMBEDDING, stored)
+            layerwise.enter({name: tensor.to(self._device, torch.float32) for name, tensor in embedding.items()})
             self._work.save(width=layerwise.width, blocks=[])
         while (done := len(state["blocks"])) < steps:
             self._progress("blocks", done, steps)
             solved, report = layerwise.block(done) if done < layerwise.blocks else layerwise.head()
             stored = {weights.stored_name(name): tensor for name, tensor in solved.items()}
-            self._work.save_tensors(f"block-{done:05d}.safetensors", stored)
+            self._work.save_tensors(_block_file(done), stored)
             self._work.save(blocks=[*state["blocks"], asdict(report)])
         self._progress("blocks", steps, steps)
 
@@ -279,7 +311,7 @@ class _Calibration:
                 del expert
         folder = self._work.path / "solved"
         if not folder.is_dir():
-            self._write(start, folder, self._calibrated(), _small_files(start.folder))
+            self._write(start, folder, small_files(start.folder), "preparing")
         with contextlib.closing(CheckpointReader(folder)) as reader:
             student = load_model(Model(folder, reader, start.config, folder), dtype=torch.float32, device=self._device)
         options = PolishOptions(
@@ -293,56 +325,39 @@ class _Calibration:
         )
         with quiet_transformers():
             student.save_pretrained(self._work.path / _POLISHED)
+        self._work.sync(_POLISHED)
         self._work.save(polish=asdict(report))
 
     # ------------------------------------------------------------------ output
 
-    def _calibrated(self) -> dict[str, Path]:
-        """Stored name → safetensors file of every tensor that is not the start's."""
-        from safetensors import safe_open
-
-        polished = self._work.path / _POLISHED
+    def _calibrated(self, start: Model) -> dict[str, Place]:
+        """The tensors that are not the start's."""
         if "polish" in self._work.state:
-            files = sorted(polished.glob("*.safetensors"))
+            files = sorted((self._work.path / _POLISHED).glob("*.safetensors"))
         else:
-            files = sorted(self._work.path.glob("block-*.safetensors"))
-            files = files[: len(self._work.state.get("blocks", ()))]
-        names = {}
-        for file in files:
-            with safe_open(file, "pt") as opened:
-                names |= dict.fromkeys(opened.keys(), file)
-        return names
+            blocks = range(len(self._work.state.get("blocks", ())))
+            files = [self._work.path / name for name in (_EMBEDDING, *map(_block_file, blocks))] if blocks else []
+        return find_tensors(files, start.reader.tensors, model_names(without_weights(self._config)))
 
-    def _write(self, start: Model, out: Path, calibrated: Mapping[str, Path], files: Mapping[str, bytes]) -> None:
-        """Write a model folder: the start's tensors, or those of `calibrated` in the start's dtypes."""
-        from safetensors import safe_open
-
-        tensors = start.reader.tensors
-        plan = plan_output(((n, t.dtype, t.shape) for n, t in tensors.items()), self._shard_bytes)
-        if "polish" in self._work.state and (missing := sorted(tensors.keys() - calibrated.keys())):
-            raise CalibrationError(f"polish: transformers saves no tensor {missing[0]!r}, which the merged model has")
-        with contextlib.ExitStack() as stack, CheckpointWriter(out, plan, files) as writer:
-            opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(calibrated.values())}
-            for done, (name, info) in enumerate(tensors.items()):
-                tensor: Tensor
-                if name in calibrated:
-                    tensor = opened[calibrated[name]].get_tensor(name).to(info.dtype)
-                    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-                        raise CalibrationError(f"tensor {name!r}: has values beyond the range of {info.dtype}")
-                else:
-                    tensor = start.reader.read(name)
-                writer.write(name, tensor)
-                self._progress("writing", done + 1, len(tensors))
-            writer.commit()
+    def _write(self, start: Model, out: Path, files: Mapping[str, bytes], phase: str) -> None:
+        write_model(
+            start.reader,
+            self._calibrated(start),
+            out,
+            self._work.path / _ASIDE,
+            files,
+            self._shard_bytes,
+            lambda done, total: self._progress(phase, done, total),
+        )
 
     def _files_of(self, start: Model, report: CalibrationReport) -> dict[str, bytes]:
-        files = _small_files(start.folder)
+        files = small_files(start.folder)
         entry = {k: v for k, v in asdict(report).items() if k not in ("out", "seconds")}
         entry |= {"version": __version__, "options": self._options.job()}
-        files[_REPORT] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
+        files[REPORT_FILE] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
         if "README.md" in files:
             card = files["README.md"].decode().replace(f"# {_START}\n", f"# {self._out.name}\n")
-            files["README.md"] = card.replace("\n## Models\n", f"\n{_card_text(self._options)}\n\n## Models\n").encode()
+            files["README.md"] = card.replace("\n## Models\n", f"\n{card_text(self._options)}\n\n## Models\n").encode()
         return files
 
     @contextlib.contextmanager
@@ -352,25 +367,12 @@ class _Calibration:
         self._seconds[phase] = time.perf_counter() - began
 
 
-def _card_text(options: CalibrateOptions) -> str:
-    parts = []
-    if options.least_squares:
-        parts.append("its linear layers were solved by least squares for the experts' outputs")
-    if options.polish_steps:
-        parts.append(f"it was polished by up to {options.polish_steps} steps on the KL to the experts")
-    return (
-        f"The merge was calibrated on prompts that the experts answered themselves: {', and '.join(parts)}. "
-        f"{_REPORT} has the figures."
-    )
+def _weights(model: Model, decoder: Decoder) -> WeightReader:
+    return WeightReader(model.folder, model.reader, decoder.names.base_prefix, decoder.parameters())
 
 
-def _small_files(folder: Path) -> dict[str, bytes]:
-    """Everything of a model folder but its weights."""
-    return {
-        file.relative_to(folder).as_posix(): file.read_bytes()
-        for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json")
-    }
+def _block_file(number: int) -> str:
+    return f"block-{number:05d}.safetensors"
 
 
 def _check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
@@ -398,13 +400,14 @@ def _job(plan: MergePlan, files: Sequence[Path], options: CalibrateOptions) -> d
         "recipe": plan.recipe.text,
         "version of the libraries": {"resm-kernels": __version__, **versions},
     }
-    entries |= {f"model ({model.folder.name})": model_fingerprint(model) for model in plan.models.all()}
+    for i, model in enumerate(plan.models.all()):
+        entries[f"model {i + 1} ({model.folder.name})"] = model_fingerprint(model)
     for t, file in enumerate(files):
         try:
             entries[f"file of prompts ({t + 1})"] = hashlib.sha256(file.read_bytes()).hexdigest()
         except OSError as error:
             raise CalibrationError(f"{file}: cannot be read: {error.strerror}; need a file of prompts") from error
-    return entries | {f"{name}": value for name, value in options.job().items()}
+    return entries | options.job()
 
 
 def _comparable(config: Any) -> dict[str, Any]:

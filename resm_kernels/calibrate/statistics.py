@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,14 +16,14 @@ from torch import Tensor, nn
 
 from resm_kernels.calibrate.answers import answer, context_length, end_tokens
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.fisher import fisher_information
 from resm_kernels.calibrate.grams import gather_grams
-from resm_kernels.calibrate.models import load_model, load_tokenizer
-from resm_kernels.calibrate.prompts import Sample, encode_prompts, read_prompts
+from resm_kernels.calibrate.models import load_model, load_tokenizer, quiet_transformers
+from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
 from resm_kernels.checkpoint import format_bytes
 from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_statistics_file, write_statistics
 from resm_kernels.checks import check_choice
 from resm_kernels.engine.models import Model, open_model
-from resm_kernels.methods import tensor_key
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,6 +72,7 @@ def compute_statistics(
     prompts: str | os.PathLike[str],
     *,
     kind: str = "gram",
+    answers_by: str | os.PathLike[str] | None = None,
     max_new_tokens: int = 64,
     max_prompt_tokens: int = 1024,
     max_prompts: int | None = None,
@@ -92,9 +94,8 @@ def compute_statistics(
     - ``fisher``: F = (1/n)·Σ_i (∂ log p(y_i | x_i)/∂θ)² for every weight, over the n prompts, divided by the root mean
       square s of F over the whole model. At each position of the answer, y_i has a token that is drawn from the
       model's own distribution there, so that F is an unbiased estimate of the Fisher information along the greedy
-      answers (squared gradients of the greedy tokens themselves would vanish where the model is sure). It differs from
-      Matena and Raffel's only in that answers are followed greedily. fusion-bench squares the gradient of a whole
-      batch, of the sum over labels of √p·log p.
+      answers (squared gradients of the greedy tokens themselves would vanish where the model is sure). fusion-bench
+      squares the gradient of a whole batch, of the sum over labels of √p·log p.
 
     Statistics are stored in fp32: their rounding is far below the sampling error of any number of prompts, and they are
     as large as the model already, or larger.
@@ -104,6 +105,8 @@ def compute_statistics(
         out: The file, `….safetensors`.
         prompts: A file of prompts (`.jsonl` or `.txt`); see `resm_kernels.calibrate.prompts`.
         kind: "gram" or "fisher".
+        answers_by: The model that answers the prompts, as `model`; None for `model` itself. For RegMean++ it is the
+            expert, whose answers the merged model then reads.
         max_new_tokens: The largest number of tokens of an answer; 1 reads prompts alone.
         max_prompt_tokens: The number of tokens that a prompt may have; longer ones are errors.
         max_prompts: Use the file's first prompts only, so many; None uses all.
@@ -118,9 +121,9 @@ def compute_statistics(
         CalibrationError, CheckpointError, RecipeError: The model, the prompts or the file cannot be used.
         ValueError: An option is out of its range.
 
-    Memory: the whole model in `dtype`. Gram matrices add 8·in² bytes for every one that is stored. Fisher informations
-    add a gradient and a sum of squares for every weight, so that the model takes three times its bytes in fp32, and the
-    activations of one prompt.
+    Memory: the whole model in `dtype`; one that answers for it is freed before. Gram matrices add 8·in² bytes for every
+    one that is stored. Fisher informations add a gradient and a sum of squares for every weight, so that the model
+    takes three times its bytes in fp32, and the activations of one prompt.
 
     Determinism: the same bits on one kind of device with the same number of threads: torch's products, of which the
     model consists, round differently with another number.
@@ -135,38 +138,31 @@ def compute_statistics(
     with contextlib.ExitStack() as stack:
         opened = open_model(os.fspath(model), "model", stack)
         fingerprint = opened.reader.fingerprint()
-        loaded = load_model(opened, dtype=DTYPES[dtype], device=device)
-        tokenizer = load_tokenizer(opened)
-        encoded = encode_prompts(
-            asked,
-            tokenizer,
-            Path(prompts),
-            max_prompt_tokens,
-            max_answer_tokens=max_new_tokens,
-            vocabulary=loaded.config.get_text_config().vocab_size,
-            end_tokens=end_tokens(loaded.generation_config, tokenizer),
-        )
-        open_ones = [entry for entry in encoded if not isinstance(entry, Sample)]
-        answers = iter(
-            answer(loaded, tokenizer, open_ones, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-            if open_ones
-            else ()
-        )
-        samples = [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
+        answering = opened if answers_by is None else open_model(os.fspath(answers_by), "answers_by", stack)
+        if answering is not opened:
+            _check_same_tokens(opened, answering)
+        limits = (max_prompt_tokens, max_new_tokens, batch_tokens)
+        loaded = load_model(answering, dtype=DTYPES[dtype], device=device)
+        samples = _answered(answering, loaded, asked, Path(prompts), *limits)
+        if answering is not opened:
+            del loaded
+            loaded = load_model(opened, dtype=DTYPES[dtype], device=device)
         _check_context(loaded, samples)
         names = _stored_names(loaded, opened)
-        if kind == "gram":
-            statistics = _grams(loaded, samples, names, batch_tokens, progress)
-        else:
-            statistics = _fisher(loaded, samples, names, random_seed, progress)
+        with quiet_transformers():
+            if kind == "gram":
+                statistics = _grams(loaded, samples, names, batch_tokens, progress)
+            else:
+                statistics = _fisher(loaded, samples, names, random_seed, progress)
         if not statistics.tensors:
             raise CalibrationError(
-                f"statistics: {opened.folder}: transformers loads its weights under other names than its files have, so "
-                "that no statistic can be matched to a tensor; need a model whose files have transformers' names"
+                f"statistics: {opened.folder}: transformers loads its weights under other names than its files have, "
+                "so that no statistic can be matched to a tensor; need a model whose files have transformers' names"
             )
     about = StatisticsInfo(
         kind=kind,
         model=os.fspath(model),
+        answers_by=os.fspath(model if answers_by is None else answers_by),
         fingerprint=fingerprint,
         prompts=len(samples),
         tokens=statistics.tokens,
@@ -198,6 +194,42 @@ class _Statistics:
     shared: Mapping[str, str]
     transposed: tuple[str, ...] = ()
     scale: float = 1.0
+
+
+def _answered(
+    answering: Model,
+    loaded: PreTrainedModel,
+    asked: Sequence[Prompt],
+    file: Path,
+    max_prompt_tokens: int,
+    max_new_tokens: int,
+    batch_tokens: int,
+) -> list[Sample]:
+    """The prompts of a file with their answers: the file's own, else those of a model that has been loaded."""
+    tokenizer = load_tokenizer(answering)
+    encoded = encode_prompts(
+        asked,
+        tokenizer,
+        file,
+        max_prompt_tokens,
+        max_answer_tokens=max_new_tokens,
+        vocabulary=loaded.config.get_text_config().vocab_size,
+        end_tokens=end_tokens(loaded.generation_config, tokenizer),
+    )
+    unanswered = [entry for entry in encoded if not isinstance(entry, Sample)]
+    answers: Iterator[Sample] = iter(())
+    if unanswered:
+        answers = iter(answer(loaded, tokenizer, unanswered, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens))
+    return [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
+
+
+def _check_same_tokens(model: Model, answering: Model) -> None:
+    """Refuse answers in tokens that mean something else to the model."""
+    if load_tokenizer(model).get_vocab() != load_tokenizer(answering).get_vocab():
+        raise CalibrationError(
+            f"answers_by: the tokenizer of {answering.folder} has other tokens than that of {model.folder}; need the "
+            "same"
+        )
 
 
 def _check_context(model: PreTrainedModel, samples: Sequence[Sample]) -> None:
@@ -254,10 +286,13 @@ def _grams(
 
     with _ending_at_head(model):
         kept_on_device = (kept.to(model.device) for _, kept in batches)
-        grams = gather_grams(model, {layer: layers[layer] for layer in matched}, kept_on_device, run)
+        grams = gather_grams({layer: layers[layer] for layer in matched}, kept_on_device, run)
     count = sum(int(kept.sum()) for _, kept in batches)
+    tensors = {}
+    for layer in tuple(grams.sums):  # each sum in float64 is dropped when its mean in fp32 is there
+        tensors[matched[layer]] = grams.sums.pop(layer).div_(count).float().cpu()
     return _Statistics(
-        tensors={matched[layer]: (total / count).float().cpu() for layer, total in grams.sums.items()},
+        tensors=tensors,
         tokens=count,
         unmatched=tuple(weight for layer, weight in weights.items() if layer not in grams.leaders),
         shared={matched[layer]: matched[leader] for layer, leader in grams.leaders.items() if layer != leader},
@@ -321,40 +356,20 @@ def _fisher(
     seed: int,
     progress: Callable[[int, int], None] | None,
 ) -> _Statistics:
-    parameters = {name: p.requires_grad_(True) for name, p in model.named_parameters() if name in names}
-    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in parameters.items()}
-    for i, sample in enumerate(samples):
-        generator = torch.Generator().manual_seed(tensor_key(seed, f"sample {i}"))
-        for total, gradient in zip(sums.values(), _gradients(model, parameters, sample, generator), strict=True):
-            if gradient is not None:
-                total.addcmul_(gradient.float(), gradient.float())
-        if progress is not None:
-            progress(i + 1, len(samples))
-    squares = sum(float(total.double().square().sum()) for total in sums.values())
-    scale = (squares / sum(total.numel() for total in sums.values())) ** 0.5 / len(samples)
-    if not 0 < scale < float("inf"):
+    parameters = dict(model.named_parameters())
+    matched = {stored: parameters[name] for name, stored in names.items()}
+    information = fisher_information(model, matched, samples, seed, progress)
+    squares = sum(float(f.double().square().sum()) for f in information.values())
+    scale = (squares / max(sum(f.numel() for f in information.values()), 1)) ** 0.5
+    if information and not 0 < scale < math.inf:
         raise CalibrationError(
-            f"statistics: the root mean square of the Fisher informations is {scale}, need a finite number above 0; the "
-            "model may be damaged, or its dtype too narrow for squared gradients: need float32"
+            f"statistics: the root mean square of the Fisher informations is {scale}, need a finite number above 0; "
+            "the model may be damaged, or its dtype too narrow for squared gradients: need float32"
         )
     return _Statistics(
-        tensors={names[name]: (total / (len(samples) * scale)).cpu() for name, total in sums.items()},
+        tensors={name: f.div_(scale).cpu() for name, f in information.items()},
         tokens=sum(len(sample.tokens) - sample.answer_start for sample in samples),
-        unmatched=tuple(name for name, _ in model.named_parameters() if name not in names),
+        unmatched=tuple(name for name in parameters if name not in names),
         shared={},
         scale=scale,
     )
-
-
-def _gradients(
-    model: PreTrainedModel, parameters: Mapping[str, Tensor], sample: Sample, generator: torch.Generator
-) -> Sequence[Tensor | None]:
-    """∂ log p(y | x)/∂θ of one prompt x with its answer, for tokens y drawn at the positions of the answer."""
-    tokens = torch.tensor([sample.tokens[:-1]], device=model.device)
-    with torch.enable_grad():
-        logits = model(input_ids=tokens, use_cache=False).logits[0, sample.answer_start - 1 :].float()
-        if not bool(torch.isfinite(logits).all()):
-            raise CalibrationError("statistics: the model gives NaN or infinite logits; it is damaged")
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator).to(logits.device)
-        likelihood = logits.log_softmax(-1).gather(1, drawn).sum()
-        return torch.autograd.grad(likelihood, list(parameters.values()), allow_unused=True)

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.checkpoint import CheckpointReader
+
+
+def stored_names(name: str, base_prefix: str, stored: Container[str]) -> list[str]:
+    """The names under which a parameter is stored: its own, or that without or with the base model's prefix."""
+    spellings = (name, name.removeprefix(base_prefix), base_prefix + name)
+    return [spelling for spelling in dict.fromkeys(spellings) if spelling in stored]
 
 
 class WeightReader:
@@ -24,7 +31,7 @@ class WeightReader:
         shapes: Every parameter of the architecture, and its shape.
 
     Raises:
-        ValueError: A parameter is not in the model, or has another shape.
+        CalibrationError: A parameter is not in the model, or has another shape.
     """
 
     def __init__(
@@ -34,17 +41,18 @@ class WeightReader:
         self._reader = reader
         self._stored: dict[str, str] = {}
         for name, shape in shapes.items():
-            spellings = (name, name.removeprefix(base_prefix), base_prefix + name)
-            stored = next((s for s in spellings if s in reader.tensors), None)
-            if stored is None:
-                raise ValueError(
-                    f"{folder}: has no tensor {name!r}; calibration needs tensors that are named as transformers' "
-                    "modules are: load the model with transformers and save it again"
+            stored = stored_names(name, base_prefix, reader.tensors)
+            if not stored:
+                raise CalibrationError(
+                    f"{folder}: has no tensor {name!r}; least squares need tensors that are stored as transformers has "
+                    "them in memory, and cannot be done for architectures whose tensors it joins or renames"
                 )
-            found = tuple(reader.tensors[stored].shape)
+            found = tuple(reader.tensors[stored[0]].shape)
             if found != shape:
-                raise ValueError(f"{folder}: tensor {stored!r} has shape {found}, need {shape} as its config.json says")
-            self._stored[name] = stored
+                raise CalibrationError(
+                    f"{folder}: tensor {stored[0]!r} has shape {found}, need {shape} as its config.json says"
+                )
+            self._stored[name] = stored[0]
 
     def stored_name(self, parameter: str) -> str:
         """The name under which the model stores a parameter."""

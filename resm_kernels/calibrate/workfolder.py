@@ -8,7 +8,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,18 +46,13 @@ class WorkFolder:
 
     def __enter__(self) -> WorkFolder:
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT, 0o666)
-        except OSError as error:
-            raise CalibrationError(f"{self.path}: cannot be made: {error.strerror}") from error
-        try:
             self._take_lock()
             if self._restart:
                 self._clear()
             if (self.path / _MANIFEST).exists():
                 self._read()
             else:
-                self._clear()
+                self._check_empty()
                 self.save()
         except BaseException:
             self._release()
@@ -69,7 +64,8 @@ class WorkFolder:
 
     def save(self, **changes: Any) -> None:
         """Change the state and write it; what it speaks of must be on disk already."""
-        self.state |= changes
+        # As JSON gives them back, so that a calibration that goes on later has the same state.
+        self.state |= json.loads(json.dumps(changes))
         content = json.dumps({"format": _FORMAT, "job": self._job, "state": self.state}, indent=1)
         self.write(_MANIFEST, content.encode())
 
@@ -82,6 +78,13 @@ class WorkFolder:
                 stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(self.path / name)
+            _sync(self.path)
+
+    def sync(self, name: str) -> None:
+        """Return when the files of a folder within this one are on disk."""
+        with _errors_named(self.path):
+            for path in (*sorted((self.path / name).iterdir()), self.path / name, self.path):
+                _sync(path)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as a safetensors file, as `write` does."""
@@ -91,29 +94,62 @@ class WorkFolder:
 
     def remove(self) -> None:
         """Delete the folder."""
+        # A process that is killed meanwhile must not leave a manifest that speaks of files that are gone.
+        with contextlib.suppress(CalibrationError):
+            self.save(finished=True)
+        with contextlib.suppress(OSError):
+            self._clear(but=(_LOCK, _MANIFEST))
         shutil.rmtree(self.path, ignore_errors=True)
 
     def _take_lock(self) -> None:
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
-            raise CalibrationError(
-                f"{self.path}: the process {holder} is calibrating this output already; wait for it, or name another "
-                "output folder"
-            ) from None
+        while self._lock is None:
+            try:
+                if self.path.is_symlink():
+                    raise CalibrationError(f"{self.path}: is a symbolic link, need a name that is free; delete it")
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = os.open(self.path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                assert self._lock is not None
+                holder = os.pread(self._lock, 32, 0).decode(errors="replace").strip()
+                raise CalibrationError(
+                    f"{self.path}: the process {holder} is calibrating this output already; wait for it, or name "
+                    "another output folder"
+                ) from None
+            except OSError as error:
+                raise CalibrationError(f"{self.path}: cannot be made and locked: {error.strerror}") from error
+            if not self._is_lock_in_place():
+                # The process that held it has deleted the folder since the file was opened.
+                self._release()
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, str(os.getpid()).encode(), 0)
+
+    def _is_lock_in_place(self) -> bool:
+        assert self._lock is not None
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.stat(self.path / _LOCK))
+        except FileNotFoundError:
+            return False
 
     def _release(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _clear(self) -> None:
+    def _check_empty(self) -> None:
+        """Refuse a folder that holds more than a process leaves that is killed before its first `save` ends."""
+        names = sorted(entry.name for entry in self.path.iterdir())
+        others = [name for name in names if name != _LOCK and not name.startswith(f".{_MANIFEST}.")]
+        if others:
+            raise CalibrationError(
+                f"{self.path}: holds {others[0]!r} but no {_MANIFEST}, so it is no unfinished calibration; delete it, "
+                "or pass --restart, which deletes what it holds"
+            )
+        self._clear()
+
+    def _clear(self, but: Sequence[str] = (_LOCK,)) -> None:
         for entry in self.path.iterdir():
-            if entry.name == _LOCK:
+            if entry.name in but:
                 continue
             if entry.is_dir() and not entry.is_symlink():
                 shutil.rmtree(entry)
@@ -128,6 +164,10 @@ class WorkFolder:
             known = content["format"] == _FORMAT and isinstance(job, dict) and isinstance(state, dict)
         except (OSError, ValueError, KeyError, TypeError):
             known = False
+        if known and state.get("finished"):
+            self._clear()
+            self.save()
+            return
         if not known:
             raise CalibrationError(f"{file}: is damaged, or of another version; pass --restart to begin anew")
         differing = sorted(k for k in {*job, *self._job} if job.get(k) != self._job.get(k))
@@ -137,6 +177,15 @@ class WorkFolder:
                 "same command as then, name another output folder, or pass --restart to begin anew"
             )
         self.state = state
+
+
+def _sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

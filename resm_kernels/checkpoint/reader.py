@@ -9,11 +9,14 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.11 has it in `typing`
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -111,7 +114,7 @@ class CheckpointReader:
         for fd in descriptors.values():
             os.close(fd)
 
-    def __enter__(self) -> CheckpointReader:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

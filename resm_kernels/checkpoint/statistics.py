@@ -36,7 +36,8 @@ class StatisticsInfo:
         kind: "gram": G = (1/N)·Σ x·xᵀ over the N inputs x of a linear layer, (in, in). "fisher": the diagonal of the
             Fisher information, of the weight's shape, divided by `scale`.
         model: The model's name when the statistics were computed.
-        fingerprint: `CheckpointReader.fingerprint` of that model.
+        answers_by: The model that answered the prompts.
+        fingerprint: `CheckpointReader.fingerprint` of `model`.
         prompts: How many prompts it read.
         tokens: How many tokens counted: N for Gram matrices.
         scale: The root mean square of all Fisher informations before they were divided by it; 1 for Gram matrices.
@@ -48,6 +49,7 @@ class StatisticsInfo:
 
     kind: str
     model: str
+    answers_by: str
     fingerprint: str
     prompts: int
     tokens: int
@@ -140,7 +142,11 @@ def write_statistics(out: Path, tensors: Mapping[str, Tensor], about: Statistics
     with write_errors_named(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
-            save_file(dict(tensors), partial, {"format": "pt", _KEY: json.dumps(asdict(about))})
+            with open(partial, "xb") as stream:
+                mode = os.fstat(stream.fileno()).st_mode
+            # More than one entry would be stored in an order that varies.
+            save_file(dict(tensors), partial, {_KEY: json.dumps(asdict(about))})
+            partial.chmod(mode)  # safetensors makes files that only their owner may read
             with open(partial, "rb") as stream:
                 os.fsync(stream.fileno())
             size = partial.stat().st_size

@@ -142,26 +142,28 @@ def free_bytes(path: Path) -> int:
 class CheckpointWriter:
     """Writes a model folder that appears under its final name only when it is complete.
 
-    Use this class as a context manager. At the start it makes the hidden folder `.NAME.partial-<random>` next to the
-    final one, reserves the disk space of all shards and writes their headers. `commit` flushes all files to disk and
-    renames the folder. If the context ends without `commit`, for example by an exception, the hidden folder is
-    removed. Several threads may call `write`, in any order of the tensors.
+    Use this class as a context manager. At the start it makes the folder `aside`, reserves the disk space of all shards
+    and writes their headers. `commit` flushes all files to disk and renames the folder. If the context ends without
+    `commit`, for example by an exception, the folder is removed. Several threads may call `write`, in any order of the
+    tensors.
 
     Args:
         out: The final folder, as `check_output_folder` returned it.
         plan: The shards, and the position of each tensor in them.
         files: The contents of the other files, by their names in the folder.
+        aside: Where the folder is until it is complete, on the same file system; by default it is the hidden folder
+            `.NAME.partial-<random>` next to the final one.
 
     Raises:
         CheckpointError: There is not enough disk space, a write fails, or tensors are missing at `commit`.
     """
 
-    def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes]) -> None:
+    def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes], *, aside: Path | None = None) -> None:
         self.out = out
         self.plan = plan
         index = plan.index()
         self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
-        self._partial = out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
+        self._partial = aside or out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         self._descriptors: list[int] = []
         self._lock = threading.Lock()
         self._unflushed = [0] * len(plan.shards)

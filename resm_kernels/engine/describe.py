@@ -74,7 +74,7 @@ def _parameter_lines(plan: MergePlan) -> list[str]:
 def _statistics_lines(plan: MergePlan) -> list[str]:
     if not plan.statistics:
         return []
-    about = [reader.about for reader in plan.statistics.values()]
+    about = [reader.about for reader in dict.fromkeys(plan.statistics.values())]
     jobs = [job for job in plan.jobs if job.has_statistics]
     read = sum(info.nbytes for job in jobs for _, info in job.inputs[len(job.folders) :])
     tokens = ", ".join(f"{a.tokens:,}" for a in about)

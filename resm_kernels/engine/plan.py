@@ -256,7 +256,7 @@ class _JobPlanner:
             dtype = tensor.lead.reader.stored_dtype(tensor.inputs[models.index(tensor.lead)])
         expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
-        statistics, transposed = ((), False) if copied else statistics_of(self._statistics, piece.experts, expert_inputs)
+        statistics, transposed = statistics_of(self._statistics, piece.experts, expert_inputs)
         self._check_rows(tensor, statistics)
         # Methods state the workspace of a weight (out, in).
         workspace = 0 if copied else method.workspace(info.shape[:: -1 if transposed else 1], len(piece.experts))

@@ -13,7 +13,6 @@ from torch import Tensor
 from resm_kernels.methods._parameter import REQUIRED, Parameter
 from resm_kernels.suggestions import did_you_mean
 
-
 StatisticsKind: TypeAlias = Literal["gram", "fisher"]
 StatisticsModel: TypeAlias = Literal["expert", "merged"]
 
@@ -127,7 +126,6 @@ class Method:
             parameters["seed"] = tensor_key(seed, name)
         parameters |= self._given_statistics(len(experts), statistics, transposed)
         return self.function(base, list(experts), out_dtype=out_dtype, **parameters)
-
 
     def _given_statistics(
         self, n_experts: int, statistics: Sequence[Tensor | None] | None, transposed: bool

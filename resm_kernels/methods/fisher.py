@@ -1,5 +1,4 @@
-"""Fisher merging: an average in which each weight counts by its Fisher information (Matena and Raffel, arXiv 2111.09832,
-NeurIPS 2022)."""
+"""Fisher merging: each weight counts by its Fisher information (Matena and Raffel, arXiv 2111.09832, NeurIPS 2022)."""
 
 from __future__ import annotations
 
@@ -42,9 +41,10 @@ def fisher(
     ] = 1e-6,
     out_dtype: torch.dtype | None,
 ) -> Tensor:
-    """θ = Σ_t w_t·(F_t + ε)·θ_t / Σ_t w_t·(F_t + ε), element by element, with F_t the diagonal of the Fisher information.
+    """θ = Σ_t w_t·(F_t + ε)·θ_t / Σ_t w_t·(F_t + ε), element by element.
 
-    Where the divisor is 0, θ is the weighted average Σ_t w_t·θ_t / Σ_t w_t.
+    F_t is the diagonal of expert t's Fisher information. Where the divisor is 0, θ is the weighted average
+    Σ_t w_t·θ_t / Σ_t w_t.
 
     Args:
         base: Changes nothing but the result's dtype: merging the differences from it would give the same θ.

@@ -1,5 +1,7 @@
-"""RegMean and RegMean++: the weights whose outputs are nearest to the experts' (Jin et al., arXiv 2212.09849, ICLR 2023;
-Nguyen et al., arXiv 2508.03121)."""
+"""RegMean and RegMean++: the weights whose outputs are nearest to the experts'.
+
+Jin et al., arXiv 2212.09849, ICLR 2023; Nguyen et al., arXiv 2508.03121.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ from typing import Annotated, Final
 import torch
 from torch import Tensor
 
+from resm_kernels.checks import NonFiniteError
 from resm_kernels.linalg.products import matmul
 from resm_kernels.linalg.spd_solve import spd_solve
 from resm_kernels.memory import empty
@@ -49,9 +52,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     statistics_model="merged",
     off_diagonal=0.95,
 )
-@merge_method(
-    title="RegMean", reference="https://arxiv.org/abs/2212.09849", workspace=_workspace, statistics="gram"
-)
+@merge_method(title="RegMean", reference="https://arxiv.org/abs/2212.09849", workspace=_workspace, statistics="gram")
 def regmean(
     base: Tensor | None,
     experts: list[Tensor],
@@ -90,7 +91,7 @@ def regmean(
             weight (embeddings, norms, biases), which becomes the weighted average.
         transposed: True for a weight that is stored as (in, out), as GPT-2's Conv1D stores it.
         weight: w_t ≥ 0.
-        off_diagonal: The authors recommend 0.9 (they call it α; for T5 0.1), those of RegMean++ 0.95.
+        off_diagonal: The authors' α, for which they recommend 0.9; fusion-bench has 0.95 for RegMean++.
         ridge: The default is far below the sampling error of any G_t, and above the rounding of G_t in fp32.
 
     Raises:
@@ -168,6 +169,8 @@ def _right_hand_side(
 def _solved(total: Tensor, right: Tensor, *, overwrite: bool) -> Tensor:
     try:
         return spd_solve(total, right, overwrite_a=overwrite).x
+    except NonFiniteError:
+        raise
     except ValueError as error:
         raise ValueError(
             "statistics: the sum of the Gram matrices is not positive definite, so that more than one solution is "

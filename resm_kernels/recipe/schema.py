@@ -82,8 +82,8 @@ class ModelEntry(BaseModel):
     model_config = _CLOSED
 
     model: _Model
-    statistics: str | None = None
     parameters: _Parameters = {}
+    statistics: str | None = None
 
 
 class SourceEntry(BaseModel):
@@ -93,8 +93,8 @@ class SourceEntry(BaseModel):
 
     model: _Model
     layer_range: Annotated[tuple[int, int], PlainValidator(_parse_range)]
-    statistics: str | None = None
     parameters: _Parameters = {}
+    statistics: str | None = None
 
 
 class SliceEntry(BaseModel):
