@@ -210,8 +210,11 @@ def calibrate(
         from resm_kernels.report import phase_display
 
     options: CalibrateKeywords = {n: context.params[n] for n in CalibrateKeywords.__annotations__}  # type: ignore[assignment]
-    with phase_display(Console(stderr=True), quiet=quiet) as progress:
-        report = calibrate_checkpoint(recipe, out, prompts, progress=progress, **options)
+    try:
+        with phase_display(Console(stderr=True), quiet=quiet) as progress:
+            report = calibrate_checkpoint(recipe, out, prompts, progress=progress, **options)
+    except KeyboardInterrupt:
+        _fail("interrupted; the same command goes on from there", 130)
     if not quiet:
         typer.echo(report.summary())
 

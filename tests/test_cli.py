@@ -145,7 +145,18 @@ def test_interrupt_exits_130(family: Family, run: RunCommand, monkeypatch: pytes
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [["merge"], ["mrege", "a", "b"], ["merge", "a", "b", "--threads", "0"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["merge"],
+        ["mrege", "a", "b"],
+        ["merge", "a", "b", "--threads", "0"],
+        ["calibrate", "a", "b"],
+        ["calibrate", "a", "b", "--prompts"],
+        ["calibrate", "a", "--prompts", "c"],
+        ["calibrate", "a", "b", "--prompts", "c", "--polish-steps", "few"],
+    ],
+)
 def test_wrong_usage_exits_2(arguments: list[str]) -> None:
     assert CliRunner().invoke(cli.app, arguments).exit_code == 2
 
@@ -192,7 +203,15 @@ def test_help_and_wrong_usage_come_without_torch() -> None:
         "assert not heavy, heavy\n"
         "sys.exit(code)\n"
     )
-    for arguments, code in ((["--help"], 0), (["merge", "--help"], 0), (["merge"], 2), (["mrege"], 2), (["stats"], 2)):
+    for arguments, code in (
+        (["--help"], 0),
+        (["merge", "--help"], 0),
+        (["calibrate", "--help"], 0),
+        (["merge"], 2),
+        (["calibrate", "recipe.yml", "out"], 2),
+        (["mrege"], 2),
+        (["stats"], 2),
+    ):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
         assert done.returncode == code, done.stderr
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 from checkpoints import Family, load_model
 from conftest import RunCommand
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from resm_kernels import cli
-from resm_kernels.flags import FLAGS, translate
+from resm_kernels.flags import FLAGS, repeated, translate
 
 
 def test_options_that_are_ours_under_another_name() -> None:
@@ -59,3 +61,27 @@ def test_command_lines_of_mergekit_users_work(family: Family, run: RunCommand) -
         assert code == 2 and err.startswith(f"error: {flag}: ") and why in err
     code, _, err = run("info", "--lazy-unpickle")
     assert code == 2 and "no effect" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("r o --prompts a b c", "r o --prompts a --prompts b --prompts c"),
+        ("r o --prompts a b -q --prompts c", "r o --prompts a --prompts b -q --prompts c"),
+        ("--prompts a b --ridge 0.1 r o", "--prompts a --prompts b --ridge 0.1 r o"),
+        ("--prompts a b -- r o", "--prompts a --prompts b -- r o"),
+        ("r o --prompts", "r o --prompts"),
+        ("--prompts=a r o", "--prompts=a r o"),
+        ("r o", "r o"),
+        ("", ""),
+    ],
+)
+def test_an_option_of_several_values(arguments: str, expected: str) -> None:
+    assert repeated(arguments.split(), "--prompts") == expected.split()
+
+
+@given(st.lists(st.sampled_from(["--prompts", "-q", "--", "a", "b"])))
+def test_repeated_options_are_left_as_they_are(arguments: list[str]) -> None:
+    once = repeated(arguments, "--prompts")
+    assert repeated(once, "--prompts") == once
+    assert [a for a in once if a != "--prompts"] == [a for a in arguments if a != "--prompts"]
