@@ -25,7 +25,7 @@ from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
 from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
 from resm_kernels.calibrate.output import REPORT_FILE, Place, card_text, find_tensors, small_files, write_model
-from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, write_targets
+from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, split_samples, write_targets
 from resm_kernels.calibrate.prompts import Sample, read_prompts
 from resm_kernels.calibrate.weights import WeightReader
 from resm_kernels.calibrate.workfolder import WorkFolder
@@ -266,10 +266,10 @@ class _Calibration:
         experts = [
             Expert(
                 _weights(model, decoder),
-                make_batches(own, self._options.answer_weight, self._options.batch_tokens),
+                make_batches(self._fitted(own, t), self._options.answer_weight, self._options.batch_tokens),
                 self._decoder_of(model, decoder),
             )
-            for model, own in zip(self._plan.experts, samples, strict=True)
+            for t, (model, own) in enumerate(zip(self._plan.experts, samples, strict=True))
         ]
         dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in decoder.parameters()}
         layerwise = Layerwise(
@@ -292,6 +292,13 @@ class _Calibration:
             self._work.save_tensors(_block_file(done), stored)
             self._work.save(blocks=[*state["blocks"], asdict(report)])
         self._progress("blocks", steps, steps)
+
+    def _fitted(self, samples: Sequence[Sample], t: int) -> Sequence[Sample]:
+        """The samples that least squares see: without those that a polish holds out, which would look too good there."""
+        if not self._options.polish_steps:
+            return samples
+        kept, _ = split_samples(len(samples), self._options.held_out, self._options.seed, t)
+        return [samples[i] for i in kept]
 
     def _decoder_of(self, model: Model, decoder: Decoder) -> Decoder:
         """The decoder of an expert whose config computes something else than the merged model's."""
