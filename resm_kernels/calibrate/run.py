@@ -248,10 +248,16 @@ class _Calibration:
         )
 
     def _check_samples(self, samples: Sequence[Sequence[Sample]]) -> None:
-        """Refuse to go on with other answers than those that the unfinished work began with.
+        """Refuse too few samples, and other answers than those that the unfinished work began with.
 
         Another device may give other answers, and so may another process that uses the same folder of answers.
         """
+        if self._options.polish_steps:
+            for file, own in zip(self._files, samples, strict=True):
+                if len(own) < 2:
+                    raise CalibrationError(
+                        f"{file}: got {len(own)} prompt, need at least 2 for a polish: one to train on, one to hold out"
+                    )
         content = json.dumps([[[s.tokens, s.answer_start] for s in own] for own in samples])
         digest = hashlib.sha256(content.encode()).hexdigest()
         if self._work.state.get("samples", digest) != digest:
