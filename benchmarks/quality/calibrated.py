@@ -18,7 +18,7 @@ START: Final = merge_of("resm", beta=0.0)
 """What is calibrated: RESM with equal weights."""
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "least squares": {"least_squares": True},
-    "least squares + polish": {"least_squares": True, "polish_steps": 40},
+    "least squares + polish": {"least_squares": True, "polish_steps": 120},
     "KL alone": {"polish_steps": 150},
 }
 """Ways to calibrate `START`."""

@@ -81,8 +81,16 @@ class Calibrator:
             resm_kernels.merge_checkpoints(self._recipe(replace(START, experts=candidate.experts)), start)
             models = [start] * len(models)
         files = [file.with_suffix(".safetensors") for file in prompts]
-        for model, questions, file in zip(models, prompts, files, strict=True):
-            compute_statistics(model, file, questions, kind=method.statistics, max_new_tokens=MAX_NEW_TOKENS)
+        for expert, model, questions, file in zip(candidate.experts, models, prompts, files, strict=True):
+            # A merged model reads the experts' answers, so that all ways see the same tokens.
+            compute_statistics(
+                model,
+                file,
+                questions,
+                kind=method.statistics,
+                answers_by=self._models / expert if method.statistics_model == "merged" else None,
+                max_new_tokens=MAX_NEW_TOKENS,
+            )
         return files
 
     def _recipe(self, candidate: Candidate, statistics: Sequence[Path] = ()) -> dict[str, Any]:

@@ -37,8 +37,8 @@ def calibrate(recipe: str, out: Path) -> None:
     path = (HERE / "recipes" / f"{recipe}.yaml").relative_to(ROOT)
     prompts = [str((HERE / "prompts" / f"{expert}.jsonl").relative_to(ROOT)) for expert in EXPERTS]
     command = [sys.executable, "-m", "resm_kernels", "calibrate", str(path), str(out), "--prompts", *prompts]
-    # The longest answer of these models has six words and an end.
-    options = ["--max-new-tokens", "8", "--polish-steps", "40"]
+    # The longest answer of these models has six words and an end. They are so small that one thread is faster than two.
+    options = ["--max-new-tokens", "8", "--polish-steps", "40", "--threads", "1"]
     subprocess.run([*command, *options], cwd=ROOT, check=True)
 
 
