@@ -9,10 +9,11 @@ from typing import Any, Final
 import torch
 import yaml
 from checkpoints import VOCABULARY, load_model
-from experts import WORDS, save_expert, transformers
+from experts import WORDS, open_model, save_expert, transformers
 from safetensors.torch import save_file
 
-from resm_kernels.calibrate import CalibrationReport, calibrate_checkpoint
+from resm_kernels.calibrate import CalibrationReport, Sample, answer_prompts, calibrate_checkpoint
+from resm_kernels.calibrate.models import quiet_transformers
 
 OPTIONS: Final[dict[str, Any]] = {"max_new_tokens": 6, "batch_tokens": 24, "threads": 1}
 """Small answers and batches, so that there are several of them."""
@@ -57,7 +58,8 @@ class Models:
     ) -> None:
         self.root, self.out = root, root / "out"
         self.work = root / ".out.calibration"
-        self.base = save_expert(root / "base", kind, **keys)
+        with quiet_transformers():
+            self.base = save_expert(root / "base", kind, **keys)
         if kind == "Qwen2":
             character_tokenizer().save_pretrained(self.base)
         self.folders = [self.expert(f"expert{t}", t + 1) for t in range(experts)]
@@ -101,6 +103,12 @@ class Models:
     def leftovers(self) -> list[str]:
         """Hidden files and folders next to the output."""
         return sorted(path.name for path in self.root.iterdir() if path.name.startswith("."))
+
+
+def samples_of(models: Models, t: int) -> list[Sample]:
+    """An expert's prompts with its answers."""
+    file = models.root / f"samples{t}.safetensors"
+    return answer_prompts(open_model(models.folders[t]), models.files[t], file, max_new_tokens=6)
 
 
 def logits(folder: Path, sequences: Sequence[Sequence[int]]) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def test_every_position_is_there_once_with_the_root_of_its_share(
             before = sample.tokens[: p + 1]
             expected[sample.tokens[p]] = (before, answer_weight if is_answer else 1.0)
     total = sum(u for _, u in expected.values())
-    found = {}
+    found: dict[int, Any] = {}
     row = 0
     for batch in make_batches(own, answer_weight, batch_tokens):
         assert batch.tokens.dtype == torch.int64

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -219,6 +220,22 @@ def test_the_order_of_rows_and_experts_only_rounds() -> None:
         solved, _ = solve(other, 1e-3, pieces, torch.float64)
         for name, tensor in expected.items():
             assert torch.allclose(solved[name], tensor, rtol=0, atol=1e-12 * float(tensor.abs().max()))
+
+
+def test_one_experts_products_are_in_memory_at_a_time() -> None:
+    problem = random_problem(MIXED, 6, [40, 25, 7])
+    made: list[weakref.ref[Products]] = []
+
+    def products() -> Products:
+        assert all(earlier() is None for earlier in made)
+        result = Products(7, "cpu")
+        result.add(torch.randn(20, 7), torch.randn(20, 7))
+        made.append(weakref.ref(result))
+        return result
+
+    experts = ((lambda weights=weights: weights, products()) for weights in problem.experts)
+    solve_stage(problem.layers, problem.start, experts, 1e-3, dict.fromkeys(problem.start, torch.float32))
+    assert len(made) == 3
 
 
 @pytest.mark.parametrize("sizes", [[3, 300, 1], [256, 256], [700], [255, 2]])

@@ -98,7 +98,7 @@ class Layerwise:
                 weights = expert.weights.read(names, self._device) if merged is None else merged
                 decoder = self._decoder if merged is not None else expert.decoder
                 for batch in expert.batches:
-                    hidden = decoder.enter(batch.tokens.to(self._device), self._with_head(weights))
+                    hidden = decoder.enter(batch.tokens.to(self._device), self._outer(weights))
                     self._check(hidden, expert if merged is None else None, "the embedding")
                     self._width = hidden.shape[-1]
                     self._write_states(kind, t, 0, batch, hidden)
@@ -156,19 +156,22 @@ class Layerwise:
         """Solve the output head of a model that has one of its own."""
         head = self._decoder.head
         assert head is not None
-        names = list(self._decoder.outer_parameters())
+        names = [name for name in self._decoder.outer_parameters() if name != self._decoder.names.embedding]
         merged = self._start.read(names, self._device)
         inputs = []
         for t, expert in enumerate(self._experts):
             weights = expert.weights.read(names, self._device)
             inputs.append(self._new_inputs(t, 0, self._width))
             for batch in expert.batches:
-                x = expert.decoder.head_inputs(self._hidden("expert", t, self.blocks, batch), weights)
+                hidden = self._hidden("expert", t, self.blocks, batch)
+                x = expert.decoder.head_inputs(hidden, self._outer(weights))
                 inputs[-1].write(batch.first, batch.pack(x))
         solved, report = self._solve(
             [head],
             merged,
-            lambda t, batch: self._decoder.head_inputs(self._hidden("merged", t, self.blocks, batch), merged),
+            lambda t, batch: self._decoder.head_inputs(
+                self._hidden("merged", t, self.blocks, batch), self._outer(merged)
+            ),
             inputs,
         )
         for file in inputs:
@@ -268,8 +271,8 @@ class Layerwise:
         head = self._decoder.head
         return head is not None and name in (head.weight, head.bias)
 
-    def _with_head(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The weights, and for the head, which does not run, zeros that take no memory."""
+    def _outer(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The weights outside of the blocks; those that are not given do not run, and are zeros that take no memory."""
         return {
             name: weights[name] if name in weights else torch.zeros(1, device=self._device).expand(shape)
             for name, shape in self._decoder.outer_parameters().items()

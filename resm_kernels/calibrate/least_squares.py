@@ -161,8 +161,8 @@ def solve_stage(
         try:
             solution = spd_solve(matrix, sides, overwrite_a=has_bias is last)
         except ValueError as error:
-            names = ", ".join(layer.name for layer in layers)
-            raise CalibrationError(f"{names}: no solution ({error}); need more prompts or a larger ridge") from error
+            listed = ", ".join(layer.name for layer in layers)
+            raise CalibrationError(f"{listed}: no solution ({error}); need more prompts or a larger ridge") from error
         residual = max(residual, solution.residual)
         for layer, matrix in zip(group, solution.x.split([len(begin[layer]) for layer in group]), strict=True):
             moved += float((matrix - begin[layer]).square().sum())

@@ -143,9 +143,10 @@ def calibrate_checkpoint(
         ValueError: An option is out of its range.
 
     Memory: one expert to answer (with its cache of keys and values); then one block of one expert and of the merged
-    model in fp32, or their embeddings, three float64 matrices (in, in) of the layer with the most inputs and one of its
-    weights, and one batch of activations. The number of blocks and of prompts has no influence. Hidden states and the
-    inputs of one block's layers are on disk, in fp32.
+    model in fp32, or their embeddings (in float64 for token counts), four float64 matrices (in, in) of the layer with
+    the most inputs, four float64 copies of the weights of layers with one input, a quarter of a gigabyte of rows, and
+    one batch of activations. The number of blocks and of prompts has no influence. Hidden states and the inputs of one
+    block's layers are on disk, in fp32.
 
     Deterministic: the same models, prompts, options and number of threads give the same bits on one kind of device.
     """
