@@ -303,7 +303,7 @@ class _Calibration:
         self._progress("blocks", steps, steps)
 
     def _fitted(self, samples: Sequence[Sample], t: int) -> Sequence[Sample]:
-        """The samples that least squares see: without those that a polish holds out, which would look too good there."""
+        """The samples that least squares see: none that a polish holds out, which would look too good there."""
         if not self._options.polish_steps:
             return samples
         kept, _ = split_samples(len(samples), self._options.held_out, self._options.seed, t)
