@@ -1,6 +1,6 @@
 """What cheaper spectral merges cost in quality: examples/3h merged at several values of `accuracy`, and measured.
 
-For each recipe (resm with its defaults, resm_tuned, tsvm) and each accuracy: the seconds of a merge in this process,
+For each recipe (resm with its defaults, resm_beta_1, tsvm) and each accuracy: the seconds of a merge in this process,
 from files to files, all in turn; how far the merged task vectors are from those of accuracy 0, ‖M − M₀‖ / ‖M₀‖ over
 all tensors as stored; and the benchmark's scores on the validation and the test split, in percent.
 
@@ -31,7 +31,7 @@ from resm_kernels.engine import merge_checkpoints
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 EXAMPLE: Final = ROOT / "examples" / "3h"
-RECIPES: Final = ("resm", "resm_tuned", "tsvm")
+RECIPES: Final = ("resm", "resm_beta_1", "tsvm")
 ACCURACIES: Final = (0.0, 1e-3, 1e-2, 1e-1)
 SPLITS: Final[tuple[HeldOutSplit, ...]] = ("valid", "test")
 SCORES: Final = ("helpful", "honest", "harmless", "average")

@@ -112,7 +112,7 @@ class CalibrateOptions:
     polish_steps: int = 0
     answer_weight: float = 10.0
     ridge: float = 1e-3
-    embeddings: str = "merged"
+    embeddings: str = "token-counts"
     learning_rate: float = 3e-4
     held_out: float = 0.1
     max_prompts: int | None = None

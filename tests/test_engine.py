@@ -286,14 +286,14 @@ def test_memory_of_a_ring_is_private_and_has_huge_pages_if_it_is_used_often(uses
 
 
 def test_stats_describe_every_tensor(family: Family) -> None:
-    rows = checkpoint_stats(family.recipe("resm"))
+    rows = checkpoint_stats(family.recipe("resm", parameters={"beta": 1.0}))
     by_name = {row.name: row for row in rows}
     assert set(by_name) == set(family.base)
     row = by_name["model.layers.0.self_attn.q_proj.weight"]
     assert row.shape == (32, 32)
     assert row.spectral
     assert len(row.ranks) == len(row.weights) == len(row.sparsity) == len(row.outlier_mass) == 3
-    assert sum(row.weights) == pytest.approx(3)
+    assert sum(row.weights) == pytest.approx(3) and len(set(row.weights)) > 1
     assert row.statistics["numel"] == [1024] * 3
     assert by_name["model.norm.weight"].ranks == []
 

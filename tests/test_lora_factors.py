@@ -61,7 +61,10 @@ def test_equals_the_dense_merge(shape: tuple[int, int], ranks: tuple[int, ...], 
 @pytest.mark.parametrize(
     "parameters",
     [
-        *({"rank_rule": rule} for rule in ("sparsity", "per_task", "energy", "effective_rank", "interference")),
+        *(
+            {"rank_rule": rule, "beta": 1.0}
+            for rule in ("sparsity", "per_task", "energy", "effective_rank", "interference")
+        ),
         {"rank_rule": "fixed", "rank": 3},
         {"beta": -1.0, "kappa": 1.5, "eps_rel": 0.5},
         {"spectral": False},

@@ -55,6 +55,24 @@ def test_comparison_counts_and_tests_pairs() -> None:
         comparison.compare(ours, theirs, [1.0])
 
 
+@pytest.mark.parametrize("margin", [-2.0, 0.0, 0.5])
+def test_a_margin_is_tested_one_sidedly(margin: float) -> None:
+    ours, theirs = [70.0, 71.0, 69.0, 72.0, 70.5], [68.0, 70.5, 70.9, 69.0, 70.5]
+    tested = comparison.exceeds(ours, theirs, margin)
+    shifted = [value + margin for value in theirs]
+    assert tested.p == pytest.approx(stats.ttest_rel(ours, shifted, alternative="greater").pvalue)
+    assert tested.above == sum(a > b for a, b in zip(ours, shifted, strict=True))
+    assert tested.difference.mean == pytest.approx(0.72)
+
+
+def test_a_margin_without_spread_or_seeds() -> None:
+    assert comparison.exceeds([5.0, 6.0], [1.0, 2.0], 3.5).p == 0.0
+    assert comparison.exceeds([5.0, 6.0], [1.0, 2.0], 4.0).p == 1.0
+    assert math.isnan(comparison.exceeds([5.0], [1.0], 0.0).p)
+    with pytest.raises(ValueError, match="got 2 and 1; need one each a seed"):
+        comparison.exceeds([5.0, 6.0], [1.0], 0.0)
+
+
 def test_holm_by_hand() -> None:
     """Four tests: 0.01·4, 0.02·3 = 0.06, 0.03·2 = 0.06 (not less than before it), 0.5."""
     assert comparison.holm([0.03, 0.01, 0.5, 0.02]) == pytest.approx([0.06, 0.04, 0.5, 0.06])

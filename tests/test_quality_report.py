@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,46 +11,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from quality_seed import KINDS, SeededSpy, Spy, write_seed
+from transformers import LlamaForCausalLM
 
 import resm_kernels
 from benchmarks.quality import candidates, hypotheses, measure, plots, records, results, run, tables
 from benchmarks.quality.candidates import DPO, LORA, MIXES, SFT, Row, merge_of
-from benchmarks.quality.merging import Models, StateDict, digest, merge
-from benchmarks.quality.text import build_tokenizer
-from benchmarks.quality.world import KINDS_OF, World
+from benchmarks.quality.merging import Models, StateDict, merge
+from benchmarks.quality.world import World
 
-KINDS = [kind for kinds in KINDS_OF.values() for kind in kinds]
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def tiny(vocabulary: int) -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def write_seed(folder: Path, seed: int) -> None:
-    """All models of a seed, untrained: the base, and noise around it."""
-    torch.manual_seed(seed)
-    tokenizer = build_tokenizer(World(seed))
-    base = tiny(len(tokenizer)).to(torch.bfloat16)
-    for name in ("base", *SFT, *DPO, *MIXES):
-        model = tiny(len(tokenizer)).to(torch.bfloat16)
-        noise = 0.0 if name == "base" else 0.01
-        for tensor, start in zip(model.parameters(), base.parameters(), strict=True):
-            tensor.data.copy_(start + noise * torch.randn(start.shape))
-        model.save_pretrained(folder / name)
-    tokenizer.save_pretrained(folder / "base")
-    for name in LORA:
-        adapted = get_peft_model(
-            LlamaForCausalLM.from_pretrained(folder / "base", dtype=torch.float32),
-            LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False),
-        )
-        adapted.save_pretrained(folder / name)
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +33,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def models(folder: Path) -> Models:
     return Models(folder)
-
-
-def made_up(model: StateDict, split: str) -> Mapping[str, float]:
-    """Scores that depend on the model's bits and on nothing else."""
-    rng = random.Random(digest(model) + split)
-    kinds = {kind: 100 * rng.random() for kind in KINDS}
-    dimensions = {name: sum(kinds[k] for k in members) / len(members) for name, members in KINDS_OF.items()}
-    return dimensions | {"average": sum(dimensions.values()) / 3, "worst": min(dimensions.values())} | kinds
-
-
-class Spy:
-    """A stand-in for `Asker` that records each question in order."""
-
-    def __init__(self, patience: int = 10**6) -> None:
-        self.asked: list[tuple[str, str]] = []
-        self.patience = patience
-
-    def __call__(self, model: StateDict, split: str) -> Mapping[str, float]:
-        if len(self.asked) == self.patience:
-            raise KeyboardInterrupt
-        self.asked.append((digest(model), split))
-        return made_up(model, split)
 
 
 def few_rows() -> list[Row]:
@@ -121,9 +68,10 @@ def test_a_grid_begins_with_the_default() -> None:
 
 
 def test_parameters_at_their_defaults_are_the_default() -> None:
-    assert merge_of("resm", lambda_=1.0, beta=1.0).key == merge_of("resm").key
+    assert merge_of("resm", lambda_=1.0, beta=0.0).key == merge_of("resm").key
     assert merge_of("resm", lambda_=0.5).key != merge_of("resm").key
     assert merge_of("resm", spectral=True).key != merge_of("resm").key
+    assert merge_of("resm", beta=1.0).describe() == "beta 1"
     assert merge_of("tsvm", spectral=True).key == merge_of("tsvm").key
 
 
@@ -263,7 +211,9 @@ def thin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Models) -> Ite
     monkeypatch.setattr(measure, "merge", once)
     monkeypatch.setattr(run, "train", lambda size, seeds, root, models, device: trained.append((seeds, models)))
 
-    def one(folders: dict[int, Path], record: str, workers: int, device: str) -> dict[int, records.Record]:
+    def one(
+        folders: dict[int, Path], record: records.RecordName, workers: int, device: str
+    ) -> dict[int, records.Record]:
         by_seed = {}
         for seed, where in folders.items():
             where.mkdir(parents=True, exist_ok=True)
@@ -277,15 +227,6 @@ def thin(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, models: Models) -> Ite
     monkeypatch.setattr(run, "measure", one)
     (tmp_path / "results").mkdir()
     yield {"root": tmp_path, "trained": trained}
-
-
-class SeededSpy(Spy):
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.seed = seed
-
-    def __call__(self, model: StateDict, split: str) -> Mapping[str, float]:
-        return made_up(model, f"{split}{self.seed}")
 
 
 def go(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
@@ -307,7 +248,8 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
     ]
     assert len(content["rows"]["tuned/resm"]) == 2 and len(content["grids"]["tuned/resm"]) == 8
     assert "| RESM |" in text and "| mix-weighted |" in text
-    assert all(text.count(f"\n## {title}\n") == 1 for title in tables.TITLES.values())
+    titles = [title for name, title in tables.TITLES.items() if not name.startswith("calibrated")]
+    assert all(text.count(f"\n## {title}\n") == 1 for title in titles)
     assert all((root / "results" / name).stat().st_size > 10_000 for name in ("quality.png", "quality_layers.png"))
     # Pictures take seconds, and the first ones are checked above.
     for name in ("pareto", "layers"):
@@ -327,6 +269,16 @@ def test_complete_run(thin: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_published_tables_come_from_the_published_records(tmp_path: Path) -> None:
     folder = Path(run.__file__).parents[1] / "results"
-    development, fresh = (results.read(folder / f"quality{name}.json") for name in ("", "_confirmation"))
-    tables.write(tmp_path / "quality.md", development, fresh)
+    files = {record: results.file_of(folder, "small", record) for record in records.RECORDS}
+    published = {record: results.read(file) for record, file in files.items() if file.is_file()}
+    tables.write(tmp_path / "quality.md", published)
     assert (tmp_path / "quality.md").read_text() == (folder / "quality.md").read_text()
+
+
+def test_published_grids_have_the_names_of_their_points() -> None:
+    """A parameter that a method's default changes under the records would give their rows false names."""
+    development = results.read(Path(run.__file__).parents[1] / "results" / "quality.json")
+    rows = {f"{row.group}/{row.name}": row for row in measure.all_rows()}
+    assert "tuned/resm" in development.grids
+    for name, points in development.grids.items():
+        assert list(points) == [candidate.describe() for candidate in rows[name].candidates], name

@@ -94,7 +94,7 @@ def test_outliers_of_one_tensor_are_resms_own_weights() -> None:
     base = {"w": torch.zeros(64, 64)}
     experts = [{"w": torch.randn(64, 64) ** power} for power in (1, 3, 5)]
     weights = rules.RULES["model-outliers"](base, experts, "resm", {})["w"]["weight"]
-    expected = layer_plan(base["w"], [e["w"] for e in experts]).weights
+    expected = layer_plan(base["w"], [e["w"] for e in experts], beta=1.0).weights
     assert weights == pytest.approx(expected, rel=1e-6) and max(weights) > 1.5
 
 
@@ -112,5 +112,5 @@ def test_share_of_outliers_ignores_how_far_an_expert_moved() -> None:
     shares = rules.RULES["outlier-share"](base, experts, "resm", {})["w"]["weight"]
     assert shares[1] == pytest.approx(shares[2]) and shares[1] > 10 * shares[0] and sum(shares) == pytest.approx(3)
     half = rules.RULES["half-outliers"](base, experts, "resm", {})["w"]["weight"]
-    mass = layer_plan(base["w"], [e["w"] for e in experts]).weights
+    mass = layer_plan(base["w"], [e["w"] for e in experts], beta=1.0).weights
     assert half == pytest.approx([(1 + w) / 2 for w in mass]) and min(half) >= 0.5

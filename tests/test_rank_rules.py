@@ -52,7 +52,7 @@ def check(base: Tensor, experts: list[Tensor], **choices: float | list[float]) -
 @pytest.mark.parametrize("shape", [(60, 45), (45, 60), (48, 48)], ids=str)
 def test_is_the_minimum(n_experts: int, alpha: float, shape: tuple[int, int]) -> None:
     base, experts = experts_with_spectra(*shape, n_experts, alpha, seed=2, dtype=torch.float64)
-    check(base, experts)
+    check(base, experts, beta=1.0)
     check(base, experts, beta=0.0, weight=[0.3 + t for t in range(n_experts)])
 
 

@@ -52,14 +52,16 @@ def heavy_tailed(m: int, n: int, n_experts: int, seed: int, dtype: torch.dtype =
 
 CHOICES: list[dict[str, Any]] = [
     {},
-    {"beta": 0.0, "gamma": 0.0},
-    {"beta": 0.0},
+    {"gamma": 0.0},
+    {"beta": 1.0},
     {"beta": 2.0, "gamma": 0.5},
     {"beta": -1.0},
     {"kappa": 1.5, "outlier_clip": True},
-    {"granularity": "row", "kappa": 1.5},
-    {"granularity": "row", "kappa": 1.5, "outlier_clip": True, "weight": [0.5, 2.0, 1.0]},
-    {"weight": [0.5, 2.0, -1.0]},
+    {"beta": 1.0, "kappa": 1.5, "outlier_clip": True},
+    {"granularity": "row"},
+    {"beta": 1.0, "granularity": "row", "kappa": 1.5},
+    {"beta": 1.0, "granularity": "row", "kappa": 1.5, "outlier_clip": True, "weight": [0.5, 2.0, 1.0]},
+    {"beta": 1.0, "weight": [0.5, 2.0, -1.0]},
     {"eps_rel": 0.3},
     {"rank_rule": "per_task", "eps_rel": 0.3},
     {"rank_rule": "per_task", "gamma": 0.0},
@@ -84,7 +86,11 @@ def test_follows_its_formulas(shape: tuple[int, int], choice: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("choice", [{}, {"granularity": "row", "kappa": 1.5}, {"rank_rule": "energy"}], ids=str)
+@pytest.mark.parametrize(
+    "choice",
+    [{}, {"beta": 1.0}, {"beta": 1.0, "granularity": "row", "kappa": 1.5}, {"rank_rule": "energy"}],
+    ids=str,
+)
 def test_follows_its_formulas_in_fp32_and_bf16(choice: dict[str, Any], dtype: torch.dtype) -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=2, dtype=dtype)
     m, _ = formula(base, experts, **choice)
@@ -163,7 +169,9 @@ def test_copies_of_one_expert_give_what_the_one_gives(copies: int) -> None:
     assert relative(merged_delta(base, [expert] * copies, rank_rule="fixed", rank=4), one) <= FLOAT64
 
 
-@pytest.mark.parametrize("choice", [{}, {"beta": -0.5}, {"granularity": "row"}, {"rank_rule": "per_task"}], ids=str)
+@pytest.mark.parametrize(
+    "choice", [{}, {"beta": -0.5}, {"beta": 1.0, "granularity": "row"}, {"rank_rule": "per_task"}], ids=str
+)
 def test_order_of_the_experts_does_not_matter(choice: dict[str, Any]) -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=4)
     weight, order = [0.5, 1.0, 1.5], [2, 0, 1]
@@ -173,8 +181,9 @@ def test_order_of_the_experts_does_not_matter(choice: dict[str, Any]) -> None:
 
 def test_transposing_passes_through() -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=5)
-    merged = merged_delta(base.mT, [e.mT for e in experts])
-    assert relative(merged, merged_delta(base, experts).mT) <= FLOAT64
+    for beta in (0.0, 1.0):
+        merged = merged_delta(base.mT, [e.mT for e in experts], beta=beta)
+        assert relative(merged, merged_delta(base, experts, beta=beta).mT) <= FLOAT64
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
@@ -203,9 +212,9 @@ def test_tensors_without_room_for_every_expert_are_averaged(shape: tuple[int, ..
     experts = [base + randn(*shape, seed=t + 1, dtype=torch.float64) for t in range(3)]
     weight = [1.0, 2.0, 0.5]
     expected = 0.7 * sum(w * (expert - base) for w, expert in zip(weight, experts, strict=True)) / 3
-    merged = merged_delta(base, experts, kappa=0.8, weight=weight, lambda_=0.7)
+    merged = merged_delta(base, experts, beta=1.0, kappa=0.8, weight=weight, lambda_=0.7)
     assert relative(merged, expected) <= 1e-12
-    plan = layer_plan(base, experts, kappa=0.8, weight=weight)
+    plan = layer_plan(base, experts, beta=1.0, kappa=0.8, weight=weight)
     assert not plan.spectral and plan.ranks == [] and plan.weights == weight
 
 
@@ -213,7 +222,7 @@ def test_tensors_without_room_for_every_expert_are_averaged(shape: tuple[int, ..
 def test_spectral_false_averages_a_matrix(choice: dict[str, Any]) -> None:
     base, experts = heavy_tailed(20, 12, 2, seed=8)
     expected = sum(e - base for e in experts) / 2
-    assert relative(merged_delta(base, experts, spectral=False, kappa=1.0, **choice), expected) <= 1e-12
+    assert relative(merged_delta(base, experts, spectral=False, beta=1.0, kappa=1.0, **choice), expected) <= 1e-12
 
 
 @pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "transformer.wte.weight"])
@@ -260,14 +269,26 @@ def test_rank_of_an_exact_share_of_zeros_is_exact() -> None:
 
 def test_layer_plan_shows_what_the_formulas_say() -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=9)
-    plan: LayerPlan = layer_plan(base, experts, kappa=1.5, weight=[1.0, 2.0, 3.0], lambda_=0.5)
+    plan: LayerPlan = layer_plan(base, experts, beta=1.0, kappa=1.5, weight=[1.0, 2.0, 3.0], lambda_=0.5)
     a = torch.stack([masses((e - base).flatten(), 1.5) for e in experts])
     assert plan.outlier_mass == pytest.approx(a.tolist(), rel=1e-9)
     assert plan.weights == pytest.approx((formula_weights(a, 1.0) * torch.tensor([1, 2, 3])).tolist(), rel=1e-9)
     assert plan.sparsity == [float((e == base).double().mean()) for e in experts]
-    rows = layer_plan(base, experts, kappa=1.5, granularity="row")
+    rows = layer_plan(base, experts, beta=1.0, kappa=1.5, granularity="row")
     by_row = formula_weights(torch.stack([masses(e - base, 1.5) for e in experts]), 1.0)
     assert rows.weights == pytest.approx(by_row.mean(1).tolist(), rel=1e-9)
+
+
+def test_experts_count_alike_by_default() -> None:
+    base, experts = heavy_tailed(40, 28, 3, seed=9)
+    plan = layer_plan(base, experts, weight=[1.0, 2.0, 3.0])
+    assert plan.weights == [1.0, 2.0, 3.0]
+    outlying = layer_plan(base, experts, beta=1.0)
+    # The masses are shown all the same, and are so different that the abstract's weights would be too.
+    assert plan.outlier_mass == outlying.outlier_mass and max(outlying.weights) > 1.5 * min(outlying.weights)
+    default = merge(base, experts, "resm")
+    assert same_bits(default, merge(base, experts, "resm", beta=0.0, kappa=1.0))
+    assert not torch.equal(default, merge(base, experts, "resm", beta=1.0))
 
 
 @pytest.mark.parametrize("beta", [-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
@@ -285,7 +306,7 @@ def test_outlier_weights_have_mean_one(beta: float) -> None:
 def test_without_outliers_all_weights_are_one() -> None:
     base = torch.zeros(20, 20)
     experts = [torch.where(randn(20, 20, seed=t) > 0, 1.0, -1.0) for t in range(2)]  # |δ − μ| ≤ 3σ everywhere
-    assert layer_plan(base, experts).weights == [1.0, 1.0]
+    assert layer_plan(base, experts, beta=1.0).weights == [1.0, 1.0]
 
 
 def test_mixed_dtypes_and_layouts() -> None:
@@ -308,7 +329,7 @@ def test_float64_inputs_are_merged_in_float64() -> None:
 def test_inputs_are_left_as_they_were_and_results_repeat() -> None:
     base, experts = heavy_tailed(40, 28, 3, seed=10)
     before = [t.clone() for t in [base, *experts]]
-    choice = {"outlier_clip": True, "granularity": "row", "kappa": 1.0}
+    choice = {"outlier_clip": True, "beta": 1.0, "granularity": "row", "kappa": 1.0}
     first = merge(base, experts, "resm", **choice)
     assert same_bits(first, merge(base, experts, "resm", **choice))
     assert all(same_bits(a, b) for a, b in zip(before, [base, *experts], strict=True))
@@ -318,9 +339,9 @@ def test_low_rank_experts_add_no_arbitrary_directions() -> None:
     # LoRA-like: rank 2, where r/T = 9 directions would be asked for.
     base = torch.zeros(28, 28, dtype=torch.float64)
     experts = [with_spectrum(28, 28, power_law(2, 0.5), 20 * t) for t in range(3)]
-    merged = merged_delta(base, experts, beta=0.0)
+    merged = merged_delta(base, experts)
     assert int(torch.linalg.matrix_rank(merged, rtol=1e-9)) == 6
-    m, _ = formula(base, experts, beta=0.0, rank_rule="fixed", rank=2)
+    m, _ = formula(base, experts, rank_rule="fixed", rank=2)
     assert relative(merged, m) <= FLOAT64
 
 

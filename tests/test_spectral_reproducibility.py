@@ -152,7 +152,8 @@ def test_merges_of_small_matrices(same_on_threads: SameOnThreads, rule: str, dec
     def work() -> list[Tensor]:
         merged = [merge(base, experts, "resm", accuracy=a, **parameters) for a in accuracies]
         half = [e.bfloat16() for e in experts]
-        by_row = merge(base.bfloat16(), half, "resm", granularity="row", accuracy=accuracies[0], **parameters)
+        row = {"beta": 1.0, "granularity": "row", "accuracy": accuracies[0]}
+        by_row = merge(base.bfloat16(), half, "resm", **row, **parameters)
         return [*merged, by_row]
 
     same_on_threads(work)
@@ -162,7 +163,7 @@ def test_merges_of_small_matrices(same_on_threads: SameOnThreads, rule: str, dec
 def test_merges_of_several_panels(same_on_threads: SameOnThreads, rule: str) -> None:
     # More than 2¹⁷ elements, so that the merge shares out its parts.
     base, experts = experts_with_spectra(380, 350, 3, seed=1)
-    parameters: dict[str, Any] = {"rank_rule": rule, "energy": 0.7}
+    parameters: dict[str, Any] = {"beta": 1.0, "rank_rule": rule, "energy": 0.7}
     same_on_threads(lambda: [merge(base, experts, "resm", accuracy=1e-2, **parameters)])
 
 

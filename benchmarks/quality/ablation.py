@@ -1,8 +1,9 @@
 """RESM taken apart: one ingredient at a time, at λ = 1 unless the row says otherwise, as rows of the same kind.
 
-The rows of `ablation:weights` and `ablation:ranks` change one choice of the default; `ablation:vocabulary` asks every
-spectral method whether to average embeddings; `ablation:scale` where λ may come from; `ablation:experts` merges other
-numbers and kinds of experts.
+The default has equal weights (β = 0). The rows of `ablation:ranks` change its rank rule alone, those of
+`ablation:weights` the weights alone, or one choice of RESM with β = 1, whose subspaces `ablation:decompositions`
+approximates. `ablation:vocabulary` asks every spectral method whether to average embeddings; `ablation:scale` where λ
+may come from; `ablation:experts` merges other numbers and kinds of experts.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from resm_kernels import methods
 
 SCALES: Final = (0.5, 0.7, 0.85, 1.0, 1.2)
 SCALE_RULES: Final = ("preserve-norm", "least-squares", "interference")
-WITHOUT: Final[dict[str, Any]] = {"beta": 0.0, "gamma": 0.0}
-EQUAL: Final[dict[str, Any]] = {"beta": 0.0}
-MILD: Final[dict[str, Any]] = {"beta": 0.25}
-"""Weights between equal ones and the default's."""
+OUTLIERS: Final[dict[str, Any]] = {"beta": 1.0}
+"""The abstract's outlier weighting, as this library reads it."""
 KINDS: Final[dict[str, tuple[str, dict[str, Any]]]] = {
     "RESM": ("resm", {}),
-    "RESM, β = 0.25": ("resm", MILD),
-    "RESM, equal weights": ("resm", EQUAL),
+    "RESM, β = 0.25": ("resm", {"beta": 0.25}),
+    "RESM, β = 1": ("resm", OUTLIERS),
     "TSV-M": ("tsvm", {}),
 }
 
@@ -32,13 +31,13 @@ def _row(group: str, name: str, method: str = "resm", **choices: Any) -> Row:
 
 
 def ingredients() -> list[Row]:
-    """Outlier weighting and rank rule, each alone, both (the default), neither; and TSV-M."""
+    """Outlier weighting and rank rule, each alone, both, neither; and TSV-M."""
     return [
         _row("ingredients", "TSV-M", "tsvm"),
-        _row("ingredients", "neither", **WITHOUT),
-        _row("ingredients", "outlier weights only", gamma=0.0),
-        _row("ingredients", "sparsity ranks only", **EQUAL),
-        _row("ingredients", "both (RESM)"),
+        _row("ingredients", "neither", gamma=0.0),
+        _row("ingredients", "outlier weights only", gamma=0.0, **OUTLIERS),
+        _row("ingredients", "sparsity ranks only (the default)"),
+        _row("ingredients", "both (the abstract)", **OUTLIERS),
     ]
 
 
@@ -50,29 +49,28 @@ def vocabulary() -> list[Row]:
         if any(p.name == "spectral" for p in method.parameters):
             rows.append(_row("vocabulary", f"{method.title}, spectral", name, spectral=True))
             rows.append(_row("vocabulary", f"{method.title}, averaged", name, rule="vocabulary-averaged"))
-    rows.append(_row("vocabulary", "RESM with equal weights, spectral", spectral=True, **EQUAL))
-    rows.append(_row("vocabulary", "RESM with equal weights, averaged", rule="vocabulary-averaged", **EQUAL))
+    rows.append(_row("vocabulary", "RESM, β = 1, spectral", spectral=True, **OUTLIERS))
+    rows.append(_row("vocabulary", "RESM, β = 1, averaged", rule="vocabulary-averaged", **OUTLIERS))
     return rows
 
 
 def weights() -> list[Row]:
-    """β, κ, granularity, clipping, and five rules in place of each layer's outlier mass."""
+    """β, κ, granularity, clipping, and five rules that set the user's weights instead of each layer's outlier mass."""
     return [
         *(_row("weights", f"layer, β = {b:g}", beta=b) for b in (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 1.0, 2.0)),
         *(_row("weights", f"row, β = {b:g}", beta=b, granularity="row") for b in (-0.5, 0.5, 1.0)),
-        *(_row("weights", f"layer, κ = {k:g}", kappa=k) for k in (2.0, 4.0)),
-        _row("weights", "layer, outliers clipped", outlier_clip=True),
-        _row("weights", "clipped, equal weights", outlier_clip=True, **EQUAL),
-        _row("weights", "whole model's outliers", rule="model-outliers", **EQUAL),
-        _row("weights", "half the outlier weights", rule="half-outliers", **EQUAL),
-        _row("weights", "share of outliers", rule="outlier-share", **EQUAL),
-        _row("weights", "equal norms", rule="equal-norms", **EQUAL),
-        _row("weights", "equal retention", rule="equal-retention", **EQUAL),
+        *(_row("weights", f"layer, β = 1, κ = {k:g}", kappa=k, **OUTLIERS) for k in (2.0, 4.0)),
+        *(_row("weights", f"layer, β = {b:g}, outliers clipped", beta=b, outlier_clip=True) for b in (1.0, 0.0)),
+        _row("weights", "whole model's outliers", rule="model-outliers"),
+        _row("weights", "half the outlier weights", rule="half-outliers"),
+        _row("weights", "share of outliers", rule="outlier-share"),
+        _row("weights", "equal norms", rule="equal-norms"),
+        _row("weights", "equal retention", rule="equal-retention"),
     ]
 
 
 def ranks() -> list[Row]:
-    """How many directions are kept, with equal weights so that ranks alone differ."""
+    """How many directions are kept, with the default's equal weights, so that ranks alone differ."""
     choices_of: dict[str, dict[str, Any]] = {
         "γ = 0: r/T": {"gamma": 0.0},
         "γ = 0.5": {"gamma": 0.5},
@@ -87,11 +85,11 @@ def ranks() -> list[Row]:
         "effective rank": {"rank_rule": "effective_rank"},
         "interference": {"rank_rule": "interference"},
     }
-    return [_row("ranks", name, **EQUAL, **choices) for name, choices in choices_of.items()]
+    return [_row("ranks", name, **choices) for name, choices in choices_of.items()]
 
 
 def decompositions() -> list[Row]:
-    """Exact against approximate subspaces."""
+    """Exact against approximate subspaces, with outlier weights."""
     choices_of: dict[str, dict[str, Any]] = {
         "exact (LAPACK)": {"decomposition": "exact", "accuracy": 0.0},
         "gram, float64": {"decomposition": "gram", "accuracy": 0.0},
@@ -99,7 +97,7 @@ def decompositions() -> list[Row]:
         "randomized, 1e-2": {"decomposition": "randomized", "accuracy": 1e-2},
         "randomized, 1e-1": {"decomposition": "randomized", "accuracy": 1e-1},
     }
-    return [_row("decompositions", name, **choices) for name, choices in choices_of.items()]
+    return [_row("decompositions", name, **OUTLIERS, **choices) for name, choices in choices_of.items()]
 
 
 def scales() -> list[Row]:
@@ -130,8 +128,8 @@ def experts() -> list[Row]:
         for name, (method, choices) in kinds.items():
             rows.append(_row("experts", f"{group}, {name}", method, experts=names, **choices))
         if len(names) > 3 or names in (DPO, LORA):
-            points = tuple(merge_of("resm", names, lambda_=scale) for scale in SCALES)
-            rows.append(Row("ablation:experts", f"{group}, RESM, λ tuned", points))
+            points = tuple(merge_of("resm", names, lambda_=scale, **OUTLIERS) for scale in SCALES)
+            rows.append(Row("ablation:experts", f"{group}, RESM, β = 1, λ tuned", points))
     return rows
 
 

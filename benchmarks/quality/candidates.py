@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
 from typing import Any, Final
 
+from benchmarks.quality.prompts import Draw
 from resm_kernels import methods
 
 MOST_POINTS: Final = 8
@@ -31,6 +32,25 @@ LEFT_OUT: Final = {
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """What a merge does with prompts, at the library's defaults.
+
+    With neither least squares nor a polish, the prompts are for the statistics that the merge method needs.
+
+    Attributes:
+        draw: Where the prompts come from.
+        prompts: How many each expert has.
+        least_squares: Whether linear layers are fitted to the experts' outputs.
+        polish_steps: Steps that bring the merge's predictions near the experts'.
+    """
+
+    draw: Draw
+    prompts: int
+    least_squares: bool = False
+    polish_steps: int = 0
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One model to measure.
 
@@ -39,17 +59,21 @@ class Candidate:
         method: The merge method's name in recipes; None for a model as it is.
         parameters: The method's parameters as keywords; what is not named has its default.
         rule: A rule of `rules.RULES` that sets further parameters for each tensor, from base and experts alone.
+        calibration: What the merge does with the experts' prompts; None for one that sees weights alone.
     """
 
     experts: tuple[str, ...]
     method: str | None = None
     parameters: tuple[tuple[str, Any], ...] = ()
     rule: str | None = None
+    calibration: Calibration | None = None
 
     @property
     def key(self) -> str:
         """What records know it by: canonical JSON of all that it is."""
         parts = {"experts": self.experts, "method": self.method, "parameters": dict(self.parameters), "rule": self.rule}
+        if self.calibration is not None:
+            parts["calibration"] = asdict(self.calibration)
         return json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
 
     def describe(self) -> str:
@@ -132,8 +156,8 @@ GRIDS: Final[dict[str, tuple[Candidate, ...]]] = {
     "resmerge": grid("resmerge", rank=(1, 8), lambda_=(1.5, 2.0, 2.5)),
     "dc_merge": grid("dc_merge", smoothing=("average", "linear"), lambda_=(0.7, 1.0, 1.3)),
     "resm": (
-        *grid("resm", lambda_=(0.8, 1.2)),
         *grid("resm", beta=(0.0, 0.25), lambda_=(1.0, 1.2)),
+        *grid("resm", beta=(1.0,), lambda_=(0.8, 1.0, 1.2)),
         *grid("resm", granularity=("row",), beta=(0.5,)),
     ),
 }  # fmt: skip
@@ -152,8 +176,9 @@ def stored_rows() -> list[Row]:
 
 
 def default_rows() -> list[Row]:
-    """Every method of the library as it comes."""
-    return [Row("default", name, (merge_of(name),)) for name in GRIDS if has_default(name)]
+    """Every method of the library as it comes, and RESM as the abstract of its paper reads."""
+    rows = [Row("default", name, (merge_of(name),)) for name in GRIDS if has_default(name)]
+    return [*rows, Row("default", "RESM, β = 1", (merge_of("resm", beta=1.0),))]
 
 
 def tuned_rows() -> list[Row]:

@@ -39,6 +39,21 @@ class Comparison:
     p: float
 
 
+@dataclass(frozen=True)
+class Exceedance:
+    """How far one row is ahead of another on the same seeds, and whether by more than a margin.
+
+    Attributes:
+        difference: Of the first to the second, over the seeds.
+        above: Seeds at which it is more than the margin.
+        p: One-sided paired t test of a mean difference of at most the margin, uncorrected; NaN for one seed.
+    """
+
+    difference: Interval
+    above: int
+    p: float
+
+
 def interval(values: Sequence[float]) -> Interval:
     """The mean over seeds ± t(n − 1)·s/√n, Student's 95 % interval for values of a normal law."""
     mean = float(np.mean(values))
@@ -77,6 +92,25 @@ def compare(ours: Sequence[float], theirs: Sequence[float], margins: Sequence[fl
     wins = int((apart > margins).sum())
     losses = int((-apart > margins).sum())
     return Comparison(interval(apart.tolist()), wins, len(apart) - wins - losses, losses, _paired_t(apart))
+
+
+def exceeds(ours: Sequence[float], theirs: Sequence[float], margin: float) -> Exceedance:
+    """Test whether one row is more than `margin` points ahead of another, seed by seed.
+
+    Args:
+        ours, theirs: One score a seed, in the same order.
+        margin: In points; negative where ours may be behind by less than that.
+    """
+    if len(ours) != len(theirs):
+        raise ValueError(f"ours, theirs: got {len(ours)} and {len(theirs)}; need one each a seed")
+    apart = np.asarray(ours, dtype=float) - np.asarray(theirs, dtype=float)
+    if len(apart) < 2:
+        p = math.nan
+    elif np.ptp(apart) == 0:
+        p = 0.0 if apart[0] > margin else 1.0
+    else:
+        p = float(stats.ttest_1samp(apart, margin, alternative="greater").pvalue)
+    return Exceedance(interval(apart.tolist()), int((apart > margin).sum()), p)
 
 
 def _paired_t(apart: np.ndarray) -> float:

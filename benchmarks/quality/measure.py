@@ -15,24 +15,33 @@ from typing import Any, Final
 import torch
 
 from benchmarks.quality.ablation import ablation_rows
+from benchmarks.quality.calibrated import calibrated_rows, reference_rows
+from benchmarks.quality.calibrating import Calibrator
 from benchmarks.quality.candidates import SFT, Candidate, Row, default_rows, stored_rows, tuned_rows
 from benchmarks.quality.evaluate import evaluate, load
-from benchmarks.quality.hypotheses import named_rows
+from benchmarks.quality.hypotheses import CALIBRATED, HYPOTHESES, named_rows
 from benchmarks.quality.merging import Models, StateDict, digest, merge
-from benchmarks.quality.records import Record, Scores, Split, rounded
+from benchmarks.quality.records import Record, RecordName, Scores, Split, rounded
 from benchmarks.quality.sizes import move
 from benchmarks.quality.world import World
 from resm_kernels.methods.resm import layer_plan
 
 HERE: Final = Path(__file__).resolve().parent
 ASKING: Final = tuple(HERE / name for name in ("words.py", "world.py", "evaluate.py", "sizes.py"))
-MERGING: Final = tuple(
-    path
-    for package in ("methods", "elementwise", "spectral")
-    for path in sorted((HERE.parents[1] / "resm_kernels" / package).glob("*.py"))
-)
+
+
+def _sources(*packages: str) -> tuple[Path, ...]:
+    """The modules of the library's packages."""
+    folders = [HERE.parents[1] / "resm_kernels" / package for package in packages]
+    return tuple(path for folder in folders for path in sorted(folder.glob("*.py")))
+
+
+MERGING: Final = _sources("methods", "elementwise", "spectral")
 """What scores depend on beside the models: the questions and their marking, and what methods and their defaults are."""
+CALIBRATING: Final = (*MERGING, *_sources("calibrate"), HERE / "prompts.py", HERE / "calibrating.py")
+"""What those of calibrated merges depend on: the prompts and what is done with them as well."""
 Ask = Callable[[StateDict, Split], Mapping[str, float]]
+Calibrate = Callable[[Candidate], StateDict]
 
 
 def all_rows() -> list[Row]:
@@ -69,10 +78,16 @@ class Asker:
 
 
 class Measurement:
-    """One seed being measured; `record` grows, and is saved after every answer."""
+    """One seed being measured; `record` grows, and is saved after every answer.
 
-    def __init__(self, folder: Path, models: Models, ask: Ask, record: Record) -> None:
+    `calibrate` makes the merges that use prompts; None serves rows that have none.
+    """
+
+    def __init__(
+        self, folder: Path, models: Models, ask: Ask, record: Record, calibrate: Calibrate | None = None
+    ) -> None:
         self.folder, self.models, self.ask, self.record = folder, models, ask, record
+        self._calibrate = calibrate
         self._by_digest: dict[tuple[str, Split], Scores] = {}
 
     def score(self, candidate: Candidate, split: Split) -> Scores:
@@ -80,9 +95,10 @@ class Measurement:
         known = self.record.of(split)
         if candidate.key not in known:
             begin = time.process_time()
-            model = merge(self.models, candidate)
-            same = digest(model), split
+            model = self._merge(candidate)
             merged = time.process_time()
+            self.record.cost(candidate.key, merged - begin)
+            same = digest(model), split
             if same not in self._by_digest:
                 self._by_digest[same] = rounded(self.ask(model, split))
             self.record.spend("merging", merged - begin)
@@ -90,6 +106,13 @@ class Measurement:
             known[candidate.key] = self._by_digest[same]
             self.record.save(self.folder)
         return known[candidate.key]
+
+    def _merge(self, candidate: Candidate) -> StateDict:
+        if candidate.calibration is None:
+            return merge(self.models, candidate)
+        if self._calibrate is None:
+            raise ValueError(f"calibrate: got None, need what merges {candidate.key}")
+        return self._calibrate(candidate)
 
     def run(self, rows: Iterable[Row]) -> Record:
         """Validation, choices, test; in that order."""
@@ -114,10 +137,10 @@ def chosen(row: Row, record: Record) -> Candidate:
 
 
 def layers(models: Models) -> list[dict[str, Any]]:
-    """What RESM would see in every matrix, embeddings too: sparsity, outlier mass, weights, ranks of the experts."""
+    """What RESM with β = 1 would see in every matrix, embeddings too: sparsity, outlier mass, weights, ranks."""
     rows = []
     for name, start in models["base"].items():
-        plan = layer_plan(start, [models[expert][name] for expert in SFT], spectral=True)
+        plan = layer_plan(start, [models[expert][name] for expert in SFT], spectral=True, beta=1.0)
         if plan.spectral:
             figures = {"sparsity": plan.sparsity, "outlier_mass": plan.outlier_mass, "weights": plan.weights}
             small = {key: [float(f"{v:.4g}") for v in values] for key, values in figures.items()}
@@ -125,9 +148,18 @@ def layers(models: Models) -> list[dict[str, Any]]:
     return rows
 
 
-def rows_of(record: str) -> list[Row]:
-    """What a record measures: development everything, confirmation what the hypotheses compare."""
-    return all_rows() if record == "development" else named_rows(all_rows())
+def rows_of(record: RecordName) -> list[Row]:
+    """What a record measures: everything, or on fresh seeds what the claims compare, calibrated or not."""
+    match record:
+        case "development":
+            return all_rows()
+        case "confirmation":
+            return named_rows(all_rows(), HYPOTHESES)
+        case "calibrated":
+            return calibrated_rows()
+        case "calibrated-confirmation":
+            claimed = named_rows(calibrated_rows(), CALIBRATED)
+            return list(dict.fromkeys([*reference_rows(), *claimed]))
 
 
 def models_of(rows: Iterable[Row]) -> list[str]:
@@ -136,12 +168,20 @@ def models_of(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(["base", *needed]))
 
 
-def measure_seed(folder: Path, seed: int, record: str, device: str) -> Record:
+def measure_seed(folder: Path, seed: int, record: RecordName, device: str) -> Record:
     """Measure the rows of one seed's folder, or what is missing of them, on one thread."""
     torch.set_num_threads(1)
     models, rows = Models(folder), rows_of(record)
-    scores = Record.open(folder, models.fingerprint(models_of(rows), *ASKING, *MERGING))
-    ask = Asker(folder, World(seed), device)
+    calibrated = record.startswith("calibrated")
+    # A folder of its own, so that neither record of the seed's models takes the other one's place.
+    kept = folder / "calibrated" if calibrated else folder
+    kept.mkdir(exist_ok=True)
+    sources = CALIBRATING if calibrated else MERGING
+    scores = Record.open(kept, models.fingerprint(models_of(rows), *ASKING, *sources))
+    world = World(seed)
+    ask = Asker(folder, world, device)
     scores.questions = ask.questions()
-    scores.layers = layers(models)
-    return Measurement(folder, models, ask, scores).run(rows)
+    if not calibrated:
+        scores.layers = layers(models)
+    calibrate = Calibrator(folder, world, kept / "scratch") if calibrated else None
+    return Measurement(kept, models, ask, scores, calibrate).run(rows)

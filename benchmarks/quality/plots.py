@@ -1,20 +1,26 @@
-"""Two pictures: the three dimensions against each other, and what RESM sees in every layer."""
+"""Three pictures: the dimensions against each other, what RESM sees in every layer, what prompts bring."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
+from benchmarks.quality.calibrated import BEST, COUNTS, MIXED, STATISTICAL, WAYS, row_of
 from benchmarks.quality.candidates import SFT
+from benchmarks.quality.prompts import DRAWS
 from benchmarks.quality.results import Results
 
 DIMENSIONS: Final = ("helpful", "honest", "harmless")
-_NAMED: Final = {"default": ("resm",), "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear")}
+_NAMED: Final = {
+    "default": ("resm", "RESM, β = 1"),
+    "tuned": ("resm", "tsvm", "iso_c", "ties", "task_arithmetic", "linear"),
+}
 """Methods named in the picture where they are not on the front; all others are dots."""
 
 
@@ -59,7 +65,7 @@ def layers(results: Results, file: Path) -> None:
     titles = {
         "sparsity": "sparsity: share of weights unchanged",
         "outlier_mass": "outlier mass per weight",
-        "weights": "outlier weights w (mean 1)",
+        "weights": "outlier weights w of β = 1 (mean 1)",
         "ranks": "rank kept, share of r/T",
     }
     figure = Figure(figsize=(14, 11), layout="constrained")
@@ -76,6 +82,43 @@ def layers(results: Results, file: Path) -> None:
         axis.grid(alpha=0.25)
     axis.set_xticks(x, [_short(row["name"]) for row in rows], rotation=90, fontsize=7)
     figure.axes[0].legend(fontsize=8)
+    figure.savefig(file, dpi=110)
+
+
+def calibrated(results: Results, file: Path) -> None:
+    """Points against prompts and against seconds; across lie mixed data and the best merge without prompts."""
+    columns = {"average": "average (%)", "worst": "worst dimension (%)"}
+    levels = {MIXED: ("mixed data, labelled", "-"), BEST: ("best merge without prompts", "--")}
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    axes = figure.subplots(2, 2, sharex="col", sharey="row")
+    for (column, title), (by_prompts, by_seconds) in zip(columns.items(), axes, strict=True):
+        by_prompts.set_ylabel(title)
+        for axis in (by_prompts, by_seconds):
+            axis.set_xscale("log")
+            axis.grid(alpha=0.25)
+            for row, (name, style) in levels.items():
+                level = float(np.mean(results.values(row, column)))
+                axis.axhline(level, color="black", linestyle=style, linewidth=1.2, label=name)
+        for (i, way), draw in product(enumerate((*WAYS, *STATISTICAL)), DRAWS):
+            rows = [row_of(draw, way, count) for count in COUNTS]
+            points = [float(np.mean(results.values(row, column))) for row in rows]
+            seconds = [float(np.mean(results.costs[row])) for row in rows]
+            look: dict[str, Any] = {
+                "color": f"C{i}",
+                "marker": "osD^vP"[i],
+                "linestyle": "-" if draw == "trained" else ":",
+            }
+            by_prompts.plot(COUNTS, points, label=f"{way}, {draw} prompts", **look)
+            by_seconds.plot(seconds, points, **look)
+    axes[1][0].set_xlabel("prompts an expert")
+    axes[1][0].set_xticks(COUNTS, [str(count) for count in COUNTS])
+    axes[1][0].minorticks_off()
+    axes[1][1].set_xlabel("processor seconds, answers included")
+    axes[1][1].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[1][1].xaxis.set_major_formatter("{x:g}")
+    axes[1][1].minorticks_off()
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(file, dpi=110)
 
 

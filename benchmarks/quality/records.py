@@ -7,9 +7,11 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 Split = Literal["valid", "test"]
+RecordName = Literal["development", "confirmation", "calibrated", "calibrated-confirmation"]
+RECORDS: Final[tuple[RecordName, ...]] = get_args(RecordName)
 Scores = dict[str, float]
 FILE: Final = "merges.json"
 _DIGITS: Final = 4
@@ -32,8 +34,9 @@ class Record:
         questions: How many questions of each kind each split has.
         valid, test: Scores by the candidates' keys.
         choices: For each row of several candidates, by group and name, the key that validation chose.
-        layers: RESM's view of every tensor at its defaults.
+        layers: What RESM with β = 1 sees in every tensor.
         seconds: Processor seconds spent, by what on.
+        costs: Processor seconds of each candidate's merge alone, by the candidates' keys.
     """
 
     fingerprint: str
@@ -43,6 +46,7 @@ class Record:
     choices: dict[str, str] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+    costs: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: Path, fingerprint: str) -> Record:
@@ -63,6 +67,10 @@ class Record:
 
     def spend(self, what: str, seconds: float) -> None:
         self.seconds[what] = round(self.seconds.get(what, 0.0) + seconds, 3)
+
+    def cost(self, key: str, seconds: float) -> None:
+        """Keep what a candidate's first merge took: a later one finds files and code in memory."""
+        self.costs.setdefault(key, round(seconds, 3))
 
 
 def rounded(scores: Mapping[str, Any]) -> Scores:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import resm_kernels
 from benchmarks.quality.candidates import Candidate, Row
 from benchmarks.quality.measure import chosen
-from benchmarks.quality.records import Record, Scores, write_aside
+from benchmarks.quality.records import Record, RecordName, Scores, write_aside
 
 COLUMNS: Final = ("helpful", "honest", "harmless", "average", "worst")
 
@@ -21,15 +21,17 @@ class Results:
     """What a record holds.
 
     Attributes:
-        size, record: Which models; "development" or "confirmation".
+        size, record: Which models; one of `records.RECORDS`.
         seeds: In ascending order; lists below follow it.
         version: Of the library.
         questions: Of each seed, by split and kind.
         rows: By group and name ("tuned/resm"): the test scores of each seed, with all kinds.
         chosen: For the same rows, what was chosen at each seed, in words.
         grids: Of rows with a choice, by name: each point in words, and its validation averages.
-        layers: Of each seed, RESM's view of the matrices.
+        layers: Of each seed, what RESM with β = 1 sees in the matrices.
         seconds: Of each seed, processor seconds by what they went into.
+        costs: Of rows of merges in a record of calibrated merges, by name: the processor seconds at each seed of all
+            that the row merges, its prompts' answers included; its training of experts and its choices not.
     """
 
     size: str
@@ -42,6 +44,7 @@ class Results:
     grids: dict[str, dict[str, list[Scores]]]
     layers: list[list[dict[str, Any]]]
     seconds: list[dict[str, float]]
+    costs: dict[str, list[float]] = field(default_factory=dict)
 
     def values(self, row: str, column: str) -> list[float]:
         """One score of a row at each seed."""
@@ -52,7 +55,7 @@ class Results:
         return {row.split("/", 1)[1]: row for row in self.rows if row.split("/", 1)[0] == name}
 
 
-def collect(size: str, record: str, rows: Sequence[Row], records: Mapping[int, Record]) -> Results:
+def collect(size: str, record: RecordName, rows: Sequence[Row], records: Mapping[int, Record]) -> Results:
     """One file of several seeds' records."""
     seeds = sorted(records)
     ordered = [records[seed] for seed in seeds]
@@ -76,6 +79,11 @@ def collect(size: str, record: str, rows: Sequence[Row], records: Mapping[int, R
         },
         layers=[measured.layers for measured in ordered],
         seconds=[measured.seconds for measured in ordered],
+        costs={
+            name: [round(sum(measured.costs[c.key] for c in row.candidates), 2) for measured in ordered]
+            for name, row in names.items()
+            if record.startswith("calibrated") and row.candidates[0].method
+        },
     )
 
 
@@ -83,10 +91,10 @@ def _headline(scores: Scores) -> Scores:
     return {name: scores[name] for name in COLUMNS}
 
 
-def file_of(folder: Path, size: str, record: str) -> Path:
+def file_of(folder: Path, size: str, record: RecordName) -> Path:
     """`quality.json` for small models' development seeds; others say what they are."""
     parts = ["quality", *([size] if size != "small" else []), *([record] if record != "development" else [])]
-    return folder / ("_".join(parts) + ".json")
+    return folder / ("_".join(parts).replace("-", "_") + ".json")
 
 
 def save(results: Results, file: Path) -> None:

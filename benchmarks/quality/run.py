@@ -2,9 +2,12 @@
 
     python -m benchmarks.quality.run --size small --seeds 0 1 2 3 4
     python -m benchmarks.quality.run --size small --seeds 5 6 7 8 9 --record confirmation
+    python -m benchmarks.quality.run --size small --seeds 0 1 2 3 4 --record calibrated
+    python -m benchmarks.quality.run --size small --seeds 10 11 12 13 14 --record calibrated-confirmation
 
-The first measures everything; the second only what hypotheses.py claims, on seeds that were not looked at when it was
-claimed. A run that is cut off goes on where it was: models and scores are kept in --root.
+The first measures every merge that sees weights alone, the third merges that are calibrated with prompts; the others
+only what hypotheses.py claims of these, on seeds that were not looked at when it was claimed. A run that is cut off
+goes on where it was: models and scores are kept in --root.
 """
 
 from __future__ import annotations
@@ -19,10 +22,11 @@ from typing import Final
 
 from benchmarks.quality import plots, results, tables
 from benchmarks.quality.measure import measure_seed, models_of, rows_of
-from benchmarks.quality.records import Record
+from benchmarks.quality.records import RECORDS, Record, RecordName
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-RECORDS: Final = ("development", "confirmation")
+EXPLORING: Final = ("development", "calibrated")
+"""Records that may share seeds with each other: nothing that they show was claimed before."""
 
 
 def train(size: str, seeds: list[int], root: Path, models: list[str], device: str) -> None:
@@ -32,7 +36,7 @@ def train(size: str, seeds: list[int], root: Path, models: list[str], device: st
     subprocess.run([*command, "--models", *models], cwd=REPOSITORY, check=True)
 
 
-def measure(folders: dict[int, Path], record: str, workers: int, device: str) -> dict[int, Record]:
+def measure(folders: dict[int, Path], record: RecordName, workers: int, device: str) -> dict[int, Record]:
     """Every seed's record, several seeds side by side, each in a process of its own on one thread."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -45,21 +49,26 @@ def measure(folders: dict[int, Path], record: str, workers: int, device: str) ->
         return records
 
 
-def check_seeds(seeds: list[int], record: str, folder: Path, size: str) -> None:
-    """Refuse seeds that the other record has: what was looked at confirms nothing."""
+def check_seeds(seeds: list[int], record: RecordName, folder: Path, size: str) -> None:
+    """Refuse seeds that another record has, if either confirms claims: what was looked at confirms nothing."""
     for other in RECORDS:
         file = results.file_of(folder, size, other)
-        if other != record and file.is_file() and (shared := sorted(set(seeds) & set(results.read(file).seeds))):
+        if other == record or (record in EXPLORING and other in EXPLORING):
+            continue
+        if file.is_file() and (shared := sorted(set(seeds) & set(results.read(file).seeds))):
             raise SystemExit(f"--seeds: {shared} are in {file.name} already; {record} needs others")
 
 
 def report(folder: Path, size: str) -> None:
     """Draw the pictures and write the tables, from the records in the folder and into it."""
-    development = results.read(results.file_of(folder, size, "development"))
-    fresh = results.file_of(folder, size, "confirmation")
-    plots.pareto(development, folder / "quality.png")
-    plots.layers(development, folder / "quality_layers.png")
-    tables.write(folder / "quality.md", development, results.read(fresh) if fresh.is_file() else None)
+    files = {record: results.file_of(folder, size, record) for record in RECORDS}
+    records = {record: results.read(file) for record, file in files.items() if file.is_file()}
+    if "development" in records:
+        plots.pareto(records["development"], folder / "quality.png")
+        plots.layers(records["development"], folder / "quality_layers.png")
+    if "calibrated" in records:
+        plots.calibrated(records["calibrated"], folder / "quality_calibrated.png")
+    tables.write(folder / "quality.md", records)
 
 
 def main() -> None:

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from benchmarks.quality.comparison import Comparison, Interval, compare, holm, interval, standard_error
-from benchmarks.quality.hypotheses import HYPOTHESES
-from benchmarks.quality.records import write_aside
+from benchmarks.quality.calibrated import REFERENCE
+from benchmarks.quality.comparison import Comparison, Interval, compare, exceeds, holm, interval, standard_error
+from benchmarks.quality.hypotheses import CALIBRATED, HYPOTHESES
+from benchmarks.quality.records import RecordName, write_aside
 from benchmarks.quality.results import COLUMNS, Results
 from benchmarks.quality.world import KINDS_OF
 from resm_kernels import methods
 
-_HEADS = {"models": "model", "default": "method, defaults", "tuned": "method, tuned"}
+_HEADS = {
+    "models": "model",
+    "default": "method, defaults",
+    "tuned": "method, tuned",
+    REFERENCE: "model",
+    "calibrated:fresh": "calibration",
+}
 
 
 def score_table(results: Results, groups: Sequence[str]) -> str:
@@ -26,13 +33,21 @@ def score_table(results: Results, groups: Sequence[str]) -> str:
     rows = [(group, name, row) for group in groups for name, row in results.group(group).items()]
     cells = {row: [interval(results.values(row, column)) for column in COLUMNS] for _, _, row in rows}
     best = [max(values[i].mean for values in cells.values()) for i in range(len(COLUMNS))]
-    tuned = "tuned" in groups
-    lines = [_line([_HEADS.get(groups[0], "RESM"), *COLUMNS, *(["chosen most often"] if tuned else [])])]
-    lines.append(_line(["---", *["---:"] * len(COLUMNS), *(["---"] if tuned else [])]))
+    last = _LAST_COLUMNS.get(groups[-1].partition(":")[0])
+    lines = [_line([_HEADS.get(groups[0], "RESM"), *COLUMNS, *([last.head] if last else [])])]
+    lines.append(_line(["---", *["---:"] * len(COLUMNS), *([last.rule] if last else [])]))
     for _, name, row in rows:
         shown = [_interval(v, bold=v.mean == top) for v, top in zip(cells[row], best, strict=True)]
-        lines.append(_line([_title(name), *shown, *([_most_often(results, row)] if tuned else [])]))
+        lines.append(_line([_title(name), *shown, *([last.cell(results, row)] if last else [])]))
     return "\n".join(lines)
+
+
+class _LastColumn(NamedTuple):
+    """What a table has behind the scores: its head, the rule below, and each row's cell."""
+
+    head: str
+    rule: str
+    cell: Callable[[Results, str], str]
 
 
 def margins(results: Results, ours: str, theirs: str) -> list[float]:
@@ -55,12 +70,16 @@ def comparisons(results: Results, ours: str, rows: Iterable[str]) -> dict[str, t
     return {row: (c, p) for (row, c), p in zip(differences.items(), corrected, strict=True)}
 
 
-def comparison_table(results: Results, group: str) -> str:
+def resm_table(results: Results, group: str) -> str:
     """RESM of one group against all of it, and against the models that were trained."""
-    ours = f"{group}/resm"
     rows = [*results.group(group).values(), *results.group("models").values()]
+    return comparison_table(results, f"RESM ({group})", f"{group}/resm", rows)
+
+
+def comparison_table(results: Results, name: str, ours: str, rows: Iterable[str]) -> str:
+    """One row against others, the hardest rival first."""
     compared = comparisons(results, ours, rows)
-    lines = [_line([f"RESM ({group}) against", "Δ average", "win/tie/loss", "p", "Δ worst"])]
+    lines = [_line([f"{name} against", "Δ average", "win/tie/loss", "p", "Δ worst"])]
     lines.append(_line(["---", *["---:"] * 4]))
     for row, (c, p) in sorted(compared.items(), key=lambda item: item[1][0].difference.mean):
         worst = interval(_differences(results, ours, row, "worst"))
@@ -74,8 +93,7 @@ def hypothesis_table(results: Sequence[Results]) -> str:
     heads = ["claim"]
     columns = []
     for record in results:
-        seeds = f"seeds {record.seeds[0]}–{record.seeds[-1]}" if len(record.seeds) > 1 else f"seed {record.seeds[0]}"
-        heads += [f"Δ average, {seeds}", "win/tie/loss", "p"]
+        heads += [f"Δ average, {_seeds(record)}", "win/tie/loss", "p"]
         compared = []
         for h in HYPOTHESES:
             ours, theirs = record.values(h.better, "average"), record.values(h.worse, "average")
@@ -91,6 +109,30 @@ def hypothesis_table(results: Sequence[Results]) -> str:
     return "\n".join(lines)
 
 
+def claim_table(results: Sequence[Results]) -> str:
+    """Every claim about calibrated merges on every record: the difference in its column, and p of its margin.
+
+    p is one-sided, and corrected for all claims of that record.
+    """
+    heads = ["claim", "column", "margin"]
+    columns = []
+    for record in results:
+        heads += [f"Δ, {_seeds(record)}", "seeds beyond the margin", "p"]
+        tested = []
+        for h in CALIBRATED:
+            assert h.margin is not None, h.claim
+            tested.append(exceeds(record.values(h.better, h.column), record.values(h.worse, h.column), h.margin))
+        columns.append(list(zip(tested, holm([t.p for t in tested]), strict=True)))
+    lines = [_line(heads), _line(["---", "---", *["---:"] * (len(heads) - 2)])]
+    for i, h in enumerate(CALIBRATED):
+        cells = [h.claim, h.column, f"{h.margin:+g}"]
+        for record, column in zip(results, columns, strict=True):
+            test, p = column[i]
+            cells += [_signed(test.difference), f"{test.above} of {len(record.seeds)}", _p(p)]
+        lines.append(_line(cells))
+    return "\n".join(lines)
+
+
 TITLES: Final = {
     "default": "Defaults",
     "tuned": "Tuned on validation",
@@ -100,22 +142,57 @@ TITLES: Final = {
     "ablation-vocabulary": "Embeddings: merged as any matrix, or averaged",
     "ablation-weights": "Rules for the experts' weights",
     "ablation-ranks": "Rules for ranks, with equal weights",
-    "ablation-decompositions": "Exact and approximate subspaces",
+    "ablation-decompositions": "Exact and approximate subspaces, with β = 1",
     "ablation-scale": "Rules for λ",
     "ablation-experts": "Other numbers and kinds of experts",
     "hypotheses": "Fresh seeds",
+    "calibrated-trained": "Calibrated merges",
+    "calibrated-fresh": "Calibrated merges, fresh prompts",
+    "calibrated-against": "Calibrated merges against others",
+    "calibrated-confirmation": "Calibrated merges, fresh seeds",
+    "calibrated-claims": "Calibrated merges, claims",
 }
 """The heading of each table."""
 
 
-def all_tables(development: Results, confirmation: Results | None) -> dict[str, str]:
-    """Every table by its name."""
+def all_tables(records: Mapping[RecordName, Results]) -> dict[str, str]:
+    """Every table of these records, by its name."""
+    tables: dict[str, str] = {}
+    if "development" in records:
+        tables |= merge_tables(records["development"], records.get("confirmation"))
+    if "calibrated" in records:
+        tables |= calibrated_tables(records["calibrated"], records.get("calibrated-confirmation"))
+    return tables
+
+
+def calibrated_tables(development: Results, confirmation: Results | None) -> dict[str, str]:
+    """Calibrated merges by the draw of their prompts, the claims' rows against all that is no calibration, claims."""
+    tables = {
+        "calibrated-trained": f"{about(development)}\n\n{score_table(development, [REFERENCE, 'calibrated:trained'])}",
+        "calibrated-fresh": score_table(development, ["calibrated:fresh"]),
+    }
+    fresh = [confirmation] if confirmation else []
+    newest = confirmation or development
+    against = [
+        comparison_table(newest, f"{row.split('/', 1)[1]}, {_seeds(newest)},", row, newest.group(REFERENCE).values())
+        for row in dict.fromkeys(h.better for h in CALIBRATED)
+    ]
+    tables["calibrated-against"] = "\n\n".join(against)
+    for results in fresh:
+        groups = [REFERENCE, "calibrated:trained", "calibrated:fresh"]
+        tables["calibrated-confirmation"] = f"{about(results)}\n\n{score_table(results, groups)}"
+    tables["calibrated-claims"] = claim_table([development, *fresh])
+    return tables
+
+
+def merge_tables(development: Results, confirmation: Results | None) -> dict[str, str]:
+    """Everything about merges that see weights alone."""
     groups = dict.fromkeys(row.split("/", 1)[0] for row in development.rows if row.startswith("ablation:"))
     return {
         "default": score_table(development, ["models", "default"]),
         "tuned": score_table(development, ["tuned"]),
-        "resm-default": comparison_table(development, "default"),
-        "resm-tuned": comparison_table(development, "tuned"),
+        "resm-default": resm_table(development, "default"),
+        "resm-tuned": resm_table(development, "tuned"),
         **{group.replace(":", "-"): score_table(development, [group]) for group in groups},
         "hypotheses": hypothesis_table([development, *([confirmation] if confirmation else [])]),
     }
@@ -132,15 +209,16 @@ def about(results: Results) -> str:
     )
 
 
-def write(file: Path, development: Results, confirmation: Results | None) -> None:
-    """Write all tables into one Markdown file."""
-    sections = [f"## {TITLES[name]}\n\n{table}" for name, table in all_tables(development, confirmation).items()]
+def write(file: Path, records: Mapping[RecordName, Results]) -> None:
+    """Write all tables of these records into one Markdown file."""
+    sections = [f"## {TITLES[name]}\n\n{table}" for name, table in all_tables(records).items()]
     head = (
         "# Tables of the 3H benchmark\n\n"
-        "`make quality` writes this file from quality.json and quality_confirmation.json; do not edit it. "
+        "`make quality` writes this file from the records beside it, quality.json and quality_*.json; do not edit it. "
         "[docs/quality.md](../../docs/quality.md) explains the columns and what follows from the figures.\n\n"
     )
-    write_aside(file, head + about(development) + "\n\n" + "\n\n".join(sections) + "\n")
+    said = [about(records["development"])] if "development" in records else []
+    write_aside(file, head + "\n\n".join([*said, *sections]) + "\n")
 
 
 def _differences(results: Results, ours: str, theirs: str, column: str) -> list[float]:
@@ -152,6 +230,22 @@ def _most_often(results: Results, row: str) -> str:
         return "has no grid"
     choice, times = Counter(results.chosen[row]).most_common(1)[0]
     return f"{choice} ({times} of {len(results.seeds)})"
+
+
+def _seconds(results: Results, row: str) -> str:
+    return f"{interval(results.costs[row]).mean:.1f}" if row in results.costs else "–"
+
+
+_LAST_COLUMNS: Final = {
+    "tuned": _LastColumn("chosen most often", "---", _most_often),
+    "calibrated": _LastColumn("seconds", "---:", _seconds),
+}
+"""By the first part of a group's name."""
+
+
+def _seeds(results: Results) -> str:
+    seeds = results.seeds
+    return f"seeds {seeds[0]}–{seeds[-1]}" if len(seeds) > 1 else f"seed {seeds[0]}"
 
 
 def _title(name: str) -> str:

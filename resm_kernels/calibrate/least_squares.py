@@ -151,13 +151,15 @@ def solve_stage(
     gram.diagonal().add_(pull)
     solved: dict[str, Tensor] = {}
     residual, moved, length = 0.0, 0.0, 0.0
+    last = any(layer.has_bias for layer in layers)  # whose solution may destroy the matrix
     for has_bias in (False, True):
         group = [layer for layer in layers if layer.has_bias is has_bias]
         if not group:
             continue
         sides = torch.cat([right.pop(layer).add_(begin[layer], alpha=pull) for layer in group])
+        matrix = _columns(gram, group[0], ones).contiguous()
         try:
-            solution = spd_solve(_columns(gram, group[0], ones), sides)
+            solution = spd_solve(matrix, sides, overwrite_a=has_bias is last)
         except ValueError as error:
             listed = ", ".join(layer.name for layer in layers)
             raise CalibrationError(f"{listed}: no solution ({error}); need more prompts or a larger ridge") from error

@@ -53,7 +53,7 @@ def _check_installed() -> None:
         import transformers  # noqa: F401
     except ImportError as error:
         raise CalibrationError(
-            "calibrate: needs transformers, which is not installed: pip install 'resm-kernels[tokenizers]'"
+            "calibrate: needs transformers, which is not installed: pip install 'resm-kernels[calibrate]'"
         ) from error
 
 

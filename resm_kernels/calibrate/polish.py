@@ -256,6 +256,20 @@ def polish(
     )
 
 
+def split_samples(count: int, share: float, seed: int, expert: int) -> tuple[list[int], list[int]]:
+    """The positions of an expert's samples that are trained on, and those that are held out, both ascending.
+
+    Args:
+        count: Number of samples; at least 2.
+        share: The share to hold out, rounded; at least one sample is held out, and at least one is not.
+        seed: The draw's.
+        expert: The expert's position in the recipe.
+    """
+    held_out = min(max(1, round(share * count)), count - 1)
+    order = random.Random(f"{seed} {expert}").sample(range(count), count)
+    return sorted(order[held_out:]), sorted(order[:held_out])
+
+
 class _Expert:
     """One expert's samples, what is held out of them, and the file of its predictions."""
 
@@ -272,12 +286,9 @@ class _Expert:
                 f"{file}: has shape {self._rows.shape}, need {self._starts[-1]} rows, one for each answer position of "
                 f"{name}; write it from the same samples"
             )
-        # Strings seed Python's generator alike on every platform.
-        rng = random.Random(f"{options.seed} {index}")
-        order = rng.sample(range(len(samples)), len(samples))
-        count = min(max(1, round(options.held_out * len(samples))), len(samples) - 1)
-        self.held_out = sorted(order[:count])
-        self.batches = _endless_batches(order[count:], options.batch, rng)
+        trained, self.held_out = split_samples(len(samples), options.held_out, options.seed, index)
+        rng = random.Random(f"{options.seed} {index} batches")  # strings seed alike on every platform
+        self.batches = _endless_batches(trained, options.batch, rng)
 
     def divergence(self, student: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
         """The sum of KL(expert ‖ student) over the answer positions of some samples, and how many these are."""

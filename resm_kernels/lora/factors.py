@@ -174,9 +174,10 @@ def _statistics(
 ) -> tuple[Tensor, list[float]]:
     """Return the outlier mass a_t, of shape (T,), and the sparsity s_t of the task vectors, formed one at a time."""
     mass, sparsity = [], []
+    kappa = options["kappa"] if options["beta"] else None  # equal weights need no outliers
     for left, right, scale in factors:
         delta = matmul(left.to(dtype), right.to(dtype)).mul_(scale)
-        stats = delta_stats(torch.zeros_like(delta), [delta], eps_rel=options["eps_rel"], kappa=options["kappa"])
+        stats = delta_stats(torch.zeros_like(delta), [delta], eps_rel=options["eps_rel"], kappa=kappa)
         mass.append(stats.outlier_mass().cpu())
         sparsity += stats.sparsity().tolist()
     return torch.cat(mass), sparsity
