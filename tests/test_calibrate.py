@@ -14,7 +14,8 @@ from checkpoints import load_model
 from experts import save_expert, transformers
 from safetensors.torch import load_file, save_file
 
-from resm_kernels.calibrate import CalibrationError, load_samples
+from resm_kernels.calibrate import CalibrationError, Sample, load_samples
+from resm_kernels.calibrate.activations import make_batches
 from resm_kernels.calibrate.blocks import ModelNames
 from resm_kernels.calibrate.output import Place, find_tensors, write_model
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader
@@ -62,6 +63,7 @@ def test_result_loads_and_is_nearer_to_the_experts(tmp_path: Path, kind: str, ke
     before, after = load_model(start), load_model(models.out)
     assert {n: (x.dtype, x.shape) for n, x in before.items()} == {n: (x.dtype, x.shape) for n, x in after.items()}
     solved = {name for block in report.blocks for stage in block["stages"] for name in stage["layers"]}
+    solved |= {name for name in ("model.embed_tokens", "transformer.wte") if f"{name}.weight" in before}
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) is (name.rpartition(".")[0] not in solved), name
     tied = kind in ("GPT2", "Qwen2", "Gemma2")
@@ -99,17 +101,17 @@ def test_one_expert_alone_is_approached_from_another_start(tmp_path: Path) -> No
     """With as many inputs as weights and hardly a ridge, the layers give the expert's outputs."""
     models = Models(tmp_path, experts=1, prompts=40)
     start = {"base_model": str(models.base), "merge_method": "task_arithmetic", "parameters": {"lambda": 0.3}}
-    models.calibrate(models.recipe(**start), ridge=1e-9)
-    embedding = load_model(models.out)["model.embed_tokens.weight"]
-    assert not torch.equal(embedding, load_model(models.folders[0])["model.embed_tokens.weight"])
+    models.calibrate(models.recipe(**start), ridge=1e-9, embeddings="merged")
     merge_checkpoints(models.recipe(**start), models.root / "start")
     assert output_error(models, models.out, 0) < 0.6 * output_error(models, models.root / "start", 0)
-    models.calibrate(models.recipe(**start), ridge=1e-9, embeddings="token-counts", overwrite=True)
+    name = "model.embed_tokens.weight"
+    assert torch.equal(load_model(models.out)[name], load_model(models.root / "start")[name])
+    models.calibrate(models.recipe(**start), ridge=1e-9, overwrite=True)
     assert output_error(models, models.out, 0) < 1e-3
 
 
 def test_embeddings_by_token_counts(models: Models) -> None:
-    models.calibrate(embeddings="token-counts")
+    models.calibrate()
     name = "model.embed_tokens.weight"
     after, start = load_model(models.out)[name], load_model(merged(models))[name].double()
     counts = torch.zeros(2, len(start), dtype=torch.float64)
@@ -137,7 +139,7 @@ def test_a_tied_head_that_is_stored_too_stays_the_embedding(tmp_path: Path, poli
         weights = load_model(folder)
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    models.calibrate(embeddings="token-counts", polish_steps=polish_steps)
+    models.calibrate(polish_steps=polish_steps)
     after = load_model(models.out)
     assert torch.equal(after["lm_head.weight"], after["model.embed_tokens.weight"])
     assert not torch.equal(after["lm_head.weight"], load_model(merged(models))["lm_head.weight"])
@@ -258,6 +260,29 @@ def test_numbers_of_prompt_files(models: Models) -> None:
         message = rf"^prompts: got {len(files)} files, need one for each of the 2 experts, .*: expert0, expert1$"
         refused(models, message, files=files)
     assert models.leftovers() == []
+
+
+def test_least_squares_leave_out_what_stops_the_polish(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list[Sample]] = []
+
+    def batches(samples: list[Sample], *rest: Any) -> Any:
+        seen.append(list(samples))
+        return make_batches(samples, *rest)
+
+    monkeypatch.setattr("resm_kernels.calibrate.run.make_batches", batches)
+    report = models.calibrate(polish_steps=1, held_out=0.3)
+    assert report.polish is not None
+    for t, held_out in enumerate(report.polish["held_out"]):
+        samples = samples_of(models, t)
+        assert len(held_out) == 2
+        assert seen[t] == [sample for i, sample in enumerate(samples) if i not in held_out]
+    assert report.prompts == (8, 8)
+
+
+def test_a_polish_needs_two_prompts_of_each_expert(models: Models) -> None:
+    message = r"prompts0\.txt: got 1 prompt, need at least 2 for a polish"
+    refused(models, message, max_prompts=1, polish_steps=1)
+    models.calibrate(max_prompts=1, restart=True)
 
 
 def test_one_prompt_file_that_is_no_list(models: Models) -> None:

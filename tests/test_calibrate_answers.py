@@ -262,6 +262,10 @@ def test_answers_are_kept_until_something_changes(tmp_path: Path, monkeypatch: p
         stream.write("w6 w7\n")
     assert run(1)[:6] == samples and run(0)[6].tokens[:3] == (BEGIN, 6, 7)
     os.utime(folder / "model.safetensors", ns=(1, 1))
+    assert run(0)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] *= 1.5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     run(1)
     (folder / "generation_config.json").write_text('{"eos_token_id": 5}')
     assert run(1)[0].tokens[:4] == samples[0].tokens[:4] and run(0)

@@ -104,7 +104,7 @@ def test_solutions_are_those_of_the_definition(tmp_path: Path, kind: str, rope_t
         config = json.loads((models.folders[1] / "config.json").read_text())
         config["rope_parameters"]["rope_theta"] = rope_theta
         (models.folders[1] / "config.json").write_text(json.dumps(config))
-    models.calibrate(ridge=0.03, answer_weight=4.0)
+    models.calibrate(ridge=0.03, answer_weight=4.0, embeddings="merged")
     merge_checkpoints(models.recipe(), tmp_path / "start")
     got, expected = whole(models.out), by_definition(models, tmp_path / "start", kind, 0.03, 4.0)
     start = whole(tmp_path / "start")
