@@ -279,7 +279,7 @@ def answer_prompts(
     If `cache_file` holds the answers to these prompts, it is read and the expert is not loaded. Otherwise the answers
     are written to it: what was made from other prompts, models or options is replaced. Its key covers the prompts, the
     options that change answers (not `batch_tokens`), the versions of this library, of torch and of transformers, and of
-    the model's files the content (config, tokenizer) or a part of each tensor (weights, `CheckpointReader.fingerprint`).
+    the model's files the content (config, tokenizer) or a part of each tensor (`CheckpointReader.fingerprint`).
 
     The expert's weights are loaded if a prompt has no answer, and are freed before the function returns.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from resm_kernels.calibrate.activations import make_batches
 from resm_kernels.calibrate.answers import answer_prompts
 from resm_kernels.calibrate.blocks import Decoder, model_names, without_weights
 from resm_kernels.calibrate.errors import CalibrationError
-from resm_kernels.calibrate.fingerprint import model_fingerprint
+from resm_kernels.calibrate.job import check_recipe, job_of
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
 from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
 from resm_kernels.calibrate.output import REPORT_FILE, Place, card_text, find_tensors, small_files, write_model
@@ -157,7 +156,7 @@ def calibrate_checkpoint(
     shard_bytes = parse_size(chosen.max_shard_size, "max_shard_size")
     device = _device(chosen.device)
     with plan_merge(recipe, None, MergeOptions(threads=chosen.threads)) as plan:
-        _check_recipe(plan, files)
+        check_recipe(plan, files)
         target = check_output_folder(out, overwrite=chosen.overwrite, inputs=plan.models.folders)
         config = load_config(plan.reference)
         # What is wrong with prompts and models is said now, not after the merge.
@@ -167,7 +166,7 @@ def calibrate_checkpoint(
         if decoder is not None:
             for model in plan.experts:
                 _weights(model, decoder)
-        with WorkFolder(target, _job(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
+        with WorkFolder(target, job_of(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
             job = _Calibration(plan, files, chosen, target, work, device, config, decoder, shard_bytes, progress)
             report = job.run()
             work.remove()
@@ -391,41 +390,6 @@ def _weights(model: Model, decoder: Decoder) -> WeightReader:
 
 def _block_file(number: int) -> str:
     return f"block-{number:05d}.safetensors"
-
-
-def _check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
-    """Refuse recipes whose output is not the experts' architecture, and a wrong number of files."""
-    parts = plan.recipe.parts
-    if len(parts) != 1 or len(parts[0].slices) != 1 or any(s.layers is not None for s in plan.recipe.sources):
-        raise CalibrationError("recipe: has slices or modules; calibrate needs a recipe of whole models (models: …)")
-    if plan.tokenizer is not None:
-        raise CalibrationError(
-            "recipe: tokenizer: merges vocabularies, so that the experts' tokens are not the output's; calibrate needs "
-            "models of one vocabulary and a recipe without tokenizer"
-        )
-    if len(files) != len(plan.experts):
-        names = ", ".join(model.folder.name for model in plan.experts)
-        raise CalibrationError(
-            f"prompts: got {len(files)} files, need one for each of the {len(plan.experts)} experts, in the recipe's "
-            f"order: {names}"
-        )
-
-
-def _job(plan: MergePlan, files: Sequence[Path], options: CalibrateOptions) -> dict[str, Any]:
-    """What the result depends on, by the names that errors use."""
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
-    entries: dict[str, Any] = {
-        "recipe": plan.recipe.text,
-        "version of the libraries": {"resm-kernels": __version__, **versions},
-    }
-    for i, model in enumerate(plan.models.all()):
-        entries[f"model {i + 1} ({model.folder.name})"] = model_fingerprint(model)
-    for t, file in enumerate(files):
-        try:
-            entries[f"file of prompts ({t + 1})"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise CalibrationError(f"{file}: cannot be read: {error.strerror}; need a file of prompts") from error
-    return entries | options.job()
 
 
 def _comparable(config: Any) -> dict[str, Any]:
