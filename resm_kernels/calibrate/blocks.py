@@ -88,6 +88,7 @@ class Decoder:
 
     Args:
         config: transformers' configuration of a decoder with an output head.
+        device: Where the weights will be; buffers, such as rotary frequencies, are put there.
 
     Raises:
         CalibrationError: The architecture has no list of blocks that can be run one by one.
@@ -98,8 +99,11 @@ class Decoder:
         head: The output head; None if it is tied to the embedding.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, device: torch.device | str = "cpu") -> None:
         model = without_weights(config)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module.register_buffer(name, buffer.to(device), name not in module._non_persistent_buffers_set)
         self._frame: nn.Module = model.eval().requires_grad_(False)
         self.architecture = type(model).__name__
         if not is_causal(model):

@@ -162,7 +162,7 @@ def calibrate_checkpoint(
         # What is wrong with prompts and models is said now, not after the merge.
         for file in files:
             read_prompts(file, chosen.max_prompts)
-        decoder = Decoder(config) if chosen.least_squares else None
+        decoder = Decoder(config, device) if chosen.least_squares else None
         if decoder is not None:
             for model in plan.experts:
                 _weights(model, decoder)
@@ -313,7 +313,7 @@ class _Calibration:
     def _decoder_of(self, model: Model, decoder: Decoder) -> Decoder:
         """The decoder of an expert whose config computes something else than the merged model's."""
         config = load_config(model)
-        return decoder if _comparable(config) == _comparable(self._config) else Decoder(config)
+        return decoder if _comparable(config) == _comparable(self._config) else Decoder(config, self._device)
 
     def _polish(self, start: Model, samples: Sequence[Sequence[Sample]]) -> None:
         if "polish" in self._work.state:
