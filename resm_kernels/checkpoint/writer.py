@@ -119,10 +119,11 @@ def check_output_folder(
     path = Path(os.path.realpath(os.path.expanduser(out)))
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output {path}: is a file, need a folder that does not exist yet")
-    for model in inputs:
-        source = Path(os.path.realpath(model))
+    for entry in inputs:
+        source = Path(os.path.realpath(os.path.expanduser(entry)))
         if source == path or path in source.parents:
-            raise CheckpointError(f"output {path}: is or contains the input model {source}; choose another folder")
+            kind = "model " if source.is_dir() else "file "
+            raise CheckpointError(f"output {path}: is or contains the input {kind}{source}; choose another folder")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise CheckpointError(f"output {path}: exists and is not empty; choose another folder or pass --overwrite")
@@ -169,6 +170,7 @@ class CheckpointWriter:
         self._unflushed = [0] * len(plan.shards)
         self._pending = set(plan.slots)
         self._committed = False
+        self._replaces = out.is_dir() and any(out.iterdir())
 
     def __enter__(self) -> CheckpointWriter:
         self._check_space()
@@ -179,7 +181,7 @@ class CheckpointWriter:
                 for shard in self.plan.shards:
                     fd = os.open(self._partial / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     self._descriptors.append(fd)
-                    _reserve(fd, shard.size)
+                    reserve(fd, shard.size)
                     write_fully(fd, memoryview(shard.header), 0)
         except BaseException:
             self._discard()
@@ -236,6 +238,8 @@ class CheckpointWriter:
         old = self.out.parent / f".{self.out.name}.old-{secrets.token_hex(4)}"
         try:
             if self.out.exists() and any(self.out.iterdir()):
+                if not self._replaces:
+                    raise CheckpointError(f"output {self.out}: exists now, made by another process; it is not replaced")
                 self.out.rename(old)
             self._partial.rename(self.out)
         except BaseException:
@@ -277,7 +281,7 @@ def write_errors_named(out: Path, need: str = "") -> Iterator[None]:
         raise CheckpointError(f"output {out}: cannot be written{need}: {error.strerror or error}") from error
 
 
-def _reserve(fd: int, size: int) -> None:
+def reserve(fd: int, size: int) -> None:
     """Give the file its full size and, if possible, its disk blocks, so that a full disk is reported at once."""
     if hasattr(os, "posix_fallocate"):
         try:

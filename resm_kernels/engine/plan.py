@@ -22,7 +22,7 @@ from resm_kernels.engine.devices import Device
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
-from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_of
+from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files, statistics_of
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import AlignedReader, Vocabulary
 from resm_kernels.engine.window import Job, Window
@@ -189,7 +189,9 @@ def plan_merge(
         planner = _JobPlanner(recipe, models, statistics, vocabulary, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
         if out is not None:
-            out = check_output_folder(out, overwrite=options.overwrite, inputs=models.folders)
+            out = check_output_folder(
+                out, overwrite=options.overwrite, inputs=[*models.folders, *statistics_files(statistics)]
+            )
         plan = MergePlan(
             recipe=recipe,
             options=options,

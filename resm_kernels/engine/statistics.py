@@ -44,6 +44,11 @@ def open_statistics(recipe: Recipe, models: OpenedModels, on_error: contextlib.E
     return statistics
 
 
+def statistics_files(statistics: Statistics) -> list[Path]:
+    """Every file of statistics once."""
+    return list(dict.fromkeys(reader.file for reader in statistics.values()))
+
+
 def _check_kind(method: Method, reader: StatisticsReader) -> None:
     if reader.about.kind != method.statistics:
         raise MergeError(
