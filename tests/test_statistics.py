@@ -299,7 +299,9 @@ def test_files_are_read_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_output_files_are_checked_and_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.safetensors").write_text("old")
+    about = StatisticsInfo(kind="gram", model="m", answers_by="m", fingerprint="f", prompts=1, tokens=1)
+    write_statistics(tmp_path / "a.safetensors", {}, about)
+    before = (tmp_path / "a.safetensors").read_bytes()
     for name, message in (
         ("a.bin", "need a name that ends with .safetensors"),
         ("a.safetensors", "exists; choose another name or pass --overwrite"),
@@ -315,10 +317,9 @@ def test_output_files_are_checked_and_appear_whole(tmp_path: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    about = StatisticsInfo(kind="gram", model="m", answers_by="m", fingerprint="f", prompts=1, tokens=1)
     with pytest.raises(CheckpointError, match=r"a.safetensors: cannot be written: No space left"):
         write_statistics(check_statistics_file(tmp_path / "a.safetensors", overwrite=True), {}, about)
-    assert (tmp_path / "a.safetensors").read_text() == "old" and len(list(tmp_path.iterdir())) == 2
+    assert (tmp_path / "a.safetensors").read_bytes() == before and len(list(tmp_path.iterdir())) == 2
 
 
 def test_fingerprints_know_models_again(family: Family) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resm_kernels._version import __version__
@@ -72,6 +72,9 @@ class StatisticsReader(CheckpointReader):
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file)
+        if not self.file.is_file():
+            found = "is a folder" if self.file.is_dir() else "no such file"
+            raise CheckpointError(f"{file}: {found}; need a file that resm-kernels statistics wrote")
         super().__init__(self.file.parent, self.file.name)
         self.about = _read_about(self.file)
         for name, info in self.tensors.items():
@@ -127,6 +130,12 @@ def check_statistics_file(out: str | os.PathLike[str], *, overwrite: bool) -> Pa
         raise CheckpointError(f"output {path}: is a folder, need the name of a file")
     if path.exists() and not overwrite:
         raise CheckpointError(f"output {path}: exists; choose another name or pass --overwrite")
+    if path.exists():
+        # A model's weights may be in a file of this name, and nobody wants to lose these.
+        try:
+            _read_about(path)
+        except (CheckpointError, OSError, SafetensorError):
+            raise CheckpointError(f"output {path}: holds no statistics, so it is not overwritten") from None
     return path
 
 
