@@ -117,7 +117,8 @@ class RowFile:
         """Replace rows from `first` on."""
         with _errors_named(self.file), open(self.file, "r+b") as stream:
             stream.seek(4 * first * self.shape[1])
-            rows.detach().float().cpu().contiguous().numpy().tofile(stream)
+            # Not by `tofile`, whose errors do not say that the disk is full.
+            stream.write(rows.detach().float().cpu().contiguous().numpy())
 
     def sync(self) -> None:
         """Return when the rows are on disk, so that they are still there after a power failure."""

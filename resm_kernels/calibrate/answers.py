@@ -97,7 +97,7 @@ def answer(
             num_beams=1,
             max_new_tokens=max_new_tokens,
             eos_token_id=list(ends) or None,
-            pad_token_id=ends[0] if ends else 0,
+            pad_token_id=0,  # masked, and behind answers cut off: any token that every model has
             use_cache=True,
         )
         check = LogitsProcessorList([_FiniteLogits(model)])
@@ -317,22 +317,49 @@ def answer_prompts(
     key = _key(model, prompts, options)
     samples = load_samples(cache_file, key)
     if samples is None:
-        config, tokenizer = load_config(model), load_tokenizer(model)
-        encoded = encode_prompts(
-            prompts,
-            tokenizer,
-            prompts_file,
-            max_prompt_tokens,
-            max_answer_tokens=max_new_tokens,
-            vocabulary=config.get_text_config().vocab_size,
-            end_tokens=end_tokens(load_generation_config(model), tokenizer),
-        )
-        _check_context(prompts, encoded, config, prompts_file, max_new_tokens)
+        tokenizer = load_tokenizer(model)
+        encoded = _encoded(model, tokenizer, prompts, prompts_file, max_new_tokens, max_prompt_tokens)
         asked = [entry for entry in encoded if not isinstance(entry, Sample)]
         answers = iter(_ask(model, tokenizer, asked, dtype, device, max_new_tokens, batch_tokens, progress))
         samples = [entry if isinstance(entry, Sample) else next(answers) for entry in encoded]
         save_samples(cache_file, samples, key)
     return samples
+
+
+def check_prompts(
+    model: Model,
+    prompts_file: Path,
+    *,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+    max_prompts: int | None = None,
+) -> None:
+    """Raise the errors that `answer_prompts` would, as far as the expert's weights are not needed to find them."""
+    prompts = read_prompts(prompts_file, max_prompts)
+    _encoded(model, load_tokenizer(model), prompts, prompts_file, max_new_tokens, max_prompt_tokens)
+
+
+def _encoded(
+    model: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    prompts_file: Path,
+    max_new_tokens: int,
+    max_prompt_tokens: int,
+) -> list[Sample | tuple[int, ...]]:
+    """Prompts as token ids, which with their answers fit in the model's context."""
+    config = load_config(model)
+    encoded = encode_prompts(
+        prompts,
+        tokenizer,
+        prompts_file,
+        max_prompt_tokens,
+        max_answer_tokens=max_new_tokens,
+        vocabulary=config.get_text_config().vocab_size,
+        end_tokens=end_tokens(load_generation_config(model), tokenizer),
+    )
+    _check_context(prompts, encoded, config, prompts_file, max_new_tokens)
+    return encoded
 
 
 def _ask(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fingerprint import model_fingerprint
+from resm_kernels.calibrate.models import load_tokenizer
+from resm_kernels.checkpoint.auxiliary import TOKENIZER_PATTERNS
 from resm_kernels.engine import MergePlan
 from resm_kernels.options import CalibrateOptions
 
@@ -31,6 +35,43 @@ def check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
             f"prompts: got {len(files)} files, need one for each of the {len(plan.experts)} experts, in the recipe's "
             f"order: {names}"
         )
+
+
+def check_answers_folder(folder: Path, out: Path) -> None:
+    """Refuse a folder of answers that replacing the output would delete, or that cannot be made and written to.
+
+    An expert may take hours to answer, so that this is said before.
+    """
+    real = Path(os.path.realpath(folder))
+    if real == out or out in real.parents:
+        raise CalibrationError(f"answers: {folder}: is or lies in the output, which replaces it; name another one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        reason = "is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise CalibrationError(f"answers: {folder}: cannot be written to: {reason}; need a folder") from error
+
+
+def check_tokenizers(plan: MergePlan) -> None:
+    """Refuse experts whose tokens mean something else than the output's; only some may have added tokens.
+
+    Embeddings of one size say nothing about it, and a merge of weights alone does not need to know.
+    """
+    models = list({model.base_folder: model for model in (plan.reference, *plan.experts)}.values())
+    if not any(file for p in TOKENIZER_PATTERNS if "template" not in p for file in models[0].base_folder.glob(p)):
+        models = models[1:]  # a base model without a tokenizer, which the output then has none of either
+    first = load_tokenizer(models[0]).get_vocab()
+    words = {number: word for word, number in first.items()}
+    for model in models[1:]:
+        for word, number in load_tokenizer(model).get_vocab().items():
+            if words.get(number, word) != word or first.get(word, number) != number:
+                other = f"{words[number]!r} there" if number in words else f"token {first[word]} there"
+                raise CalibrationError(
+                    f"recipe: {model.base_folder}: its tokenizer's token {number} is {word!r}, but that of "
+                    f"{models[0].base_folder} has {other}; calibrate needs models of one vocabulary"
+                )
 
 
 def job_of(plan: MergePlan, files: Sequence[Path], options: CalibrateOptions) -> dict[str, Any]:

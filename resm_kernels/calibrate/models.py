@@ -57,7 +57,8 @@ def _check_installed() -> None:
         ) from error
 
 
-def _reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, as errors of this package are one line."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -79,7 +80,7 @@ def load_config(model: Model) -> PreTrainedConfig:
             )
         except Exception as error:  # transformers raises whatever its configurations do
             raise CalibrationError(
-                f"calibrate: {model.base_folder / 'config.json'}: transformers cannot read it ({_reason(error)})"
+                f"calibrate: {model.base_folder / 'config.json'}: transformers cannot read it ({first_line(error)})"
             ) from error
         head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     names = list(config.architectures or ())
@@ -107,25 +108,34 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
             )
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             raise CalibrationError(
-                f"calibrate: {model.base_folder}: has no tokenizer that transformers can load ({_reason(error)}); need "
-                "its tokenizer files"
+                f"calibrate: {model.base_folder}: has no tokenizer that transformers can load ({first_line(error)}); "
+                "need its tokenizer files"
             ) from error
     return tokenizer
 
 
 def load_generation_config(model: Model) -> GenerationConfig:
-    """Return a model's `generation_config.json`, or what its config.json says if there is none."""
+    """Return a model's `generation_config.json`, or what its config.json says if there is none.
+
+    Raises:
+        CalibrationError: The file cannot be read, or its end tokens are no whole numbers.
+    """
+    file = model.base_folder / "generation_config.json"
     with quiet_transformers():
         from transformers import GenerationConfig
 
-        if not (model.base_folder / "generation_config.json").is_file():
-            return GenerationConfig.from_model_config(load_config(model))
-        try:
-            return GenerationConfig.from_pretrained(model.base_folder, local_files_only=True)
-        except Exception as error:  # the file may hold anything
-            raise CalibrationError(
-                f"calibrate: {model.base_folder / 'generation_config.json'}: cannot be read ({_reason(error)})"
-            ) from error
+        if file.is_file():
+            try:
+                settings = GenerationConfig.from_pretrained(model.base_folder, local_files_only=True)
+            except Exception as error:  # the file may hold anything
+                raise CalibrationError(f"calibrate: {file}: cannot be read ({first_line(error)})") from error
+        else:
+            file = model.base_folder / "config.json"
+            settings = GenerationConfig.from_model_config(load_config(model))
+    ends: Any = settings.eos_token_id
+    if ends is not None and not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
+        raise CalibrationError(f"calibrate: {file}: eos_token_id: got {ends!r}, need the numbers of tokens")
+    return settings
 
 
 def load_model(model: Model, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
@@ -157,7 +167,7 @@ def load_model(model: Model, *, dtype: torch.dtype, device: torch.device | str) 
             loaded, report = _load(model, config, dtype)
         except Exception as error:  # transformers raises whatever its models do
             raise CalibrationError(
-                f"calibrate: {model.folder}: transformers cannot load it ({_reason(error)})"
+                f"calibrate: {model.folder}: transformers cannot load it ({first_line(error)})"
             ) from error
         _check_report(model, report)
         _check_causal(model, loaded)

@@ -23,6 +23,7 @@ from torch.nn import functional
 
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.prompts import Sample
+from resm_kernels.checkpoint.writer import reserve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -135,7 +136,7 @@ def write_targets(
             logits of a batch take this times the size of the vocabulary times 4 bytes, up to three times over.
 
     Raises:
-        CalibrationError: No samples, or predictions with NaN.
+        CalibrationError: No samples, predictions with NaN, or a file that cannot be written.
         ValueError: Another dtype.
 
     The same samples, options, device and number of threads give the same bits.
@@ -160,6 +161,9 @@ def write_targets(
                 if rows is None:
                     shape = (starts[-1], log_probs.shape[1])
                     rows = np.lib.format.open_memmap(aside, mode="w+", dtype=_TARGET_DTYPES[dtype], shape=shape)
+                    # Writing to a memory map on a full disk would end the process.
+                    with open(aside, "r+b") as stream:
+                        reserve(stream.fileno(), os.fstat(stream.fileno()).st_size)
                 values = log_probs.clamp(min=lowest).to(dtype).cpu().numpy()
                 begin = 0
                 for i in chosen:
@@ -169,6 +173,8 @@ def write_targets(
         assert rows is not None  # there is at least one sample
         rows.flush()
         aside.replace(file)
+    except OSError as error:
+        raise CalibrationError(f"{file}: cannot be written: {error.strerror or error}") from error
     finally:
         aside.unlink(missing_ok=True)
 

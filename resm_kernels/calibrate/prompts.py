@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from resm_kernels.calibrate.errors import CalibrationError
-from resm_kernels.calibrate.models import quiet_transformers
+from resm_kernels.calibrate.models import first_line, quiet_transformers
 from resm_kernels.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -333,7 +333,8 @@ class _Encoder:
             return str(self._tokenizer.apply_chat_template(entries, add_generation_prompt=generation, tokenize=False))
         except Exception as error:  # templates raise whatever their expressions do
             raise CalibrationError(
-                f"{where}: the chat template of {self._name} refuses the messages ({error}); need ones that it takes"
+                f"{where}: the chat template of {self._name} refuses the messages ({first_line(error)}); need "
+                "ones that it takes"
             ) from error
 
     def _chat_answer(self, prompt: Prompt, text: str, where: str) -> tuple[int, ...]:

@@ -17,21 +17,22 @@ import torch
 
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.activations import make_batches
-from resm_kernels.calibrate.answers import answer_prompts
+from resm_kernels.calibrate.answers import answer_prompts, check_prompts
 from resm_kernels.calibrate.blocks import Decoder, model_names, without_weights
 from resm_kernels.calibrate.errors import CalibrationError
-from resm_kernels.calibrate.job import check_recipe, job_of
+from resm_kernels.calibrate.job import check_answers_folder, check_recipe, check_tokenizers, job_of
 from resm_kernels.calibrate.layerwise import Expert, Layerwise
-from resm_kernels.calibrate.models import load_config, load_model, quiet_transformers
+from resm_kernels.calibrate.models import load_config, load_model
 from resm_kernels.calibrate.output import REPORT_FILE, Place, card_text, find_tensors, small_files, write_model
 from resm_kernels.calibrate.polish import PolishOptions, PolishReport, polish, split_samples, write_targets
-from resm_kernels.calibrate.prompts import Sample, read_prompts
+from resm_kernels.calibrate.prompts import Sample
 from resm_kernels.calibrate.weights import WeightReader
 from resm_kernels.calibrate.workfolder import WorkFolder
 from resm_kernels.checkpoint import CheckpointReader, check_output_folder, read_config
 from resm_kernels.checkpoint.format import parse_size
 from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
 from resm_kernels.engine.models import Model
+from resm_kernels.engine.statistics import statistics_files
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions
 from resm_kernels.recipe import Recipe
 
@@ -45,6 +46,8 @@ _START: Final = "start"
 _EMBEDDING: Final = "embedding.safetensors"
 _POLISHED: Final = "polished"
 _ASIDE: Final = "output"
+_LONG_NAME: Final = 25
+"""So many characters of a model's and of a prompt file's name are in a file of answers' name."""
 
 
 @dataclass(kw_only=True)
@@ -157,11 +160,21 @@ def calibrate_checkpoint(
     device = _device(chosen.device)
     with plan_merge(recipe, None, MergeOptions(threads=chosen.threads)) as plan:
         check_recipe(plan, files)
-        target = check_output_folder(out, overwrite=chosen.overwrite, inputs=plan.models.folders)
+        inputs = [*plan.models.folders, *statistics_files(plan.statistics), *files]
+        target = check_output_folder(out, overwrite=chosen.overwrite, inputs=inputs)
         config = load_config(plan.reference)
         # What is wrong with prompts and models is said now, not after the merge.
-        for file in files:
-            read_prompts(file, chosen.max_prompts)
+        if chosen.answers is not None:
+            check_answers_folder(Path(chosen.answers).expanduser(), target)
+        check_tokenizers(plan)
+        for model, file in zip(plan.experts, files, strict=True):
+            check_prompts(
+                model,
+                file,
+                max_new_tokens=chosen.max_new_tokens,
+                max_prompt_tokens=chosen.max_prompt_tokens,
+                max_prompts=chosen.max_prompts,
+            )
         decoder = Decoder(config, device) if chosen.least_squares else None
         if decoder is not None:
             for model in plan.experts:
@@ -208,6 +221,8 @@ class _Calibration:
                 with self._timed("polishing"):
                     self._polish(start, samples)
             with self._timed("writing"):
+                # Something else may have been put there meanwhile.
+                check_output_folder(self._out, overwrite=self._options.overwrite)
                 report = CalibrationReport(
                     out=self._out,
                     method=self._plan.method.name,
@@ -238,7 +253,8 @@ class _Calibration:
     def _answers(self, t: int) -> list[Sample]:
         expert, file = self._plan.experts[t], self._files[t]
         folder = self._work.path if self._options.answers is None else Path(self._options.answers).expanduser()
-        cache = folder / f"answers-{t}-{expert.folder.name}-{file.stem}.safetensors"
+        # File systems allow names of 255 bytes. Of two files with one name the later replaces the earlier.
+        cache = folder / f"answers-{t}-{expert.folder.name[:_LONG_NAME]}-{file.stem[:_LONG_NAME]}.safetensors"
         return answer_prompts(
             expert,
             file,
@@ -340,9 +356,7 @@ class _Calibration:
         report: PolishReport = polish(
             student, samples, targets, options, lambda done, total: self._progress("polishing", done, total)
         )
-        with quiet_transformers():
-            student.save_pretrained(self._work.path / _POLISHED)
-        self._work.sync(_POLISHED)
+        self._work.save_model(_POLISHED, student)
         self._work.save(polish=asdict(report))
 
     # ------------------------------------------------------------------ output
@@ -393,8 +407,12 @@ def _block_file(number: int) -> str:
 
 
 def _comparable(config: Any) -> dict[str, Any]:
-    """A configuration's entries that may change what the model computes."""
+    """A configuration's entries that may change what the model computes.
+
+    Whether the output head is tied is not among them: an expert's head is read as a tensor if the output has one.
+    """
     ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache"}
+    ignored.add("tie_word_embeddings")
     return {k: v for k, v in config.to_dict().items() if k not in ignored and not k.endswith("_token_id")}
 
 

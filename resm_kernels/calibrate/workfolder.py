@@ -10,11 +10,16 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.calibrate.models import quiet_transformers
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _MANIFEST: Final = "calibration.json"
 _LOCK: Final = "lock"
@@ -80,9 +85,10 @@ class WorkFolder:
             partial.replace(self.path / name)
             _sync(self.path)
 
-    def sync(self, name: str) -> None:
-        """Return when the files of a folder within this one are on disk."""
-        with _errors_named(self.path):
+    def save_model(self, name: str, model: PreTrainedModel) -> None:
+        """Write a model to a folder within this one; when it returns, the files are on disk."""
+        with _errors_named(self.path), quiet_transformers():
+            model.save_pretrained(self.path / name)
             for path in (*sorted((self.path / name).iterdir()), self.path / name, self.path):
                 _sync(path)
 
@@ -192,5 +198,5 @@ def _sync(path: Path) -> None:
 def _errors_named(folder: Path) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise CalibrationError(f"{folder}: cannot be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{folder}: cannot be written: {getattr(error, 'strerror', None) or error}") from error
