@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 from resm_kernels import merge_checkpoints
 from resm_kernels.calibrate import CalibrationError
 from resm_kernels.calibrate.activations import RowFile
-from resm_kernels.calibrate.answers import answer
+from resm_kernels.calibrate.answers import answer, answer_prompts
 from resm_kernels.calibrate.models import load_model as load_whole_model
 from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.engine import MergeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,6 +108,24 @@ def test_prompts_are_encoded_before_the_merge(models: Models) -> None:
     word_tokenizer("{{ raise_exception('no system role\nof any kind') }}").save_pretrained(models.folders[1])
     write_lines(models, {"messages": [{"role": "user", "content": "w7"}]})
     refused(models, r"line 1: the chat template of .* refuses the messages \(no system role\)")
+
+
+def test_after_a_merge_that_failed_another_recipe_needs_no_restart(models: Models) -> None:
+    recipe = models.recipe()
+    recipe["models"][1]["parameters"]["weight"] = -1.0
+    with pytest.raises(MergeError, match="sum to 0"):
+        models.calibrate(recipe)
+    recipe["models"][1]["parameters"]["weight"] = 2.0
+    models.calibrate(recipe)
+    assert models.leftovers() == []
+
+
+def test_a_text_that_has_its_begin_token_gets_no_second_one(models: Models) -> None:
+    write_lines(models, {"prompt": "<s> w7 w8"}, {"prompt": "w7 w8"}, {"prompt": "<s> <s> w7"})
+    folder = open_model(models.folders[1])
+    samples = answer_prompts(folder, models.files[1], models.root / "cache.safetensors", max_new_tokens=6)
+    assert samples[0] == samples[1]
+    assert [sample.answer_start for sample in samples] == [3, 3, 3], "only what the tokenizer added is left out"
 
 
 def test_experts_with_other_words_for_the_same_tokens_are_refused(models: Models) -> None:

@@ -118,7 +118,7 @@ class RowFile:
         with _errors_named(self.file), open(self.file, "r+b") as stream:
             stream.seek(4 * first * self.shape[1])
             # Not by `tofile`, whose errors do not say that the disk is full.
-            stream.write(rows.detach().float().cpu().contiguous().numpy())
+            stream.write(rows.detach().float().cpu().contiguous().numpy().data)
 
     def sync(self) -> None:
         """Return when the rows are on disk, so that they are still there after a power failure."""

@@ -253,7 +253,8 @@ def encode_prompts(
 ) -> list[Sample | tuple[int, ...]]:
     """Return for each prompt its token ids, or a `Sample` if the file brings its answer too.
 
-    A text is tokenized as it is, with the special tokens that the tokenizer adds. A conversation is written by the
+    A text is tokenized as it is, with the special tokens that the tokenizer adds; one that begins with the begin token
+    itself, as what a chat template wrote does, gets no second one. A conversation is written by the
     tokenizer's chat template with its generation prompt, and tokenized without further special tokens.
 
     The answer of a text is tokenized for itself, without special tokens, and the end token is appended if there is
@@ -302,6 +303,9 @@ class _Encoder:
     def encode(self, prompt: Prompt, where: str) -> Sample | tuple[int, ...]:
         if prompt.text is not None:
             ids = self._ids(prompt.text, special=True)
+            begin = self._tokenizer.bos_token_id
+            if begin is not None and ids[:2] == (begin, begin):  # the text has its own
+                ids = ids[1:]
             answer = None if prompt.response is None else self._ids(prompt.response, special=False) + self._end
         else:
             text = self._render(prompt.messages, where, generation=True)

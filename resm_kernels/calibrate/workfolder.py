@@ -177,12 +177,20 @@ class WorkFolder:
         if not known:
             raise CalibrationError(f"{file}: is damaged, or of another version; pass --restart to begin anew")
         differing = sorted(k for k in {*job, *self._job} if job.get(k) != self._job.get(k))
-        if differing:
+        if differing and not state and not self._finished_files():
+            self._clear()
+            self.save()
+        elif differing:
             raise CalibrationError(
                 f"{self.path}: holds an unfinished calibration with another {', another '.join(differing)}; run the "
                 "same command as then, name another output folder, or pass --restart to begin anew"
             )
-        self.state = state
+        else:
+            self.state = state
+
+    def _finished_files(self) -> list[str]:
+        """What has been done that would be lost; nothing before the merge ends."""
+        return [e.name for e in self.path.iterdir() if e.name not in (_LOCK, _MANIFEST) and not e.name.startswith(".")]
 
 
 def _sync(path: Path) -> None:
