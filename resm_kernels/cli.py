@@ -155,22 +155,25 @@ def calibrate(
         bool, typer.Option(help="Solve the linear layers for the experts' outputs.")
     ] = CalibrateOptions.least_squares,
     polish_steps: Annotated[
-        int, typer.Option(help="Steps of gradient descent on the KL to the experts afterwards.")
+        int, typer.Option(help="Training steps after that, towards the experts' predictions; 0: none.")
     ] = CalibrateOptions.polish_steps,
     answer_weight: Annotated[
         float, typer.Option(help="Weight of positions that predict an answer; others have 1.")
     ] = CalibrateOptions.answer_weight,
     ridge: Annotated[
-        float, typer.Option(help="How strongly the merge holds, relative to a layer's mean squared input.")
+        float,
+        typer.Option(help="Pull towards the merge, relative to a layer's mean squared input."),
     ] = CalibrateOptions.ridge,
     embeddings: Annotated[
-        str, typer.Option(help="Embeddings of the output: merged, or token-counts.")
+        str,
+        typer.Option(help="merged, or token-counts: averaged by how often an expert has a token."),
     ] = CalibrateOptions.embeddings,
     learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of the polish.")
     ] = CalibrateOptions.learning_rate,
     held_out: Annotated[
-        float, typer.Option(help="Share of the prompts that the polish is stopped by.")
+        float,
+        typer.Option(help="Share of the prompts that only choose the step that is kept."),
     ] = CalibrateOptions.held_out,
     max_prompts: Annotated[
         int | None, typer.Option(help="Use the first prompts of each file only.")
@@ -201,7 +204,7 @@ def calibrate(
 ) -> None:
     """Merge as RECIPE says, calibrate on prompts that the experts answer themselves, and write the model to OUT.
 
-    Cut off, the same command goes on where it was.
+    If it is interrupted or fails, the same command goes on from there; the work so far is in .OUT.calibration.
     """
     with _loading():
         from rich.console import Console
