@@ -114,7 +114,8 @@ def check_output_folder(
     """Return the real path of the output folder; raise a CheckpointError if it must not be written.
 
     A folder that is not empty needs `overwrite`, and must hold the file `marker`, as the outputs of this library do,
-    so that a mistyped path does not delete other files. An output that is or contains one of the inputs is refused.
+    so that a mistyped path does not delete other files. An output that is or contains one of the inputs, folders or
+    files, is refused.
     """
     path = Path(os.path.realpath(os.path.expanduser(out)))
     if path.exists() and not path.is_dir():
