@@ -161,8 +161,10 @@ def calibrate(
         float, typer.Option(help="Weight of positions that predict an answer; others have 1.")
     ] = CalibrateOptions.answer_weight,
     ridge: Annotated[
-        float,
-        typer.Option(help="Pull towards the merge, relative to a layer's mean squared input."),
+        float | None,
+        typer.Option(
+            help="Pull towards the merge, relative to mean squared inputs. Default: 0.001; 0.1 before a polish."
+        ),
     ] = CalibrateOptions.ridge,
     embeddings: Annotated[
         str,

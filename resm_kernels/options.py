@@ -77,7 +77,7 @@ class CalibrateKeywords(TypedDict, total=False):
     least_squares: bool
     polish_steps: int
     answer_weight: float
-    ridge: float
+    ridge: float | None
     embeddings: str
     learning_rate: float
     held_out: float
@@ -96,6 +96,10 @@ class CalibrateKeywords(TypedDict, total=False):
 
 EMBEDDINGS: Final = ("merged", "token-counts")
 """Where calibrated models have their embeddings from."""
+RIDGE: Final = 1e-3
+POLISHED_RIDGE: Final = 0.1
+"""Defaults of `ridge`, for least squares alone and before a polish. Alone, least squares have to fit what they can; a
+polish fits the rest, and gets further from weights that stayed nearer to the merge."""
 # The options that change nothing but where and in which pieces the work is done.
 _NO_JOB: Final = ("answers", "device", "threads", "overwrite", "restart", "max_shard_size")
 
@@ -111,7 +115,7 @@ class CalibrateOptions:
     least_squares: bool = True
     polish_steps: int = 0
     answer_weight: float = 10.0
-    ridge: float = 1e-3
+    ridge: float | None = None
     embeddings: str = "token-counts"
     learning_rate: float = 3e-4
     held_out: float = 0.1
@@ -130,7 +134,7 @@ class CalibrateOptions:
     def __post_init__(self) -> None:
         for name in ("answer_weight", "ridge", "learning_rate"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name}: got {value}, need a finite number above 0")
         for name, least in (("polish_steps", 0), ("max_prompt_tokens", 1), ("max_new_tokens", 1), ("batch_tokens", 1)):
             if getattr(self, name) < least:
@@ -146,6 +150,14 @@ class CalibrateOptions:
         if not self.least_squares and not self.polish_steps:
             raise ValueError("least_squares: got False and polish_steps 0, so nothing would be done; need one of both")
 
+    @property
+    def chosen_ridge(self) -> float:
+        """`ridge`, or its default."""
+        if self.ridge is not None:
+            return self.ridge
+        return POLISHED_RIDGE if self.polish_steps else RIDGE
+
     def job(self) -> dict[str, Any]:
         """The options on which the result depends."""
-        return {name: value for name, value in asdict(self).items() if name not in _NO_JOB}
+        options = asdict(self) | {"ridge": self.chosen_ridge}
+        return {name: value for name, value in options.items() if name not in _NO_JOB}

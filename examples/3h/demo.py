@@ -1,4 +1,7 @@
-"""Merge the three experts in four ways and measure all eight models: `make demo`, or `python -m examples.3h.demo`."""
+"""Merge the three experts in four ways, calibrate one of the merges, and measure all nine models.
+
+`make demo`, or `python -m examples.3h.demo`.
+"""
 
 from __future__ import annotations
 

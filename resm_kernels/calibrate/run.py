@@ -116,7 +116,9 @@ def calibrate_checkpoint(
             gradients and AdamW's moments: 20 bytes for each parameter.
         answer_weight: u, the weight of positions that predict a token of the answer; others have 1. Among 1, 5 and 10,
             10 was best on the validation questions of the quality benchmark, by less than a point.
-        ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs.
+        ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs; None, the default, is
+            0.001, and 0.1 before a polish, which gets further from weights that stayed nearer to the merge (2 points on
+            the quality benchmark's validation questions).
         embeddings: "token-counts", the default, averages the experts' embeddings by how often each token occurs in
             their prompts and answers, which is the least-squares solution for a layer that looks up rows; "merged"
             leaves them as the recipe merged them. The default was 2 points better on the validation questions of the
@@ -299,7 +301,13 @@ class _Calibration:
         ]
         dtypes = {name: start.reader.tensors[weights.stored_name(name)].dtype for name in decoder.parameters()}
         layerwise = Layerwise(
-            decoder, weights, dtypes, experts, ridge=self._options.ridge, folder=self._work.path, device=self._device
+            decoder,
+            weights,
+            dtypes,
+            experts,
+            ridge=self._options.chosen_ridge,
+            folder=self._work.path,
+            device=self._device,
         )
         state = self._work.state
         steps = layerwise.blocks + (decoder.head is not None)
