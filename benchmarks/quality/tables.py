@@ -1,6 +1,7 @@
 """The benchmark's tables in Markdown; `make quality` writes them into benchmarks/results/quality.md.
 
-They come from the records alone. What the figures mean is written by hand, in docs/quality.md.
+They come from the records alone. What the figures mean is written by hand, in docs/quality.md
+and docs/quality_prompts.md.
 """
 
 from __future__ import annotations
@@ -215,7 +216,9 @@ def write(file: Path, records: Mapping[RecordName, Results]) -> None:
     head = (
         "# Tables of the 3H benchmark\n\n"
         "`make quality` writes this file from the records beside it, quality.json and quality_*.json; do not edit it. "
-        "[docs/quality.md](../../docs/quality.md) explains the columns and what follows from the figures.\n\n"
+        "[docs/quality.md](../../docs/quality.md) and, for calibrated merges, "
+        "[docs/quality_prompts.md](../../docs/quality_prompts.md) explain the columns and what follows from "
+        "the figures.\n\n"
     )
     said = [about(records["development"])] if "development" in records else []
     write_aside(file, head + "\n\n".join([*said, *sections]) + "\n")
