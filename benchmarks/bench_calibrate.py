@@ -2,7 +2,7 @@
 
 The models are those of bench_checkpoint (random weights, three experts) with a tokenizer of one word a token. Each
 expert has --prompts prompts of --length tokens whose answers the file brings, so that nothing is generated. The whole
-command runs as a process; its peak memory is measured too, and again for models of fewer blocks (--blocks).
+command runs as a process; its peak memory is measured too, and for other numbers of blocks with --blocks.
 
 The floor has, for every token of every prompt, one forward pass of the expert and one of the merged model through all
 blocks, at the fp32 rate of torch.mm; and for every group of layers with one input of width d, of n tokens, the products
@@ -103,7 +103,6 @@ def measure(cache: Path, size: Size, prompts: int, length: int) -> dict[str, Any
         recipe.write_text(yaml.safe_dump({"merge_method": "linear", "models": models, "dtype": "bfloat16"}))
         command = [sys.executable, "-m", "resm_kernels", "calibrate", str(recipe), str(out), "--prompts"]
         seconds, peak = run([*command, *map(str, files)], log)
-        line = log.read_text().strip().splitlines()[-1]
         rmtree(out)
     # Of each prompt, the last token is not read; the answer's end token is one more.
     lowest = floor(size, EXPERTS * prompts * length)
@@ -113,7 +112,6 @@ def measure(cache: Path, size: Size, prompts: int, length: int) -> dict[str, Any
         "peak_bytes": peak,
         "floor": lowest,
         "ratio": seconds / lowest["seconds"],
-        "closing_line": line,
     }
 
 
