@@ -14,7 +14,7 @@ from checkpoints import load_model
 from experts import save_expert, transformers
 from safetensors.torch import load_file, save_file
 
-from resm_kernels.calibrate import CalibrationError, Sample, load_samples
+from resm_kernels.calibrate import CalibrateOptions, CalibrationError, Sample, load_samples
 from resm_kernels.calibrate.activations import make_batches
 from resm_kernels.calibrate.blocks import ModelNames
 from resm_kernels.calibrate.output import Place, find_tensors, write_model
@@ -79,7 +79,9 @@ def test_report_and_card(models: Models) -> None:
     report = models.calibrate(polish_steps=2)
     entry = json.loads((models.out / "calibration.json").read_text())
     assert entry["blocks"] == list(report.blocks) and entry["polish"] == report.polish
-    assert entry["options"]["ridge"] == 1e-3 and entry["method"] == "linear"
+    # The ridge's default depends on whether there is a polish.
+    assert entry["options"]["ridge"] == 0.1 and entry["method"] == "linear"
+    assert CalibrateOptions().job()["ridge"] == 1e-3
     card = (models.out / "README.md").read_text()
     assert card.startswith("---") or card.startswith("# out")
     assert "# out\n" in card and "calibrated on prompts" in card and "polished by up to 2 steps" in card
