@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import math
 import time
@@ -16,6 +17,8 @@ from rich.table import Table
 from resm_kernels.checkpoint import format_bytes
 
 if TYPE_CHECKING:
+    from rich.progress import ProgressColumn
+
     from resm_kernels.engine import MergeReport, TensorStats
 
 _LINE_EVERY: Final = 10.0
@@ -41,18 +44,11 @@ def progress_display(console: Console, title: str, *, quiet: bool) -> Iterator[C
     if quiet:
         yield None
     elif console.is_terminal:
-        from rich import progress
+        from rich.progress import DownloadColumn, TransferSpeedColumn
 
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.DownloadColumn(),
-            progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(title, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+        with _bars(console, DownloadColumn(), TransferSpeedColumn()) as show:
+            show(title, 0, None)
+            yield functools.partial(show, title)
     else:
         yield _Lines(console, title)
 
@@ -63,22 +59,9 @@ def phase_display(console: Console, *, quiet: bool) -> Iterator[Callable[[str, i
     if quiet:
         yield None
     elif console.is_terminal:
-        from rich import progress
+        from rich.progress import MofNCompleteColumn
 
-        columns = (
-            progress.TextColumn("{task.description}"),
-            progress.BarColumn(),
-            progress.MofNCompleteColumn(),
-            progress.TimeRemainingColumn(),
-        )
-        with progress.Progress(*columns, console=console, transient=True) as bar:
-            tasks: dict[str, progress.TaskID] = {}
-
-            def show(phase: str, done: int, total: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase)
-                bar.update(tasks[phase], completed=done, total=total)
-
+        with _bars(console, MofNCompleteColumn()) as show:
             yield show
     else:
         last = time.monotonic()
@@ -90,6 +73,28 @@ def phase_display(console: Console, *, quiet: bool) -> Iterator[Callable[[str, i
                 console.print(f"{phase}: {done} of {total}", markup=False, highlight=False, soft_wrap=True)
 
         yield print_line
+
+
+@contextlib.contextmanager
+def _bars(console: Console, *amounts: ProgressColumn) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Yield a function that draws a bar for each title; without a total, a bar that only shows that work is done."""
+    from rich import progress
+
+    columns = (
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        *amounts,
+        progress.TimeRemainingColumn(),
+    )
+    with progress.Progress(*columns, console=console, transient=True) as bar:
+        tasks: dict[str, progress.TaskID] = {}
+
+        def show(title: str, done: int, total: int | None) -> None:
+            if title not in tasks:
+                tasks[title] = bar.add_task(title, total=None)
+            bar.update(tasks[title], completed=done, total=total)
+
+        yield show
 
 
 class _Lines:

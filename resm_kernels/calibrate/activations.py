@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.prompts import Sample
+from resm_kernels.checkpoint.writer import sync
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,43 @@ class Batch:
         return x.view(count, length, -1)
 
 
-def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: int) -> list[Batch]:
-    """Batches of at most `batch_tokens` tokens (or one sample), each of samples of similar length.
+def groups_by_length(samples: Sequence[Sample], batch_tokens: int) -> list[list[Sample]]:
+    """Groups of at most `batch_tokens` input tokens, padding included (or one sample), the shortest samples first."""
+    groups: list[list[Sample]] = []
+    for i in sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i)):
+        if not groups or (len(groups[-1]) + 1) * (len(samples[i].tokens) - 1) > batch_tokens:
+            groups.append([])
+        groups[-1].append(samples[i])
+    return groups
 
-    A sample's last token is left out, because nothing is predicted from it.
+
+def padded_inputs(samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """What a model reads of the samples, (batch, length) padded on the right, and which positions are not padding.
+
+    A decoder is causal, so that no position sees the padding. A sample's last token is left out: nothing is predicted
+    from it.
+    """
+    lengths = torch.tensor([len(sample.tokens) - 1 for sample in samples])
+    width = int(lengths.max())
+    tokens = torch.tensor([[*sample.tokens[:-1], *[0] * (width + 1 - len(sample.tokens))] for sample in samples])
+    return tokens, torch.arange(width) < lengths[:, None]
+
+
+def make_batches(samples: Sequence[Sample], answer_weight: float, batch_tokens: int) -> list[Batch]:
+    """Batches of samples of similar length; see `groups_by_length` and `padded_inputs`.
 
     Args:
         samples: One expert's samples.
         answer_weight: How much more a position counts that predicts a token of the answer.
         batch_tokens: Padding counts too.
     """
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i))
-    groups: list[list[Sample]] = []
-    for i in order:
-        length = len(samples[i].tokens) - 1
-        if not groups or (len(groups[-1]) + 1) * length > batch_tokens:
-            groups.append([])
-        groups[-1].append(samples[i])
     answers = sum(len(sample.tokens) - sample.answer_start for sample in samples)
     total = sum(len(sample.tokens) - 1 for sample in samples) + (answer_weight - 1) * answers
     batches, first = [], 0
-    for group in groups:
-        lengths = torch.tensor([len(sample.tokens) - 1 for sample in group])
-        width = int(lengths.max())
-        tokens = torch.tensor([[*sample.tokens[:-1], *[0] * (width - len(sample.tokens) + 1)] for sample in group])
-        place = torch.arange(width)
-        answer = place >= torch.tensor([sample.answer_start - 1 for sample in group])[:, None]
-        positions = (place < lengths[:, None]).flatten().nonzero().squeeze(1)
+    for group in groups_by_length(samples, batch_tokens):
+        tokens, real = padded_inputs(group)
+        answer = torch.arange(tokens.shape[1]) >= torch.tensor([s.answer_start - 1 for s in group])[:, None]
+        positions = real.flatten().nonzero().squeeze(1)
         weights = torch.where(answer, math.sqrt(answer_weight / total), math.sqrt(1 / total)).flatten()[positions]
         batches.append(Batch(tokens, positions, weights, first))
         first = batches[-1].last
@@ -122,8 +132,8 @@ class RowFile:
 
     def sync(self) -> None:
         """Return when the rows are on disk, so that they are still there after a power failure."""
-        with _errors_named(self.file), open(self.file, "rb") as stream:
-            os.fsync(stream.fileno())
+        with _errors_named(self.file):
+            sync(self.file)
 
     def remove(self) -> None:
         """Delete the file."""

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
@@ -28,6 +26,7 @@ from resm_kernels.calibrate.models import (
     quiet_transformers,
 )
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
+from resm_kernels.checkpoint.writer import write_whole
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.models import Model
 
@@ -196,22 +195,9 @@ def save_samples(path: Path, samples: Sequence[Sample], key: str) -> None:
         "answer_start": torch.tensor([sample.answer_start for sample in samples], dtype=torch.int32),
     }
     content = save(tensors, metadata={"format": _FORMAT, "key": key, "digest": _digest(tensors)})
-    partial = path.parent / f".{path.name}.partial-{secrets.token_hex(4)}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(partial, "xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_whole(path, content)
     except OSError as error:
         raise CalibrationError(f"{path}: the answers cannot be written: {error.strerror or error}") from error
 

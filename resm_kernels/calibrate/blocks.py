@@ -119,7 +119,6 @@ class Decoder:
         self._calls: list[Call] = []
         self._entered: Tensor | None = None
         self._injected: Tensor | None = None
-        self._through = False
         for i, block in enumerate(self._blocks):
             blocks[i] = _Recorder(block, self, i)
         self._call_cache: dict[tuple[int, int], list[Call]] = {}
@@ -152,7 +151,7 @@ class Decoder:
             tokens: (batch, length) token ids.
             outer: The weights outside of the blocks.
         """
-        self._run_frame({"input_ids": tokens}, outer, through=True)
+        self._run_frame({"input_ids": tokens}, outer)
         entered, calls = self._entered, self._calls
         assert entered is not None
         expected = self._calls_for(entered)
@@ -182,7 +181,7 @@ class Decoder:
         handle = self._frame.get_submodule(self.names.head).register_forward_pre_hook(hook)
         self._injected = hidden
         try:
-            self._run_frame({"inputs_embeds": self._no_embeddings(hidden)}, outer, through=True)
+            self._run_frame({"inputs_embeds": self._no_embeddings(hidden)}, outer)
         finally:
             handle.remove()
             self._injected = None
@@ -276,7 +275,7 @@ class Decoder:
                 name: torch.zeros(1, dtype=hidden.dtype, device=hidden.device).expand(size)
                 for name, size in self.outer_parameters().items()
             }
-            self._run_frame({"inputs_embeds": self._no_embeddings(hidden)}, outer, through=True)
+            self._run_frame({"inputs_embeds": self._no_embeddings(hidden)}, outer)
             calls = self._calls
             if len(self._call_cache) < _CACHED_CALLS:
                 self._call_cache[shape] = calls
@@ -286,9 +285,9 @@ class Decoder:
         """Zeros in place of looked-up tokens; OPT's embedding has another width than its hidden states."""
         return hidden.new_zeros(*hidden.shape[:2], self.outer_parameters()[self.names.embedding][-1])
 
-    def _run_frame(self, inputs: dict[str, Tensor], outer: Weights, *, through: bool) -> None:
+    def _run_frame(self, inputs: dict[str, Tensor], outer: Weights) -> None:
         for attempt in range(2):
-            self._calls, self._entered, self._through = [], None, through
+            self._calls, self._entered = [], None
             try:
                 torch.func.functional_call(self._frame, dict(outer), (), {**inputs, "use_cache": False})
             except _Reached:
@@ -305,8 +304,6 @@ class Decoder:
     def _record(self, number: int, hidden: Tensor, call: Call) -> Any:
         if number == 0:
             self._entered = hidden
-            if not self._through:
-                raise _Reached
         elif hidden is not self._entered:
             raise _Changed
         self._calls.append(call)

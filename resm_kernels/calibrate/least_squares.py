@@ -157,9 +157,9 @@ def solve_stage(
         if not group:
             continue
         sides = torch.cat([right.pop(layer).add_(begin[layer], alpha=pull) for layer in group])
-        matrix = _columns(gram, group[0], ones).contiguous()
+        left = _columns(gram, group[0], ones).contiguous()
         try:
-            solution = spd_solve(matrix, sides, overwrite_a=has_bias is last)
+            solution = spd_solve(left, sides, overwrite_a=has_bias is last)
         except ValueError as error:
             listed = ", ".join(layer.name for layer in layers)
             raise CalibrationError(f"{listed}: no solution ({error}); need more prompts or a larger ridge") from error

@@ -33,6 +33,7 @@ from resm_kernels.checkpoint.format import parse_size
 from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
 from resm_kernels.engine.models import Model
 from resm_kernels.engine.statistics import statistics_files
+from resm_kernels.linalg.threads import thread_count
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions
 from resm_kernels.recipe import Recipe
 
@@ -114,15 +115,15 @@ def calibrate_checkpoint(
         least_squares: Whether to solve the linear layers (default: True); False leaves the polish alone.
         polish_steps: Steps of the polish; 0, the default, takes none. It needs the whole model in memory, in fp32 with
             gradients and AdamW's moments: 20 bytes for each parameter.
-        answer_weight: u, the weight of positions that predict a token of the answer; others have 1. Among 1, 5 and 10,
-            10 was best on the validation questions of the quality benchmark, by less than a point.
+        answer_weight: u, the weight of positions that predict a token of the answer; others have 1. Of 1, 5 and 10,
+            10 did best on the validation questions of the 3H benchmark.
         ridge: ρ, how strongly the start holds, relative to the mean square of a layer's inputs; None, the default, is
-            0.001, and 0.1 before a polish, which gets further from weights that stayed nearer to the merge (2 points on
-            the quality benchmark's validation questions).
+            0.001, and 0.1 before a polish, which gets further from weights that stayed nearer to the merge, as the
+            validation questions of the 3H benchmark showed.
         embeddings: "token-counts", the default, averages the experts' embeddings by how often each token occurs in
             their prompts and answers, which is the least-squares solution for a layer that looks up rows; "merged"
-            leaves them as the recipe merged them. The default was 2 points better on the validation questions of the
-            quality benchmark.
+            leaves them as the recipe merged them. The default did better on the validation questions of
+            the 3H benchmark.
         learning_rate: Peak learning rate of the polish.
         held_out: The share of each expert's prompts that the polish does not train on and is stopped by.
         max_prompts: Use the first prompts of each file only, so many.
@@ -181,7 +182,8 @@ def calibrate_checkpoint(
         if decoder is not None:
             for model in plan.experts:
                 _weights(model, decoder)
-        with WorkFolder(target, job_of(plan, files, chosen), restart=chosen.restart) as work, _threads(chosen.threads):
+        unfinished = WorkFolder(target, job_of(plan, files, chosen), restart=chosen.restart)
+        with unfinished as work, thread_count(chosen.threads):
             job = _Calibration(plan, files, chosen, target, work, device, config, decoder, shard_bytes, progress)
             report = job.run()
             work.remove()
@@ -376,7 +378,8 @@ class _Calibration:
         else:
             blocks = range(len(self._work.state.get("blocks", ())))
             files = [self._work.path / name for name in (_EMBEDDING, *map(_block_file, blocks))] if blocks else []
-        return find_tensors(files, start.reader.tensors, model_names(without_weights(self._config)))
+        names = model_names(without_weights(self._config)) if self._decoder is None else self._decoder.names
+        return find_tensors(files, start.reader.tensors, names)
 
     def _write(self, start: Model, out: Path, files: Mapping[str, bytes], phase: str) -> None:
         write_model(
@@ -393,7 +396,7 @@ class _Calibration:
         files = small_files(start.folder)
         entry = {k: v for k, v in asdict(report).items() if k not in ("out", "seconds")}
         entry |= {"version": __version__, "options": self._options.job()}
-        files[REPORT_FILE] = (json.dumps(entry, indent=1, default=str) + "\n").encode()
+        files[REPORT_FILE] = (json.dumps(entry, indent=1) + "\n").encode()
         if "README.md" in files:
             card = files["README.md"].decode().replace(f"# {_START}\n", f"# {self._out.name}\n")
             files["README.md"] = card.replace("\n## Models\n", f"\n{card_text(self._options)}\n\n## Models\n").encode()
@@ -434,14 +437,3 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device: got {name!r}, but torch sees {torch.cuda.device_count()} GPUs")
     return device
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if count is not None:
-        torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

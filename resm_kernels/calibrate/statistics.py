@@ -14,21 +14,24 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from torch import Tensor, nn
 
+from resm_kernels.calibrate.activations import groups_by_length, padded_inputs
 from resm_kernels.calibrate.answers import answer, context_length, end_tokens
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.fisher import fisher_information
 from resm_kernels.calibrate.grams import gather_grams
 from resm_kernels.calibrate.models import load_model, load_tokenizer, quiet_transformers
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
+from resm_kernels.calibrate.weights import stored_names
 from resm_kernels.checkpoint import format_bytes
 from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_statistics_file, write_statistics
 from resm_kernels.checks import check_choice
+from resm_kernels.dtypes import HALF_DTYPES, dtype_name
 from resm_kernels.engine.models import Model, open_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: Final = {dtype_name(dtype): dtype for dtype in (torch.float32, *HALF_DTYPES)}
 """The dtypes that a model may compute its statistics in, by name."""
 
 
@@ -247,15 +250,12 @@ def _stored_names(model: PreTrainedModel, opened: Model) -> dict[str, str]:
 
     Files may leave out or add the prefix of the model without its head, as GPT-2's on the hub do.
     """
-    prefix = f"{model.base_model_prefix}."
-    stored = {}
-    for name, parameter in model.named_parameters():
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            info = opened.reader.tensors.get(candidate)
-            if info is not None and info.shape == tuple(parameter.shape):
-                stored[name] = candidate
-                break
-    return stored
+    prefix, tensors = f"{model.base_model_prefix}.", opened.reader.tensors
+    fitting = {
+        name: [s for s in stored_names(name, prefix, tensors) if tensors[s].shape == tuple(parameter.shape)]
+        for name, parameter in model.named_parameters()
+    }
+    return {name: stored[0] for name, stored in fitting.items() if stored}
 
 
 class _Reached(BaseException):
@@ -272,7 +272,7 @@ def _grams(
     layers, transposed = _linear_layers(model)
     weights = {layer: f"{layer}.weight" for layer in layers}
     matched = {layer: names[weight] for layer, weight in weights.items() if weight in names}
-    batches = _padded_batches(samples, batch_tokens)
+    batches = [padded_inputs(group) for group in groups_by_length(samples, batch_tokens)]
     done = 0
 
     def run(i: int) -> None:
@@ -327,26 +327,6 @@ def _ending_at_head(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del head.forward
-
-
-def _padded_batches(samples: Sequence[Sample], batch_tokens: int) -> list[tuple[Tensor, Tensor]]:
-    """Token ids (batch, length), padded on the right, and which of them are not padding; similar lengths together.
-
-    A decoder is causal, so that no token sees the padding behind it.
-    """
-    order = sorted(range(len(samples)), key=lambda i: (len(samples[i].tokens), i))
-    groups: list[list[Sample]] = []
-    for i in order:
-        if not groups or (len(groups[-1]) + 1) * (len(samples[i].tokens) - 1) > batch_tokens:
-            groups.append([])
-        groups[-1].append(samples[i])
-    batches = []
-    for group in groups:
-        lengths = torch.tensor([len(sample.tokens) - 1 for sample in group])
-        width = int(lengths.max())
-        tokens = torch.tensor([[*sample.tokens[:-1], *[0] * (width - len(sample.tokens) + 1)] for sample in group])
-        batches.append((tokens, torch.arange(width) < lengths[:, None]))
-    return batches
 
 
 def _fisher(

@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.models import quiet_transformers
+from resm_kernels.checkpoint.writer import sync, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -77,20 +77,14 @@ class WorkFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a file that appears under its name when it is on disk."""
         with _errors_named(self.path):
-            partial = self.path / f".{name}.{secrets.token_hex(4)}"
-            with open(partial, "xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            partial.replace(self.path / name)
-            _sync(self.path)
+            write_whole(self.path / name, content)
 
     def save_model(self, name: str, model: PreTrainedModel) -> None:
         """Write a model to a folder within this one; when it returns, the files are on disk."""
         with _errors_named(self.path), quiet_transformers():
             model.save_pretrained(self.path / name)
             for path in (*sorted((self.path / name).iterdir()), self.path / name, self.path):
-                _sync(path)
+                sync(path)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors as a safetensors file, as `write` does."""
@@ -191,15 +185,6 @@ class WorkFolder:
     def _finished_files(self) -> list[str]:
         """What has been done that would be lost; nothing before the merge ends."""
         return [e.name for e in self.path.iterdir() if e.name not in (_LOCK, _MANIFEST) and not e.name.startswith(".")]
-
-
-def _sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

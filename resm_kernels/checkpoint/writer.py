@@ -231,9 +231,9 @@ class CheckpointWriter:
             while self._descriptors:
                 os.fsync(self._descriptors[-1])
                 os.close(self._descriptors.pop())
-            _sync_folder(self._partial)
+            sync(self._partial)
             self._replace()
-            _sync_folder(self.out.parent)
+            sync(self.out.parent)
 
     def _replace(self) -> None:
         old = self.out.parent / f".{self.out.name}.old-{secrets.token_hex(4)}"
@@ -294,8 +294,23 @@ def reserve(fd: int, size: int) -> None:
     os.ftruncate(fd, size)
 
 
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY)
+def write_whole(file: Path, content: bytes) -> None:
+    """Write a file that appears under its name when it is on disk; one that is there is replaced."""
+    partial = file.parent / f".{file.name}.partial-{secrets.token_hex(4)}"
+    try:
+        with open(partial, "xb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+    sync(file.parent)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or the names in a folder, are on disk."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

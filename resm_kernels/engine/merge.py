@@ -22,6 +22,7 @@ from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
+from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.options import MergeKeywords, MergeOptions
 from resm_kernels.recipe import Recipe
@@ -120,7 +121,7 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
     if plan.out is None:
         raise ValueError("plan: got one without an output folder, need plan_merge(recipe, out, …)")
     files = plan.auxiliary_files()
-    with _threads(plan.options.threads), CheckpointWriter(plan.out, plan.output, files) as writer:
+    with thread_count(plan.options.threads), CheckpointWriter(plan.out, plan.output, files) as writer:
         pipeline = Pipeline(
             jobs=plan.jobs,
             window=plan.window,
@@ -245,17 +246,3 @@ def copied_tensor(job: TensorJob, tensors: list[Tensor]) -> Tensor:
                 "need identical ones"
             )
     return tensors[0]
-
-
-@contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
-    """Compute with that many threads within the context, or with torch's setting for None."""
-    if count is None:
-        yield
-        return
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

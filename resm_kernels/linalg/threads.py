@@ -149,6 +149,20 @@ def run(tasks: Sequence[Callable[[], R]], device: torch.device) -> list[R]:
         return queue.add(tasks).results()
 
 
+@contextmanager
+def thread_count(count: int | None) -> Iterator[None]:
+    """Compute with that many threads within the context, or with torch's setting for None."""
+    if count is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def _runs_in_turn(device: torch.device) -> bool:
     """Whether tasks run in turn on the caller's thread: there is no other thread, or another device does the work."""
     return device.type != "cpu" or getattr(_local, "has_one", False) or torch.get_num_threads() == 1
