@@ -59,6 +59,7 @@ MemoryOption = Annotated[
         "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
     ),
 ]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")]
 ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
@@ -74,6 +75,7 @@ def merge(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
     ] = MergeOptions.overwrite,
+    restart: RestartOption = MergeOptions.restart,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, memory and output size; write nothing.")
     ] = False,
@@ -106,7 +108,10 @@ def merge(
     ] = MergeOptions.random_seed,
     quiet: QuietOption = False,
 ) -> None:
-    """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
+    """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.
+
+    If it is interrupted or killed, the same command goes on from there; the tensors so far are next to OUT.
+    """
     with _loading():
         from rich.console import Console
 
@@ -199,9 +204,7 @@ def calibrate(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
     ] = CalibrateOptions.overwrite,
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")
-    ] = CalibrateOptions.restart,
+    restart: RestartOption = CalibrateOptions.restart,
     quiet: QuietOption = False,
 ) -> None:
     """Merge as RECIPE says, calibrate on prompts that the experts answer themselves, and write the model to OUT.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.prompts import Sample
-from resm_kernels.checkpoint.writer import sync
+from resm_kernels.checkpoint.durable import sync
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from resm_kernels.calibrate.models import (
     quiet_transformers,
 )
 from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_prompts
-from resm_kernels.checkpoint.writer import write_whole
+from resm_kernels.checkpoint.durable import write_whole
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.models import Model
 

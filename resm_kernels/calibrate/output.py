@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -15,6 +14,7 @@ from resm_kernels.calibrate.blocks import ModelNames
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.weights import stored_names
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
+from resm_kernels.checkpoint.record import RECORD_FILE
 from resm_kernels.options import CalibrateOptions
 
 REPORT_FILE: Final = "calibration.json"
@@ -58,6 +58,8 @@ def write_model(
     files: Mapping[str, bytes],
     max_shard_bytes: int,
     progress: Callable[[int, int], None],
+    *,
+    overwrite: bool = False,
 ) -> None:
     """Write a model folder, which appears when it is complete: calibrated tensors, and the start's for all others.
 
@@ -69,6 +71,7 @@ def write_model(
         files: The contents of the other files, by their names in the folder.
         max_shard_bytes: The most bytes of tensor data in one file.
         progress: Called as `progress(tensors written, all)`.
+        overwrite: Replace a model folder that is there.
 
     Raises:
         CalibrationError: A tensor exceeds the range of the output's dtype, or its file is missing or damaged.
@@ -76,8 +79,7 @@ def write_model(
     """
     tensors = start.tensors
     plan = plan_output(((name, info.dtype, info.shape) for name, info in tensors.items()), max_shard_bytes)
-    shutil.rmtree(aside, ignore_errors=True)
-    with CheckpointWriter(out, plan, files, aside=aside) as writer:
+    with CheckpointWriter(out, plan, files, overwrite=overwrite, unfinished=aside) as writer:
         for done, (name, info) in enumerate(tensors.items()):
             writer.write(name, _read(calibrated[name], info.dtype) if name in calibrated else start.read(name))
             progress(done + 1, len(tensors))
@@ -98,11 +100,14 @@ def card_text(options: CalibrateOptions) -> str:
 
 
 def small_files(folder: Path) -> dict[str, bytes]:
-    """Everything of a model folder but its weights."""
+    """Everything of a model folder but its weights, and what says where these are and which they are."""
     return {
         file.relative_to(folder).as_posix(): file.read_bytes()
         for file in sorted(folder.rglob("*"))
-        if file.is_file() and file.suffix != ".safetensors" and not file.name.endswith(".safetensors.index.json")
+        if file.is_file()
+        and file.suffix != ".safetensors"
+        and not file.name.endswith(".safetensors.index.json")
+        and file.name != RECORD_FILE
     }
 
 

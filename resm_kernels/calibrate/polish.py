@@ -24,7 +24,7 @@ from torch.nn import functional
 from resm_kernels.calibrate.activations import padded_inputs
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.prompts import Sample
-from resm_kernels.checkpoint.writer import reserve
+from resm_kernels.checkpoint.durable import reserve
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -225,8 +224,6 @@ class _Calibration:
                 with self._timed("polishing"):
                     self._polish(start, samples)
             with self._timed("writing"):
-                # Something else may have been put there meanwhile.
-                check_output_folder(self._out, overwrite=self._options.overwrite)
                 report = CalibrationReport(
                     out=self._out,
                     method=self._plan.method.name,
@@ -235,7 +232,8 @@ class _Calibration:
                     blocks=tuple(self._work.state.get("blocks", ())),
                     polish=self._work.state.get("polish"),
                 )
-                self._write(start, self._out, self._files_of(start, report), "writing")
+                files = self._files_of(start, report)
+                self._write(start, self._out, files, "writing", overwrite=self._options.overwrite)
         report.seconds = self._seconds
         return report
 
@@ -244,8 +242,6 @@ class _Calibration:
     def _merge(self) -> Model:
         folder = self._work.path / _START
         if not folder.is_dir():
-            for partial in self._work.path.glob(f".{_START}.partial-*"):
-                shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
             merge_checkpoints(
                 self._plan.recipe,
                 folder,
@@ -381,7 +377,9 @@ class _Calibration:
         names = model_names(without_weights(self._config)) if self._decoder is None else self._decoder.names
         return find_tensors(files, start.reader.tensors, names)
 
-    def _write(self, start: Model, out: Path, files: Mapping[str, bytes], phase: str) -> None:
+    def _write(
+        self, start: Model, out: Path, files: Mapping[str, bytes], phase: str, *, overwrite: bool = False
+    ) -> None:
         write_model(
             start.reader,
             self._calibrated(start),
@@ -390,6 +388,7 @@ class _Calibration:
             files,
             self._shard_bytes,
             lambda done, total: self._progress(phase, done, total),
+            overwrite=overwrite,
         )
 
     def _files_of(self, start: Model, report: CalibrationReport) -> dict[str, bytes]:

@@ -7,17 +7,22 @@ stays in this package: the reader fills buffers of the caller, and the writer wr
 from __future__ import annotations
 
 from resm_kernels.checkpoint.auxiliary import Auxiliary, json_bytes, read_chat_template, read_config
-from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, format_bytes, parse_size
+from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning, TensorInfo, format_bytes, parse_size
+from resm_kernels.checkpoint.output_plan import OutputPlan, plan_output
+from resm_kernels.checkpoint.place import check_output_folder, unfinished_folder
 from resm_kernels.checkpoint.reader import CheckpointReader
-from resm_kernels.checkpoint.writer import CheckpointWriter, OutputPlan, check_output_folder, plan_output
+from resm_kernels.checkpoint.tensor_writer import TensorWriter
+from resm_kernels.checkpoint.writer import CheckpointWriter
 
 __all__ = [
     "Auxiliary",
     "CheckpointError",
     "CheckpointReader",
+    "CheckpointWarning",
     "CheckpointWriter",
     "OutputPlan",
     "TensorInfo",
+    "TensorWriter",
     "check_output_folder",
     "format_bytes",
     "json_bytes",
@@ -25,4 +30,5 @@ __all__ = [
     "plan_output",
     "read_chat_template",
     "read_config",
+    "unfinished_folder",
 ]

@@ -20,6 +20,10 @@ class CheckpointError(ValueError):
     """A model folder cannot be read or written, or does not fit the other models; the message says why."""
 
 
+class CheckpointWarning(UserWarning):
+    """Something next to an output folder was restored, deleted or done anew; the message says what and why."""
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """Describes a stored tensor.

@@ -19,9 +19,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resm_kernels._version import __version__
+from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
 from resm_kernels.checkpoint.reader import CheckpointReader
-from resm_kernels.checkpoint.writer import write_errors_named
 
 KINDS: Final = ("gram", "fisher")
 _DTYPES: Final = (torch.float32, torch.float64)

@@ -3,135 +3,41 @@
 from __future__ import annotations
 
 import contextlib
-import errno
-import json
-import math
+import hashlib
 import os
-import secrets
 import shutil
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_view, format_bytes, write_fully
-from resm_kernels.checkpoint.reader import SINGLE_FILE
+from resm_kernels.checkpoint.durable import reserve, sync, write_errors_named
+from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning, format_bytes, write_fully
+from resm_kernels.checkpoint.journal import Journal
+from resm_kernels.checkpoint.output_plan import OutputPlan
+from resm_kernels.checkpoint.place import (
+    COMMIT,
+    MANIFEST,
+    MODEL,
+    OLD,
+    Occupant,
+    check_output_folder,
+    clear_leftovers,
+    is_committed,
+    put_in_place,
+    recover,
+    unfinished_folder,
+)
+from resm_kernels.checkpoint.record import HASH, RECORD_FILE, read_record, record_bytes
+from resm_kernels.checkpoint.tensor_writer import TensorWriter, stored_hash
+from resm_kernels.checkpoint.unfinished import UnfinishedFolder, read_manifest
 
 INDEX_FILE: Final = "model.safetensors.index.json"
-FLUSH_BYTES: Final = 64 * 2**20
-"""A file is flushed to disk each time that so many bytes were written. Flushing then overlaps with the work on other
-tensors, and `commit` has little to wait for."""
-_NO_FALLOCATE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The position of one output tensor: the index of its shard, and the offset and size of its bytes in that file."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    shard: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes."""
-
-    filename: str
-    header: bytes
-    size: int
-
-
-@dataclass(frozen=True)
-class OutputPlan:
-    """The layout of the output's weights, which is known before the first tensor is read."""
-
-    shards: tuple[Shard, ...]
-    slots: Mapping[str, Slot]
-
-    @property
-    def nbytes(self) -> int:
-        """The size of all shards in bytes, with their headers."""
-        return sum(s.size for s in self.shards)
-
-    def index(self) -> bytes | None:
-        """Return the content of the index file as transformers writes it; None if there is only one shard."""
-        if len(self.shards) == 1:
-            return None
-        total = {
-            "total_parameters": sum(math.prod(s.shape) for s in self.slots.values()),
-            "total_size": sum(s.nbytes for s in self.slots.values()),
-        }
-        weight_map = {s.name: self.shards[s.shard].filename for s in self.slots.values()}
-        text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True, ensure_ascii=False)
-        return (text + "\n").encode()
-
-
-def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: int) -> OutputPlan:
-    """Assign tensors (name, dtype, shape) to shards in their order, at most `max_shard_size` bytes to each.
-
-    A tensor that is larger is alone in its shard. Within a shard, tensors of wider dtypes come first, as in the
-    safetensors library, so that the position of every tensor is a multiple of its element size.
-    """
-    groups: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
-    used = 0
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if groups[-1] and used + nbytes > max_shard_size:
-            groups.append([])
-            used = 0
-        groups[-1].append((name, dtype, shape, nbytes))
-        used += nbytes
-    shards, slots = [], {}
-    for number, group in enumerate(groups):
-        group.sort(key=lambda t: -t[1].itemsize)
-        ends, end = [], 0
-        for *_, nbytes in group:
-            end += nbytes
-            ends.append(end)
-        header = build_header([(n, d, s, e - b, e) for (n, d, s, b), e in zip(group, ends, strict=True)])
-        filename = SINGLE_FILE if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        shards.append(Shard(filename, header, len(header) + end))
-        for (name, dtype, shape, nbytes), e in zip(group, ends, strict=True):
-            slots[name] = Slot(name, dtype, shape, number, len(header) + e - nbytes, nbytes)
-    return OutputPlan(tuple(shards), slots)
-
-
-def check_output_folder(
-    out: str | os.PathLike[str],
-    *,
-    overwrite: bool,
-    inputs: Sequence[str | os.PathLike[str]] = (),
-    marker: str = "config.json",
-) -> Path:
-    """Return the real path of the output folder; raise a CheckpointError if it must not be written.
-
-    A folder that is not empty needs `overwrite`, and must hold the file `marker`, as the outputs of this library do,
-    so that a mistyped path does not delete other files. An output that is or contains one of the inputs, folders or
-    files, is refused.
-    """
-    path = Path(os.path.realpath(os.path.expanduser(out)))
-    if path.exists() and not path.is_dir():
-        raise CheckpointError(f"output {path}: is a file, need a folder that does not exist yet")
-    for entry in inputs:
-        source = Path(os.path.realpath(os.path.expanduser(entry)))
-        if source == path or path in source.parents:
-            kind = "model " if source.is_dir() else "file "
-            raise CheckpointError(f"output {path}: is or contains the input {kind}{source}; choose another folder")
-    if path.is_dir() and any(path.iterdir()):
-        if not overwrite:
-            raise CheckpointError(f"output {path}: exists and is not empty; choose another folder or pass --overwrite")
-        if not (path / marker).is_file():
-            kind = "an adapter folder" if marker == "adapter_config.json" else "a model folder"
-            raise CheckpointError(f"output {path}: does not look like {kind} (no {marker}), so it is not overwritten")
-    return path
+_JOURNAL: Final = "journal"
 
 
 def free_bytes(path: Path) -> int:
@@ -141,177 +47,257 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+class MergeFolder(UnfinishedFolder):
+    """The unfinished folder of a model that is being written; its journal tells which tensors are done."""
+
+    def __init__(self, path: Path, job: Mapping[str, Any] | None, *, restart: bool = False) -> None:
+        super().__init__(path, job, restart=restart)
+        self.journal = Journal(path / _JOURNAL)
+
+    def holds_work(self) -> bool:
+        """Return True if some tensor is done, or an older model is here."""
+        return bool(self.journal.read()) or (self.path / OLD).exists()
+
+    def remove(self) -> None:
+        """Delete the folder; a process that is killed meanwhile leaves no journal of tensors that are gone."""
+        with contextlib.suppress(OSError):
+            self.journal.delete()
+        self._delete()
+
+
 class CheckpointWriter:
     """Writes a model folder that appears under its final name only when it is complete.
 
-    Use this class as a context manager. At the start it makes the folder `aside`, reserves the disk space of all shards
-    and writes their headers. `commit` flushes all files to disk and renames the folder. If the context ends without
-    `commit`, for example by an exception, the folder is removed. Several threads may call `write`, in any order of the
-    tensors.
+    Use this class as a context manager. At the start it makes an unfinished folder next to the final one, holds a lock
+    on it, reserves the disk space of all shards and writes their headers. `commit` flushes all files to disk and gives
+    the folder its name. Several threads may call `write`, in any order of the tensors.
+
+    If the context ends without `commit`, the unfinished folder stays if tensors are done in it and a `job` says what
+    they are made from; the exception then has a note that says so. The same job later finds these tensors in
+    `finished`, and need not write them again. Otherwise the folder is deleted.
 
     Args:
         out: The final folder, as `check_output_folder` returned it.
         plan: The shards, and the position of each tensor in them.
         files: The contents of the other files, by their names in the folder.
-        aside: Where the folder is until it is complete, on the same file system; by default it is the hidden folder
-            `.NAME.partial-<random>` next to the final one.
+        job: What the tensors depend on: entries by the names that errors use, as JSON has them. None, the default:
+            every writer begins anew.
+        restart: Delete what an earlier writer left, whatever its job.
+        overwrite: Replace a folder that is there and has the file `marker`.
+        marker: As for `check_output_folder`.
+        unfinished: The unfinished folder, on the same file system; by default `unfinished_folder(out)`.
+        facts: Entries for the record in the folder, `resm_kernels.json`, which also has each tensor's hash.
 
     Raises:
-        CheckpointError: There is not enough disk space, a write fails, or tensors are missing at `commit`.
+        CheckpointError: There is not enough disk space, another process writes this output, an unfinished folder is
+            another job's, something came into being at `out`, a write fails, or tensors are missing at `commit`.
+
+    Attributes:
+        folder: Where the files are until `commit`; a `TensorWriter` of another process may write there.
+        finished: The names of the tensors that an earlier writer has written.
     """
 
-    def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes], *, aside: Path | None = None) -> None:
-        self.out = out
-        self.plan = plan
+    def __init__(
+        self,
+        out: Path,
+        plan: OutputPlan,
+        files: Mapping[str, bytes],
+        *,
+        job: Mapping[str, Any] | None = None,
+        restart: bool = False,
+        overwrite: bool = False,
+        marker: str = "config.json",
+        unfinished: Path | None = None,
+        facts: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.out, self.plan = out, plan
         index = plan.index()
         self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
-        self._partial = aside or out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
-        self._descriptors: list[int] = []
+        if job is not None:
+            # What the job's names stand for cannot change without these.
+            headers = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
+            contents = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            job = {**job, "layout of tensors": headers, "content of other files": contents}
+        self._job = job
+        self._restart, self._overwrite, self._marker, self._facts = restart, overwrite, marker, dict(facts or {})
+        self._unfinished = MergeFolder(unfinished or unfinished_folder(out), job, restart=restart)
+        self.folder = self._unfinished.path / MODEL
+        self.finished: frozenset[str] = frozenset()
+        self._tensors = TensorWriter(self.folder, plan, flushed=self.record)
         self._lock = threading.Lock()
-        self._unflushed = [0] * len(plan.shards)
         self._pending = set(plan.slots)
+        self._hashes: dict[str, str] = {}
+        self._replaced: Occupant | None = None
         self._committed = False
-        self._replaces = out.is_dir() and any(out.iterdir())
 
     def __enter__(self) -> CheckpointWriter:
-        self._check_space()
-        try:
-            with self._reported_errors():
-                self._partial.parent.mkdir(parents=True, exist_ok=True)
-                self._partial.mkdir()
-                for shard in self.plan.shards:
-                    fd = os.open(self._partial / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-                    self._descriptors.append(fd)
-                    reserve(fd, shard.size)
-                    write_fully(fd, memoryview(shard.header), 0)
-        except BaseException:
-            self._discard()
-            raise
+        with self._reported_errors():
+            self._unfinished.take()
+            try:
+                recover(self.out, self._unfinished.path)
+                clear_leftovers(self.out, self._marker)
+                self._open()
+            except BaseException:
+                self._unfinished.release()
+                raise
+            try:
+                if not self._committed:
+                    self._check_space()
+                    self._make_shards()
+            except BaseException:
+                self._end()
+                raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if not self._committed:
-            self._discard()
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        if self._committed:
+            self._tensors.close()
+            self._unfinished.release()
+            return
+        with contextlib.suppress(OSError, CheckpointError):
+            self._tensors.flush()
+        done = self._end()
+        if done and error is not None:
+            _add_note(error, f"{done} of {len(self.plan.slots)} tensors are done; the same command goes on from there")
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one CPU tensor, which must have the planned dtype and shape, to its position in the shard."""
-        slot = self.plan.slots[name]
+    def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+        """Write one CPU tensor of the planned dtype, or consecutive elements of it from element `start` on.
+
+        The blocks of one tensor come in order; different tensors may come in any order from any thread.
+        """
         if name not in self._pending:
             raise ValueError(f"tensor {name!r}: written twice")
-        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
-            got = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}")
         with self._reported_errors():
-            write_fully(self._descriptors[slot.shard], byte_view(tensor.contiguous()), slot.offset)
-            if self._is_flush_due(slot):
-                os.fsync(self._descriptors[slot.shard])
-        self._pending.remove(name)
+            if self._tensors.write(name, tensor, start):
+                self._pending.discard(name)
 
-    def _is_flush_due(self, slot: Slot) -> bool:
+    def record(self, hashes: Mapping[str, str]) -> None:
+        """Note that tensors are wholly on disk, which other processes may have written, with their hashes."""
+        if self._job is not None:
+            self._unfinished.journal.append(hashes)
         with self._lock:
-            self._unflushed[slot.shard] += slot.nbytes
-            due = self._unflushed[slot.shard] >= FLUSH_BYTES
-            if due:
-                self._unflushed[slot.shard] = 0
-            return due
+            self._hashes |= hashes
+            self._pending.difference_update(hashes)
 
     def commit(self) -> None:
-        """Flush all files to disk and rename the folder; an old folder of that name is replaced only now."""
+        """Flush all files to disk and give the folder its name; an old folder of that name is replaced only now."""
         if self._pending:
             missing = ", ".join(sorted(self._pending)[:3])
             raise CheckpointError(f"output {self.out}: {len(self._pending)} tensors were not written ({missing}, …)")
-        with self._reported_errors():
-            for name, content in self._files.items():
-                target = self._partial / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with open(target, "wb") as stream:
-                    stream.write(content)
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            while self._descriptors:
-                os.fsync(self._descriptors[-1])
-                os.close(self._descriptors.pop())
-            sync(self._partial)
-            self._replace()
-            sync(self.out.parent)
+        if not self._committed:
+            with self._reported_errors():
+                self._tensors.flush()
+                self._write_files()
+                self._unfinished.save(**{COMMIT: self.folder.stat().st_ino})
+                put_in_place(self.folder, self.out, self._unfinished.path / OLD, self._replaced)
+            self._committed = True
+        self._unfinished.remove()
 
-    def _replace(self) -> None:
-        old = self.out.parent / f".{self.out.name}.old-{secrets.token_hex(4)}"
-        try:
-            if self.out.exists() and any(self.out.iterdir()):
-                if not self._replaces:
-                    raise CheckpointError(f"output {self.out}: exists now, made by another process; it is not replaced")
-                self.out.rename(old)
-            self._partial.rename(self.out)
-        except BaseException:
-            # An interrupt between the two renames must not lose the old folder.
-            if old.exists() and not self.out.exists():
-                old.rename(self.out)
-            raise
-        self._committed = True
-        shutil.rmtree(old, ignore_errors=True)
+    def discard(self) -> None:
+        """Delete the unfinished folder, for errors that the same job will meet again."""
+        self._tensors.close()
+        self._unfinished.remove()
 
-    def _discard(self) -> None:
-        for fd in self._descriptors:
-            with contextlib.suppress(OSError):
+    def _open(self) -> None:
+        """Find out what an earlier writer did; see the class for what is refused."""
+        if not self._restart and is_committed(self.out, self._unfinished.path):
+            if self._is_output_of_this_job():
+                self.finished, self._committed = frozenset(self.plan.slots), True
+                self._pending.clear()
+                return
+            self._unfinished.clear()
+        self._unfinished.open()
+        check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker)
+        self._replaced = Occupant.of(self.out)
+        if self._job is not None:
+            self._hashes = self._unchanged(self.folder, self._unfinished.journal.read())
+            self.finished = frozenset(self._hashes)
+            self._pending -= self.finished
+
+    def _is_output_of_this_job(self) -> bool:
+        manifest = read_manifest(self._unfinished.path / MANIFEST)
+        if manifest is None or manifest[0] is None or manifest[0] != self._unfinished.job:
+            return False
+        record = read_record(self.out) or {}
+        hashes = {name: entry[HASH] for name, entry in record.items()}
+        return self._unchanged(self.out, hashes).keys() == self.plan.slots.keys()
+
+    def _unchanged(self, folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
+        """Return those of the hashes that tensors in the folder still have; others are told."""
+        kept: dict[str, str] = {}
+        for number, shard in enumerate(self.plan.shards):
+            slots = [s for s in self.plan.slots.values() if s.shard == number and s.name in hashes]
+            file = folder / shard.filename
+            if slots and file.is_file() and file.stat().st_size == shard.size:
+                with open(file, "rb", buffering=0) as stream:
+                    for slot in slots:
+                        if stored_hash(file, stream.fileno(), slot.offset, slot.nbytes) == hashes[slot.name]:
+                            kept[slot.name] = hashes[slot.name]
+        if lost := [name for name in hashes if name not in kept]:
+            warnings.warn(
+                f"{folder}: {len(lost)} tensors are not what was written there ({', '.join(lost[:3])}); they are done "
+                "anew",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        return kept
+
+    def _make_shards(self) -> None:
+        self.folder.mkdir(exist_ok=True)
+        for shard in self.plan.shards:
+            fd = os.open(self.folder / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+            try:
+                if os.fstat(fd).st_size > shard.size:
+                    os.ftruncate(fd, shard.size)
+                reserve(fd, shard.size)
+                write_fully(fd, memoryview(shard.header), 0)
+            finally:
                 os.close(fd)
-        self._descriptors.clear()
-        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def _write_files(self) -> None:
+        record = record_bytes(self.plan, self._hashes, self._facts)
+        folders = {self.folder}
+        for name, content in {**self._files, RECORD_FILE: record}.items():
+            target = self.folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folders.add(target.parent)
+            with open(target, "wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for folder in folders:
+            sync(folder)
+
+    def _end(self) -> int:
+        """Delete the unfinished folder if no tensor is done in it, and let go of it; return how many are done."""
+        self._tensors.close()
+        done = 0
+        try:
+            recover(self.out, self._unfinished.path)
+            done = len(self._unfinished.journal.read()) if self._job is not None else 0
+            if not done:
+                self._unfinished.remove()
+        except (OSError, CheckpointError):
+            done = len(self._hashes)
+        finally:
+            self._unfinished.release()
+        return done
 
     def _check_space(self) -> None:
         needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
+        if self.folder.is_dir():  # what is there is written again, or kept
+            needed -= sum(file.stat().st_blocks * 512 for file in self.folder.iterdir() if file.is_file())
         available = free_bytes(self.out)
         if needed > available:
-            folders = sorted(str(p) for p in self.out.parent.glob(f".{self.out.name}.partial-*"))
-            leftovers = f"; left behind by runs that were killed: {', '.join(folders)}" if folders else ""
             raise CheckpointError(
                 f"output {self.out}: not enough disk space: needs {format_bytes(needed)}, available "
-                f"{format_bytes(available)}{leftovers}"
+                f"{format_bytes(available)}"
             )
 
     def _reported_errors(self) -> AbstractContextManager[None]:
         return write_errors_named(self.out, f" (needs {format_bytes(self.plan.nbytes)})")
 
 
-@contextlib.contextmanager
-def write_errors_named(out: Path, need: str = "") -> Iterator[None]:
-    """Turn errors of the operating system into a CheckpointError that names the output and its `need`."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"output {out}: cannot be written{need}: {error.strerror or error}") from error
-
-
-def reserve(fd: int, size: int) -> None:
-    """Give the file its full size and, if possible, its disk blocks, so that a full disk is reported at once."""
-    if hasattr(os, "posix_fallocate"):
-        try:
-            os.posix_fallocate(fd, 0, size)
-            return
-        except OSError as error:
-            if error.errno not in _NO_FALLOCATE:
-                raise
-    os.ftruncate(fd, size)
-
-
-def write_whole(file: Path, content: bytes) -> None:
-    """Write a file that appears under its name when it is on disk; one that is there is replaced."""
-    partial = file.parent / f".{file.name}.partial-{secrets.token_hex(4)}"
-    try:
-        with open(partial, "xb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
-    sync(file.parent)
-
-
-def sync(path: Path) -> None:
-    """Return when a file, or the names in a folder, are on disk."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _add_note(error: BaseException, note: str) -> None:
+    # As BaseException.add_note, which Python 3.10 does not have.
+    error.__notes__ = [*getattr(error, "__notes__", ()), note]

@@ -19,6 +19,7 @@ from resm_kernels.checks import Check, NonFiniteError, check_values, collected_c
 from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.gpu_executor import GpuExecutor
+from resm_kernels.engine.job import merge_job, record_facts
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
@@ -40,7 +41,8 @@ class MergeReport(Timings):
     Attributes:
         out: The output folder.
         method: Name of the merge method.
-        tensors: Number of tensors written.
+        tensors: Number of tensors in the output.
+        tensors_resumed: How many of them an earlier run of the same merge had written before it was cut off.
         bytes_read: Bytes of tensor data read.
         bytes_written: Bytes of weight files written.
         seconds: Wall time, from reading the recipe to the final rename.
@@ -51,6 +53,7 @@ class MergeReport(Timings):
     out: Path
     method: str
     tensors: int
+    tensors_resumed: int
     bytes_read: int
     bytes_written: int
     seconds: float
@@ -71,8 +74,10 @@ def merge_checkpoints(
 ) -> MergeReport:
     """Merge model folders as the recipe says and write the result to the folder `out`.
 
-    The output appears under its name only when it is complete; if anything goes wrong before, nothing is left behind.
-    The result depends on the recipe, the models and the random seed alone: not on shard sizes, memory limit or threads.
+    The output appears under its name only when it is complete. If the merge is interrupted or killed, or fails by an
+    error of the system, the tensors that are done stay in an unfinished folder next to `out`, and the same call goes on
+    from there, with the same bits; an error in the models leaves nothing behind. The result depends on the recipe, the
+    models and the random seed alone: not on shard sizes, memory limit or threads.
     On a GPU it differs within the tolerances of the ops (see docs/gpu.md).
 
     Args:
@@ -84,6 +89,8 @@ def merge_checkpoints(
             default) or "512MiB".
         overwrite: Replace `out` if it is a model folder already (default: False). The old folder is removed only when
             the new one is complete.
+        restart: Begin anew (default: False), whatever an earlier run left unfinished. Without it, unfinished work of
+            another recipe, other inputs, options or versions is an error.
         memory_limit: Bytes of tensor data to hold in memory at once, as for `max_shard_size`; 512MiB by default. It is
             exceeded only if the largest tensor alone needs more (see `plan_merge(...).window.bound`). With GPUs this
             memory is pinned, and does not include the method's workspace, which is in the GPUs' memory.
@@ -120,16 +127,30 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
     """
     if plan.out is None:
         raise ValueError("plan: got one without an output folder, need plan_merge(recipe, out, …)")
-    files = plan.auxiliary_files()
-    with thread_count(plan.options.threads), CheckpointWriter(plan.out, plan.output, files) as writer:
+    writing = CheckpointWriter(
+        plan.out,
+        plan.output,
+        plan.auxiliary_files(),
+        job=merge_job(plan),
+        restart=plan.options.restart,
+        overwrite=plan.options.overwrite,
+        facts=record_facts(plan),
+    )
+    with thread_count(plan.options.threads), writing as writer:
+        jobs = tuple(job for job in plan.jobs if job.name not in writer.finished)
         pipeline = Pipeline(
-            jobs=plan.jobs,
+            jobs=jobs,
             window=plan.window,
             executor=_executor(plan),
             write=lambda job, result: writer.write(job.name, result),
             progress=progress,
         )
-        timings = pipeline.run()
+        try:
+            timings = pipeline.run()
+        except MergeError:
+            # The same models would meet it again, and others need a merge of their own.
+            writer.discard()
+            raise
         computed = time.perf_counter()
         writer.commit()
     finished = time.perf_counter()
@@ -137,7 +158,8 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         out=plan.out,
         method=plan.method.name,
         tensors=len(plan.jobs),
-        bytes_read=plan.bytes_read,
+        tensors_resumed=len(writer.finished),
+        bytes_read=sum(job.input_bytes for job in jobs),
         bytes_written=plan.output.nbytes,
         seconds=finished - plan.began,
         commit=finished - computed,

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointWriter, OutputPlan, json_bytes, plan_output
+from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
-from resm_kernels.checkpoint.writer import write_errors_named
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
