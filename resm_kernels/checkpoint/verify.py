@@ -157,6 +157,7 @@ def _put_right(out: Path) -> list[str]:
                 stacklevel=3,
             )
             return []
-        return [f"{folder}: holds an unfinished merge, with {len(work.journal.read())} tensors done"]
+        done = len(work.journal.read())
+        return [f"{folder}: holds an unfinished merge, with {done} tensors done"] if done else []
     finally:
         work.release()
