@@ -56,6 +56,7 @@ class UnfinishedFolder:
     MANIFEST: ClassVar[str] = "manifest.json"
     WORK: ClassVar[str] = "merge"
     WORKING: ClassVar[str] = "writing"
+    CONSEQUENCES: ClassVar[Sequence[str]] = ()
     error: ClassVar[type[ValueError]] = CheckpointError
 
     def __init__(self, path: Path, job: Mapping[str, Any] | None, *, restart: bool = False) -> None:
@@ -181,7 +182,7 @@ class UnfinishedFolder:
                 f"{self.path}: holds an unfinished {self.WORK} that this command would replace; finish it, delete the "
                 "folder, or name another output folder"
             )
-        elif differing := differences(job or {}, self.job):
+        elif differing := differences(job or {}, self.job, self.CONSEQUENCES):
             raise self.error(
                 f"{self.path}: holds an unfinished {self.WORK} with another {', another '.join(differing)}; run the "
                 "same command as then, name another output folder, or pass --restart to begin anew"
@@ -202,10 +203,14 @@ def read_manifest(file: Path) -> tuple[dict[str, Any] | None, dict[str, Any]] | 
     return job, state
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of the entries that differ, with what differs in them where that is short."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], consequences: Sequence[str] = ()) -> list[str]:
+    """Return the names of the entries that differ, with what differs in them where that is short.
+
+    Entries that are `consequences` of others are left out if others differ.
+    """
     names = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-    return [name + _difference(then.get(name), now.get(name)) for name in names]
+    causes = [name for name in names if name not in consequences]
+    return [name + _difference(then.get(name), now.get(name)) for name in causes or names]
 
 
 def _difference(then: Any, now: Any) -> str:

@@ -38,6 +38,8 @@ from resm_kernels.checkpoint.unfinished import UnfinishedFolder, read_manifest
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 _JOURNAL: Final = "journal"
+_LAYOUT: Final = "layout of tensors"
+_CONTENTS: Final = "content of other files"
 
 
 def free_bytes(path: Path) -> int:
@@ -49,6 +51,8 @@ def free_bytes(path: Path) -> int:
 
 class MergeFolder(UnfinishedFolder):
     """The unfinished folder of a model that is being written; its journal tells which tensors are done."""
+
+    CONSEQUENCES = (_LAYOUT, _CONTENTS)
 
     def __init__(self, path: Path, job: Mapping[str, Any] | None, *, restart: bool = False) -> None:
         super().__init__(path, job, restart=restart)
@@ -114,10 +118,9 @@ class CheckpointWriter:
         index = plan.index()
         self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
         if job is not None:
-            # What the job's names stand for cannot change without these.
             headers = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
             contents = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            job = {**job, "layout of tensors": headers, "content of other files": contents}
+            job = {**job, _LAYOUT: headers, _CONTENTS: contents}
         self._job = job
         self._restart, self._overwrite, self._marker, self._facts = restart, overwrite, marker, dict(facts or {})
         self._unfinished = MergeFolder(unfinished or unfinished_folder(out), job, restart=restart)
@@ -243,6 +246,8 @@ class CheckpointWriter:
         return kept
 
     def _make_shards(self) -> None:
+        if self._job is not None:
+            self._unfinished.journal.reserve(self._pending)
         self.folder.mkdir(exist_ok=True)
         for shard in self.plan.shards:
             fd = os.open(self.folder / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
