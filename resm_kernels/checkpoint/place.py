@@ -246,11 +246,15 @@ def _check_may_rename(path: Path) -> None:
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir():
         raise CheckpointError(f"output {path}: {parent} is a file, need a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not _may_change(parent):
         raise CheckpointError(f"output {path}: {parent} does not let this user make folders in it (read-only)")
     if path.is_dir():
         mode, owners = parent.stat().st_mode, {parent.stat().st_uid, path.stat().st_uid}
-        if not os.access(path, os.W_OK | os.X_OK) or (mode & stat.S_ISVTX and os.geteuid() not in owners | {0}):
+        if not _may_change(path) or (mode & stat.S_ISVTX and os.geteuid() not in owners | {0}):
             raise CheckpointError(
                 f"output {path}: does not let this user rename it (it is read-only or another user's)"
             )
+
+
+def _may_change(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

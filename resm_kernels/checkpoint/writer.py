@@ -209,8 +209,8 @@ class CheckpointWriter:
                 self._pending.clear()
                 return
             self._unfinished.clear()
-        self._unfinished.open()
         check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker)
+        self._unfinished.open()
         self._replaced = Occupant.of(self.out)
         if self._job is not None:
             self._hashes = self._unchanged(self.folder, self._unfinished.journal.read())
