@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from resm_kernels.flags import repeated, translate
-from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.options import MAX_THREADS, CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -59,7 +59,9 @@ MemoryOption = Annotated[
         "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
     ),
 ]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
 

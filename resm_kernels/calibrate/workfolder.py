@@ -17,6 +17,7 @@ from torch import Tensor
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.models import quiet_transformers
 from resm_kernels.checkpoint.writer import sync, write_whole
+from resm_kernels.files import read_object
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -159,10 +160,10 @@ class WorkFolder:
     def _read(self) -> None:
         file = self.path / _MANIFEST
         try:
-            content = json.loads(file.read_bytes())
+            content = read_object(file, CalibrationError)
             job, state = content["job"], content["state"]
             known = content["format"] == _FORMAT and isinstance(job, dict) and isinstance(state, dict)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CalibrationError, KeyError, TypeError):
             known = False
         if known and state.get("finished"):
             self._clear()

@@ -20,6 +20,7 @@ import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_view, format_bytes, write_fully
 from resm_kernels.checkpoint.reader import SINGLE_FILE
+from resm_kernels.files import expanded
 
 INDEX_FILE: Final = "model.safetensors.index.json"
 FLUSH_BYTES: Final = 64 * 2**20
@@ -117,21 +118,28 @@ def check_output_folder(
     so that a mistyped path does not delete other files. An output that is or contains one of the inputs, folders or
     files, is refused.
     """
-    path = Path(os.path.realpath(os.path.expanduser(out)))
+    path = Path(os.path.realpath(expanded(out, CheckpointError, "output")))
+    if not _is_utf8(path.name):
+        raise CheckpointError(f"output {os.fsencode(path)!r}: its name is not UTF-8; choose another one")
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"output {path}: is a file, need a folder that does not exist yet")
     for entry in inputs:
-        source = Path(os.path.realpath(os.path.expanduser(entry)))
+        source = Path(os.path.realpath(expanded(entry, CheckpointError, "input")))
         if source == path or path in source.parents:
             kind = "model " if source.is_dir() else "file "
             raise CheckpointError(f"output {path}: is or contains the input {kind}{source}; choose another folder")
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise CheckpointError(f"output {path}: exists and is not empty; choose another folder or pass --overwrite")
-        if not (path / marker).is_file():
+        if not os.path.isfile(path / marker):
             kind = "an adapter folder" if marker == "adapter_config.json" else "a model folder"
             raise CheckpointError(f"output {path}: does not look like {kind} (no {marker}), so it is not overwritten")
     return path
+
+
+def _is_utf8(name: str) -> bool:
+    # Names that are not UTF-8 come from the system with halves of surrogate pairs.
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def free_bytes(path: Path) -> int:
