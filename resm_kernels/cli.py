@@ -253,6 +253,8 @@ def stats(
         from resm_kernels.report import progress_display, stats_json, stats_table
 
     spectra = spectra or plot is not None
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json: got {json_file}, which is a folder; need the name of a file")
     if plot is not None:
         from resm_kernels.plot import check_plot
 
@@ -411,6 +413,8 @@ def main() -> None:
     except Exception as error:
         if _options["traceback"]:
             raise
+        if isinstance(error, OSError) and error.filename is not None:
+            _fail(f"{error.filename}: {error.strerror}", 1)
         expected = isinstance(error, (ValueError, OSError))
         kind = "" if expected else f"{type(error).__name__}: "
         hint = "" if expected else " (--traceback before the command shows where)"

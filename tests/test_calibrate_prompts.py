@@ -126,8 +126,8 @@ def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path) -> None:
         read_prompts(tmp_path / "a.jsonl")
     (tmp_path / "b.txt").mkdir()
     os.mkfifo(tmp_path / "c.txt")
-    for name in ("b.txt", "c.txt"):
-        with pytest.raises(CalibrationError, match=f"{name}: is a folder, need a regular file"):
+    for name, kind in (("b.txt", "a folder"), ("c.txt", "a pipe")):
+        with pytest.raises(CalibrationError, match=f"{name}: is {kind}, need a regular file"):
             read_prompts(tmp_path / name)
     with pytest.raises(CalibrationError, match=r"need .jsonl or .txt"):
         read_prompts(lines(tmp_path / "d.json", {"prompt": "a"}))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
-from resm_kernels.files import LIST_BYTES, check_regular, open_regular, read_object, shortened
+from resm_kernels.files import LIST_BYTES, check_regular, open_regular, path_problem, read_object, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
@@ -167,7 +167,8 @@ def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
             f"{index}: weight_map: got {shortened(shard_of)}, need an object: not a safetensors index"
         )
     for name, shard in shard_of.items():
-        if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", ".."):
+        plain = isinstance(shard, str) and os.path.basename(shard) == shard and shard.isprintable()
+        if not plain or shard in ("", ".", "..") or path_problem(shard):
             raise CheckpointError(
                 f"{index}: weight_map: {shortened(name)}: names the shard {shortened(shard)}, need the name of a file "
                 "in the same folder"
