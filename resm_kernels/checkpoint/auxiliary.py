@@ -123,7 +123,9 @@ def read_chat_template(folder: Path) -> str | None:
 
 def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
     """Return the files of a folder whose names match one of the patterns; what is there under such a name counts."""
-    return sorted({path for pattern in patterns for path in folder.glob(pattern)})
+    # Path.glob leaves out links to nowhere whose whole name is given.
+    whole = {folder / pattern for pattern in patterns if "*" not in pattern and os.path.lexists(folder / pattern)}
+    return sorted({path for pattern in patterns if "*" in pattern for path in folder.glob(pattern)} | whole)
 
 
 def check_tokenizer_files(folder: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
-from resm_kernels.files import LIST_BYTES, open_regular, parse_object, shortened
+from resm_kernels.files import LIST_BYTES, opened, parse_object, read_up_to, shortened
 
 MAX_NAME: Final = 1000
 """The most letters of a tensor's name; models have names of at most a few hundred."""
@@ -105,18 +105,14 @@ def damaged(file: Path, reason: str) -> CheckpointError:
 
 def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
     """Return a file's header, the position after it and the file's size; memory is taken for what is there alone."""
-    fd = open_regular(file, CheckpointError, "download the model again")
-    try:
-        with os.fdopen(fd, "rb") as stream:
-            size = os.fstat(fd).st_size
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > size - 8:
-                raise damaged(file, f"has {size} bytes, and states that its header has {length}")
-            if length > LIST_BYTES:
-                raise CheckpointError(f"{file}: its header has {length} bytes, need at most {LIST_BYTES}")
-            text = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    with opened(file, CheckpointError, "download the model again") as fd:
+        size = os.fstat(fd).st_size
+        length = int.from_bytes(read_up_to(fd, 8), "little")
+        if size < 8 or length > size - 8:
+            raise damaged(file, f"has {size} bytes, and states that its header has {length}")
+        if length > LIST_BYTES:
+            raise CheckpointError(f"{file}: its header has {length} bytes, need at most {LIST_BYTES}")
+        text = read_up_to(fd, length)
     if not text.startswith(b"{"):
         raise damaged(file, "its header does not begin with {")
     try:

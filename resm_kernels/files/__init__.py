@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from resm_kernels.files.json_text import CONFIG_BYTES, LIST_BYTES, parse_json, parse_object, read_object
 from resm_kernels.files.patterns import Pattern
-from resm_kernels.files.regular import check_regular, expanded, open_regular, path_problem, read_bytes, read_text
+from resm_kernels.files.regular import (
+    check_regular,
+    expanded,
+    open_regular,
+    opened,
+    path_problem,
+    read_bytes,
+    read_text,
+    read_up_to,
+)
 from resm_kernels.files.structure import Location, check_structure, dotted, shortened
 
 __all__ = [
@@ -22,11 +31,13 @@ __all__ = [
     "dotted",
     "expanded",
     "open_regular",
+    "opened",
     "parse_json",
     "parse_object",
     "path_problem",
     "read_bytes",
     "read_object",
     "read_text",
+    "read_up_to",
     "shortened",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,7 @@ MAX_NAME: Final = 255
 MAX_PATH: Final = 4095
 """The longest name, and the longest path, in bytes, that Linux and macOS allow."""
 
+_PIECE: Final = 1 << 24
 _KINDS: Final = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -106,18 +109,36 @@ def read_bytes(file: FilePath, raising: type[ValueError], *, limit: int = COPY_B
     Raises:
         raising: The file is larger, or cannot be opened or read.
     """
+    with opened(file, raising, missing) as fd:
+        size = os.fstat(fd).st_size
+        content = read_up_to(fd, limit + 1) if size <= limit else b""
+    if max(size, len(content)) > limit:
+        raise raising(f"{file}: has {max(size, len(content))} bytes or more, need at most {limit}")
+    return content
+
+
+@contextlib.contextmanager
+def opened(file: FilePath, raising: type[ValueError], missing: str = "") -> Iterator[int]:
+    """Open a regular file, as `open_regular` does, and close it at the end; errors of reading are of this kind too."""
     fd = open_regular(file, raising, missing)
     try:
-        with os.fdopen(fd, "rb") as stream:
-            size = os.fstat(fd).st_size
-            if size <= limit:
-                content = stream.read(limit + 1)
-                size = len(content)
+        yield fd
     except OSError as error:
         raise raising(f"{file}: cannot be read: {error.strerror or error}") from error
-    if size > limit:
-        raise raising(f"{file}: has {size} bytes, need at most {limit}")
-    return content
+    finally:
+        os.close(fd)
+
+
+def read_up_to(fd: int, length: int) -> bytes:
+    """Return the next bytes of a file, at most `length`; fewer only at its end.
+
+    Memory is taken for what is read. A file of the system that has nothing to read yet is an OSError.
+    """
+    pieces: list[bytes] = []
+    while length > 0 and (piece := os.read(fd, min(length, _PIECE))):
+        pieces.append(piece)
+        length -= len(piece)
+    return b"".join(pieces)
 
 
 def read_text(file: FilePath, raising: type[ValueError], *, limit: int, missing: str = "") -> str:
