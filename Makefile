@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test lint format bench bench-spectral quality wheels cuda triton gpu clean
+.PHONY: demo example-models test fuzz lint format bench bench-spectral quality wheels cuda triton gpu clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,6 +36,12 @@ example-models: $(VENV)/.test
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --benchmark-disable
+
+# Reads CASES hostile files and command lines, others with another SEED; a summary with the coverage of the readers' lines.
+CASES ?= 100000
+SEED ?= 0
+fuzz: $(VENV)/.test
+	$(BIN)/python -B tests/fuzz/run.py --cases $(CASES) --seed $(SEED)
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import typer
 
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
 from resm_kernels.flags import repeated, translate
-from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.options import MAX_THREADS, CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -42,7 +42,9 @@ MemoryOption = Annotated[
     ),
 ]
 RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
 
@@ -234,6 +236,8 @@ def stats(
         from resm_kernels.report import progress_display, stats_json, stats_table
 
     spectra = spectra or plot is not None
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json: got {json_file}, which is a folder; need the name of a file")
     if plot is not None:
         from resm_kernels.plot import check_plot
 

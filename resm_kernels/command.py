@@ -45,10 +45,12 @@ def cut_off_named(otherwise: str) -> Iterator[None]:
 
 def fail_with(error: Exception) -> NoReturn:
     """Print an exception, with the notes that were added to it, as one line, and end the process."""
+    notes = _notes(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        fail(f"{error.filename}: {error.strerror}{f'; {notes}' if notes else ''}", 1)
     expected = isinstance(error, (ValueError, OSError))
     kind = "" if expected else f"{type(error).__name__}: "
     hint = "" if expected else " (--traceback before the command shows where)"
-    notes = _notes(error)
     fail(f"{kind}{error}{f'; {notes}' if notes else ''}{hint}", 1)
 
 

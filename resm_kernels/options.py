@@ -10,8 +10,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 
+from resm_kernels.files import shortened
+
 if TYPE_CHECKING:
     import torch
+
+MAX_THREADS: Final = 4096
+"""The most threads that may be asked for: more than any machine has cores."""
 
 
 class MergeKeywords(TypedDict, total=False):
@@ -69,8 +74,20 @@ class MergeOptions:
         object.__setattr__(self, "device_bytes", device_bytes)
         object.__setattr__(self, "shard_bytes", parse_size(self.max_shard_size, "max_shard_size"))
         object.__setattr__(self, "window_bytes", parse_size(self.memory_limit, "memory_limit"))
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: got {self.threads}, need at least 1")
+        check_threads(self.threads)
+        check_seed("random_seed", self.random_seed)
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise a ValueError unless `threads` is None or a number of threads that a process may have."""
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise ValueError(f"threads: got {shortened(threads)}, need 1 to {MAX_THREADS}")
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise a ValueError unless the option `name` is a whole number of 64 bits."""
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"{name}: got {shortened(seed)}, need a whole number of 64 bits")
 
 
 class CalibrateKeywords(TypedDict, total=False):
@@ -141,10 +158,10 @@ class CalibrateOptions:
         for name, least in (("polish_steps", 0), ("max_prompt_tokens", 1), ("max_new_tokens", 1), ("batch_tokens", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, need at least {least}")
-        for name in ("threads", "max_prompts"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {value}, need at least 1")
+        check_threads(self.threads)
+        check_seed("seed", self.seed)
+        if self.max_prompts is not None and self.max_prompts < 1:
+            raise ValueError(f"max_prompts: got {self.max_prompts}, need at least 1")
         if self.embeddings not in EMBEDDINGS:
             raise ValueError(f"embeddings: got {self.embeddings!r}, need {' or '.join(EMBEDDINGS)}")
         if not 0 < self.held_out < 1:

@@ -35,9 +35,10 @@ _NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.")
 _TIED_MODULES: Final = ("embed_tokens", "wte")
 
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d+)(\..*)")
-_BEFORE_LAYERS: Final = re.compile(
-    r"(?:^|\.)(?:\w*embed(?!_out)\w*|wte|wpe|shared|conv\d|patch_conv|ln_pre|layernorm_pre|rotary_\w+|relative_pe)(?:\.|$)"
-)
+# Parts of names are matched one by one: an expression for the whole name would take time in the square of its length.
+_BEFORE_LAYERS: Final = re.compile(r"wte|wpe|shared|conv\d|patch_conv|ln_pre|layernorm_pre|rotary_\w+|relative_pe")
+_EMBEDDING: Final = re.compile(r"embed(?!_out)")
+_WORD: Final = re.compile(r"\w+")
 _VOCABULARY: Final = re.compile(
     r"(?:^|\.)(?:embed_tokens|wte|(?:word|tok)_embeddings|embed_in|shared|embed_out|output|output_layer|lm_head"
     r"|lm_head\.(?:linear|decoder)|cls\.predictions(?:\.decoder)?|vocab_projector|backbone\.embeddings)"
@@ -120,7 +121,10 @@ def tensor_depths(names: Iterable[str]) -> dict[str, float]:
 
 def is_before_layers(name: str) -> bool:
     """Return True if a tensor outside the layers is used before them (embeddings), False if after (last norm, head)."""
-    return _BEFORE_LAYERS.search(name) is not None
+    return any(
+        _BEFORE_LAYERS.fullmatch(part) or (_EMBEDDING.search(part) and _WORD.fullmatch(part))
+        for part in name.split(".")
+    )
 
 
 def is_vocabulary(name: str) -> bool:

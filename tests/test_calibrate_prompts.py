@@ -66,12 +66,12 @@ def test_the_limit_bounds_what_is_read(tmp_path: Path) -> None:
         ('{"prompt": "a"}'.encode("utf-16"), r"line 1: byte 0 of the file is 0xff, which is not UTF-8"),
         ('{"prompt": "a"}'.encode("utf-16-le"), r"line 1: byte 1 of the file is 0x00, as in UTF-16"),
         (b'\xef\xbb\xbf{"prompt": "\xff"}', r"line 1: byte 15 of the file is 0xff"),
-        (b"hello", "line 1: is not JSON"),
-        (b'{"prompt": "a"} x', "line 1: is not JSON"),
-        (b'{"prompt": ' + b"1" * 9000 + b"}", "line 1: (is not JSON|prompt: got a number)"),
-        (b'{"prompt": "a", "prompt": "b"}', "line 1: is not JSON .a key is there twice"),
-        (b'{"prompt": ' + b"[" * 200000 + b"]" * 200000 + b"}", "line 1: is nested too deeply"),
-        (b'{"prompt": ' + b'{"a":' * 200000, "line 1: is nested too deeply"),
+        (b"hello", "line 1: cannot be read as JSON"),
+        (b'{"prompt": "a"} x', "line 1: cannot be read as JSON"),
+        (b'{"prompt": ' + b"1" * 9000 + b"}", "line 1: prompt: got a whole number of more than 100 digits"),
+        (b'{"prompt": "a", "prompt": "b"}', "line 1: the key .prompt. is there twice"),
+        (b'{"prompt": ' + b"[" * 200000 + b"]" * 200000 + b"}", "line 1: is nested more than 64 levels deep"),
+        (b'{"prompt": ' + b'{"a":' * 200000, "line 1: is nested more than 64 levels deep"),
         (b"[1]", "line 1: got a list, need an object"),
         (b"null", "line 1: got null, need an object"),
         (b'{"prmpt": "a"}', "line 1: key: got 'prmpt', need one of .*, did you mean 'prompt'?"),
@@ -122,12 +122,12 @@ def test_a_long_line_is_refused_before_it_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_no_file_of_prompts_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match=r"a.jsonl: cannot be read: No such file"):
+    with pytest.raises(CalibrationError, match=r"a.jsonl: no such file"):
         read_prompts(tmp_path / "a.jsonl")
     (tmp_path / "b.txt").mkdir()
     os.mkfifo(tmp_path / "c.txt")
-    for name in ("b.txt", "c.txt"):
-        with pytest.raises(CalibrationError, match=f"{name}: is no regular file"):
+    for name, kind in (("b.txt", "a folder"), ("c.txt", "a pipe")):
+        with pytest.raises(CalibrationError, match=f"{name}: is {kind}, need a regular file"):
             read_prompts(tmp_path / name)
     with pytest.raises(CalibrationError, match=r"need .jsonl or .txt"):
         read_prompts(lines(tmp_path / "d.json", {"prompt": "a"}))

@@ -99,8 +99,8 @@ def test_progress_on_a_terminal_is_a_bar(family: Family) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("merge", "nowhere.yml", "out"), "error: nowhere.yml: cannot be read: No such file or directory\n"),
-        (("stats", "nowhere.yml"), "error: nowhere.yml: cannot be read: No such file or directory\n"),
+        (("merge", "nowhere.yml", "out"), "error: nowhere.yml: no such file; need a recipe\n"),
+        (("stats", "nowhere.yml"), "error: nowhere.yml: no such file; need a recipe\n"),
     ],
 )
 def test_errors_are_one_line_and_exit_1(run: RunCommand, arguments: tuple[str, ...], message: str) -> None:

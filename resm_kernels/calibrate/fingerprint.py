@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, TOKENIZER_PATTERNS
+from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, TOKENIZER_PATTERNS, matching_files
 from resm_kernels.engine.models import Model
+from resm_kernels.files import read_bytes
 
 
 def model_fingerprint(model: Model) -> str:
@@ -17,6 +19,7 @@ def model_fingerprint(model: Model) -> str:
     digest = hashlib.sha256(model.reader.fingerprint().encode())
     for folder in dict.fromkeys((model.base_folder, model.folder)):
         patterns = (CONFIG_FILE, "adapter_config.json", *MODEL_PATTERNS, *TOKENIZER_PATTERNS)
-        for file in sorted({f for pattern in patterns for f in folder.glob(pattern) if f.is_file()}):
-            digest.update(json.dumps([file.name, file.stat().st_size]).encode() + file.read_bytes())
+        for file in matching_files(folder, patterns):
+            content = read_bytes(file, CheckpointError)
+            digest.update(json.dumps([file.name, len(content)]).encode() + content)
     return digest.hexdigest()

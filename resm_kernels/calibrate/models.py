@@ -11,6 +11,7 @@ import torch
 
 from resm_kernels.calibrate.blocks import is_causal
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.checkpoint.auxiliary import check_tokenizer_files
 from resm_kernels.engine.checks import check_configs
 from resm_kernels.engine.models import Model
 from resm_kernels.lora import AdapterReader
@@ -99,6 +100,7 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         CalibrationError: transformers is not installed, or the folder has no tokenizer that it can load. Code from the
             folder is never run.
     """
+    check_tokenizer_files(model.base_folder)
     with quiet_transformers():
         from transformers import AutoTokenizer
 

@@ -12,9 +12,8 @@ of the role `assistant`.
 
 from __future__ import annotations
 
-import json
+import os
 import reprlib
-import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.models import first_line, quiet_transformers
+from resm_kernels.files import open_regular, parse_json
 from resm_kernels.suggestions import did_you_mean
 
 if TYPE_CHECKING:
@@ -102,10 +102,7 @@ def read_prompts(path: Path, max_prompts: int | None = None) -> list[Prompt]:
         raise CalibrationError(f"{path}: got a file name that ends in {path.suffix!r}, need {' or '.join(_SUFFIXES)}")
     prompts: list[Prompt] = []
     try:
-        # Opening a pipe would wait for a writer, so the kind of the file is looked up before.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CalibrationError(f"{path}: is no regular file; need a file of prompts")
-        with open(path, "rb") as stream:
+        with os.fdopen(open_regular(path, CalibrationError, "need a file of prompts"), "rb") as stream:
             for number, line in _lines(stream, path):
                 if line.strip():
                     prompts.append(parse(number, line, f"{path}, line {number}"))
@@ -151,12 +148,7 @@ def _parse_text(number: int, line: str, where: str) -> Prompt:
 
 def _parse_json(number: int, line: str, where: str) -> Prompt:
     """Return the prompt that a line of JSON states."""
-    try:
-        entry = json.loads(line, object_pairs_hook=_distinct)
-    except RecursionError:
-        raise CalibrationError(f'{where}: is nested too deeply; need an object such as {{"prompt": "…"}}') from None
-    except ValueError as error:
-        raise CalibrationError(f"{where}: is not JSON ({error}); need one object a line") from None
+    entry = parse_json(line, where, CalibrationError)
     _check_object(entry, where)
     for key in entry:
         _check_known(key, _KEYS, f"{where}: key")
@@ -207,31 +199,17 @@ def _check_known(name: str, known: Sequence[str], where: str) -> None:
         raise CalibrationError(f"{where}: got {reprlib.repr(name)}, need one of {', '.join(known)}{hint}")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs of a JSON object as a dictionary; JSON itself would let the last of equal keys win."""
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        raise ValueError("a key is there twice")
-    return entry
-
-
 def _check_object(entry: Any, where: str) -> None:
     if not isinstance(entry, dict):
         raise CalibrationError(f"{where}: got {_kind(entry)}, need an object")
 
 
 def _text(value: Any, where: str) -> str:
-    """Return a text that is not empty and that UTF-8 can express."""
+    """Return a text that is not empty."""
     if not isinstance(value, str):
         raise CalibrationError(f"{where}: got {_kind(value)}, need a text")
     if not value.strip():
         raise CalibrationError(f"{where}: is empty, need a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise CalibrationError(
-            f"{where}: character {error.start} is \\u{ord(value[error.start]):04x}, half of a surrogate pair; need both"
-        ) from None
     return value
 
 

@@ -32,6 +32,7 @@ from resm_kernels.checkpoint.format import parse_size
 from resm_kernels.engine import MergeOptions, MergePlan, merge_checkpoints, plan_merge
 from resm_kernels.engine.models import Model
 from resm_kernels.engine.statistics import statistics_files
+from resm_kernels.files import expanded
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions
 from resm_kernels.recipe import Recipe
@@ -157,7 +158,7 @@ def calibrate_checkpoint(
     chosen = CalibrateOptions(**options)
     if isinstance(prompts, (str, os.PathLike)):
         raise TypeError(f"prompts: got {os.fspath(prompts)!r}, need a list with one file for each expert")
-    files = [Path(os.path.expanduser(os.fspath(path))) for path in prompts]
+    files = [expanded(path, CalibrationError, "prompts") for path in prompts]
     shard_bytes = parse_size(chosen.max_shard_size, "max_shard_size")
     device = _device(chosen.device)
     with plan_merge(recipe, None, MergeOptions(threads=chosen.threads)) as plan:
@@ -167,7 +168,7 @@ def calibrate_checkpoint(
         config = load_config(plan.reference)
         # What is wrong with prompts and models is said now, not after the merge.
         if chosen.answers is not None:
-            check_answers_folder(Path(chosen.answers).expanduser(), target)
+            check_answers_folder(expanded(chosen.answers, CalibrationError, "answers"), target)
         check_tokenizers(plan)
         for model, file in zip(plan.experts, files, strict=True):
             check_prompts(
@@ -252,7 +253,11 @@ class _Calibration:
 
     def _answers(self, t: int) -> list[Sample]:
         expert, file = self._plan.experts[t], self._files[t]
-        folder = self._work.path if self._options.answers is None else Path(self._options.answers).expanduser()
+        folder = (
+            self._work.path
+            if self._options.answers is None
+            else expanded(self._options.answers, CalibrationError, "answers")
+        )
         # File systems allow names of 255 bytes. Of two files with one name the later replaces the earlier.
         cache = folder / f"answers-{t}-{expert.folder.name[:_LONG_NAME]}-{file.stem[:_LONG_NAME]}.safetensors"
         return answer_prompts(

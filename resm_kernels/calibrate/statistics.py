@@ -27,6 +27,7 @@ from resm_kernels.checkpoint.statistics import KINDS, StatisticsInfo, check_stat
 from resm_kernels.checks import check_choice
 from resm_kernels.dtypes import HALF_DTYPES, dtype_name
 from resm_kernels.engine.models import Model, open_model
+from resm_kernels.files import expanded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,7 +138,8 @@ def compute_statistics(
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: got {batch_tokens}, need at least 1")
     file = check_statistics_file(out, overwrite=overwrite)
-    asked = read_prompts(Path(prompts), max_prompts)
+    prompts_file = expanded(prompts, CalibrationError, "prompts")
+    asked = read_prompts(prompts_file, max_prompts)
     with contextlib.ExitStack() as stack:
         opened = open_model(os.fspath(model), "model", stack)
         fingerprint = opened.reader.fingerprint()
@@ -146,7 +148,7 @@ def compute_statistics(
             _check_same_tokens(opened, answering)
         limits = (max_prompt_tokens, max_new_tokens, batch_tokens)
         loaded = load_model(answering, dtype=DTYPES[dtype], device=device)
-        samples = _answered(answering, loaded, asked, Path(prompts), *limits)
+        samples = _answered(answering, loaded, asked, prompts_file, *limits)
         if answering is not opened:
             del loaded
             loaded = load_model(opened, dtype=DTYPES[dtype], device=device)

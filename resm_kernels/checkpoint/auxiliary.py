@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -13,6 +14,7 @@ import torch
 
 from resm_kernels.checkpoint.format import CheckpointError
 from resm_kernels.dtypes import dtype_name
+from resm_kernels.files import CONFIG_BYTES, check_regular, parse_object, read_bytes, read_object, read_text
 
 CONFIG_FILE: Final = "config.json"
 _DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
@@ -48,23 +50,11 @@ TOKENIZER_PATTERNS: Final = (
 T = TypeVar("T")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the JSON object that a file holds; raise a CheckpointError if it cannot be read or is none."""
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{file}: got a JSON {type(data).__name__}, need an object")
-    return data
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """Return the content of a model folder's `config.json`; raise a CheckpointError if it is missing or damaged."""
-    file = folder / CONFIG_FILE
-    if not file.exists():
-        raise CheckpointError(f"{file}: no such file; it is needed to check that the models fit together")
-    return read_json(file)
+    return read_object(
+        folder / CONFIG_FILE, CheckpointError, missing="it is needed to check that the models fit together"
+    )
 
 
 def config_entry(config: Mapping[str, Any], key: str, kind: type[T]) -> T | None:
@@ -118,24 +108,35 @@ def json_bytes(data: Mapping[str, Any]) -> bytes:
 def read_chat_template(folder: Path) -> str | None:
     """Return the default chat template of a model folder, from any of the three files that may hold it, or None."""
     file = folder / "chat_template.jinja"
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
+    if os.path.lexists(file):
+        return read_text(file, CheckpointError, limit=CONFIG_BYTES)
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if (folder / name).is_file():
-            stored = read_json(folder / name).get("chat_template")
+        if os.path.lexists(folder / name):
+            stored = read_object(folder / name, CheckpointError).get("chat_template")
             if isinstance(stored, list):
-                stored = next((entry.get("template") for entry in stored if entry.get("name") == "default"), None)
+                named = [entry for entry in stored if isinstance(entry, dict) and entry.get("name") == "default"]
+                stored = named[0].get("template") if named else None
             if isinstance(stored, str):
                 return stored
     return None
 
 
+def matching_files(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    """Return the files of a folder whose names match one of the patterns; what is there under such a name counts."""
+    # Path.glob leaves out links to nowhere whose whole name is given.
+    whole = {folder / pattern for pattern in patterns if "*" not in pattern and os.path.lexists(folder / pattern)}
+    return sorted({path for pattern in patterns if "*" in pattern for path in folder.glob(pattern)} | whole)
+
+
+def check_tokenizer_files(folder: Path) -> None:
+    """Raise a CheckpointError if a file that transformers would open for the tokenizer is no regular file."""
+    for file in matching_files(folder, (CONFIG_FILE, *MODEL_PATTERNS, *TOKENIZER_PATTERNS)):
+        check_regular(file, CheckpointError)
+
+
 def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    files = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
-    try:
-        return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
-    except OSError as error:
-        raise CheckpointError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    files = matching_files(folder, patterns)
+    return {p.relative_to(folder).as_posix(): read_bytes(p, CheckpointError) for p in files}
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:
@@ -153,6 +154,6 @@ def _replace_chat_template(files: dict[str, bytes], template: str) -> None:
     files["chat_template.jinja"] = template.encode()
     files.pop("chat_template.json", None)
     if "tokenizer_config.json" in files:
-        config = json.loads(files["tokenizer_config.json"])
+        config = parse_object(files["tokenizer_config.json"], "tokenizer_config.json", CheckpointError)
         if config.pop("chat_template", None) is not None:
             files["tokenizer_config.json"] = json_bytes(config)

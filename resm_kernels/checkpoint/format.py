@@ -6,14 +6,24 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from resm_kernels.dtypes import SAFETENSORS_DTYPES, SAFETENSORS_NAMES
+from resm_kernels.files import LIST_BYTES, opened, parse_object, read_up_to, shortened
+
+MAX_NAME: Final = 1000
+"""The most letters of a tensor's name; models have names of at most a few hundred."""
+MAX_DIMENSIONS: Final = 16
+MAX_ELEMENTS: Final = 2**63 - 1
+"""The largest product of a tensor's dimensions, without those that are 0: torch counts elements in int64."""
+
+_CONTROL: Final = re.compile(r"[\x00-\x1f\x7f]")
 
 
 class CheckpointError(ValueError):
@@ -59,37 +69,100 @@ class TensorInfo:
 def read_header(file: Path) -> dict[str, TensorInfo]:
     """Read and check the header of one safetensors file, and return its tensors in the order of their offsets.
 
-    The safetensors library validates the file; for example, a truncated file has fewer bytes than its header declares.
-    The library has no function that returns offsets, so these are read from the header here.
+    The tensors must fill the rest of the file without gaps and overlaps, as the safetensors library demands it, so that
+    a file that is cut short is found, and nothing that the header claims can exceed the file.
+
+    Raises:
+        CheckpointError: The file is missing, is no regular file, is damaged, or has a tensor of a dtype, shape or name
+            that this library does not read.
     """
-    try:
-        with safe_open(file, framework="numpy"):
-            pass
-        with open(file, "rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(length))
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; download the model again") from None
-    except (SafetensorError, ValueError) as error:
-        raise CheckpointError(
-            f"{file}: not a whole safetensors file ({error}); it is damaged or cut short: download or save it again"
-        ) from error
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    header, start, size = _read_header(file)
     header.pop("__metadata__", None)
-    tensors = [_tensor_info(file, 8 + length, name, entry) for name, entry in header.items()]
-    return {t.name: t for t in sorted(tensors, key=lambda t: (t.offset, t.name))}
+    tensors = [_tensor_info(file, start, name, entry) for name, entry in header.items()]
+    tensors.sort(key=lambda t: (t.offset, t.nbytes, t.name))
+    end = start
+    for tensor in tensors:
+        if tensor.offset != end:
+            raise damaged(file, f"tensor {tensor.name!r} begins at byte {tensor.offset}, need {end}")
+        end += tensor.nbytes
+    if end != size:
+        raise damaged(file, f"has {size} bytes, but its tensors end at {end}")
+    return {tensor.name: tensor for tensor in tensors}
 
 
-def _tensor_info(file: Path, data_start: int, name: str, entry: dict[str, Any]) -> TensorInfo:
-    code = entry["dtype"]
-    if code not in SAFETENSORS_DTYPES:
-        reason = "fp8 weights; dequantise the model first" if code.startswith("F8") else f"unsupported dtype {code}"
+def read_metadata(file: Path) -> Mapping[str, str]:
+    """Return the metadata in the header of a safetensors file: texts by name.
+
+    Raises:
+        CheckpointError: As for `read_header`.
+    """
+    metadata: dict[str, str] = _read_header(file)[0].get("__metadata__", {})
+    return metadata
+
+
+def damaged(file: Path, reason: str) -> CheckpointError:
+    """Return the error about a safetensors file that is not whole."""
+    return CheckpointError(
+        f"{file}: not a whole safetensors file ({reason}); it is damaged or cut short: download or save it again"
+    )
+
+
+def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """Return a file's header, the position after it and the file's size; memory is taken for what is there alone."""
+    with opened(file, CheckpointError, "download the model again") as fd:
+        size = os.fstat(fd).st_size
+        length = int.from_bytes(read_up_to(fd, 8), "little")
+        if size < 8 or length > size - 8:
+            raise damaged(file, f"has {size} bytes, and states that its header has {length}")
+        if length > LIST_BYTES:
+            raise CheckpointError(f"{file}: its header has {length} bytes, need at most {LIST_BYTES}")
+        text = read_up_to(fd, length)
+    if not text.startswith(b"{"):
+        raise damaged(file, "its header does not begin with {")
+    try:
+        header = parse_object(text, "header", CheckpointError)
+    except CheckpointError as error:
+        raise damaged(file, str(error)) from error
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise damaged(file, "header: __metadata__: need an object of texts")
+    return header, 8 + length, size
+
+
+def _tensor_info(file: Path, data_start: int, name: str, entry: Any) -> TensorInfo:
+    if len(name) > MAX_NAME or _CONTROL.search(name):
+        problem = "has a control character" if len(name) <= MAX_NAME else f"has {len(name)} letters"
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code}: {reason} (merging needs F64, F32, F16 or BF16 weights)"
+            f"{file}: tensor {shortened(name)}: its name {problem}; need up to {MAX_NAME} printable ones"
         )
-    begin, end = entry["data_offsets"]
-    return TensorInfo(name, SAFETENSORS_DTYPES[code], tuple(entry["shape"]), file, data_start + begin, end - begin)
+    if not isinstance(entry, dict):
+        raise damaged(file, f"tensor {name!r}: got {shortened(entry)}, need an object")
+    code: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    offsets: Any = entry.get("data_offsets")
+    if not isinstance(code, str):
+        raise damaged(file, f"tensor {name!r}: dtype: got {shortened(code)}, need a name such as F32")
+    if code not in SAFETENSORS_DTYPES:
+        unsupported = f"unsupported dtype {shortened(code)[1:-1]}"
+        reason = "fp8 weights; dequantise the model first" if code.startswith("F8") else unsupported
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has dtype {shortened(code)[1:-1]}: {reason} (merging needs F64, F32, F16 or BF16 "
+            "weights)"
+        )
+    for key, value in (("shape", shape), ("data_offsets", offsets)):
+        if not isinstance(value, list) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in value):
+            raise damaged(file, f"tensor {name!r}: {key}: got {shortened(value)}, need whole numbers of at least 0")
+    dtype = SAFETENSORS_DTYPES[code]
+    if len(shape) > MAX_DIMENSIONS or math.prod(n for n in shape if n) > MAX_ELEMENTS:
+        raise CheckpointError(
+            f"{file}: tensor {name!r} has the shape {shortened(shape)}; need at most {MAX_DIMENSIONS} dimensions, "
+            "whose product, without those that are 0, is below 2^63"
+        )
+    nbytes = math.prod(shape) * dtype.itemsize
+    if len(offsets) != 2 or offsets[1] - offsets[0] != nbytes:
+        got = f"data_offsets: got {shortened(offsets)}"
+        raise damaged(file, f"tensor {name!r}: {got}, need {nbytes} bytes for the shape {shape} of {code}")
+    return TensorInfo(name, dtype, tuple(shape), file, data_start + offsets[0], nbytes)
 
 
 def build_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int]]) -> bytes:
@@ -104,17 +177,19 @@ def build_header(tensors: list[tuple[str, torch.dtype, tuple[int, ...], int, int
 
 _DECIMAL_UNITS: Final = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _BINARY_UNITS: Final = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_MAX_SIZE: Final = 2**63 - 1
 
 
 def parse_size(text: str | int, argument: str = "size") -> int:
     """Return the number of bytes that `text` states: 5GB (decimal units), 512MiB (binary units) or a plain number."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(I?)B?\s*", str(text).upper())
+    written = text if isinstance(text, str) else str(text) if -_MAX_SIZE <= text <= _MAX_SIZE else "more"
+    match = re.fullmatch(r"\s*([0-9]{1,19}(?:\.[0-9]{1,19})?)\s*([KMGT]?)(I?)B?\s*", written.upper())
     if match is None or (match[3] and not match[2]):
-        raise ValueError(f"{argument}: got {text!r}, need a size such as 5GB, 512MiB or a number of bytes")
+        raise ValueError(f"{argument}: got {shortened(text)}, need a size such as 5GB, 512MiB or a number of bytes")
     units = _BINARY_UNITS if match[3] else _DECIMAL_UNITS
-    size = int(float(match[1]) * units[match[2]])
-    if size < 1:
-        raise ValueError(f"{argument}: got {text!r}, need at least one byte")
+    size = int(Fraction(match[1]) * units[match[2]])
+    if not 1 <= size <= _MAX_SIZE:
+        raise ValueError(f"{argument}: got {text!r}, need at least one byte and fewer than 2^63")
     return size
 
 

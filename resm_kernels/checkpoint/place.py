@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 from resm_kernels.checkpoint.durable import exchange, sync, write_errors_named
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning
 from resm_kernels.checkpoint.unfinished import hidden_sibling, read_manifest
+from resm_kernels.files import expanded
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model"
@@ -63,14 +64,16 @@ def check_output_folder(
     files, is refused, and so is one that could not get its name in the end: a mount point, or a folder where this user
     must not rename anything. Nothing is written.
     """
-    path = Path(os.path.realpath(os.path.expanduser(out)))
+    path = Path(os.path.realpath(expanded(out, CheckpointError, "output")))
+    if not _is_utf8(path.name):
+        raise CheckpointError(f"output {os.fsencode(path)!r}: its name is not UTF-8; choose another one")
     with write_errors_named(path):
         if path.is_symlink():
             raise CheckpointError(f"output {path}: is a symbolic link to itself, need a folder that does not exist yet")
         if path.exists() and not path.is_dir():
             raise CheckpointError(f"output {path}: is a file, need a folder that does not exist yet")
         for entry in inputs:
-            source = Path(os.path.realpath(os.path.expanduser(entry)))
+            source = Path(os.path.realpath(expanded(entry, CheckpointError, "input")))
             if source == path or path in source.parents:
                 kind = "model " if source.is_dir() else "file "
                 raise CheckpointError(f"output {path}: is or contains the input {kind}{source}; choose another folder")
@@ -84,13 +87,18 @@ def check_output_folder(
                 raise CheckpointError(
                     f"output {path}: exists and is not empty; choose another folder or pass --overwrite"
                 )
-            if not (path / marker).is_file():
+            if not os.path.isfile(path / marker):
                 kind = "an adapter folder" if marker == "adapter_config.json" else "a model folder"
                 raise CheckpointError(
                     f"output {path}: does not look like {kind} (no {marker}), so it is not overwritten"
                 )
         _check_may_rename(path)
     return path
+
+
+def _is_utf8(name: str) -> bool:
+    # Names that are not UTF-8 come from the system with halves of surrogate pairs.
+    return not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def is_committed(out: Path, unfinished: Path | None = None) -> bool:

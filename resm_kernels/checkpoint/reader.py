@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
+from resm_kernels.files import LIST_BYTES, check_regular, open_regular, path_problem, read_object, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
@@ -127,17 +127,14 @@ class CheckpointReader:
     def _descriptor(self, file: Path) -> int:
         with self._lock:
             if file not in self._descriptors:
-                try:
-                    self._descriptors[file] = os.open(file, os.O_RDONLY)
-                except OSError as error:
-                    raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+                self._descriptors[file] = open_regular(file, CheckpointError)
             return self._descriptors[file]
 
 
 def _collect(folder: Path) -> list[TensorInfo]:
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; need a model folder with safetensors files")
-    if (folder / SINGLE_FILE).is_file():
+    if os.path.lexists(folder / SINGLE_FILE):
         return list(read_header(folder / SINGLE_FILE).values())
     indices = sorted(folder.glob("*" + INDEX_SUFFIX))
     if len(indices) > 1:
@@ -156,7 +153,7 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    if (folder / "adapter_config.json").is_file():
+    if os.path.lexists(folder / "adapter_config.json"):
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     files = sorted(p.name for p in folder.glob("*.safetensors"))
     if files:
@@ -168,17 +165,23 @@ def _no_weights_message(folder: Path) -> str:
 
 
 def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
-    try:
-        weight_map: Any = json.loads(index.read_bytes())["weight_map"]
-        shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index (need JSON with a 'weight_map')") from error
+    shard_of = read_object(index, CheckpointError, limit=LIST_BYTES).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise CheckpointError(
+            f"{index}: weight_map: got {shortened(shard_of)}, need an object: not a safetensors index"
+        )
+    for name, shard in shard_of.items():
+        plain = isinstance(shard, str) and os.path.basename(shard) == shard and shard.isprintable()
+        if not plain or shard in ("", ".", "..") or path_problem(shard):
+            raise CheckpointError(
+                f"{index}: weight_map: {shortened(name)}: names the shard {shortened(shard)}, need the name of a file "
+                "in the same folder"
+            )
     shards = sorted(set(shard_of.values()))
     for shard in shards:
-        if Path(shard).name != shard or shard in ("", ".", ".."):
-            raise CheckpointError(f"{index}: names the shard {shard!r}, need the name of a file in the same folder")
-        if not (folder / shard).is_file():
+        if not os.path.lexists(folder / shard):
             raise CheckpointError(f"{folder / shard}: shard named by {index.name} is missing; download it again")
+        check_regular(folder / shard, CheckpointError)
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         for name, info in read_header(folder / shard).items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +12,7 @@ from resm_kernels._version import __version__
 from resm_kernels.checkpoint.format import CheckpointError
 from resm_kernels.checkpoint.output_plan import OutputPlan
 from resm_kernels.dtypes import SAFETENSORS_NAMES
+from resm_kernels.files import LIST_BYTES, read_object
 
 RECORD_FILE: Final = "resm_kernels.json"
 HASH: Final = "xxh3_128"
@@ -34,16 +36,16 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]] | None:
         CheckpointError: The record is damaged.
     """
     file = folder / RECORD_FILE
+    if not os.path.lexists(file):
+        return None
     try:
-        record = json.loads(file.read_bytes())
+        record = read_object(file, CheckpointError, limit=LIST_BYTES)
         tensors = record["tensors"]
         known = record["format"] == _FORMAT and all(
             isinstance(t["dtype"], str) and isinstance(t["shape"], list) and isinstance(t[HASH], str)
             for t in tensors.values()
         )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (KeyError, TypeError, AttributeError):
         known = False
     if not known:
         raise CheckpointError(f"{file}: is damaged, or of a later version")

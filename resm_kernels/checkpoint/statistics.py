@@ -12,16 +12,16 @@ import secrets
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from resm_kernels._version import __version__
 from resm_kernels.checkpoint.durable import write_errors_named
-from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
+from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, read_metadata
 from resm_kernels.checkpoint.reader import CheckpointReader
+from resm_kernels.files import check_regular, expanded, parse_object
 
 KINDS: Final = ("gram", "fisher")
 _DTYPES: Final = (torch.float32, torch.float64)
@@ -72,9 +72,7 @@ class StatisticsReader(CheckpointReader):
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         self.file = Path(file)
-        if not self.file.is_file():
-            found = "is a folder" if self.file.is_dir() else "no such file"
-            raise CheckpointError(f"{file}: {found}; need a file that resm-kernels statistics wrote")
+        check_regular(self.file, CheckpointError, "need a file that resm-kernels statistics wrote")
         super().__init__(self.file.parent, self.file.name)
         self.about = _read_about(self.file)
         for name, info in self.tensors.items():
@@ -101,16 +99,16 @@ class StatisticsReader(CheckpointReader):
 
 
 def _read_about(file: Path) -> StatisticsInfo:
-    with safe_open(file, framework="numpy") as opened:
-        metadata: dict[str, str] = opened.metadata() or {}
+    metadata = read_metadata(file)
     try:
-        entries: dict[str, Any] = json.loads(metadata[_KEY])
+        entries = parse_object(metadata[_KEY].encode(), _KEY, CheckpointError)
         about = StatisticsInfo(**entries | {"transposed": tuple(entries["transposed"])})
+        wanted = {"prompts": int, "tokens": int, "scale": (int, float), "shared": dict, "transposed": tuple}
         for entry in fields(about):
-            value = getattr(about, entry.name)
-            wanted = {"prompts": int, "tokens": int, "scale": (int, float), "shared": dict, "transposed": tuple}
-            if not isinstance(value, wanted.get(entry.name, str)):  # type: ignore[arg-type]
+            if not isinstance(getattr(about, entry.name), wanted.get(entry.name, str)):  # type: ignore[arg-type]
                 raise TypeError(entry.name)
+        if not all(isinstance(name, str) for name in (*about.shared.values(), *about.transposed)):
+            raise TypeError("shared, transposed")
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
             f"{file}: holds no statistics (its metadata have no valid entry {_KEY!r}); need a file that "
@@ -123,7 +121,7 @@ def _read_about(file: Path) -> StatisticsInfo:
 
 def check_statistics_file(out: str | os.PathLike[str], *, overwrite: bool) -> Path:
     """Return the path of a file that is to be written; raise a CheckpointError if it must not be."""
-    path = Path(out).expanduser()
+    path = expanded(out, CheckpointError, "output")
     if path.suffix != ".safetensors":
         raise CheckpointError(f"output {path}: need a name that ends with .safetensors")
     if path.is_dir():
@@ -134,7 +132,7 @@ def check_statistics_file(out: str | os.PathLike[str], *, overwrite: bool) -> Pa
         # A model's weights may be in a file of this name, and nobody wants to lose these.
         try:
             _read_about(path)
-        except (CheckpointError, OSError, SafetensorError):
+        except CheckpointError:
             raise CheckpointError(f"output {path}: holds no statistics, so it is not overwritten") from None
     return path
 

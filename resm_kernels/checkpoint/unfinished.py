@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final
 from resm_kernels.checkpoint.durable import write_whole
 from resm_kernels.checkpoint.format import CheckpointError
 from resm_kernels.checkpoint.lock import LOCK_FILE, FolderLock
+from resm_kernels.files import LIST_BYTES, read_object
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
@@ -194,9 +195,9 @@ class UnfinishedFolder:
 def read_manifest(file: Path) -> tuple[dict[str, Any] | None, dict[str, Any]] | None:
     """Return job and state of a manifest; None if it is damaged or of another version."""
     try:
-        content = json.loads(file.read_bytes())
+        content = read_object(file, CheckpointError, limit=LIST_BYTES)
         number, job, state = content["format"], content["job"], content["state"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (CheckpointError, KeyError):
         return None
     if number != _FORMAT or not isinstance(job, (dict, type(None))) or not isinstance(state, dict):
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,9 +11,12 @@ from typing import Final
 import yaml
 
 from resm_kernels._version import __version__
+from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.engine.models import OpenedModels
+from resm_kernels.files import read_bytes
 from resm_kernels.recipe import Recipe
 
+_COMMIT: Final = re.compile(rb"[0-9a-zA-Z]{1,64}")
 _HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -63,6 +67,7 @@ def _revision(folder: Path) -> str:
     """Return the hub's commit that a folder was downloaded from, if the hub's client has recorded it, else ""."""
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
     commit = folder.resolve().name if folder.resolve().parent.name == "snapshots" else ""
-    if note.is_file():
-        commit = note.read_text(encoding="utf-8").partition("\n")[0].strip()
+    if os.path.lexists(note):
+        recorded = read_bytes(note, CheckpointError).partition(b"\n")[0].strip()
+        commit = recorded.decode() if _COMMIT.fullmatch(recorded) else ""
     return f" (revision {commit})" if commit else ""

@@ -8,6 +8,7 @@ from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.models import MergeError, Model
+from resm_kernels.files import shortened
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabulary, is_weight
 
 
@@ -17,7 +18,7 @@ def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
     for model in models:
         quantization = model.config.get("quantization_config")
         if quantization:
-            kind = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
+            kind = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
             raise CheckpointError(
                 f"{model.folder}: is quantised ({kind}); dequantise it first, merging needs full weights"
             )
@@ -25,7 +26,8 @@ def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
             got, needed = model.config.get(key), reference.config.get(key)
             if got != needed and None not in (got, needed) and not mixed:
                 raise MergeError(
-                    f"{model.folder}: another architecture: {key} is {got!r}, need {needed!r} as in {reference.folder}"
+                    f"{model.folder}: another architecture: {key} is {shortened(got)}, need {shortened(needed)} as in "
+                    f"{reference.folder}"
                 )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -11,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from resm_kernels.checkpoint import Auxiliary, json_bytes, read_chat_template
+from resm_kernels.checkpoint import Auxiliary, CheckpointError, json_bytes, read_chat_template
 from resm_kernels.engine.card import model_card_files
 from resm_kernels.engine.layout import LayerOrigin
 from resm_kernels.engine.models import MergeError, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
+from resm_kernels.files import parse_object
 from resm_kernels.recipe import AUTO, CHAT_TEMPLATES, Recipe
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
     )
     files = dict(auxiliary.files(dtype, everywhere=recipe.output_dtype is not None))
     if tokenizer is not None and _GENERATION in files:
-        generation = json.loads(files[_GENERATION])
+        generation = parse_object(files[_GENERATION], str(folder / _GENERATION), CheckpointError)
         _set_special(generation, tokenizer, tokenizer.known[folder])
         files[_GENERATION] = json_bytes(generation)
     if plan.options.model_card and plan.out is not None:
@@ -90,7 +90,8 @@ def _set_layers(
     for key in _LAYER_NUMBERS:
         if isinstance(section.get(key), list):
             sections = [_section(dict(origin.model.config), module, keys) or {} for origin in origins]
-            section[key] = [i for i, origin in enumerate(origins) if origin.number in sections[i].get(key, ())]
+            numbers = [_list_entry(part, key) for part in sections]
+            section[key] = [i for i, origin in enumerate(origins) if origin.number in numbers[i]]
 
 
 def _section(config: dict[str, Any], module: str | None, keys: Sequence[str]) -> dict[str, Any] | None:
@@ -98,6 +99,11 @@ def _section(config: dict[str, Any], module: str | None, keys: Sequence[str]) ->
     nested = config.get(_SECTIONS.get(str(module), "text_config"))
     parts = [nested, config] if module is not None else [config, nested]
     return next((p for p in parts if isinstance(p, dict) and any(key in p for key in keys)), None)
+
+
+def _list_entry(section: Mapping[str, Any], key: str) -> Sequence[Any]:
+    entry = section.get(key)
+    return entry if isinstance(entry, list) else ()
 
 
 def _layer_entry(origin: LayerOrigin, module: str | None, keys: Sequence[str], key: str) -> Any:
@@ -137,5 +143,5 @@ def _set_special(config: dict[str, Any], tokenizer: OutputTokenizer, known: Mapp
         if isinstance(config[key], int):
             config[key] = moved(config[key], key)
         elif isinstance(config[key], list):
-            rows = [moved(row, key) for row in config[key]]
+            rows = [moved(row, key) for row in config[key] if isinstance(row, int)]
             config[key] = list(dict.fromkeys(row for row in rows if row is not None))

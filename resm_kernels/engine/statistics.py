@@ -10,8 +10,9 @@ from pathlib import Path
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
+from resm_kernels.files import expanded
 from resm_kernels.methods import Method
-from resm_kernels.recipe import Recipe, Source
+from resm_kernels.recipe import Recipe, RecipeError, Source, dotted
 from resm_kernels.suggestions import did_you_mean
 
 Statistics = Mapping[Source, StatisticsReader]
@@ -29,7 +30,7 @@ def open_statistics(recipe: Recipe, models: OpenedModels, on_error: contextlib.E
     for source in recipe.experts:
         if source.statistics is None:
             continue
-        file = Path(source.statistics).expanduser()
+        file = expanded(source.statistics, RecipeError, f"{dotted(source.location)}.statistics")
         key = os.path.realpath(file)
         if key not in by_file:
             by_file[key] = on_error.enter_context(StatisticsReader(file))

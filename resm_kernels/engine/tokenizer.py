@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Mapping
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, json_bytes
-from resm_kernels.checkpoint.auxiliary import config_entry
+from resm_kernels.checkpoint.auxiliary import check_tokenizer_files, config_entry
 from resm_kernels.engine.models import OpenedModels
+from resm_kernels.files import LIST_BYTES, read_object
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
 
 SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
@@ -100,6 +100,7 @@ class _Loader:
 
     def load(self, folder: Path, size: int | None = None) -> Any:
         """Load a tokenizer; if `size` is not None, without the tokens from row `size` on."""
+        check_tokenizer_files(folder)
         try:
             tokenizer = self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # transformers raises whatever its tokenizer classes do
@@ -124,7 +125,7 @@ class _Loader:
 def _remove_tokens(folder: Path, size: int) -> None:
     """Remove the tokens from row `size` on from a tokenizer's files."""
     file = folder / "tokenizer.json"
-    data = json.loads(file.read_bytes())
+    data = read_object(file, CheckpointError, limit=LIST_BYTES)
     model = data["model"]
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: (token, score) by row
@@ -141,7 +142,7 @@ def _remove_tokens(folder: Path, size: int) -> None:
     file.write_bytes(json_bytes(data))
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         if (folder / name).is_file():
-            config = json.loads((folder / name).read_bytes())
+            config = read_object(folder / name, CheckpointError)
             (folder / name).write_bytes(json_bytes(_without_tokens(config, removed, size)))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
 from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
 from resm_kernels.lora.factors import Factors
@@ -95,9 +97,9 @@ class AdapterReader(CheckpointReader):
     def __init__(
         self, folder: Path, base: CheckpointReader, base_config: Mapping[str, Any], *, double: bool = False
     ) -> None:
-        if not (folder / CONFIG_FILE).is_file():
+        if not os.path.lexists(folder / CONFIG_FILE):
             raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
-        if not (folder / WEIGHTS_FILE).is_file():
+        if not os.path.lexists(folder / WEIGHTS_FILE):
             raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
         super().__init__(folder, WEIGHTS_FILE)
         self.config = read_adapter_config(folder)
@@ -268,7 +270,7 @@ class AdapterReader(CheckpointReader):
         with CheckpointReader(self.folder, WEIGHTS_FILE) as stored:
             parts = (self.base.fingerprint(), stored.fingerprint())
         hasher = hashlib.blake2b("\n".join(parts).encode(), digest_size=16)
-        hasher.update((self.folder / CONFIG_FILE).read_bytes())
+        hasher.update(read_bytes(self.folder / CONFIG_FILE, CheckpointError, limit=CONFIG_BYTES))
         return hasher.hexdigest()
 
     def same_bytes(self, first: str, second: str) -> bool:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.checkpoint.auxiliary import config_entry, read_json
+from resm_kernels.checkpoint.auxiliary import config_entry
+from resm_kernels.files import Pattern, expanded, read_object, shortened
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -32,8 +32,25 @@ _NEUTRAL: Final = frozenset(
         *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
     )
 )
+MAX_RANK: Final = 1 << 20
+MAX_ALPHA: Final = 1e30
+"""Bounds of what an adapter's configuration may state: far more than any has, and products of them are fp32 numbers."""
+
 # These initialisations do not change the base model. The others move a part of its weights into the adapter.
 _INITIALISATIONS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+class PatternValues:
+    """Numbers by patterns of module names, as `rank_pattern` and `alpha_pattern` have them; see `Pattern`."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = tuple(values.values())
+        self._pattern = Pattern(values)
+
+    def of(self, module: str, default: Any) -> Any:
+        """Return the value of the first pattern that matches the module's name."""
+        number = self._pattern.first(module)
+        return default if number is None else self._values[number]
 
 
 @dataclass(frozen=True)
@@ -52,8 +69,8 @@ class AdapterConfig:
 
     r: int
     alpha: float
-    rank_pattern: Mapping[str, int]
-    alpha_pattern: Mapping[str, float]
+    rank_pattern: PatternValues
+    alpha_pattern: PatternValues
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
@@ -61,17 +78,12 @@ class AdapterConfig:
 
     def rank(self, module: str) -> int:
         """Return the rank r of a module."""
-        return int(_lookup(self.rank_pattern, module, self.r))
+        return int(self.rank_pattern.of(module, self.r))
 
     def scale(self, module: str) -> float:
         """Return the scale s of a module: α/r, or α/√r with rank-stabilised LoRA (arXiv 2312.03732)."""
-        r, alpha = self.rank(module), float(_lookup(self.alpha_pattern, module, self.alpha))
+        r, alpha = self.rank(module), float(self.alpha_pattern.of(module, self.alpha))
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
-
-
-def _lookup(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    # PEFT's rule: the first key counts that matches the whole name, or the part of it after one of its dots.
-    return next((value for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", module)), default)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -82,47 +94,71 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             merged weights and that this library does not support.
     """
     file = folder / CONFIG_FILE
-    data = read_json(file)
+    data = read_object(file, CheckpointError)
     if data.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type: got {data.get('peft_type')!r}, need 'LORA'")
+        raise CheckpointError(f"{file}: peft_type: got {shortened(data.get('peft_type'))}, need 'LORA'")
     for key, value in data.items():
         if key not in _NEUTRAL and value not in (None, False, [], {}):
-            raise CheckpointError(f"{file}: {key} is set ({value!r}), which is not supported; need plain LoRA or DoRA")
+            raise CheckpointError(
+                f"{file}: {shortened(key)[1:-1]} is set ({shortened(value)}), which is not supported; need plain LoRA "
+                "or DoRA"
+            )
     if data.get("init_lora_weights") not in _INITIALISATIONS:
         raise CheckpointError(
-            f"{file}: init_lora_weights is {data['init_lora_weights']!r}, which also changes the base model; convert "
-            "it to plain LoRA first (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
+            f"{file}: init_lora_weights is {shortened(data['init_lora_weights'])}, which also changes the base model; "
+            "convert it to plain LoRA first (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
-    rank_pattern, alpha_pattern = data.get("rank_pattern") or {}, data.get("alpha_pattern") or {}
-    for key, value in [
-        ("r", data.get("r")),
-        ("lora_alpha", data.get("lora_alpha")),
-        *(("rank_pattern", v) for v in rank_pattern.values()),
-        *(("alpha_pattern", v) for v in alpha_pattern.values()),
-    ]:
-        positive = "alpha" in key or (isinstance(value, int) and value > 0)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not positive:
-            need = "a number" if "alpha" in key else "a positive whole number"
-            raise CheckpointError(f"{file}: {key}: got {value!r}, need {need}")
-    for key in (*rank_pattern, *alpha_pattern):
-        try:
-            re.compile(key)
-        except re.error as error:
-            raise CheckpointError(f"{file}: pattern {key!r} is no regular expression: {error}") from error
+    _check_rank(file, "r", data.get("r"))
+    _check_alpha(file, "lora_alpha", data.get("lora_alpha"))
+    base_name = data.get("base_model_name_or_path")
+    if not isinstance(base_name, str | None):
+        raise CheckpointError(f"{file}: base_model_name_or_path: got {shortened(base_name)}, need a text or null")
     return AdapterConfig(
         r=data["r"],
         alpha=data["lora_alpha"],
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        **{flag: bool(data.get(flag)) for flag in ("use_rslora", "use_dora", "fan_in_fan_out")},
-        base_name=data.get("base_model_name_or_path") or None,
+        rank_pattern=_patterns(file, data, "rank_pattern", _check_rank),
+        alpha_pattern=_patterns(file, data, "alpha_pattern", _check_alpha),
+        **{flag: _flag(file, data, flag) for flag in ("use_rslora", "use_dora", "fan_in_fan_out")},
+        base_name=base_name or None,
     )
+
+
+def _check_rank(file: Path, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= MAX_RANK:
+        raise CheckpointError(f"{file}: {key}: got {shortened(value)}, need a positive whole number up to {MAX_RANK}")
+
+
+def _check_alpha(file: Path, key: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= MAX_ALPHA:
+        raise CheckpointError(
+            f"{file}: {key}: got {shortened(value)}, need a number from −{MAX_ALPHA:g} to {MAX_ALPHA:g}"
+        )
+
+
+def _patterns(file: Path, data: Mapping[str, Any], key: str, check: Callable[[Path, str, Any], None]) -> PatternValues:
+    """Return the entry `rank_pattern` or `alpha_pattern`; null stands for none."""
+    entry = {} if data.get(key) is None else data[key]
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{file}: {key}: got {shortened(entry)}, need an object of patterns and numbers")
+    for expression, value in entry.items():
+        check(file, f"{key}: {shortened(expression)}", value)
+    try:
+        return PatternValues(entry)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {key}: {error}") from error
+
+
+def _flag(file: Path, data: Mapping[str, Any], key: str) -> bool:
+    value = data.get(key)
+    if not isinstance(value, bool | None):
+        raise CheckpointError(f"{file}: {key}: got {shortened(value)}, need true or false")
+    return bool(value)
 
 
 def is_adapter_folder(folder: Path) -> bool:
     """Return True for a folder that holds an adapter's configuration and not the weights of a whole model."""
-    has_model = (folder / "model.safetensors").is_file() or any(folder.glob("*.safetensors.index.json"))
-    return (folder / CONFIG_FILE).is_file() and not has_model
+    has_model = os.path.lexists(folder / "model.safetensors") or any(folder.glob("*.safetensors.index.json"))
+    return os.path.lexists(folder / CONFIG_FILE) and not has_model
 
 
 def is_tied(config: Mapping[str, Any], names: Mapping[str, Any]) -> bool:
@@ -145,12 +181,12 @@ def check_recorded_base(folder: Path, recorded: str | None, base: Path) -> None:
     if recorded is None:
         return
     real_base = Path(os.path.realpath(base))
-    local = Path(recorded).expanduser()
+    local = expanded(recorded, CheckpointError, f"{folder / CONFIG_FILE}: base_model_name_or_path")
     names = {n.lower() for n in (real_base.name, base.name, *(p for p in real_base.parts if p.startswith("models--")))}
     hub_names = {recorded.rstrip("/").rsplit("/", 1)[-1].lower(), "models--" + recorded.replace("/", "--").lower()}
-    same = os.path.realpath(local) == str(real_base) if local.is_dir() else bool(names & hub_names)
+    same = os.path.realpath(local) == str(real_base) if os.path.isdir(local) else bool(names & hub_names)
     if not same:
         raise CheckpointError(
-            f"{folder / CONFIG_FILE}: base_model_name_or_path is {recorded!r}, but the recipe's base_model is {base}; "
-            f"if they are the same model, say so by naming both: {base}+{folder}"
+            f"{folder / CONFIG_FILE}: base_model_name_or_path is {shortened(recorded)}, but the recipe's base_model is "
+            f"{base}; if they are the same model, say so by naming both: {base}+{folder}"
         )

@@ -21,6 +21,7 @@ from resm_kernels.checkpoint import (
     read_config,
 )
 from resm_kernels.dtypes import ADAPTER_DTYPES, FLOAT_DTYPES
+from resm_kernels.files import shortened
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
 from resm_kernels.linalg.products import frobenius_norm, task_matrix
 from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, is_tied
@@ -170,6 +171,7 @@ def extract_lora(
         tied = is_tied(config, original.tensors)
         infos = _common_tensors(original, tuned, tied)
         modules = _target_modules(infos, targets, embeddings)
+        _check_largest(rank, [info for info in infos if info.name.removesuffix(".weight") in modules])
         if tied and (refused := [m for m in modules if m in HEAD_MODULES or is_embedding_module(m)]):
             raise CheckpointError(
                 f"{base}: {refused[0]!r} is tied to the output head or embedding, which cannot have another adapter; "
@@ -250,6 +252,13 @@ def _common_tensors(original: CheckpointReader, tuned: CheckpointReader, tied: b
                 f"{original.folder}{hint}"
             )
     return infos
+
+
+def _check_largest(rank: int | None, infos: Sequence[TensorInfo]) -> None:
+    """Refuse a rank beyond every dimension: factors padded up to it would take any amount of memory."""
+    largest = max((n for info in infos for n in info.shape), default=0)
+    if rank is not None and rank > largest:
+        raise ValueError(f"rank: got {shortened(rank)}, need at most {largest}, the largest dimension of a weight")
 
 
 def _target_modules(infos: Sequence[TensorInfo], targets: Sequence[str] | None, embeddings: bool) -> set[str]:

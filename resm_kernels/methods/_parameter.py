@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from resm_kernels.files import shortened
 from resm_kernels.suggestions import did_you_mean
 from resm_kernels.tensor_names import is_vocabulary
 
@@ -64,7 +65,9 @@ class Parameter:
     def _validate_choice(self, value: Any, choices: tuple[str, ...]) -> str:
         if value in choices:
             return str(value)
-        raise ValueError(f"{self.name}: got {value!r}, need one of {', '.join(choices)}{did_you_mean(value, choices)}")
+        raise ValueError(
+            f"{self.name}: got {shortened(value)}, need one of {', '.join(choices)}{did_you_mean(value, choices)}"
+        )
 
     def _validate_bool(self, value: Any) -> bool:
         if isinstance(value, bool):
@@ -73,20 +76,20 @@ class Parameter:
             return bool(value)
         if isinstance(value, str) and value.lower() in _TRUE + _FALSE:
             return value.lower() in _TRUE
-        raise ValueError(f"{self.name}: got {value!r}, need true or false")
+        raise ValueError(f"{self.name}: got {shortened(value)}, need true or false")
 
     def _validate_number(self, value: Any) -> float | int:
         needed = "a whole number" if self.kind is int else "a number"
         try:
             # YAML 1.1 reads 1e-3 as a string; mergekit's recipes rely on it being a number.
             number = float(value)
-        except (TypeError, ValueError):
-            raise ValueError(f"{self.name}: got {value!r}, need {needed}{self._bounds()}") from None
+        except (OverflowError, TypeError, ValueError):
+            raise ValueError(f"{self.name}: got {shortened(value)}, need {needed}{self._bounds()}") from None
         below = self.minimum is not None and number < self.minimum
         above = self.maximum is not None and number > self.maximum
         fractional = self.kind is int and not number.is_integer()
         if isinstance(value, bool) or not math.isfinite(number) or below or above or fractional:
-            raise ValueError(f"{self.name}: got {value!r}, need {needed}{self._bounds()}")
+            raise ValueError(f"{self.name}: got {shortened(value)}, need {needed}{self._bounds()}")
         return int(number) if self.kind is int else number
 
     def _bounds(self) -> str:

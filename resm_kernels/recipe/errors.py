@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-Location = tuple[str | int, ...]
-"""The keys and list indices that lead to a part of a recipe: ("slices", 0, "sources", 1, "model")."""
+from resm_kernels.files import Location, dotted
+
+__all__ = ["LocatedError", "Location", "RecipeError", "dotted"]
 
 
 class RecipeError(ValueError):
@@ -16,8 +17,3 @@ class LocatedError(ValueError):
     def __init__(self, location: Location, message: str) -> None:
         super().__init__(message)
         self.location = location
-
-
-def dotted(location: Location) -> str:
-    """Return a location as people write it: slices[0].sources[1].model."""
-    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).lstrip(".")

@@ -6,6 +6,7 @@ import os
 import re
 from pathlib import Path
 
+from resm_kernels.files import expanded, shortened
 from resm_kernels.recipe.errors import RecipeError
 
 
@@ -25,19 +26,27 @@ def model_folder(path: str, key: str) -> Path:
         RecipeError: There is no such folder. The message says what to do if the text is a hub id, has a revision or
             names a LoRA adapter.
     """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
+    folder = expanded(path, RecipeError, key)
+    if os.path.isdir(folder):
         return folder
-    if "+" in path and Path(path.split("+")[0]).expanduser().is_dir():
-        raise RecipeError(f"{key}: got {path!r}, a model with a LoRA adapter (+); need one model folder")
+    shown = shortened(path)
+    if "+" in path and _is_folder(path.split("+")[0]):
+        raise RecipeError(f"{key}: got {shown}, a model with a LoRA adapter (+); need one model folder")
     if "@" in path:
-        raise RecipeError(f"{key}: got {path!r}: revisions (@) are not supported yet; need a local model folder")
+        raise RecipeError(f"{key}: got {shown}: revisions (@) are not supported yet; need a local model folder")
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(\+.*)?", path):
         raise RecipeError(
-            f"{key}: got {path!r}, which is no folder here; if it is a Hugging Face hub id, download it first "
+            f"{key}: got {shown}, which is no folder here; if it is a Hugging Face hub id, download it first "
             f"(hf download {path} --local-dir FOLDER) and name that folder"
         )
-    raise RecipeError(f"{key}: got {path!r}, which is no folder here; need a local model folder")
+    if path.startswith("~") and str(folder) == path:
+        raise RecipeError(f"{key}: got {shown}, but no user has that name or home; need a local model folder")
+    kind = "is a file" if folder.is_file() else "is no folder here"
+    raise RecipeError(f"{key}: got {shown}, which {kind}; need a local model folder")
+
+
+def _is_folder(path: str) -> bool:
+    return os.path.isdir(os.path.expanduser(path))
 
 
 def model_and_adapter(path: str, key: str) -> tuple[Path, Path] | None:
@@ -49,9 +58,9 @@ def model_and_adapter(path: str, key: str) -> tuple[Path, Path] | None:
     Raises:
         RecipeError: One of the two folders does not exist.
     """
-    if "+" not in path or Path(path).expanduser().is_dir():
+    if "+" not in path or _is_folder(path):
         return None
     splits = [(path[:i], path[i + 1 :]) for i, letter in enumerate(path) if letter == "+"]
-    existing = [split for split in splits if all(Path(side).expanduser().is_dir() for side in split)]
+    existing = [split for split in splits if all(map(_is_folder, split))]
     model, adapter = (existing or splits)[0]
     return model_folder(model, key), model_folder(adapter, key)

@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, model_validator
 
 from resm_kernels.dtypes import RECIPE_DTYPES
+from resm_kernels.files import path_problem, shortened
 from resm_kernels.methods import REQUIRED, Method, Parameter, get
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
 from resm_kernels.recipe.errors import LocatedError, Location
@@ -32,7 +33,7 @@ def _parse_dtype(data: Any) -> str:
     name = str(data).removeprefix("torch.")
     if name not in RECIPE_DTYPES:
         raise ValueError(
-            f"got {data!r}, need one of {', '.join(RECIPE_DTYPES)}{did_you_mean(name, tuple(RECIPE_DTYPES))}"
+            f"got {shortened(data)}, need one of {', '.join(RECIPE_DTYPES)}{did_you_mean(name, tuple(RECIPE_DTYPES))}"
         )
     return name
 
@@ -40,31 +41,40 @@ def _parse_dtype(data: Any) -> str:
 def _parse_model(data: Any) -> Any:
     """Return a model's name. mergekit writes it as a mapping if the path has spaces or quotes."""
     if not isinstance(data, Mapping):
-        return data
+        return _parse_file(data)
     known = ("model", "lora")
     for key in data:
         if key not in known:
             raise ValueError(f"unknown key {key!r}{did_you_mean(key, known)}; need {', '.join(known)}, or a name")
-    return "+".join(_parse_path(key, data[key]) for key in known if data.get(key) is not None)
+    return _parse_file("+".join(_parse_path(key, data[key]) for key in known if data.get(key) is not None))
+
+
+def _parse_file(data: Any) -> Any:
+    """Refuse a text that no file or folder can have as its path; two of them may be joined with +."""
+    if isinstance(data, str) and (problem := path_problem(data.replace("+", "/"))):
+        raise ValueError(problem)
+    return data
 
 
 def _parse_path(key: str, data: Any) -> str:
     path, revision = (data.get("path"), data.get("revision")) if isinstance(data, Mapping) else (data, None)
     if not isinstance(path, str):
-        raise ValueError(f"{key}: got {data!r}, need a path, or a mapping with path and revision")
+        raise ValueError(f"{key}: got {shortened(data)}, need a path, or a mapping with path and revision")
+    if not isinstance(revision, str | None):
+        raise ValueError(f"{key}: revision: got {shortened(revision)}, need a text")
     return path if revision is None else f"{path}@{revision}"
 
 
 def _parse_range(data: Any) -> tuple[int, int]:
     whole = isinstance(data, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in data)
     if not whole or len(data) != 2 or not 0 <= data[0] < data[1]:
-        raise ValueError(f"got {data!r}, need [first, end]: layers first to end − 1, counted from 0")
+        raise ValueError(f"got {shortened(data)}, need [first, end]: layers first to end − 1, counted from 0")
     return data[0], data[1]
 
 
 def _no_effect(data: Any) -> None:
     if data is not None:
-        raise ValueError(f"got {data!r}, but this key has no effect, in mergekit or here; remove it")
+        raise ValueError(f"got {shortened(data)}, but this key has no effect, in mergekit or here; remove it")
 
 
 _Parameters = Annotated[
@@ -72,7 +82,10 @@ _Parameters = Annotated[
     BeforeValidator(lambda data: {} if data is None else data),
 ]
 _Model = Annotated[str, BeforeValidator(_parse_model)]
+_File = Annotated[str, BeforeValidator(_parse_file)]
 _Dtype = Annotated[str, BeforeValidator(_parse_dtype)]
+MAX_MODELS: Final = 1000
+"""The most models of one merge; checks compare each with each."""
 _CLOSED: Final = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -83,7 +96,7 @@ class ModelEntry(BaseModel):
 
     model: _Model
     parameters: _Parameters = {}
-    statistics: str | None = None
+    statistics: _File | None = None
 
 
 class SourceEntry(BaseModel):
@@ -94,7 +107,7 @@ class SourceEntry(BaseModel):
     model: _Model
     layer_range: Annotated[tuple[int, int], PlainValidator(_parse_range)]
     parameters: _Parameters = {}
-    statistics: str | None = None
+    statistics: _File | None = None
 
 
 class SliceEntry(BaseModel):
@@ -102,7 +115,7 @@ class SliceEntry(BaseModel):
 
     model_config = _CLOSED
 
-    sources: Annotated[list[SourceEntry], Field(min_length=1)]
+    sources: Annotated[list[SourceEntry], Field(min_length=1, max_length=MAX_MODELS)]
     base_model: _Model | None = None
     residual_weight: Annotated[None, PlainValidator(_no_effect)] = None
     parameters: _Parameters = {}
@@ -113,7 +126,7 @@ class ModuleEntry(BaseModel):
 
     model_config = _CLOSED
 
-    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
+    models: Annotated[list[ModelEntry], Field(min_length=1, max_length=MAX_MODELS)] | None = None
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
     parameters: _Parameters = {}
 
@@ -124,7 +137,7 @@ class Recipe(BaseModel):
     model_config = _CLOSED
 
     merge_method: str
-    models: Annotated[list[ModelEntry], Field(min_length=1)] | None = None
+    models: Annotated[list[ModelEntry], Field(min_length=1, max_length=MAX_MODELS)] | None = None
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
     modules: Annotated[dict[str, ModuleEntry], Field(min_length=1)] | None = None
     base_model: _Model | None = None

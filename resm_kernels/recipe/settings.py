@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from resm_kernels.files import shortened
 from resm_kernels.methods import Parameter
 from resm_kernels.suggestions import did_you_mean
 
@@ -42,18 +43,17 @@ class Setting:
         """
         for rule in self.rules:
             if rule.filter in (None, "*") or (tensor and str(rule.filter) in tensor):
-                values = [parameter.validate(v) for v in rule.values]
-                return parameter.validate(_value_at_depth(values, depth, parameter))
+                return parameter.validate(_value_at_depth(rule.values, depth, parameter))
         return NO_VALUE
 
 
-def _value_at_depth(values: list[Any], depth: float, parameter: Parameter) -> Any:
+def _value_at_depth(values: Sequence[Any], depth: float, parameter: Parameter) -> Any:
     position = depth * (len(values) - 1)
     low = int(position)
     if parameter.kind not in (int, float) or None in values or low == position:
         return values[low]
     fraction = position - low
-    value = (1 - fraction) * values[low] + fraction * values[low + 1]
+    value = (1 - fraction) * parameter.validate(values[low]) + fraction * parameter.validate(values[low + 1])
     return round(value) if parameter.kind is int else value
 
 
@@ -74,14 +74,16 @@ def parse_setting(data: Any) -> Setting:
 
 def _parse_rule(data: Any) -> Rule:
     if not isinstance(data, Mapping):
-        raise ValueError(f"got {data!r} among {{filter, value}} entries, need a list of such entries only")
+        raise ValueError(f"got {shortened(data)} among {{filter, value}} entries, need a list of such entries only")
     for key in data:
         if key not in ("filter", "value"):
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, ('filter', 'value'))}; need filter and value")
+            raise ValueError(
+                f"unknown key {shortened(key)}{did_you_mean(key, ('filter', 'value'))}; need filter and value"
+            )
     if "value" not in data:
         raise ValueError("has no 'value'; every entry with a filter needs one")
     if not isinstance(data.get("filter"), str | None):
-        raise ValueError(f"filter: got {data['filter']!r}, need part of a tensor name, or '*'")
+        raise ValueError(f"filter: got {shortened(data['filter'])}, need part of a tensor name, or '*'")
     return Rule(data.get("filter"), _parse_values(data["value"]))
 
 
@@ -91,5 +93,5 @@ def _parse_values(data: Any) -> tuple[Scalar, ...]:
         raise ValueError("got an empty list, need at least one value")
     for value in values:
         if not isinstance(value, Scalar):
-            raise ValueError(f"got {value!r}, need a number, true/false, a name, or a list of these")
+            raise ValueError(f"got {shortened(value)}, need a number, true/false, a name, or a list of these")
     return tuple(values)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
 
+from resm_kernels.files import shortened
 from resm_kernels.suggestions import did_you_mean
 
 UNION: Final = "union"
@@ -37,25 +38,29 @@ def _parse_source(data: Any) -> TokenSource:
     if isinstance(data, str):
         return TokenSource(data)
     if not isinstance(data, Mapping):
-        raise ValueError(f"got {data!r}, need a model, or a mapping with kind: model_token or kind: zero")
+        raise ValueError(f"got {shortened(data)}, need a model, or a mapping with kind: model_token or kind: zero")
     kind = data.get("kind")
     known = {"zero": ("kind",), "model_token": ("kind", "model", "token", "token_id")}
-    if kind not in known:
-        raise ValueError(f"kind: got {kind!r}, need one of model_token, zero{did_you_mean(kind, tuple(known))}")
+    if not isinstance(kind, str) or kind not in known:
+        raise ValueError(
+            f"kind: got {shortened(kind)}, need one of model_token, zero{did_you_mean(kind, tuple(known))}"
+        )
     for key in data:
         if key not in known[kind]:
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, known[kind])}; need {', '.join(known[kind])}")
+            raise ValueError(
+                f"unknown key {shortened(key)}{did_you_mean(key, known[kind])}; need {', '.join(known[kind])}"
+            )
     if kind == "zero":
         return TokenSource(None)
     model, token, token_id = data.get("model"), data.get("token"), data.get("token_id")
     if not isinstance(model, str):
-        raise ValueError(f"model: got {model!r}, need one of the recipe's models")
+        raise ValueError(f"model: got {shortened(model)}, need one of the recipe's models")
     if (token is None) == (token_id is None):
         raise ValueError("need exactly one of token and token_id")
     if token is not None and not isinstance(token, str):
-        raise ValueError(f"token: got {token!r}, need a token's text in quotes")
+        raise ValueError(f"token: got {shortened(token)}, need a token's text in quotes")
     if token_id is not None and (isinstance(token_id, bool) or not isinstance(token_id, int) or token_id < 0):
-        raise ValueError(f"token_id: got {token_id!r}, need a whole number of at least 0")
+        raise ValueError(f"token_id: got {shortened(token_id)}, need a whole number of at least 0")
     return TokenSource(model, token, token_id)
 
 
