@@ -13,13 +13,14 @@ from typing import Any, Final
 import torch
 import xxhash
 
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, read_json
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning, TensorInfo, byte_view, format_bytes
 from resm_kernels.checkpoint.place import clear_leftovers, is_committed, recover, unfinished_folder
 from resm_kernels.checkpoint.reader import CheckpointReader
 from resm_kernels.checkpoint.record import HASH, RECORD_FILE, read_record
 from resm_kernels.checkpoint.writer import MergeFolder
 from resm_kernels.dtypes import FLOAT_DTYPES, SAFETENSORS_NAMES
+from resm_kernels.files import expanded, read_object
 
 _PIECE: Final = 2**24
 _ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors")
@@ -67,7 +68,7 @@ def verify_checkpoint(out: str | os.PathLike[str]) -> VerifyReport:
     Raises:
         CheckpointError: There is no such folder.
     """
-    path = Path(os.path.realpath(os.path.expanduser(out)))
+    path = Path(os.path.realpath(expanded(out, CheckpointError, "out")))
     report = VerifyReport(path)
     report.notes += _put_right(path)
     if not path.is_dir():
@@ -75,9 +76,7 @@ def verify_checkpoint(out: str | os.PathLike[str]) -> VerifyReport:
     is_adapter = (path / _ADAPTER[0]).is_file() and not (path / CONFIG_FILE).is_file()
     config = path / (_ADAPTER[0] if is_adapter else CONFIG_FILE)
     with _reported(report):
-        if not config.exists():
-            raise CheckpointError(f"{config}: is missing")
-        read_json(config)
+        read_object(config, CheckpointError)
     record = None
     with _reported(report):
         record = read_record(path)
