@@ -85,12 +85,16 @@ def other_weights(family: Family) -> None:
     save_model(family.folders[1], {name: tensor + 1 for name, tensor in family.experts[1].items()})
 
 
+def other_config(family: Family) -> None:
+    (family.folders[2] / "config.json").write_text("{}")
+
+
 CHANGES: list[tuple[Callable[[Family], dict[str, Any] | None], str]] = [
     (lambda f: {"max_shard_size": "30kB"}, r"max_shard_size \(then 5000000000, now 30000\)"),
     (lambda f: {"random_seed": 7}, r"random_seed \(then 0, now 7\)"),
     (lambda f: {"model_card": False}, r"content of other files \(README.md, mergekit_config.yml\)"),
     (lambda f: touch(f.folders[2] / "model.safetensors"), r"input file .*expert2.* \(time of its last change\)"),
-    (lambda f: (f.folders[2] / "config.json").write_text("{} ") and None, r".*input file .*expert2/config.json"),
+    (other_config, r".*input file .*expert2/config.json"),
     (other_weights, r"input file .*expert1/model.safetensors \(time of its last change\)"),
 ]
 

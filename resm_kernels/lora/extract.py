@@ -165,7 +165,8 @@ def extract_lora(
     folder = check_output_folder(out, overwrite=overwrite, inputs=[finetuned, base], marker=CONFIG_FILE)
     truncate = _Truncation(rank, energy, max_rank, accuracy)
     report = ExtractReport(folder)
-    with CheckpointReader(base) as original, CheckpointReader(finetuned) as tuned, AdapterWriter(folder) as writer:
+    writing = AdapterWriter(folder, overwrite=overwrite)
+    with CheckpointReader(base) as original, CheckpointReader(finetuned) as tuned, writing as writer:
         config = read_config(Path(base))
         tied = is_tied(config, original.tensors)
         infos = _common_tensors(original, tuned, tied)
