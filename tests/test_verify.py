@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,7 @@ DAMAGES: list[tuple[Callable[[Path], object], list[str]]] = [
     (lambda out: (out / "config.json").unlink(), ["config.json: is missing"]),
     (lambda out: (out / "config.json").write_text("{"), ["config.json: cannot be read as JSON"]),
     (lambda out: (out / "resm_kernels.json").write_text("{"), ["resm_kernels.json: is damaged"]),
+    (lambda out: ((out / "resm_kernels.json").unlink(), os.mkfifo(out / "resm_kernels.json")), ["is damaged, or of"]),
     (lambda out: (out / "model.safetensors.index.json").write_text("[]"), ["not a safetensors index"]),
 ]
 

@@ -162,7 +162,8 @@ def extract_lora(
     Determinism: the adapter has the same bits for any number of threads.
     """
     _check_choices(rank, energy, max_rank, dtype)
-    folder = check_output_folder(out, overwrite=overwrite, inputs=[finetuned, base], marker=CONFIG_FILE)
+    inputs = [finetuned, base]
+    folder = check_output_folder(out, overwrite=overwrite, inputs=inputs, marker=CONFIG_FILE, goes_on=False)
     truncate = _Truncation(rank, energy, max_rank, accuracy)
     report = ExtractReport(folder)
     writing = AdapterWriter(folder, overwrite=overwrite)
