@@ -45,6 +45,9 @@ def write(out: Path, value: float = 1.0, *, overwrite: bool = False, job: str | 
         opened.commit()
 
 
+MODEL = ("config.json", "model.safetensors")
+
+
 def folder_of(path: Path, *names: str) -> Path:
     path.mkdir(parents=True)
     for name in names:
@@ -97,7 +100,7 @@ def test_what_comes_into_being_meanwhile_is_kept(
         else:
             folder_of(out, "the only copy", *(["config.json"] if kind == "model" else []))
         opened.commit()
-    assert caught.value.__notes__ == ["2 of 2 tensors are done; the same command goes on from there"]
+    assert vars(caught.value)["__notes__"] == ["2 of 2 tensors are done; the same command goes on from there"]
     if kind == "file":
         assert out.read_text() == "the only copy"
     else:
@@ -195,17 +198,17 @@ def test_restart_does_not_delete_the_only_copy(tmp_path: Path) -> None:
 def test_two_models_of_which_one_was_taken_away_are_both_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     killed_between_renames(out)
-    folder_of(out, "config.json", "mine")
+    folder_of(out, *MODEL, "mine")
     with pytest.raises(CheckpointError, match=r"is the model that .* was before an earlier run was killed"):
         write(out, 2.0, overwrite=True)
-    assert names_in(out) == ["config.json", "mine"]
+    assert names_in(out) == sorted([*MODEL, "mine"])
     assert "model.safetensors" in names_in(unfinished_folder(out) / place.OLD)
 
 
 def test_leftovers_of_earlier_versions_are_cleared_and_named(tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in (".out.partial-0badcafe", ".out.old-0badcafe"):
-        folder_of(tmp_path / name, "config.json")
+        folder_of(tmp_path / name, *MODEL)
     for name in (".out.partial-mine", ".out.old-0badcafe1", ".other.partial-0badcafe"):
         folder_of(tmp_path / name, "mine")
     (tmp_path / ".out.partial-00000000").write_text("mine")
@@ -221,7 +224,7 @@ def test_leftovers_of_earlier_versions_are_cleared_and_named(tmp_path: Path) -> 
         ".out.partial-mine",
         "out",
     ]
-    folder_of(tmp_path / ".out.old-0badcafe", "config.json")
+    folder_of(tmp_path / ".out.old-0badcafe", *MODEL)
     with pytest.warns(CheckpointWarning, match=r"\.out\.old-0badcafe: deleted, the model that it had replaced"):
         write(out, overwrite=True)
     assert ".out.old-0badcafe" not in names_in(tmp_path)
@@ -229,16 +232,16 @@ def test_leftovers_of_earlier_versions_are_cleared_and_named(tmp_path: Path) -> 
 
 def test_an_old_model_that_may_be_the_only_copy_is_restored_or_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    old = [folder_of(tmp_path / f".out.old-{i:08}", "config.json", "mine") for i in range(2)]
+    old = [folder_of(tmp_path / f".out.old-{i:08}", *MODEL, "mine") for i in range(2)]
     with pytest.raises(CheckpointError, match=r"several models that it may have been: \.out\.old-00000000, "):
         write(out)
     assert all((path / "mine").is_file() for path in old)
     old[1].rename(tmp_path / "chosen")
     with pytest.warns(CheckpointWarning, match="is back"), pytest.raises(CheckpointError, match="exists and is not"):
         write(out)
-    assert names_in(out) == ["config.json", "mine"] and not unfinished_folder(out).exists()
+    assert names_in(out) == sorted([*MODEL, "mine"]) and not unfinished_folder(out).exists()
     (out / "config.json").unlink()
-    folder_of(old[0], "config.json", "mine")
+    folder_of(old[0], *MODEL, "mine")
     with pytest.warns(CheckpointWarning, match="is none; it is kept"), pytest.raises(CheckpointError, match="exists"):
         write(out)
     assert (old[0] / "mine").is_file()
@@ -318,6 +321,9 @@ def test_places_that_cannot_be_written_are_named_before_the_work(tmp_path: Path)
         check_output_folder(tmp_path / "loop", overwrite=False)
     with pytest.raises(CheckpointError, match=r"output /proc: is a mount point, .* such as /proc/model"):
         check_output_folder("/proc", overwrite=False)
+    if os.path.ismount("/sys/fs/cgroup"):
+        with pytest.raises(CheckpointError, match=r"output /sys/fs: contains the mount point /sys/fs/\w+;"):
+            check_output_folder("/sys/fs", overwrite=False)
 
 
 def test_places_that_this_user_must_not_rename() -> None:
@@ -326,7 +332,7 @@ def test_places_that_this_user_must_not_rename() -> None:
         root.chmod(0o755)
         shared = folder_of(root / "shared")
         for parent in (root, shared):
-            folder_of(parent / "out", "config.json")
+            folder_of(parent / "out", *MODEL)
         shared.chmod(0o1777)
         with another_user():
             with pytest.raises(CheckpointError, match=f"{root} does not let this user make folders in it"):

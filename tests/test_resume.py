@@ -85,12 +85,16 @@ def other_weights(family: Family) -> None:
     save_model(family.folders[1], {name: tensor + 1 for name, tensor in family.experts[1].items()})
 
 
+def other_config(family: Family) -> None:
+    (family.folders[2] / "config.json").write_text("{}")
+
+
 CHANGES: list[tuple[Callable[[Family], dict[str, Any] | None], str]] = [
     (lambda f: {"max_shard_size": "30kB"}, r"max_shard_size \(then 5000000000, now 30000\)"),
     (lambda f: {"random_seed": 7}, r"random_seed \(then 0, now 7\)"),
     (lambda f: {"model_card": False}, r"content of other files \(README.md, mergekit_config.yml\)"),
     (lambda f: touch(f.folders[2] / "model.safetensors"), r"input file .*expert2.* \(time of its last change\)"),
-    (lambda f: (f.folders[2] / "config.json").write_text("{} ") and None, r".*input file .*expert2/config.json"),
+    (other_config, r".*input file .*expert2/config.json"),
     (other_weights, r"input file .*expert1/model.safetensors \(time of its last change\)"),
 ]
 
@@ -109,6 +113,23 @@ def test_another_merge_is_refused_by_the_name_of_what_differs(
     assert {k: v for k, v in left.items() if k != "lock"} == {k: v for k, v in before.items() if k != "lock"}
     assert merge(family, restart=True, **options).tensors_resumed == 0
     assert family.leftovers() == ["out"]
+
+
+def test_inputs_are_known_by_their_content_on_request(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off(family, monkeypatch, hash_inputs=True)
+    file = family.folders[1] / "model.safetensors"
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"another input file .*expert1/model.safetensors \(content\);"):
+        merge(family, hash_inputs=True)
+    content[-2] ^= 1
+    file.write_bytes(content)
+    touch(file)
+    assert merge(family, hash_inputs=True).tensors_resumed == 12
+    assert contents(family.out) == expected(family)
 
 
 def test_another_recipe_and_another_version_are_refused(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,10 +33,9 @@ class Journal:
 
     def read(self) -> dict[str, str]:
         """Return the hashes of all tensors in the journal; it is empty if there is none."""
-        try:
-            content = self._file.read_bytes()
-        except FileNotFoundError:
+        if not self._file.is_file():
             return {}
+        content = self._file.read_bytes()
         self._end = content.rfind(b"\n") + 1
         hashes: dict[str, str] = {}
         for number, line in enumerate(content[: self._end].splitlines(), 1):
@@ -85,7 +84,7 @@ def _line(hashes: Mapping[str, str]) -> bytes:
 def _entries(line: bytes) -> dict[str, str] | None:
     try:
         entries = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if not isinstance(entries, dict) or not all(isinstance(h, str) and _HASH.fullmatch(h) for h in entries.values()):
         return None

@@ -21,6 +21,7 @@ from resm_kernels.checkpoint.journal import Journal
 from resm_kernels.checkpoint.output_plan import OutputPlan
 from resm_kernels.checkpoint.place import (
     COMMIT,
+    JOURNAL,
     MANIFEST,
     MODEL,
     OLD,
@@ -37,7 +38,6 @@ from resm_kernels.checkpoint.tensor_writer import TensorWriter, stored_hash
 from resm_kernels.checkpoint.unfinished import UnfinishedFolder, read_manifest
 
 INDEX_FILE: Final = "model.safetensors.index.json"
-_JOURNAL: Final = "journal"
 _LAYOUT: Final = "layout of tensors"
 _CONTENTS: Final = "content of other files"
 
@@ -56,7 +56,7 @@ class MergeFolder(UnfinishedFolder):
 
     def __init__(self, path: Path, job: Mapping[str, Any] | None, *, restart: bool = False) -> None:
         super().__init__(path, job, restart=restart)
-        self.journal = Journal(path / _JOURNAL)
+        self.journal = Journal(path / JOURNAL)
 
     def holds_work(self) -> bool:
         """Return True if some tensor is done, or an older model is here."""
@@ -89,7 +89,6 @@ class CheckpointWriter:
         restart: Delete what an earlier writer left, whatever its job.
         overwrite: Replace a folder that is there and has the file `marker`.
         marker: As for `check_output_folder`.
-        unfinished: The unfinished folder, on the same file system; by default `unfinished_folder(out)`.
         facts: Entries for the record in the folder, `resm_kernels.json`, which also has each tensor's hash.
 
     Raises:
@@ -111,7 +110,6 @@ class CheckpointWriter:
         restart: bool = False,
         overwrite: bool = False,
         marker: str = "config.json",
-        unfinished: Path | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.plan = out, plan
@@ -123,7 +121,7 @@ class CheckpointWriter:
             job = {**job, _LAYOUT: headers, _CONTENTS: contents}
         self._job = job
         self._restart, self._overwrite, self._marker, self._facts = restart, overwrite, marker, dict(facts or {})
-        self._unfinished = MergeFolder(unfinished or unfinished_folder(out), job, restart=restart)
+        self._unfinished = MergeFolder(unfinished_folder(out), job, restart=restart)
         self.folder = self._unfinished.path / MODEL
         self.finished: frozenset[str] = frozenset()
         self._tensors = TensorWriter(self.folder, plan, flushed=self.record)
@@ -137,7 +135,7 @@ class CheckpointWriter:
         with self._reported_errors():
             self._unfinished.take()
             try:
-                recover(self.out, self._unfinished.path)
+                recover(self.out)
                 clear_leftovers(self.out, self._marker)
                 self._open()
             except BaseException:
@@ -147,8 +145,8 @@ class CheckpointWriter:
                 if not self._committed:
                     self._check_space()
                     self._make_shards()
-            except BaseException:
-                self._end()
+            except BaseException as error:
+                self._end(error)
                 raise
         return self
 
@@ -159,9 +157,7 @@ class CheckpointWriter:
             return
         with contextlib.suppress(OSError, CheckpointError):
             self._tensors.flush()
-        done = self._end()
-        if done and error is not None:
-            _add_note(error, f"{done} of {len(self.plan.slots)} tensors are done; the same command goes on from there")
+        self._end(error)
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write one CPU tensor of the planned dtype, or consecutive elements of it from element `start` on.
@@ -203,13 +199,14 @@ class CheckpointWriter:
 
     def _open(self) -> None:
         """Find out what an earlier writer did; see the class for what is refused."""
-        if not self._restart and is_committed(self.out, self._unfinished.path):
+        if not self._restart and is_committed(self.out):
             if self._is_output_of_this_job():
                 self.finished, self._committed = frozenset(self.plan.slots), True
                 self._pending.clear()
                 return
             self._unfinished.clear()
-        check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker)
+        goes_on = self._job is not None
+        check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker, goes_on=goes_on)
         self._unfinished.open()
         self._replaced = Occupant.of(self.out)
         if self._job is not None:
@@ -273,20 +270,22 @@ class CheckpointWriter:
         for folder in folders:
             sync(folder)
 
-    def _end(self) -> int:
-        """Delete the unfinished folder if no tensor is done in it, and let go of it; return how many are done."""
+    def _end(self, error: BaseException | None) -> None:
+        """Delete the unfinished folder if no tensor is done in it, else say in a note that it is kept; release it."""
         self._tensors.close()
-        done = 0
         try:
-            recover(self.out, self._unfinished.path)
+            recover(self.out)
             done = len(self._unfinished.journal.read()) if self._job is not None else 0
             if not done:
                 self._unfinished.remove()
-        except (OSError, CheckpointError):
-            done = len(self._hashes)
+            elif error is not None:
+                note = f"{done} of {len(self.plan.slots)} tensors are done; the same command goes on from there"
+                # As BaseException.add_note, which Python 3.10 does not have.
+                vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), note]
+        except (OSError, CheckpointError) as another:
+            warnings.warn(f"{self._unfinished.path}: is kept: {another}", CheckpointWarning, stacklevel=3)
         finally:
             self._unfinished.release()
-        return done
 
     def _check_space(self) -> None:
         needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
@@ -301,8 +300,3 @@ class CheckpointWriter:
 
     def _reported_errors(self) -> AbstractContextManager[None]:
         return write_errors_named(self.out, f" (needs {format_bytes(self.plan.nbytes)})")
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    # As BaseException.add_note, which Python 3.10 does not have.
-    error.__notes__ = [*getattr(error, "__notes__", ()), note]
