@@ -306,15 +306,12 @@ def test_memory_is_not_taken_for_what_a_header_claims(tmp_path: Path) -> None:
         read_header(tmp_path / "f")
 
 
-def test_tensors_have_names_that_can_be_printed(tmp_path: Path) -> None:
-    for name, message in (
-        ("a\nb", "control character"),
-        ("x" * 1001, "1001 letters"),
-        ("\x1b[31m", "control character"),
-    ):
-        (tmp_path / "f").write_bytes(save({name: torch.ones(2)}))
-        with pytest.raises(CheckpointError, match=message):
-            read_header(tmp_path / "f")
+def test_tensors_have_names_of_bounded_length(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(save({"x" * 1000: torch.ones(2), "a\nb": torch.ones(2)}))
+    assert len(read_header(tmp_path / "f")) == 2
+    (tmp_path / "f").write_bytes(save({"x" * 1001: torch.ones(2)}))
+    with pytest.raises(CheckpointError, match="1001 letters, need at most 1000"):
+        read_header(tmp_path / "f")
 
 
 def test_indices_name_files_in_their_folder(tmp_path: Path) -> None:
