@@ -114,7 +114,7 @@ def _read_header(file: Path) -> tuple[dict[str, Any], int, int]:
     if not text.startswith(b"{"):
         raise damaged(file, "its header does not begin with {")
     try:
-        header = parse_object(text, "header", CheckpointError)
+        header = parse_object(text, "header", CheckpointError, strict=True)
     except CheckpointError as error:
         raise damaged(file, str(error)) from error
     metadata = header.get("__metadata__", {})
