@@ -269,8 +269,10 @@ def test_statistics_replace_only_statistics(models: Models) -> None:
         compute_statistics(models.folders[0], broken, models.files[0], max_new_tokens=3, overwrite=True)
 
 
-@pytest.mark.parametrize(("name", "found"), [("nothing", "no such file"), ("expert1", "is a folder")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("nothing", "no such file; need a file that"), ("expert1", "is a folder, need a regular file")]
+)
 def test_statistics_that_are_no_file_are_said_to_be_none(models: Models, name: str, found: str) -> None:
     entries = [{"model": str(folder), "statistics": str(models.root / name)} for folder in models.folders]
-    with pytest.raises(CheckpointError, match=f"{name}: {found}; need a file that resm-kernels statistics wrote"):
+    with pytest.raises(CheckpointError, match=f"{name}: {found}"):
         merge_checkpoints({"merge_method": "regmean", "models": entries}, models.out)

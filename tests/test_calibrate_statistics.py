@@ -305,7 +305,7 @@ def test_weights_that_files_name_otherwise_are_reported(tmp_path: Path) -> None:
         ({"max_prompt_tokens": 1}, CalibrationError, "max_prompt_tokens"),
         ({"out": "a.bin"}, CheckpointError, "need a name that ends with .safetensors"),
         ({"model": "nowhere"}, RecipeError, "model: got '.*nowhere', which is no folder here"),
-        ({"prompts": "nothing.jsonl"}, CalibrationError, r"nothing.jsonl: cannot be read"),
+        ({"prompts": "nothing.jsonl"}, CalibrationError, r"nothing.jsonl: no such file"),
     ],
 )
 def test_bad_arguments_are_refused(

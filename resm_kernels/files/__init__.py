@@ -8,7 +8,7 @@ names the file, the place in it and the need.
 from __future__ import annotations
 
 from resm_kernels.files.json_text import CONFIG_BYTES, LIST_BYTES, parse_json, parse_object, read_object
-from resm_kernels.files.patterns import Pattern
+from resm_kernels.files.patterns import NamePatterns
 from resm_kernels.files.regular import (
     check_regular,
     expanded,
@@ -25,7 +25,7 @@ __all__ = [
     "CONFIG_BYTES",
     "LIST_BYTES",
     "Location",
-    "Pattern",
+    "NamePatterns",
     "check_regular",
     "check_structure",
     "dotted",

@@ -29,23 +29,22 @@ def read_object(
     return parse_object(read_bytes(file, raising, limit=limit, missing=missing), str(file), raising)
 
 
-def parse_object(content: bytes, where: str, raising: type[ValueError]) -> dict[str, Any]:
+def parse_object(content: bytes, where: str, raising: type[ValueError], *, strict: bool = False) -> dict[str, Any]:
     """Return the JSON object that `content` is; see `parse_json`."""
-    data = parse_json(content, where, raising)
+    data = parse_json(content, where, raising, strict=strict)
     if not isinstance(data, dict):
         raise raising(f"{where}: got a JSON {type(data).__name__}, need an object")
     return data
 
 
-def parse_json(content: bytes | str, where: str, raising: type[ValueError]) -> Any:
+def parse_json(content: bytes | str, where: str, raising: type[ValueError], *, strict: bool = False) -> Any:
     """Return the value that JSON states.
-
-    `NaN` and `Infinity` are accepted, which Python writes and some configurations have.
 
     Args:
         content: JSON in UTF-8, with or without a byte-order mark, or as text.
         where: What the error begins with, such as the name of the file.
         raising: The kind of the error.
+        strict: Refuse `NaN` and `Infinity`, which are not JSON, but Python writes them and some configurations have them.
 
     Raises:
         raising: The content is not JSON; an object has a key twice; it is nested more than 64 levels deep, has more
@@ -57,7 +56,13 @@ def parse_json(content: bytes | str, where: str, raising: type[ValueError]) -> A
     if sum(map(text.count, "[{,")) > 2 * MAX_VALUES:
         raise raising(f"{where}: has more than {MAX_VALUES} values, need at most so many")
     try:
-        data = json.loads(text, object_pairs_hook=_distinct, parse_float=_finite, parse_int=_bounded)
+        data = json.loads(
+            text,
+            object_pairs_hook=_distinct,
+            parse_float=_finite,
+            parse_int=_bounded,
+            parse_constant=_refused if strict else None,
+        )
     except RecursionError:
         raise raising(f"{where}: is nested more than {MAX_DEPTH} levels deep, need at most so many") from None
     except ValueError as error:
@@ -79,6 +84,10 @@ def _distinct(pairs: list[tuple[str, Any]]) -> Any:
 def _finite(text: str) -> Any:
     value = float(text)
     return value if math.isfinite(value) else Flaw(f"got {shortened(text)[1:-1]}, need a number that float64 can hold")
+
+
+def _refused(text: str) -> Flaw:
+    return Flaw(f"got {text}, which is not JSON")
 
 
 def _bounded(text: str) -> Any:

@@ -292,7 +292,7 @@ class _Automaton:
         return reached
 
 
-class Pattern:
+class NamePatterns:
     """Regular expressions in their order, of which the first counts that matches a name.
 
     An expression matches a name if it matches the whole of it, or the part after one of its dots, which is PEFT's rule:

@@ -121,6 +121,8 @@ class AdapterReader(CheckpointReader):
         base_name = name.removeprefix(PREFIX)
         if base_name == name:
             raise CheckpointError(f"{info.file}: tensor {name!r}: need names that begin with {PREFIX!r}")
+        if "\n" in name:  # of which PEFT's patterns have a view of their own
+            raise CheckpointError(f"{info.file}: tensor {name!r}: need names without line breaks")
         suffix = next((s for s in _SUFFIXES if base_name.endswith(s)), None)
         if suffix is not None:
             module = self._modules.setdefault(base_name.removesuffix(suffix), _Module())

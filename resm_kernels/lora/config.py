@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.auxiliary import config_entry
-from resm_kernels.files import Pattern, expanded, read_object, shortened
+from resm_kernels.files import NamePatterns, expanded, read_object, shortened
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -41,11 +41,11 @@ _INITIALISATIONS: Final = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class PatternValues:
-    """Numbers by patterns of module names, as `rank_pattern` and `alpha_pattern` have them; see `Pattern`."""
+    """Numbers by patterns of module names, as `rank_pattern` and `alpha_pattern` have them; see `NamePatterns`."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         self._values = tuple(values.values())
-        self._pattern = Pattern(values)
+        self._pattern = NamePatterns(values)
 
     def of(self, module: str, default: Any) -> Any:
         """Return the value of the first pattern that matches the module's name."""

@@ -14,6 +14,10 @@ from resm_kernels.tensor_names import is_vocabulary
 REQUIRED: Final = object()
 """Default of a parameter that has none: leaving it out is an error."""
 
+MAX_NUMBER: Final = 1e30
+MAX_WHOLE: Final = 2**53
+"""The largest magnitude of a number and of a whole number. Products of such numbers and weights are fp32 numbers."""
+
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
 
 
@@ -87,14 +91,20 @@ class Parameter:
             raise ValueError(f"{self.name}: got {shortened(value)}, need {needed}{self._bounds()}") from None
         below = self.minimum is not None and number < self.minimum
         above = self.maximum is not None and number > self.maximum
-        fractional = self.kind is int and not number.is_integer()
-        if isinstance(value, bool) or not math.isfinite(number) or below or above or fractional:
-            raise ValueError(f"{self.name}: got {shortened(value)}, need {needed}{self._bounds()}")
+        fractional = self.kind is int and not (math.isfinite(number) and number.is_integer())
+        limit = MAX_WHOLE if self.kind is int else MAX_NUMBER
+        if isinstance(value, bool) or not abs(number) <= limit or below or above or fractional:
+            raise ValueError(f"{self.name}: got {shortened(value)}, need {needed}{self._bounds(number)}")
         return int(number) if self.kind is int else number
 
-    def _bounds(self) -> str:
-        if self.minimum is not None and self.maximum is not None:
-            return f" from {self.minimum:g} to {self.maximum:g}"
-        if self.minimum is not None:
-            return f" of at least {self.minimum:g}"
-        return f" of at most {self.maximum:g}" if self.maximum is not None else ""
+    def _bounds(self, number: float = 0.0) -> str:
+        """Return the words for what a number may be; that it has a largest magnitude is said where it matters."""
+        limit = MAX_WHOLE if self.kind is int else MAX_NUMBER
+        low, high = self.minimum, self.maximum
+        if abs(number) > limit:
+            low, high = -limit if low is None else low, limit if high is None else high
+        if low is not None and high is not None:
+            return f" from {low:g} to {high:g}"
+        if low is not None:
+            return f" of at least {low:g}"
+        return f" of at most {high:g}" if high is not None else ""

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cases import CORPUS
 from guard import Finding, call_guarded
 from hypothesis import HealthCheck, Phase, given, settings
 from targets import TARGETS, make_world
 
-CORPUS = Path(__file__).parent / "corpus"
 CASES = 2000 // len(TARGETS)
 
 
