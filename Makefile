@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint format bench bench-spectral quality wheels cuda triton gpu clean
+.PHONY: demo example-models test fuzz lint format bench bench-spectral quality wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -107,6 +107,13 @@ build/triton/%: | $(VENV)/.test
 # QUICK=1 takes fewer rounds and a smaller model; DRY=1 does what can be done without a GPU.
 gpu:
 	scripts/gpu.sh $(if $(DRY),--dry-run,$(if $(QUICK),--quick))
+
+# The tests of the native ops with the extension built for sanitizers, in build/sanitize: AddressSanitizer and
+# UndefinedBehaviourSanitizer, then ThreadSanitizer. SANITIZER=address or SANITIZER=thread runs one of them. It takes
+# some four minutes of processor time each, builds included, and says "skipped" where the compiler has no such runtime.
+sanitize: $(VENV)/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
+	PYTHON=$(CURDIR)/$(BIN)/python scripts/sanitize.sh $(SANITIZER)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info resm_kernels/*.so

@@ -44,10 +44,12 @@ Array float_array(py::handle tensor, const char* name, int64_t numel) {
   return {.data = data_of(tensor, name, numel), .dtype = float_dtype(tensor.attr("dtype"), name)};
 }
 
-// An input tensor of an op, made contiguous, which lives as long as this object.
+// An input tensor of an op, made contiguous and aligned, which lives as long as this object.
 class Input {
  public:
-  Input(py::handle tensor, const char* name) : name_(name), tensor_(tensor.attr("contiguous")()) {}
+  Input(py::handle tensor, const char* name) : name_(name), tensor_(tensor.attr("contiguous")()) {
+    if (!is_aligned(tensor_)) tensor_ = tensor_.attr("clone")();
+  }
 
   std::vector<int64_t> shape() const { return tensor_.attr("shape").cast<std::vector<int64_t>>(); }
   int64_t numel() const { return tensor_.attr("numel")().cast<int64_t>(); }

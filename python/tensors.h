@@ -44,6 +44,14 @@ inline constexpr const char* kDtypeName<int64_t> = "int64";
 template <>
 inline constexpr const char* kDtypeName<uint8_t> = "uint8";
 
+inline uintptr_t address_of(py::handle tensor) { return tensor.attr("data_ptr")().cast<uintptr_t>(); }
+
+// Whether a tensor's memory begins at a multiple of its elements' size, as C++ and the compiler's vector instructions
+// require. A tensor that lies in the bytes of a file or of another library need not.
+inline bool is_aligned(py::handle tensor) {
+  return address_of(tensor) % tensor.attr("element_size")().cast<uintptr_t>() == 0;
+}
+
 // The address of a contiguous tensor of `numel` elements of any dtype.
 inline char* data_of(py::handle tensor, const char* name, int64_t numel) {
   const auto got = tensor.attr("numel")().cast<int64_t>();
@@ -51,7 +59,9 @@ inline char* data_of(py::handle tensor, const char* name, int64_t numel) {
     throw py::value_error(std::string(name) + ": got " + std::to_string(got) + " elements, need " +
                           std::to_string(numel));
   if (!tensor.attr("is_contiguous")().cast<bool>()) throw py::value_error(std::string(name) + ": is not contiguous");
-  return reinterpret_cast<char*>(tensor.attr("data_ptr")().cast<uintptr_t>());
+  if (!is_aligned(tensor))
+    throw py::value_error(std::string(name) + ": its memory begins at no multiple of its elements' size; need a clone");
+  return reinterpret_cast<char*>(address_of(tensor));
 }
 
 // The elements of a contiguous tensor of `numel` elements of type T.

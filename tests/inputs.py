@@ -162,6 +162,15 @@ def random_statistics(method: str, shape: Sequence[int], n_experts: int, seed: i
     return [(x.mT @ x / len(x)).float() for x in inputs]
 
 
+def at_byte(tensor: Tensor, offset: int) -> Tensor:
+    """A contiguous copy that begins `offset` bytes after a multiple of 64, as in a file, and ends its allocation."""
+    if tensor.numel() == 0:
+        return tensor.clone()
+    buffer = torch.empty(offset + tensor.nbytes, dtype=torch.uint8)  # torch's memory begins at a multiple of 64
+    copy = torch.frombuffer(buffer.numpy(), dtype=tensor.dtype, offset=offset, count=tensor.numel()).view(tensor.shape)
+    return copy.copy_(tensor)
+
+
 LAYOUTS = ["transposed", "strided", "expanded"]
 
 

@@ -66,7 +66,7 @@ def test_method_and_linalg_have_tests(stem: str) -> None:
 # Files that several ops share.
 SHARED = {
     "csrc/cpu": {"kernels", "block", "lanes", "chunks", "threads", "memory", "ops", "gemm", "tiles", "tridiagonal"}
-    | {"sparsity", "sample"},
+    | {"sparsity", "sample", "poison"},
     "csrc/cuda": {"block", "elements", "ops", "select"},
     "resm_kernels/reference": {"__init__", "deltas"},
     "resm_kernels/triton": {"__init__", "delta_product"},

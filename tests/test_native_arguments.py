@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import at_byte
 
 from resm_kernels import _extension
 from resm_kernels.reference.aggregate import AggregateOptions
@@ -23,6 +24,7 @@ BASE = torch.zeros(6)
     [
         (torch.empty(5), torch.empty(2, dtype=torch.int64), "merged: got 5 elements, need 6"),
         (torch.empty(12)[::2], torch.empty(2, dtype=torch.int64), "merged: is not contiguous"),
+        (at_byte(BASE, 2), torch.empty(2, dtype=torch.int64), "merged: its memory begins at no multiple"),
         (torch.empty(6), torch.empty(2), "nonfinite: got dtype torch.float32, need torch.int64"),
         (torch.empty(6), torch.empty(3, dtype=torch.int64), "nonfinite: got 3 elements, need 2"),
         (torch.empty(6, dtype=torch.int32), torch.empty(2, dtype=torch.int64), "merged: got dtype torch.int32"),

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/ops.h"
+#include "cpu/poison.h"
 #include "cpu/threads.h"
 
 namespace resm::cpu {
@@ -57,9 +58,11 @@ class ThreadMemory {
     constexpr int64_t kMostKept = (8 << 20) / sizeof(C);
     thread_local std::vector<C> reused;
     std::vector<C>& memory = count <= kMostKept ? reused : large_;
+    permit(memory.data(), memory.size() * sizeof(C));
     if (static_cast<int64_t>(memory.size()) < count + kAlignment) memory.assign(count + kAlignment, C(0));
     const auto address = reinterpret_cast<uintptr_t>(memory.data());
     data_ = memory.data() + ((64 - address % 64) % 64) / sizeof(C);
+    forbid(data_ + count, (memory.data() + memory.size() - data_ - count) * sizeof(C));
   }
   C* data() const { return data_; }
 

@@ -4,6 +4,8 @@
 #include <new>
 #include <vector>
 
+#include "cpu/poison.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -59,13 +61,14 @@ size_t unused_bytes() {
 void drop_oldest() {
   const Block oldest = unused().front();
   unused().erase(unused().begin());
+  permit(oldest.data, oldest.capacity);  // another mapping may lie there next
   unmap(oldest.data, oldest.capacity);
 }
 
 // The smallest unused block that is large enough, but not much larger, or a fresh one, for which others are dropped.
 Block take(size_t bytes) {
   constexpr size_t kMostWaste = 4;
-  const size_t capacity = round_up(bytes, kPage);
+  const size_t capacity = round_up(bytes + kGuard, kPage);
   auto best = unused().end();
   for (auto block = unused().begin(); block != unused().end(); ++block)
     if (capacity <= block->capacity && block->capacity <= kMostWaste * capacity &&
@@ -86,10 +89,13 @@ Memory::Memory(size_t bytes) : bytes_(bytes) {
   const Block block = take(bytes);
   data_ = block.data;
   capacity_ = block.capacity;
+  permit(data_, bytes);
+  forbid(static_cast<char*>(data_) + bytes, capacity_ - bytes);
 }
 
 Memory::~Memory() {
   const Block block{data_, capacity_};
+  forbid(data_, capacity_);
   unused().push_back(block);
   while (unused_bytes() > kMostKept) drop_oldest();
   if (!unused().empty() && unused().back().data == data_) lend_to_system(block);
