@@ -170,6 +170,7 @@ class CheckpointWriter:
         self._lock = threading.Lock()
         self._unflushed = [0] * len(plan.shards)
         self._pending = set(plan.slots)
+        self._written: dict[str, int] = {}
         self._committed = False
         self._replaces = out.is_dir() and any(out.iterdir())
 
@@ -193,23 +194,32 @@ class CheckpointWriter:
         if not self._committed:
             self._discard()
 
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Write one CPU tensor, which must have the planned dtype and shape, to its position in the shard."""
+    def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+        """Write consecutive elements of an output tensor, from element `start` on, to their position in the shard.
+
+        The CPU tensor has the planned dtype, and the planned shape if it is whole. Blocks of one tensor come in order.
+        """
         slot = self.plan.slots[name]
         if name not in self._pending:
             raise ValueError(f"tensor {name!r}: written twice")
-        if (tensor.dtype, tuple(tensor.shape)) != (slot.dtype, slot.shape):
-            got = f"{tensor.dtype} {tuple(tensor.shape)}"
-            raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}")
+        numel = math.prod(slot.shape)
+        is_whole = start == 0 and tuple(tensor.shape) == slot.shape
+        is_next = start == self._written.get(name, 0) and 0 < tensor.numel() < numel and start + tensor.numel() <= numel
+        if tensor.dtype != slot.dtype or not (is_whole or is_next):
+            got = f"{tensor.dtype} {tuple(tensor.shape)}" + (f" from element {start} on" if start else "")
+            raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}, or its next elements")
         with self._reported_errors():
-            write_fully(self._descriptors[slot.shard], byte_view(tensor.contiguous()), slot.offset)
-            if self._is_flush_due(slot):
-                os.fsync(self._descriptors[slot.shard])
-        self._pending.remove(name)
+            fd, offset = self._descriptors[slot.shard], slot.offset + start * slot.dtype.itemsize
+            write_fully(fd, byte_view(tensor.contiguous()), offset)
+            if self._is_flush_due(slot, tensor.nbytes):
+                os.fsync(fd)
+        self._written[name] = start + tensor.numel()
+        if self._written[name] == numel:
+            self._pending.remove(name)
 
-    def _is_flush_due(self, slot: Slot) -> bool:
+    def _is_flush_due(self, slot: Slot, nbytes: int) -> bool:
         with self._lock:
-            self._unflushed[slot.shard] += slot.nbytes
+            self._unflushed[slot.shard] += nbytes
             due = self._unflushed[slot.shard] >= FLUSH_BYTES
             if due:
                 self._unflushed[slot.shard] = 0
