@@ -236,7 +236,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3, help="times that floor and merge take turns (default: 3)")
     parser.add_argument("--memory-limit", default="512MiB", help="of the merges (default: 512MiB)")
     parser.add_argument("--peers", nargs="*", default=[], choices=list(SIZES), help="sizes that mergekit merges too")
-    parser.add_argument("--folder", type=Path, default=Path(), help="where the models are made, for the time of the run")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(), help="where the models are made, for the time of the run"
+    )
     parser.add_argument("--keep", action="store_true", help="keep the models in --folder and use those that are there")
     parser.add_argument("--json", type=Path, help="add the results to this record")
     options = parser.parse_args()

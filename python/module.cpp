@@ -282,11 +282,12 @@ int64_t py_variances(py::handle base, const py::sequence& experts, py::handle ou
 
 void py_keep_from(py::handle variances, double least, py::handle mask, int threads) {
   const Input values(variances, "variances");
-  const Array array = values.array(values.numel());
+  const int64_t numel = values.numel();
+  const Array array = values.array(numel);
   require(array.dtype == DType::f32 || array.dtype == DType::f64, "variances: need float32 or float64");
-  uint8_t* out = cpu_elements<uint8_t>(mask, "mask", mask_bytes(values.numel()));
+  uint8_t* out = cpu_elements<uint8_t>(mask, "mask", mask_bytes(numel));
   const py::gil_scoped_release unlocked;
-  keep_from(array, values.numel(), least, out, threads);
+  keep_from(array, numel, least, out, threads);
 }
 
 void py_random_matrix(py::handle options, py::handle omega, int threads) {

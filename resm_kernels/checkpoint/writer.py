@@ -18,6 +18,7 @@ from typing import Final
 
 import torch
 
+from resm_kernels.checkpoint.direct import DirectFile
 from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_view, format_bytes, write_fully
 from resm_kernels.checkpoint.reader import SINGLE_FILE
 
@@ -167,6 +168,7 @@ class CheckpointWriter:
         self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
         self._partial = aside or out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         self._descriptors: list[int] = []
+        self._direct: list[DirectFile] = []
         self._lock = threading.Lock()
         self._unflushed = [0] * len(plan.shards)
         self._pending = set(plan.slots)
@@ -183,6 +185,7 @@ class CheckpointWriter:
                 for shard in self.plan.shards:
                     fd = os.open(self._partial / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     self._descriptors.append(fd)
+                    self._direct.append(DirectFile(self._partial / shard.filename, fd))
                     reserve(fd, shard.size)
                     write_fully(fd, memoryview(shard.header), 0)
         except BaseException:
@@ -210,7 +213,7 @@ class CheckpointWriter:
             raise ValueError(f"tensor {name!r}: got {got}, need {slot.dtype} {slot.shape}, or its next elements")
         with self._reported_errors():
             fd, offset = self._descriptors[slot.shard], slot.offset + start * slot.dtype.itemsize
-            write_fully(fd, byte_view(tensor.contiguous()), offset)
+            self._direct[slot.shard].write(byte_view(tensor.contiguous()), offset)
             if self._is_flush_due(slot, tensor.nbytes):
                 os.fsync(fd)
         self._written[name] = start + tensor.numel()
@@ -238,6 +241,8 @@ class CheckpointWriter:
                     stream.write(content)
                     stream.flush()
                     os.fsync(stream.fileno())
+            while self._direct:
+                self._direct.pop().close()
             while self._descriptors:
                 os.fsync(self._descriptors[-1])
                 os.close(self._descriptors.pop())
@@ -262,6 +267,8 @@ class CheckpointWriter:
         shutil.rmtree(old, ignore_errors=True)
 
     def _discard(self) -> None:
+        for file in self._direct:
+            file.close()
         for fd in self._descriptors:
             with contextlib.suppress(OSError):
                 os.close(fd)
