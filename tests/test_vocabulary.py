@@ -364,3 +364,19 @@ def test_missing_transformers_is_said(family: Vocabularies, monkeypatch: pytest.
     monkeypatch.setitem(__import__("sys").modules, "transformers", None)
     with pytest.raises(RecipeError, match=r"needs transformers, .*pip install 'resm-kernels\[tokenizers\]'"):
         merge_checkpoints(family.recipe(tokenizer_source="union"), family.out)
+
+
+@given(st.data())
+def test_parts_of_an_aligned_tensor_are_parts_of_the_whole(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    family = Vocabularies(tmp_path_factory.mktemp("family"))
+    recipe = family.recipe(tokenizer={"pad_to_multiple_of": 8})
+    with plan_merge(recipe) as plan:
+        (job,) = (job for job in plan.jobs if job.name == EMBEDDING)
+        for reader, info in job.inputs:
+            whole = reader.read(info.name).reshape(-1)
+            start = data.draw(st.integers(0, info.numel - 1))
+            count = data.draw(st.integers(1, info.numel - start))
+            part = reader.read_info(info.elements(start, (count,)))
+            assert torch.equal(part, whole[start : start + count])

@@ -102,7 +102,9 @@ def block_shape(job: TensorJob, unit: int, elements: int) -> tuple[int, ...]:
 def _window(pieces: Sequence[TensorJob], limit: int) -> Window:
     """The window of jobs some of which are blocks, with a ring for two blocks and the keys of a selection."""
     blocks = [job for job in pieces if job.whole is not None and not job.copied]
-    passes = 2 * max((job.input_segment for job in blocks), default=0)
-    keys = max(limit // _KEY_SHARE, _LEAST_KEY_BYTES) if blocks else 0
-    rest = Window.for_cpu(pieces, max(limit - passes - keys, 1))
-    return replace(rest, passes=passes, keys=keys)
+    if not blocks:
+        return Window.for_cpu(pieces, limit)
+    passes = 2 * max(job.input_segment for job in blocks)
+    left = limit - passes - Window.for_cpu(pieces, 1).bound
+    keys = max(min(limit // _KEY_SHARE, left), _LEAST_KEY_BYTES)
+    return replace(Window.for_cpu(pieces, limit - passes - keys), passes=passes, keys=keys)
