@@ -16,9 +16,9 @@ RESM's floor is not the disk but its matrix products: the flops that it counts, 
 
     python -m benchmarks.bench_sizes --json benchmarks/results/sizes.json
 
-The base is Gaussian of standard deviation 0.02; a task vector is a product of Gaussian factors of rank 64 with a
-spectrum of i^-0.7, plus Gaussian noise, of rms 2e-4 together. Random numbers are drawn once and used at many offsets: a
-time does not depend on it, and a 3 B model takes half a minute.
+The base is Gaussian of standard deviation 0.02; a task vector is Gaussian noise of rms 2e-4, and with --methods resm a
+product of Gaussian factors of rank 64 with a spectrum of i^-0.7 plus noise, of that rms together. Random numbers are
+drawn once and used at many offsets: a time does not depend on it, and models are made as fast as a disk writes them.
 """
 
 from __future__ import annotations
@@ -104,13 +104,13 @@ def shapes(size: str) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 class Gaussian:
-    """Gaussian numbers that were drawn once, from a place that follows from a text."""
+    """Gaussian numbers in bf16 that were drawn once, from a place that follows from a text."""
 
-    def __init__(self) -> None:
-        self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(0))
+    def __init__(self, std: float) -> None:
+        self._pool = (torch.randn(_POOL, generator=torch.Generator().manual_seed(0)) * std).bfloat16()
 
     def __call__(self, key: str, *shape: int) -> Tensor:
-        out = torch.empty(shape)
+        out = torch.empty(shape, dtype=torch.bfloat16)
         flat, start = out.view(-1), zlib.crc32(key.encode()) % _POOL
         for begin in range(0, flat.numel(), _POOL):
             part = flat[begin : begin + _POOL]
@@ -120,32 +120,42 @@ class Gaussian:
         return out
 
 
-def make_models(folder: Path, size: str) -> list[Path]:
-    """Write base and experts, one tensor at a time; return their folders."""
+def make_models(folder: Path, size: str, *, low_rank: bool) -> list[Path]:
+    """Write base and experts, one tensor at a time; return their folders.
+
+    Args:
+        low_rank: Give task vectors a decaying spectrum, which spectral methods follow.
+    """
     folders = [folder / name for name in ("base", *(f"expert{t}" for t in range(EXPERTS)))]
     plan = plan_output([(name, torch.bfloat16, shape) for name, shape in shapes(size)], 10**12)
     files = {"config.json": json.dumps(config_of(size), indent=2).encode()}
-    gaussian = Gaussian()
-    spectrum = torch.arange(1, _RANK + 1).double() ** -0.7
-    spectrum = (spectrum * DELTA_RMS * 0.9 / spectrum.norm()).float()
+    weights = Weights(low_rank)
     for t, path in enumerate(folders):
         with CheckpointWriter(path.absolute(), plan, files) as writer:
             for name, shape in shapes(size):
-                writer.write(name, _weight(gaussian, spectrum, name, shape, t - 1))
+                writer.write(name, weights(name, shape, t))
             writer.commit()
     return folders
 
 
-def _weight(gaussian: Gaussian, spectrum: Tensor, name: str, shape: tuple[int, ...], expert: int) -> Tensor:
-    base = (gaussian(name, *shape) * BASE_STD).bfloat16()
-    if expert < 0:
-        return base
-    key = f"{name} {expert}"
-    delta = gaussian(key, *shape).mul_(DELTA_RMS * 0.4)
-    if len(shape) == 2:
-        left = gaussian(key + "left", shape[0], _RANK) * spectrum
-        delta.addmm_(left, gaussian(key + "right", _RANK, shape[1]))
-    return delta.add_(base).bfloat16()
+class Weights:
+    """The weights of base (model 0) and experts."""
+
+    def __init__(self, low_rank: bool) -> None:
+        self._base, self._noise = Gaussian(BASE_STD), Gaussian(DELTA_RMS * (0.4 if low_rank else 1.0))
+        self._factor = Gaussian(1.0) if low_rank else None
+        spectrum = torch.arange(1, _RANK + 1).double() ** -0.7
+        self._spectrum = (spectrum * DELTA_RMS * 0.9 / spectrum.norm()).float()
+
+    def __call__(self, name: str, shape: tuple[int, ...], model: int) -> Tensor:
+        base, key = self._base(name, *shape), f"{name} {model}"
+        if model == 0:
+            return base
+        if self._factor is None or len(shape) < 2:
+            return base.add_(self._noise(key, *shape))
+        left = self._factor(key + "left", shape[0], _RANK).float() * self._spectrum
+        delta = left @ self._factor(key + "right", _RANK, shape[1]).float()
+        return delta.add_(self._noise(key, *shape)).add_(base).bfloat16()
 
 
 def files_of(folders: list[Path]) -> list[Path]:
@@ -168,7 +178,10 @@ def read_once(files: list[Path]) -> None:
 
 
 def floor(files: list[Path], out: Path, nbytes: int) -> float:
-    """Seconds to read all files and to write that many bytes to disk, by plain loops, one after the other."""
+    """Seconds to read all files and to write that many bytes to disk, by plain loops, one after the other.
+
+    The bytes are random, and the loops are those of a careful program: large buffers, used again, and one fsync.
+    """
     started = time.perf_counter()
     read_once(files)
     buffer = memoryview(bytearray(_READ))
@@ -254,7 +267,7 @@ def main() -> None:
             root = options.folder / f"llama-{size}" if options.keep else Path(temporary)
             folders = [root.absolute() / name for name in ("base", *(f"expert{t}" for t in range(EXPERTS)))]
             if not all(folder.is_dir() for folder in folders):
-                make_models(root.absolute(), size)
+                make_models(root.absolute(), size, low_rank="resm" in options.methods)
             gc.collect()
             print(size, flush=True)
             results = record.setdefault(size, {})
