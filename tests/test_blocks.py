@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoints import Family, llama_config, random_weights, save_adapter, save_model
 from inputs import call_of, randn, same_bits
-from test_streams import OPTIONS
+from test_streams import ELEMENTWISE, OPTIONS
 
 from resm_kernels import _extension, methods
 from resm_kernels.checkpoint import CheckpointReader, read_config
@@ -68,7 +68,7 @@ def tightest(recipe: dict[str, Any]) -> int:
     return int(str(caught.value).split("need at least ")[1].split()[0])
 
 
-@pytest.mark.parametrize("method", sorted(OPTIONS))
+@pytest.mark.parametrize("method", ELEMENTWISE)
 def test_blocks_are_written_as_whole_tensors_are(family: LargeFamily, tmp_path: Path, method: str) -> None:
     for i, options in enumerate(OPTIONS[method]):
         recipe = family.call(method, options)
@@ -83,6 +83,17 @@ def test_blocks_are_written_as_whole_tensors_are(family: LargeFamily, tmp_path: 
             assert {job.name for job in blocks} == {EMBEDDING, HEAD} and len(blocks) >= 8
             assert f"2 large tensors in {len(blocks)} blocks" in plan.describe()
             assert len(plan.jobs) == report.tensors
+
+
+@pytest.mark.parametrize("method", ["resm", "iso_c"])
+def test_spectral_methods_merge_in_blocks_what_they_average(family: LargeFamily, tmp_path: Path, method: str) -> None:
+    recipe = family.recipe(method, parameters={"spectral": [{"filter": "embed", "value": False}, {"value": True}]})
+    recipe["parameters"]["spectral"].insert(0, {"filter": "lm_head", "value": False})
+    limit = 30_000_000
+    expected = written(recipe, tmp_path / "whole")
+    with plan_merge(recipe, options=MergeOptions(memory_limit=limit - 5_000_000)) as plan:
+        assert {job.name for job in plan.pieces if job.whole is not None} == {EMBEDDING, HEAD}
+    assert written(recipe, tmp_path / "blocks", memory_limit=limit - 5_000_000) == expected
 
 
 def test_progress_counts_every_block_once(family: LargeFamily, tmp_path: Path) -> None:

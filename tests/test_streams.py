@@ -41,6 +41,22 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "task_arithmetic": ({"weight": [0.3, -2.0]},),
     "ties": ({"density": 0.2}, {"density": [0.5, 1.0], "rescale": True}, {"density": 0.0}, {}),
 }
+ELEMENTWISE = sorted(OPTIONS)
+SPECTRAL = (
+    "dc_merge",
+    "iso_c",
+    "iso_cts",
+    "knots",
+    "resm",
+    "resmerge",
+    "star",
+    "swudi",
+    "tsv_compress",
+    "tsvm",
+    "wudi",
+)
+"""Methods that merge matrices whole, and other tensors in blocks."""
+OPTIONS |= dict.fromkeys(SPECTRAL, ({"spectral": False},))
 CALLS = [(method, options) for method, choices in OPTIONS.items() for options in choices]
 
 
@@ -102,7 +118,8 @@ def test_every_method_that_has_blocks_is_tested() -> None:
 def test_blocks_have_the_bits_of_the_whole(method: str, options: dict[str, Any], data: st.DataObject) -> None:
     n_experts, required = call_of(method)
     options = options | required
-    shape = data.draw(st.sampled_from([(150, 512), (71, 1024), (3, 50, 768), (400, 192), (200_001,), (257, 1000)]))
+    shapes = [(150, 512), (71, 1024), (3, 50, 768), (400, 192), (257, 1000)]
+    shape = data.draw(st.sampled_from(shapes + [(200_001,)] * (method in ELEMENTWISE)))
     dtypes = data.draw(st.sampled_from([(d, d) for d in FLOATS] + [(torch.float32, torch.bfloat16)]))
     units, sampled = data.draw(st.integers(1, 3)), data.draw(st.booleans())
     key_bytes = data.draw(st.sampled_from([0, 4000, 1 << 30]))

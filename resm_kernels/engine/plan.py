@@ -308,6 +308,8 @@ class _JobPlanner:
             return factors_workspace(shape, [f.rank if f else 0 for f in job.factors])
         # Methods state the workspace of a weight (out, in).
         turned = shape[:: -1 if job.transposed else 1]
+        if not job.copied and self._resolved(job).get("spectral") is False:
+            turned = (math.prod(shape),)  # a matrix that is averaged takes the memory of a vector
         workspace = 0 if job.copied else self._recipe.method.workspace(turned, job.n_experts)
         if any(info.dtype == torch.float64 for _, info in job.inputs[: len(job.folders)]):
             workspace *= 2  # methods state their workspace for task vectors in fp32
@@ -320,9 +322,11 @@ class _JobPlanner:
         if job.copied:
             return 1
         rule = self._recipe.method.blocks
-        if rule is None:
-            return None
-        return rule(job.shape, self._recipe.method.resolve(job.n_experts, dict(job.parameters), job.name))
+        return None if rule is None else rule(job.shape, self._resolved(job))
+
+    def _resolved(self, job: TensorJob) -> dict[str, Any]:
+        """Return every parameter of the method, by keyword, as it merges the tensor."""
+        return self._recipe.method.resolve(job.n_experts, dict(job.parameters), job.name)
 
     def _check_rows(self, tensor: OutputTensor, statistics: Sequence[tuple[StatisticsReader, TensorInfo]]) -> None:
         """Refuse statistics with an entry for each row of an embedding whose rows are aligned by token."""
