@@ -182,6 +182,55 @@ void py_magnitude_threshold(py::handle base, const py::sequence& experts, py::ha
   magnitude_threshold(*group, k, result, threads);
 }
 
+// A MagnitudeSelection of tensors: the parts are groups of float32 or half-precision tensors, or, in double, of any.
+class PySelection {
+ public:
+  PySelection(int n_experts, bool in_double, int64_t most, int threads)
+      : n_experts_(n_experts), in_double_(in_double),
+        selection_(MagnitudeSelection::make(n_experts, in_double, most, threads)) {}
+
+  void add_sample(py::handle base, const py::sequence& experts) {
+    with_part(base, experts, [&](const Group& part) { selection_->add_sample(part); });
+  }
+  void narrow(const std::vector<double>& shares) {
+    require_each(shares.size());
+    selection_->narrow(shares);
+  }
+  void count(py::handle base, const py::sequence& experts) {
+    with_part(base, experts, [&](const Group& part) { selection_->count(part); });
+  }
+  bool select(const std::vector<int64_t>& k) {
+    require_each(k.size());
+    return selection_->select(k);
+  }
+  void count_digit(py::handle base, const py::sequence& experts) {
+    with_part(base, experts, [&](const Group& part) { selection_->count_digit(part); });
+  }
+  bool end_digit() { return selection_->end_digit(); }
+  std::vector<double> thresholds() const { return selection_->thresholds(); }
+  std::vector<int64_t> nonfinite() const {
+    std::vector<int64_t> counts;
+    for (int t = 0; t < n_experts_; ++t) counts.push_back(selection_->nonfinite(t));
+    return counts;
+  }
+
+ private:
+  void require_each(size_t numbers) const {
+    require(static_cast<int>(numbers) == n_experts_, "need one number for each expert");
+  }
+  template <class Use>
+  void with_part(py::handle base, const py::sequence& experts, Use use) {
+    const GroupInput part(base, experts, {});
+    require(part->n_experts() == n_experts_ && part->in_double() == in_double_, "experts: need those of the selection");
+    const py::gil_scoped_release unlocked;
+    use(*part);
+  }
+
+  int n_experts_;
+  bool in_double_;
+  std::unique_ptr<MagnitudeSelection> selection_;
+};
+
 void py_inner_products(py::handle base, const py::sequence& experts, py::handle options, py::handle grams,
                        int threads) {
   const GroupInput group(base, experts, {.base = false, .rows = options.attr("rows").cast<bool>()});
@@ -207,7 +256,9 @@ void py_random_mask(py::handle base, const py::sequence& experts, py::handle opt
   const auto n = static_cast<size_t>(group->n_experts());
   require(group->length <= INT32_MAX, "base: need rows of less than 2^31 elements");
   require(laws.size() == n && masks.size() == n, "need a law and a mask for each expert");
-  RandomMaskOptions read{.laws = {}, .seed = options.attr("seed").cast<uint64_t>()};
+  const auto first = options.attr("first").cast<int64_t>();
+  require(first >= 0 && first % kRun == 0, "first: need whole runs");
+  RandomMaskOptions read{.laws = {}, .seed = options.attr("seed").cast<uint64_t>(), .first_run = first / kRun};
   for (const auto& [lowest, step] : laws) read.laws.push_back({.lowest = lowest, .step = step});
   std::vector<uint8_t*> outs;
   for (const py::handle mask : masks) outs.push_back(cpu_elements<uint8_t>(mask, "masks", mask_bytes(group->numel())));
@@ -221,6 +272,24 @@ void py_variance_mask(py::handle base, const py::sequence& experts, py::handle o
   uint8_t* out = cpu_elements<uint8_t>(mask, "mask", mask_bytes(group->numel()));
   const py::gil_scoped_release unlocked;
   variance_mask(*group, density, out, threads);
+}
+
+int64_t py_variances(py::handle base, const py::sequence& experts, py::handle out, int threads) {
+  const GroupInput group(base, experts, {.base = true});
+  const Array values = float_array(out, "out", group->numel());
+  require(values.dtype == (group->in_double() ? DType::f64 : DType::f32), "out: need the dtype of the arithmetic");
+  const py::gil_scoped_release unlocked;
+  return variances(*group, values.data, threads);
+}
+
+void py_keep_from(py::handle variances, double least, py::handle mask, int threads) {
+  const Input values(variances, "variances");
+  const int64_t numel = values.numel();
+  const Array array = values.array(numel);
+  require(array.dtype == DType::f32 || array.dtype == DType::f64, "variances: need float32 or float64");
+  uint8_t* out = cpu_elements<uint8_t>(mask, "mask", mask_bytes(numel));
+  const py::gil_scoped_release unlocked;
+  keep_from(array, numel, least, out, threads);
 }
 
 void py_random_matrix(py::handle options, py::handle omega, int threads) {
@@ -347,6 +416,18 @@ PYBIND11_MODULE(_native, m) {
   m.def("random_matrix", &py_random_matrix);
   m.def("symmetric_eigen", &py_symmetric_eigen);
   m.def("variance_mask", &py_variance_mask);
+  m.def("variances", &py_variances);
+  m.def("keep_from", &py_keep_from);
+  py::class_<PySelection>(m, "MagnitudeSelection", "magnitude_threshold of a tensor that comes in parts.")
+      .def(py::init<int, bool, int64_t, int>())
+      .def("add_sample", &PySelection::add_sample)
+      .def("narrow", &PySelection::narrow)
+      .def("count", &PySelection::count)
+      .def("select", &PySelection::select)
+      .def("count_digit", &PySelection::count_digit)
+      .def("end_digit", &PySelection::end_digit)
+      .def("thresholds", &PySelection::thresholds)
+      .def("nonfinite", &PySelection::nonfinite);
 #if defined(RESM_WITH_CUDA)
   define_cuda_ops(m);
 #endif

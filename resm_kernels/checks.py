@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.dtypes import FLOAT_DTYPES, dtype_name
+from resm_kernels.streams import Block, stream_of
 from resm_kernels.suggestions import did_you_mean
 
 _collecting: Final = threading.local()
@@ -148,8 +149,32 @@ def check_whole(name: str, value: int, most: int) -> int:
 
 def raise_nonfinite(base: Tensor | None, experts: Sequence[Tensor]) -> None:
     """Raise the NonFiniteError of the first input that has NaN or infinity, if one has."""
-    counts = [0 if t is None else t.numel() - int(torch.isfinite(t).sum()) for t in (base, *experts)]
-    raise_counted(torch.tensor(counts))
+    tensors = (base, *experts)
+    counts = torch.zeros(len(tensors), dtype=torch.int64)
+
+    def count(values: Sequence[Tensor | None]) -> None:
+        for i, t in enumerate(values):
+            counts[i] += 0 if t is None else t.numel() - int(torch.isfinite(t).sum())
+
+    def count_block(block: Block) -> None:
+        count([block.optional(t) for t in tensors])
+
+    stream = stream_of(*tensors)
+    if stream is None:
+        count(tensors)
+    else:
+        stream.visit(count_block)
+    raise_counted(counts)
+
+
+@contextmanager
+def counted_in_all_blocks(base: Tensor | None, experts: Sequence[Tensor]) -> Iterator[None]:
+    """Let a NonFiniteError that one block of streamed tensors raises speak of the whole tensors."""
+    try:
+        yield
+    except NonFiniteError:
+        raise_nonfinite(base, experts)
+        raise
 
 
 def raise_counted(counts: Tensor) -> None:

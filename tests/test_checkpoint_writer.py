@@ -201,3 +201,24 @@ def test_file_systems_without_preallocation(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(os, "posix_fallocate", unsupported)
     write(tmp_path / "out", {"a": torch.arange(5)})
     assert torch.equal(load_model(tmp_path / "out")["a"], torch.arange(5))
+
+
+def test_blocks_of_a_tensor_are_written_in_order_and_count_as_one(tmp_path: Path) -> None:
+    a, b = torch.arange(10.0), torch.arange(6.0).reshape(2, 3)
+    plan = plan_output([("a", torch.float32, (10,)), ("b", torch.float32, (2, 3))], 10**9)
+    with CheckpointWriter(tmp_path / "out", plan, {"config.json": b"{}"}) as writer:
+        writer.write("a", a[:4])
+        with pytest.raises(ValueError, match=r"'a': got torch.float32 \(5,\) from element 5 on, need .* next elements"):
+            writer.write("a", a[5:], 5)
+        with pytest.raises(ValueError, match=r"\(7,\) from element 4 on"):
+            writer.write("a", torch.zeros(7), 4)
+        with pytest.raises(CheckpointError, match="2 tensors were not written"):
+            writer.commit()
+        writer.write("b", b[:1])
+        writer.write("a", a[4:], 4)
+        writer.write("b", b[1:], 3)
+        with pytest.raises(ValueError, match="written twice"):
+            writer.write("b", b[1:], 3)
+        writer.commit()
+    loaded = load_model(tmp_path / "out")
+    assert torch.equal(loaded["a"], a) and torch.equal(loaded["b"], b)

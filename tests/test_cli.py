@@ -49,7 +49,9 @@ def test_dry_run_says_everything_and_writes_nothing(family: Family, run: RunComm
     models: list[dict[str, Any]] = [{"model": str(f)} for f in family.folders]
     models[1] |= {"parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}, {"value": 2}]}}
     recipe = family.recipe_file(models=models, parameters={"density": 0.5})
-    code, out, err = run("merge", recipe, family.out, "--dry-run", "--max-shard-size", "30kB", "--memory-limit", "1MiB")
+    code, out, err = run(
+        "merge", recipe, family.out, "--dry-run", "--max-shard-size", "30kB", "--memory-limit", "16MiB"
+    )
     assert (code, err) == (0, "")
     for part in (
         "ties (TIES)",

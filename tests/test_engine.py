@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -61,7 +62,7 @@ def test_result_depends_on_neither_window_nor_threads_nor_shards(family: Family)
     names = list(expected)
     save_model(family.folders[0], family.experts[0], shards=[names[7:20], names[20:], names[:7]])
     for i, choices in enumerate(
-        [{"threads": 1}, {"threads": 2}, {"memory_limit": 1}, {"memory_limit": "40kB"}, {"max_shard_size": "20kB"}]
+        [{"threads": 1}, {"threads": 2}, {"memory_limit": "8500kB"}, {"max_shard_size": "20kB"}]
     ):
         out = family.root / f"out{i}"
         merge_checkpoints(recipe, out, **choices)
@@ -204,14 +205,29 @@ def test_head_missing_in_one_model_of_an_untied_family(family: Family) -> None:
         merge_checkpoints(family.recipe(), family.out)
 
 
-@pytest.mark.parametrize("limit", [1, 20_000, 100_000, 10**9])
+@pytest.mark.parametrize("limit", [8_450_000, 8_500_000, 10**9])
 def test_bytes_in_flight_stay_within_the_stated_bound(family: Family, limit: int) -> None:
     report = merge_checkpoints(family.recipe(), family.out, memory_limit=limit)
     assert 0 < report.memory_peak <= report.memory_bound
     with plan_merge(family.recipe(), options=MergeOptions(memory_limit=limit)) as plan:
-        smallest = max(j.input_segment for j in plan.jobs) + max(j.output_bytes for j in plan.jobs)
-        smallest += plan.window.workspace
-        assert report.memory_bound == plan.window.bound <= max(limit, smallest)
+        assert report.memory_bound == plan.window.bound <= limit
+
+
+def test_a_limit_too_low_for_the_smallest_blocks_is_an_error_that_names_the_need(family: Family) -> None:
+    with pytest.raises(
+        MergeError, match=r"memory_limit: got 1\.0 kB, need at least \d+ bytes .*smallest blocks"
+    ) as caught:
+        merge_checkpoints(family.recipe(), family.out, memory_limit="1kB")
+    assert family.leftovers() == []
+    (need,) = re.findall(r"at least (\d+) bytes", str(caught.value))
+    report = merge_checkpoints(family.recipe(), family.out, memory_limit=int(need))
+    assert report.memory_peak <= report.memory_bound <= int(need)
+
+
+def test_methods_that_need_whole_tensors_say_what_they_need(family: Family) -> None:
+    with plan_merge(family.recipe("tsvm"), options=MergeOptions(memory_limit=1000)) as plan:
+        assert plan.window.bound > 1000
+        assert "MORE THAN memory_limit (1.0 kB): tsvm merges" in plan.describe()
 
 
 def test_reader_runs_ahead_only_as_far_as_the_ring_goes(family: Family) -> None:

@@ -173,7 +173,7 @@ def test_failure_in_a_thread_is_raised_with_its_cause(
     # What is computed does not matter here, and unread memory may hold anything.
     monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", lambda plan, job, tensors: tensors[0])
     with pytest.raises(OSError, match="on fire"):
-        merge_checkpoints(family.recipe(), family.out, memory_limit=1)
+        merge_checkpoints(family.recipe(), family.out, memory_limit="8450kB")
     # The reader may be as far as this before the first tensor is written, or not.
     assert family.leftovers() in ([], *([[unfinished_folder(family.out).name]] if name == "read_into" else []))
 

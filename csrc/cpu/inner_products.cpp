@@ -53,7 +53,6 @@ void multiply_group(const Group& group, double* grams, int threads) {
 
 void inner_products(const Group& group, double* grams, int threads) {
   const int64_t n = group.n_experts();
-  std::fill(grams, grams + group.rows * n * n, 0.0);
   if (group.in_double())
     multiply_group<double>(group, grams, threads);
   else

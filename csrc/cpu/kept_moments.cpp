@@ -39,7 +39,6 @@ void sum_group(const Group& group, const SparsityOptions& options, double* momen
           part[2] = sum_of(sums[t].kept_sq);
         }
       });
-  std::fill(moments, moments + n_experts * kSums, 0.0);
   for (size_t i = 0; i < parts.size(); ++i) moments[i % (n_experts * kSums)] += parts[i];
 }
 

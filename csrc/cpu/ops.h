@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -67,22 +68,48 @@ struct ThresholdResult {
 };
 void magnitude_threshold(const Group& group, const std::vector<int64_t>& k, const ThresholdResult& result, int threads);
 
-// grams: (rows, T, T), the inner products of every two experts' deltas within each row.
+// The same for a tensor that comes in parts, several times over: first a sample of it, then all parts, and, while a rank
+// is open, all parts again. The ranks may depend on what the parts hold, so that they come last.
+class MagnitudeSelection {
+ public:
+  // most: how many keys of each expert may be held.
+  static std::unique_ptr<MagnitudeSelection> make(int n_experts, bool in_double, int64_t most, int threads);
+  virtual ~MagnitudeSelection() = default;
+  // Adds all |δ| of the part to the sample.
+  virtual void add_sample(const Group& part) = 0;
+  // Brackets the answers by the sample. shares: of each expert's |δ|, how many are at least the one that is looked for.
+  virtual void narrow(const std::vector<double>& shares) = 0;
+  // Counts the part's |δ| once the brackets are narrow.
+  virtual void count(const Group& part) = 0;
+  virtual int64_t nonfinite(int t) const = 0;
+  // All parts have been counted: these are the ranks. True if the thresholds are known now; else every part has to be
+  // passed to count_digit, again and again, each time until end_digit returns true.
+  virtual bool select(const std::vector<int64_t>& k) = 0;
+  virtual void count_digit(const Group& part) = 0;
+  virtual bool end_digit() = 0;
+  virtual std::vector<double> thresholds() const = 0;
+};
+
+// grams: (rows, T, T), to which the inner products of every two experts' deltas within each row are added.
 void inner_products(const Group& group, double* grams, int threads);
 
-// moments: (T, 3), the sums of |δ|, of the kept |δ| and of their squares.
+// moments: (T, 3), to which the sums of |δ|, of the kept |δ| and of their squares are added.
 void kept_moments(const Group& group, const SparsityOptions& sparsity, double* moments, int threads);
 
 // Ranks are counted within rows.
 struct RandomMaskOptions {
   std::vector<MaskLaw> laws;  // of each expert
   uint64_t seed;
+  int64_t first_run;  // the run of random numbers that the group's first elements get
 };
 void random_mask(const Group& group, const RandomMaskOptions& options, const std::vector<uint8_t*>& masks, int threads);
 
 // mask keeps the elements with the k largest variances over the experts, k = ⌊density·(number of variances that are not
 // 0)⌋, and all elements that tie with the k-th.
 void variance_mask(const Group& group, double density, uint8_t* mask, int threads);
+// The variances themselves, in the compute type, and how many are not 0; and the mask of those that are at least a limit.
+int64_t variances(const Group& group, void* out, int threads);
+void keep_from(const Array& variances, int64_t n, double least, uint8_t* mask, int threads);
 
 struct RandomMatrixOptions {
   int64_t n, columns;

@@ -123,7 +123,8 @@ void keep_by_rank(const Group& group, const std::vector<int>& ranked, const Rand
     const int64_t begin = task * at_once * row, n = std::min(at_once, rows - task * at_once) * row;
     const int64_t runs = ceil_div(n, kRun);
     for (int t : ranked) {
-      kernels().masks.random_words(options.seed, static_cast<uint32_t>(t), begin / kRun, runs, s.words.data());
+      kernels().masks.random_words(options.seed, static_cast<uint32_t>(t), options.first_run + begin / kRun, runs,
+                                   s.words.data());
       uint8_t* mask = masks[t] + begin / 8;
       std::fill_n(mask, runs * kRunBytes, uint8_t(0));
       for (int64_t r = 0; r < n; r += row) {
@@ -146,7 +147,7 @@ void keep_uniformly(int64_t length, int t, const RandomMaskOptions& options, uin
       ceil_div(runs, kRunsAtOnce), threads, [] { return 0; },
       [&](int64_t task, int) {
         const int64_t first = task * kRunsAtOnce, count = std::min(kRunsAtOnce, runs - first);
-        kernels().masks.random_bits(options.seed, static_cast<uint32_t>(t), first, count, limit,
+        kernels().masks.random_bits(options.seed, static_cast<uint32_t>(t), options.first_run + first, count, limit,
                                     mask + first * kRunBytes);
       });
   // Bits past the tensor are 0.

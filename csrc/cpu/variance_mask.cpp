@@ -22,6 +22,28 @@ int64_t rank_of(int64_t nonzero, double density) {
   return static_cast<int64_t>(static_cast<double>(nonzero) * density);
 }
 
+// Bits past the tensor are 0.
+void clear_rest(int64_t length, uint8_t* mask) {
+  std::fill(mask + ceil_div(length, 8), mask + ceil_div(length, kRun) * kRunBytes, uint8_t(0));
+}
+
+template <class C>
+void keep_values_from(const Array& values, int64_t length, C least, uint8_t* mask, int threads) {
+  const std::vector<Chunk> chunks = chunks_of({{}, {values}, 1, length});
+  parallel_for(
+      static_cast<int64_t>(chunks.size()), threads, [] { return Blocks<C>(1); },
+      [&](int64_t i, const Blocks<C>& blocks) {
+        for_blocks(chunks[i], [&](int64_t begin, int n) {
+          kernels().of<C>().load(values, begin, n, blocks[0]);
+          BracketSplit split;
+          uint8_t bits[kBlock / 8];
+          kernels().of<C>().split_values(blocks[0], n, {least, least, least}, bits, split);
+          std::copy_n(bits, ceil_div(n, 8), mask + begin / 8);
+        });
+      });
+  clear_rest(length, mask);
+}
+
 template <class C>
 class VarianceSelection {
  public:
@@ -31,7 +53,19 @@ class VarianceSelection {
 
   void run() {
     if (length_ <= kMostRuns * kRunLength || !select_by_sample()) select_in_memory();
-    std::fill(mask_ + ceil_div(length_, 8), mask_ + ceil_div(length_, kRun) * kRunBytes, uint8_t(0));
+    clear_rest(length_, mask_);
+  }
+
+  // Returns how many are not 0. `out` has room for all.
+  int64_t write_variances(C* out) const {
+    std::atomic<int64_t> nonzero{0};
+    for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
+      for_blocks(chunk, [&](int64_t begin, int n) {
+        nonzero += variance_at(begin, n, blocks, blocks[1]);
+        std::copy_n(blocks[1], n, out + begin);
+      });
+    });
+    return nonzero.load();
   }
 
  private:
@@ -123,25 +157,12 @@ class VarianceSelection {
   void select_in_memory() {
     const std::unique_ptr<C[]> memory(new C[static_cast<size_t>(length_)]);
     C* const variances = memory.get();
-    std::atomic<int64_t> nonzero{0};
-    for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
-      for_blocks(chunk, [&](int64_t begin, int n) { nonzero += variance_at(begin, n, blocks, variances + begin); });
-    });
-    const int64_t k = rank_of(nonzero.load(), density_);
-    const DType dtype = sizeof(C) == 4 ? DType::f32 : DType::f64;
+    const int64_t k = rank_of(write_variances(variances), density_);
+    const Array array{.data = variances, .dtype = sizeof(C) == 4 ? DType::f32 : DType::f64};
     double threshold = std::numeric_limits<double>::infinity();
     int64_t nonfinite = 0;  // the caller looks for such inputs
-    if (k > 0) magnitude_threshold({{}, {{variances, dtype}}, 1, length_}, {k}, {&threshold, &nonfinite}, threads_);
-    const auto least = static_cast<C>(threshold);
-    for_chunks([&](const Chunk& chunk, const Blocks<C>& blocks) {
-      for_blocks(chunk, [&](int64_t begin, int n) {
-        kernels().of<C>().load({variances, dtype}, begin, n, blocks[1]);
-        BracketSplit split;
-        uint8_t bits[kBlock / 8];
-        kernels().of<C>().split_values(blocks[1], n, {least, least, least}, bits, split);
-        std::copy_n(bits, ceil_div(n, 8), mask_ + begin / 8);
-      });
-    });
+    if (k > 0) magnitude_threshold({{}, {array}, 1, length_}, {k}, {&threshold, &nonfinite}, threads_);
+    keep_from(array, length_, threshold, mask_, threads_);
   }
 
   const Group& group_;
@@ -153,6 +174,19 @@ class VarianceSelection {
 };
 
 }  // namespace
+
+int64_t variances(const Group& group, void* out, int threads) {
+  if (group.in_double())
+    return VarianceSelection<double>(group, 0, nullptr, threads).write_variances(static_cast<double*>(out));
+  return VarianceSelection<float>(group, 0, nullptr, threads).write_variances(static_cast<float*>(out));
+}
+
+void keep_from(const Array& variances, int64_t n, double least, uint8_t* mask, int threads) {
+  if (variances.dtype == DType::f64)
+    keep_values_from<double>(variances, n, least, mask, threads);
+  else
+    keep_values_from<float>(variances, n, static_cast<float>(least), mask, threads);
+}
 
 void variance_mask(const Group& group, double density, uint8_t* mask, int threads) {
   if (group.in_double())

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -62,6 +62,11 @@ class TensorInfo:
         nbytes = self.nbytes // self.shape[0]
         shape, offset = (end - first, *self.shape[1:]), self.offset + first * nbytes
         return replace(self, shape=shape, offset=offset, nbytes=(end - first) * nbytes)
+
+    def elements(self, first: int, shape: Sequence[int]) -> TensorInfo:
+        """Return the description of the elements from `first` on, counted in the flattened tensor, as a tensor."""
+        offset = self.offset + first * self.dtype.itemsize
+        return replace(self, shape=tuple(shape), offset=offset, nbytes=math.prod(shape) * self.dtype.itemsize)
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
@@ -67,6 +67,33 @@ class CheckpointReader:
     def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor, with the stored bytes of a tensor from byte `first` on."""
         read_fully(self._descriptor(info.file), byte_view(buffer), info.offset + first, info.file)
+
+    def has_parts(self, name: str) -> bool:
+        """Return True if any elements of the tensor can be read in bounded memory, described by `TensorInfo.elements`.
+
+        A tensor that is formed when it is read may need to be formed whole.
+        """
+        return True
+
+    def is_stored(self, name: str) -> bool:
+        """Return True if the tensor lies in a file as it is read, so that a few of its elements cost a short read."""
+        return True
+
+    def read_runs(self, info: TensorInfo, starts: Sequence[int], length: int) -> torch.Tensor:
+        """Return `length` neighbours from each start on, (len(starts), length), of a stored tensor.
+
+        The system is told of all of them first, so that it reads them from the disk at the same time.
+        """
+        runs = torch.empty((len(starts), length), dtype=info.dtype)
+        fd, size = self._descriptor(info.file), length * info.dtype.itemsize
+        offsets = [info.offset + start * info.dtype.itemsize for start in starts]
+        if hasattr(os, "posix_fadvise"):
+            for offset in offsets:
+                os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
+        view = byte_view(runs)
+        for i, offset in enumerate(offsets):
+            read_fully(fd, view[i * size : (i + 1) * size], offset, info.file)
+        return runs
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor of this name in new memory."""

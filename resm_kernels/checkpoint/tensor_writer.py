@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Final
 import torch
 import xxhash
 
-from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
+from resm_kernels.checkpoint.direct import DirectFile
+from resm_kernels.checkpoint.format import byte_view, read_fully
 from resm_kernels.checkpoint.output_plan import OutputPlan, Slot
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ FLUSH_BYTES: Final = 64 * 2**20
 """A file is flushed to disk each time that so many bytes were written. Flushing then overlaps with the work on other
 tensors, and `commit` has little to wait for."""
 _PIECE: Final = 2**20
-"""Bytes that are written and then hashed at a time, so that the hash finds them in the processor's cache."""
+"""Bytes that are read and then hashed at a time, so that the hash finds them in the processor's cache."""
 
 
 @dataclass
@@ -52,7 +52,7 @@ class TensorWriter:
     ) -> None:
         self._folder, self._plan, self._flushed = folder, plan, flushed
         self._lock = threading.Lock()
-        self._descriptors: dict[int, int] = {}
+        self._files: dict[int, DirectFile] = {}
         self._begun: dict[str, _Begun] = {}
         self._unflushed = [0] * len(plan.shards)
         self._whole: list[dict[str, str]] = [{} for _ in plan.shards]
@@ -79,12 +79,10 @@ class TensorWriter:
             if begun is None or begun.end != start * slot.dtype.itemsize:
                 end = 0 if begun is None else begun.end // slot.dtype.itemsize
                 raise ValueError(f"tensor {name!r}: got a block from element {start} on, need one from {end} on")
-        fd, view = self._descriptor(slot.shard), byte_view(tensor.contiguous())
-        for first in range(0, len(view), _PIECE):
-            piece = view[first : first + _PIECE]
-            write_fully(fd, piece, slot.offset + begun.end)
-            begun.hasher.update(piece)
-            begun.end += len(piece)
+        view = byte_view(tensor.contiguous())
+        self._file(slot.shard).write(view, slot.offset + begun.end)
+        begun.hasher.update(view)
+        begun.end += len(view)
         is_whole = begun.end == slot.nbytes
         with self._lock:
             if is_whole:
@@ -104,7 +102,7 @@ class TensorWriter:
         Returns:
             The hashes of the tensors that are whole since the last call; empty with `flushed`, which gets them.
         """
-        for shard in sorted(self._descriptors):
+        for shard in sorted(self._files):
             self._flush_shard(shard)
         with self._lock:
             hashes, self._on_disk = self._on_disk, {}
@@ -113,9 +111,9 @@ class TensorWriter:
     def close(self) -> None:
         """Close the files, without flushing them."""
         with self._lock:
-            descriptors, self._descriptors = self._descriptors, {}
-        for fd in descriptors.values():
-            os.close(fd)
+            files, self._files = self._files, {}
+        for file in files.values():
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -123,18 +121,17 @@ class TensorWriter:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _descriptor(self, shard: int) -> int:
+    def _file(self, shard: int) -> DirectFile:
         with self._lock:
-            if shard not in self._descriptors:
-                file = self._folder / self._plan.shards[shard].filename
-                self._descriptors[shard] = os.open(file, os.O_WRONLY)
-            return self._descriptors[shard]
+            if shard not in self._files:
+                self._files[shard] = DirectFile(self._folder / self._plan.shards[shard].filename)
+            return self._files[shard]
 
     def _flush_shard(self, shard: int) -> None:
         """Flush one file. If that fails, nobody is told that its tensors are on disk, not even after a later flush."""
         with self._lock:
             whole, self._whole[shard] = self._whole[shard], {}
-        os.fsync(self._descriptor(shard))
+        self._file(shard).flush()
         if self._flushed is None:
             with self._lock:
                 self._on_disk |= whole

@@ -15,6 +15,8 @@ from resm_kernels.reference.random_mask import RandomMaskOptions, ranks_of, row_
 
 def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     """See `resm_kernels.ops.random_mask` and its reference, whose arguments and results these are."""
+    if options.first:
+        raise ValueError(f"first: got {options.first}, need 0 on a GPU, which merges whole tensors")
     device, length = base.device, base.numel()
     masks = [torch.empty(mask_bytes(length), dtype=torch.uint8, device=device) for _ in experts]
     for t, (lowest, step) in enumerate(options.laws(row_length(base))):

@@ -15,16 +15,17 @@ from typing import Final, TypeVar
 import torch
 from torch import Tensor
 
-from resm_kernels.checks import raise_nonfinite
+from resm_kernels.checks import counted_in_all_blocks, raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import CHUNK, elementwise_workspace
 from resm_kernels.linalg.threads import run
 from resm_kernels.memory import empty
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
+from resm_kernels.streams import Block, stream_of
 
 R = TypeVar("R")
-_BLOCK_ELEMENTS: Final = {"cpu": 1 << 16, "cuda": 1 << 22}
+_BLOCK_ELEMENTS: Final = {"cpu": CHUNK, "cuda": 1 << 22}
 """Elements of a block: on a CPU as many as stay in its caches, on a GPU as many as keep it busy."""
 
 
@@ -34,6 +35,11 @@ def over_elements(visit: Callable[[Tensor, list[Tensor]], R], base: Tensor, expe
     Args:
         visit: It gets flat tensors in fp32 (float64 if an input is), and returns anything but tensors.
     """
+    stream = stream_of(base)
+    if stream is not None:
+        results: list[R] = []
+        stream.visit(lambda block: results.extend(over_elements(visit, block[base], block.all(experts))))
+        return results
     inputs = [t.reshape(-1) for t in (base, *experts)]
     wide = compute_dtype(*inputs)
 
@@ -59,6 +65,14 @@ def merge_elements(
     Raises:
         NonFiniteError: base or an expert has NaN or infinite values.
     """
+    stream = stream_of(base)
+    if stream is not None:
+
+        def of_block(block: Block) -> Tensor:
+            with counted_in_all_blocks(base, experts):
+                return merge_elements(merge, block[base], block.all(experts), out_dtype, *block.all(others))
+
+        return stream.computed(of_block, out_dtype or base.dtype)
     out = empty(base.shape, out_dtype or base.dtype, base.device)
     flat_out, inputs = out.view(-1), [t.reshape(-1) for t in (base, *experts)]
     wide, flat_others = compute_dtype(*inputs), [t.reshape(-1) for t in others]
@@ -90,6 +104,14 @@ def merge_vectors(
         dim: −1 or 0; a tensor of fewer than two dimensions is one vector.
     """
     first = experts[0] if base is None else base
+    stream = stream_of(first)
+    if stream is not None:
+
+        def of_block(block: Block) -> Tensor:
+            with counted_in_all_blocks(base, experts):
+                return merge_vectors(coefficients, block.optional(base), block.all(experts), out_dtype, dim)
+
+        return stream.computed(of_block, out_dtype or first.dtype)
     out = empty(first.shape, out_dtype or first.dtype, first.device)
     if first.numel() == 0:
         return out
@@ -125,6 +147,9 @@ def map_rows(function: Callable[[list[Tensor]], Tensor], tensors: list[Tensor], 
     Returns:
         A tensor of the inputs' shape in `dtype`.
     """
+    stream = stream_of(*tensors)
+    if stream is not None:
+        return stream.computed(lambda block: map_rows(function, block.all(tensors), dtype), dtype)
     out = empty(tensors[0].shape, dtype, tensors[0].device)
     if out.numel() == 0:
         return out

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from resm_kernels.checks import check_group
 from resm_kernels.dtypes import FLOAT_DTYPES
+
+CHUNK: Final = 1 << 16
+"""Elements that kernels sum up before they add the sum to others (kChunk of csrc/cpu/kernels.h)."""
 
 
 def check_inputs(base: Tensor | None, experts: list[Tensor], out_dtype: torch.dtype | None) -> None:
@@ -30,3 +35,18 @@ def elementwise_workspace(shape: tuple[int, ...], n_experts: int) -> int:
     bounds them by an eighth of the elements, four bytes each, for one expert at a time.
     """
     return (8 << 20) + math.prod(shape) // 2
+
+
+def element_blocks(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int | None:
+    """The block rule (`Method.blocks`) of methods that treat each element alike, and of sums over all of them."""
+    return CHUNK
+
+
+def ranked_blocks(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int | None:
+    """The block rule of methods that rank the elements of each row, and form sums over all elements."""
+    return math.lcm(CHUNK, row) if (row := shape[-1] if shape else 0) else None
+
+
+def row_blocks(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int | None:
+    """The block rule of plain torch's functions on rows, which run on so many rows at a time as a chunk holds."""
+    return max(1, CHUNK // row) * row if (row := shape[-1] if shape else 0) else None

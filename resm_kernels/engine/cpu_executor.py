@@ -18,10 +18,14 @@ class CpuExecutor(Generic[JobT]):
     Args:
         compute: `compute(job, inputs)`, called in the order of the jobs; the inputs are valid only during the call. It
             returns the result, or None if there is nothing to write.
+        other_bytes: Returns the bytes that computing holds from one job to the next.
     """
 
-    def __init__(self, compute: Callable[[JobT, list[Tensor]], Tensor | None]) -> None:
+    def __init__(
+        self, compute: Callable[[JobT, list[Tensor]], Tensor | None], other_bytes: Callable[[], int] = lambda: 0
+    ) -> None:
         self.compute = compute
+        self.other_bytes = other_bytes
 
     @contextlib.contextmanager
     def opened(self, run: Run, jobs: Sequence[JobT]) -> Iterator[None]:
@@ -41,7 +45,7 @@ class CpuExecutor(Generic[JobT]):
 
     @property
     def bytes_held(self) -> int:
-        return self.output_bytes + self.workspace
+        return self.output_bytes + self.workspace + self.other_bytes()
 
 
 class _InFlightTensor(Generic[JobT]):

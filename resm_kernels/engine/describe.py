@@ -31,7 +31,7 @@ def describe_plan(plan: MergePlan) -> str:
         lines.append(f"vocabulary    {len(plan.tokenizer.tokens)} tokens, {plan.tokenizer.rows} rows")
     lines += [
         f"to read       {format_bytes(plan.bytes_read)}",
-        f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight",
+        _memory_line(plan),
         *(_device_line(plan, device) for device in plan.devices),
     ]
     dtypes = sorted({dtype_name(job.dtype) for job in plan.jobs})
@@ -45,6 +45,20 @@ def describe_plan(plan: MergePlan) -> str:
         f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
     ]
     return "\n".join(lines)
+
+
+def _memory_line(plan: MergePlan) -> str:
+    line = f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight"
+    blocks = [job for job in plan.pieces if job.whole is not None]
+    if blocks:
+        line += f"; {len({job.name for job in blocks})} large tensors in {len(blocks)} blocks"
+    if not plan.devices and plan.window.bound > plan.options.window_bytes:
+        largest = max(plan.pieces, key=lambda job: job.input_segment + job.output_bytes + job.workspace)
+        line += (
+            f", MORE THAN memory_limit ({format_bytes(plan.options.window_bytes)}): {plan.method.name} merges "
+            f"{largest.name} whole"
+        )
+    return line
 
 
 def _slice_lines(part: Part, piece: Slice) -> list[str]:

@@ -23,6 +23,7 @@ from resm_kernels.engine.job import merge_job, record_facts
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
+from resm_kernels.engine.streaming import Streaming
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.options import MergeKeywords, MergeOptions
@@ -94,9 +95,10 @@ def merge_checkpoints(
         hash_inputs: Know input files again by a hash of their whole content (default: False), which reads them once
             more, instead of by header, size and the time of their last change. It must be the same when the merge goes
             on.
-        memory_limit: Bytes of tensor data to hold in memory at once, as for `max_shard_size`; 512MiB by default. It is
-            exceeded only if the largest tensor alone needs more (see `plan_merge(...).window.bound`). With GPUs this
-            memory is pinned, and does not include the method's workspace, which is in the GPUs' memory.
+        memory_limit: Bytes of tensor data to hold in memory at once, as for `max_shard_size`; 512MiB by default. Larger
+            tensors are merged in blocks. It is exceeded only for tensors that have to be whole, those of spectral
+            methods among them (see `plan_merge(...).window.bound`). With GPUs all tensors are whole; this memory is
+            pinned then, and does not include the method's workspace, which is in the GPUs' memory.
         threads: Number of threads to compute with; None, the default, leaves torch's setting.
         device: Where to compute: "cpu" (the default); "cuda", "cuda:N", or several GPUs, "cuda:0,cuda:1" or "cuda:all";
             "auto", which is a GPU if torch sees one, else the CPU. Any number of GPUs of one kind gives the same
@@ -140,12 +142,12 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         facts=record_facts(plan),
     )
     with thread_count(plan.options.threads), writing as writer:
-        jobs = tuple(job for job in plan.jobs if job.name not in writer.finished)
+        jobs = tuple(piece for piece in plan.pieces if piece.name not in writer.finished)
         pipeline = Pipeline(
             jobs=jobs,
             window=plan.window,
             executor=_executor(plan),
-            write=lambda job, result: writer.write(job.name, result),
+            write=lambda job, result: writer.write(job.name, result, job.start),
             progress=progress,
         )
         try:
@@ -174,15 +176,35 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
 
 def _executor(plan: MergePlan) -> Executor[TensorJob]:
     if not plan.devices:
-        return CpuExecutor(functools.partial(compute_tensor, plan))
+        streaming = Streaming(plan.pieces, plan.window, functools.partial(_merged, plan))
+        return CpuExecutor(
+            lambda job, tensors: compute_job(plan, streaming, job, tensors), lambda: streaming.bytes_held
+        )
     return GpuExecutor(
         plan.devices, functools.partial(start_tensor, plan), is_copied=lambda job: job.copied, copy=copied_tensor
     )
 
 
+def compute_job(plan: MergePlan, streaming: Streaming, job: TensorJob, tensors: list[Tensor]) -> Tensor:
+    """Merge or copy one tensor, or one block of a tensor, on the CPU."""
+    if job.whole is None:
+        return compute_tensor(plan, job, tensors)
+    if job.copied:
+        return copied_tensor(job, tensors)
+    with _errors_named(job):
+        block = streaming.compute(job, tensors)
+        _check_fp16(block)
+    return block
+
+
 def compute_tensor(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
     """Merge or copy one tensor on the CPU; errors of the method become errors that name tensor and model."""
-    return copied_tensor(job, tensors) if job.copied else _merged(plan, job, tensors)
+    if job.copied:
+        return copied_tensor(job, tensors)
+    merged = _merged(plan, job, tensors)
+    with _errors_named(job):
+        _check_fp16(merged)
+    return merged
 
 
 def start_tensor(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> tuple[Tensor, list[Check]]:
@@ -193,6 +215,8 @@ def start_tensor(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> tupl
     with collected_checks() as checks:
         try:
             result = _merged(plan, job, tensors).contiguous()
+            with _errors_named(job):
+                _check_fp16(result)
         except torch.OutOfMemoryError:
             raise
         except Exception:
@@ -210,26 +234,27 @@ def _check_named(job: TensorJob, check: Callable[[Tensor], None], values: Tensor
 def _merged(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
     with _errors_named(job):
         if job.factors is not None:
-            result = _merge_factors(plan, job, tensors)
-        else:
-            models, statistics = tensors[: len(job.folders)], tensors[len(job.folders) :]
-            base, experts = (models[0], models[1:]) if plan.base is not None else (None, models)
-            given: dict[str, Any] = {}
-            if plan.method.statistics is not None:
-                given["statistics"] = statistics if job.has_statistics else [None] * job.n_experts
-                given["transposed"] = job.transposed
-            result = plan.method(
-                base,
-                experts,
-                out_dtype=job.dtype,
-                name=job.name,
-                seed=plan.options.random_seed,
-                **given,
-                **job.parameters,
-            )
-        if job.dtype == torch.float16:
-            check_values(torch.isfinite(result).all(), _check_range)
-    return result
+            return _merge_factors(plan, job, tensors)
+        models, statistics = tensors[: len(job.folders)], tensors[len(job.folders) :]
+        base, experts = (models[0], models[1:]) if plan.base is not None else (None, models)
+        given: dict[str, Any] = {}
+        if plan.method.statistics is not None:
+            given["statistics"] = statistics if job.has_statistics else [None] * job.n_experts
+            given["transposed"] = job.transposed
+        return plan.method(
+            base,
+            experts,
+            out_dtype=job.dtype,
+            name=job.name,
+            seed=plan.options.random_seed,
+            **given,
+            **job.parameters,
+        )
+
+
+def _check_fp16(result: Tensor) -> None:
+    if result.dtype == torch.float16:
+        check_values(torch.isfinite(result).all(), _check_range)
 
 
 def _check_range(is_finite: Tensor) -> None:

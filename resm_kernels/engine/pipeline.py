@@ -63,8 +63,8 @@ class Run:
         failure: The first exception that ended a thread.
     """
 
-    def __init__(self, jobs: Sequence[Job], window: Window, timings: Timings) -> None:
-        self.inputs = Ring(window.inputs, sum(job.input_segment for job in jobs))
+    def __init__(self, jobs: Sequence[Job], window: Window, timings: Timings, ring: Ring | None = None) -> None:
+        self.inputs = ring or Ring(window.inputs, sum(job.input_segment for job in jobs))
         self.window = window
         self.timings = timings
         self.changed = threading.Condition()
@@ -145,6 +145,8 @@ class Pipeline(Generic[JobT]):
         write: `write(job, result)`, called in the writer's thread; the result is valid only during the call.
         progress: `progress(bytes done, bytes in total)`, called in the caller's thread for each job when its result has
             been written; bytes read and bytes written both count.
+        timings: Where the run's times are added.
+        ring: Memory for the inputs, of the window's size and free, which is then used again; None for new memory.
     """
 
     jobs: Sequence[JobT]
@@ -153,10 +155,11 @@ class Pipeline(Generic[JobT]):
     write: Callable[[JobT, Tensor], None] | None = None
     progress: Callable[[int, int], None] | None = None
     timings: Timings = field(default_factory=Timings)
+    ring: Ring | None = None
 
     def run(self) -> Timings:
         """Do all jobs. An exception in any thread, or an interrupt, stops all threads and is raised here."""
-        self._run = Run(self.jobs, self.window, self.timings)
+        self._run = Run(self.jobs, self.window, self.timings, self.ring)
         self._ready: deque[tuple[int, list[Tensor]]] = deque()
         self._inputs_in_use: deque[tuple[int, Mark]] = deque()
         self._in_flight: deque[tuple[JobT, InFlightTensor | Exception]] = deque()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ import torch
 from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, check_output_folder, plan_output
 from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.engine.blocks import divide
 from resm_kernels.engine.checks import check_configs, check_tied, check_weights
 from resm_kernels.engine.cuda_device import open_devices
 from resm_kernels.engine.describe import describe_plan
@@ -52,6 +54,8 @@ class TensorJob(Job):
             if the experts are merged as whole tensors.
         has_statistics: True if the inputs end with a statistic of each expert.
         transposed: True if the statistics say that the weight is stored as (in, out).
+        start: The index of the first element, for the job of a block of a tensor.
+        whole: The job of the tensor that this job does a block of; None for the job of a whole tensor.
     """
 
     dtype: torch.dtype
@@ -63,6 +67,13 @@ class TensorJob(Job):
     factors: tuple[StoredFactors | None, ...] | None = None
     has_statistics: bool = False
     transposed: bool = False
+    start: int = 0
+    whole: TensorJob | None = None
+
+    @property
+    def numel(self) -> int:
+        """The number of elements of the output tensor."""
+        return math.prod(self.shape)
 
     def folder(self, position: int | None) -> Path:
         """Return the folder of the expert at that position, or of the base for None."""
@@ -82,6 +93,7 @@ class MergePlan:
         layout: Which tensors the output has, and what each is merged from.
         tokenizer: The output's tokenizer if vocabularies are merged; None if the reference model's files are copied.
         jobs: One per output tensor, in the order of the reference model's files.
+        pieces: The jobs that are carried out: the same, but for large tensors a job for each block.
         output: Files of the output, and where each tensor is in them.
         devices: The GPUs that compute; empty if the CPU does.
         window: How memory is divided; `window.bound` is the most bytes in flight.
@@ -97,6 +109,7 @@ class MergePlan:
     layout: Layout
     tokenizer: OutputTokenizer | None
     jobs: tuple[TensorJob, ...]
+    pieces: tuple[TensorJob, ...]
     output: OutputPlan
     devices: tuple[Device, ...]
     window: Window
@@ -158,8 +171,9 @@ def plan_merge(
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
-    One tensor of all models, its result and the method's workspace must fit into memory at once, so that the plan's
-    `window.bound` exceeds `options.memory_limit` if the largest tensor needs more.
+    Tensors that do not fit into `options.memory_limit` with their inputs, result and workspace are merged in blocks,
+    where the method allows it. Other tensors must fit into memory at once, so that the plan's `window.bound` exceeds
+    the limit if the largest of them needs more.
 
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
@@ -188,6 +202,10 @@ def plan_merge(
             vocabulary = Vocabulary(recipe, models, tokenizer)
         planner = _JobPlanner(recipe, models, statistics, vocabulary, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
+        if devices:
+            pieces, window = jobs, Window.for_gpus(jobs, options.window_bytes)
+        else:
+            pieces, window = divide(jobs, options.window_bytes, planner.block_unit, planner.workspace)
         if out is not None:
             out = check_output_folder(
                 out, overwrite=options.overwrite, inputs=[*models.folders, *statistics_files(statistics)]
@@ -201,9 +219,10 @@ def plan_merge(
             layout=layout,
             tokenizer=tokenizer,
             jobs=jobs,
+            pieces=pieces,
             output=plan_output(((j.name, j.dtype, j.shape) for j in jobs), options.shard_bytes),
             devices=devices,
-            window=(Window.for_gpus if devices else Window.for_cpu)(jobs, options.window_bytes),
+            window=window,
             tied=tied,
             began=began,
         )
@@ -260,23 +279,17 @@ class _JobPlanner:
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
         statistics, transposed = statistics_of(self._statistics, piece.experts, expert_inputs)
         self._check_rows(tensor, statistics)
-        # Methods state the workspace of a weight (out, in).
-        workspace = 0 if copied else method.workspace(info.shape[:: -1 if transposed else 1], len(piece.experts))
-        if any(i.dtype == torch.float64 for i in infos):
-            workspace *= 2  # methods state their workspace for task vectors in fp32
-        workspace += max((reader.workspace for reader, _ in inputs if isinstance(reader, AlignedReader)), default=0)
         factors = None
         if piece.base is not None and not copied and not self._dense and mergeable(method.name, parameters):
             factors = _factors(inputs)
         if factors is not None:
             factor_inputs = [(m.reader, i) for m, f in zip(models[1:], factors, strict=True) if f for i in (f.a, f.b)]
             inputs = (inputs[0], *factor_inputs)
-            workspace = factors_workspace(info.shape, [f.rank if f else 0 for f in factors])
-        return TensorJob(
+        job = TensorJob(
             name=tensor.name,
             inputs=(*inputs, *statistics),
             output_bytes=info.numel * dtype.itemsize,
-            workspace=workspace,
+            workspace=0,
             dtype=dtype,
             shape=info.shape,
             copied=copied,
@@ -287,6 +300,33 @@ class _JobPlanner:
             has_statistics=bool(statistics),
             transposed=transposed,
         )
+        return replace(job, workspace=self.workspace(job, info.shape))
+
+    def workspace(self, job: TensorJob, shape: tuple[int, ...]) -> int:
+        """Return the bytes that merging a tensor or a block of that shape allocates beyond inputs and result."""
+        if job.factors is not None:
+            return factors_workspace(shape, [f.rank if f else 0 for f in job.factors])
+        # Methods state the workspace of a weight (out, in).
+        turned = shape[:: -1 if job.transposed else 1]
+        if not job.copied and self._resolved(job).get("spectral") is False:
+            turned = (math.prod(shape),)  # a matrix that is averaged takes the memory of a vector
+        workspace = 0 if job.copied else self._recipe.method.workspace(turned, job.n_experts)
+        if any(info.dtype == torch.float64 for _, info in job.inputs[: len(job.folders)]):
+            workspace *= 2  # methods state their workspace for task vectors in fp32
+        return workspace + max((r.workspace for r, _ in job.inputs if isinstance(r, AlignedReader)), default=0)
+
+    def block_unit(self, job: TensorJob) -> int | None:
+        """Return the number of elements of which the job's blocks have to be multiples; None for a job to do whole."""
+        if job.factors is not None or not all(reader.has_parts(info.name) for reader, info in job.inputs):
+            return None
+        if job.copied:
+            return 1
+        rule = self._recipe.method.blocks
+        return None if rule is None else rule(job.shape, self._resolved(job))
+
+    def _resolved(self, job: TensorJob) -> dict[str, Any]:
+        """Return every parameter of the method, by keyword, as it merges the tensor."""
+        return self._recipe.method.resolve(job.n_experts, dict(job.parameters), job.name)
 
     def _check_rows(self, tensor: OutputTensor, statistics: Sequence[tuple[StatisticsReader, TensorInfo]]) -> None:
         """Refuse statistics with an entry for each row of an embedding whose rows are aligned by token."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,6 @@ from resm_kernels.checkpoint import CheckpointReader, TensorInfo
 from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
-from resm_kernels.lora import AdapterReader
 from resm_kernels.recipe import Recipe, RecipeError, TokenSource, canonical_folder
 
 CHUNK: Final = 1 << 24
@@ -161,11 +161,11 @@ class ModelTensors:
             rows: The rows to read.
             targets: The row of `out` that each is added to; no row occurs twice.
             out: A tensor of the same dtype or a wider one.
-            formed: Tensors that adapters form, by number; they can only be read whole and are stored for later calls.
+            formed: Tensors that can only be read whole, by number; they are stored for later calls.
             first_time: True if all of `out` is zero.
         """
         reader, info = self.tensors[i]
-        if isinstance(reader, AdapterReader) and reader.is_adapted(info.name):
+        if not reader.has_parts(info.name):
             if i not in formed:
                 formed[i] = reader.read(info.name)
             out.index_add_(0, targets, formed[i][rows].to(out.dtype))
@@ -207,6 +207,8 @@ class AlignedReader(CheckpointReader):
         reader, info = tensors.tensors[i]
         self.folder = reader.folder
         self._model_tensors = tensors
+        self._lock = threading.Lock()
+        self._mean_row: Tensor | None = None
         self._padding = torch.tensor(
             [row for row, source in enumerate(model_rows) if source < 0 and row not in foreign]
         )
@@ -225,30 +227,78 @@ class AlignedReader(CheckpointReader):
 
     @property
     def workspace(self) -> int:
-        """Bytes that reading takes beyond the result: a piece, its rows in a wider dtype, and tensors of adapters."""
-        adapted = [
-            info.nbytes
-            for reader, info in self._model_tensors.tensors
-            if isinstance(reader, AdapterReader) and reader.is_adapted(info.name)
-        ]
-        return 5 * CHUNK + 2 * sum(adapted)
+        """Bytes that reading takes beyond the result: two pieces, their rows in a wider dtype, tensors read whole."""
+        whole = [info.nbytes for reader, info in self._model_tensors.tensors if not reader.has_parts(info.name)]
+        return 6 * CHUNK + 2 * sum(whole)
+
+    def has_parts(self, name: str) -> bool:
+        """Return True if the rows of all models can be read without reading a tensor whole."""
+        return all(reader.has_parts(info.name) for reader, info in self._model_tensors.tensors)
+
+    def is_stored(self, name: str) -> bool:
+        """Return False: rows come from several places."""
+        return False
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
-        """Fill `buffer` with the aligned tensor."""
-        out = buffer.view(-1).view(torch.uint8).view(info.dtype).view(info.shape).zero_()
-        formed: dict[int, Tensor] = {}
-        for n, (i, rows, targets) in enumerate(self._moves):
-            self._model_tensors.add(i, rows, targets, out, formed, first_time=n == 0)
-        if len(self._means):
-            counts = self._counts.to(out.dtype).view(-1, *[1] * (out.ndim - 1))
-            for part, count in zip(self._means.split(_MEANS), counts.split(_MEANS), strict=True):
+        """Fill `buffer` with the aligned tensor, or with the part of it that `info` describes."""
+        whole = self.tensors[info.name]
+        row = whole.numel // whole.shape[0]
+        start = (info.offset - whole.offset) // info.dtype.itemsize
+        out = buffer.view(-1).view(torch.uint8).view(info.dtype)
+        first, last = start // row, -(-(start + info.numel) // row)
+        if (first * row, last * row) == (start, start + info.numel):
+            self._read_rows(first, out.view(last - first, *whole.shape[1:]), {})
+            return
+        for i, rows in self._pieces_of(whole, first, last, {}):
+            flat, begin = rows.view(-1), i * row
+            inside = flat[max(start - begin, 0) : start + info.numel - begin]
+            at = max(begin - start, 0)
+            out[at : at + len(inside)] = inside
+
+    def _pieces_of(
+        self, info: TensorInfo, first: int, last: int, formed: dict[int, Tensor], *, padded: bool = True
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield the rows [first, last) of the aligned tensor in pieces, each with the number of its first row."""
+        step = max(CHUNK // max(info.nbytes // info.shape[0], 1), 1)
+        for i in range(first, last, step):
+            rows = torch.empty((min(step, last - i), *info.shape[1:]), dtype=info.dtype)
+            self._read_rows(i, rows, formed, padded=padded)
+            yield i, rows
+
+    def _read_rows(self, first: int, out: Tensor, formed: dict[int, Tensor], *, padded: bool = True) -> None:
+        """Fill `out` with the aligned tensor's rows from `first` on; without `padded`, rows of padding are zero."""
+        out.zero_()
+        first_time = True
+        for i, rows, targets in self._moves:
+            inside = _within(targets, first, len(out))
+            if bool(inside.any()):
+                model_rows, to = rows[inside], targets[inside] - first
+                self._model_tensors.add(i, model_rows, to, out, formed, first_time=first_time)
+                first_time = False
+        inside = _within(self._means, first, len(out))
+        if bool(inside.any()):
+            counts = self._counts[inside].to(out.dtype).view(-1, *[1] * (out.ndim - 1))
+            for part, count in zip((self._means[inside] - first).split(_MEANS), counts.split(_MEANS), strict=True):
                 out[part] = out[part] / count
-        if len(self._padding):
-            step = max(CHUNK // max(info.nbytes // info.shape[0], 1), 1)
-            total = torch.zeros(info.shape[1:], dtype=torch.float64)
-            for part in out.split(step):
-                total += part.sum(0, dtype=torch.float64)
-            out[self._padding] = (total / (len(out) - len(self._padding))).to(info.dtype)
+        padding = self._padding[_within(self._padding, first, len(out))] - first
+        if padded and len(padding):
+            out[padding] = self._padding_row(formed)
+
+    def _padding_row(self, formed: dict[int, Tensor]) -> Tensor:
+        """Return the mean of all rows that are not padding; it is computed once."""
+        with self._lock:
+            if self._mean_row is None:
+                (info,) = self.tensors.values()
+                total = torch.zeros(info.shape[1:], dtype=torch.float64)
+                for _, rows in self._pieces_of(info, 0, info.shape[0], formed, padded=False):
+                    total += rows.sum(0, dtype=torch.float64)
+                self._mean_row = (total / (info.shape[0] - len(self._padding))).to(info.dtype)
+            return self._mean_row
+
+
+def _within(rows: Tensor, first: int, count: int) -> Tensor:
+    """Return which of these rows are among the `count` rows from `first` on."""
+    return (rows >= first) & (rows < first + count)
 
 
 def _by_tensor(moves: list[tuple[int, int, int]]) -> Iterator[tuple[int, Tensor, Tensor]]:

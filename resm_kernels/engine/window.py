@@ -67,16 +67,20 @@ class Window:
         inputs: Bytes for inputs, which are read ahead of their computation.
         outputs: Bytes for results that are being computed or wait to be written.
         workspace: Bytes that the method may allocate for one tensor beyond its inputs and result.
+        passes: Bytes for inputs of passes over the blocks of a tensor.
+        keys: Bytes that a selection of thresholds may hold during these passes.
     """
 
     inputs: int
     outputs: int
     workspace: int
+    passes: int = 0
+    keys: int = 0
 
     @property
     def bound(self) -> int:
         """The most bytes that are ever in flight."""
-        return self.inputs + self.outputs + self.workspace
+        return self.inputs + self.outputs + self.workspace + self.passes + self.keys
 
     @classmethod
     def for_cpu(cls, jobs: Sequence[Job], limit: int) -> Window:

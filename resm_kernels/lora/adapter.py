@@ -229,17 +229,45 @@ class AdapterReader(CheckpointReader):
     def _part(self, module: str, part: str, dtype: torch.dtype) -> Tensor:
         return self.read_info(self._modules[module].parts[part]).to(dtype)
 
+    def has_parts(self, name: str) -> bool:
+        """Return False for adapted tensors that are formed whole: biases, and all with DoRA, whose norms need them."""
+        return not (self.is_adapted(name) and (self.config.use_dora or len(self.tensors[name].shape) < 2))
+
+    def is_stored(self, name: str) -> bool:
+        """Return True if the tensor lies in a file as it is read."""
+        return not self.is_adapted(name)
+
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
-        """Fill `buffer` with the tensor; adapted tensors are formed in it."""
+        """Fill `buffer` with the tensor, or the part of it, that `info` describes; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
             super().read_into(info, buffer)
             return
         if buffer.nbytes != info.nbytes:
             raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
-        self._form(info, _bytes(buffer).view(info.dtype).view(info.shape))
+        out, whole = _bytes(buffer).view(info.dtype), self.tensors[info.name]
+        if info.nbytes < whole.nbytes:
+            self._form_part(whole, info.offset // info.dtype.itemsize, out)
+        else:
+            self._form(whole, 0, whole.shape[0], out.view(whole.shape))
 
-    def _form(self, info: TensorInfo, out: Tensor) -> None:
-        """Form an adapted tensor in `out`."""
+    def _form_part(self, info: TensorInfo, start: int, out: Tensor) -> None:
+        """Form the elements of an adapted tensor from `start` on.
+
+        They come from the panels of the whole tensor, because the rounding of a product depends on its shape.
+        """
+        row = info.numel // info.shape[0]
+        done = 0
+        while done < out.numel():
+            first = (start + done) // row // _PANEL * _PANEL
+            last = min(first + _PANEL, info.shape[0])
+            panel = torch.empty((last - first, *info.shape[1:]), dtype=info.dtype)
+            self._form(info, first, last, panel)
+            inside = panel.view(-1)[start + done - first * row :][: out.numel() - done]
+            out[done : done + inside.numel()] = inside
+            done += inside.numel()
+
+    def _form(self, info: TensorInfo, first: int, last: int, out: Tensor) -> None:
+        """Form the rows `first`, which begins a panel, to `last` of an adapted tensor in `out`."""
         module, _, parameter = info.name.rpartition(".")
         if parameter == "bias":
             self._read_rows(info.name, 0, info.shape[0], out)
@@ -249,10 +277,11 @@ class AdapterReader(CheckpointReader):
         factors = self._stored_factors(module).factors(a, b)
 
         def panel(i: int, j: int) -> None:
-            self._read_rows(info.name, i, j, out[i:j])
-            out[i:j] += torch.mm(factors.left[i:j], factors.right).mul_(factors.scale)
+            rows = out[i - first : j - first]
+            self._read_rows(info.name, i, j, rows)
+            rows += torch.mm(factors.left[i:j], factors.right).mul_(factors.scale)
 
-        ends = [(i, min(i + _PANEL, info.shape[0])) for i in range(0, info.shape[0], _PANEL)]
+        ends = [(i, min(i + _PANEL, last)) for i in range(first, last, _PANEL)]
         run([functools.partial(panel, i, j) for i, j in ends], out.device)
         if self.config.use_dora:
             input_dim = 0 if self._transposed(module) else 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +15,7 @@ from resm_kernels.suggestions import did_you_mean
 
 StatisticsKind: TypeAlias = Literal["gram", "fisher"]
 StatisticsModel: TypeAlias = Literal["expert", "merged"]
+BlockRule: TypeAlias = Callable[[tuple[int, ...], Mapping[str, Any]], "int | None"]
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,9 @@ class Method:
         statistics: The kind of statistics that `function` takes as `statistics`, one for each expert: "gram", with
             which it takes `transposed` too, or "fisher". None if it merges weights alone.
         statistics_model: Whose statistics: those of each "expert" itself, or of one "merged" model.
+        blocks: `blocks(shape, parameters)` is the unit of the blocks in which a tensor of that shape may be merged
+            (`resm_kernels.streams`): each begins at a multiple of so many elements, and is flat, or has whole rows if
+            the unit is a multiple of a row. It is None, as the whole rule may be, if the tensor has to be whole.
     """
 
     name: str
@@ -53,6 +57,7 @@ class Method:
     draws: bool = False
     statistics: StatisticsKind | None = None
     statistics_model: StatisticsModel = "expert"
+    blocks: BlockRule | None = None
 
     def check_count(self, n_experts: int) -> None:
         """Raise a ValueError unless the method merges that many experts."""

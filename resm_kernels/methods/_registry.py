@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
-from resm_kernels.methods._method import Method, StatisticsKind, StatisticsModel
+from resm_kernels.methods._method import BlockRule, Method, StatisticsKind, StatisticsModel
 from resm_kernels.methods._signature import read_signature
 from resm_kernels.suggestions import did_you_mean
 
@@ -40,6 +40,7 @@ def merge_method(
     ignores_base: bool = False,
     statistics: StatisticsKind | None = None,
     statistics_model: StatisticsModel = "expert",
+    blocks: BlockRule | None = None,
     **preset: Any,
 ) -> Callable[[F], F]:
     """Register the decorated function as a merge method, and return the function unchanged.
@@ -69,6 +70,9 @@ def merge_method(
             for each weight. None for a method that merges weights alone.
         statistics_model: Whose statistics they are: "expert" for those of each expert itself, "merged" for those of one
             merged model, computed with each expert's prompts.
+        blocks: ``blocks(shape, parameters)``, the number of elements of which the blocks of a streamed tensor
+            (`resm_kernels.streams`) have to be multiples; None if this tensor has to be whole. A function has a rule
+            if it calls nothing on its tensors but functions that take streamed ones.
         preset: Other defaults, or values of arguments without an `Option`, which recipes cannot set. One function can
             thus be several methods: give it one decorator for each.
 
@@ -112,6 +116,7 @@ def merge_method(
                 draws=signature.draws,
                 statistics=statistics,
                 statistics_model=statistics_model,
+                blocks=blocks,
             )
         )
         return function

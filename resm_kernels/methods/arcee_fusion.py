@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from resm_kernels.checks import raise_nonfinite
+from resm_kernels.checks import NonFiniteError, raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.elementwise.blocks import blocks_workspace, map_rows, merge_elements
-from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.elementwise.inputs import check_inputs, row_blocks
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
@@ -27,6 +27,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     title="Arcee Fusion",
     reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#arcee-fusion-arcee_fusion",
     workspace=_workspace,
+    blocks=row_blocks,
     max_experts=1,
 )
 def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
@@ -52,10 +53,11 @@ def arcee_fusion(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype 
     importance = map_rows(importances, [base, *experts], wide)
     if base.numel() == 0:
         return torch.empty(base.shape, dtype=out_dtype or base.dtype, device=base.device)
-    if not bool(torch.isfinite(importance).all()):
+    try:
+        threshold = _threshold(importance)
+    except NonFiniteError:
         raise_nonfinite(base, experts)
-        raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
-    threshold = _threshold(importance)
+        raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors") from None
     return merge_elements(
         lambda theta, others: torch.where(others[1].double() >= threshold, others[0], theta),
         base,
@@ -74,6 +76,6 @@ def _divergence(expert: Tensor, base: Tensor) -> Tensor:
 def _threshold(importance: Tensor) -> float:
     n = importance.numel()
     quantiles = [n - math.floor(q * (n - 1)) for q in (0.75, 0.5, 0.25)]
-    zeros = torch.zeros(importance.shape, dtype=torch.bfloat16, device=importance.device)
+    zeros = map_rows(lambda rows: torch.zeros_like(rows[0], dtype=torch.bfloat16), [importance], torch.bfloat16)
     upper, median, lower = magnitude_threshold(zeros, [importance] * 3, quantiles).tolist()
     return float(median + 1.5 * (upper - lower))

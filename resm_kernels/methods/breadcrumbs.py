@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import element_blocks, elementwise_workspace
 from resm_kernels.elementwise.sparsify import merge_kept
 from resm_kernels.methods._aliases import Density, Gamma, Int8Mask, Lambda, Normalize, Rescale, Weight
 from resm_kernels.methods._registry import merge_method
@@ -16,7 +16,10 @@ from resm_kernels.methods._signature import each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 _variant = functools.partial(
-    merge_method, reference="https://arxiv.org/abs/2312.06795", workspace=elementwise_workspace
+    merge_method,
+    reference="https://arxiv.org/abs/2312.06795",
+    workspace=elementwise_workspace,
+    blocks=element_blocks,
 )
 
 

@@ -7,12 +7,18 @@ import functools
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import element_blocks
 from resm_kernels.elementwise.sparsify import masked_workspace, merge_kept, random_selection
 from resm_kernels.methods._aliases import Density, Int8Mask, Lambda, Normalize, Rescale, RescaleBy, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import each
 
-_variant = functools.partial(merge_method, reference="https://arxiv.org/abs/2311.03099", workspace=masked_workspace)
+_variant = functools.partial(
+    merge_method,
+    reference="https://arxiv.org/abs/2311.03099",
+    workspace=masked_workspace,
+    blocks=element_blocks,
+)
 
 
 @_variant(name="dare_linear", title="Linear DARE", rule="sum")

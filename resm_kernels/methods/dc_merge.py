@@ -14,7 +14,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 from resm_kernels.spectral.low_rank import LowRank, join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
+from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace, task_vector
 
 
 @matrix_workspace
@@ -24,7 +24,9 @@ def _workspace(m: int, n: int, n_experts: int) -> int:
     return (32 << 20) + 16 * m * n + 32 * (m + n) * r + 112 * r * r
 
 
-@merge_method(title="DC-Merge", reference="https://arxiv.org/abs/2603.06242", workspace=_workspace)
+@merge_method(
+    title="DC-Merge", reference="https://arxiv.org/abs/2603.06242", workspace=_workspace, blocks=averaged_blocks
+)
 def dc_merge(
     base: Tensor,
     experts: list[Tensor],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from resm_kernels.checks import raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
+from resm_kernels.elementwise.inputs import ranked_blocks
 from resm_kernels.elementwise.sparsify import can_normalize, masked_workspace, merge_kept, random_selection
 from resm_kernels.masks import unpacked
 from resm_kernels.methods._aliases import Density, Epsilon, Int8Mask, Lambda, Normalize, Rescale, RescaleBy, Weight
@@ -20,6 +21,7 @@ from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.random_mask import random_mask
 from resm_kernels.reference.random_mask import FRACTION, doubled_ranks, probability_law, row_length
 from resm_kernels.spectral.low_rank import join
+from resm_kernels.streams import Block, stream_of
 
 RANKED_AT_ONCE: Final = 1 << 20
 """Elements of a tensor whose task vectors are formed at a time, if each is divided by its probability."""
@@ -31,7 +33,12 @@ def ranked_workspace(shape: tuple[int, ...], n_experts: int) -> int:
     return masked_workspace(shape, n_experts) + min(elements, math.prod(shape)) * (64 + 8 * n_experts)
 
 
-_variant = functools.partial(merge_method, reference="https://arxiv.org/abs/2406.11617", workspace=ranked_workspace)
+_variant = functools.partial(
+    merge_method,
+    reference="https://arxiv.org/abs/2406.11617",
+    workspace=ranked_workspace,
+    blocks=ranked_blocks,
+)
 
 
 @_variant(name="della_linear", title="Linear DELLA", rule="sum")
@@ -66,9 +73,26 @@ def della(
     """
     if rescale and rescale_by == "probability" and base.numel() and any(d < 1 for d in density):
         masks = random_mask(base, experts, density, epsilon, seed=seed)
-        return _merge_by_probability(
-            base, experts, masks, density, epsilon, rule, weight, normalize, lambda_, out_dtype or base.dtype
+        raise_nonfinite(base, experts)  # aggregate sees only the elements that are kept
+        dtype = out_dtype or base.dtype
+        merge = functools.partial(
+            _merge_by_probability,
+            density=density,
+            epsilon=epsilon,
+            rule=rule,
+            weight=weight,
+            normalize=normalize,
+            lambda_=lambda_,
+            out_dtype=dtype,
         )
+        stream = stream_of(base)
+        if stream is None:
+            return merge(base, experts, masks)
+
+        def merge_block(block: Block) -> Tensor:
+            return merge(block[base], block.all(experts), block.all(masks))
+
+        return stream.computed(merge_block, dtype)
     selection = random_selection(base, experts, density, epsilon, seed)
     return merge_kept(
         base, experts, selection, rule, weight, normalize=normalize, rescale=rescale, scale=lambda_, out_dtype=out_dtype
@@ -79,6 +103,7 @@ def _merge_by_probability(
     base: Tensor,
     experts: list[Tensor],
     masks: list[Tensor],
+    *,
     density: list[float],
     epsilon: list[float],
     rule: str,
@@ -87,7 +112,6 @@ def _merge_by_probability(
     lambda_: float,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    raise_nonfinite(base, experts)  # aggregate sees only the elements that are kept
     columns, dtype = row_length(base), compute_dtype(base, *experts)
     laws = [probability_law(d, e, columns) for d, e in zip(density, epsilon, strict=True)]
     base_rows, *expert_rows = (tensor.reshape(-1, columns) for tensor in (base, *experts))

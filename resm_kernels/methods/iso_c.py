@@ -11,7 +11,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import each
 from resm_kernels.ops.inner_products import inner_products
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, weighted_sum
+from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace, weighted_sum
 
 
 @matrix_workspace
@@ -23,7 +23,7 @@ def _workspace(m: int, n: int, n_experts: int) -> int:
     return (24 << 20) + 24 * m * n + 40 * min(m, n) ** 2
 
 
-@merge_method(title="Iso-C", reference="https://arxiv.org/abs/2502.04959", workspace=_workspace)
+@merge_method(title="Iso-C", reference="https://arxiv.org/abs/2502.04959", workspace=_workspace, blocks=averaged_blocks)
 def iso_c(
     base: Tensor,
     experts: list[Tensor],

@@ -17,6 +17,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.spectral.low_rank import LowRank, join
 from resm_kernels.spectral.task_matrices import (
+    averaged_blocks,
     averaged_unless_matrix,
     decomposition_workspace,
     task_vector,
@@ -24,7 +25,12 @@ from resm_kernels.spectral.task_matrices import (
 )
 
 
-@merge_method(title="Iso-CTS", reference="https://arxiv.org/abs/2502.04959", workspace=decomposition_workspace)
+@merge_method(
+    title="Iso-CTS",
+    reference="https://arxiv.org/abs/2502.04959",
+    workspace=decomposition_workspace,
+    blocks=averaged_blocks,
+)
 def iso_cts(
     base: Tensor,
     experts: list[Tensor],

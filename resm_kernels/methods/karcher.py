@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks, elementwise_workspace
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
@@ -21,6 +21,7 @@ _OPPOSITE = 1e-6
     title="Karcher mean",
     reference="https://arxiv.org/abs/2603.04972",
     workspace=elementwise_workspace,
+    blocks=element_blocks,
     ignores_base=True,
 )
 def karcher(

@@ -17,7 +17,7 @@ from resm_kernels.methods._signature import Option, each
 from resm_kernels.methods.ties import ties
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.spectral.low_rank import LowRank, join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
+from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace, task_vector
 
 
 @matrix_workspace
@@ -29,7 +29,7 @@ def _workspace(m: int, n: int, n_experts: int) -> int:
     return (24 << 20) + 48 * min(m, n * n_experts) ** 2 + (12 * n_experts + 32) * m * n
 
 
-@merge_method(title="KnOTS", reference="https://arxiv.org/abs/2410.19735", workspace=_workspace)
+@merge_method(title="KnOTS", reference="https://arxiv.org/abs/2410.19735", workspace=_workspace, blocks=averaged_blocks)
 def knots(
     base: Tensor,
     experts: list[Tensor],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checks import check_group
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import element_blocks, elementwise_workspace
 from resm_kernels.methods._aliases import Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
@@ -19,6 +19,7 @@ from resm_kernels.ops.aggregate import aggregate
     title="Linear (model soup)",
     reference="https://arxiv.org/abs/2203.05482",
     workspace=elementwise_workspace,
+    blocks=element_blocks,
     ignores_base=True,
 )
 def linear(

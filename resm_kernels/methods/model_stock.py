@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Final
+from collections.abc import Mapping
+from typing import Annotated, Any, Final
 
 import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.angles import cosines
 from resm_kernels.elementwise.blocks import blocks_workspace, merge_vectors
-from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks, row_blocks
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
@@ -19,8 +20,16 @@ _SINGULAR: Final = 1e-6
 """Denominators up to this have no finite quotient."""
 
 
+def _blocks(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int | None:
+    return (row_blocks if parameters["filter_wise"] else element_blocks)(shape, parameters)
+
+
 @merge_method(
-    title="Model Stock", reference="https://arxiv.org/abs/2403.19522", workspace=blocks_workspace, min_experts=2
+    title="Model Stock",
+    reference="https://arxiv.org/abs/2403.19522",
+    workspace=blocks_workspace,
+    min_experts=2,
+    blocks=_blocks,
 )
 def model_stock(
     base: Tensor,

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks, elementwise_workspace
 from resm_kernels.methods._aliases import Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
@@ -22,6 +22,7 @@ _ROUNDING: Final = 1e-6
     title="Multi-SLERP",
     reference="https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
     workspace=elementwise_workspace,
+    blocks=element_blocks,
 )
 def multislerp(
     base: Tensor | None,

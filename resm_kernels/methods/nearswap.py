@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.blocks import blocks_workspace, merge_elements
-from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option
 
@@ -17,6 +17,7 @@ from resm_kernels.methods._signature import Option
     title="NearSwap",
     reference="https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
     workspace=blocks_workspace,
+    blocks=element_blocks,
     max_experts=1,
 )
 def nearswap(

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import functools
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.angles import PARALLEL, cosines, great_circle
 from resm_kernels.elementwise.blocks import blocks_workspace, merge_vectors
-from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks, row_blocks
 from resm_kernels.methods._aliases import Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.ops.inner_products import inner_products
+
+
+def _blocks(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int | None:
+    """Vectors along the first dimension need the whole tensor."""
+    if parameters["nuslerp_flatten"]:
+        return element_blocks(shape, parameters)
+    return None if parameters["nuslerp_row_wise"] else row_blocks(shape, parameters)
 
 
 @merge_method(
@@ -24,6 +32,7 @@ from resm_kernels.ops.inner_products import inner_products
     workspace=blocks_workspace,
     min_experts=2,
     max_experts=2,
+    blocks=_blocks,
 )
 def nuslerp(
     base: Tensor | None,

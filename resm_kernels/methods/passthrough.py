@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks, elementwise_workspace
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
@@ -17,6 +17,7 @@ from resm_kernels.ops.aggregate import aggregate
     title="Passthrough",
     reference="https://github.com/arcee-ai/mergekit/blob/main/docs/merge_methods.md#passthrough-passthrough",
     workspace=elementwise_workspace,
+    blocks=element_blocks,
     max_experts=1,
     ignores_base=True,
 )

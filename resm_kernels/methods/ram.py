@@ -10,14 +10,16 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from resm_kernels.elementwise.blocks import blocks_workspace, merge_elements
-from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option
 
 SmallestChange = Annotated[float, Option("an expert has changed a weight if |δ| is more than this", minimum=0.0)]
 
 
-@merge_method(title="RAM", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace)
+@merge_method(
+    title="RAM", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace, blocks=element_blocks
+)
 def ram(
     base: Tensor, experts: list[Tensor], *, epsilon: SmallestChange = 1e-5, out_dtype: torch.dtype | None
 ) -> Tensor:

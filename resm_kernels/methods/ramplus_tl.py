@@ -8,13 +8,18 @@ import torch
 from torch import Tensor
 
 from resm_kernels.elementwise.blocks import blocks_workspace, merge_elements, over_elements
-from resm_kernels.elementwise.inputs import check_inputs
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option
 from resm_kernels.methods.ram import SmallestChange, changes_of, in_order
 
 
-@merge_method(title="RAM+ (tensor by tensor)", reference="https://arxiv.org/abs/2601.13572", workspace=blocks_workspace)
+@merge_method(
+    title="RAM+ (tensor by tensor)",
+    reference="https://arxiv.org/abs/2601.13572",
+    workspace=blocks_workspace,
+    blocks=element_blocks,
+)
 def ramplus_tl(
     base: Tensor,
     experts: list[Tensor],

@@ -26,6 +26,7 @@ from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
 from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
 from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, RankRule, ranks_of_spectra, ranks_of_statistics
 from resm_kernels.spectral.task_matrices import (
+    averaged_blocks,
     averaged_unless_matrix,
     decomposed_together,
     is_spectral,
@@ -39,7 +40,9 @@ HALF_PRECISION_ACCURACY: Final = 1e-3
 times larger."""
 
 
-@merge_method(title="RESM", reference="https://arxiv.org/abs/2502.06876", workspace=spectral_workspace)
+@merge_method(
+    title="RESM", reference="https://arxiv.org/abs/2502.06876", workspace=spectral_workspace, blocks=averaged_blocks
+)
 def resm(
     base: Tensor,
     experts: list[Tensor],

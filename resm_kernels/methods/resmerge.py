@@ -16,7 +16,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.inner_products import inner_products
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace, task_vector
+from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace, task_vector
 
 _ACCURACY: Final = 1e-4
 """Backward error that "auto" may make in a head; the residual contains the difference."""
@@ -31,7 +31,9 @@ def _workspace(m: int, n: int, n_experts: int) -> int:
     return (32 << 20) + (8 * n_experts + 32) * m * n + 96 * r * r
 
 
-@merge_method(title="ResMerge", reference="https://arxiv.org/abs/2606.02252", workspace=_workspace)
+@merge_method(
+    title="ResMerge", reference="https://arxiv.org/abs/2606.02252", workspace=_workspace, blocks=averaged_blocks
+)
 def resmerge(
     base: Tensor,
     experts: list[Tensor],

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Final
 import torch
 from torch import Tensor
 
+from resm_kernels.elementwise.inputs import element_blocks
 from resm_kernels.elementwise.sparsify import masked_workspace
 from resm_kernels.methods._aliases import Int8Mask
 from resm_kernels.methods._registry import merge_method
@@ -25,7 +26,7 @@ def _workspace(shape: tuple[int, ...], n_experts: int) -> int:
     return masked_workspace(shape, 1) + 4 * math.prod(shape)
 
 
-@merge_method(title="SCE", reference="https://arxiv.org/abs/2408.07990", workspace=_workspace)
+@merge_method(title="SCE", reference="https://arxiv.org/abs/2408.07990", workspace=_workspace, blocks=element_blocks)
 def sce(
     base: Tensor,
     experts: list[Tensor],

@@ -12,14 +12,18 @@ from torch import Tensor
 
 from resm_kernels.checks import check_group
 from resm_kernels.elementwise.angles import PARALLEL, cosines, gram_with_base, great_circle
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import element_blocks, elementwise_workspace
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option
 from resm_kernels.ops.aggregate import aggregate
 
 
 @merge_method(
-    title="SLERP", reference="https://doi.org/10.1145/325165.325242", workspace=elementwise_workspace, max_experts=1
+    title="SLERP",
+    reference="https://doi.org/10.1145/325165.325242",
+    workspace=elementwise_workspace,
+    max_experts=1,
+    blocks=element_blocks,
 )
 def slerp(
     base: Tensor,

@@ -12,10 +12,20 @@ from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, W
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, decomposition_workspace, truncated_sum
+from resm_kernels.spectral.task_matrices import (
+    averaged_blocks,
+    averaged_unless_matrix,
+    decomposition_workspace,
+    truncated_sum,
+)
 
 
-@merge_method(title="STAR", reference="https://arxiv.org/abs/2502.10339", workspace=decomposition_workspace)
+@merge_method(
+    title="STAR",
+    reference="https://arxiv.org/abs/2502.10339",
+    workspace=decomposition_workspace,
+    blocks=averaged_blocks,
+)
 def star(
     base: Tensor,
     experts: list[Tensor],

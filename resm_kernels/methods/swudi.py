@@ -14,7 +14,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.spectral.interference import interference, interference_workspace
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace
+from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace
 
 _FLOOR: Final = 1e-8
 """The authors' smallest eigenvalue in rank rules, where tr C is the number of experts."""
@@ -28,7 +28,7 @@ def _workspace(m: int, n: int, n_experts: int) -> int:
     return max(interference_workspace(m, n), (32 << 20) + 64 * m * n + 64 * n * n)
 
 
-@merge_method(title="SWUDI", reference="https://arxiv.org/abs/2606.07289", workspace=_workspace)
+@merge_method(title="SWUDI", reference="https://arxiv.org/abs/2606.07289", workspace=_workspace, blocks=averaged_blocks)
 def swudi(
     base: Tensor,
     experts: list[Tensor],

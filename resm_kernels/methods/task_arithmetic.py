@@ -7,14 +7,19 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import element_blocks, elementwise_workspace
 from resm_kernels.elementwise.sparsify import merge_kept
 from resm_kernels.methods._aliases import Int8Mask, Lambda, UnusedDensity, UnusedRescale, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 
 
-@merge_method(title="Task Arithmetic", reference="https://arxiv.org/abs/2212.04089", workspace=elementwise_workspace)
+@merge_method(
+    title="Task Arithmetic",
+    reference="https://arxiv.org/abs/2212.04089",
+    workspace=elementwise_workspace,
+    blocks=element_blocks,
+)
 def task_arithmetic(
     base: Tensor,
     experts: list[Tensor],

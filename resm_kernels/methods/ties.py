@@ -7,7 +7,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from resm_kernels.elementwise.inputs import elementwise_workspace
+from resm_kernels.elementwise.inputs import element_blocks, elementwise_workspace
 from resm_kernels.elementwise.sparsify import merge_kept
 from resm_kernels.methods._aliases import Int8Mask, Lambda, NormalizeAgreeing, Rescale, Weight
 from resm_kernels.methods._registry import merge_method
@@ -15,7 +15,12 @@ from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.magnitude_threshold import magnitude_threshold
 
 
-@merge_method(title="TIES", reference="https://arxiv.org/abs/2306.01708", workspace=elementwise_workspace)
+@merge_method(
+    title="TIES",
+    reference="https://arxiv.org/abs/2306.01708",
+    workspace=elementwise_workspace,
+    blocks=element_blocks,
+)
 def ties(
     base: Tensor,
     experts: list[Tensor],

@@ -14,10 +14,20 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, decomposition_workspace, truncated_sum
+from resm_kernels.spectral.task_matrices import (
+    averaged_blocks,
+    averaged_unless_matrix,
+    decomposition_workspace,
+    truncated_sum,
+)
 
 
-@merge_method(title="TSV-C", reference="https://arxiv.org/abs/2412.00081", workspace=decomposition_workspace)
+@merge_method(
+    title="TSV-C",
+    reference="https://arxiv.org/abs/2412.00081",
+    workspace=decomposition_workspace,
+    blocks=averaged_blocks,
+)
 def tsv_compress(
     base: Tensor,
     experts: list[Tensor],

@@ -9,10 +9,12 @@ from resm_kernels.methods._aliases import Accuracy, DecompositionMethod, Lambda,
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import each
 from resm_kernels.methods.resm import resm
-from resm_kernels.spectral.task_matrices import spectral_workspace
+from resm_kernels.spectral.task_matrices import averaged_blocks, spectral_workspace
 
 
-@merge_method(title="TSV-M", reference="https://arxiv.org/abs/2412.00081", workspace=spectral_workspace)
+@merge_method(
+    title="TSV-M", reference="https://arxiv.org/abs/2412.00081", workspace=spectral_workspace, blocks=averaged_blocks
+)
 def tsvm(
     base: Tensor,
     experts: list[Tensor],

@@ -17,7 +17,7 @@ from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.spectral.interference import interference, interference_workspace
 from resm_kernels.spectral.low_rank import join
-from resm_kernels.spectral.task_matrices import averaged_unless_matrix, matrix_workspace
+from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace
 
 _BETA_1, _BETA_2, _EPSILON = 0.9, 0.999, 1e-8
 """The usual constants of Adam, which the authors keep."""
@@ -32,7 +32,9 @@ def _workspace(m: int, n: int, n_experts: int) -> int:
     return max(interference_workspace(m, n), (32 << 20) + 16 * m * n + 16 * n * n + 64 * rows * n)
 
 
-@merge_method(title="WUDI-Merging", reference="https://arxiv.org/abs/2503.08099", workspace=_workspace)
+@merge_method(
+    title="WUDI-Merging", reference="https://arxiv.org/abs/2503.08099", workspace=_workspace, blocks=averaged_blocks
+)
 def wudi(
     base: Tensor,
     experts: list[Tensor],

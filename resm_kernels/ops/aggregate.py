@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from resm_kernels import _extension
-from resm_kernels.checks import check_choice, check_number, check_out_dtype, check_values, raise_counted
+from resm_kernels.checks import (
+    check_choice,
+    check_number,
+    check_out_dtype,
+    check_values,
+    counted_in_all_blocks,
+    raise_counted,
+)
 from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
 from resm_kernels.ops._sparsity import Thresholds, checked_sparsity
 from resm_kernels.reference.aggregate import CONSENSUS_METHODS, RULES, AggregateOptions
 from resm_kernels.reference.aggregate import aggregate as _reference
+from resm_kernels.streams import Block, Stream, stream_of
 
 Weights = Sequence[float] | Tensor
 
@@ -96,6 +105,9 @@ def aggregate(
     if rule == "sum" and (consensus_method != "weighted" or min_divisor is not None):
         argument = "consensus_method" if min_divisor is None else "min_divisor"
         raise ValueError(f"{argument}: rule 'sum' elects no signs; pass rule='ties'")
+    stream = stream_of(*experts)
+    if stream is not None:
+        return _streamed(stream, base, list(experts), options, check_finite)
     merged, nonfinite = _aggregate(base, list(experts), options)
     if check_finite:
         check_values(nonfinite, raise_counted)
@@ -124,6 +136,20 @@ def _native(base: Tensor | None, experts: list[Tensor], options: AggregateOption
     nonfinite = torch.empty(1 + len(experts), dtype=torch.int64)
     _extension.native.aggregate(base, experts, options, merged, nonfinite, torch.get_num_threads())
     return merged, nonfinite
+
+
+def _streamed(
+    stream: Stream, base: Tensor | None, experts: list[Tensor], options: AggregateOptions, check_finite: bool
+) -> Tensor:
+    def merge(block: Block) -> Tensor:
+        of_block = replace(options, masks=None if options.masks is None else tuple(block.all(options.masks)))
+        merged, nonfinite = _aggregate(block.optional(base), block.all(experts), of_block)
+        if check_finite:
+            with counted_in_all_blocks(base, experts):
+                check_values(nonfinite, raise_counted)
+        return merged
+
+    return stream.computed(merge, options.out_dtype or (experts[0] if base is None else base).dtype)
 
 
 _aggregate = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

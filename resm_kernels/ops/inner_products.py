@@ -12,6 +12,7 @@ from resm_kernels.checks import check_group, raise_nonfinite
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.inner_products import InnerProductsOptions
 from resm_kernels.reference.inner_products import inner_products as _reference
+from resm_kernels.streams import Block, Stream, stream_of
 
 
 def inner_products(
@@ -46,7 +47,11 @@ def inner_products(
     are the same on one kind of GPU.
     """
     check_group(base, experts)
-    grams = _inner_products(base, list(experts), InnerProductsOptions(rows=bool(rows)))
+    stream = stream_of(*experts)
+    if stream is not None:
+        grams = _streamed(stream, base, experts, InnerProductsOptions(rows=bool(rows)))
+    else:
+        grams = _inner_products(base, list(experts), InnerProductsOptions(rows=bool(rows)))
     # A sum of squares is finite where its terms are.
     if check_finite and not bool(torch.isfinite(torch.diagonal(grams, dim1=-2, dim2=-1)).all()):
         raise_nonfinite(base, experts)
@@ -56,8 +61,21 @@ def inner_products(
 
 def _native(base: Tensor | None, experts: list[Tensor], options: InnerProductsOptions) -> Tensor:
     vectors = experts[0].shape[:-1] if options.rows else ()
-    grams = torch.empty((*vectors, len(experts), len(experts)), dtype=torch.float64)
+    grams = torch.zeros((*vectors, len(experts), len(experts)), dtype=torch.float64)
     _extension.native.inner_products(base, experts, options, grams, torch.get_num_threads())
+    return grams
+
+
+def _streamed(stream: Stream, base: Tensor | None, experts: Sequence[Tensor], options: InnerProductsOptions) -> Tensor:
+    if options.rows:
+        raise ValueError("rows: need False for streamed tensors, of which the whole has one Gram matrix")
+    grams = torch.zeros((len(experts), len(experts)), dtype=torch.float64)
+
+    def add(block: Block) -> None:
+        threads = torch.get_num_threads()
+        _extension.native.inner_products(block.optional(base), block.all(experts), options, grams, threads)
+
+    stream.visit(add)
     return grams
 
 

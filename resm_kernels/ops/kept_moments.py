@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,6 +14,7 @@ from resm_kernels.ops._library import declare
 from resm_kernels.ops._sparsity import Thresholds, checked_sparsity
 from resm_kernels.reference.deltas import SparsityOptions
 from resm_kernels.reference.kept_moments import kept_moments as _reference
+from resm_kernels.streams import Block, Stream, stream_of
 
 
 class KeptMoments(NamedTuple):
@@ -58,12 +60,27 @@ def kept_moments(
     order; its bits are the same on one kind of GPU.
     """
     options = SparsityOptions(**checked_sparsity(base, experts, thresholds, upper_thresholds, masks))
+    stream = stream_of(*experts)
+    if stream is not None:
+        return KeptMoments(*_streamed(stream, base, experts, options).unbind(1))
     return KeptMoments(*_kept_moments(base, list(experts), options).unbind(1))
 
 
 def _native(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:
-    moments = torch.empty((len(experts), 3), dtype=torch.float64)
+    moments = torch.zeros((len(experts), 3), dtype=torch.float64)
     _extension.native.kept_moments(base, experts, options, moments, torch.get_num_threads())
+    return moments
+
+
+def _streamed(stream: Stream, base: Tensor, experts: Sequence[Tensor], options: SparsityOptions) -> Tensor:
+    moments = torch.zeros((len(experts), 3), dtype=torch.float64)
+
+    def add(block: Block) -> None:
+        of_block = replace(options, masks=None if options.masks is None else tuple(block.all(options.masks)))
+        threads = torch.get_num_threads()
+        _extension.native.kept_moments(block[base], block.all(experts), of_block, moments, threads)
+
+    stream.visit(add)
     return moments
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_whole, raise_nonfinite
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
 from resm_kernels.reference.magnitude_threshold import magnitude_threshold as _reference
+from resm_kernels.streams import Block, Stream, stream_of
 
 
 def magnitude_threshold(
@@ -42,7 +44,13 @@ def magnitude_threshold(
     """
     check_group(base, experts)
     options = MagnitudeThresholdOptions(k=_checked_ranks(k, len(experts), base.numel()))
-    thresholds, nonfinite = _magnitude_threshold(base, list(experts), options)
+    stream = stream_of(base)
+    if stream is not None:
+        shares = [rank / stream.numel for rank in options.k]
+        found, counts = streamed_thresholds(stream, base, experts, lambda _: shares, lambda: list(options.k))
+        thresholds, nonfinite = torch.tensor(found, dtype=torch.float64), torch.tensor(counts)
+    else:
+        thresholds, nonfinite = _magnitude_threshold(base, list(experts), options)
     if check_finite and bool(nonfinite.any()):
         raise_nonfinite(base, experts)
         raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")
@@ -62,6 +70,47 @@ def _native(base: Tensor, experts: list[Tensor], options: MagnitudeThresholdOpti
     threads = torch.get_num_threads()
     _extension.native.magnitude_threshold(base, experts, options, thresholds, nonfinite, threads)
     return thresholds, nonfinite
+
+
+def streamed_thresholds(
+    stream: Stream,
+    base: Tensor | None,
+    experts: Sequence[Tensor],
+    shares: Callable[[list[Tensor]], list[float]],
+    ranks: Callable[[], list[int]],
+    also: Callable[[Block], None] | None = None,
+) -> tuple[list[float], list[int]]:
+    """`magnitude_threshold` of streamed tensors by one pass, or by four where a sample does not tell.
+
+    Args:
+        shares: Returns k_t/N of each expert, perhaps only about, from a sample of each: where the passes look first.
+        ranks: Returns k after the first pass.
+        also: Called with each block of the first pass.
+
+    Returns:
+        The thresholds, and how many |δ| of each expert are not finite.
+    """
+    group = [*experts] if base is None else [base, *experts]
+    in_double = compute_dtype(*group) == torch.float64
+    most = stream.key_bytes // (len(experts) * (8 if in_double else 4))
+    threads = torch.get_num_threads()
+    selection = _extension.native.MagnitudeSelection(len(experts), in_double, most, threads)
+    sample = stream.sampled(group)
+    sampled_experts = sample if base is None else sample[1:]
+    selection.add_sample(None if base is None else sample[0], sampled_experts)
+    selection.narrow(shares(sampled_experts))
+
+    def count(block: Block) -> None:
+        selection.count(block.optional(base), block.all(experts))
+        if also is not None:
+            also(block)
+
+    stream.visit(count)
+    known = selection.select(ranks())
+    while not known:
+        stream.visit(lambda block: selection.count_digit(block.optional(base), block.all(experts)))
+        known = selection.end_digit()
+    return selection.thresholds(), selection.nonfinite()
 
 
 # CUDA reads the inputs about once, Triton three times; they are not measured yet.

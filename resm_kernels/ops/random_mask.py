@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Final
 
 import torch
@@ -10,12 +12,13 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number, check_whole
-from resm_kernels.masks import mask_bytes
+from resm_kernels.masks import RUN, mask_bytes
 from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
 from resm_kernels.ops.random_matrix import MAX_SEED
 from resm_kernels.reference.random_mask import RandomMaskOptions, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
+from resm_kernels.streams import Block, Stream, stream_of
 
 MAX_ROW: Final = 2**31 - 1
 """The most elements of a row: native kernels count them in 32 bits."""
@@ -68,7 +71,8 @@ def random_mask(
         if 0 < p < 1 and e > 0 and (p + e >= 1 or p - e <= 0):
             raise ValueError(f"epsilon: got {e} with density {p}, need density ± epsilon between 0 and 1")
     options = RandomMaskOptions(density=densities, epsilon=spans, seed=check_whole("seed", seed, MAX_SEED))
-    return _random_mask(base, list(experts), options)
+    stream = stream_of(base)
+    return _random_mask(base, list(experts), options) if stream is None else _streamed(stream, base, experts, options)
 
 
 def _each(name: str, value: Shares, n_experts: int) -> tuple[float, ...]:
@@ -83,6 +87,18 @@ def _native(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> 
     laws = options.laws(row_length(base))
     _extension.native.random_mask(base, experts, options, laws, masks, torch.get_num_threads())
     return masks
+
+
+def _streamed(stream: Stream, base: Tensor, experts: Sequence[Tensor], options: RandomMaskOptions) -> list[Tensor]:
+    def draw(block: Block) -> list[Tensor]:
+        assert block.start % RUN == 0, "blocks begin at whole runs"
+        return _random_mask(block[base], block.all(experts), replace(options, first=block.start))
+
+    def mask(t: int, block: Block) -> Tensor:
+        return block.once(draw)[t]
+
+    shape = (mask_bytes(stream.numel),)
+    return [stream.computed(functools.partial(mask, t), torch.uint8, shape) for t in range(len(experts))]
 
 
 _random_mask = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

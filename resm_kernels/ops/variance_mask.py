@@ -9,11 +9,14 @@ from torch import Tensor
 
 from resm_kernels import _extension
 from resm_kernels.checks import check_group, check_number
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.masks import mask_bytes
 from resm_kernels.memory import empty
 from resm_kernels.ops._library import declare
+from resm_kernels.ops.magnitude_threshold import streamed_thresholds
 from resm_kernels.reference.variance_mask import VarianceMaskOptions
 from resm_kernels.reference.variance_mask import variance_mask as _reference
+from resm_kernels.streams import Block, Stream, stream_of
 
 
 def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Tensor:
@@ -48,6 +51,9 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
     share = check_number("density", density, minimum=0.0)
     if share > 1:
         raise ValueError(f"density: got {share}, need a share from 0 to 1")
+    stream = stream_of(base)
+    if stream is not None:
+        return _streamed(stream, base, experts, share)
     return _variance_mask(base, list(experts), VarianceMaskOptions(density=share))
 
 
@@ -55,6 +61,35 @@ def _native(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -
     mask = empty((mask_bytes(base.numel()),), torch.uint8)
     _extension.native.variance_mask(base, experts, options, mask, torch.get_num_threads())
     return mask
+
+
+def _streamed(stream: Stream, base: Tensor, experts: Sequence[Tensor], density: float) -> Tensor:
+    nonzero = 0
+
+    def variances_of(block: Block) -> Tensor:
+        out = empty(block[base].shape, variances.dtype)
+        _extension.native.variances(block[base], block.all(experts), out, torch.get_num_threads())
+        return out
+
+    def mask_of(block: Block) -> Tensor:
+        out = empty((mask_bytes(block.numel),), torch.uint8)
+        _extension.native.keep_from(block[variances], threshold, out, torch.get_num_threads())
+        return out
+
+    def count(block: Block) -> None:
+        nonlocal nonzero
+        nonzero += int(block[variances].count_nonzero())
+
+    variances = stream.computed(variances_of, compute_dtype(base, *experts))
+    threshold = streamed_thresholds(
+        stream,
+        None,
+        [variances],
+        shares=lambda sample: [density * float(sample[0].count_nonzero()) / max(sample[0].numel(), 1)],
+        ranks=lambda: [int(nonzero * density)],
+        also=count,
+    )[0][0]
+    return stream.computed(mask_of, torch.uint8, (mask_bytes(stream.numel),))
 
 
 _variance_mask = declare(_reference, cpu=_native, gpu=("triton", "cuda"))  # not measured against each other yet

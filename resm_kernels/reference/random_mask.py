@@ -29,11 +29,13 @@ class RandomMaskOptions:
         density: p of each expert.
         epsilon: ε of each expert.
         seed: The key of the random numbers.
+        first: The index, a multiple of 128, of the first element in the tensor for which random numbers are drawn.
     """
 
     density: tuple[float, ...]
     epsilon: tuple[float, ...]
     seed: int
+    first: int = 0
 
     def laws(self, columns: int) -> list[tuple[int, int]]:
         """The `probability_law` of each expert in rows of so many elements."""
@@ -45,7 +47,7 @@ def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions)
     masks = []
     for t, (expert, (lowest, step)) in enumerate(zip(experts, options.laws(row_length(base)), strict=True)):
         ranks = doubled_ranks(base, experts, t) if step else torch.zeros_like(expert, dtype=torch.int64)
-        words = random_words(expert.numel(), t, options.seed, expert.device)
+        words = random_words(expert.numel(), t, options.seed, expert.device, options.first)
         masks.append(packed(words < ((lowest + ranks.reshape(-1) * step) >> 30)))
     return masks
 
@@ -90,9 +92,9 @@ def ranks_of(base: Tensor, experts: Sequence[Tensor], t: int) -> Tensor:
     return ranks
 
 
-def random_words(numel: int, expert: int, seed: int, device: torch.device) -> Tensor:
-    """32 random bits for each element: word ⌊i/32⌋ mod 4 of counter 32·⌊i/128⌋ + i mod 32."""
-    counters = torch.arange(-(-numel // RUN) * 32, device=device)
+def random_words(numel: int, expert: int, seed: int, device: torch.device, first: int = 0) -> Tensor:
+    """32 random bits for each element from `first` on: word ⌊i/32⌋ mod 4 of counter 32·⌊i/128⌋ + i mod 32."""
+    counters = torch.arange(first // RUN * 32, (first // RUN + -(-numel // RUN)) * 32, device=device)
     fixed = torch.zeros_like(counters)
     words = philox((counters & _WORD, counters >> 32, fixed + expert, fixed + MASK_STREAM), seed)
     return torch.stack(words).reshape(4, -1, 32).transpose(0, 1).reshape(-1)[:numel]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError, raise_nonfinite
 from resm_kernels.dtypes import compute_dtype
-from resm_kernels.elementwise.inputs import check_inputs, elementwise_workspace
+from resm_kernels.elementwise.inputs import check_inputs, element_blocks, elementwise_workspace
 from resm_kernels.linalg import Decomposition, decompose
 from resm_kernels.linalg.products import matmul, task_matrix
 from resm_kernels.ops.aggregate import aggregate
@@ -51,6 +51,12 @@ def averaged_unless_matrix(
         return aggregate(base, experts, weights, scale=lambda_, out_dtype=out_dtype)
     wide = [expert.double() for expert in experts]
     return aggregate(base.double(), wide, weights, scale=lambda_, out_dtype=out_dtype or base.dtype)
+
+
+def averaged_blocks(shape: tuple[int, ...], parameters: Mapping[str, Any]) -> int | None:
+    """The block rule (`Method.blocks`) of spectral methods: tensors that they merge as matrices have to be whole."""
+    is_matrix = len(shape) == 2 and parameters["spectral"]
+    return None if is_matrix or len(shape) < 2 else element_blocks(shape, parameters)
 
 
 def decomposed_together(shape: Sequence[int], n_experts: int) -> list[range]:

@@ -52,6 +52,8 @@ def random_mask_kernel(
 
 def random_mask(base: Tensor, experts: list[Tensor], options: RandomMaskOptions) -> list[Tensor]:
     """See `resm_kernels.ops.random_mask` and its reference, whose arguments and results these are."""
+    if options.first:
+        raise ValueError(f"first: got {options.first}, need 0 on a GPU, which merges whole tensors")
     device, length = base.device, base.numel()
     masks = [torch.zeros(mask_bytes(length), dtype=torch.uint8, device=device) for _ in experts]
     with on_device(device):
