@@ -50,8 +50,8 @@ def divide(
     if window.bound <= limit or not jobs:
         return tuple(jobs), window
     units = {} if _extension.native is None else {job.name: u for job in jobs if (u := unit(job)) is not None}
-    # Tensors that have to be whole get what they need; the others share the limit.
-    allowed = max(limit, Window.for_cpu([job for job in jobs if job.name not in units], limit).bound)
+    # Tensors that have to be whole get what they need; if that exceeds the limit, the others stay within it.
+    exceeds = Window.for_cpu([job for job in jobs if job.name not in units], limit).bound > limit
     least: tuple[tuple[TensorJob, ...], Window] = (tuple(jobs), window)
     for most, elements in itertools.product(
         (limit >> i for i in range(1, 12)), (BLOCK_ELEMENTS >> i for i in range(8))
@@ -63,9 +63,11 @@ def divide(
         window = _window(pieces, limit)
         if window.bound < least[1].bound:
             least = (tuple(pieces), window)
-        if window.bound <= allowed:
-            return least
-    if allowed > limit:
+        if window.bound <= limit:
+            return tuple(pieces), window
+        if exceeds and _window([piece for piece in pieces if piece.name in units], limit).bound <= limit:
+            return tuple(pieces), window
+    if exceeds:
         return least
     largest = max(least[0], key=_need)
     raise MergeError(
