@@ -49,6 +49,11 @@ class CheckpointReader:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
 
     @property
+    def files(self) -> list[Path]:
+        """All files that the tensors are read from, and that say where they are."""
+        return sorted({t.file for t in self.tensors.values()})
+
+    @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
@@ -62,7 +67,7 @@ class CheckpointReader:
         view = byte_view(buffer)
         if len(view) != info.nbytes:
             raise ValueError(f"buffer: got {len(view)} bytes, need {info.nbytes} for {info.name!r}")
-        read_fully(self._descriptor(info.file), view, info.offset, info.file)
+        self._read_at(info, 0, view)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor of this name in new memory."""
@@ -83,7 +88,7 @@ class CheckpointReader:
         for start in range(0, a.nbytes, _COMPARE_BYTES):
             size = min(_COMPARE_BYTES, a.nbytes - start)
             for piece, info in zip(pieces, (a, b), strict=True):
-                read_fully(self._descriptor(info.file), byte_view(piece[:size]), info.offset + start, info.file)
+                self._read_at(info, start, byte_view(piece[:size]))
             if not torch.equal(pieces[0, :size], pieces[1, :size]):
                 return False
         return True
@@ -103,9 +108,13 @@ class CheckpointReader:
             piece = torch.empty(size, dtype=torch.uint8)
             for i in range(steps):
                 start = last * i // max(steps - 1, 1)
-                read_fully(self._descriptor(info.file), byte_view(piece), info.offset + start, info.file)
+                self._read_at(info, start, byte_view(piece))
                 hasher.update(byte_view(piece))
         return hasher.hexdigest()
+
+    def _read_at(self, info: TensorInfo, start: int, view: memoryview) -> None:
+        """Fill `view` with the tensor's bytes from number `start` on."""
+        read_fully(self._descriptor(info.file), view, info.offset + start, info.file)
 
     def close(self) -> None:
         """Close the files. Reading a tensor afterwards opens its file again."""
@@ -151,6 +160,12 @@ def _no_weights_message(folder: Path) -> str:
         return (
             f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    saved = [path for path in (folder, *sorted(folder.iterdir())) if (path / ".metadata").is_file()]
+    if saved:
+        return (
+            f"{folder}: {'is' if saved[0] == folder else 'holds'} a torch DCP folder, {saved[0]}; name that as a model "
+            "in a recipe, which is what reads such folders"
         )
     if (folder / "adapter_config.json").is_file():
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"

@@ -42,11 +42,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes."""
+    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes.
+
+    `between` are bytes that the format has between and after the tensors, each with their position in the file.
+    """
 
     filename: str
     header: bytes
     size: int
+    between: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,17 +65,17 @@ class OutputPlan:
         """The size of all shards in bytes, with their headers."""
         return sum(s.size for s in self.shards)
 
-    def index(self) -> bytes | None:
-        """Return the content of the index file as transformers writes it; None if there is only one shard."""
+    def format_files(self) -> Mapping[str, bytes]:
+        """Return the files that the format has beside the shards: if there are several, the index of transformers."""
         if len(self.shards) == 1:
-            return None
+            return {}
         total = {
             "total_parameters": sum(math.prod(s.shape) for s in self.slots.values()),
             "total_size": sum(s.nbytes for s in self.slots.values()),
         }
         weight_map = {s.name: self.shards[s.shard].filename for s in self.slots.values()}
         text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True, ensure_ascii=False)
-        return (text + "\n").encode()
+        return {INDEX_FILE: (text + "\n").encode()}
 
 
 def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: int) -> OutputPlan:
@@ -163,8 +167,7 @@ class CheckpointWriter:
     def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes], *, aside: Path | None = None) -> None:
         self.out = out
         self.plan = plan
-        index = plan.index()
-        self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
+        self._files = {**files, **plan.format_files()}
         self._partial = aside or out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         self._descriptors: list[int] = []
         self._lock = threading.Lock()
@@ -183,7 +186,8 @@ class CheckpointWriter:
                     fd = os.open(self._partial / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     self._descriptors.append(fd)
                     reserve(fd, shard.size)
-                    write_fully(fd, memoryview(shard.header), 0)
+                    for position, content in ((0, shard.header), *shard.between):
+                        write_fully(fd, memoryview(content), position)
         except BaseException:
             self._discard()
             raise

@@ -102,6 +102,7 @@ def merge_checkpoints(
             (default: False).
         trust_remote_code: Run Python code from the models' folders to load their tokenizers, where vocabularies are
             merged (default: False).
+        out_format: "safetensors" (the default), or "dcp" for a folder that `torch.distributed.checkpoint.load` reads.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
