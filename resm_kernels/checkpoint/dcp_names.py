@@ -106,9 +106,9 @@ def _named(folder: Path, tensors: Iterable[StoredTensor], depth: int) -> dict[st
 def _described(tensors: Sequence[StoredTensor], others: Sequence[Keys]) -> str:
     """Return in words how many tensors of which keys are left out, and how many entries that are no tensors."""
     counts = Counter(t.path[0] if len(t.path) > 1 else t.key.partition(".")[0] for t in tensors)
-    parts = [f"{count} tensors under {name!r}" for name, count in counts.items()]
+    parts = [f"{count} tensor{'s' if count > 1 else ''} under {name!r}" for name, count in counts.items()]
     if others:
         kinds = list(dict.fromkeys(path[0] for path in others))
         listed = ", ".join(map(repr, kinds[:4])) + (", …" if len(kinds) > 4 else "")
-        parts.append(f"{len(others)} entries that are no tensors ({listed})")
+        parts.append(f"{'1 entry' if len(others) == 1 else f'{len(others)} entries'} without tensors ({listed})")
     return ", ".join(parts)

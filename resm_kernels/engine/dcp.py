@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from resm_kernels.checkpoint import CheckpointReader, DcpReader, OutputPlan
+from resm_kernels.checkpoint import CheckpointReader, DcpReader
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
+from resm_kernels.checkpoint.reader import SINGLE_FILE
+from resm_kernels.checkpoint.writer import INDEX_FILE
 from resm_kernels.engine.layout import Layout
 from resm_kernels.engine.models import MergeError, OpenedModels
 from resm_kernels.options import MergeOptions
@@ -44,13 +47,13 @@ def output_paths(models: OpenedModels, layout: Layout) -> Mapping[str, tuple[str
     return {tensor.name: (tensor.name,) for tensor in layout.tensors}
 
 
-def output_marker(models: OpenedModels, output: OutputPlan, options: MergeOptions) -> str:
-    """Return the name of the file by which an earlier output of this kind is known."""
+def output_marker(out: str | os.PathLike[str], models: OpenedModels, options: MergeOptions) -> str:
+    """Return the name of the file by which an earlier output of this kind, which may be at `out`, is known."""
     if options.out_format == "dcp":
         return METADATA_FILE
     if models.reference.has_config:
         return CONFIG_FILE
-    return next(iter((*output.format_files(), output.shards[0].filename)))
+    return INDEX_FILE if (Path(out).expanduser() / INDEX_FILE).exists() else SINGLE_FILE
 
 
 def check_config_source(recipe: Recipe, models: OpenedModels, layout: Layout, options: MergeOptions) -> None:

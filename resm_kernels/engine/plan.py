@@ -213,7 +213,7 @@ def plan_merge(
                 out,
                 overwrite=options.overwrite,
                 inputs=[*models.folders, *statistics_files(statistics)],
-                marker=output_marker(models, output, options),
+                marker=output_marker(out, models, options),
             )
         plan = MergePlan(
             recipe=recipe,
