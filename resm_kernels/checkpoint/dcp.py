@@ -38,9 +38,17 @@ def is_dcp_folder(folder: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where the elements of a chunk are: the file position of the first one, and the strides in elements."""
+class _Layout:
+    """Where the elements are within the bytes that `torch.save` wrote for a chunk.
 
+    Attributes:
+        head: The bytes before the elements' storage, which describe it. Chunks with equal heads have equal layouts.
+        start: The position of the first element.
+        strides: The strides in elements.
+        is_contiguous: True if the elements are in row-major order.
+    """
+
+    head: bytes
     start: int
     strides: tuple[int, ...]
     is_contiguous: bool
@@ -85,7 +93,7 @@ class DcpReader(CheckpointReader):
         self.stored: Mapping[str, StoredTensor] = MappingProxyType(stored)
         self._check_files()
         self.tensors = MappingProxyType({name: self._info(name, tensor) for name, tensor in stored.items()})
-        self._places: dict[StoredChunk, _Place] = {}
+        self._layouts: dict[tuple[torch.dtype, tuple[int, ...], int], _Layout] = {}
         self._checked: set[str] = set()
 
     @property
@@ -141,25 +149,27 @@ class DcpReader(CheckpointReader):
             numbers = runs.between(first, end)
             if not numbers:
                 continue
-            place = self._place(tensor, chunk)
-            with self._opened(self.folder / chunk.file) as fd:
-                if not place.is_contiguous:
-                    _read_strided(fd, self.folder / chunk.file, tensor, chunk, place, first, view)
+            file = self.folder / chunk.file
+            with self._opened(file) as fd:
+                layout = self._layout(fd, file, tensor, chunk)
+                if not layout.is_contiguous:
+                    _read_strided(fd, file, tensor, chunk, layout, first, view)
                     continue
                 bounds = [(max(s, first), min(s + runs.length, end)) for s in map(runs.start, numbers)]
                 views = [view[(low - first) * itemsize : (high - first) * itemsize] for low, high in bounds]
                 skipped = numbers[0] * runs.length + bounds[0][0] - runs.start(numbers[0])
-                _read_scattered(fd, views, place.start + skipped * itemsize, self.folder / chunk.file)
+                _read_scattered(fd, views, chunk.position + layout.start + skipped * itemsize, file)
 
-    def _place(self, tensor: StoredTensor, chunk: StoredChunk) -> _Place:
-        if chunk not in self._places:
-            file = self.folder / chunk.file
-            with self._opened(file) as fd:
-                if chunk.file not in self._checked:  # one machine wrote the whole file
-                    _check_byte_order(fd, file, chunk)
-                    self._checked.add(chunk.file)
-                self._places[chunk] = _find(fd, file, tensor, chunk)
-        return self._places[chunk]
+    def _layout(self, fd: int, file: Path, tensor: StoredTensor, chunk: StoredChunk) -> _Layout:
+        """Return a chunk's layout. It is looked up among those found before, because torch takes long to find it."""
+        key = (tensor.dtype, chunk.sizes, chunk.length)
+        known = self._layouts.get(key)
+        if known is None or _head(fd, file, chunk, len(known.head)) != known.head:
+            if chunk.file not in self._checked:  # one machine wrote the whole file
+                _check_byte_order(fd, file, chunk)
+                self._checked.add(chunk.file)
+            known = self._layouts[key] = _find(fd, file, tensor, chunk)
+        return known
 
     @contextlib.contextmanager
     def _opened(self, file: Path) -> Iterator[int]:
@@ -257,7 +267,13 @@ def _damaged(where: str | Path, error: Exception) -> CheckpointError:
     )
 
 
-def _find(fd: int, file: Path, tensor: StoredTensor, chunk: StoredChunk) -> _Place:
+def _head(fd: int, file: Path, chunk: StoredChunk, size: int) -> bytes:
+    head = bytearray(size)
+    read_fully(fd, memoryview(head), chunk.position, file)
+    return bytes(head)
+
+
+def _find(fd: int, file: Path, tensor: StoredTensor, chunk: StoredChunk) -> _Layout:
     """Find the elements within the bytes that `torch.save` wrote for a chunk, which are a zip archive.
 
     torch itself reads the archive, with `weights_only`, but not the elements: a tensor on the device `meta` has none.
@@ -276,8 +292,9 @@ def _find(fd: int, file: Path, tensor: StoredTensor, chunk: StoredChunk) -> _Pla
         raise CheckpointError(f"{where} has no elements; the file is damaged: copy it again")
     if not loaded.is_contiguous() and not _is_dense(loaded):
         raise CheckpointError(f"{where} is stored with strides {loaded.stride()}, need a dense tensor")
+    head = _head(fd, file, chunk, start)
     start += loaded.storage_offset() * loaded.itemsize
-    return _Place(chunk.position + start, loaded.stride(), loaded.is_contiguous())
+    return _Layout(head, start, loaded.stride(), loaded.is_contiguous())
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -305,7 +322,7 @@ def _read_scattered(fd: int, views: Sequence[memoryview], offset: int, file: Pat
 
 
 def _read_strided(
-    fd: int, file: Path, tensor: StoredTensor, chunk: StoredChunk, place: _Place, first: int, view: memoryview
+    fd: int, file: Path, tensor: StoredTensor, chunk: StoredChunk, layout: _Layout, first: int, view: memoryview
 ) -> None:
     """Read the elements of a chunk that is stored in another order; `view` has the tensor's from `first` on."""
     kind = _INTEGERS[tensor.dtype.itemsize]  # the same bytes, of a dtype that all operations know
@@ -315,10 +332,10 @@ def _read_strided(
     piece = torch.empty(min(_STRIDED_PIECE, count), dtype=kind)
     for low in range(0, count, _STRIDED_PIECE):
         part = piece[: min(_STRIDED_PIECE, count - low)]
-        read_fully(fd, byte_view(part), place.start + low * kind.itemsize, file)
+        read_fully(fd, byte_view(part), chunk.position + layout.start + low * kind.itemsize, file)
         stored = torch.arange(low, low + len(part))
         numbers = torch.full_like(stored, -first)
-        for size, offset, stride, weight in zip(chunk.sizes, chunk.offsets, place.strides, weights, strict=True):
+        for size, offset, stride, weight in zip(chunk.sizes, chunk.offsets, layout.strides, weights, strict=True):
             numbers += (stored // stride % size + offset) * weight
         inside = (numbers >= 0) & (numbers < len(target))
         target[numbers[inside]] = part[inside]

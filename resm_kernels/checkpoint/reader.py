@@ -167,6 +167,11 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: {'is' if saved[0] == folder else 'holds'} a torch DCP folder, {saved[0]}; name that as a model "
             "in a recipe, which is what reads such folders"
         )
+    if list(folder.glob("*.distcp")):
+        return (
+            f"{folder}: holds *.distcp but no .metadata; the save was not completed, or each rank has metadata of its "
+            "own, which is not supported: save again with torch.distributed.checkpoint.save"
+        )
     if (folder / "adapter_config.json").is_file():
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     files = sorted(p.name for p in folder.glob("*.safetensors"))
