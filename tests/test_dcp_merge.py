@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
-from checkpoints import fine_tuned, llama_config, load_model, random_weights, save_model
+from checkpoints import HIDDEN, fine_tuned, llama_config, load_model, random_weights, save_adapter, save_model
 from conftest import RunCommand
 from dcp_folders import grid_boxes, load_dcp, row_boxes, save_blocks, save_dcp
 from safetensors.torch import load_file
@@ -21,8 +21,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from resm_kernels import merge_checkpoints
-from resm_kernels.checkpoint import CheckpointError, DcpReader
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader, DcpReader
 from resm_kernels.engine import MergeError, plan_merge
+from resm_kernels.lora import AdapterReader
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import RecipeError
 
@@ -182,6 +183,34 @@ def test_task_vectors_from_a_base_in_safetensors(tmp_path: Path) -> None:
             assert (out / "config.json").is_file()
             results.append(load_model(out))
         assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items()), method
+
+
+def test_an_adapter_on_a_base_in_a_torch_folder(tmp_path: Path) -> None:
+    base = random_weights(0)
+    name = "model.layers.0.self_attn.q_proj"
+    factors = {
+        f"base_model.model.{name}.lora_A.weight": torch.randn(4, HIDDEN),
+        f"base_model.model.{name}.lora_B.weight": torch.randn(HIDDEN, 4),
+    }
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    adapter = save_adapter(tmp_path / "adapter", factors, config)
+    plain = save_model(tmp_path / "plain", base)
+    folder = save_blocks(tmp_path / "torch", {n: (t, row_boxes(t.shape, 3)) for n, t in base.items()})
+    (folder / "config.json").write_text((plain / "config.json").read_text())
+    for method, keys in (("linear", {"parameters": {"weight": 0.5}}), ("ties", {"base_model": None})):
+        results = []
+        for model in (plain, folder):
+            entries = [{"model": f"{model}+{adapter}"}, {"model": f"{model}+{adapter}"}]
+            given = keys if "base_model" not in keys else {"base_model": str(model)}
+            out = tmp_path / f"{method}-{model.name}"
+            merge_checkpoints({"merge_method": method, "models": entries, **given}, out)
+            results.append(load_model(out))
+        assert all(torch.equal(tensor, results[1][n]) for n, tensor in results[0].items())
+        assert not torch.equal(results[1][f"{name}.weight"], base[f"{name}.weight"])
+    with DcpReader(folder) as inner, AdapterReader(adapter, inner, {}) as reader:
+        assert set(reader.files) == {*adapter.iterdir(), *folder.glob("*.distcp"), folder / ".metadata"}
+        with pytest.raises(OSError, match="directory"):
+            CheckpointReader(plain).read_info(inner.tensors["model.norm.weight"])
 
 
 def test_a_model_in_safetensors_becomes_a_flat_state_dictionary(tmp_path: Path) -> None:

@@ -107,8 +107,9 @@ class DcpReader(CheckpointReader):
                 f"{self.folder}: tensor {name!r} has dtype {tensor.dtype}, need float64, float32, float16 or bfloat16"
             )
         nbytes = math.prod(tensor.shape) * tensor.dtype.itemsize
-        # The offset counts from the tensor's first byte, not from that of a file, of which it may have several.
-        return TensorInfo(name, tensor.dtype, tensor.shape, self.folder / METADATA_FILE, 0, nbytes)
+        # A tensor may be in several files. The offset counts from its first byte, and the folder stands for the files,
+        # so that a reader of single files fails.
+        return TensorInfo(name, tensor.dtype, tensor.shape, self.folder, 0, nbytes)
 
     def _check_files(self) -> None:
         """Check that all files are there, and are as long as they must be."""

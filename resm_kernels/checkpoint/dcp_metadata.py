@@ -41,7 +41,7 @@ _RECORDS: Final[Mapping[str, frozenset[str]]] = {
 """The classes of which such files are made: those of torch 2.0 and later, and of Megatron."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredChunk:
     """A block of a tensor, and where it is stored.
 
@@ -60,7 +60,7 @@ class StoredChunk:
     length: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor of a DCP folder.
 

@@ -80,7 +80,7 @@ class AdapterReader(CheckpointReader):
 
     Args:
         folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: A reader of the model that the adapter belongs to. Only its list of tensors is used.
+        base: A reader of the model that the adapter belongs to; it is closed together with this one.
         base_config: The config.json of that model.
         double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
             noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
@@ -233,6 +233,21 @@ class AdapterReader(CheckpointReader):
         if buffer.nbytes != info.nbytes:
             raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
         self._form(info, _bytes(buffer).view(info.dtype).view(info.shape))
+
+    def _read_at(self, info: TensorInfo, start: int, view: memoryview) -> None:
+        """Read from the adapter's file, or let the base's reader read from the base's."""
+        if info.file == self.folder / WEIGHTS_FILE:
+            super()._read_at(info, start, view)
+        else:
+            self.base._read_at(info, start, view)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / CONFIG_FILE, self.folder / WEIGHTS_FILE, *self.base.files]
+
+    def close(self) -> None:
+        super().close()
+        self.base.close()
 
     def _form(self, info: TensorInfo, out: Tensor) -> None:
         """Form an adapted tensor in `out`."""
