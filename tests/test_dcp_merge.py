@@ -327,7 +327,7 @@ def _fsdp_rank(rank: int, root: str) -> None:
     torch.set_num_threads(1)  # the threads of the process that was forked are not here
     torch.distributed.init_process_group("gloo", f"file://{root}/rendezvous", rank=rank, world_size=2)
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 3))
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 1))
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     states, folders = [], []

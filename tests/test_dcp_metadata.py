@@ -102,7 +102,7 @@ def test_a_list_of_blocks_that_many_tensors_share_is_not_followed_for_each(tmp_p
     chunks = [ChunkStorageMetadata(torch.Size((0,)), torch.Size((1,)))] * 10**5
     entry = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((1,)), chunks)
     metadata = Metadata({f"t{i}": entry for i in range(1000)}, None, {})
-    assert "blocks, of which 0 are stored" in refused(tmp_path / "run", pickle.dumps(metadata))
+    assert "describes more than" in refused(tmp_path / "run", pickle.dumps(metadata))
 
 
 @given(st.data())

@@ -79,6 +79,14 @@ def test_tensors_of_many_ranks(open_files: int, tmp_path: Path, monkeypatch: pyt
         assert len(reader._descriptors) == (6 if open_files == 64 else 0)
 
 
+def test_ranks_without_elements_and_ranks_with_the_same_ones(tmp_path: Path) -> None:
+    tensor = torch.randn(3, 2)
+    boxes = [*row_boxes(tensor.shape, 3), ((3, 0), (0, 2)), ((3, 0), (0, 2)), ((0, 0), (1, 2))]
+    with DcpReader(save_blocks(tmp_path / "run", {"w": (tensor, boxes)})) as reader:
+        check_all_rows(reader, "w", tensor)
+        assert len(reader.stored["w"].chunks) == 3
+
+
 def test_blocks_in_unusual_order_of_elements_are_read_in_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -198,7 +206,7 @@ def _change_item(**changes: Any) -> Callable[[Metadata], None]:
         (_move_block, r"tensor 'w': its blocks do not cover the shape \(4, 3\) exactly once"),
         (
             lambda m: m.storage_data.popitem(),
-            "is in 2 blocks, of which 1 are stored; the checkpoint was not saved comp",
+            r"its block at \(2, 0\) is not stored; the checkpoint was not saved completely",
         ),
         (_change_item(relative_path="../other/__0_0.distcp"), "need a file of the same folder"),
         (_change_item(relative_path="__7_0.distcp"), "__7_0.distcp: no such file, though .metadata names it"),

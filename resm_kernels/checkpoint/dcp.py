@@ -201,7 +201,7 @@ class _Runs:
         inner = next((d for d in reversed(range(len(shape))) if chunk.sizes[d] != shape[d]), 0)
         self._outer = range(inner)
         self.length = math.prod(chunk.sizes[inner:])
-        self._count = math.prod(chunk.sizes[:inner]) if self.length else 0
+        self._count = math.prod(chunk.sizes[:inner])
 
     def start(self, number: int) -> int:
         """Return the number of a run's first element in the tensor, in row-major order."""

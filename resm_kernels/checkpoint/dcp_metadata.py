@@ -22,6 +22,8 @@ from resm_kernels.checkpoint.format import CheckpointError
 METADATA_FILE: Final = ".metadata"
 _MAX_BYTES: Final = 2**31
 _MAX_DIMENSIONS: Final = 64
+_BLOCK_BYTES: Final = 16
+"""The description of a block takes more bytes than this. A file that has more blocks lists the same ones repeatedly."""
 
 _PATHS: Final = frozenset(("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"))
 _RECORDS: Final[Mapping[str, frozenset[str]]] = {
@@ -68,7 +70,7 @@ class StoredTensor:
         key: Its name in the folder: the keys of the nested dictionaries that it was saved in, joined by dots.
         path: These keys one by one; `key` alone if the file does not say how it is made up.
         dtype, shape: Those of the whole tensor.
-        chunks: The blocks that it consists of, by their offsets; they cover it without overlap.
+        chunks: The blocks that it consists of, by their offsets; none is empty, and they cover it without overlap.
     """
 
     key: str
@@ -101,7 +103,7 @@ def read_metadata(folder: Path) -> DcpMetadata:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
     try:
         root = _Unpickler(content).load()
-        return _parse(root)
+        return _parse(root, len(content) // _BLOCK_BYTES)
     except _RefusedError as error:
         raise CheckpointError(f"{file}: {error}; such a file is not read, because it could run code") from error
     except CheckpointError as error:
@@ -226,9 +228,11 @@ def _stand_in(module: str, name: str) -> Any:
     raise _RefusedError(f"names {module}.{name}, which is no part of a torch DCP folder's metadata")
 
 
-def _parse(root: Any) -> DcpMetadata:
+def _parse(root: Any, most_blocks: int) -> DcpMetadata:
     """Return the checked content of the record `Metadata`."""
     entries, stored = root.state_dict_metadata, root.storage_data
+    if sum(len(getattr(entry, "chunks", ())) for entry in entries.values()) > most_blocks:
+        raise CheckpointError(f"describes more than {most_blocks} blocks, which are more than its size has room for")
     paths = getattr(root, "planner_data", None)
     paths = paths if isinstance(paths, dict) else {}
     items: dict[str, dict[tuple[int, ...], Any]] = {}
@@ -262,16 +266,15 @@ def _tensor(key: str, path: tuple[str, ...], entry: Any, items: Mapping[tuple[in
     if not isinstance(dtype, torch.dtype):
         raise CheckpointError(f"tensor {key!r}: has no dtype")
     shape = _sizes(entry.size)
-    if len(entry.chunks) > len(items):
-        raise CheckpointError(
-            f"tensor {key!r}: is in {len(entry.chunks)} blocks, of which {len(items)} are stored; the checkpoint was "
-            "not saved completely"
-        )
-    chunks = []
+    found: dict[tuple[tuple[int, ...], tuple[int, ...]], StoredChunk] = {}
     for chunk in entry.chunks:
         offsets, sizes = _sizes(chunk.offsets), _sizes(chunk.sizes)
+        if 0 in sizes or (offsets, sizes) in found:
+            continue  # ranks without elements, and ranks that have the same ones
         if offsets not in items:
-            raise CheckpointError(f"tensor {key!r}: its block at {offsets} is not stored")
+            raise CheckpointError(
+                f"tensor {key!r}: its block at {offsets} is not stored; the checkpoint was not saved completely"
+            )
         item = items[offsets]
         if getattr(item, "transform_descriptors", None):
             raise CheckpointError(
@@ -283,8 +286,8 @@ def _tensor(key: str, path: tuple[str, ...], entry: Any, items: Mapping[tuple[in
             raise CheckpointError(f"tensor {key!r}: is in the file {file!r:.80}, need a file of the same folder")
         if length < math.prod(sizes) * dtype.itemsize:
             raise CheckpointError(f"tensor {key!r}: its block at {offsets} has {length} bytes, too few for {sizes}")
-        chunks.append(StoredChunk(offsets, sizes, file, position, length))
-    chunks.sort(key=lambda c: c.offsets)
+        found[offsets, sizes] = StoredChunk(offsets, sizes, file, position, length)
+    chunks = sorted(found.values(), key=lambda c: c.offsets)
     if not _is_covered(shape, chunks):
         raise CheckpointError(f"tensor {key!r}: its blocks do not cover the shape {shape} exactly once")
     return StoredTensor(key, path, dtype, shape, tuple(chunks))
@@ -301,8 +304,6 @@ def _is_covered(shape: tuple[int, ...], chunks: Sequence[StoredChunk]) -> bool:
         return False
     open_chunks: list[StoredChunk] = []
     for chunk in chunks:
-        if math.prod(chunk.sizes) == 0:
-            continue
         open_chunks = [c for c in open_chunks if shape and c.offsets[0] + c.sizes[0] > chunk.offsets[0]]
         if any(_overlap(c, chunk) for c in open_chunks):
             return False
