@@ -127,20 +127,21 @@ class DcpReader(CheckpointReader):
                 )
         self._keeps_open = len(ends) <= _MOST_OPEN_FILES
 
-    def _read_at(self, info: TensorInfo, start: int, view: memoryview) -> None:
-        tensor = self.stored[info.name]
+    def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
+        """Fill `buffer`, a contiguous CPU tensor, with the bytes of a tensor from byte `first` on."""
+        tensor, view = self.stored[info.name], byte_view(buffer)
         itemsize = tensor.dtype.itemsize
-        first, last = info.offset + start, info.offset + start + len(view)
-        if first == last:
+        low, high = info.offset + first, info.offset + first + len(view)
+        if low == high:
             return
-        if first % itemsize == 0 and last % itemsize == 0:
-            self._read_elements(tensor, first // itemsize, last // itemsize, view)
+        if low % itemsize == 0 and high % itemsize == 0:
+            self._read_elements(tensor, low // itemsize, high // itemsize, view)
             return
         # A sample of bytes may begin within an element.
-        low, high = first // itemsize, -(-last // itemsize)
-        whole = bytearray((high - low) * itemsize)
-        self._read_elements(tensor, low, high, memoryview(whole))
-        view[:] = whole[first - low * itemsize : last - low * itemsize]
+        start, end = low // itemsize, -(-high // itemsize)
+        whole = bytearray((end - start) * itemsize)
+        self._read_elements(tensor, start, end, memoryview(whole))
+        view[:] = whole[low - start * itemsize : high - start * itemsize]
 
     def _read_elements(self, tensor: StoredTensor, first: int, end: int, view: memoryview) -> None:
         """Read the elements [first, end) of the tensor, counted in row-major order."""

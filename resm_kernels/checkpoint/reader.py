@@ -64,10 +64,13 @@ class CheckpointReader:
 
     def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor of any dtype with `info.nbytes` bytes, with the tensor's bytes."""
-        view = byte_view(buffer)
-        if len(view) != info.nbytes:
-            raise ValueError(f"buffer: got {len(view)} bytes, need {info.nbytes} for {info.name!r}")
-        self._read_at(info, 0, view)
+        if buffer.nbytes != info.nbytes:
+            raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
+        self.read_bytes(info, 0, buffer)
+
+    def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
+        """Fill `buffer`, a contiguous CPU tensor, with the stored bytes of a tensor from byte `first` on."""
+        read_fully(self._descriptor(info.file), byte_view(buffer), info.offset + first, info.file)
 
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor of this name in new memory."""
@@ -88,7 +91,7 @@ class CheckpointReader:
         for start in range(0, a.nbytes, _COMPARE_BYTES):
             size = min(_COMPARE_BYTES, a.nbytes - start)
             for piece, info in zip(pieces, (a, b), strict=True):
-                self._read_at(info, start, byte_view(piece[:size]))
+                self.read_bytes(info, start, piece[:size])
             if not torch.equal(pieces[0, :size], pieces[1, :size]):
                 return False
         return True
@@ -108,13 +111,9 @@ class CheckpointReader:
             piece = torch.empty(size, dtype=torch.uint8)
             for i in range(steps):
                 start = last * i // max(steps - 1, 1)
-                self._read_at(info, start, byte_view(piece))
+                self.read_bytes(info, start, piece)
                 hasher.update(byte_view(piece))
         return hasher.hexdigest()
-
-    def _read_at(self, info: TensorInfo, start: int, view: memoryview) -> None:
-        """Fill `view` with the tensor's bytes from number `start` on."""
-        read_fully(self._descriptor(info.file), view, info.offset + start, info.file)
 
     def close(self) -> None:
         """Close the files. Reading a tensor afterwards opens its file again."""

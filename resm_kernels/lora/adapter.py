@@ -234,12 +234,12 @@ class AdapterReader(CheckpointReader):
             raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
         self._form(info, _bytes(buffer).view(info.dtype).view(info.shape))
 
-    def _read_at(self, info: TensorInfo, start: int, view: memoryview) -> None:
-        """Read from the adapter's file, or let the base's reader read from the base's."""
+    def read_bytes(self, info: TensorInfo, first: int, buffer: Tensor) -> None:
+        """Read stored bytes from the adapter's file, or let the base's reader read from the base's."""
         if info.file == self.folder / WEIGHTS_FILE:
-            super()._read_at(info, start, view)
+            super().read_bytes(info, first, buffer)
         else:
-            self.base._read_at(info, start, view)
+            self.base.read_bytes(info, first, buffer)
 
     @property
     def files(self) -> list[Path]:
