@@ -97,7 +97,7 @@ def test_an_average_as_a_model_for_transformers(tmp_path: Path, run: RunCommand)
     assert errors.splitlines()[0] == f"note: {left_out}"
     check_close(load_model(saved.out), saved.average())
     files = {"README.md", "config.json", "mergekit_config.yml", "model.safetensors", "tokenizer.json"}
-    assert {p.name for p in saved.out.iterdir()} == files
+    assert {p.name for p in saved.out.iterdir()} >= files
     code, output, _ = run("merge", file, tmp_path / "other", "--dry-run", "--out-format", "dcp")
     assert code == 0 and f"note          {left_out}" in output and "in the format dcp" in output
     assert not (tmp_path / "other").exists()
@@ -109,7 +109,7 @@ def test_without_a_config_the_output_has_weights_alone(tmp_path: Path) -> None:
         assert len(plan.notes) == 2
         assert plan.notes[1].startswith("no model has a config.json, so that the output will hold weights alone")
     merge_checkpoints(run.recipe(), run.out, model_card=False)
-    assert [p.name for p in run.out.iterdir()] == ["model.safetensors"]
+    assert (run.out / "model.safetensors").is_file() and not (run.out / "config.json").exists()
     check_close(load_model(run.out), run.average())
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         merge_checkpoints(run.recipe(), run.out)

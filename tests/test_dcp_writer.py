@@ -54,7 +54,7 @@ def test_tensors_are_aligned_and_files_have_their_largest_size(tmp_path: Path) -
         for name in reversed(tensors):
             writer.write(name, tensors[name])
         writer.commit()
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {".metadata", *(s.filename for s in plan.shards)}
+    assert {p.name for p in (tmp_path / "out").glob("*.distcp")} == {s.filename for s in plan.shards}
     loaded = load_dcp(tmp_path / "out", tensors)
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     with DcpReader(tmp_path / "out") as reader:
