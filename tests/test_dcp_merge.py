@@ -276,6 +276,19 @@ def test_models_that_do_not_fit(tmp_path: Path) -> None:
     assert not run.out.exists() and not list(tmp_path.glob(".*"))
 
 
+def test_a_calibration_needs_a_tokenizer_that_experts_in_torch_folders_do_not_have(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
+    from resm_kernels.calibrate.errors import CalibrationError
+    from resm_kernels.calibrate.job import check_tokenizers
+
+    base = save_model(tmp_path / "base", random_weights(0))
+    expert = save_dcp(tmp_path / "expert", {"model": fine_tuned(random_weights(0), 1)})
+    keys = {"merge_method": "task_arithmetic", "base_model": str(base), "models": [{"model": str(expert)}]}
+    message = f"{base}: has no tokenizer that transformers can load"
+    with plan_merge(keys | {"parameters": {"weight": 1.0}}) as plan, pytest.raises(CalibrationError, match=message):
+        check_tokenizers(plan)
+
+
 def test_an_output_over_its_own_input_is_refused(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with pytest.raises(CheckpointError, match="is or contains the input"):

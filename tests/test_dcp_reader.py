@@ -272,9 +272,9 @@ def test_a_machine_of_another_byte_order(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_folder_of_such_folders_is_named(tmp_path: Path) -> None:
     inner = save_dcp(tmp_path / "checkpoint-10" / "pytorch_model_fsdp_0", {"model": {"a": W}})
-    with pytest.raises(CheckpointError, match=f"checkpoint-10: holds a torch DCP folder, {inner}; name that"):
+    with pytest.raises(CheckpointError, match=f"checkpoint-10: holds a torch DCP folder, {inner}; name that one"):
         CheckpointReader(inner.parent)
-    with pytest.raises(CheckpointError, match=f"{inner}: is a torch DCP folder"):
+    with pytest.raises(CheckpointError, match=f"{inner}: is a torch DCP folder, which merges alone read"):
         CheckpointReader(inner)
     (inner / ".metadata").rename(inner / "__0.metadata")
     with pytest.raises(CheckpointError, match=r"holds \*\.distcp but no \.metadata; the save was not completed"):

@@ -160,12 +160,13 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    saved = [path for path in (folder, *sorted(folder.iterdir())) if (path / ".metadata").is_file()]
-    if saved:
+    if (folder / ".metadata").is_file():
         return (
-            f"{folder}: {'is' if saved[0] == folder else 'holds'} a torch DCP folder, {saved[0]}; name that as a model "
-            "in a recipe, which is what reads such folders"
+            f"{folder}: is a torch DCP folder, which merges alone read; write it as safetensors first, by a recipe of "
+            "merge_method: passthrough"
         )
+    if saved := [path for path in sorted(folder.iterdir()) if (path / ".metadata").is_file()]:
+        return f"{folder}: holds a torch DCP folder, {saved[0]}; name that one as a model in a recipe"
     if list(folder.glob("*.distcp")):
         return (
             f"{folder}: holds *.distcp but no .metadata; the save was not completed, or each rank has metadata of its "
