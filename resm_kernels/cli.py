@@ -94,6 +94,9 @@ def merge(
     random_seed: Annotated[
         int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
     ] = MergeOptions.random_seed,
+    out_format: Annotated[
+        str, typer.Option(help="safetensors; or dcp, a folder for torch.distributed.checkpoint.load.")
+    ] = MergeOptions.out_format,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.
@@ -111,6 +114,8 @@ def merge(
         if dry_run:
             typer.echo(plan.describe())
             return
+        for note in () if quiet else plan.notes:
+            typer.echo(f"note: {note}", err=True)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:

@@ -35,6 +35,11 @@ class MergeKeywords(TypedDict, total=False):
     model_card: bool
     mixed_architectures: bool
     trust_remote_code: bool
+    out_format: str
+
+
+OUT_FORMATS: Final = ("safetensors", "dcp")
+"""The formats that a merge writes weights in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +54,7 @@ class MergeOptions:
         device_bytes: `device_memory` in bytes, or None.
 
     Raises:
-        ValueError: A size cannot be read, or there is less than one thread.
+        ValueError: A size cannot be read, there is less than one thread, or no such format.
     """
 
     max_shard_size: str | int = "5GB"
@@ -65,6 +70,7 @@ class MergeOptions:
     model_card: bool = True
     mixed_architectures: bool = False
     trust_remote_code: bool = False
+    out_format: str = "safetensors"
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)
@@ -78,6 +84,8 @@ class MergeOptions:
         object.__setattr__(self, "window_bytes", parse_size(self.memory_limit, "memory_limit"))
         check_threads(self.threads)
         check_seed("random_seed", self.random_seed)
+        if self.out_format not in OUT_FORMATS:
+            raise ValueError(f"out_format: got {self.out_format!r}, need {' or '.join(OUT_FORMATS)}")
 
 
 def check_threads(threads: int | None) -> None:

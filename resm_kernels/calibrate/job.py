@@ -60,7 +60,8 @@ def check_tokenizers(plan: MergePlan) -> None:
     Embeddings of one size say nothing about it, and a merge of weights alone does not need to know.
     """
     models = list({model.base_folder: model for model in (plan.reference, *plan.experts)}.values())
-    if not any(file for p in TOKENIZER_PATTERNS if "template" not in p for file in models[0].base_folder.glob(p)):
+    files = (file for p in TOKENIZER_PATTERNS if "template" not in p for file in models[0].base_folder.glob(p))
+    if len(models) > 1 and not any(files):
         models = models[1:]  # a base model without a tokenizer, which the output then has none of either
     first = load_tokenizer(models[0]).get_vocab()
     words = {number: word for word, number in first.items()}

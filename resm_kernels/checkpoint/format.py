@@ -40,8 +40,8 @@ class TensorInfo:
         name: The tensor's name in the checkpoint.
         dtype: The tensor's dtype.
         shape: The tensor's shape.
-        file: The safetensors file that holds the tensor.
-        offset: The position of the tensor's first byte in that file.
+        file: The safetensors file that holds the tensor; for a torch DCP folder, the folder.
+        offset: The position of the tensor's first byte in that file; in a torch DCP folder, 0 for a whole tensor.
         nbytes: The tensor's size in bytes.
     """
 

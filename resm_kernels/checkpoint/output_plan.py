@@ -6,11 +6,14 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
 from resm_kernels.checkpoint.format import build_header
 from resm_kernels.checkpoint.reader import SINGLE_FILE
+
+INDEX_FILE: Final = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,15 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes."""
+    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes.
+
+    `between` are bytes that the format has between and after the tensors, each with their position in the file.
+    """
 
     filename: str
     header: bytes
     size: int
+    between: tuple[tuple[int, bytes], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,17 +53,17 @@ class OutputPlan:
         """The size of all shards in bytes, with their headers."""
         return sum(s.size for s in self.shards)
 
-    def index(self) -> bytes | None:
-        """Return the content of the index file as transformers writes it; None if there is only one shard."""
+    def format_files(self) -> Mapping[str, bytes]:
+        """Return the files that the format has beside the shards: if there are several, the index of transformers."""
         if len(self.shards) == 1:
-            return None
+            return {}
         total = {
             "total_parameters": sum(math.prod(s.shape) for s in self.slots.values()),
             "total_size": sum(s.nbytes for s in self.slots.values()),
         }
         weight_map = {s.name: self.shards[s.shard].filename for s in self.slots.values()}
         text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True, ensure_ascii=False)
-        return (text + "\n").encode()
+        return {INDEX_FILE: (text + "\n").encode()}
 
 
 def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: int) -> OutputPlan:

@@ -49,6 +49,11 @@ class CheckpointReader:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
 
     @property
+    def files(self) -> list[Path]:
+        """All files that the tensors are read from, and that say where they are."""
+        return sorted({t.file for t in self.tensors.values()})
+
+    @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
@@ -59,10 +64,9 @@ class CheckpointReader:
 
     def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor of any dtype with `info.nbytes` bytes, with the tensor's bytes."""
-        view = byte_view(buffer)
-        if len(view) != info.nbytes:
-            raise ValueError(f"buffer: got {len(view)} bytes, need {info.nbytes} for {info.name!r}")
-        read_fully(self._descriptor(info.file), view, info.offset, info.file)
+        if buffer.nbytes != info.nbytes:
+            raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
+        self.read_bytes(info, 0, buffer)
 
     def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor, with the stored bytes of a tensor from byte `first` on."""
@@ -90,9 +94,8 @@ class CheckpointReader:
         if hasattr(os, "posix_fadvise"):
             for offset in offsets:
                 os.posix_fadvise(fd, offset, size, os.POSIX_FADV_WILLNEED)
-        view = byte_view(runs)
-        for i, offset in enumerate(offsets):
-            read_fully(fd, view[i * size : (i + 1) * size], offset, info.file)
+        for run, start in zip(runs, starts, strict=True):
+            self.read_bytes(info, start * info.dtype.itemsize, run)
         return runs
 
     def read(self, name: str) -> torch.Tensor:
@@ -179,6 +182,18 @@ def _no_weights_message(folder: Path) -> str:
         return (
             f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    if os.path.lexists(folder / ".metadata"):
+        return (
+            f"{folder}: is a torch DCP folder, which merges alone read; write it as safetensors first, by a recipe of "
+            "merge_method: passthrough"
+        )
+    if saved := [path for path in sorted(folder.iterdir()) if (path / ".metadata").is_file()]:
+        return f"{folder}: holds a torch DCP folder, {saved[0]}; name that one as a model in a recipe"
+    if list(folder.glob("*.distcp")):
+        return (
+            f"{folder}: holds *.distcp but no .metadata; the save was not completed, or each rank has metadata of its "
+            "own, which is not supported: save again with torch.distributed.checkpoint.save"
         )
     if os.path.lexists(folder / "adapter_config.json"):
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"

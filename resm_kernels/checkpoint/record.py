@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from resm_kernels._version import __version__
 from resm_kernels.checkpoint.format import CheckpointError
@@ -19,18 +19,28 @@ HASH: Final = "xxh3_128"
 _FORMAT: Final = 1
 
 
-def record_bytes(plan: OutputPlan, hashes: Mapping[str, str], facts: Mapping[str, Any]) -> bytes:
-    """Return the content of `resm_kernels.json`: format, version, `facts`, and dtype, shape and hash of each tensor."""
+class Record(NamedTuple):
+    """What a record says of its folder: the names of all other files but the shards, and of each tensor its entry.
+
+    An entry has the keys `dtype` and `shape`, as safetensors headers have them, and `xxh3_128`.
+    """
+
+    files: list[str]
+    tensors: dict[str, dict[str, Any]]
+
+
+def record_bytes(plan: OutputPlan, files: Iterable[str], hashes: Mapping[str, str], facts: Mapping[str, Any]) -> bytes:
+    """Return the content of `resm_kernels.json`: format, version, `facts`, and the entries of a `Record`."""
     tensors = {
         name: {"dtype": SAFETENSORS_NAMES[slot.dtype], "shape": list(slot.shape), HASH: hashes[name]}
         for name, slot in sorted(plan.slots.items())
     }
-    record = {"format": _FORMAT, "version": __version__, **facts, "tensors": tensors}
+    record = {"format": _FORMAT, "version": __version__, **facts, "files": sorted(files), "tensors": tensors}
     return (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def read_record(folder: Path) -> dict[str, dict[str, Any]] | None:
-    """Return dtype, shape and hash of each tensor in the record of a folder; None if it has none.
+def read_record(folder: Path) -> Record | None:
+    """Return the record of a folder; None if it has none.
 
     Raises:
         CheckpointError: The record is damaged.
@@ -40,8 +50,9 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]] | None:
         return None
     try:
         record = read_object(file, CheckpointError, limit=LIST_BYTES)
-        tensors = record["tensors"]
-        known = record["format"] == _FORMAT and all(
+        files, tensors = record["files"], record["tensors"]
+        known = record["format"] == _FORMAT and isinstance(files, list) and all(isinstance(f, str) for f in files)
+        known = known and all(
             isinstance(t["dtype"], str) and isinstance(t["shape"], list) and isinstance(t[HASH], str)
             for t in tensors.values()
         )
@@ -49,5 +60,4 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]] | None:
         known = False
     if not known:
         raise CheckpointError(f"{file}: is damaged, or of a later version")
-    result: dict[str, dict[str, Any]] = tensors
-    return result
+    return Record(files, tensors)

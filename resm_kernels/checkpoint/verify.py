@@ -14,13 +14,14 @@ import torch
 import xxhash
 
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
+from resm_kernels.checkpoint.dcp import DcpReader, is_dcp_folder
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning, TensorInfo, byte_view, format_bytes
 from resm_kernels.checkpoint.place import clear_leftovers, is_committed, recover, unfinished_folder
 from resm_kernels.checkpoint.reader import CheckpointReader
 from resm_kernels.checkpoint.record import HASH, RECORD_FILE, read_record
 from resm_kernels.checkpoint.writer import MergeFolder
 from resm_kernels.dtypes import FLOAT_DTYPES, SAFETENSORS_NAMES
-from resm_kernels.files import expanded, read_object
+from resm_kernels.files import check_regular, expanded, read_object
 
 _PIECE: Final = 2**24
 _ADAPTER: Final = ("adapter_config.json", "adapter_model.safetensors")
@@ -59,8 +60,9 @@ def verify_checkpoint(out: str | os.PathLike[str]) -> VerifyReport:
 
     These are checked: that `config.json` (or `adapter_config.json`) is a JSON object, that every shard is whole and has
     the tensors that the index names, that no floating-point tensor holds NaN or infinite values, and, where
-    `resm_kernels.json` lies in the folder, that names, dtypes, shapes and XXH3-128 hashes are those of the record. A
-    folder that other tools have written has no record; the report says so in `has_record`.
+    `resm_kernels.json` lies in the folder, that all files of the record are there, and that names, dtypes, shapes and
+    XXH3-128 hashes are those of the record. A folder that other tools have written has no record; the report says so in
+    `has_record`. Torch DCP folders are read too, and the configuration is missing in a model of weights alone.
 
     A run that was killed may have left something next to the folder: an older model that it was replacing comes back if
     there is no `out`, and what is of no use any more is deleted; warnings (`CheckpointWarning`) tell of both.
@@ -74,16 +76,24 @@ def verify_checkpoint(out: str | os.PathLike[str]) -> VerifyReport:
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; need the folder of a model or an adapter")
     is_adapter = (path / _ADAPTER[0]).is_file() and not (path / CONFIG_FILE).is_file()
-    config = path / (_ADAPTER[0] if is_adapter else CONFIG_FILE)
-    with _reported(report):
-        read_object(config, CheckpointError)
+    config = _ADAPTER[0] if is_adapter else CONFIG_FILE
     record = None
     with _reported(report):
         record = read_record(path)
         report.has_record = record is not None
-    with _reported(report), CheckpointReader(path, _ADAPTER[1] if is_adapter else None) as reader:
-        _check_tensors(reader, record, report)
+    for name in (config,) if record is None else record.files:
+        with _reported(report):
+            if name == config:
+                read_object(path / name, CheckpointError)
+            else:
+                check_regular(path / name, CheckpointError)
+    with _reported(report), _reader(path, is_adapter) as reader:
+        _check_tensors(reader, None if record is None else record.tensors, report)
     return report
+
+
+def _reader(path: Path, is_adapter: bool) -> CheckpointReader:
+    return DcpReader(path) if is_dcp_folder(path) else CheckpointReader(path, _ADAPTER[1] if is_adapter else None)
 
 
 def _check_tensors(

@@ -37,7 +37,6 @@ from resm_kernels.checkpoint.record import HASH, RECORD_FILE, read_record, recor
 from resm_kernels.checkpoint.tensor_writer import TensorWriter, stored_hash
 from resm_kernels.checkpoint.unfinished import UnfinishedFolder, read_manifest
 
-INDEX_FILE: Final = "model.safetensors.index.json"
 _LAYOUT: Final = "layout of tensors"
 _CONTENTS: Final = "content of other files"
 
@@ -113,11 +112,10 @@ class CheckpointWriter:
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.plan = out, plan
-        index = plan.index()
-        self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
+        self._files = {**files, **plan.format_files()}
         if job is not None:
             headers = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
-            contents = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+            contents = {name: hashlib.sha256(content).hexdigest() for name, content in self._files.items()}
             job = {**job, _LAYOUT: headers, _CONTENTS: contents}
         self._job = job
         self._restart, self._overwrite, self._marker, self._facts = restart, overwrite, marker, dict(facts or {})
@@ -218,8 +216,8 @@ class CheckpointWriter:
         manifest = read_manifest(self._unfinished.path / MANIFEST)
         if manifest is None or manifest[0] is None or manifest[0] != self._unfinished.job:
             return False
-        record = read_record(self.out) or {}
-        hashes = {name: entry[HASH] for name, entry in record.items()}
+        record = read_record(self.out)
+        hashes = {} if record is None else {name: entry[HASH] for name, entry in record.tensors.items()}
         return self._unchanged(self.out, hashes).keys() == self.plan.slots.keys()
 
     def _unchanged(self, folder: Path, hashes: Mapping[str, str]) -> dict[str, str]:
@@ -252,12 +250,13 @@ class CheckpointWriter:
                 if os.fstat(fd).st_size > shard.size:
                     os.ftruncate(fd, shard.size)
                 reserve(fd, shard.size)
-                write_fully(fd, memoryview(shard.header), 0)
+                for position, content in ((0, shard.header), *shard.between):
+                    write_fully(fd, memoryview(content), position)
             finally:
                 os.close(fd)
 
     def _write_files(self) -> None:
-        record = record_bytes(self.plan, self._hashes, self._facts)
+        record = record_bytes(self.plan, self._files, self._hashes, self._facts)
         folders = {self.folder}
         for name, content in {**self._files, RECORD_FILE: record}.items():
             target = self.folder / name

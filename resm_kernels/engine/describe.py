@@ -9,6 +9,7 @@ from resm_kernels.checkpoint.writer import free_bytes
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.device_memory import device_need
 from resm_kernels.engine.devices import Device
+from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Part, Setting, Slice
 
 if TYPE_CHECKING:
@@ -34,9 +35,12 @@ def describe_plan(plan: MergePlan) -> str:
         _memory_line(plan),
         *(_device_line(plan, device) for device in plan.devices),
     ]
+    lines += [f"note          {note}" for note in plan.notes]
     dtypes = sorted({dtype_name(job.dtype) for job in plan.jobs})
     n_files = len(plan.output.shards)
     size = f"{format_bytes(plan.output.nbytes)} in {n_files} file{'s' if n_files > 1 else ''}, {', '.join(dtypes)}"
+    if plan.options.out_format != MergeOptions.out_format:
+        size += f", in the format {plan.options.out_format}"
     if plan.out is None:
         return "\n".join([*lines, f"output        {size}"])
     free = free_bytes(plan.out)

@@ -48,7 +48,7 @@ def _input_files(plan: MergePlan) -> list[Path]:
     files = set(statistics_files(plan.statistics))
     patterns = (CONFIG_FILE, *(TOKENIZER_PATTERNS if plan.tokenizer is not None else ()))
     for model in plan.models.all():
-        files |= {info.file for info in model.reader.tensors.values()}
+        files |= set(model.reader.files)
         files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
         files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
     return sorted(file.resolve() for file in files)

@@ -17,6 +17,7 @@ from torch import Tensor
 from resm_kernels.checkpoint import CheckpointWriter
 from resm_kernels.checks import Check, NonFiniteError, check_values, collected_checks
 from resm_kernels.engine.cpu_executor import CpuExecutor
+from resm_kernels.engine.dcp import output_marker
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.job import merge_job, record_facts
@@ -114,6 +115,7 @@ def merge_checkpoints(
             (default: False).
         trust_remote_code: Run Python code from the models' folders to load their tokenizers, where vocabularies are
             merged (default: False).
+        out_format: "safetensors" (the default), or "dcp" for a folder that `torch.distributed.checkpoint.load` reads.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
@@ -139,6 +141,7 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         job=merge_job(plan),
         restart=plan.options.restart,
         overwrite=plan.options.overwrite,
+        marker=output_marker(plan.out, plan.models, plan.options),
         facts=record_facts(plan),
     )
     with thread_count(plan.options.threads), writing as writer:

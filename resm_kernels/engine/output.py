@@ -34,7 +34,10 @@ _LAYER_NUMBERS: Final = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indice
 
 
 def output_files(plan: MergePlan) -> Mapping[str, bytes]:
-    """Return the content of `MergePlan.auxiliary_files`; the config states the dtype of most merged weights."""
+    """Return the content of `MergePlan.auxiliary_files`; the config states the dtype of most merged weights.
+
+    If no model has a config, as may be for torch DCP folders, it is only the model card.
+    """
     recipe, models, tokenizer = plan.recipe, plan.models, plan.tokenizer
     sizes: Counter[torch.dtype] = Counter()
     for job in plan.jobs:
@@ -42,6 +45,11 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
             sizes[job.dtype] += job.output_bytes
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     folder = models.reference.base_folder
+    card: Mapping[str, bytes] = {}
+    if plan.options.model_card and plan.out is not None:
+        card = model_card_files(recipe, models, plan.out.name)
+    if not models.reference.has_config:
+        return card
     config = deepcopy(dict(models.reference.config))
     for module, origins in plan.layout.origins.items():
         _set_layers(config, module, origins, models)
@@ -56,9 +64,7 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
         generation = parse_object(files[_GENERATION], str(folder / _GENERATION), CheckpointError)
         _set_special(generation, tokenizer, tokenizer.known[folder])
         files[_GENERATION] = json_bytes(generation)
-    if plan.options.model_card and plan.out is not None:
-        files |= model_card_files(recipe, models, plan.out.name)
-    return files
+    return {**files, **card}
 
 
 def _chat_template(recipe: Recipe, models: OpenedModels) -> str | None:

@@ -13,12 +13,20 @@ from typing import Any, Final
 
 import torch
 
-from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, check_output_folder, plan_output
+from resm_kernels.checkpoint import (
+    CheckpointReader,
+    OutputPlan,
+    TensorInfo,
+    check_output_folder,
+    plan_dcp_output,
+    plan_output,
+)
 from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.blocks import divide
 from resm_kernels.engine.checks import check_configs, check_tied, check_weights
 from resm_kernels.engine.cuda_device import open_devices
+from resm_kernels.engine.dcp import check_config_source, dcp_notes, output_marker, output_paths
 from resm_kernels.engine.describe import describe_plan
 from resm_kernels.engine.devices import Device
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
@@ -142,6 +150,11 @@ class MergePlan:
         """Bytes of tensor data that the merge reads."""
         return sum(j.input_bytes for j in self.jobs)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of torch DCP folders among the models, in one sentence each."""
+        return dcp_notes(self.models)
+
     def describe(self) -> str:
         """Return what would be merged, in which memory, on which devices and into which files, one line for each."""
         return describe_plan(self)
@@ -192,7 +205,9 @@ def plan_merge(
     with contextlib.ExitStack() as on_error:
         models = open_models(recipe, on_error)
         check_configs(models.all(), mixed=options.mixed_architectures)
-        tied = check_tied(models.all())
+        is_dcp = options.out_format == "dcp"
+        # A training script that saves a tied head expects it when it loads.
+        tied = not is_dcp and check_tied(models.all())
         check_weights(models.all())
         statistics = open_statistics(recipe, models, on_error)
         layout = plan_layout(recipe, models, {OUTPUT_HEAD} if tied else set())
@@ -206,9 +221,17 @@ def plan_merge(
             pieces, window = jobs, Window.for_gpus(jobs, options.window_bytes)
         else:
             pieces, window = divide(jobs, options.window_bytes, planner.block_unit, planner.workspace)
+        check_config_source(recipe, models, layout, options)
+        weights = [(j.name, j.dtype, j.shape) for j in jobs]
+        output = plan_output(weights, options.shard_bytes)
+        if is_dcp:
+            output = plan_dcp_output(weights, options.shard_bytes, output_paths(models, layout))
         if out is not None:
             out = check_output_folder(
-                out, overwrite=options.overwrite, inputs=[*models.folders, *statistics_files(statistics)]
+                out,
+                overwrite=options.overwrite,
+                inputs=[*models.folders, *statistics_files(statistics)],
+                marker=output_marker(out, models, options),
             )
         plan = MergePlan(
             recipe=recipe,
@@ -220,7 +243,7 @@ def plan_merge(
             tokenizer=tokenizer,
             jobs=jobs,
             pieces=pieces,
-            output=plan_output(((j.name, j.dtype, j.shape) for j in jobs), options.shard_bytes),
+            output=output,
             devices=devices,
             window=window,
             tied=tied,

@@ -82,7 +82,7 @@ class AdapterReader(CheckpointReader):
 
     Args:
         folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: A reader of the model that the adapter belongs to. Only its list of tensors is used.
+        base: A reader of the model that the adapter belongs to; it is closed together with this one.
         base_config: The config.json of that model.
         double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
             noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
@@ -249,6 +249,27 @@ class AdapterReader(CheckpointReader):
             self._form_part(whole, info.offset // info.dtype.itemsize, out)
         else:
             self._form(whole, 0, whole.shape[0], out.view(whole.shape))
+
+    def read_bytes(self, info: TensorInfo, first: int, buffer: Tensor) -> None:
+        """Read stored bytes from the adapter's file, or let the base's reader read from the base's."""
+        if info.file == self.folder / WEIGHTS_FILE:
+            super().read_bytes(info, first, buffer)
+        else:
+            self.base.read_bytes(info, first, buffer)
+
+    def read_runs(self, info: TensorInfo, starts: Sequence[int], length: int) -> Tensor:
+        """Read runs of stored elements likewise."""
+        if info.file == self.folder / WEIGHTS_FILE:
+            return super().read_runs(info, starts, length)
+        return self.base.read_runs(info, starts, length)
+
+    @property
+    def files(self) -> list[Path]:
+        return [self.folder / CONFIG_FILE, self.folder / WEIGHTS_FILE, *self.base.files]
+
+    def close(self) -> None:
+        super().close()
+        self.base.close()
 
     def _form_part(self, info: TensorInfo, start: int, out: Tensor) -> None:
         """Form the elements of an adapted tensor from `start` on.

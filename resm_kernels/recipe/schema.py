@@ -147,6 +147,8 @@ class Recipe(BaseModel):
     tokenizer_source: _Model | None = None
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
+    config_source: _Model | None = None
+    state_dict_key: str | None = None
 
     _written: str | Mapping[str, Any] = PrivateAttr(default="")
 
