@@ -15,7 +15,7 @@ import torch
 
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
 from resm_kernels.checkpoint.format import CheckpointError
-from resm_kernels.checkpoint.writer import OutputPlan, Shard, Slot
+from resm_kernels.checkpoint.output_plan import OutputPlan, Shard, Slot
 
 _ALIGNMENT: Final = 64
 """Bytes that the position of every tensor's archive is a multiple of; within it, torch aligns the elements likewise."""
