@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +110,24 @@ def test_what_comes_into_being_meanwhile_is_kept(
     (out.unlink if kind in ("file", "link") else lambda: out.rename(tmp_path / "moved"))()
     write(out, 2.0)
     assert (out / "model.safetensors").read_bytes().endswith(torch.ones(4).numpy().tobytes())
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_comes_into_being_right_after_the_check_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+    check = check_output_folder
+
+    def slow(*arguments: Any, **options: Any) -> Path:
+        path = check(*arguments, **options)
+        folder_of(out, *MODEL, "the only copy")
+        return path
+
+    monkeypatch.setattr("resm_kernels.checkpoint.writer.check_output_folder", slow)
+    with pytest.raises(CheckpointError, match="came into being or changed"):
+        write(out, overwrite=overwrite)
+    assert (out / "the only copy").is_file()
 
 
 def test_a_file_that_is_put_into_the_model_to_be_replaced_is_kept(tmp_path: Path) -> None:

@@ -204,9 +204,10 @@ class CheckpointWriter:
                 return
             self._unfinished.clear()
         goes_on = self._job is not None
+        # Before the check: what comes into being after it was not checked, and is not to be replaced.
+        self._replaced = Occupant.of(self.out) if self._overwrite else None
         check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker, goes_on=goes_on)
         self._unfinished.open()
-        self._replaced = Occupant.of(self.out)
         if self._job is not None:
             self._hashes = self._unchanged(self.folder, self._unfinished.journal.read())
             self.finished = frozenset(self._hashes)
