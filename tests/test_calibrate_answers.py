@@ -217,7 +217,7 @@ def test_files_that_hold_no_answers_are_refused_and_kept(tmp_path: Path) -> None
         load_samples(file, "key")
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(CalibrationError, match="is no regular file"):
+        with pytest.raises(CalibrationError, match="need a regular file"):
             load_samples(path, "key")
     with pytest.raises(CalibrationError, match="cannot be written"):
         save_samples(file / "below", [], "key")

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import stat
+import os
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +29,7 @@ from resm_kernels.calibrate.prompts import Prompt, Sample, encode_prompts, read_
 from resm_kernels.checkpoint.durable import write_whole
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine.models import Model
+from resm_kernels.files import check_regular
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -212,16 +213,14 @@ def load_samples(path: Path, key: str) -> list[Sample] | None:
     from safetensors import SafetensorError, safe_open
 
     try:
-        # Opening a pipe would wait for a writer, so the kind of the file is looked up before.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CalibrationError(f"{path}: is no regular file; need a file of answers, or a name that is free")
+        if not os.path.lexists(path):
+            return None
+        check_regular(path, CalibrationError)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise CalibrationError(f"{path}: holds something else than answers; delete it or name another file")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no dictionary
-    except FileNotFoundError:
-        return None
     except SafetensorError as error:
         raise CalibrationError(
             f"{path}: is no file of answers, or is damaged ({error}); delete it or name another file"
@@ -232,9 +231,12 @@ def load_samples(path: Path, key: str) -> list[Sample] | None:
         raise CalibrationError(f"{path}: the answers are damaged: they have another digest than was written; delete it")
     if metadata.get("key") != key:
         return None
-    tokens, starts = tensors["tokens"].tolist(), tensors["answer_start"].tolist()
-    spans = pairwise(tensors["offsets"].tolist())
-    return [Sample(tuple(tokens[i:j]), start) for (i, j), start in zip(spans, starts, strict=True)]
+    try:
+        tokens, starts = tensors["tokens"].tolist(), tensors["answer_start"].tolist()
+        spans = pairwise(tensors["offsets"].tolist())
+        return [Sample(tuple(tokens[i:j]), start) for (i, j), start in zip(spans, starts, strict=True)]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CalibrationError(f"{path}: the answers are damaged ({error}); delete it or name another file") from None
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from resm_kernels._version import __version__
 from resm_kernels.calibrate.errors import CalibrationError
@@ -16,7 +16,10 @@ from resm_kernels.calibrate.fingerprint import model_fingerprint
 from resm_kernels.calibrate.models import load_tokenizer
 from resm_kernels.checkpoint.auxiliary import TOKENIZER_PATTERNS
 from resm_kernels.engine import MergePlan
+from resm_kernels.files import opened, read_up_to
 from resm_kernels.options import CalibrateOptions
+
+_PIECE: Final = 1 << 24
 
 
 def check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
@@ -85,8 +88,9 @@ def job_of(plan: MergePlan, files: Sequence[Path], options: CalibrateOptions) ->
     for i, model in enumerate(plan.models.all()):
         entries[f"model {i + 1} ({model.folder.name})"] = model_fingerprint(model)
     for t, file in enumerate(files):
-        try:
-            entries[f"file of prompts ({t + 1})"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        except OSError as error:
-            raise CalibrationError(f"{file}: cannot be read: {error.strerror}; need a file of prompts") from error
+        digest = hashlib.sha256()
+        with opened(file, CalibrationError, "need a file of prompts") as fd:
+            while piece := read_up_to(fd, _PIECE):
+                digest.update(piece)
+        entries[f"file of prompts ({t + 1})"] = digest.hexdigest()
     return entries | options.job()

@@ -74,7 +74,7 @@ def _check_modules(recipe: Recipe, reference: Model) -> None:
     for name in named:
         if name not in known:
             raise RecipeError(
-                f"modules.{name}: {reference.folder} has no such module{did_you_mean(name, known)}; "
+                f"{dotted(('modules', name))}: {reference.folder} has no such module{did_you_mean(name, known)}; "
                 f"it has {', '.join(known)}"
             )
     missing = [name for name in known if name not in named]
@@ -157,7 +157,8 @@ class _PartPlanner:
         folder = self._models.by_source[source].folder
         where = f"{dotted(source.location)}.layer_range"
         if len(stacks) != 1:
-            several = f"{len(stacks)} stacks of layers ({', '.join(stacks)}); list its modules apart, under modules"
+            shown = ", ".join(dotted((name,)) for name in list(stacks)[:3]) + (", …" if len(stacks) > 3 else "")
+            several = f"{len(stacks)} stacks of layers ({shown}); list its modules apart, under modules"
             raise RecipeError(f"{where}: {folder} has {several if stacks else 'no layers, need some'}")
         assert source.layers is not None
         if any(number not in layers for number in range(*source.layers)):

@@ -17,7 +17,8 @@ from resm_kernels.checkpoint import CheckpointReader, TensorInfo
 from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
 from resm_kernels.engine.tokenizer import OutputTokenizer
-from resm_kernels.recipe import Recipe, RecipeError, TokenSource, canonical_folder
+from resm_kernels.files import shortened
+from resm_kernels.recipe import Recipe, RecipeError, TokenSource, canonical_folder, dotted
 
 CHUNK: Final = 1 << 24
 """The most bytes of rows that are read at once."""
@@ -92,12 +93,12 @@ class Vocabulary:
         self, source: TokenSource, token: str, tensor: OutputTensor, tensors: ModelTensors
     ) -> tuple[RowSource, ...]:
         """Return the row that the recipe names for a token; none for zeros."""
-        where = f"tokenizer.tokens.{token}.source"
+        where = dotted(("tokenizer", "tokens", token, "source"))
         if source.model is None:
             return ()
         model = self._models_by_path.get(canonical_folder(source.model))
         if model is None:
-            raise RecipeError(f"{where}: got {source.model!r}, need one of the recipe's models")
+            raise RecipeError(f"{where}: got {shortened(source.model)}, need one of the recipe's models")
         info = model.reader.tensors.get(tensor.inputs[0])
         if info is None:
             raise RecipeError(f"{where}: {model.folder} has no tensor {tensor.inputs[0]!r}; name another model")
@@ -105,10 +106,10 @@ class Vocabulary:
         if row is None:
             row = self.tokenizer.known[model.base_folder].get(source.token or token)
         if row is None:
-            raise RecipeError(f"{where}: {model.folder} has no token {source.token or token!r}; name another")
-        if row >= info.shape[0]:
+            raise RecipeError(f"{where}: {model.folder} has no token {shortened(source.token or token)}; name another")
+        if row >= (info.shape or (0,))[0]:
             raise RecipeError(
-                f"{where}: got token_id {row}, but {model.folder} has {info.shape[0]} rows; need a lower one"
+                f"{where}: got token_id {row}, but {model.folder} has {(info.shape or (0,))[0]} rows; need a lower one"
             )
         return ((tensors.number(model.reader, info), row),)
 
@@ -122,6 +123,8 @@ class Vocabulary:
     ) -> tuple[CheckpointReader, TensorInfo]:
         """Return the aligned tensor of model `i`, or its tensor as it is if no row has to be changed."""
         reader, info = tensors.tensors[i]
+        if not info.numel:
+            raise MergeError(f"{reader.folder}: tensor {info.name!r} has the shape {info.shape}, need rows of tokens")
         if not forced and info.shape[0] == len(model_rows) and model_rows == list(range(len(model_rows))):
             return reader, info
         foreign = {row: sources for row, sources in defaults.items() if row in forced or model_rows[row] < 0}

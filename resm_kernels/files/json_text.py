@@ -44,7 +44,7 @@ def parse_json(content: bytes | str, where: str, raising: type[ValueError], *, s
         content: JSON in UTF-8, with or without a byte-order mark, or as text.
         where: What the error begins with, such as the name of the file.
         raising: The kind of the error.
-        strict: Refuse `NaN` and `Infinity`, which are not JSON, but Python writes them and some configurations have them.
+        strict: Refuse `NaN` and `Infinity`, which are no JSON. Python writes them, and some configurations have them.
 
     Raises:
         raising: The content is not JSON; an object has a key twice; it is nested more than 64 levels deep, has more

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from resm_kernels.files import shortened
 from resm_kernels.methods._parameter import REQUIRED, Parameter
 from resm_kernels.suggestions import did_you_mean
 
@@ -74,7 +75,8 @@ class Method:
                 return parameter
         known = tuple(p.name for p in self.parameters)
         raise ValueError(
-            f"{self.name} has no parameter {name!r}{did_you_mean(name, known)}; it has {', '.join(known) or 'none'}"
+            f"{self.name} has no parameter {shortened(name)}{did_you_mean(name, known)}; it has "
+            f"{', '.join(known) or 'none'}"
         )
 
     def resolve(self, n_experts: int, arguments: dict[str, Any], name: str = "") -> dict[str, Any]:

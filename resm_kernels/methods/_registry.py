@@ -10,6 +10,7 @@ from typing import Any, Final, TypeVar
 
 from torch import Tensor
 
+from resm_kernels.files import shortened
 from resm_kernels.methods._method import BlockRule, Method, StatisticsKind, StatisticsModel
 from resm_kernels.methods._signature import read_signature
 from resm_kernels.suggestions import did_you_mean
@@ -145,7 +146,9 @@ def get(name: str) -> Method:
         _load_entry_points(name)
     if name not in _methods:
         known = names()
-        raise ValueError(f"unknown merge method {name!r}{did_you_mean(name, known)}; known: {', '.join(known)}")
+        raise ValueError(
+            f"unknown merge method {shortened(name)}{did_you_mean(name, known)}; known: {', '.join(known)}"
+        )
     return _methods[name]
 
 

@@ -45,7 +45,9 @@ def _parse_model(data: Any) -> Any:
     known = ("model", "lora")
     for key in data:
         if key not in known:
-            raise ValueError(f"unknown key {key!r}{did_you_mean(key, known)}; need {', '.join(known)}, or a name")
+            raise ValueError(
+                f"unknown key {shortened(key)}{did_you_mean(key, known)}; need {', '.join(known)}, or a name"
+            )
     return _parse_file("+".join(_parse_path(key, data[key]) for key in known if data.get(key) is not None))
 
 
@@ -259,7 +261,8 @@ class Recipe(BaseModel):
             )
         base = next((s for s in sources if s.is_model(base_model)), None)
         if base is None:
-            message = f"the base model {base_model!r} is not among them; list it with the layer_range to compare with"
+            shown = shortened(base_model)
+            message = f"the base model {shown} is not among them; list it with the layer_range to compare with"
             raise LocatedError((*location, "sources"), message)
         return base
 
@@ -310,7 +313,7 @@ class Recipe(BaseModel):
             raise LocatedError(key, "got 'base', but the recipe has no base_model; name a model")
         names = (AUTO, *CHAT_TEMPLATES)
         if self.chat_template is not None and self.chat_template not in names and "{" not in self.chat_template:
-            message = f"got {self.chat_template!r}, need a Jinja template or one of {', '.join(names)}"
+            message = f"got {shortened(self.chat_template)}, need a Jinja template or one of {', '.join(names)}"
             raise LocatedError(("chat_template",), message + did_you_mean(self.chat_template, names))
 
     def _common_parameters(self) -> Iterator[tuple[Location, Mapping[str, Setting]]]:
