@@ -17,6 +17,17 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from resm_kernels.arguments import (
+    AddressOption,
+    EngineOption,
+    MachineOption,
+    MemoryOption,
+    QuietOption,
+    RecipeArgument,
+    RestartOption,
+    ThreadsOption,
+    WorkersOption,
+)
 from resm_kernels.flags import repeated, translate
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
@@ -50,18 +61,6 @@ def _common(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show an error's Python traceback.")] = False,
 ) -> None:
     _options["traceback"] = traceback
-
-
-RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
-MemoryOption = Annotated[
-    str,
-    typer.Option(
-        "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
-    ),
-]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")]
-ThreadsOption = Annotated[int | None, typer.Option("--threads", min=1, help="Threads to compute with.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
 
 @app.command(epilog="mergekit-yaml's options are understood too (docs/recipes.md).")
@@ -106,6 +105,10 @@ def merge(
     random_seed: Annotated[
         int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
     ] = MergeOptions.random_seed,
+    engine: EngineOption = MergeOptions.engine,
+    address: AddressOption = MergeOptions.address,
+    workers: WorkersOption = MergeOptions.workers,
+    machine: MachineOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.
@@ -115,13 +118,15 @@ def merge(
     with _loading():
         from rich.console import Console
 
-        from resm_kernels.engine import carry_out, plan_merge
+        from resm_kernels.engine import carry_out, chosen_machine, plan_merge
         from resm_kernels.report import closing_line, progress_display
 
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
+    if machine is not None and not dry_run:
+        raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
     with plan_merge(recipe, out, options) as plan:
         if dry_run:
-            typer.echo(plan.describe())
+            typer.echo(plan.describe(chosen_machine(machine, out, options.threads)))
             return
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)

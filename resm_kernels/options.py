@@ -29,6 +29,13 @@ class MergeKeywords(TypedDict, total=False):
     model_card: bool
     mixed_architectures: bool
     trust_remote_code: bool
+    engine: str
+    address: str | None
+    workers: int | None
+
+
+ENGINES: Final = ("local", "ray")
+"""Who merges: this process, or workers on the machines of a Ray cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,7 @@ class MergeOptions:
         device_bytes: `device_memory` in bytes, or None.
 
     Raises:
-        ValueError: A size cannot be read, or there is less than one thread.
+        ValueError: A size cannot be read, a number is below 1, or an engine does not exist or does not have an option.
     """
 
     max_shard_size: str | int = "5GB"
@@ -58,6 +65,9 @@ class MergeOptions:
     model_card: bool = True
     mixed_architectures: bool = False
     trust_remote_code: bool = False
+    engine: str = "local"
+    address: str | None = None
+    workers: int | None = None
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)
@@ -69,8 +79,19 @@ class MergeOptions:
         object.__setattr__(self, "device_bytes", device_bytes)
         object.__setattr__(self, "shard_bytes", parse_size(self.max_shard_size, "max_shard_size"))
         object.__setattr__(self, "window_bytes", parse_size(self.memory_limit, "memory_limit"))
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads: got {self.threads}, need at least 1")
+        for name in ("threads", "workers"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, need at least 1")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: got {self.engine!r}, need {' or '.join(ENGINES)}")
+        for name in ("address", "workers"):
+            if self.engine != "ray" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: got {getattr(self, name)!r} with engine: {self.engine}, need engine: ray")
+        if self.engine == "ray" and str(self.device) not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device: got '{self.device}', need cpu or cuda with engine: ray, where each worker has one GPU"
+            )
 
 
 class CalibrateKeywords(TypedDict, total=False):

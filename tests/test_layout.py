@@ -37,10 +37,10 @@ LAYERS = [
     {"engine"},
     {"calibrate"},
     {"report", "plot"},
-    {"flags"},
+    {"flags", "arguments"},
     {"cli", "__main__"},
 ]
-HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn")
+HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")
 
 
 @pytest.mark.parametrize("op", OPS)

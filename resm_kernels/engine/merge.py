@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +109,12 @@ def merge_checkpoints(
             (default: False).
         trust_remote_code: Run Python code from the models' folders to load their tokenizers, where vocabularies are
             merged (default: False).
+        engine: "local" (the default) merges in this process; "ray" merges with the workers of a Ray cluster, with the
+            same result (see docs/ray.md). Memory limit and threads are then each worker's, and `device` is "cpu" or
+            "cuda".
+        address: The address of a running Ray cluster, with engine "ray"; None, the default, starts one on this
+            machine and ends it after the merge.
+        workers: Ray workers on each machine, with engine "ray"; None, the default, takes one, or one for each GPU.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
@@ -136,17 +142,15 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         overwrite=plan.options.overwrite,
         facts=record_facts(plan),
     )
-    with thread_count(plan.options.threads), writing as writer:
+    with writing as writer:
         jobs = tuple(job for job in plan.jobs if job.name not in writer.finished)
-        pipeline = Pipeline(
-            jobs=jobs,
-            window=plan.window,
-            executor=_executor(plan),
-            write=lambda job, result: writer.write(job.name, result),
-            progress=progress,
-        )
         try:
-            timings = pipeline.run()
+            if plan.options.engine == "ray":
+                from resm_kernels.engine.ray_engine import merge_on_ray  # ray_worker imports this module
+
+                timings = merge_on_ray(plan, jobs, writer, progress)
+            else:
+                timings = run_jobs(plan, jobs, writer.write, progress)
         except MergeError:
             # The same models would meet it again, and others need a merge of their own.
             writer.discard()
@@ -166,6 +170,20 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         memory_bound=plan.window.bound,
         **vars(timings),
     )
+
+
+def run_jobs(
+    plan: MergePlan, jobs: Sequence[TensorJob], write: Callable[[str, Tensor], object], progress: Progress | None = None
+) -> Timings:
+    """Do these jobs of a plan in this process; `write(name, result)` is called in the order of the jobs."""
+    with thread_count(plan.options.threads):
+        return Pipeline(
+            jobs=jobs,
+            window=plan.window,
+            executor=_executor(plan),
+            write=lambda job, result: write(job.name, result),
+            progress=progress,
+        ).run()
 
 
 def _executor(plan: MergePlan) -> Executor[TensorJob]:

@@ -1,0 +1,298 @@
+"""`--engine ray`: the same files as in one process, whatever dies; and clear errors of machines that cannot take part.
+
+Where ray is absent, the tests of whole merges are skipped; everything that needs no cluster is tested without it.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import Family, load_model, save_model
+from torch import Tensor
+
+from resm_kernels.engine import MergeError, MergeOptions, merge_checkpoints, plan_merge
+from resm_kernels.engine.batches import BATCHES_PER_WORKER, make_batches
+from resm_kernels.engine.ray_engine import ATTEMPTS, Place, find_places
+from resm_kernels.engine.ray_worker import ClusterError, MergeWorker, Order, environment, fingerprint
+from resm_kernels.methods import merge_method, registered
+
+SHARDS = "20kB"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """File name → content of a whole output folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def merged_here(family: Family, recipe: Any, **options: Any) -> dict[str, bytes]:
+    """The files of the same merge in one process."""
+    merge_checkpoints(recipe, family.root / "local" / "out", max_shard_size=SHARDS, **options)
+    return contents(family.root / "local" / "out")
+
+
+# ---------------------------------------------------------------------------------------------- without a cluster
+
+
+def test_options_of_the_engine_are_checked() -> None:
+    for options, message in (
+        ({"engine": "spark"}, "engine: got 'spark', need local or ray"),
+        ({"workers": 2}, "workers: got 2 with engine: local, need engine: ray"),
+        ({"address": "host:1"}, "address: got 'host:1' with engine: local, need engine: ray"),
+        ({"engine": "ray", "workers": 0}, "workers: got 0, need at least 1"),
+        ({"engine": "ray", "device": "cuda:1"}, "device: got 'cuda:1', need cpu or cuda with engine: ray"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MergeOptions(**options)
+
+
+def test_without_ray_the_error_says_how_to_get_it(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ClusterError, match=r"engine: ray is not installed; need pip install 'resm-kernels\[ray\]'"):
+        merge_checkpoints(family.recipe(), family.out, engine="ray")
+    assert not family.out.exists()
+
+
+def test_batches_hold_every_tensor_once_and_are_even(family: Family) -> None:
+    with plan_merge(family.recipe()) as plan:
+        for workers in (1, 2, 5):
+            batches = make_batches(plan.jobs, lambda job: float(job.nbytes), workers)
+            assert sorted(name for b in batches for name in b.names) == sorted(job.name for job in plan.jobs)
+            assert sum(b.nbytes for b in batches) == sum(job.nbytes for job in plan.jobs)
+            seconds = [b.seconds for b in batches]
+            assert seconds == sorted(seconds, reverse=True)
+            share = sum(seconds) / (workers * BATCHES_PER_WORKER)
+            assert all(b.seconds <= share or len(b.names) == 1 for b in batches)
+            order = {job.name: i for i, job in enumerate(plan.jobs)}
+            assert all(list(b.names) == sorted(b.names, key=order.__getitem__) for b in batches)
+
+
+def node(**changes: Any) -> dict[str, Any]:
+    return {"NodeID": "n1", "Alive": True, "NodeManagerHostname": "a", "Resources": {"CPU": 8.0, "GPU": 2.0}} | changes
+
+
+def test_places_are_one_for_each_machine_or_gpu() -> None:
+    def places(*nodes: dict[str, Any], **options: Any) -> list[Place]:
+        return find_places(nodes, MergeOptions(engine="ray", **options))
+
+    small = node(NodeID="n2", NodeManagerHostname="b", Resources={"CPU": 2.0})
+    assert places(node(), small) == [Place("n1", "a", 8, 0), Place("n2", "b", 2, 0)]
+    assert places(node(), small, workers=2) == [Place("n1", "a", 4, 0)] * 2 + [Place("n2", "b", 1, 0)] * 2
+    assert places(node(), small, workers=2, threads=1) == [Place("n1", "a", 1, 0)] * 2 + [Place("n2", "b", 1, 0)] * 2
+    assert places(node(), small, device="cuda") == [Place("n1", "a", 4, 1)] * 2
+    assert places(node(Alive=False), small) == [Place("n2", "b", 2, 0)]
+    with pytest.raises(ClusterError, match="machine b: has 2 CPUs for Ray, but 2 workers of 4 threads need 8"):
+        places(node(), small, workers=2, threads=4)
+    with pytest.raises(ClusterError, match="machine a: has 2 GPUs for Ray, need one for each of 3 workers"):
+        places(node(), device="cuda", workers=3)
+    with pytest.raises(ClusterError, match="no machine with a GPU"):
+        places(small, device="cuda")
+
+
+@pytest.fixture
+def order(family: Family) -> Order:
+    """What a worker would get of a driver that has made the unfinished folder."""
+    proof = family.root / ".out.unfinished" / "proof"
+    folder = proof.with_name("model")
+    folder.mkdir(parents=True)
+    proof.write_text("right")
+    with plan_merge(family.recipe()) as plan:
+        for shard in plan.output.shards:
+            (folder / shard.filename).write_bytes(bytes(shard.size))
+        return Order(
+            recipe=plan.recipe,
+            method=plan.method,
+            options=MergeOptions(),
+            directory=Path.cwd(),
+            folder=folder,
+            proof=(proof, "right"),
+            environment=environment(),
+            fingerprint=fingerprint(plan),
+        )
+
+
+def lose_folder(family: Family, order: Order) -> Order:
+    shutil.rmtree(order.folder.parent)
+    return order
+
+
+def cut_shard(family: Family, order: Order) -> Order:
+    os.truncate(order.folder / "model.safetensors", 100)
+    return order
+
+
+def lose_model(family: Family, order: Order) -> Order:
+    shutil.rmtree(family.folders[1])
+    return order
+
+
+def change_model(family: Family, order: Order) -> Order:
+    names = list(family.experts[1])
+    save_model(family.folders[1], {name: family.experts[1][name] for name in reversed(names)}, shards=[names])
+    (family.folders[1] / "model.safetensors").unlink()
+    return order
+
+
+def change_header(family: Family, order: Order) -> Order:
+    save_model(family.folders[1], {name: tensor.float() for name, tensor in family.experts[1].items()})
+    return order
+
+
+MACHINES: dict[str, tuple[Callable[[Family, Order], Order], list[str]]] = {
+    "no folder": (lose_folder, [".out.unfinished: cannot be read here (No such file", "file system that all machines"]),
+    "other folder": (
+        lambda f, order: replace(order, proof=(order.proof[0], "wrong")),
+        [".out.unfinished: is another folder here", "file system that all machines share"],
+    ),
+    "other shards": (cut_shard, ["model/model.safetensors: has 100 bytes here, need 6"]),
+    "no model": (lose_model, ["expert1", "no folder here"]),
+    "other files": (change_model, ["expert1/model", "is another one here; need the same input"]),
+    "other dtypes": (change_header, ["expert1/model.safetensors: is another one here; need the same input"]),
+    "other version": (
+        lambda f, order: replace(order, environment=order.environment | {"torch": "1.0"}),
+        ["torch: is ", " here and 1.0 there; need the same software"],
+    ),
+    "other seed": (
+        lambda f, order: replace(order, options=replace(order.options, random_seed=7)),
+        ["the plan of the recipe: is another one here; need the same input"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MACHINES)
+def test_a_machine_that_sees_other_files_is_refused_by_name(family: Family, order: Order, case: str) -> None:
+    change, parts = MACHINES[case]
+    with pytest.raises(ClusterError) as caught:
+        MergeWorker().open(change(family, order))
+    for part in (f"machine {os.uname().nodename}, in {Path.cwd()}: ", *parts):
+        assert part in str(caught.value)
+
+
+def test_a_copy_of_a_model_elsewhere_is_the_same_input(family: Family, order: Order) -> None:
+    copied = family.folders[1].with_name("copy")
+    shutil.copytree(family.folders[1], copied)
+    shutil.rmtree(family.folders[1])
+    copied.rename(family.folders[1])
+    assert MergeWorker().open(order) == os.uname().nodename
+
+
+# ------------------------------------------------------------------------------------------------- with a cluster
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A local cluster of two CPUs, to which this process is connected: merges use it."""
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("method", "keys", "options"),
+    [
+        ("resm", {}, {}),
+        ("dare_ties", {"parameters": {"density": 0.5}, "out_dtype": "float32"}, {"random_seed": 5}),
+    ],
+)
+def test_two_workers_write_the_same_files(
+    cluster: Any, family: Family, method: str, keys: dict[str, Any], options: dict[str, Any]
+) -> None:
+    expected = merged_here(family, family.recipe(method, **keys), **options)
+    calls: list[tuple[int, int]] = []
+    report = merge_checkpoints(
+        family.recipe(method, **keys),
+        family.out,
+        max_shard_size=SHARDS,
+        engine="ray",
+        workers=2,
+        threads=1,
+        progress=lambda done, total: calls.append((done, total)),
+        **options,
+    )
+    assert contents(family.out) == expected
+    assert len(calls) > 8 and calls == sorted(calls) and calls[-1] == (report.bytes_read + sum_of(family.out),) * 2
+    assert 0 < report.memory_peak <= report.memory_bound
+
+
+def sum_of(folder: Path) -> int:
+    """Bytes of the tensors in a folder."""
+    from resm_kernels.checkpoint import CheckpointReader
+
+    with CheckpointReader(folder) as reader:
+        return reader.nbytes
+
+
+@pytest.fixture
+def methods(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Methods that a test registers are gone after it."""
+    monkeypatch.setattr("resm_kernels.methods._registry._methods", {m.name: m for m in registered()})
+
+
+def register_dying(name: str, log: Path, deaths: int) -> None:
+    """Register a method that averages; its process dies by SIGKILL in `deaths` calls, from the fifteenth on.
+
+    Every call writes a line into `log`.
+    """
+
+    def average(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
+        with open(log, "a") as stream:
+            stream.write("x\n")
+        calls = len(log.read_text().splitlines())
+        if 15 <= calls < 15 + deaths:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.stack([e.float() for e in experts]).mean(0).to(out_dtype or base.dtype)
+
+    merge_method(name=name, title="Average", reference="https://example.org")(average)
+
+
+def test_a_worker_that_dies_in_mid_merge_changes_nothing(
+    cluster: Any, family: Family, methods: None, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    register_dying("dying", log, deaths=2)
+    log.write_text("x\n" * 100)
+    expected = merged_here(family, family.recipe("dying"))
+    log.unlink()
+    merge_checkpoints(family.recipe("dying"), family.out, max_shard_size=SHARDS, engine="ray", workers=2, threads=1)
+    assert contents(family.out) == expected
+    assert len(log.read_text().splitlines()) > len(family.base)  # the batches of the dead were done again
+
+
+def test_workers_that_die_again_and_again_end_the_merge(
+    cluster: Any, family: Family, methods: None, tmp_path: Path
+) -> None:
+    register_dying("deadly", tmp_path / "calls", deaths=1000)
+    with pytest.raises(ClusterError, match=f"{ATTEMPTS} workers died while they merged it, the last one on machine "):
+        merge_checkpoints(family.recipe("deadly"), family.out, engine="ray", workers=1, threads=1)
+    assert not family.out.exists()
+    register_dying("deadly", tmp_path / "calls", deaths=0)
+    report = merge_checkpoints(family.recipe("deadly"), family.out)  # what was done is kept, for any engine
+    assert report.tensors_resumed >= 10
+    assert load_model(family.out).keys() == family.base.keys()
+
+
+def test_an_error_of_the_input_is_raised_as_in_one_process_and_not_tried_again(
+    cluster: Any, family: Family, methods: None, tmp_path: Path
+) -> None:
+    family.change(1, model__norm__weight=torch.full((32,), torch.nan))
+    errors = []
+    for options in ({}, {"engine": "ray", "workers": 1, "threads": 1}):
+        with pytest.raises(MergeError) as caught:
+            merge_checkpoints(family.recipe("ties"), family.out, **options)
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1] and "expert1: tensor 'model.norm.weight' holds 32 NaN" in errors[0]
+    assert not family.out.exists()
+
+
+def test_an_address_is_refused_where_the_program_is_connected(cluster: Any, family: Family) -> None:
+    with pytest.raises(ClusterError, match=r"address: got '127\.0\.0\.1:1', but this program is connected"):
+        merge_checkpoints(family.recipe(), family.out, engine="ray", address="127.0.0.1:1")
