@@ -1,8 +1,8 @@
 """Merges fine-tuned models by RESM and other methods: tensors, state dictionaries and whole checkpoints.
 
 `merge` and `merge_state_dicts` work in memory. `merge_checkpoints` reads a recipe and writes a folder, and
-`calibrate_checkpoint` does so with prompts. `ops` has the kernels, `linalg` the decompositions (`truncated_svd`, and
-`svd_lowrank` as a replacement for torch's).
+`calibrate_checkpoint` does so with prompts; `verify_checkpoint` checks such a folder. `ops` has the kernels, `linalg`
+the decompositions (`truncated_svd`, and `svd_lowrank` as a replacement for torch's).
 
 Each name is loaded when it is first used, so that the command line can answer without torch, and merging tensors does
 not need the libraries that read recipes. `torch.ops.resm_kernels` exists as soon as `resm_kernels.ops` is imported.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from resm_kernels._backends import backends
     from resm_kernels._merge import merge, merge_state_dicts
     from resm_kernels.calibrate import calibrate_checkpoint
+    from resm_kernels.checkpoint import verify_checkpoint
     from resm_kernels.checks import NonFiniteError
     from resm_kernels.engine import merge_checkpoints
     from resm_kernels.linalg.truncated_svd import svd_lowrank, truncated_svd
@@ -34,6 +35,7 @@ _HOMES: Final = {
     "merge_state_dicts": "_merge",
     "svd_lowrank": "linalg",
     "truncated_svd": "linalg",
+    "verify_checkpoint": "checkpoint",
 }
 """The module that each name is loaded from."""
 
@@ -65,4 +67,5 @@ __all__ = [
     "ops",
     "svd_lowrank",
     "truncated_svd",
+    "verify_checkpoint",
 ]

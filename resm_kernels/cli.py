@@ -1,4 +1,4 @@
-"""The command `resm-kernels`: merge, calibrate, statistics, stats, info, extract-lora.
+"""The command `resm-kernels`: merge, calibrate, statistics, stats, verify, info, extract-lora.
 
 Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
 torch.
@@ -7,13 +7,9 @@ Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrup
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -28,6 +24,7 @@ from resm_kernels.arguments import (
     ThreadsOption,
     WorkersOption,
 )
+from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
 from resm_kernels.flags import repeated, translate
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
@@ -39,21 +36,6 @@ app = typer.Typer(
     help="Merge fine-tuned language models with RESM and other methods.",
 )
 _options = {"traceback": False}
-
-
-@contextlib.contextmanager
-def _loading() -> Iterator[None]:
-    """Import within this context: the garbage collector then ignores the half a million objects that imports make.
-
-    They live as long as the process. The collector would visit them several times while their number grows, and again
-    at the end of the process (measured: 0.8 s of the 2.2 s that importing and exiting take).
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 @app.callback()
@@ -115,7 +97,7 @@ def merge(
 
     If it is interrupted or killed, the same command goes on from there; the tensors so far are next to OUT.
     """
-    with _loading():
+    with loading():
         from rich.console import Console
 
         from resm_kernels.engine import carry_out, chosen_machine, plan_merge
@@ -124,7 +106,7 @@ def merge(
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     if machine is not None and not dry_run:
         raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
-    with plan_merge(recipe, out, options) as plan:
+    with cut_off_named("nothing was written"), plan_merge(recipe, out, options) as plan:
         if dry_run:
             typer.echo(plan.describe(chosen_machine(machine, out, options.threads)))
             return
@@ -216,18 +198,16 @@ def calibrate(
 
     If it is interrupted or fails, the same command goes on from there; the work so far is in .OUT.calibration.
     """
-    with _loading():
+    with loading():
         from rich.console import Console
 
         from resm_kernels.calibrate import calibrate_checkpoint
         from resm_kernels.report import phase_display
 
     options: CalibrateKeywords = {n: context.params[n] for n in CalibrateKeywords.__annotations__}  # type: ignore[assignment]
-    try:
-        with phase_display(Console(stderr=True), quiet=quiet) as progress:
-            report = calibrate_checkpoint(recipe, out, prompts, progress=progress, **options)
-    except KeyboardInterrupt:
-        _fail("interrupted; the same command goes on from there", 130)
+    resumable = cut_off_named("the same command goes on from there")
+    with resumable, phase_display(Console(stderr=True), quiet=quiet) as progress:
+        report = calibrate_checkpoint(recipe, out, prompts, progress=progress, **options)
     if not quiet:
         typer.echo(report.summary())
 
@@ -251,7 +231,7 @@ def stats(
 
     With --spectra, also how the task vectors' singular values decay and how far the experts' subspaces overlap.
     """
-    with _loading():
+    with loading():
         from rich.console import Console
 
         from resm_kernels.engine import checkpoint_stats
@@ -304,7 +284,7 @@ def statistics(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers, and write it to OUT."""
-    with _loading():
+    with loading():
         import torch
 
         from resm_kernels.calibrate.statistics import compute_statistics
@@ -331,9 +311,30 @@ def statistics(
 
 
 @app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of a model or an adapter.", show_default=False)],
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print findings alone.")] = False,
+) -> None:
+    """Check a model folder: index, headers, hashes and shapes of the record, no NaN or infinite values, config.json.
+
+    What a killed run left next to OUT is put right first. The exit code is 1 if there are findings, a line for each.
+    """
+    with loading():
+        from resm_kernels.checkpoint import verify_checkpoint
+
+    report = verify_checkpoint(out)
+    for finding in report.findings:
+        typer.echo(finding)
+    if not quiet:
+        typer.echo(report.summary())
+    if report.findings:
+        raise typer.Exit(1)
+
+
+@app.command()
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False) -> None:
     """Show version, kernels, CPU features, threads and GPUs, for bug reports and to see which kernels run."""
-    with _loading():
+    with loading():
         import platform
 
         import torch
@@ -371,7 +372,7 @@ def extract_lora(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
 ) -> None:
     """Write what FINETUNED changed in BASE as a PEFT (LoRA) adapter, and print the error of every layer."""
-    with _loading():
+    with loading():
         import torch
 
         from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
@@ -401,26 +402,17 @@ def extract_lora(
         typer.echo(str(report))
 
 
-def _terminate(signum: int, _: Any) -> None:
-    # An exception lets the unfinished output folder be removed; by default the process would end at once.
-    raise SystemExit(128 + signum)
-
-
 def main() -> None:
     """Run the command line, and turn an exception into one line on stderr and an exit code."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    set_up_process()
     try:
         app(_translated(sys.argv[1:]))
     except KeyboardInterrupt:
-        _fail("interrupted; nothing was written", 130)
+        fail("interrupted; nothing was written", INTERRUPTED)
     except Exception as error:
         if _options["traceback"]:
             raise
-        expected = isinstance(error, (ValueError, OSError))
-        kind = "" if expected else f"{type(error).__name__}: "
-        hint = "" if expected else " (--traceback before the command shows where)"
-        _fail(f"{kind}{error}{hint}", 1)
+        fail_with(error)
 
 
 def _translated(arguments: list[str]) -> list[str]:
@@ -436,12 +428,7 @@ def _translated(arguments: list[str]) -> list[str]:
     try:
         translated, notes = translate(arguments[command + 1 :])
     except ValueError as error:
-        _fail(str(error), 2)
+        fail(str(error), 2)
     for note in notes:
         print(f"no effect: {note}", file=sys.stderr)
     return [*arguments[: command + 1], *translated]
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)

@@ -26,10 +26,16 @@ _LINE_EVERY: Final = 10.0
 
 
 def closing_line(report: MergeReport) -> str:
-    """Return the last line of a merge: number of tensors, method, seconds, bytes, how busy GPUs were, output folder."""
+    """Return the end of a merge: number of tensors, method, seconds, bytes, how busy GPUs were, output folder.
+
+    A line before says how many tensors an earlier run had done.
+    """
     busy = ", ".join(f"{use.name} {report.busy_share(use):.0%}" for use in report.devices)
+    resumed = (
+        f"resumed: {report.tensors_resumed} of {report.tensors} tensors were done\n" if report.tensors_resumed else ""
+    )
     return (
-        f"merged {report.tensors} tensors with {report.method} in {report.seconds:.1f} s "
+        f"{resumed}merged {report.tensors} tensors with {report.method} in {report.seconds:.1f} s "
         f"({format_bytes(report.bytes_read)} read, {format_bytes(report.bytes_written)} written"
         f"{f'; busy: {busy}' if busy else ''}): {report.out}"
     )

@@ -22,13 +22,21 @@ from resm_kernels.checkpoint import (
     CheckpointWriter,
     check_output_folder,
     plan_output,
+    tensor_writer,
+    unfinished_folder,
 )
-from resm_kernels.checkpoint import writer as writer_module
 
 
-def write(out: Path, tensors: dict[str, torch.Tensor], shard: int = 10**9, names: list[str] | None = None) -> None:
+def write(
+    out: Path,
+    tensors: dict[str, torch.Tensor],
+    shard: int = 10**9,
+    names: list[str] | None = None,
+    *,
+    overwrite: bool = False,
+) -> None:
     plan = plan_output([(n, t.dtype, tuple(t.shape)) for n, t in tensors.items()], shard)
-    with CheckpointWriter(out, plan, {"config.json": b"{}"}) as writer:
+    with CheckpointWriter(out, plan, {"config.json": b"{}"}, overwrite=overwrite) as writer:
         for name in names or list(tensors):
             writer.write(name, tensors[name])
         writer.commit()
@@ -68,7 +76,11 @@ def test_tensors_written_in_any_order_load_with_safetensors(
 def test_one_shard_has_no_index_and_many_have_one(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((10,), float(i)) for i in range(5)}
     write(tmp_path / "one", tensors)
-    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+        "resm_kernels.json",
+    ]
     with safe_open(tmp_path / "one" / "model.safetensors", "pt") as stream:
         assert stream.metadata() == {"format": "pt"}
     write(tmp_path / "many", tensors, shard=80)
@@ -94,7 +106,7 @@ def test_incomplete_output_never_appears(tmp_path: Path) -> None:
         writer.write("a", torch.zeros(2))
         writer.commit()
     with CheckpointWriter(tmp_path / "out", plan, {}):
-        assert len(list(tmp_path.glob(".out.partial-*"))) == 1
+        assert list(tmp_path.iterdir()) == [unfinished_folder(tmp_path / "out")]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -118,7 +130,7 @@ def test_writer_flushes_as_it_goes_and_everything_in_the_end(tmp_path: Path, mon
         log.append(os.fstat(fd).st_ino)
         flush(fd)
 
-    monkeypatch.setattr(writer_module, "FLUSH_BYTES", 100)
+    monkeypatch.setattr(tensor_writer, "FLUSH_BYTES", 100)
     monkeypatch.setattr(os, "fsync", logged_flush)
     plan = plan_output([(f"t{i}", torch.float32, (10,)) for i in range(7)], 200)  # 5 and 2 tensors of 40 bytes
     with CheckpointWriter(tmp_path / "out", plan, {"config.json": b"{}"}) as writer:
@@ -127,38 +139,23 @@ def test_writer_flushes_as_it_goes_and_everything_in_the_end(tmp_path: Path, mon
             assert len(log) == flushes
         writer.commit()
     written = {path.name: path.stat().st_ino for path in (tmp_path / "out").iterdir()}
-    assert len(written) == 4 and log[0] == written[plan.shards[0].filename]
-    assert set(written.values()) <= set(log[1:]) and log[-1] == tmp_path.stat().st_ino
+    assert len(written) == 5 and log[0] == written[plan.shards[0].filename]
+    assert set(written.values()) <= set(log[1:]) and tmp_path.stat().st_ino in log[-2:]
 
 
 def test_overwriting_keeps_the_old_folder_until_the_new_one_is_complete(tmp_path: Path) -> None:
     out = tmp_path / "out"
     write(out, {"a": torch.zeros(2), "old": torch.zeros(1)}, shard=8)
     plan = plan_output([("a", torch.float32, (2,))], 10**9)
-    with pytest.raises(RuntimeError), CheckpointWriter(out, plan, {}) as writer:
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        CheckpointWriter(out, plan, {}).__enter__()
+    with pytest.raises(RuntimeError), CheckpointWriter(out, plan, {}, overwrite=True) as writer:
         writer.write("a", torch.ones(2))
         raise RuntimeError
     assert set(load_model(out)) == {"a", "old"}
-    write(out, {"a": torch.ones(2)})
+    write(out, {"a": torch.ones(2)}, overwrite=True)
     assert torch.equal(load_model(out)["a"], torch.ones(2))
-    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_failed_final_rename_restores_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = tmp_path / "out"
-    write(out, {"a": torch.zeros(2)})
-    rename = Path.rename
-
-    def failing(self: Path, target: Path) -> Path:
-        if ".partial-" in self.name:
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", failing)
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        write(out, {"a": torch.ones(2)})
-    assert torch.equal(load_model(out)["a"], torch.zeros(2))
+    assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors", "resm_kernels.json"]
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -186,13 +183,12 @@ def test_output_folder_rules(tmp_path: Path) -> None:
 
 
 def test_missing_disk_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / ".out.partial-0badcafe").mkdir()
     usage = type("Usage", (), {"free": 100})
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     plan = plan_output([("a", torch.float32, (1000,))], 10**9)
-    with pytest.raises(CheckpointError, match=r"needs 4\.1 kB, available 100 B; left behind .*0badcafe"):
+    with pytest.raises(CheckpointError, match=r"needs 4\.1 kB, available 100 B"):
         CheckpointWriter(tmp_path / "out", plan, {}).__enter__()
-    assert [p.name for p in tmp_path.iterdir()] == [".out.partial-0badcafe"]
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_file_systems_without_preallocation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

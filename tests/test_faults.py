@@ -1,4 +1,4 @@
-"""What goes wrong: bad models, full disks, crashes and signals end in one clear error and leave nothing behind."""
+"""What goes wrong: bad models, full disks, crashes and signals end in one clear error; work that is done is kept."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import torch
 from checkpoints import VOCABULARY, Family, llama_config, save_model
 
-from resm_kernels.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader, CheckpointWriter, unfinished_folder
 from resm_kernels.engine import MergeError, merge_checkpoints
 from resm_kernels.recipe import RecipeError
 
@@ -125,27 +125,43 @@ def test_output_folder_is_protected(family: Family) -> None:
         merge_checkpoints(family.recipe(), family.folders[1], overwrite=True)
 
 
+def is_told(error: BaseException, done: int) -> bool:
+    """Whether an exception says how many tensors are done, and that they are kept."""
+    return f"{done} of 30 tensors are done; the same command goes on from there" in getattr(error, "__notes__", ())
+
+
 @pytest.mark.parametrize("error", [RuntimeError("kaboom"), KeyboardInterrupt(), SystemExit(143)])
-def test_crash_leaves_nothing(family: Family, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
-    calls = []
+def test_crash_keeps_what_is_done(family: Family, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    written: list[str] = []
+    write = CheckpointWriter.write
+
+    def counted(self: CheckpointWriter, name: str, tensor: torch.Tensor) -> None:
+        write(self, name, tensor)
+        written.append(name)
 
     def crash(done: int, total: int) -> None:
-        calls.append(done)
-        assert len(list(family.root.glob(".out.partial-*"))) == 1
-        assert not family.out.exists()
-        if len(calls) == 5:
+        assert family.leftovers() == [unfinished_folder(family.out).name]
+        if len(written) >= 5:
             raise error
 
+    monkeypatch.setattr(CheckpointWriter, "write", counted)
     before = threading.active_count()
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         merge_checkpoints(family.recipe(), family.out, progress=crash)
-    assert family.leftovers() == []
+    assert is_told(caught.value, len(written))
+    assert family.leftovers() == [unfinished_folder(family.out).name]
     assert threading.active_count() == before
+    done = len(written)
+    report = merge_checkpoints(family.recipe(), family.out)
+    assert (report.tensors, report.tensors_resumed) == (30, done) and len(written) == 30
+    assert family.leftovers() == ["out"]
 
 
-@pytest.mark.parametrize(("owner", "name"), [(CheckpointReader, "read_into"), (CheckpointWriter, "write")])
+@pytest.mark.parametrize(
+    ("owner", "name", "kept"), [(CheckpointReader, "read_into", True), (CheckpointWriter, "write", False)]
+)
 def test_failure_in_a_thread_is_raised_with_its_cause(
-    family: Family, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
+    family: Family, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, kept: bool
 ) -> None:
     count = 0
 
@@ -160,31 +176,41 @@ def test_failure_in_a_thread_is_raised_with_its_cause(
     monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", lambda plan, job, tensors: tensors[0])
     with pytest.raises(OSError, match="on fire"):
         merge_checkpoints(family.recipe(), family.out, memory_limit=1)
-    assert family.leftovers() == []
+    assert bool(family.leftovers()) is kept
 
 
-def test_terminated_process_leaves_nothing(family: Family) -> None:
+def test_terminated_process_says_what_it_keeps(family: Family) -> None:
     script = (
         "import signal, sys, time\n"
         "import resm_kernels.engine.merge as m\n"
         "from resm_kernels import cli\n"
-        "def slow(*_): print('computing', flush=True); time.sleep(60)\n"
+        "compute, left = m.compute_tensor, [int(sys.argv.pop())]\n"
+        "def slow(*args):\n"
+        "    if left[0] == 0: print('computing', flush=True); time.sleep(60)\n"
+        "    left[0] -= 1\n"
+        "    return compute(*args)\n"
         "m.compute_tensor = slow\n"
         # A shell's background jobs, and what they start, ignore it otherwise.
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "cli.main()\n"
     )
     command = [sys.executable, "-c", script, "merge", str(family.recipe_file()), str(family.out), "--quiet"]
-    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    kept = "; the same command goes on from there\n"
+    for number, tensors, code, end in (
+        (signal.SIGTERM, 0, 143, "error: terminated; nothing was written\n"),
+        (signal.SIGINT, 0, 130, "error: interrupted; nothing was written\n"),
+        (signal.SIGTERM, 9, 143, f" of 30 tensors are done{kept}"),
+        (signal.SIGINT, 9, 130, f" of 30 tensors are done{kept}"),
+    ):
+        process = subprocess.Popen([*command, str(tensors)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "computing\n"
-        assert len(family.leftovers()) == 1
+        assert family.leftovers() == [unfinished_folder(family.out).name]
         process.send_signal(number)
         _, stderr = process.communicate(timeout=60)
         assert process.returncode == code, stderr
-        assert "Traceback" not in stderr
-        assert family.leftovers() == []
+        assert stderr.endswith(end) and stderr.count("\n") == 1
+        assert bool(family.leftovers()) == bool(tensors)
 
 
 def test_full_disk_is_one_clear_line_and_leaves_nothing(family: Family) -> None:

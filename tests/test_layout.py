@@ -37,7 +37,7 @@ LAYERS = [
     {"engine"},
     {"calibrate"},
     {"report", "plot"},
-    {"flags", "arguments"},
+    {"flags", "arguments", "command"},
     {"cli", "__main__"},
 ]
 HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")

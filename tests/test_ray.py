@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,7 @@ import torch
 from checkpoints import Family, load_model, save_model
 from torch import Tensor
 
+from resm_kernels.checkpoint.place import unfinished_folder
 from resm_kernels.engine import MergeError, MergeOptions, merge_checkpoints, plan_merge
 from resm_kernels.engine.batches import BATCHES_PER_WORKER, make_batches
 from resm_kernels.engine.ray_engine import ATTEMPTS, Place, find_places
@@ -296,3 +299,66 @@ def test_an_error_of_the_input_is_raised_as_in_one_process_and_not_tried_again(
 def test_an_address_is_refused_where_the_program_is_connected(cluster: Any, family: Family) -> None:
     with pytest.raises(ClusterError, match=r"address: got '127\.0\.0\.1:1', but this program is connected"):
         merge_checkpoints(family.recipe(), family.out, engine="ray", address="127.0.0.1:1")
+
+
+SLOW_COMMAND = """
+import time
+import torch
+from resm_kernels.cli import main
+from resm_kernels.methods import merge_method
+
+@merge_method(title="Slow average", reference="https://example.org")
+def slow(base: torch.Tensor, experts: list[torch.Tensor], *, out_dtype: torch.dtype | None) -> torch.Tensor:
+    time.sleep(SECONDS)
+    return torch.stack([e.float() for e in experts]).mean(0).to(out_dtype or base.dtype)
+
+main()
+"""
+
+
+def slow_command(family: Family, seconds: float, *arguments: str) -> subprocess.Popen[str]:
+    """Start `resm-kernels merge`, in a process group of its own, with a method that takes so long for a tensor."""
+    recipe = str(family.recipe_file("slow"))
+    code = SLOW_COMMAND.replace("SECONDS", str(seconds))
+    command = [sys.executable, "-c", code, "merge", recipe, str(family.out), "--max-shard-size", SHARDS, *arguments]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of processes with files in a folder or sockets there, as those of a Ray cluster have."""
+    return [
+        line.replace(b"\0", b" ").decode()
+        for file in Path("/proc").glob("[0-9]*/cmdline")
+        if file.exists() and str(folder).encode() in (line := file.read_bytes())
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_driver_that_is_cut_off_goes_on_with_a_cluster_of_its_own(family: Family) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    workers = ("--engine", "ray", "--workers", "2", "--threads", "1")
+    journal = unfinished_folder(family.out) / "journal"
+    done = 0
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        process = slow_command(family, 0.5, *workers)
+        while not journal.exists() or len(journal.read_bytes().splitlines()) <= done:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.05)
+        done = len(journal.read_bytes().splitlines())
+        process.send_signal(number)
+        output = process.communicate()[0]
+        assert process.returncode == code and "Traceback" not in output
+        assert not family.out.exists()
+        (session,) = Path("/tmp").glob(f"resm-ray-{process.pid}-*") if number == signal.SIGKILL else (None,)
+    assert session is not None
+    ended = slow_command(family, 0.0, *workers)
+    assert ended.wait() == 0, ended.communicate()[0]
+    assert "merged 30 tensors with slow" in ended.communicate()[0]
+    assert not session.exists() and not journal.exists()
+    assert not [line for line in processes_of(Path(f"/tmp/resm-ray-{ended.pid}-")) if "raylet" in line]
+    outputs = contents(family.out)
+    shutil.rmtree(family.out)
+    local = slow_command(family, 0.0)
+    assert local.wait() == 0 and contents(family.out) == outputs

@@ -12,6 +12,7 @@ from resm_kernels.checkpoint.output_plan import OutputPlan, plan_output
 from resm_kernels.checkpoint.place import check_output_folder, unfinished_folder
 from resm_kernels.checkpoint.reader import CheckpointReader
 from resm_kernels.checkpoint.tensor_writer import TensorWriter
+from resm_kernels.checkpoint.verify import VerifyReport, verify_checkpoint
 from resm_kernels.checkpoint.writer import CheckpointWriter
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "OutputPlan",
     "TensorInfo",
     "TensorWriter",
+    "VerifyReport",
     "check_output_folder",
     "format_bytes",
     "json_bytes",
@@ -31,4 +33,5 @@ __all__ = [
     "read_chat_template",
     "read_config",
     "unfinished_folder",
+    "verify_checkpoint",
 ]

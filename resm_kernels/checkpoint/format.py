@@ -136,10 +136,16 @@ def read_fully(fd: int, buffer: memoryview, offset: int, file: os.PathLike[str])
     """Fill `buffer` with the bytes from `offset` on.
 
     One system call may read fewer bytes than it is asked for (on Linux at most 2 GiB), so this function repeats it.
+
+    Raises:
+        CheckpointError: The file ends early, or the system cannot read it.
     """
     done = 0
     while done < len(buffer):
-        count = os.preadv(fd, [buffer[done:]], offset + done)
+        try:
+            count = os.preadv(fd, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         if count == 0:
             raise CheckpointError(f"{file}: ended {len(buffer) - done} bytes early; did it change while it was read?")
         done += count

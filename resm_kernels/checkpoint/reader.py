@@ -64,6 +64,10 @@ class CheckpointReader:
             raise ValueError(f"buffer: got {len(view)} bytes, need {info.nbytes} for {info.name!r}")
         read_fully(self._descriptor(info.file), view, info.offset, info.file)
 
+    def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
+        """Fill `buffer`, a contiguous CPU tensor, with the stored bytes of a tensor from byte `first` on."""
+        read_fully(self._descriptor(info.file), byte_view(buffer), info.offset + first, info.file)
+
     def read(self, name: str) -> torch.Tensor:
         """Return the tensor of this name in new memory."""
         return self.read_info(self.tensors[name])
@@ -83,7 +87,7 @@ class CheckpointReader:
         for start in range(0, a.nbytes, _COMPARE_BYTES):
             size = min(_COMPARE_BYTES, a.nbytes - start)
             for piece, info in zip(pieces, (a, b), strict=True):
-                read_fully(self._descriptor(info.file), byte_view(piece[:size]), info.offset + start, info.file)
+                self.read_bytes(info, start, piece[:size])
             if not torch.equal(pieces[0, :size], pieces[1, :size]):
                 return False
         return True
@@ -103,7 +107,7 @@ class CheckpointReader:
             piece = torch.empty(size, dtype=torch.uint8)
             for i in range(steps):
                 start = last * i // max(steps - 1, 1)
-                read_fully(self._descriptor(info.file), byte_view(piece), info.offset + start, info.file)
+                self.read_bytes(info, start, piece)
                 hasher.update(byte_view(piece))
         return hasher.hexdigest()
 

@@ -146,8 +146,7 @@ def stored_hash(file: Path, fd: int, offset: int, nbytes: int) -> str:
     """Return the XXH3-128 hash of a tensor's bytes in an open file, as 32 hexadecimal digits.
 
     Raises:
-        CheckpointError: The file ends early.
-        OSError: It cannot be read.
+        CheckpointError: The file ends early, or cannot be read.
     """
     hasher, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(_PIECE, nbytes)))
     for first in range(0, nbytes, _PIECE):

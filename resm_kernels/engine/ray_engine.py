@@ -34,6 +34,7 @@ ATTEMPTS: Final = 4
 """How many workers may die over one batch, or on one machine in turn, before the merge ends with an error."""
 START_SECONDS: Final = 300.0
 """How long the first worker may take to start: other programs may use the cluster's CPUs and GPUs."""
+_SESSION: Final = "resm-ray-"
 _OBJECT_STORE: Final = 80 * 2**20
 """Bytes of a local cluster's object store, which holds names and hashes only; Ray takes no less."""
 
@@ -270,9 +271,7 @@ def _cluster(ray: Any, options: MergeOptions) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if options.address is None:
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-            # Sockets are in this folder, and their paths may not be long.
-            root = tempfile.mkdtemp(prefix="resm-ray-", dir="/tmp" if os.path.isdir("/tmp") else None)
-            stack.callback(shutil.rmtree, root, ignore_errors=True)
+            root = stack.enter_context(_session_folder())
             cpus = max(_cpus(), (options.workers or 1) * (options.threads or 1))
             where = {"address": "local", "num_cpus": cpus, "include_dashboard": False, "_temp_dir": root}
             where["object_store_memory"] = _OBJECT_STORE
@@ -287,6 +286,32 @@ def _cluster(ray: Any, options: MergeOptions) -> Iterator[None]:
             if handler is not None:
                 signal.signal(signal.SIGTERM, handler)
         yield
+
+
+@contextlib.contextmanager
+def _session_folder() -> Iterator[str]:
+    """Make a folder for the sockets and logs of a local cluster, and delete it and those of processes that are gone."""
+    # Paths of sockets may not be long, as those of some systems' folders for temporary files are.
+    parent = Path("/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir())
+    for old in parent.glob(f"{_SESSION}*-*"):
+        number = old.name.removeprefix(_SESSION).partition("-")[0]
+        if number.isdecimal() and not _is_alive(int(number)):
+            shutil.rmtree(old, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"{_SESSION}{os.getpid()}-", dir=parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def _cpus() -> int:
