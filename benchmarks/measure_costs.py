@@ -5,8 +5,9 @@ Each method merges bf16 matrices of bench_checkpoint.py's kind, base and three e
 the rounds, so that other work on the machine changes them little.
 
 Element-wise methods: the time as a multiple of that of `linear` for the same bytes. Spectral methods, for matrices of
-(m, n) with r = min(m, n) and T experts: a and b in time = T·(a·m·n·r + b·r³) / (fp32 flops per second of a product of
-two 1024² matrices), from a square and a 1 : 2.75 matrix; where b would be negative it is 0 and a fits the two best.
+(m, n) with r as `costs.order` gives it and T experts: a and b in time = T·(a·m·n·r + b·r³) / (fp32 flops per second of
+a product of two 1024² matrices), from a square and a 1 : 2.75 matrix. Where one of them would be negative, b is 0 and a
+the mean of both matrices.
 
     python -m benchmarks.measure_costs --json benchmarks/results/method_costs.json
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,7 +24,7 @@ import torch
 
 from benchmarks.bench_checkpoint import EXPERTS, PARAMETERS, make_tensors
 from benchmarks.bench_truncated_svd import save
-from resm_kernels.engine.costs import is_matrix_method
+from resm_kernels.engine.costs import is_matrix_method, order
 from resm_kernels.methods import Method, get, names
 
 SHAPES: Final = ((768, 768), (768, 2112))
@@ -67,13 +68,20 @@ def spectral_costs(method: Method, rounds: int) -> dict[str, Any]:
     """a and b of one spectral method."""
     rate = product_rate(10)
     flops = [merge_time(method, shape, rounds) * rate / EXPERTS for shape in SHAPES]
-    (m, n), (_, wide) = SHAPES
-    a = (flops[1] - flops[0]) / (m * m * (wide - n))
-    b = flops[0] / m**3 - a
-    if b < 0 or a < 0:
-        volumes = [m * n * m, m * wide * m]
-        a, b = sum(f / v for f, v in zip(flops, volumes, strict=True)) / 2, 0.0
-    return {"a": round(a, 2), "b": round(b, 2), "flops": flops}
+    return fit(method.name, flops)
+
+
+def fit(name: str, flops: Sequence[float]) -> dict[str, Any]:
+    """a and b from the flops that one expert takes for each of `SHAPES`."""
+    orders = [order(name, shape) for shape in SHAPES]
+    products = [m * n * r for (m, n), r in zip(SHAPES, orders, strict=True)]
+    cubes = [r**3 for r in orders]
+    determinant = products[0] * cubes[1] - products[1] * cubes[0]
+    a = (flops[0] * cubes[1] - flops[1] * cubes[0]) / determinant
+    b = (products[0] * flops[1] - products[1] * flops[0]) / determinant
+    if a < 0 or b < 0:
+        a, b = sum(f / p for f, p in zip(flops, products, strict=True)) / 2, 0.0
+    return {"a": round(a, 2), "b": round(b, 2), "flops": list(flops)}
 
 
 def main() -> None:

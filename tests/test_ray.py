@@ -26,7 +26,7 @@ from resm_kernels.engine import MergeError, MergeOptions, merge_checkpoints, pla
 from resm_kernels.engine.batches import BATCHES_PER_WORKER, make_batches
 from resm_kernels.engine.ray_engine import ATTEMPTS, Place, find_places
 from resm_kernels.engine.ray_worker import ClusterError, MergeWorker, Order, environment, fingerprint
-from resm_kernels.methods import merge_method, registered
+from resm_kernels.methods import get, merge_method, names
 
 SHARDS = "20kB"
 
@@ -55,6 +55,25 @@ def test_options_of_the_engine_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             MergeOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("127.0.0.1:1", r"address: got '127\.0\.0\.1:1', where no Ray cluster answers \(Connection refused\)"),
+        (
+            "ray://host:10001",
+            "got 'ray://host:10001', need HOST:PORT of a Ray cluster with this machine",
+        ),
+        ("host", "got 'host', need HOST:PORT"),
+        ("host:100000", "got 'host:100000', need HOST:PORT"),
+    ],
+)
+def test_an_address_without_a_cluster_is_refused_at_once(family: Family, address: str, message: str) -> None:
+    pytest.importorskip("ray", reason="ray is not installed")
+    with pytest.raises(ClusterError, match=message):
+        merge_checkpoints(family.recipe(), family.out, engine="ray", address=address)
+    assert not family.out.exists()
 
 
 def test_without_ray_the_error_says_how_to_get_it(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -237,7 +256,7 @@ def sum_of(folder: Path) -> int:
 @pytest.fixture
 def methods(monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods that a test registers are gone after it."""
-    monkeypatch.setattr("resm_kernels.methods._registry._methods", {m.name: m for m in registered()})
+    monkeypatch.setattr("resm_kernels.methods._registry._methods", {name: get(name) for name in names()})
 
 
 def register_dying(name: str, log: Path, deaths: int) -> None:

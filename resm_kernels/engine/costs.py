@@ -7,6 +7,7 @@ element-wise ones. How many of these a method takes is measured by benchmarks/me
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -16,42 +17,47 @@ if TYPE_CHECKING:
     from resm_kernels.engine.plan import TensorJob
 
 ELEMENTWISE: Final = {
-    "arcee_fusion": 67.76,
-    "breadcrumbs": 8.27,
-    "breadcrumbs_ties": 9.28,
-    "dare_linear": 7.28,
-    "dare_ties": 7.31,
-    "della": 18.13,
-    "della_linear": 17.16,
-    "karcher": 3.14,
-    "linear": 1.0,
-    "model_stock": 3.02,
-    "multislerp": 3.13,
-    "nearswap": 13.11,
-    "nuslerp": 2.51,
-    "passthrough": 0.93,
-    "ram": 11.68,
-    "ramplus_tl": 63.79,
-    "sce": 9.42,
-    "slerp": 2.82,
+    "arcee_fusion": 66.48,
+    "breadcrumbs": 7.49,
+    "breadcrumbs_ties": 6.83,
+    "dare_linear": 5.75,
+    "dare_ties": 5.99,
+    "della": 16.29,
+    "della_linear": 15.58,
+    "fisher": 57.01,
+    "karcher": 2.76,
+    "linear": 0.94,
+    "model_stock": 2.96,
+    "multislerp": 2.91,
+    "nearswap": 12.71,
+    "nuslerp": 2.74,
+    "passthrough": 0.84,
+    "ram": 12.67,
+    "ramplus_tl": 62.55,
+    "sce": 10.43,
+    "slerp": 2.81,
     "task_arithmetic": 0.99,
-    "ties": 5.88,
+    "ties": 6.56,
 }
 """The time of a method as a multiple of that of `linear` for the same bytes."""
 SPECTRAL: Final = {
-    "dc_merge": (9.1, 17.47),
-    "iso_c": (2.58, 3.92),
-    "iso_cts": (8.15, 15.92),
-    "knots": (6.76, 3.7),
-    "resm": (2.63, 5.66),
-    "resmerge": (1.25, 0.93),
-    "star": (4.42, 5.93),
-    "swudi": (29.93, 0.0),
-    "tsv_compress": (5.76, 6.83),
-    "tsvm": (5.63, 12.48),
-    "wudi": (422.32, 0.0),
+    "dc_merge": (8.47, 17.02),
+    "iso_c": (2.62, 3.95),
+    "iso_cts": (8.88, 14.53),
+    "knots": (6.95, 3.32),
+    "regmean": (8.81, 0.39),
+    "regmean_plus": (8.93, 0.32),
+    "resm": (2.84, 5.72),
+    "resmerge": (1.34, 1.07),
+    "star": (4.33, 6.66),
+    "svc": (11.98, 2.31),
+    "swudi": (6.97, 4.32),
+    "tsv_compress": (6.13, 6.84),
+    "tsvm": (5.43, 12.59),
+    "wudi": (227.61, 0.0),
 }
-"""a and b of a method that takes T·(a·m·n·r + b·r³) flops for T experts' matrices (m, n), r = min(m, n)."""
+"""a and b of a method that takes T·(a·m·n·r + b·r³) flops for T experts' matrices (m, n), r as `order` gives it."""
+_OF_INPUTS: Final = ("regmean", "regmean_plus", "swudi", "wudi")
 _OTHER_RATIO: Final = 10.0
 _OTHER_SPECTRAL: Final = (6.0, 10.0)
 """For methods of other packages."""
@@ -123,7 +129,7 @@ def tensor_work(
 
     Args:
         method: The method's name.
-        shape: The tensor's shape.
+        shape: The tensor's shape, (out, in) of a weight.
         n_experts: The number of experts.
         read, written: Bytes of inputs and of the result.
         spectral: Whether the method merges it as a matrix.
@@ -132,8 +138,16 @@ def tensor_work(
         ratio = 1.0 if method in SPECTRAL else ELEMENTWISE.get(method, _OTHER_RATIO)
         return Work(read, written, 0.0, ratio * (read + written))
     (m, n), (a, b) = shape, SPECTRAL.get(method, _OTHER_SPECTRAL)
-    r = min(m, n)
+    r = order(method, shape)
     return Work(read, written, float(n_experts) * (a * m * n * r + b * r**3), 0.0)
+
+
+def order(method: str, shape: Sequence[int]) -> int:
+    """Return the order of the eigenproblems or linear systems of a method for matrices (out, in).
+
+    It is the smaller dimension, except for methods that fit the outputs for given inputs, for which it is `in`.
+    """
+    return shape[1] if method in _OF_INPUTS else min(shape)
 
 
 def job_work(method: Method, job: TensorJob) -> Work:
@@ -144,7 +158,8 @@ def job_work(method: Method, job: TensorJob) -> Work:
         is_matrix = is_matrix and job.has_statistics
     spectral = not plain and is_matrix and is_matrix_method(method) and job.parameters.get("spectral", True)
     name = "linear" if plain else method.name
-    return tensor_work(name, job.shape, job.n_experts, job.input_bytes, job.output_bytes, spectral=spectral)
+    shape = job.shape[::-1] if job.transposed else job.shape
+    return tensor_work(name, shape, job.n_experts, job.input_bytes, job.output_bytes, spectral=spectral)
 
 
 def is_matrix_method(method: Method) -> bool:

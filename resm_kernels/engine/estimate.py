@@ -95,7 +95,7 @@ def read_machine(file: Path) -> Machine:
     """Read the rates of a machine from a JSON object with the attributes of `Machine` as keys."""
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise MergeError(
             f"machine {file}: cannot be read as JSON: {getattr(error, 'strerror', None) or error}"
         ) from error

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -143,14 +143,14 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         facts=record_facts(plan),
     )
     with writing as writer:
-        jobs = tuple(job for job in plan.jobs if job.name not in writer.finished)
+        names = {job.name for job in plan.jobs} - writer.finished
         try:
             if plan.options.engine == "ray":
                 from resm_kernels.engine.ray_engine import merge_on_ray  # ray_worker imports this module
 
-                timings = merge_on_ray(plan, jobs, writer, progress)
+                timings = merge_on_ray(plan, names, writer, progress)
             else:
-                timings = run_jobs(plan, jobs, writer.write, progress)
+                timings = run_jobs(plan, names, writer.write, progress)
         except MergeError:
             # The same models would meet it again, and others need a merge of their own.
             writer.discard()
@@ -163,7 +163,7 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         method=plan.method.name,
         tensors=len(plan.jobs),
         tensors_resumed=len(writer.finished),
-        bytes_read=sum(job.input_bytes for job in jobs),
+        bytes_read=sum(job.input_bytes for job in plan.jobs if job.name in names),
         bytes_written=plan.output.nbytes,
         seconds=finished - plan.began,
         commit=finished - computed,
@@ -173,12 +173,12 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
 
 
 def run_jobs(
-    plan: MergePlan, jobs: Sequence[TensorJob], write: Callable[[str, Tensor], object], progress: Progress | None = None
+    plan: MergePlan, names: Collection[str], write: Callable[[str, Tensor], object], progress: Progress | None = None
 ) -> Timings:
-    """Do these jobs of a plan in this process; `write(name, result)` is called in the order of the jobs."""
+    """Merge the tensors of these names in this process, in the plan's order; `write(name, result)` gets each result."""
     with thread_count(plan.options.threads):
         return Pipeline(
-            jobs=jobs,
+            jobs=[job for job in plan.jobs if job.name in names],
             window=plan.window,
             executor=_executor(plan),
             write=lambda job, result: write(job.name, result),

@@ -13,10 +13,11 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -26,7 +27,7 @@ from resm_kernels.engine.batches import Batch, make_batches
 from resm_kernels.engine.costs import REFERENCE, job_work
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.pipeline import Timings
-from resm_kernels.engine.plan import MergePlan, TensorJob
+from resm_kernels.engine.plan import MergePlan
 from resm_kernels.engine.ray_worker import ClusterError, Merged, MergeWorker, Order, environment, fingerprint
 from resm_kernels.options import MergeOptions
 
@@ -34,6 +35,8 @@ ATTEMPTS: Final = 4
 """How many workers may die over one batch, or on one machine in turn, before the merge ends with an error."""
 START_SECONDS: Final = 300.0
 """How long the first worker may take to start: other programs may use the cluster's CPUs and GPUs."""
+CONNECT_SECONDS: Final = 10.0
+"""How long a cluster may take to answer at its address."""
 _SESSION: Final = "resm-ray-"
 _OBJECT_STORE: Final = 80 * 2**20
 """Bytes of a local cluster's object store, which holds names and hashes only; Ray takes no less."""
@@ -41,11 +44,11 @@ _OBJECT_STORE: Final = 80 * 2**20
 
 def merge_on_ray(
     plan: MergePlan,
-    jobs: Sequence[TensorJob],
+    names: Collection[str],
     writer: CheckpointWriter,
     progress: Callable[[int, int], None] | None,
 ) -> Timings:
-    """Do these jobs with the workers of a cluster, and tell `writer` which tensors are on disk.
+    """Merge the tensors of these names with the workers of a cluster, and tell `writer` which tensors are on disk.
 
     Returns:
         Sums over all workers; `memory_peak` is the largest of one worker.
@@ -59,6 +62,7 @@ def merge_on_ray(
         import ray
     except ImportError as error:
         raise ClusterError("engine: ray is not installed; need pip install 'resm-kernels[ray]'") from error
+    jobs = [job for job in plan.jobs if job.name in names]
     if not jobs:
         return Timings()
     with _cluster(ray, plan.options), _proof(writer.folder.parent) as proof:
@@ -264,6 +268,8 @@ def _cluster(ray: Any, options: MergeOptions) -> Iterator[None]:
             )
         yield
         return
+    if options.address is not None:
+        _check_address(options.address)
     # Ray's handler would end the process with exit code 1.
     in_main_thread = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM) if in_main_thread else None
@@ -286,6 +292,20 @@ def _cluster(ray: Any, options: MergeOptions) -> Iterator[None]:
             if handler is not None:
                 signal.signal(signal.SIGTERM, handler)
         yield
+
+
+def _check_address(address: str) -> None:
+    """Refuse an address at which nothing answers; Ray would try it for minutes."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not colon or "/" in host or not port.isdecimal() or int(port) > 65535:
+        raise ClusterError(f"address: got {address!r}, need HOST:PORT of a Ray cluster with this machine, or auto")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ClusterError(f"address: got {address!r}, where no Ray cluster answers ({reason})") from error
 
 
 @contextlib.contextmanager

@@ -87,13 +87,12 @@ class MergeWorker:
             _check_shards(order.folder, self._plan.output)
             self._writer = TensorWriter(order.folder, self._plan.output)
         self._folder = order.folder
-        self._jobs = {job.name: job for job in self._plan.jobs}
         return self._name
 
     def merge(self, names: Sequence[str]) -> Merged:
         """Merge these tensors and write them; they are on disk when this returns."""
         with write_errors_named(self._folder, f" on machine {self._name}"):
-            timings = run_jobs(self._plan, [self._jobs[name] for name in names], self._writer.write)
+            timings = run_jobs(self._plan, frozenset(names), self._writer.write)
             hashes = self._writer.flush()
         devices = tuple(replace(use, name=f"{self._name} {use.name}") for use in timings.devices)
         return Merged(hashes, replace(timings, devices=devices))
