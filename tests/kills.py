@@ -165,7 +165,7 @@ def apply(fault: Fault) -> None:
     tensor_writer.FLUSH_BYTES = 4000  # type: ignore[misc]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if not fault.exchange:
-        place.exchange = lambda *_: False
+        place.__dict__["exchange"] = lambda *_: False
     left = [float("inf") if fault.in_commit else fault.number]
     if fault.in_commit:
         commit = CheckpointWriter.commit
@@ -195,12 +195,12 @@ def apply(fault: Fault) -> None:
         kill = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
         for name in (*CALLS, *CALLS_MORE):
             setattr(os, name, counted(getattr(os, name), kill))
-        place.exchange = counted(place.exchange, kill)
+        place.__dict__["exchange"] = counted(place.__dict__["exchange"], kill)
     if fault.mode == "full":
         for name in ("pwrite", "fsync", "posix_fallocate", "mkdir"):
             setattr(os, name, counted(getattr(os, name), fail(errno.ENOSPC)))
     if fault.mode == "unreadable":
-        os.preadv = counted(os.preadv, fail(errno.EIO))  # type: ignore[assignment]
+        os.preadv = counted(os.preadv, fail(errno.EIO))
 
 
 def traced(root: Path) -> Iterator[str]:

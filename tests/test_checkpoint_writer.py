@@ -176,6 +176,9 @@ def test_output_folder_rules(tmp_path: Path) -> None:
     for out in (model, tmp_path / "models"):
         with pytest.raises(CheckpointError, match="is or contains the input"):
             check_output_folder(out, overwrite=True, inputs=[model])
+    with pytest.raises(CheckpointError, match=r"does not look like a model folder \(no file of weights"):
+        check_output_folder(model, overwrite=True)
+    (model / "pytorch_model.bin").write_bytes(b"")
     assert check_output_folder(model, overwrite=True) == model
     link = tmp_path / "link"
     link.symlink_to(model)

@@ -157,11 +157,9 @@ def test_crash_keeps_what_is_done(family: Family, monkeypatch: pytest.MonkeyPatc
     assert family.leftovers() == ["out"]
 
 
-@pytest.mark.parametrize(
-    ("owner", "name", "kept"), [(CheckpointReader, "read_into", True), (CheckpointWriter, "write", False)]
-)
+@pytest.mark.parametrize(("owner", "name"), [(CheckpointReader, "read_into"), (CheckpointWriter, "write")])
 def test_failure_in_a_thread_is_raised_with_its_cause(
-    family: Family, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, kept: bool
+    family: Family, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
     count = 0
 
@@ -176,7 +174,8 @@ def test_failure_in_a_thread_is_raised_with_its_cause(
     monkeypatch.setattr("resm_kernels.engine.merge.compute_tensor", lambda plan, job, tensors: tensors[0])
     with pytest.raises(OSError, match="on fire"):
         merge_checkpoints(family.recipe(), family.out, memory_limit=1)
-    assert bool(family.leftovers()) is kept
+    # The reader may be as far as this before the first tensor is written, or not.
+    assert family.leftovers() in ([], *([[unfinished_folder(family.out).name]] if name == "read_into" else []))
 
 
 def test_terminated_process_says_what_it_keeps(family: Family) -> None:

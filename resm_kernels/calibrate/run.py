@@ -45,7 +45,6 @@ Progress = Callable[[str, int, int], None]
 _START: Final = "start"
 _EMBEDDING: Final = "embedding.safetensors"
 _POLISHED: Final = "polished"
-_ASIDE: Final = "output"
 _LONG_NAME: Final = 25
 """So many characters of a model's and of a prompt file's name are in a file of answers' name."""
 
@@ -163,7 +162,7 @@ def calibrate_checkpoint(
     with plan_merge(recipe, None, MergeOptions(threads=chosen.threads)) as plan:
         check_recipe(plan, files)
         inputs = [*plan.models.folders, *statistics_files(plan.statistics), *files]
-        target = check_output_folder(out, overwrite=chosen.overwrite, inputs=inputs)
+        target = check_output_folder(out, overwrite=chosen.overwrite, inputs=inputs, goes_on=False)
         config = load_config(plan.reference)
         # What is wrong with prompts and models is said now, not after the merge.
         if chosen.answers is not None:
@@ -384,7 +383,6 @@ class _Calibration:
             start.reader,
             self._calibrated(start),
             out,
-            self._work.path / _ASIDE,
             files,
             self._shard_bytes,
             lambda done, total: self._progress(phase, done, total),

@@ -18,15 +18,19 @@ from typing import Final, NamedTuple
 
 from resm_kernels.checkpoint.durable import exchange, sync, write_errors_named
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning
+from resm_kernels.checkpoint.journal import Journal
 from resm_kernels.checkpoint.unfinished import hidden_sibling, read_manifest
 
 MANIFEST: Final = "manifest.json"
 MODEL: Final = "model"
 """The folder in the folder of unfinished work that takes the output's name when it is complete."""
+JOURNAL: Final = "journal"
 OLD: Final = "old"
 """Where the older model is in between, if names cannot be exchanged."""
 COMMIT: Final = "commit"
 """The entry of the manifest's state by which the complete folder is known in its place: the number of its inode."""
+_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".gguf", ".h5", ".msgpack")
+"""The endings of files that hold weights."""
 _SUFFIX: Final = ".partial-unfinished"
 
 
@@ -55,13 +59,15 @@ def check_output_folder(
     overwrite: bool,
     inputs: Sequence[str | os.PathLike[str]] = (),
     marker: str = "config.json",
+    goes_on: bool = True,
 ) -> Path:
     """Return the real path of the output folder; raise a CheckpointError if it must not or cannot be written.
 
-    A folder that is not empty needs `overwrite`, and must hold the file `marker`, as the outputs of this library do,
-    so that a mistyped path does not delete other files. An output that is or contains one of the inputs, folders or
+    A folder that is not empty needs `overwrite`, and must hold the file `marker` and a file of weights, so that a
+    mistyped path does not delete other files. An output that is or contains one of the inputs, folders or
     files, is refused, and so is one that could not get its name in the end: a mount point, or a folder where this user
-    must not rename anything. Nothing is written.
+    must not rename anything. Without `goes_on`, so is one of an unfinished merge, which the caller cannot go on with.
+    Nothing is written.
     """
     path = Path(os.path.realpath(os.path.expanduser(out)))
     with write_errors_named(path):
@@ -74,28 +80,35 @@ def check_output_folder(
             if source == path or path in source.parents:
                 kind = "model " if source.is_dir() else "file "
                 raise CheckpointError(f"output {path}: is or contains the input {kind}{source}; choose another folder")
-        if _is_mount_point(path):
+        if (mounted := _mount_point(path)) == path:
             raise CheckpointError(
                 f"output {path}: is a mount point, which no complete folder can replace; name a folder in it, such as "
                 f"{path / 'model'}"
             )
+        if mounted is not None:
+            raise CheckpointError(f"output {path}: contains the mount point {mounted}; choose another folder")
         if path.is_dir() and any(path.iterdir()):
             if not overwrite and not is_committed(path):
                 raise CheckpointError(
                     f"output {path}: exists and is not empty; choose another folder or pass --overwrite"
                 )
-            if not (path / marker).is_file():
+            if lacking := _lacking(path, marker):
                 kind = "an adapter folder" if marker == "adapter_config.json" else "a model folder"
                 raise CheckpointError(
-                    f"output {path}: does not look like {kind} (no {marker}), so it is not overwritten"
+                    f"output {path}: does not look like {kind} (no {lacking}), so it is not overwritten"
                 )
         _check_may_rename(path)
+        if not goes_on and not is_committed(path) and Journal(unfinished_folder(path) / JOURNAL).read():
+            raise CheckpointError(
+                f"{unfinished_folder(path)}: holds an unfinished merge that this command would replace; finish it, "
+                "delete the folder, or name another output folder"
+            )
     return path
 
 
-def is_committed(out: Path, unfinished: Path | None = None) -> bool:
+def is_committed(out: Path) -> bool:
     """Return True if the output is that of a process that ended before it could delete its unfinished folder."""
-    manifest = read_manifest((unfinished or unfinished_folder(out)) / MANIFEST)
+    manifest = read_manifest(unfinished_folder(out) / MANIFEST)
     return manifest is not None and out.is_dir() and manifest[1].get(COMMIT) == out.stat().st_ino
 
 
@@ -148,14 +161,15 @@ def _changed(out: Path) -> CheckpointError:
     )
 
 
-def recover(out: Path, unfinished: Path) -> None:
+def recover(out: Path) -> None:
     """Bring back an older model that a process took away from the output's place before it was killed.
 
-    The caller holds the lock of the folder `unfinished`.
+    The caller holds the lock of the unfinished folder.
 
     Raises:
         CheckpointError: There is something else at the place now.
     """
+    unfinished = unfinished_folder(out)
     old = unfinished / OLD
     if old.is_dir():
         if Occupant.of(out) is None:
@@ -163,7 +177,7 @@ def recover(out: Path, unfinished: Path) -> None:
             sync(out.parent)
             sync(unfinished)
             _say(f"output {out}: an earlier run was killed while it replaced this folder; the old model is back")
-        elif not is_committed(out, unfinished) and (unfinished / MODEL).is_dir():
+        elif not is_committed(out) and (unfinished / MODEL).is_dir():
             raise CheckpointError(
                 f"{old}: is the model that {out} was before an earlier run was killed, and another is there now; move "
                 "one of the two away, or delete it"
@@ -191,7 +205,7 @@ def clear_leftovers(out: Path, marker: str = "config.json") -> None:
         old.pop().rename(out)
         sync(out.parent)
         _say(f"output {out}: an earlier run was killed while it replaced this folder; the old model is back")
-    elif old and not (out / marker).is_file():
+    elif old and _lacking(out, marker):
         for path in old:
             _say(f"{path}: an earlier run that was killed left this model, and {out} is none; it is kept")
         old = []
@@ -202,6 +216,13 @@ def clear_leftovers(out: Path, marker: str = "config.json") -> None:
             shutil.rmtree(path, ignore_errors=True)
             what = "the model that it had replaced" if path in old else "an incomplete model"
             _say(f"{path}: deleted, {what}, which an earlier run that was killed left behind")
+
+
+def _lacking(folder: Path, marker: str) -> str:
+    """Return what a folder lacks to be a model or an adapter; nothing if it is one."""
+    if not (folder / marker).is_file():
+        return marker
+    return "" if any(file.suffix in _WEIGHTS for file in folder.iterdir()) else "file of weights"
 
 
 def _say(message: str) -> None:
@@ -228,17 +249,18 @@ def _user_of(folder: Path) -> str | None:
     return None
 
 
-def _is_mount_point(path: Path) -> bool:
+def _mount_point(path: Path) -> Path | None:
+    """Return a folder on which something is mounted: this one or one in it; None if there is none."""
     if not path.is_dir():
-        return False
+        return None
     if os.path.ismount(path):
-        return True
+        return path
     try:  # a folder that is mounted from the same file system looks like any other
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
-        return False
-    points = (line.split()[4] for line in lines)
-    return str(path) in (re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), point) for point in points)
+        return None
+    points = (re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), line.split()[4]) for line in lines)
+    return next((Path(point) for point in points if path in (Path(point), *Path(point).parents)), None)
 
 
 def _check_may_rename(path: Path) -> None:
@@ -246,11 +268,15 @@ def _check_may_rename(path: Path) -> None:
     parent = next(folder for folder in path.parents if folder.exists())
     if not parent.is_dir():
         raise CheckpointError(f"output {path}: {parent} is a file, need a folder")
-    if not os.access(parent, os.W_OK | os.X_OK):
+    if not _may_change(parent):
         raise CheckpointError(f"output {path}: {parent} does not let this user make folders in it (read-only)")
     if path.is_dir():
         mode, owners = parent.stat().st_mode, {parent.stat().st_uid, path.stat().st_uid}
-        if not os.access(path, os.W_OK | os.X_OK) or (mode & stat.S_ISVTX and os.geteuid() not in owners | {0}):
+        if not _may_change(path) or (mode & stat.S_ISVTX and os.geteuid() not in owners | {0}):
             raise CheckpointError(
                 f"output {path}: does not let this user rename it (it is read-only or another user's)"
             )
+
+
+def _may_change(folder: Path) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids)

@@ -34,15 +34,17 @@ def read_record(folder: Path) -> dict[str, dict[str, Any]] | None:
         CheckpointError: The record is damaged.
     """
     file = folder / RECORD_FILE
+    if not file.exists():
+        return None
     try:
+        if not file.is_file():
+            raise OSError("it is no regular file")
         record = json.loads(file.read_bytes())
         tensors = record["tensors"]
         known = record["format"] == _FORMAT and all(
             isinstance(t["dtype"], str) and isinstance(t["shape"], list) and isinstance(t[HASH], str)
             for t in tensors.values()
         )
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         known = False
     if not known:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from resm_kernels.checkpoint.durable import write_whole
-from resm_kernels.checkpoint.format import CheckpointError
+from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning
 from resm_kernels.checkpoint.lock import LOCK_FILE, FolderLock
 
 if TYPE_CHECKING:
@@ -24,11 +26,11 @@ _LONGEST_NAME: Final = 255
 
 def hidden_sibling(out: Path, suffix: str) -> Path:
     """Return `.NAME` + `suffix` next to the output NAME; a name that would be too long is cut, and a hash added."""
-    name = out.name
-    if len(f".{name}{suffix}".encode()) > _LONGEST_NAME:
-        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    name, encoded = out.name, os.fsencode(out.name)
+    if len(f".{suffix}") + len(encoded) > _LONGEST_NAME:
+        digest = hashlib.sha256(encoded).hexdigest()[:16]
         room = _LONGEST_NAME - len(f".~{digest}{suffix}")
-        name = f"{name.encode()[:room].decode(errors='ignore')}~{digest}"
+        name = f"{encoded[:room].decode(errors='ignore')}~{digest}"
     return out.parent / f".{name}{suffix}"
 
 
@@ -56,6 +58,7 @@ class UnfinishedFolder:
     MANIFEST: ClassVar[str] = "manifest.json"
     WORK: ClassVar[str] = "merge"
     WORKING: ClassVar[str] = "writing"
+    CONSEQUENCES: ClassVar[Sequence[str]] = ()
     error: ClassVar[type[ValueError]] = CheckpointError
 
     def __init__(self, path: Path, job: Mapping[str, Any] | None, *, restart: bool = False) -> None:
@@ -144,12 +147,16 @@ class UnfinishedFolder:
             raise self.error(f"{self.path}: cannot be written: {error.strerror or error}") from error
 
     def _delete(self) -> None:
+        if not self.path.is_dir():
+            return
         # The lock goes last: without it another process would work in the folder.
-        with contextlib.suppress(OSError):
+        try:
             self.clear(but=(LOCK_FILE, self.MANIFEST))
             self.clear()
             (self.path / LOCK_FILE).unlink()
             self.path.rmdir()
+        except OSError as error:
+            warnings.warn(f"{self.path}: cannot be deleted: {error.strerror}", CheckpointWarning, stacklevel=3)
 
     def _entries(self) -> list[Path]:
         return sorted(self.path.iterdir()) if self.path.is_dir() else []
@@ -173,15 +180,10 @@ class UnfinishedFolder:
             )
         job, state = manifest
         finished = bool(state.get("finished"))
-        if finished or (job is None and self.job is None) or (job != self.job and not self.holds_work()):
+        if finished or self.job is None or (job != self.job and not self.holds_work()):
             self.clear()
             self.save()
-        elif self.job is None:
-            raise self.error(
-                f"{self.path}: holds an unfinished {self.WORK} that this command would replace; finish it, delete the "
-                "folder, or name another output folder"
-            )
-        elif differing := differences(job or {}, self.job):
+        elif differing := differences(job or {}, self.job, self.CONSEQUENCES):
             raise self.error(
                 f"{self.path}: holds an unfinished {self.WORK} with another {', another '.join(differing)}; run the "
                 "same command as then, name another output folder, or pass --restart to begin anew"
@@ -191,7 +193,9 @@ class UnfinishedFolder:
 
 
 def read_manifest(file: Path) -> tuple[dict[str, Any] | None, dict[str, Any]] | None:
-    """Return job and state of a manifest; None if it is damaged or of another version."""
+    """Return job and state of a manifest; None if it is missing, damaged or of another version."""
+    if not file.is_file():  # reading something else may not end
+        return None
     try:
         content = json.loads(file.read_bytes())
         number, job, state = content["format"], content["job"], content["state"]
@@ -202,10 +206,14 @@ def read_manifest(file: Path) -> tuple[dict[str, Any] | None, dict[str, Any]] | 
     return job, state
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of the entries that differ, with what differs in them where that is short."""
+def differences(then: Mapping[str, Any], now: Mapping[str, Any], consequences: Sequence[str] = ()) -> list[str]:
+    """Return the names of the entries that differ, with what differs in them where that is short.
+
+    Entries that are `consequences` of others are left out if others differ.
+    """
     names = sorted(key for key in {*then, *now} if then.get(key) != now.get(key))
-    return [name + _difference(then.get(name), now.get(name)) for name in names]
+    causes = [name for name in names if name not in consequences]
+    return [name + _difference(then.get(name), now.get(name)) for name in causes or names]
 
 
 def _difference(then: Any, now: Any) -> str:

@@ -147,7 +147,7 @@ def _put_right(out: Path) -> list[str]:
     except CheckpointError as error:
         return [str(error)]
     try:
-        recover(out, folder)
+        recover(out)
         clear_leftovers(out)
         if is_committed(out):
             work.remove()

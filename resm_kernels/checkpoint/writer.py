@@ -21,6 +21,7 @@ from resm_kernels.checkpoint.journal import Journal
 from resm_kernels.checkpoint.output_plan import OutputPlan
 from resm_kernels.checkpoint.place import (
     COMMIT,
+    JOURNAL,
     MANIFEST,
     MODEL,
     OLD,
@@ -37,7 +38,8 @@ from resm_kernels.checkpoint.tensor_writer import TensorWriter, stored_hash
 from resm_kernels.checkpoint.unfinished import UnfinishedFolder, read_manifest
 
 INDEX_FILE: Final = "model.safetensors.index.json"
-_JOURNAL: Final = "journal"
+_LAYOUT: Final = "layout of tensors"
+_CONTENTS: Final = "content of other files"
 
 
 def free_bytes(path: Path) -> int:
@@ -50,9 +52,11 @@ def free_bytes(path: Path) -> int:
 class MergeFolder(UnfinishedFolder):
     """The unfinished folder of a model that is being written; its journal tells which tensors are done."""
 
+    CONSEQUENCES = (_LAYOUT, _CONTENTS)
+
     def __init__(self, path: Path, job: Mapping[str, Any] | None, *, restart: bool = False) -> None:
         super().__init__(path, job, restart=restart)
-        self.journal = Journal(path / _JOURNAL)
+        self.journal = Journal(path / JOURNAL)
 
     def holds_work(self) -> bool:
         """Return True if some tensor is done, or an older model is here."""
@@ -85,7 +89,6 @@ class CheckpointWriter:
         restart: Delete what an earlier writer left, whatever its job.
         overwrite: Replace a folder that is there and has the file `marker`.
         marker: As for `check_output_folder`.
-        unfinished: The unfinished folder, on the same file system; by default `unfinished_folder(out)`.
         facts: Entries for the record in the folder, `resm_kernels.json`, which also has each tensor's hash.
 
     Raises:
@@ -107,20 +110,18 @@ class CheckpointWriter:
         restart: bool = False,
         overwrite: bool = False,
         marker: str = "config.json",
-        unfinished: Path | None = None,
         facts: Mapping[str, Any] | None = None,
     ) -> None:
         self.out, self.plan = out, plan
         index = plan.index()
         self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
         if job is not None:
-            # What the job's names stand for cannot change without these.
             headers = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
             contents = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-            job = {**job, "layout of tensors": headers, "content of other files": contents}
+            job = {**job, _LAYOUT: headers, _CONTENTS: contents}
         self._job = job
         self._restart, self._overwrite, self._marker, self._facts = restart, overwrite, marker, dict(facts or {})
-        self._unfinished = MergeFolder(unfinished or unfinished_folder(out), job, restart=restart)
+        self._unfinished = MergeFolder(unfinished_folder(out), job, restart=restart)
         self.folder = self._unfinished.path / MODEL
         self.finished: frozenset[str] = frozenset()
         self._tensors = TensorWriter(self.folder, plan, flushed=self.record)
@@ -134,7 +135,7 @@ class CheckpointWriter:
         with self._reported_errors():
             self._unfinished.take()
             try:
-                recover(self.out, self._unfinished.path)
+                recover(self.out)
                 clear_leftovers(self.out, self._marker)
                 self._open()
             except BaseException:
@@ -144,8 +145,8 @@ class CheckpointWriter:
                 if not self._committed:
                     self._check_space()
                     self._make_shards()
-            except BaseException:
-                self._end()
+            except BaseException as error:
+                self._end(error)
                 raise
         return self
 
@@ -156,9 +157,7 @@ class CheckpointWriter:
             return
         with contextlib.suppress(OSError, CheckpointError):
             self._tensors.flush()
-        done = self._end()
-        if done and error is not None:
-            _add_note(error, f"{done} of {len(self.plan.slots)} tensors are done; the same command goes on from there")
+        self._end(error)
 
     def write(self, name: str, tensor: torch.Tensor, start: int = 0) -> None:
         """Write one CPU tensor of the planned dtype, or consecutive elements of it from element `start` on.
@@ -200,14 +199,15 @@ class CheckpointWriter:
 
     def _open(self) -> None:
         """Find out what an earlier writer did; see the class for what is refused."""
-        if not self._restart and is_committed(self.out, self._unfinished.path):
+        if not self._restart and is_committed(self.out):
             if self._is_output_of_this_job():
                 self.finished, self._committed = frozenset(self.plan.slots), True
                 self._pending.clear()
                 return
             self._unfinished.clear()
+        goes_on = self._job is not None
+        check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker, goes_on=goes_on)
         self._unfinished.open()
-        check_output_folder(self.out, overwrite=self._overwrite, marker=self._marker)
         self._replaced = Occupant.of(self.out)
         if self._job is not None:
             self._hashes = self._unchanged(self.folder, self._unfinished.journal.read())
@@ -243,6 +243,8 @@ class CheckpointWriter:
         return kept
 
     def _make_shards(self) -> None:
+        if self._job is not None:
+            self._unfinished.journal.reserve(self._pending)
         self.folder.mkdir(exist_ok=True)
         for shard in self.plan.shards:
             fd = os.open(self.folder / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -268,20 +270,22 @@ class CheckpointWriter:
         for folder in folders:
             sync(folder)
 
-    def _end(self) -> int:
-        """Delete the unfinished folder if no tensor is done in it, and let go of it; return how many are done."""
+    def _end(self, error: BaseException | None) -> None:
+        """Delete the unfinished folder if no tensor is done in it, else say in a note that it is kept; release it."""
         self._tensors.close()
-        done = 0
         try:
-            recover(self.out, self._unfinished.path)
+            recover(self.out)
             done = len(self._unfinished.journal.read()) if self._job is not None else 0
             if not done:
                 self._unfinished.remove()
-        except (OSError, CheckpointError):
-            done = len(self._hashes)
+            elif error is not None:
+                note = f"{done} of {len(self.plan.slots)} tensors are done; the same command goes on from there"
+                # As BaseException.add_note, which Python 3.10 does not have.
+                error.__notes__ = [*getattr(error, "__notes__", ()), note]
+        except (OSError, CheckpointError) as another:
+            warnings.warn(f"{self._unfinished.path}: is kept: {another}", CheckpointWarning, stacklevel=3)
         finally:
             self._unfinished.release()
-        return done
 
     def _check_space(self) -> None:
         needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
@@ -296,8 +300,3 @@ class CheckpointWriter:
 
     def _reported_errors(self) -> AbstractContextManager[None]:
         return write_errors_named(self.out, f" (needs {format_bytes(self.plan.nbytes)})")
-
-
-def _add_note(error: BaseException, note: str) -> None:
-    # As BaseException.add_note, which Python 3.10 does not have.
-    error.__notes__ = [*getattr(error, "__notes__", ()), note]

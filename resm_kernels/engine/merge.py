@@ -151,9 +151,10 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
                 timings = merge_on_ray(plan, names, writer, progress)
             else:
                 timings = run_jobs(plan, names, writer.write, progress)
-        except MergeError:
-            # The same models would meet it again, and others need a merge of their own.
-            writer.discard()
+        except MergeError as error:
+            # The same models would meet it again, and others need a merge of their own; memory may be free next time.
+            if not isinstance(error.__cause__, torch.OutOfMemoryError):
+                writer.discard()
             raise
         computed = time.perf_counter()
         writer.commit()

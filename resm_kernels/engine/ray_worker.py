@@ -23,6 +23,7 @@ from resm_kernels.checkpoint import OutputPlan
 from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.tensor_writer import TensorWriter
 from resm_kernels.engine.merge import run_jobs
+from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Timings
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.methods import Method, register
@@ -91,9 +92,14 @@ class MergeWorker:
 
     def merge(self, names: Sequence[str]) -> Merged:
         """Merge these tensors and write them; they are on disk when this returns."""
-        with write_errors_named(self._folder, f" on machine {self._name}"):
-            timings = run_jobs(self._plan, frozenset(names), self._writer.write)
-            hashes = self._writer.flush()
+        try:
+            with write_errors_named(self._folder, f" on machine {self._name}"):
+                timings = run_jobs(self._plan, frozenset(names), self._writer.write)
+                hashes = self._writer.flush()
+        except MergeError as error:
+            if isinstance(error.__cause__, torch.OutOfMemoryError):  # the models are not at fault, so the work is kept
+                raise ClusterError(f"machine {self._name}: {error}") from error
+            raise
         devices = tuple(replace(use, name=f"{self._name} {use.name}") for use in timings.devices)
         return Merged(hashes, replace(timings, devices=devices))
 

@@ -162,10 +162,12 @@ def extract_lora(
     Determinism: the adapter has the same bits for any number of threads.
     """
     _check_choices(rank, energy, max_rank, dtype)
-    folder = check_output_folder(out, overwrite=overwrite, inputs=[finetuned, base], marker=CONFIG_FILE)
+    inputs = [finetuned, base]
+    folder = check_output_folder(out, overwrite=overwrite, inputs=inputs, marker=CONFIG_FILE, goes_on=False)
     truncate = _Truncation(rank, energy, max_rank, accuracy)
     report = ExtractReport(folder)
-    with CheckpointReader(base) as original, CheckpointReader(finetuned) as tuned, AdapterWriter(folder) as writer:
+    writing = AdapterWriter(folder, overwrite=overwrite)
+    with CheckpointReader(base) as original, CheckpointReader(finetuned) as tuned, writing as writer:
         config = read_config(Path(base))
         tied = is_tied(config, original.tensors)
         infos = _common_tensors(original, tuned, tied)

@@ -29,10 +29,11 @@ class AdapterWriter:
 
     Args:
         out: The folder to write, as `check_output_folder` returned it.
+        overwrite: Replace an adapter folder that is there.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, *, overwrite: bool = False) -> None:
+        self._out, self._overwrite = out, overwrite
         self._entries: dict[str, tuple[torch.dtype, tuple[int, ...], Callable[[], Tensor]]] = {}
         self._end = 0
 
@@ -75,7 +76,8 @@ class AdapterWriter:
         """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`."""
         plan = plan_output(((name, dtype, shape) for name, (dtype, shape, _) in self._entries.items()), sys.maxsize)
         plan = OutputPlan((replace(plan.shards[0], filename=WEIGHTS_FILE),), plan.slots)
-        with CheckpointWriter(self._out, plan, {CONFIG_FILE: json_bytes(config)}) as writer:
+        files = {CONFIG_FILE: json_bytes(config)}
+        with CheckpointWriter(self._out, plan, files, overwrite=self._overwrite, marker=CONFIG_FILE) as writer:
             for name, (_, _, read) in self._entries.items():
                 writer.write(name, read())
             writer.commit()
