@@ -10,7 +10,7 @@ from resm_kernels.engine.plan import TensorJob
 
 BATCHES_PER_WORKER: Final = 8
 """More batches end the workers' work more evenly; fewer interrupt less often their reading ahead."""
-LONGEST_SECONDS: Final = 60.0
+LONGEST_SECONDS: Final = 20.0
 """The longest batch of several tensors, as predicted: so much work is lost at most when a worker dies."""
 
 

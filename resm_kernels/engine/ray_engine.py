@@ -78,7 +78,7 @@ def merge_on_ray(
         )
         places = find_places(ray.nodes(), plan.options)
         batches = make_batches(jobs, lambda job: REFERENCE.seconds(job_work(plan.method, job)), len(places))
-        return _Driver(ray, order, places, batches, writer, progress).run()
+        return Driver(ray, order, places, batches, writer, progress).run()
 
 
 @dataclass
@@ -129,7 +129,7 @@ def find_places(nodes: Sequence[dict[str, Any]], options: MergeOptions) -> list[
 
 
 @dataclass
-class _Driver:
+class Driver:
     """Gives batches to workers, the longest first, until all are done.
 
     Attributes:
@@ -158,7 +158,7 @@ class _Driver:
         waiting, idle = deque(self.batches), deque[tuple[Any, Place]]()
         attempts = dict.fromkeys(self.batches, 0)
         total, done = sum(batch.nbytes for batch in self.batches), 0
-        has_started = False
+        has_started, reason = False, ""
         timings, uses = Timings(), dict[str, DeviceUse]()
         for place in self.places:
             self._start(place)
@@ -177,7 +177,8 @@ class _Driver:
                     raise error.cause from None
                 raise ClusterError(f"machine {place.name}: {_reason(error)}") from error
             except self.ray.exceptions.RayError as error:
-                self._replace(place, batch, attempts, error)
+                reason = f" ({_reason(error)})"
+                self._replace(place, batch, attempts, reason)
                 if batch is not None:
                     waiting.appendleft(batch)
             else:
@@ -191,6 +192,8 @@ class _Driver:
                         self.progress(done, total)
             while waiting and idle:
                 self._give(*idle.popleft(), waiting.popleft())
+            if waiting and not self.running:
+                raise ClusterError(f"engine: no worker is left; the last one died on machine {place.name}{reason}")
         timings.devices = tuple(uses.values())
         return timings
 
@@ -207,9 +210,8 @@ class _Driver:
     def _give(self, worker: Any, place: Place, batch: Batch) -> None:
         self.running[worker.merge.remote(batch.names)] = (worker, place, batch)
 
-    def _replace(self, place: Place, batch: Batch | None, attempts: dict[Batch, int], error: Exception) -> None:
-        """Start another worker for one that died, or raise an error if that has happened too often."""
-        reason = _reason(error)
+    def _replace(self, place: Place, batch: Batch | None, attempts: dict[Batch, int], reason: str) -> None:
+        """Start another worker for one that died, if its machine is there; raise an error if it happens too often."""
         place.deaths += 1
         if batch is not None:
             attempts[batch] += 1
@@ -217,12 +219,10 @@ class _Driver:
                 others = f" and {len(batch.names) - 1} more" if len(batch.names) > 1 else ""
                 raise ClusterError(
                     f"tensor {batch.names[0]!r}{others}: {ATTEMPTS} workers died while they merged it, the last one on "
-                    f"machine {place.name} ({reason}); perhaps its memory is too small: lower memory_limit or workers"
+                    f"machine {place.name}{reason}; perhaps its memory is too small: lower memory_limit or workers"
                 )
         if place.deaths < ATTEMPTS and any(n["NodeID"] == place.node and n["Alive"] for n in self.ray.nodes()):
             self._start(place)
-        elif not self.running:
-            raise ClusterError(f"engine: no worker is left; the last one died on machine {place.name} ({reason})")
 
 
 def _reason(error: Exception) -> str:
