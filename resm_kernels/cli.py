@@ -57,6 +57,10 @@ def merge(
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
     ] = MergeOptions.overwrite,
     restart: RestartOption = MergeOptions.restart,
+    hash_inputs: Annotated[
+        bool,
+        typer.Option("--hash-inputs", help="Know inputs again by all their content, not by header, size and time."),
+    ] = MergeOptions.hash_inputs,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show plan, memory and output size; write nothing.")
     ] = False,

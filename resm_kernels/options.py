@@ -20,6 +20,7 @@ class MergeKeywords(TypedDict, total=False):
     max_shard_size: str | int
     overwrite: bool
     restart: bool
+    hash_inputs: bool
     memory_limit: str | int
     threads: int | None
     device: str | torch.device
@@ -56,6 +57,7 @@ class MergeOptions:
     max_shard_size: str | int = "5GB"
     overwrite: bool = False
     restart: bool = False
+    hash_inputs: bool = False
     memory_limit: str | int = "512MiB"
     threads: int | None = None
     device: str | torch.device = "cpu"

@@ -359,7 +359,8 @@ def test_bad_prompts_are_named_before_anything_is_merged(models: Models) -> None
 
 def test_outputs_that_are_there(models: Models) -> None:
     models.out.mkdir()
-    (models.out / "config.json").write_text("{}")
+    for name in ("config.json", "model.safetensors"):
+        (models.out / name).write_text("{}")
     with pytest.raises(CheckpointError, match="--overwrite"):
         models.calibrate()
     models.calibrate(overwrite=True)

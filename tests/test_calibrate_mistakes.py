@@ -21,7 +21,7 @@ from resm_kernels.calibrate import CalibrationError
 from resm_kernels.calibrate.activations import RowFile
 from resm_kernels.calibrate.answers import answer, answer_prompts
 from resm_kernels.calibrate.models import load_model as load_whole_model
-from resm_kernels.checkpoint import CheckpointError
+from resm_kernels.checkpoint import CheckpointError, unfinished_folder
 from resm_kernels.engine import MergeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -175,11 +175,12 @@ def test_an_output_that_appears_meanwhile_is_not_replaced(models: Models) -> Non
     def make(phase: str, done: int, total: int) -> None:
         if phase == "blocks" and done == 1 and not models.out.exists():
             models.out.mkdir()
-            (models.out / "config.json").write_text("{}")
+            for name in ("config.json", "model.safetensors"):
+                (models.out / name).write_text("{}")
 
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         models.calibrate(progress=make)
-    assert contents(models.out) == {"config.json": b"{}"}
+    assert contents(models.out) == {"config.json": b"{}", "model.safetensors": b"{}"}
     models.calibrate(overwrite=True)
     assert models.leftovers() == [] and (models.out / "model.safetensors").is_file()
 
@@ -189,10 +190,10 @@ def test_a_merge_does_not_replace_an_output_that_appears_meanwhile(models: Model
         models.out.mkdir(exist_ok=True)
         (models.out / "mine").write_text("mine")
 
-    with pytest.raises(CheckpointError, match="exists now, made by another process; it is not replaced"):
+    with pytest.raises(CheckpointError, match=r"came into being or changed while .*; it is not replaced"):
         merge_checkpoints(models.recipe(), models.out, progress=make)
     assert contents(models.out) == {"mine": b"mine"}
-    assert models.leftovers() == []
+    assert models.leftovers() == [unfinished_folder(models.out).name]
 
 
 def test_names_of_any_length_are_fine(models: Models) -> None:

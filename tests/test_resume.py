@@ -115,6 +115,23 @@ def test_another_merge_is_refused_by_the_name_of_what_differs(
     assert family.leftovers() == ["out"]
 
 
+def test_inputs_are_known_by_their_content_on_request(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut_off(family, monkeypatch, hash_inputs=True)
+    file = family.folders[1] / "model.safetensors"
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    with pytest.raises(CheckpointError, match=r"another input file .*expert1/model.safetensors \(content\);"):
+        merge(family, hash_inputs=True)
+    content[-2] ^= 1
+    file.write_bytes(content)
+    touch(file)
+    assert merge(family, hash_inputs=True).tensors_resumed == 12
+    assert contents(family.out) == expected(family)
+
+
 def test_another_recipe_and_another_version_are_refused(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(family, monkeypatch)
     with pytest.raises(CheckpointError, match=r"another .*recipe.*--restart"):

@@ -53,6 +53,12 @@ def resave(out: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> No
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def no_file(out: Path) -> None:
+    """Put something in a file's place whose reading would not end."""
+    (out / "resm_kernels.json").unlink()
+    os.mkfifo(out / "resm_kernels.json")
+
+
 NORM = "model.layers.0.input_layernorm.weight"
 DAMAGES: list[tuple[Callable[[Path], object], list[str]]] = [
     (flip, ["has other bytes than when it was written"]),
@@ -74,7 +80,7 @@ DAMAGES: list[tuple[Callable[[Path], object], list[str]]] = [
     (lambda out: (out / "config.json").unlink(), ["config.json: is missing"]),
     (lambda out: (out / "config.json").write_text("{"), ["config.json: cannot be read as JSON"]),
     (lambda out: (out / "resm_kernels.json").write_text("{"), ["resm_kernels.json: is damaged"]),
-    (lambda out: ((out / "resm_kernels.json").unlink(), os.mkfifo(out / "resm_kernels.json")), ["is damaged, or of"]),
+    (no_file, ["resm_kernels.json: is damaged"]),
     (lambda out: (out / "model.safetensors.index.json").write_text("[]"), ["not a safetensors index"]),
 ]
 

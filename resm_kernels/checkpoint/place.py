@@ -19,9 +19,9 @@ from typing import Final, NamedTuple
 from resm_kernels.checkpoint.durable import exchange, sync, write_errors_named
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning
 from resm_kernels.checkpoint.journal import Journal
-from resm_kernels.checkpoint.unfinished import hidden_sibling, read_manifest
+from resm_kernels.checkpoint.unfinished import UnfinishedFolder, hidden_sibling, read_manifest
 
-MANIFEST: Final = "manifest.json"
+MANIFEST: Final = UnfinishedFolder.MANIFEST
 MODEL: Final = "model"
 """The folder in the folder of unfinished work that takes the output's name when it is complete."""
 JOURNAL: Final = "journal"

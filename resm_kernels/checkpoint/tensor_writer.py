@@ -143,7 +143,7 @@ class TensorWriter:
 
 
 def stored_hash(file: Path, fd: int, offset: int, nbytes: int) -> str:
-    """Return the XXH3-128 hash of a tensor's bytes in an open file, as 32 hexadecimal digits.
+    """Return the XXH3-128 hash of some bytes of an open file, such as a tensor's, as 32 hexadecimal digits.
 
     Raises:
         CheckpointError: The file ends early, or cannot be read.

@@ -281,7 +281,7 @@ class CheckpointWriter:
             elif error is not None:
                 note = f"{done} of {len(self.plan.slots)} tensors are done; the same command goes on from there"
                 # As BaseException.add_note, which Python 3.10 does not have.
-                error.__notes__ = [*getattr(error, "__notes__", ()), note]
+                vars(error)["__notes__"] = [*getattr(error, "__notes__", ()), note]
         except (OSError, CheckpointError) as another:
             warnings.warn(f"{self._unfinished.path}: is kept: {another}", CheckpointWarning, stacklevel=3)
         finally:

@@ -10,6 +10,7 @@ import torch
 
 from resm_kernels._version import __version__
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_PATTERNS
+from resm_kernels.checkpoint.tensor_writer import stored_hash
 from resm_kernels.engine.statistics import statistics_files
 from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
 from resm_kernels.lora.config import WEIGHTS_FILE as ADAPTER_WEIGHTS
@@ -25,7 +26,7 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
     """Return what the result of a merge depends on, by the names that errors use.
 
     Of each input file these are its size, the time of its last change, and a hash of its header; of files that are not
-    in the format of safetensors, a hash of their first MiB.
+    in the format of safetensors, a hash of their first MiB. With the option `hash_inputs` it is a hash of its content.
     """
     entries: dict[str, Any] = {
         "recipe": plan.recipe.text,
@@ -33,7 +34,8 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "random_seed": plan.options.random_seed,
         "max_shard_size": plan.options.shard_bytes,
     }
-    return entries | {f"input file {file}": _state(file) for file in _input_files(plan)}
+    state = _content if plan.options.hash_inputs else _state
+    return entries | {f"input file {file}": state(file) for file in _input_files(plan)}
 
 
 def record_facts(plan: MergePlan) -> dict[str, Any]:
@@ -50,6 +52,11 @@ def _input_files(plan: MergePlan) -> list[Path]:
         files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
         files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
     return sorted(file.resolve() for file in files)
+
+
+def _content(file: Path) -> dict[str, Any]:
+    with open(file, "rb") as stream:
+        return {"content": stored_hash(file, stream.fileno(), 0, file.stat().st_size)}
 
 
 def _state(file: Path) -> dict[str, Any]:

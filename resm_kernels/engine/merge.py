@@ -91,6 +91,9 @@ def merge_checkpoints(
             the new one is complete.
         restart: Begin anew (default: False), whatever an earlier run left unfinished. Without it, unfinished work of
             another recipe, other inputs, options or versions is an error.
+        hash_inputs: Know input files again by a hash of their whole content (default: False), which reads them once
+            more, instead of by header, size and the time of their last change. It must be the same when the merge goes
+            on.
         memory_limit: Bytes of tensor data to hold in memory at once, as for `max_shard_size`; 512MiB by default. It is
             exceeded only if the largest tensor alone needs more (see `plan_merge(...).window.bound`). With GPUs this
             memory is pinned, and does not include the method's workspace, which is in the GPUs' memory.
