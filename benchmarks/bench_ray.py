@@ -1,8 +1,8 @@
 """`--engine ray`: two workers against one, one thread each; and what `--dry-run` estimates against what merges take.
 
-Merges a Llama of 125 M parameters, made as in bench_checkpoint.py, in a local cluster that runs already. The engines
+Merges a Llama of 222 M parameters, made as in bench_checkpoint.py, in a local cluster that runs already. The engines
 take turns, for each of the rounds: one worker, two workers, and this process with two threads. A merge's time counts
-from reading the recipe to the final rename, with the start of the workers. Outputs are compared: all files are the
+from reading the recipe to the final rename, with the start of the workers but not of the cluster. Outputs are compared: all files are the
 same. Then this machine is measured as by `--dry-run --machine measure`, and the estimate compared with merges by three
 methods in this process, with the same threads.
 
@@ -33,7 +33,7 @@ from resm_kernels.engine.estimate import estimate, measure_machine
 from resm_kernels.methods import get
 from resm_kernels.options import MergeKeywords
 
-SIZE: Final = Size(layers=8, vocabulary=16000)
+SIZE: Final = Size(vocabulary=8000)
 THREADS: Final = 2
 ENGINES: Final[dict[str, MergeKeywords]] = {
     "one worker": {"engine": "ray", "workers": 1, "threads": 1},
@@ -106,7 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--layers", type=int, default=SIZE.layers)
-    parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-125m"), help="where the models are kept")
+    parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-222m"), help="where the models are kept")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     folders = make_models(options.cache, Size(layers=options.layers, vocabulary=SIZE.vocabulary))

@@ -166,6 +166,21 @@ def test_a_copy_of_a_model_elsewhere_is_the_same_input(family: Family, order: Or
     assert MergeWorker().open(order) == os.uname().nodename
 
 
+def test_relative_paths_of_a_recipe_start_from_the_directory_of_the_driver(
+    family: Family, order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(family.root)
+    recipe = family.recipe() | {"base_model": "base", "models": [{"model": f"./{f.name}"} for f in family.folders]}
+    with plan_merge(recipe) as plan:
+        relative = replace(order, recipe=plan.recipe, directory=Path.cwd(), fingerprint=fingerprint(plan))
+    monkeypatch.chdir("/")
+    MergeWorker().open(relative)
+    assert Path.cwd() == family.root
+    monkeypatch.chdir("/")
+    with pytest.raises(ClusterError, match=r"machine .*, in /: base_model: got 'base', which is no folder here"):
+        MergeWorker().open(replace(relative, directory=family.root / "elsewhere"))
+
+
 class DeathError(Exception):
     """Stands for Ray's error about an actor that died."""
 
