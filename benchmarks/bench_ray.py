@@ -2,9 +2,9 @@
 
 Merges a Llama of 222 M parameters, made as in bench_checkpoint.py, in a local cluster that runs already. The engines
 take turns, for each of the rounds: one worker, two workers, and this process with two threads. A merge's time counts
-from reading the recipe to the final rename, with the start of the workers but not of the cluster. Outputs are compared: all files are the
-same. Then this machine is measured as by `--dry-run --machine measure`, and the estimate compared with merges by three
-methods in this process, with the same threads.
+from reading the recipe to the final rename, with the start of the workers but not of the cluster. All must write the
+same files. Then this machine is measured as by `--dry-run --machine measure`, and the estimate compared with merges by
+three methods in this process, with the same threads.
 
     python -m benchmarks.bench_ray --json benchmarks/results/ray.json
 """

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,9 +65,14 @@ def test_an_address_without_a_cluster_is_refused_at_once(family: Family, address
 def cluster() -> Iterator[Any]:
     """A local cluster of two CPUs, to which this process is connected: merges use it."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False)
+    root = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets may not be long
+    size = 80 * 2**20
+    ray.init(
+        "local", num_cpus=2, include_dashboard=False, object_store_memory=size, log_to_driver=False, _temp_dir=root
+    )
     yield ray
     ray.shutdown()
+    shutil.rmtree(root)
 
 
 @pytest.mark.parametrize(
