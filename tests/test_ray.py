@@ -65,14 +65,12 @@ def test_an_address_without_a_cluster_is_refused_at_once(family: Family, address
 def cluster() -> Iterator[Any]:
     """A local cluster of two CPUs, to which this process is connected: merges use it."""
     ray = pytest.importorskip("ray", reason="ray is not installed")
-    root = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets may not be long
-    size = 80 * 2**20
-    ray.init(
-        "local", num_cpus=2, include_dashboard=False, object_store_memory=size, log_to_driver=False, _temp_dir=root
-    )
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # paths of sockets may not be long
+    limits = {"num_cpus": 2, "object_store_memory": 80 * 2**20}
+    ray.init("local", **limits, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
     yield ray
     ray.shutdown()
-    shutil.rmtree(root)
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize(
