@@ -13,9 +13,20 @@ from typing import Annotated
 
 import typer
 
+from resm_kernels.arguments import (
+    AddressOption,
+    EngineOption,
+    MachineOption,
+    MemoryOption,
+    QuietOption,
+    RecipeArgument,
+    RestartOption,
+    ThreadsOption,
+    WorkersOption,
+)
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
 from resm_kernels.flags import repeated, translate
-from resm_kernels.options import MAX_THREADS, CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
 app = typer.Typer(
     add_completion=False,
@@ -32,20 +43,6 @@ def _common(
     traceback: Annotated[bool, typer.Option("--traceback", help="Show an error's Python traceback.")] = False,
 ) -> None:
     _options["traceback"] = traceback
-
-
-RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
-MemoryOption = Annotated[
-    str,
-    typer.Option(
-        "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
-    ),
-]
-RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")]
-ThreadsOption = Annotated[
-    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 
 
 @app.command(epilog="mergekit-yaml's options are understood too (docs/recipes.md).")
@@ -97,6 +94,10 @@ def merge(
     out_format: Annotated[
         str, typer.Option(help="safetensors; or dcp, a folder for torch.distributed.checkpoint.load.")
     ] = MergeOptions.out_format,
+    engine: EngineOption = MergeOptions.engine,
+    address: AddressOption = MergeOptions.address,
+    workers: WorkersOption = MergeOptions.workers,
+    machine: MachineOption = None,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.
@@ -106,13 +107,15 @@ def merge(
     with loading():
         from rich.console import Console
 
-        from resm_kernels.engine import carry_out, plan_merge
+        from resm_kernels.engine import carry_out, chosen_machine, plan_merge
         from resm_kernels.report import closing_line, progress_display
 
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
+    if machine is not None and not dry_run:
+        raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
     with cut_off_named("nothing was written"), plan_merge(recipe, out, options) as plan:
         if dry_run:
-            typer.echo(plan.describe())
+            typer.echo(plan.describe(chosen_machine(machine, out, options.threads)))
             return
         for note in () if quiet else plan.notes:
             typer.echo(f"note: {note}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import signal
 import sys
 import warnings
@@ -61,9 +62,11 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def set_up_process() -> None:
-    """Turn signals that end the process into exceptions, and warnings of this library into plain lines."""
+    """Turn signals that end the process into exceptions and warnings of this library into plain lines; silence Ray."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _terminate)
+    # Ray would print its own reports of workers and machines that died, dozens of lines of a log, to stdout.
+    os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     show = warnings.showwarning
 
     def show_note(message: Warning | str, category: type[Warning], *place: Any, **options: Any) -> None:

@@ -36,10 +36,15 @@ class MergeKeywords(TypedDict, total=False):
     mixed_architectures: bool
     trust_remote_code: bool
     out_format: str
+    engine: str
+    address: str | None
+    workers: int | None
 
 
 OUT_FORMATS: Final = ("safetensors", "dcp")
 """The formats that a merge writes weights in."""
+ENGINES: Final = ("local", "ray")
+"""Who merges: this process, or workers on the machines of a Ray cluster."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +59,8 @@ class MergeOptions:
         device_bytes: `device_memory` in bytes, or None.
 
     Raises:
-        ValueError: A size cannot be read, there is less than one thread, or no such format.
+        ValueError: A size cannot be read, a number is out of its range, there is no such format or engine, or the
+            engine does not have an option.
     """
 
     max_shard_size: str | int = "5GB"
@@ -71,6 +77,9 @@ class MergeOptions:
     mixed_architectures: bool = False
     trust_remote_code: bool = False
     out_format: str = "safetensors"
+    engine: str = "local"
+    address: str | None = None
+    workers: int | None = None
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)
@@ -86,6 +95,17 @@ class MergeOptions:
         check_seed("random_seed", self.random_seed)
         if self.out_format not in OUT_FORMATS:
             raise ValueError(f"out_format: got {self.out_format!r}, need {' or '.join(OUT_FORMATS)}")
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers: got {self.workers}, need at least 1")
+        if self.engine not in ENGINES:
+            raise ValueError(f"engine: got {self.engine!r}, need {' or '.join(ENGINES)}")
+        for name in ("address", "workers"):
+            if self.engine != "ray" and getattr(self, name) is not None:
+                raise ValueError(f"{name}: got {getattr(self, name)!r} with engine: {self.engine}, need engine: ray")
+        if self.engine == "ray" and str(self.device) not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device: got '{self.device}', need cpu or cuda with engine: ray, where each worker has one GPU"
+            )
 
 
 def check_threads(threads: int | None) -> None:

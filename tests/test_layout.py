@@ -38,10 +38,10 @@ LAYERS = [
     {"engine"},
     {"calibrate"},
     {"report", "plot"},
-    {"flags", "command"},
+    {"flags", "arguments", "command"},
     {"cli", "__main__"},
 ]
-HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn")
+HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from resm_kernels.engine.devices import DeviceUse
+from resm_kernels.engine.estimate import chosen_machine
 from resm_kernels.engine.merge import MergeReport, carry_out, merge_checkpoints
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
@@ -21,6 +22,7 @@ __all__ = [
     "Window",
     "carry_out",
     "checkpoint_stats",
+    "chosen_machine",
     "merge_checkpoints",
     "plan_merge",
 ]

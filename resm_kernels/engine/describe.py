@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 from resm_kernels.checkpoint import format_bytes
 from resm_kernels.checkpoint.writer import free_bytes
 from resm_kernels.dtypes import dtype_name
+from resm_kernels.engine.costs import Machine, job_work
 from resm_kernels.engine.device_memory import device_need
 from resm_kernels.engine.devices import Device
+from resm_kernels.engine.estimate import MACHINES, duration, estimate, machine_line
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Part, Setting, Slice
 
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
 
 
-def describe_plan(plan: MergePlan) -> str:
+def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
     """Return the lines of `MergePlan.describe`."""
     copied = sum(job.copied for job in plan.jobs)
     tied = ", output head tied to the embedding" if plan.tied else ""
@@ -42,17 +44,20 @@ def describe_plan(plan: MergePlan) -> str:
     if plan.options.out_format != MergeOptions.out_format:
         size += f", in the format {plan.options.out_format}"
     if plan.out is None:
-        return "\n".join([*lines, f"output        {size}"])
+        return "\n".join([*lines, f"output        {size}", *_estimate_lines(plan, machine)])
     free = free_bytes(plan.out)
     lines += [
         f"output        {plan.out}: {size}",
         f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
+        *_estimate_lines(plan, machine),
     ]
     return "\n".join(lines)
 
 
 def _memory_line(plan: MergePlan) -> str:
     line = f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight"
+    if plan.options.engine == "ray":
+        line += " in each worker"
     blocks = [job for job in plan.pieces if job.whole is not None]
     if blocks:
         line += f"; {len({job.name for job in blocks})} large tensors in {len(blocks)} blocks"
@@ -63,6 +68,18 @@ def _memory_line(plan: MergePlan) -> str:
             f"{largest.name} whole"
         )
     return line
+
+
+def _estimate_lines(plan: MergePlan, machine: tuple[Machine, str] | None) -> list[str]:
+    if machine is None:
+        return []
+    rates, source = machine
+    works = [job_work(plan.method, job) for job in plan.jobs]
+    parts = [
+        f"{'1 machine' if n == 1 else f'{n} machines'} {duration(e.seconds)} ({e.limit})"
+        for n, e in ((n, estimate(works, rates, n)) for n in MACHINES)
+    ]
+    return [f"estimate      on CPUs: {', '.join(parts)}", f"machine       {source}: {machine_line(rates)}"]
 
 
 def _slice_lines(part: Part, piece: Slice) -> list[str]:

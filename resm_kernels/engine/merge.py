@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,6 +116,12 @@ def merge_checkpoints(
         trust_remote_code: Run Python code from the models' folders to load their tokenizers, where vocabularies are
             merged (default: False).
         out_format: "safetensors" (the default), or "dcp" for a folder that `torch.distributed.checkpoint.load` reads.
+        engine: "local" (the default) merges in this process; "ray" merges with the workers of a Ray cluster, with the
+            same result (see docs/ray.md). Memory limit and threads are then each worker's, and `device` is "cpu" or
+            "cuda".
+        address: The address of a running Ray cluster, with engine "ray"; None, the default, starts one on this
+            machine and ends it after the merge.
+        workers: Ray workers on each machine, with engine "ray"; None, the default, takes one, or one for each GPU.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
@@ -144,17 +150,15 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         marker=output_marker(plan.out, plan.models, plan.options),
         facts=record_facts(plan),
     )
-    with thread_count(plan.options.threads), writing as writer:
-        jobs = tuple(piece for piece in plan.pieces if piece.name not in writer.finished)
-        pipeline = Pipeline(
-            jobs=jobs,
-            window=plan.window,
-            executor=_executor(plan),
-            write=lambda job, result: writer.write(job.name, result, job.start),
-            progress=progress,
-        )
+    with writing as writer:
+        names = {job.name for job in plan.jobs} - writer.finished
         try:
-            timings = pipeline.run()
+            if plan.options.engine == "ray":
+                from resm_kernels.engine.ray_engine import merge_on_ray  # ray_worker imports this module
+
+                timings = merge_on_ray(plan, names, writer, progress)
+            else:
+                timings = run_jobs(plan, names, writer.write, progress)
         except MergeError as error:
             # The same models would meet it again, and others need a merge of their own; memory may be free next time.
             if not isinstance(error.__cause__, torch.OutOfMemoryError):
@@ -168,13 +172,34 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         method=plan.method.name,
         tensors=len(plan.jobs),
         tensors_resumed=len(writer.finished),
-        bytes_read=sum(job.input_bytes for job in jobs),
+        bytes_read=sum(job.input_bytes for job in plan.jobs if job.name in names),
         bytes_written=plan.output.nbytes,
         seconds=finished - plan.began,
         commit=finished - computed,
         memory_bound=plan.window.bound,
         **vars(timings),
     )
+
+
+def run_jobs(
+    plan: MergePlan,
+    names: Collection[str],
+    write: Callable[[str, Tensor, int], object],
+    progress: Progress | None = None,
+) -> Timings:
+    """Merge the tensors of these names in this process, in the plan's order.
+
+    Args:
+        write: `write(name, result, start)` gets each result, or the block of it from element `start` on.
+    """
+    with thread_count(plan.options.threads):
+        return Pipeline(
+            jobs=[job for job in plan.pieces if job.name in names],
+            window=plan.window,
+            executor=_executor(plan),
+            write=lambda job, result: write(job.name, result, job.start),
+            progress=progress,
+        ).run()
 
 
 def _executor(plan: MergePlan) -> Executor[TensorJob]:

@@ -152,7 +152,7 @@ class Pipeline(Generic[JobT]):
     jobs: Sequence[JobT]
     window: Window
     executor: Executor[JobT]
-    write: Callable[[JobT, Tensor], None] | None = None
+    write: Callable[[JobT, Tensor], object] | None = None
     progress: Callable[[int, int], None] | None = None
     timings: Timings = field(default_factory=Timings)
     ring: Ring | None = None

@@ -9,7 +9,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
@@ -42,6 +42,9 @@ from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_vocabulary, layer_position
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.costs import Machine
 
 _DEFAULT_OPTIONS: Final = MergeOptions()
 
@@ -155,9 +158,12 @@ class MergePlan:
         """What the user should know of torch DCP folders among the models, in one sentence each."""
         return dcp_notes(self.models)
 
-    def describe(self) -> str:
-        """Return what would be merged, in which memory, on which devices and into which files, one line for each."""
-        return describe_plan(self)
+    def describe(self, machine: tuple[Machine, str] | None = None) -> str:
+        """Return what would be merged, in which memory, on which devices and into which files, one line for each.
+
+        With a machine, and words for where its rates are from (`chosen_machine`), also estimate how long it takes.
+        """
+        return describe_plan(self, machine)
 
     def auxiliary_files(self) -> Mapping[str, bytes]:
         """Return file name → content of everything but the weights: config, tokenizer, and maybe a model card."""
@@ -200,7 +206,8 @@ def plan_merge(
         ValueError: A device does not exist or has less memory than asked for.
     """
     began = time.perf_counter()
-    devices = open_devices(options.device, options.device_bytes)
+    # Workers of a cluster open their own GPUs; here there may be none.
+    devices = open_devices("cpu" if options.engine == "ray" else options.device, options.device_bytes)
     recipe = load_recipe(recipe)
     with contextlib.ExitStack() as on_error:
         models = open_models(recipe, on_error)

@@ -1,0 +1,41 @@
+"""Arguments and options of the command line that several commands share, or that say how a merge is spread out.
+
+They are types: `threads: ThreadsOption = None` in a command's signature is the option `--threads`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from resm_kernels.options import MAX_THREADS
+
+RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
+MemoryOption = Annotated[
+    str,
+    typer.Option(
+        "--memory-limit", help="Memory for tensor data in flight; exceeded only if the largest tensor needs more."
+    ),
+]
+RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew instead of going on with unfinished work.")]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
+EngineOption = Annotated[str, typer.Option(help="Who merges: local, this process; ray, workers of a Ray cluster.")]
+AddressOption = Annotated[
+    str | None,
+    typer.Option(help="Address of a running Ray cluster, such as host:6379. Default: one that starts and ends here."),
+]
+WorkersOption = Annotated[
+    int | None, typer.Option(min=1, help="Ray workers on each machine. Default: one, or one for each GPU.")
+]
+MachineOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="measure|FILE",
+        help="With --dry-run: estimate times for this machine, measured now, or for the rates in a JSON file.",
+    ),
+]

@@ -1,0 +1,167 @@
+"""What merging one tensor costs: bytes to read and to write, and arithmetic in units that machines can be measured in.
+
+The units are fp32 flops of a large matrix product, for spectral methods, and bytes of a merge by `linear`, for
+element-wise ones. How many of these a method takes is measured by benchmarks/measure_costs.py.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from resm_kernels.methods import Method
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.plan import TensorJob
+
+ELEMENTWISE: Final = {
+    "arcee_fusion": 66.48,
+    "breadcrumbs": 7.49,
+    "breadcrumbs_ties": 6.83,
+    "dare_linear": 5.75,
+    "dare_ties": 5.99,
+    "della": 16.29,
+    "della_linear": 15.58,
+    "fisher": 57.01,
+    "karcher": 2.76,
+    "linear": 0.94,
+    "model_stock": 2.96,
+    "multislerp": 2.91,
+    "nearswap": 12.71,
+    "nuslerp": 2.74,
+    "passthrough": 0.84,
+    "ram": 12.67,
+    "ramplus_tl": 62.55,
+    "sce": 10.43,
+    "slerp": 2.81,
+    "task_arithmetic": 0.99,
+    "ties": 6.56,
+}
+"""The time of a method as a multiple of that of `linear` for the same bytes."""
+SPECTRAL: Final = {
+    "dc_merge": (8.47, 17.02),
+    "iso_c": (2.62, 3.95),
+    "iso_cts": (8.88, 14.53),
+    "knots": (6.95, 3.32),
+    "regmean": (8.81, 0.39),
+    "regmean_plus": (8.93, 0.32),
+    "resm": (2.84, 5.72),
+    "resmerge": (1.34, 1.07),
+    "star": (4.33, 6.66),
+    "svc": (11.98, 2.31),
+    "swudi": (6.97, 4.32),
+    "tsv_compress": (6.13, 6.84),
+    "tsvm": (5.43, 12.59),
+    "wudi": (227.61, 0.0),
+}
+"""a and b of a method that takes T·(a·m·n·r + b·r³) flops for T experts' matrices (m, n), r as `order` gives it."""
+_OF_INPUTS: Final = ("regmean", "regmean_plus", "swudi", "wudi")
+_OTHER_RATIO: Final = 10.0
+_OTHER_SPECTRAL: Final = (6.0, 10.0)
+"""For methods of other packages."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one tensor, or several, cost.
+
+    Attributes:
+        read: Bytes of inputs.
+        written: Bytes of results.
+        flops: fp32 flops of matrix products that would take as long as the spectral part of the arithmetic.
+        passed: Bytes, read and written, of a merge by `linear` that would take as long as the rest of it.
+    """
+
+    read: float = 0
+    written: float = 0
+    flops: float = 0
+    passed: float = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.read + other.read, self.written + other.written, self.flops + other.flops, self.passed + other.passed
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The rates of one machine.
+
+    Attributes:
+        gemm: fp32 flops a second of a large matrix product, with all threads that merge.
+        elementwise: Bytes a second, read and written, of a merge by `linear` that is already in memory.
+        disk_read, disk_write: Bytes a second of the file system of inputs and output, as one machine sees it.
+        network: Bytes a second of the machine's link to a shared file system, where there are several machines; by
+            default it is no limit.
+        storage: Bytes a second that a shared file system delivers to all machines together; by default no limit.
+    """
+
+    gemm: float
+    elementwise: float
+    disk_read: float
+    disk_write: float
+    network: float = math.inf
+    storage: float = math.inf
+
+    def compute_seconds(self, work: Work) -> float:
+        """Seconds of arithmetic."""
+        return work.flops / self.gemm + work.passed / self.elementwise
+
+    def disk_seconds(self, work: Work) -> float:
+        """Seconds of reading and writing."""
+        return work.read / self.disk_read + work.written / self.disk_write
+
+    def seconds(self, work: Work) -> float:
+        """Seconds of both, which overlap."""
+        return max(self.compute_seconds(work), self.disk_seconds(work))
+
+
+REFERENCE: Final = Machine(gemm=1.2e12, elementwise=20e9, disk_read=3e9, disk_write=1.5e9, network=3e9, storage=40e9)
+"""A server with 16 cores, an NVMe disk, and a 25 Gbit/s link to a shared file system; assumed, not measured."""
+
+
+def tensor_work(
+    method: str, shape: tuple[int, ...], n_experts: int, read: float, written: float, *, spectral: bool
+) -> Work:
+    """Return what one tensor costs.
+
+    Args:
+        method: The method's name.
+        shape: The tensor's shape, (out, in) of a weight.
+        n_experts: The number of experts.
+        read, written: Bytes of inputs and of the result.
+        spectral: Whether the method merges it as a matrix.
+    """
+    if not spectral:
+        ratio = 1.0 if method in SPECTRAL else ELEMENTWISE.get(method, _OTHER_RATIO)
+        return Work(read, written, 0.0, ratio * (read + written))
+    (m, n), (a, b) = shape, SPECTRAL.get(method, _OTHER_SPECTRAL)
+    r = order(method, shape)
+    return Work(read, written, float(n_experts) * (a * m * n * r + b * r**3), 0.0)
+
+
+def order(method: str, shape: Sequence[int]) -> int:
+    """Return the order of the eigenproblems or linear systems of a method for matrices (out, in).
+
+    It is the smaller dimension, except for methods that fit the outputs for given inputs, for which it is `in`.
+    """
+    return shape[1] if method in _OF_INPUTS else min(shape)
+
+
+def job_work(method: Method, job: TensorJob) -> Work:
+    """Return what a job costs; copies, and merges of adapters' factors, count as merges by `linear`."""
+    plain = job.copied or job.factors is not None
+    is_matrix = len(job.shape) == 2 and min(job.shape) >= job.n_experts
+    if method.statistics == "gram":
+        is_matrix = is_matrix and job.has_statistics
+    spectral = not plain and is_matrix and is_matrix_method(method) and job.parameters.get("spectral", True)
+    name = "linear" if plain else method.name
+    shape = job.shape[::-1] if job.transposed else job.shape
+    return tensor_work(name, shape, job.n_experts, job.input_bytes, job.output_bytes, spectral=spectral)
+
+
+def is_matrix_method(method: Method) -> bool:
+    """True for a method that merges matrices by products and decompositions."""
+    return method.statistics == "gram" or any(p.name == "spectral" for p in method.parameters)
