@@ -21,7 +21,7 @@ Location = tuple[str | int, ...]
 """The keys and list indices that lead to a part of a file: ("slices", 0, "sources", 1, "model")."""
 
 _short = reprlib.Repr()
-_short.maxstring = _short.maxother = _short.maxlong = 80
+_short.maxstring, _short.maxother, _short.maxlong = 300, 80, 80  # a path should be whole
 
 
 def shortened(value: Any) -> str:
