@@ -118,6 +118,8 @@ def merge(
         if dry_run:
             typer.echo(plan.describe())
             return
+        for note in () if quiet else plan.notes:
+            typer.echo(f"note: {note}", err=True)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:

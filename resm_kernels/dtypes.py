@@ -30,6 +30,9 @@ SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
     "U32": torch.uint32,
     "U64": torch.uint64,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 """The dtypes that checkpoints may store, by their names in the headers of safetensors files."""
 

@@ -125,7 +125,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "only pickles": (write("pytorch_model-00001-of-00002.bin", "x"), ["pytorch_model.bin", "save_pretrained"]),
     "adapter": (write("adapter_config.json", "{}"), ["LoRA adapter"]),
     "nothing": (lambda f: None, ["holds no safetensors"]),
-    "fp8": (save("a.weight", torch.zeros(4, dtype=torch.float8_e4m3fn)), ["'a.weight'", "F8_E4M3", "dequantise"]),
     "complex": (save("a", torch.zeros(4, dtype=torch.complex64)), ["'a'", "C64", "unsupported"]),
 }
 

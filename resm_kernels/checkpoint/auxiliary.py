@@ -15,7 +15,7 @@ from resm_kernels.checkpoint.format import CheckpointError
 from resm_kernels.dtypes import dtype_name
 
 CONFIG_FILE: Final = "config.json"
-_DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
+DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
 
 # Files that belong to the model: generation settings, image processors, and Python code that config.json refers to.
 MODEL_PATTERNS: Final = (
@@ -139,12 +139,12 @@ def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:
-    keys = [key for key in _DTYPE_KEYS if key in config]
-    for key in keys or _DTYPE_KEYS[:1]:
+    keys = [key for key in DTYPE_KEYS if key in config]
+    for key in keys or DTYPE_KEYS[:1]:
         config[key] = name
     if nested:
         for part in config.values():
-            if isinstance(part, dict) and any(key in part for key in _DTYPE_KEYS):
+            if isinstance(part, dict) and any(key in part for key in DTYPE_KEYS):
                 _set_dtype(part, name, nested=True)
 
 

@@ -80,9 +80,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 def _tensor_info(file: Path, data_start: int, name: str, entry: dict[str, Any]) -> TensorInfo:
     code = entry["dtype"]
     if code not in SAFETENSORS_DTYPES:
-        reason = "fp8 weights; dequantise the model first" if code.startswith("F8") else f"unsupported dtype {code}"
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {code}: {reason} (merging needs F64, F32, F16 or BF16 weights)"
+            f"{file}: tensor {name!r} has the unsupported dtype {code}; need one of {', '.join(SAFETENSORS_DTYPES)}"
         )
     begin, end = entry["data_offsets"]
     return TensorInfo(name, SAFETENSORS_DTYPES[code], tuple(entry["shape"]), file, data_start + begin, end - begin)

@@ -49,6 +49,16 @@ class CheckpointReader:
         self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the folder is read, a line each."""
+        return ()
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that reading a tensor takes beyond the buffer that is filled."""
+        return 0
+
+    @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
@@ -56,6 +66,10 @@ class CheckpointReader:
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that the tensor has in an output for which the recipe states no dtype."""
         return self.tensors[name].dtype
+
+    def is_formed(self, name: str) -> bool:
+        """Return True if the tensor is not stored as it is read."""
+        return False
 
     def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor of any dtype with `info.nbytes` bytes, with the tensor's bytes."""

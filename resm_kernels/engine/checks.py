@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.auxiliary import config_entry
@@ -12,15 +12,9 @@ from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabula
 
 
 def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
-    """Refuse quantised models and, unless `mixed`, models of another architecture than the first one's."""
+    """Refuse models of another architecture than the first one's, unless `mixed`."""
     reference = models[0]
     for model in models:
-        quantization = model.config.get("quantization_config")
-        if quantization:
-            kind = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else quantization
-            raise CheckpointError(
-                f"{model.folder}: is quantised ({kind}); dequantise it first, merging needs full weights"
-            )
         for key in ("model_type", "architectures"):
             got, needed = model.config.get(key), reference.config.get(key)
             if got != needed and None not in (got, needed) and not mixed:

@@ -34,6 +34,7 @@ def describe_plan(plan: MergePlan) -> str:
         f"memory bound  {format_bytes(plan.window.bound)} of tensor data in flight",
         *(_device_line(plan, device) for device in plan.devices),
     ]
+    lines += [f"note          {note}" for note in plan.notes]
     dtypes = sorted({dtype_name(job.dtype) for job in plan.jobs})
     n_files = len(plan.output.shards)
     size = f"{format_bytes(plan.output.nbytes)} in {n_files} file{'s' if n_files > 1 else ''}, {', '.join(dtypes)}"

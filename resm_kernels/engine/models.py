@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from resm_kernels.checkpoint import CheckpointReader, read_config
+from resm_kernels.checkpoint import CheckpointReader
+from resm_kernels.checkpoint.quantised import open_checkpoint
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
 
@@ -25,7 +26,7 @@ class Model:
     Attributes:
         folder: The model's folder, or the adapter's.
         reader: Reads its tensors.
-        config: Its config.json; for an adapter, its base model's.
+        config: Its config.json, without what it says about quantised weights; for an adapter, its base model's.
         base_folder: The folder that config and tokenizer are in: `folder`, or for an adapter its base model's.
     """
 
@@ -77,8 +78,8 @@ def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
 
 
 def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
-    reader = on_error.enter_context(CheckpointReader(folder))
-    return Model(folder, reader, read_config(folder), folder)
+    reader, config = open_checkpoint(folder)
+    return Model(folder, on_error.enter_context(reader), config, folder)
 
 
 def _open_adapter(folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool) -> Model:

@@ -24,7 +24,7 @@ from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_mod
 from resm_kernels.engine.output import output_files
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files, statistics_of
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
-from resm_kernels.engine.vocabulary import AlignedReader, Vocabulary
+from resm_kernels.engine.vocabulary import Vocabulary
 from resm_kernels.engine.window import Job, Window
 from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
@@ -128,6 +128,11 @@ class MergePlan:
     def bytes_read(self) -> int:
         """Bytes of tensor data that the merge reads."""
         return sum(j.input_bytes for j in self.jobs)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the models are read, a line each."""
+        return tuple(dict.fromkeys(note for model in self.models.all() for note in model.reader.notes))
 
     def describe(self) -> str:
         """Return what would be merged, in which memory, on which devices and into which files, one line for each."""
@@ -264,7 +269,7 @@ class _JobPlanner:
         workspace = 0 if copied else method.workspace(info.shape[:: -1 if transposed else 1], len(piece.experts))
         if any(i.dtype == torch.float64 for i in infos):
             workspace *= 2  # methods state their workspace for task vectors in fp32
-        workspace += max((reader.workspace for reader, _ in inputs if isinstance(reader, AlignedReader)), default=0)
+        workspace += max(reader.workspace for reader, _ in inputs)
         factors = None
         if piece.base is not None and not copied and not self._dense and mergeable(method.name, parameters):
             factors = _factors(inputs)

@@ -80,7 +80,7 @@ class AdapterReader(CheckpointReader):
 
     Args:
         folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: A reader of the model that the adapter belongs to. Only its list of tensors is used.
+        base: A reader of the model that the adapter belongs to, which reads the tensors that the adapter leaves alone.
         base_config: The config.json of that model.
         double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
             noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
@@ -204,13 +204,27 @@ class AdapterReader(CheckpointReader):
         # decides, and the flag only for square matrices.
         return stored.embedding or (base.shape != (out, inner) if out != inner else self.config.fan_in_fan_out)
 
+    @property
+    def workspace(self) -> int:
+        """Bytes that the base's reader takes beyond the buffer that is filled."""
+        return self.base.workspace
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the base is read, a line each."""
+        return self.base.notes
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the tensor's dtype in the base model's files, which is the output's dtype by default."""
-        return (self.base.tensors if name in self.base.tensors else self.tensors)[name].dtype
+        return self.base.stored_dtype(name) if name in self.base.tensors else self.tensors[name].dtype
 
     def is_changed(self, name: str) -> bool:
         """Return True if the adapter changes or replaces the tensor."""
         return self.is_adapted(name) or name in self._replaced
+
+    def is_formed(self, name: str) -> bool:
+        """Return True if the tensor is not stored as it is read: it is changed, or the base's reader forms it."""
+        return self.is_changed(name) or self.base.is_formed(name)
 
     def stored_factors(self, name: str) -> StoredFactors | None:
         """Return the stored factors of a weight; None if it has none (a bias, a replaced tensor, DoRA)."""
@@ -228,7 +242,10 @@ class AdapterReader(CheckpointReader):
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
-            super().read_into(info, buffer)
+            if info.name in self._replaced:
+                super().read_into(info, buffer)
+            else:
+                self.base.read_into(info, buffer)
             return
         if buffer.nbytes != info.nbytes:
             raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
@@ -258,10 +275,13 @@ class AdapterReader(CheckpointReader):
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
         """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""
-        stored = self._replaced.get(name) or self.base.tensors[name]
-        rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
-        super().read_into(stored.rows(first, last), rows)
-        out.copy_(rows)
+        replaced = self._replaced.get(name)
+        if replaced is None:
+            out.copy_(self.base.read_info(self.base.tensors[name].rows(first, last)))
+        else:
+            rows = torch.empty((last - first, *replaced.shape[1:]), dtype=replaced.dtype)
+            super().read_into(replaced.rows(first, last), rows)
+            out.copy_(rows)
 
     def fingerprint(self) -> str:
         """Return a hash of the base model's fingerprint, of the adapter's and of its configuration."""
@@ -273,8 +293,8 @@ class AdapterReader(CheckpointReader):
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Return True if two tensors have the same dtype, shape and bits."""
-        if not (self.is_adapted(first) or self.is_adapted(second)):
-            return super().same_bytes(first, second)
+        if not (self.is_changed(first) or self.is_changed(second)):
+            return self.base.same_bytes(first, second)
         a, b = self.read(first), self.read(second)
         return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(_bytes(a), _bytes(b))
 

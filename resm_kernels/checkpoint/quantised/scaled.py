@@ -1,0 +1,194 @@
+"""Weights of 8 bits with a scale for each block, group, row or tensor, as most fp8 and int8 models store them.
+
+A weight is (q − z)·s in fp32, with the scale s and maybe a zero point z of its block. The scales are named
+`weight_scale_inv` (DeepSeek, transformers' `FineGrainedFP8`) or `weight_scale` (compressed-tensors, FBGEMM, ModelOpt).
+transformers' experts may have two codes of 4 bits in a byte instead of one of 8 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels.checkpoint.format import TensorInfo
+from resm_kernels.checkpoint.quantised.encoding import (
+    E2M1,
+    FLOAT8,
+    Encoding,
+    Quantization,
+    ReadTensor,
+    Stored,
+    as_matrix,
+    grid,
+    need,
+    nibble_values,
+    panel_rows,
+    panels,
+    scale_values,
+    small_float_values,
+)
+
+SCALE_INV: Final = "_scale_inv"
+_ACTIVATIONS: Final = ("input_scale", "input_zero_point", "activation_scale", "input_global_scale", "output_scale")
+_DEFAULT_BLOCK: Final = (128, 128)
+
+
+@dataclass(frozen=True)
+class Scaled(Encoding):
+    """Codes of 8 bits (or two of 4 bits in a byte of int8) with a scale for each block of the last two dimensions.
+
+    Attributes:
+        block: Rows and columns of a block; blocks at the lower and right edge may be smaller.
+    """
+
+    block: tuple[int, int]
+
+    def decode(self, read: ReadTensor, first: int, out: Tensor) -> None:
+        scales = scale_values(read(self.parts["scale"]))
+        if (common := self.parts.get("global")) is not None:
+            scales = scales / read(common).to(torch.float32)
+        zeros = None
+        if (stored := self.parts.get("zero")) is not None:
+            zeros = self._grids(read(stored).to(torch.float32))
+        grids = self._grids(scales)
+        if len(self.shape) <= 2:
+            zero = None if zeros is None else zeros[0]
+            self._decode_matrix(read, first, out.view(-1, out.shape[-1]), grids[0], zero)
+            return
+        rows = self.shape[-2]
+        matrices = out.view(-1, rows, self.shape[-1])
+        number = first * (len(matrices) // len(out))
+        for i, matrix in enumerate(matrices, number):
+            self._decode_matrix(read, i * rows, matrix, grids[i], None if zeros is None else zeros[i])
+
+    def _grids(self, values: Tensor) -> Tensor:
+        """Return one matrix of scales, or of zero points, for each matrix that the weight consists of."""
+        return values.reshape(-1, *grid(self.shape if len(self.shape) > 1 else (1, *self.shape), self.block)[-2:])
+
+    def _decode_matrix(self, read: ReadTensor, first: int, out: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
+        """Write rows of one matrix; `first` counts the rows of all matrices."""
+        codes, width = as_matrix(self.main), out.shape[1]
+        start = first % self.shape[-2] if len(self.shape) > 1 else 0
+        for begin, end in panels(0, len(out), panel_rows(width)):
+            panel = out[begin:end]
+            panel.copy_(self._values(read(codes.rows(first + begin, first + end))))
+            blocks = torch.arange(start + begin, start + end) // self.block[0]
+            if zeros is not None:
+                panel.sub_(self._spread(zeros[blocks], width))
+            panel.mul_(self._spread(scales[blocks], width))
+
+    def _spread(self, values: Tensor, width: int) -> Tensor:
+        """Repeat the value of each block for each of its columns."""
+        return values if values.shape[1] == 1 else values.repeat_interleave(self.block[1], 1)[:, :width]
+
+    def _values(self, codes: Tensor) -> Tensor:
+        """Return the numbers that stored codes stand for."""
+        return small_float_values(codes) if codes.dtype in FLOAT8 else codes.to(torch.float32)
+
+
+@dataclass(frozen=True)
+class ScaledNibbles(Scaled):
+    """Two floating-point codes of 4 bits in a byte, the lower half first, with a scale for each block.
+
+    A part `global` is a number that all scales are divided by.
+    """
+
+    def _values(self, codes: Tensor) -> Tensor:
+        return nibble_values(codes, torch.tensor(E2M1))
+
+
+@dataclass(frozen=True)
+class PlainFloat8(Encoding):
+    """fp8 numbers without scales."""
+
+    @property
+    def _least_panel(self) -> int:
+        return 1
+
+    def decode(self, read: ReadTensor, first: int, out: Tensor) -> None:
+        codes, flat = as_matrix(self.main), out.view(-1, out.shape[-1])
+        first *= len(flat) // len(out)
+        for begin, end in panels(0, len(flat), panel_rows(flat.shape[1])):
+            flat[begin:end] = small_float_values(read(codes.rows(first + begin, first + end)))
+
+
+def find_scale_inv(tensors: Stored, quantization: Quantization) -> Iterator[Encoding]:
+    """Yield the weights with a scale named `…_scale_inv`.
+
+    The blocks are those of `weight_block_size`, 128×128 by default, if that gives as many scales as there are; else the
+    weight is divided evenly, as transformers divides it.
+    """
+    block = block_size(quantization.get("weight_block_size"))
+    for scale in tensors.values():
+        weight = tensors.get(scale.name.removesuffix(SCALE_INV))
+        if scale.name.endswith(SCALE_INV) and weight is not None and weight.dtype in (*FLOAT8, torch.int8):
+            shape, kind = weight.shape, Scaled
+            if weight.dtype == torch.int8:  # transformers reads these as two codes of 4 bits
+                shape, kind = (*shape[:-1], 2 * shape[-1]), ScaledNibbles
+            found = _block(shape, scale, block)
+            parts = {"codes": weight, "scale": scale}
+            yield kind(weight.name, shape, parts, found, unused=activations_of(tensors, weight))
+
+
+def find_scale(tensors: Stored, quantization: Quantization) -> Iterator[Encoding]:
+    """Yield the weights of 8 bits with a scale named `weight_scale`."""
+    for scale in tensors.values():
+        weight = tensors.get(scale.name.removesuffix("_scale"))
+        if not scale.name.endswith(".weight_scale") or weight is None or weight.dtype not in (*FLOAT8, torch.int8):
+            continue
+        parts = {"codes": weight, "scale": scale}
+        if (zero := tensors.get(f"{weight.name}_zero_point")) is not None:
+            need(zero.numel == scale.numel, zero, f"need a zero point for each of the {scale.numel} scales")
+            parts["zero"] = zero
+        block = _block(weight.shape, scale, block_structure(quantization))
+        yield Scaled(weight.name, weight.shape, parts, block, unused=activations_of(tensors, weight))
+
+
+def activations_of(tensors: Stored, weight: TensorInfo) -> tuple[str, ...]:
+    """Return the names of the stored tensors that quantise the activations of a weight's module."""
+    module = weight.name.rpartition(".")[0]
+    return tuple(name for suffix in _ACTIVATIONS if (name := f"{module}.{suffix}") in tensors)
+
+
+def block_structure(quantization: Quantization) -> tuple[int, int] | None:
+    """Return the blocks that a config of compressed-tensors states for some weights."""
+    groups = quantization.get("config_groups")
+    for group in groups.values() if isinstance(groups, dict) else ():
+        weights = group.get("weights") if isinstance(group, dict) else None
+        if isinstance(weights, dict) and (block := block_size(weights.get("block_structure"))) is not None:
+            return block
+    return None
+
+
+def block_size(entry: object) -> tuple[int, int] | None:
+    """Return an entry of a config that states the rows and columns of a block; None if it has another form."""
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return None
+    rows, columns = entry
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in entry)
+    return (rows, columns) if whole else None
+
+
+def _block(shape: tuple[int, ...], scale: TensorInfo, stated: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the block that each scale belongs to."""
+    matrix = shape if len(shape) > 1 else (1, *shape)
+    leading = matrix[:-2]
+    for block in filter(None, (stated, _DEFAULT_BLOCK)):
+        if scale.shape == grid(matrix, block):
+            return block
+    numbers = scale.shape
+    if scale.numel == 1 and not leading:
+        numbers = (1, 1)
+    elif len(numbers) == len(leading) + 1:  # one for each row of a matrix, or for each matrix
+        numbers = (*numbers, 1)
+    fits = len(numbers) == len(matrix) and numbers[:-2] == leading and 0 not in numbers
+    need(
+        fits and matrix[-2] % numbers[-2] == 0 and matrix[-1] % numbers[-1] == 0,
+        scale,
+        f"need scales that divide the weight's shape {list(shape)}, or one for each block of weight_block_size",
+    )
+    return matrix[-2] // numbers[-2], matrix[-1] // numbers[-1]
