@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,10 @@ def check(reader: QuantisedReader, name: str, expected: Tensor) -> None:
     torch.testing.assert_close(whole.to(expected.dtype), expected, rtol=0, atol=0)
     for first in range(0, len(whole), max(len(whole) // 3, 1)):
         assert torch.equal(reader.read_info(info.rows(first, len(whole))), whole[first:])
+    flat = whole.view(-1)
+    for first, last in ((1, 2), (flat.numel() // 3 + 1, flat.numel() - 1), (0, flat.numel() // len(whole) + 3)):
+        part = replace(info, shape=(last - first,), offset=4 * first, nbytes=4 * (last - first))
+        assert torch.equal(reader.read_info(part), flat[first:last])
 
 
 @pytest.mark.parametrize(("shape", "scale_dtype"), [((256, 384), torch.float32), ((3, 128, 256), torch.bfloat16)])

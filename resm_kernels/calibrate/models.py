@@ -198,7 +198,7 @@ def _formed_tensors(reader: AdapterReader | QuantisedReader, dtype: torch.dtype)
     for name in reader.tensors:
         # Rounded here, so that fp32 or float64 copies of all formed tensors are never there together.
         tensor = reader.read(name)
-        tensors[name] = tensor.to(dtype) if reader.is_formed(name) and tensor.is_floating_point() else tensor
+        tensors[name] = tensor if reader.is_stored(name) or not tensor.is_floating_point() else tensor.to(dtype)
     return tensors
 
 

@@ -67,9 +67,9 @@ class CheckpointReader:
         """Return the dtype that the tensor has in an output for which the recipe states no dtype."""
         return self.tensors[name].dtype
 
-    def is_formed(self, name: str) -> bool:
-        """Return True if the tensor is not stored as it is read."""
-        return False
+    def is_stored(self, name: str) -> bool:
+        """Return True if the tensor lies in a file as it is read, so that a few of its elements cost a short read."""
+        return True
 
     def read_into(self, info: TensorInfo, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor of any dtype with `info.nbytes` bytes, with the tensor's bytes."""

@@ -222,9 +222,9 @@ class AdapterReader(CheckpointReader):
         """Return True if the adapter changes or replaces the tensor."""
         return self.is_adapted(name) or name in self._replaced
 
-    def is_formed(self, name: str) -> bool:
-        """Return True if the tensor is not stored as it is read: it is changed, or the base's reader forms it."""
-        return self.is_changed(name) or self.base.is_formed(name)
+    def is_stored(self, name: str) -> bool:
+        """Return True if the tensor lies in a file as it is read."""
+        return not self.is_adapted(name) and (name in self._replaced or self.base.is_stored(name))
 
     def stored_factors(self, name: str) -> StoredFactors | None:
         """Return the stored factors of a weight; None if it has none (a bias, a replaced tensor, DoRA)."""

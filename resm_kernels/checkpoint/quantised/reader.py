@@ -196,25 +196,39 @@ class QuantisedReader(CheckpointReader):
         """
         return self._dtype if name in self.encodings else self.reader.stored_dtype(name)
 
-    def is_formed(self, name: str) -> bool:
-        """Return True if the tensor is not stored as it is read: if it is a quantised weight."""
-        return name in self.encodings
+    def is_stored(self, name: str) -> bool:
+        """Return True if the tensor lies in a file as it is read: if it is no quantised weight."""
+        return name not in self.encodings and self.reader.is_stored(name)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
-        """Fill `buffer` with the tensor that `info` describes, or some rows of one; quantised ones are formed in it."""
+        """Fill `buffer` with the tensor that `info` describes, or neighbouring elements of one.
+
+        Quantised weights are formed in the buffer if these are whole rows; rows in part are formed whole elsewhere.
+        """
         encoding = self.encodings.get(info.name)
         if encoding is None:
             self.reader.read_into(info, buffer)
             return
         if buffer.nbytes != info.nbytes:
             raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
-        # The offset of a formed tensor counts from its first weight (`_formed`), so that it says where its rows begin.
-        row = info.nbytes // max(info.shape[0], 1) if info.shape else info.nbytes
-        out = buffer.view(-1).view(torch.uint8).view(torch.float32).view(info.shape)
-        if not encoding.shape:
-            encoding.decode(self.reader.read_info, 0, out.view(1))
-        elif out.numel():
-            encoding.decode(self.reader.read_info, info.offset // row, out)
+        out = buffer.view(-1).view(torch.uint8).view(torch.float32)
+        shape = encoding.shape or (1,)
+        row = math.prod(shape[1:])
+        begin = info.offset // out.itemsize  # the offset of a formed tensor counts from its first element (`_formed`)
+        end = begin + len(out)
+        while begin < end:
+            number, skipped = divmod(begin, row)
+            rows = (end - begin) // row if skipped == 0 else 0
+            part = out[begin - end :]
+            if rows:
+                part = part[: rows * row]
+                encoding.decode(self.reader.read_info, number, part.view(rows, *shape[1:]))
+            else:
+                whole = torch.empty(1, *shape[1:])
+                encoding.decode(self.reader.read_info, number, whole)
+                part = part[: row - skipped]
+                part.copy_(whole.view(-1)[skipped : skipped + len(part)])
+            begin += len(part)
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Return True if two tensors have the same dtype, shape and bits."""
