@@ -122,7 +122,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: two_shards(f)[0].with_name(INDEX).unlink(),
         ["neither model.safetensors nor", "not complete"],
     ),
-    "only pickles": (write("pytorch_model-00001-of-00002.bin", "x"), ["pytorch_model.bin", "save_pretrained"]),
+    "pickles without index": (
+        write("pytorch_model-00001-of-00002.bin", "x"),
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "not complete"],
+    ),
     "adapter": (write("adapter_config.json", "{}"), ["LoRA adapter"]),
     "nothing": (lambda f: None, ["holds no safetensors"]),
     "complex": (save("a", torch.zeros(4, dtype=torch.complex64)), ["'a'", "C64", "unsupported"]),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
+from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, read_pickled
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
@@ -34,7 +35,8 @@ class CheckpointReader:
     may use one reader.
 
     Args:
-        folder: The folder that holds `model.safetensors`, or shards and their `*.safetensors.index.json`.
+        folder: The folder that holds `model.safetensors`, or shards and their `*.safetensors.index.json`; if there are
+            no safetensors, `pytorch_model.bin`, or its shards and `pytorch_model.bin.index.json` (see `read_pickled`).
         filename: The only file of the folder to read; by default all that the folder's index names.
 
     Raises:
@@ -156,15 +158,18 @@ def _collect(folder: Path) -> list[TensorInfo]:
         raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
     if indices:
         return _collect_shards(folder, indices[0])
+    if (folder / PICKLED_FILE).is_file():
+        return list(read_pickled(folder / PICKLED_FILE).values())
+    if (folder / PICKLED_INDEX).is_file():
+        return _collect_shards(folder, folder / PICKLED_INDEX)
     raise CheckpointError(_no_weights_message(folder))
 
 
 def _no_weights_message(folder: Path) -> str:
     """Return an error message that says what a folder without readable weights holds, and what to do."""
-    if list(folder.glob("pytorch_model*.bin*")):
+    if shards := sorted(p.name for p in folder.glob("pytorch_model*.bin")):
         return (
-            f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder}: holds {shards[0]} but no {PICKLED_INDEX}, which names all shards; the download is not complete"
         )
     if (folder / "adapter_config.json").is_file():
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
@@ -174,7 +179,10 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: holds {', '.join(files[:3])}{' …' if len(files) > 3 else ''} but neither {SINGLE_FILE} nor a "
             f"*{INDEX_SUFFIX}; the download is not complete"
         )
-    return f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}"
+    return (
+        f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}; or {PICKLED_FILE}, or "
+        f"its shards with {PICKLED_INDEX}"
+    )
 
 
 def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
@@ -182,16 +190,17 @@ def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
         weight_map: Any = json.loads(index.read_bytes())["weight_map"]
         shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a safetensors index (need JSON with a 'weight_map')") from error
+        raise CheckpointError(f"{index}: not an index of shards (need JSON with a 'weight_map')") from error
     shards = sorted(set(shard_of.values()))
     for shard in shards:
         if Path(shard).name != shard or shard in ("", ".", ".."):
             raise CheckpointError(f"{index}: names the shard {shard!r}, need the name of a file in the same folder")
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: shard named by {index.name} is missing; download it again")
+    read = read_pickled if index.name == PICKLED_INDEX else read_header
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for name, info in read_header(folder / shard).items():
+        for name, info in read(folder / shard).items():
             if name in tensors:
                 raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].file.name} and in {shard}")
             if name not in shard_of:
