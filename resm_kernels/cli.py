@@ -110,20 +110,25 @@ def merge(
     with _loading():
         from rich.console import Console
 
-        from resm_kernels.engine import carry_out, plan_merge
+        from resm_kernels.engine import carry_out, describe_kept, estimate_rounding, plan_merge
         from resm_kernels.report import closing_line, progress_display
 
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     with plan_merge(recipe, out, options) as plan:
+        estimates = []
+        if plan.format is not None and not quiet:
+            estimates = [f"estimate from a few weights: {describe_kept(estimate_rounding(plan), plan.format.name)}"]
         if dry_run:
-            typer.echo(plan.describe())
+            typer.echo("\n".join([plan.describe(), *estimates]))
             return
-        for note in () if quiet else plan.notes:
+        for note in () if quiet else (*plan.notes, *estimates):
             typer.echo(f"note: {note}", err=True)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:
         typer.echo(closing_line(report))
+        if plan.format is not None and report.kept:
+            typer.echo(describe_kept(report.kept, plan.format.name))
 
 
 @app.command(

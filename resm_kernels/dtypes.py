@@ -50,6 +50,9 @@ RECIPE_DTYPES: Final = {
 }
 """The dtypes that a recipe may give its output, by name; the same ones as `FLOAT_DTYPES`, the usual ones first."""
 
+OUTPUT_FORMATS: Final = ("fp8", "mxfp4")
+"""The formats of quantised weights that a recipe may give its output, by name, instead of a dtype."""
+
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """Return the dtype of the arithmetic: float64 if one of the tensors is float64, else fp32."""

@@ -19,6 +19,8 @@ from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, read_pi
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
 
+    from resm_kernels.checkpoint.quantised.encoding import Encoding, ReadTensor
+
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 _COMPARE_BYTES: Final = 1 << 24
@@ -54,6 +56,15 @@ class CheckpointReader:
     def notes(self) -> tuple[str, ...]:
         """What a user should know about how the folder is read, a line each."""
         return ()
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The `quantization_config` of the model whose tensors are read; empty if it has none."""
+        return {}
+
+    def encoded(self, name: str) -> tuple[Encoding, ReadTensor] | None:
+        """Return how a quantised weight is stored, and what reads its stored tensors; None for any other tensor."""
+        return None
 
     @property
     def workspace(self) -> int:

@@ -207,6 +207,10 @@ class CheckpointWriter:
                 os.fsync(self._descriptors[slot.shard])
         self._pending.remove(name)
 
+    def add_file(self, name: str, content: bytes) -> None:
+        """Add a small file to the folder, which `commit` writes."""
+        self._files[name] = content
+
     def _is_flush_due(self, slot: Slot) -> bool:
         with self._lock:
             self._unflushed[slot.shard] += slot.nbytes

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from resm_kernels.engine.devices import DeviceUse
-from resm_kernels.engine.merge import MergeReport, carry_out, merge_checkpoints
+from resm_kernels.engine.merge import MergeReport, carry_out, estimate_rounding, merge_checkpoints
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
+from resm_kernels.engine.rounding import Kept, describe_kept
 from resm_kernels.engine.stats import Spectra, TensorStats, checkpoint_stats
 from resm_kernels.engine.window import Window
 from resm_kernels.options import MergeOptions
 
 __all__ = [
     "DeviceUse",
+    "Kept",
     "MergeError",
     "MergeOptions",
     "MergePlan",
@@ -21,6 +23,8 @@ __all__ = [
     "Window",
     "carry_out",
     "checkpoint_stats",
+    "describe_kept",
+    "estimate_rounding",
     "merge_checkpoints",
     "plan_merge",
 ]

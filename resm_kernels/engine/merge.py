@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
+from resm_kernels.engine.rounding import ROUNDING_FILE, Kept, rounding_record
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.options import MergeKeywords, MergeOptions
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.11 has it in `typing`
 
 Progress = Callable[[int, int], None]
+_SAMPLES: Final = 4
 
 
 @dataclass(kw_only=True)
@@ -46,6 +49,7 @@ class MergeReport(Timings):
         seconds: Wall time, from reading the recipe to the final rename.
         commit: Seconds spent flushing to disk and renaming.
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
+        kept: How each weight fared that the output quantises; empty for an output of full weights.
     """
 
     out: Path
@@ -56,6 +60,7 @@ class MergeReport(Timings):
     seconds: float
     commit: float
     memory_bound: int
+    kept: tuple[Kept, ...]
 
     def busy_share(self, device: DeviceUse) -> float:
         """Return the share of the wall time in which a copy or a computation was running on that GPU."""
@@ -122,15 +127,18 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         raise ValueError("plan: got one without an output folder, need plan_merge(recipe, out, …)")
     files = plan.auxiliary_files()
     with thread_count(plan.options.threads), CheckpointWriter(plan.out, plan.output, files) as writer:
+        kept: list[Kept] = []
         pipeline = Pipeline(
             jobs=plan.jobs,
             window=plan.window,
             executor=_executor(plan),
-            write=lambda job, result: writer.write(job.name, result),
+            write=lambda job, result: _write(plan, writer, job, result, kept),
             progress=progress,
         )
         timings = pipeline.run()
         computed = time.perf_counter()
+        if kept:
+            writer.add_file(ROUNDING_FILE, rounding_record(kept))
         writer.commit()
     finished = time.perf_counter()
     return MergeReport(
@@ -142,8 +150,39 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         seconds=finished - plan.began,
         commit=finished - computed,
         memory_bound=plan.window.bound,
+        kept=tuple(kept),
         **vars(timings),
     )
+
+
+def _write(plan: MergePlan, writer: CheckpointWriter, job: TensorJob, result: Tensor, kept: list[Kept]) -> None:
+    """Write the result of a job; a weight to quantise is rounded, and how it fared is added to `kept`."""
+    if job.rounding is None:
+        writer.write(job.name, result)
+        return
+    with thread_count(plan.options.threads):  # each Python thread has a number of its own
+        tensors, own = job.rounding.encode(result)
+    kept.append(own)
+    for name, tensor in tensors.items():
+        writer.write(name, tensor)
+
+
+def estimate_rounding(plan: MergePlan) -> tuple[Kept, ...]:
+    """Merge and round a few tensors of a plan without writing them, and return how they fared.
+
+    From each quarter of the weights that the output quantises, in their order, the smallest is taken.
+    """
+    jobs = [job for job in plan.jobs if job.rounding is not None]
+    kept = []
+    with thread_count(plan.options.threads):
+        for quarter in range(_SAMPLES):
+            part = jobs[len(jobs) * quarter // _SAMPLES : len(jobs) * (quarter + 1) // _SAMPLES]
+            if part:
+                job = min(part, key=lambda j: math.prod(j.shape))
+                assert job.rounding is not None
+                result = compute_tensor(plan, job, [reader.read_info(info) for reader, info in job.inputs])
+                kept.append(job.rounding.encode(result)[1])
+    return tuple(kept)
 
 
 def _executor(plan: MergePlan) -> Executor[TensorJob]:

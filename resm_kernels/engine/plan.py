@@ -22,6 +22,7 @@ from resm_kernels.engine.devices import Device
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
+from resm_kernels.engine.rounding import OutputFormat, Rounding, StoredTensor
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files, statistics_of
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import Vocabulary
@@ -52,6 +53,7 @@ class TensorJob(Job):
             if the experts are merged as whole tensors.
         has_statistics: True if the inputs end with a statistic of each expert.
         transposed: True if the statistics say that the weight is stored as (in, out).
+        rounding: How the merged weight, which is fp32 then, is quantised; None if it is written as it is.
     """
 
     dtype: torch.dtype
@@ -63,6 +65,12 @@ class TensorJob(Job):
     factors: tuple[StoredFactors | None, ...] | None = None
     has_statistics: bool = False
     transposed: bool = False
+    rounding: Rounding | None = None
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors of the output's files that the job makes."""
+        return ((self.name, self.dtype, self.shape),) if self.rounding is None else self.rounding.stored
 
     def folder(self, position: int | None) -> Path:
         """Return the folder of the expert at that position, or of the base for None."""
@@ -82,6 +90,7 @@ class MergePlan:
         layout: Which tensors the output has, and what each is merged from.
         tokenizer: The output's tokenizer if vocabularies are merged; None if the reference model's files are copied.
         jobs: One per output tensor, in the order of the reference model's files.
+        format: The format of quantised weights that the output has; None if it has full weights.
         output: Files of the output, and where each tensor is in them.
         devices: The GPUs that compute; empty if the CPU does.
         window: How memory is divided; `window.bound` is the most bytes in flight.
@@ -97,6 +106,7 @@ class MergePlan:
     layout: Layout
     tokenizer: OutputTokenizer | None
     jobs: tuple[TensorJob, ...]
+    format: OutputFormat | None
     output: OutputPlan
     devices: tuple[Device, ...]
     window: Window
@@ -191,7 +201,10 @@ def plan_merge(
         if recipe.output_tokenizer is not None:
             tokenizer = build_tokenizer(recipe, models, trust_remote_code=options.trust_remote_code)
             vocabulary = Vocabulary(recipe, models, tokenizer)
-        planner = _JobPlanner(recipe, models, statistics, vocabulary, dense=dense)
+        output_format = None if recipe.output_format is None else OutputFormat(recipe.output_format, models)
+        if output_format is not None and layout.origins:
+            output_format.check_stacked()
+        planner = _JobPlanner(recipe, models, statistics, vocabulary, output_format, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
         if out is not None:
             out = check_output_folder(
@@ -206,7 +219,8 @@ def plan_merge(
             layout=layout,
             tokenizer=tokenizer,
             jobs=jobs,
-            output=plan_output(((j.name, j.dtype, j.shape) for j in jobs), options.shard_bytes),
+            format=output_format,
+            output=plan_output((stored for job in jobs for stored in job.stored), options.shard_bytes),
             devices=devices,
             window=(Window.for_gpus if devices else Window.for_cpu)(jobs, options.window_bytes),
             tied=tied,
@@ -222,6 +236,7 @@ class _JobPlanner:
     Args:
         statistics: The statistics of each expert.
         vocabulary: Aligns the rows of embeddings and heads; None if vocabularies are not merged.
+        output_format: Says how weights are quantised; None for full weights.
         dense: As for `plan_merge`.
     """
 
@@ -231,11 +246,12 @@ class _JobPlanner:
         models: OpenedModels,
         statistics: Statistics,
         vocabulary: Vocabulary | None,
+        output_format: OutputFormat | None,
         *,
         dense: bool,
     ) -> None:
         self._recipe, self._models, self._statistics = recipe, models, statistics
-        self._vocabulary, self._dense = vocabulary, dense
+        self._vocabulary, self._format, self._dense = vocabulary, output_format, dense
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, info in models.reference.reader.tensors.items():
             if vocabulary is None or not is_vocabulary(name):
@@ -251,7 +267,9 @@ class _JobPlanner:
         models = [self._models.by_source[source] for source in piece.sources]
         inputs = tuple((m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True))
         copied = inputs[0][1].dtype not in FLOAT_DTYPES
-        if self._vocabulary is not None and is_vocabulary(tensor.name) and not copied:
+        aligned = self._vocabulary is not None and is_vocabulary(tensor.name) and not copied
+        if aligned:
+            assert self._vocabulary is not None
             inputs = self._vocabulary.inputs(tensor)
         infos = [info for _, info in inputs]
         self._check_shapes(tensor, models, infos)
@@ -261,6 +279,10 @@ class _JobPlanner:
         dtype = self._recipe.output_dtype
         if copied or dtype is None:
             dtype = tensor.lead.reader.stored_dtype(tensor.inputs[models.index(tensor.lead)])
+        rounding = None
+        if self._format is not None and not copied:
+            rounding = self._format.rounding(tensor, inputs, info.shape, aligned=aligned)
+            dtype = dtype if rounding is None else torch.float32
         expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
         statistics, transposed = statistics_of(self._statistics, piece.experts, expert_inputs)
@@ -277,6 +299,8 @@ class _JobPlanner:
             factor_inputs = [(m.reader, i) for m, f in zip(models[1:], factors, strict=True) if f for i in (f.a, f.b)]
             inputs = (inputs[0], *factor_inputs)
             workspace = factors_workspace(info.shape, [f.rank if f else 0 for f in factors])
+        if rounding is not None:
+            workspace += rounding.workspace
         return TensorJob(
             name=tensor.name,
             inputs=(*inputs, *statistics),
@@ -291,6 +315,7 @@ class _JobPlanner:
             factors=factors,
             has_statistics=bool(statistics),
             transposed=transposed,
+            rounding=rounding,
         )
 
     def _check_rows(self, tensor: OutputTensor, statistics: Sequence[tuple[StatisticsReader, TensorInfo]]) -> None:

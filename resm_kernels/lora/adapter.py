@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
+from resm_kernels.checkpoint.quantised.encoding import Encoding, ReadTensor
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.linalg.threads import run
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
@@ -208,6 +209,15 @@ class AdapterReader(CheckpointReader):
     def workspace(self) -> int:
         """Bytes that the base's reader takes beyond the buffer that is filled."""
         return self.base.workspace
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The `quantization_config` of the base model; empty if it has none."""
+        return self.base.quantization
+
+    def encoded(self, name: str) -> tuple[Encoding, ReadTensor] | None:
+        """Return how the base stores a quantised weight, and what reads its stored tensors; None for other tensors."""
+        return self.base.encoded(name)
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -61,7 +61,7 @@ class Encoding(ABC):
     def workspace(self) -> int:
         """Bytes that `decode` takes beyond the result: a panel, and the small parts, in fp32."""
         small = sum(4 * info.numel for info in self.parts.values() if info is not self.main)
-        return _PANEL_BYTES * max(PANEL, self._least_panel) + 2 * small
+        return _PANEL_BYTES * min(max(PANEL, self._least_panel), math.prod(self.shape)) + 2 * small
 
     @property
     def _least_panel(self) -> int:
@@ -81,9 +81,9 @@ def panels(first: int, end: int, step: int) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def panel_rows(width: int, multiple: int = 1) -> int:
-    """Return how many rows of `width` weights make a panel: a multiple of `multiple`, and at least that many."""
-    return max(PANEL // max(width, 1) // multiple, 1) * multiple
+def panel_rows(width: int) -> int:
+    """Return how many rows of `width` weights make a panel, at least one."""
+    return max(PANEL // max(width, 1), 1)
 
 
 def as_matrix(info: TensorInfo) -> TensorInfo:

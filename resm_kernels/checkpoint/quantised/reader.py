@@ -83,7 +83,6 @@ class QuantisedReader(CheckpointReader):
 
     Attributes:
         reader: The reader of the stored tensors.
-        quantization: The model's `quantization_config`; empty if it has none.
         encodings: How each quantised weight is stored, by its name.
 
     Raises:
@@ -93,7 +92,7 @@ class QuantisedReader(CheckpointReader):
 
     def __init__(self, reader: CheckpointReader, config: Mapping[str, Any]) -> None:
         self.folder, self.reader = reader.folder, reader
-        self.quantization = quantization_of(config, reader.folder)
+        self._quantization = quantization_of(config, reader.folder)
         stored = reader.tensors
         found = list(self._find(stored))
         if not self.quantization:
@@ -178,6 +177,16 @@ class QuantisedReader(CheckpointReader):
             yield f"{self.folder}: {len(stale)} scales of weights that are not quantised are left out ({min(stale)}, …)"
         if plain:
             yield f"{self.folder}: {len(plain)} fp8 tensors without scales are read as plain numbers ({plain[0]}, …)"
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The model's `quantization_config`; empty if it has none."""
+        return self._quantization
+
+    def encoded(self, name: str) -> tuple[Encoding, ReadTensor] | None:
+        """Return how a quantised weight is stored, and what reads its stored tensors; None for any other tensor."""
+        encoding = self.encodings.get(name)
+        return None if encoding is None else (encoding, self.reader.read_info)
 
     @property
     def notes(self) -> tuple[str, ...]:
