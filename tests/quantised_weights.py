@@ -27,10 +27,17 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def gptq(
-    inputs: int, out: int, *, bits: int = 4, group: int = 32, version: int = 1, shuffled: bool = False
+    inputs: int,
+    out: int,
+    *,
+    bits: int = 4,
+    group: int = 32,
+    version: int = 1,
+    shuffled: bool = False,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of a GPTQ module `m`, and its weight (out, inputs) in float64."""
-    generator = torch.Generator().manual_seed(bits)
+    generator = torch.Generator().manual_seed(seed)
     groups = inputs // group
     codes = torch.randint(0, 2**bits, (inputs, out), generator=generator)
     zeros = torch.randint(1, 2**bits, (groups, out), generator=generator)
@@ -47,9 +54,9 @@ def gptq(
     return tensors, ((codes - zeros[index]) * scales.double()[index]).t()
 
 
-def awq(inputs: int, out: int, group: int = 32) -> tuple[dict[str, Tensor], Tensor]:
+def awq(inputs: int, out: int, group: int = 32, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of an AWQ module `m`, and its weight (out, inputs) in float64."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     groups = inputs // group
     codes = torch.randint(0, 16, (inputs, out), generator=generator)
     zeros = torch.randint(0, 16, (groups, out), generator=generator)
@@ -64,14 +71,19 @@ def awq(inputs: int, out: int, group: int = 32) -> tuple[dict[str, Tensor], Tens
     return tensors, ((codes - zeros[index]) * scales.double()[index]).t()
 
 
-def four_bit(rows: int, columns: int, *, block: int = 64, nested: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+def four_bit(
+    rows: int, columns: int, *, block: int = 64, nested: bool = False, seed: int = 0
+) -> tuple[dict[str, Tensor], Tensor]:
     """The tensors of an NF4 module `m` of bitsandbytes, and its weight in fp32."""
-    generator = torch.Generator().manual_seed(block)
+    generator = torch.Generator().manual_seed(seed)
     numel = rows * columns
     codes = torch.randint(0, 16, (numel + numel % 2,), generator=generator)
     blocks = math.ceil(numel / block)
     state = {"quant_type": "nf4", "blocksize": block, "dtype": "float16", "shape": [rows, columns]}
-    tensors = {"m.weight": (codes[0::2] << 4 | codes[1::2]).to(torch.uint8).unsqueeze(1), "m.weight.quant_map": NF4}
+    tensors = {
+        "m.weight": (codes[0::2] << 4 | codes[1::2]).to(torch.uint8).unsqueeze(1),
+        "m.weight.quant_map": NF4.clone(),
+    }
     if nested:
         scale_codes = torch.randint(0, 256, (blocks,), generator=generator)
         table, own = torch.linspace(-1, 1, 256), torch.rand(math.ceil(blocks / 16), generator=generator)
@@ -86,6 +98,19 @@ def four_bit(rows: int, columns: int, *, block: int = 64, nested: bool = False) 
     tensors |= {"m.weight.quant_state.bitsandbytes__nf4": blob}
     weight = NF4[codes[:numel]] * scales[torch.arange(numel) // block]
     return tensors, weight.view(rows, columns)
+
+
+def packed(rows: int, columns: int, *, group: int = 32, seed: int = 0) -> tuple[dict[str, Tensor], Tensor]:
+    """The tensors of a module `m` of compressed-tensors with integers of 4 bits, and its weight in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(-8, 8, (rows, columns), generator=generator)
+    scales = torch.rand(rows, columns // group, generator=generator)
+    tensors = {
+        "m.weight_packed": pack_bits((codes + 8).t(), 4).t().contiguous(),
+        "m.weight_scale": scales,
+        "m.weight_shape": torch.tensor([rows, columns]),
+    }
+    return tensors, codes * scales.repeat_interleave(group, 1)
 
 
 def fp8_blocks(weight: Tensor, block: tuple[int, int] = (128, 128)) -> tuple[Tensor, Tensor]:

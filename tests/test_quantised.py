@@ -284,6 +284,11 @@ BITS = {"quant_method": "bitsandbytes"}
 BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
     "unknown method": (SCALED, {"quant_method": "aqlm"}, ["'aqlm'", "compressed-tensors", "gptq", "mxfp4"]),
     "no method": (SCALED, {"bits": 4}, ["'None'", "what can be read"]),
+    "sparse": (
+        PACKED,
+        {"quant_method": "compressed-tensors", "sparsity_config": {"format": "sparse-24-bitmask"}},
+        ["'sparse-24-bitmask'", "zeros"],
+    ),
     "not an object": (SCALED, 4, ["quantization_config", "need an object"]),  # type: ignore[dict-item]
     "another method": (gptq(32, 8)[0], FP8, ["m.qweight", "(fp8)"]),
     "no config": (gptq(32, 8)[0], None, ["m.q", "not complete"]),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Family, load_model, save_adapter, save_model
-from quantised_weights import fp8_blocks
+from quantised_weights import awq, four_bit, fp8_blocks, gptq, packed
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -67,6 +67,57 @@ def test_a_merge_of_fp8_models_is_that_of_full_weights(tmp_path: Path, method: s
     assert "quantization_config" not in json.loads((family.out / "config.json").read_text())
     if method == "ties":
         assert equal(merged(family.recipe(method), tmp_path / "own"), result)  # config.json says bf16
+
+
+STATED: dict[str, dict[str, Any]] = {
+    "gptq": {"quant_method": "gptq", "bits": 4},
+    "awq": {"quant_method": "awq", "bits": 4, "version": "gemm"},
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "packed": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+}
+
+
+def store_random(folder: Path, kind: str, seed: int) -> Tensors:
+    """Store a model whose linear weights are random codes of a format; return what they stand for, in fp32."""
+    tensors: Tensors = {}
+    full: Tensors = {}
+    for i, (name, tensor) in enumerate(load_model(folder).items()):
+        full[name] = tensor
+        if not name.endswith("proj.weight"):
+            tensors[name] = tensor
+            continue
+        (out, inputs), number = tensor.shape, 100 * seed + i
+        if kind == "gptq":
+            own, weight = gptq(inputs, out, group=16, shuffled=i % 2 == 0, seed=number)
+        elif kind == "awq":
+            own, weight = awq(inputs, out, group=16, seed=number)
+        elif kind == "nf4":
+            own, weight = four_bit(out, inputs, nested=i % 2 == 0, seed=number)
+        else:
+            own, weight = packed(out, inputs, group=16, seed=number)
+        tensors |= {name.removesuffix("weight") + key.removeprefix("m."): part for key, part in own.items()}
+        full[name] = weight.float().contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": STATED[kind]}))
+    return full
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_merges_of_other_formats(tmp_path: Path, kind: str) -> None:
+    """A base of full weights with one expert quantised, and all models quantised."""
+    for quantised in ((2,), (0, 1, 2, 3)):
+        root = tmp_path / str(len(quantised))
+        (root / "full").mkdir(parents=True)
+        family, full = Family(root), Family(root / "full")
+        for i in quantised:
+            source = [family.base_folder, *family.folders][i]
+            save_model([full.base_folder, *full.folders][i], store_random(source, kind, i))
+        recipe = {"dtype": "bfloat16"}
+        assert equal(
+            merged(family.recipe("task_arithmetic", **recipe), family.out),
+            merged(full.recipe("task_arithmetic", **recipe), full.out),
+        )
 
 
 def test_transformers_loads_the_output(tmp_path: Path) -> None:

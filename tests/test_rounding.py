@@ -16,6 +16,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from resm_kernels import merge_checkpoints
+from resm_kernels.calibrate import CalibrationError, calibrate_checkpoint
 from resm_kernels.checkpoint.quantised import open_checkpoint
 from resm_kernels.checkpoint.quantised.rounding import round_fp8, round_mxfp4
 from resm_kernels.cli import app
@@ -86,6 +87,19 @@ def test_what_is_rounded_already_keeps_codes_and_scales(scale_dtype: torch.dtype
     exponents = torch.log2(scales).add(127).to(torch.uint8)
     expected = exponents if scale_dtype == torch.uint8 else scales.to(scale_dtype)
     assert new_scales.dtype == scale_dtype and torch.equal(new_scales.view(expected.dtype).float(), expected.float())
+
+
+def test_codes_stay_where_one_weight_outgrows_the_scale() -> None:
+    """The scale doubles, so that all other weights have the same values and only the large one is rounded."""
+    scale = torch.tensor([[0.013]])
+    values = (weights("normal", 32, 32) * 4000).to(torch.float8_e4m3fn).float() * scale
+    larger = values.clone()
+    larger[3, 4] = 700 * 0.013
+    _, scales, rounded = round_fp8(larger, (32, 32), scale, torch.float32)
+    assert float(scales) == 2 * float(scale) and float((rounded - larger).abs().max()) < 0.05 * 700 * 0.013
+    normal = values.abs() >= 2.0**-6 * float(scales)
+    normal[3, 4] = False
+    assert torch.equal(rounded[normal], larger[normal])
 
 
 def test_mxfp4_that_is_rounded_already_stays() -> None:
@@ -306,6 +320,12 @@ def test_stacked_layers_take_the_layout_of_their_origin(tmp_path: Path) -> None:
             assert torch.equal(got.float(), expected.float())
     assert [kept.error for kept in report.kept] == [0.0] * 28 and report.kept[0].share is None
     assert describe_kept(report.kept, "fp8") == "fp8 rounding: error 0.00% of the weights"
+
+
+def test_calibrations_write_full_weights(tmp_path: Path) -> None:
+    family = family_of(tmp_path)
+    with pytest.raises(CalibrationError, match="out_dtype: fp8: calibrate writes full weights"):
+        calibrate_checkpoint(family.recipe("ties", out_dtype="fp8"), family.out, ["a.txt", "b.txt", "c.txt"])
 
 
 def test_values_beyond_fp32_are_refused(tmp_path: Path) -> None:

@@ -128,6 +128,12 @@ class QuantisedReader(CheckpointReader):
                 f"{self.folder}: is quantised by a method that cannot be read here: quant_method {method!r}"
                 f"{did_you_mean(method, tuple(_METHODS))}; what can be read: {known}"
             )
+        sparse = self.quantization.get("sparsity_config")
+        if isinstance(sparse, Mapping) and sparse.get("format") not in (None, "dense"):
+            raise CheckpointError(
+                f"{self.folder}: its zeros are left out of its files, which cannot be read here: "
+                f"sparsity_config.format {sparse['format']!r} in config.json; need 'dense'"
+            )
         return _METHODS[method](stored, self.quantization, self.reader.read_info)
 
     def _stale(self, stored: Stored, parts: set[str]) -> set[str]:

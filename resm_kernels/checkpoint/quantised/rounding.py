@@ -4,7 +4,8 @@ Each block or group gets the scale whose rounded weights have the least squared 
 the nearest code, with ties to even; beyond the largest code it is that one. Candidates are the scale that the block has
 in the model whose layout the output takes, if no other is better, and
 
-- for fp8: a·2^(j/64)/448 with the block's largest magnitude a and j = 0 … 63, as a factor of 2 hardly changes codes;
+- for fp8: that scale, doubled until no weight is beyond the largest code; and a·2^(j/64)/448 with the block's largest
+  magnitude a and j = 0 … 63, as a factor of 2 hardly changes codes;
 - for MXFP4, and for fp8 with scales that are powers of two: the smallest power of two at which no weight is beyond the
   largest code, and half of it.
 
@@ -57,7 +58,9 @@ def round_fp8(
         fitting = torch.ceil(torch.log2(largest / FP8_MAX)).clamp_(_LEAST_EXPONENT, _LARGEST_EXPONENT)
         candidates = [fitting.exp2(), (fitting - 1).clamp_(_LEAST_EXPONENT).exp2()]
     else:
-        candidates = [_best_scale(blocks, largest, scale_dtype)]
+        # Where the merge has made the largest weight larger, the codes of the others stay if the scale is doubled.
+        doublings = torch.ceil(torch.log2(largest / (FP8_MAX * known))).nan_to_num_(0, 0, 0).clamp_(0, 126)
+        candidates = [known * doublings.exp2(), _best_scale(blocks, largest, scale_dtype)]
     scales, least = known, _squared_error(blocks, known)
     for candidate in candidates:
         error = _squared_error(blocks, candidate)
