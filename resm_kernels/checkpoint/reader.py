@@ -182,6 +182,8 @@ def _no_weights_message(folder: Path) -> str:
         return (
             f"{folder}: holds {shards[0]} but no {PICKLED_INDEX}, which names all shards; the download is not complete"
         )
+    if gguf := sorted(p.name for p in folder.glob("*.gguf")):
+        return f"{folder}: holds {gguf[0]}, and GGUF files are not read here; download the model as safetensors"
     if (folder / "adapter_config.json").is_file():
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     files = sorted(p.name for p in folder.glob("*.safetensors"))

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
 
-PANEL: Final = 1 << 20
-"""The number of weights that are formed at once, which bounds the memory beyond the result."""
+PANEL: Final = 1 << 17
+"""The number of weights that are formed at once: few enough that they stay in the cache, which also bounds the memory
+beyond the result."""
 _PANEL_BYTES: Final = 32
 """Bytes that a weight of a panel takes at most: its code, an index of 32 or 64 bits, its value and its scale."""
 

@@ -42,13 +42,13 @@ class Mxfp4Experts(Encoding):
         width = groups * size
         codes = replace(blocks, shape=(blocks.numel // width, width))
         exponents = replace(scales, shape=(scales.numel // groups, groups))
-        table = torch.tensor(E2M1)
+        table, powers = torch.tensor(E2M1), torch.ldexp(torch.ones(256), torch.arange(256) - BIAS)
         for number, expert in enumerate(out, first):
             for begin, end in panels(0, rows, panel_rows(2 * width)):
                 span = number * rows + begin, number * rows + end
                 values = nibble_values(read(codes.rows(*span)), table).view(end - begin, groups, 2 * size)
-                exponent = read(exponents.rows(*span)).to(torch.int32).sub_(BIAS).unsqueeze(-1)
-                expert[:, begin:end] = torch.ldexp(values, exponent).view(end - begin, 2 * width).mT
+                values.mul_(powers[read(exponents.rows(*span)).int()].unsqueeze(-1))
+                expert[:, begin:end] = values.view(end - begin, 2 * width).mT
 
 
 def find_mxfp4(tensors: Stored) -> Iterator[Encoding]:

@@ -75,7 +75,7 @@ class QuantisedReader(CheckpointReader):
     """The tensors of another reader with quantised weights in fp32, with the interface of `CheckpointReader`.
 
     The weights are those that the formats' own libraries form, before these round them to the dtype of their model. A
-    weight is formed when it is read, in panels of 2²⁰ weights.
+    weight is formed when it is read, in panels of 2¹⁷ weights.
 
     Args:
         reader: Reads the stored tensors. It is closed with this one.

@@ -77,13 +77,18 @@ class Scaled(Encoding):
             panel = out[begin:end]
             panel.copy_(self._values(read(codes.rows(first + begin, first + end))))
             blocks = torch.arange(start + begin, start + end) // self.block[0]
-            if zeros is not None:
-                panel.sub_(self._spread(zeros[blocks], width))
-            panel.mul_(self._spread(scales[blocks], width))
+            for columns, own in self._by_block(panel):
+                if zeros is not None:
+                    columns.sub_(zeros[blocks, own].unsqueeze(-1))
+                columns.mul_(scales[blocks, own].unsqueeze(-1))
 
-    def _spread(self, values: Tensor, width: int) -> Tensor:
-        """Repeat the value of each block for each of its columns."""
-        return values if values.shape[1] == 1 else values.repeat_interleave(self.block[1], 1)[:, :width]
+    def _by_block(self, panel: Tensor) -> Iterator[tuple[Tensor, slice]]:
+        """Yield whole blocks of columns, and the narrower one at the right edge, each with the blocks' numbers."""
+        size, whole = self.block[1], panel.shape[1] // self.block[1]
+        if whole:
+            yield panel[:, : whole * size].unflatten(1, (whole, size)), slice(0, whole)
+        if whole * size < panel.shape[1]:
+            yield panel[:, whole * size :].unsqueeze(1), slice(whole, None)
 
     def _values(self, codes: Tensor) -> Tensor:
         """Return the numbers that stored codes stand for."""
