@@ -65,13 +65,16 @@ def usual_scale(blocks: Tensor, name: str) -> Tensor:
 
 def least_error(blocks: Tensor, known: Tensor, name: str) -> Tensor:
     """The least squared error of each block with any of the scales that are tried."""
-    codes = FP8 if name == "fp8" else FP4
     usual = usual_scale(blocks, name)
     factors = [2 ** (k / 100) for k in range(-30, 130)] if name == "fp8" else [2.0**k for k in range(-12, 12)]
-    errors = [
-        (on_grid(blocks / s, codes)[0] * s - blocks).square().sum(1) for s in (known, *(usual * f for f in factors))
-    ]
-    return torch.stack(errors).amin(0)
+    least = torch.full((len(blocks),), float("inf"), dtype=torch.float64)
+    for scale in (known, *(usual * factor for factor in factors)):
+        if name == "fp8":
+            rounded = (blocks / scale).float().clamp_(-448, 448).to(torch.float8_e4m3fn).double()
+        else:
+            rounded = on_grid(blocks / scale, FP4)[0]
+        least = torch.minimum(least, (rounded * scale - blocks).square().sum(1))
+    return least
 
 
 def fp8(values: Tensor, known: Tensor) -> Tensor:
