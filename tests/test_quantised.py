@@ -267,6 +267,12 @@ def without(tensors: Tensors, name: str) -> Tensors:
     return {n: t for n, t in tensors.items() if n != name}
 
 
+def as_bytes(text: str) -> Tensor:
+    """Text as the bytes of a tensor."""
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+STATE = "m.weight.quant_state.bitsandbytes__nf4"
 CODES = torch.ones(256, 128).to(torch.float8_e4m3fn)
 SCALED = {"m.weight": CODES, "m.weight_scale_inv": torch.ones(2, 1)}
 PACKED = {
@@ -337,6 +343,23 @@ BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
         four_bit(8, 8)[0] | {"m.weight.quant_state.bitsandbytes__nf4": torch.zeros(3, dtype=torch.uint8)},
         BITS,
         ["quant_state", "JSON"],
+    ),
+    "deep state": (four_bit(8, 8)[0] | {STATE: as_bytes("[" * 20000)}, BITS, ["quant_state", "JSON"]),
+    "large state": (four_bit(8, 8)[0] | {STATE: as_bytes(" " * 70000)}, BITS, ["quant_state", "65536 bytes"]),
+    "large block": (
+        four_bit(8, 8)[0] | {STATE: as_bytes('{"shape": [8, 8], "blocksize": 1000000000}')},
+        BITS,
+        ["blocksize: got 1000000000"],
+    ),
+    "shape of text": (
+        four_bit(8, 8)[0] | {STATE: as_bytes('{"shape": "8", "blocksize": 64}')},
+        BITS,
+        ["shape: got '8'"],
+    ),
+    "bits of lists": (
+        PACKED | {"m.weight_packed": torch.zeros(8, 3, dtype=torch.int32)},
+        {"quant_method": "compressed-tensors", "config_groups": {"g": {"weights": {"num_bits": [4]}}, "h": 3}},
+        ["m.weight_packed", "[8, 64]"],
     ),
     "no table": (without(four_bit(8, 8)[0], "m.weight.quant_map"), BITS, ["m.weight.quant_map"]),
     "scales of another block": (four_bit(8, 8)[0] | {"m.weight.absmax": torch.ones(2)}, BITS, ["need 1 scales"]),

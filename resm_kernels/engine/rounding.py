@@ -324,7 +324,8 @@ class OutputFormat:
     def check_stacked(self) -> None:
         """Refuse a config that names layers, for an output whose layers are stacked anew."""
         for key in ("modules_to_not_convert", "ignored_layers"):
-            for module in self.config.get(key) or ():
+            modules = self.config.get(key)
+            for module in modules if isinstance(modules, list) else ():
                 if layer_position(f"{module}.") is not None:
                     raise MergeError(
                         f"{self.model.folder}: {key} of its quantization_config names {module!r}; slices give layers "

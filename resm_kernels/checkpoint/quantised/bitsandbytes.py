@@ -24,6 +24,9 @@ from resm_kernels.checkpoint.quantised.encoding import (
 )
 
 _STATE: Final = ".quant_state.bitsandbytes__"
+_LARGEST_STATE: Final = 1 << 16
+_LARGEST_BLOCK: Final = 1 << 16
+"""More weights than any library puts into a block; a limit on what a panel takes."""
 _PER_127: Final = 7.874015718698502e-3
 """1/127 as bitsandbytes writes it."""
 
@@ -96,10 +99,10 @@ def find_bitsandbytes(tensors: Stored, read: ReadTensor) -> Iterator[Encoding]:
 
 def _four_bit(weight: TensorInfo, blob: TensorInfo, tensors: Stored, read: ReadTensor) -> Encoding:
     state = _read_state(blob, read)
-    shape, block = state.get("shape"), _whole(state.get("blocksize"), blob, "blocksize")
+    shape, block = state.get("shape"), _whole(state.get("blocksize"), blob, "blocksize", _LARGEST_BLOCK)
     need(isinstance(shape, list) and bool(shape), blob, f"shape: got {shape!r}, need a list of whole numbers")
     assert shape is not None
-    shape = tuple(_whole(size, blob, "shape") for size in shape)
+    shape = tuple(_whole(size, blob, "shape", 2**31) for size in shape)
     numel = math.prod(shape)
     need(weight.nbytes == math.ceil(numel / 2), weight, f"need two codes a byte for the shape {shape}")
     parts = {"codes": weight, "scale": _part(weight, "absmax", tensors), "table": _part(weight, "quant_map", tensors)}
@@ -108,7 +111,7 @@ def _four_bit(weight: TensorInfo, blob: TensorInfo, tensors: Stored, read: ReadT
     need(parts["table"].numel == 16, parts["table"], "need the values of 16 codes")
     nested_block, offset = 1, 0.0
     if f"{weight.name}.nested_absmax" in tensors:
-        nested_block = _whole(state.get("nested_blocksize"), blob, "nested_blocksize")
+        nested_block = _whole(state.get("nested_blocksize"), blob, "nested_blocksize", _LARGEST_BLOCK)
         need(isinstance(state.get("nested_offset"), float), blob, "need a number as nested_offset")
         offset = float(state["nested_offset"])
         parts["nested_scale"], parts["nested_table"] = (
@@ -142,18 +145,21 @@ def _part(weight: TensorInfo, part: str, tensors: Stored) -> TensorInfo:
 
 
 def _read_state(blob: TensorInfo, read: ReadTensor) -> dict[str, Any]:
+    need(blob.nbytes <= _LARGEST_STATE and blob.dtype == torch.uint8, blob, f"need at most {_LARGEST_STATE} bytes")
     try:
-        state = json.loads(bytes(read(blob).tolist()))
-    except ValueError as error:
+        state = json.loads(bytes(read(blob).view(-1).tolist()))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{blob.file}: quantised tensor {blob.name!r}: need JSON as bytes: {error}") from error
     need(isinstance(state, dict), blob, "need a JSON object")
     return dict(state)
 
 
-def _whole(value: object, blob: TensorInfo, key: str) -> int:
+def _whole(value: object, blob: TensorInfo, key: str, most: int) -> int:
     """Return an entry of the state that must be a whole number above 0."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise CheckpointError(f"{blob.file}: quantised tensor {blob.name!r}: {key}: got {value!r}, need a whole number")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+        raise CheckpointError(
+            f"{blob.file}: quantised tensor {blob.name!r}: {key}: got {value!r}, need a whole number from 1 to {most}"
+        )
     return value
 
 

@@ -93,15 +93,15 @@ def _nibbles(module: str, packed: TensorInfo, scale: TensorInfo, tensors: Stored
     return ScaledNibbles(f"{module}.weight", shape, parts, block, unused=activations_of(tensors, packed))
 
 
-def stated_bits(quantization: Quantization) -> set[object]:
+def stated_bits(quantization: Quantization) -> set[int]:
     """Return the numbers of bits that the config states for weights."""
     groups = quantization.get("config_groups")
     weights = [g.get("weights") for g in (groups.values() if isinstance(groups, dict) else ()) if isinstance(g, dict)]
-    return {w.get("num_bits") for w in weights if isinstance(w, dict)}
+    return {bits for w in weights if isinstance(w, dict) and isinstance(bits := w.get("num_bits"), int)}
 
 
 def _integers(
-    module: str, packed: TensorInfo, scale: TensorInfo, tensors: Stored, read: ReadTensor, known: set[object]
+    module: str, packed: TensorInfo, scale: TensorInfo, tensors: Stored, read: ReadTensor, known: set[int]
 ) -> Encoding:
     """Describe a weight of packed integers; how many bits one has follows from the widths of weight and words."""
     need(packed.dtype == torch.int32, packed, "need int32 words, or uint8 with two codes in a byte")
