@@ -235,6 +235,7 @@ def test_fp8_without_scales_or_config_are_plain_numbers(tmp_path: Path) -> None:
     reader = reader_of(tmp_path, {"m.weight": codes}, None)
     check(reader, "m.weight", codes.float())
     assert "without scales" in reader.notes[0]
+    check(reader_of(tmp_path, {"m.bias": codes.view(-1)}, None), "m.bias", codes.view(-1).float())
 
 
 def test_every_fp8_number(tmp_path: Path) -> None:
@@ -306,6 +307,11 @@ BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
         FP8,
         ["m.weight_scale_inv", "[3, 1]"],
     ),
+    "scales of a vector": (
+        {"m.weight": CODES[0].clone(), "m.weight_scale_inv": torch.ones(1)},
+        FP8,
+        ["m.weight_scale_inv", "need the scales of a matrix"],
+    ),
     "three scale dimensions": (SCALED | {"m.weight_scale_inv": torch.ones(1, 2, 1)}, FP8, ["[1, 2, 1]", "[256, 128]"]),
     "integers": ({"m.weight": torch.zeros(4, 4, dtype=torch.int8)}, FP8, ["'m.weight'", "int8"]),
     "no shape": (without(PACKED, "m.weight_shape"), {"quant_method": "compressed-tensors"}, ["need its weight_shape"]),
@@ -316,6 +322,11 @@ BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
         ["[8, 128]"],
     ),
     "wrong groups": (PACKED | {"m.weight_scale": torch.ones(8, 3)}, {"quant_method": "compressed-tensors"}, ["[8, 3]"]),
+    "wrong groups of nibbles": (
+        {"m.weight_packed": torch.zeros(8, 16, dtype=torch.uint8), "m.weight_scale": torch.ones(8)},
+        {"quant_method": "compressed-tensors"},
+        ["m.weight_scale", "[8, 32]"],
+    ),
     "wrong zero points": (
         PACKED | {"m.weight_zero_point": torch.zeros(2, 2, dtype=torch.int32)},
         {"quant_method": "compressed-tensors"},

@@ -84,7 +84,8 @@ def find_packed(tensors: Stored, quantization: Quantization, read: ReadTensor) -
 def _nibbles(module: str, packed: TensorInfo, scale: TensorInfo, tensors: Stored) -> Encoding:
     """Describe a weight of NVFP4 or MXFP4, with a scale for each group of columns."""
     shape = (packed.shape[0], 2 * packed.shape[1])
-    need(scale.shape[0] == shape[0] and shape[1] % scale.shape[-1] == 0, scale, f"need scales of rows of {list(shape)}")
+    is_matrix = len(scale.shape) == 2 and scale.shape[0] == shape[0] and scale.shape[1] > 0
+    need(is_matrix and shape[1] % scale.shape[1] == 0, scale, f"need scales of groups in the rows of {list(shape)}")
     parts = {"codes": packed, "scale": scale}
     if (common := tensors.get(f"{module}.weight_global_scale")) is not None:
         need(common.numel == 1, common, "need one number")

@@ -8,7 +8,7 @@ transformers' experts may have two codes of 4 bits in a byte instead of one of 8
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -55,9 +55,8 @@ class Scaled(Encoding):
         if (stored := self.parts.get("zero")) is not None:
             zeros = self._grids(read(stored).to(torch.float32))
         grids = self._grids(scales)
-        if len(self.shape) <= 2:
-            zero = None if zeros is None else zeros[0]
-            self._decode_matrix(read, first, out.view(-1, out.shape[-1]), grids[0], zero)
+        if len(self.shape) == 2:
+            self._decode_matrix(read, first, out, grids[0], None if zeros is None else zeros[0])
             return
         rows = self.shape[-2]
         matrices = out.view(-1, rows, self.shape[-1])
@@ -67,12 +66,12 @@ class Scaled(Encoding):
 
     def _grids(self, values: Tensor) -> Tensor:
         """Return one matrix of scales, or of zero points, for each matrix that the weight consists of."""
-        return values.reshape(-1, *grid(self.shape if len(self.shape) > 1 else (1, *self.shape), self.block)[-2:])
+        return values.reshape(-1, *grid(self.shape, self.block)[-2:])
 
     def _decode_matrix(self, read: ReadTensor, first: int, out: Tensor, scales: Tensor, zeros: Tensor | None) -> None:
         """Write rows of one matrix; `first` counts the rows of all matrices."""
         codes, width = as_matrix(self.main), out.shape[1]
-        start = first % self.shape[-2] if len(self.shape) > 1 else 0
+        start = first % self.shape[-2]
         for begin, end in panels(0, len(out), panel_rows(width)):
             panel = out[begin:end]
             panel.copy_(self._values(read(codes.rows(first + begin, first + end))))
@@ -115,9 +114,9 @@ class PlainFloat8(Encoding):
         return 1
 
     def decode(self, read: ReadTensor, first: int, out: Tensor) -> None:
-        codes, flat = as_matrix(self.main), out.view(-1, out.shape[-1])
-        first *= len(flat) // len(out)
-        for begin, end in panels(0, len(flat), panel_rows(flat.shape[1])):
+        codes, flat = replace(self.main, shape=(self.main.numel,)), out.view(-1)
+        first *= flat.numel() // len(out)
+        for begin, end in panels(0, flat.numel(), panel_rows(1)):
             flat[begin:end] = small_float_values(read(codes.rows(first + begin, first + end)))
 
 
@@ -180,20 +179,20 @@ def block_size(entry: object) -> tuple[int, int] | None:
 
 def _block(shape: tuple[int, ...], scale: TensorInfo, stated: tuple[int, int] | None) -> tuple[int, int]:
     """Return the block that each scale belongs to."""
-    matrix = shape if len(shape) > 1 else (1, *shape)
-    leading = matrix[:-2]
+    need(len(shape) > 1, scale, f"need the scales of a matrix, not of a weight of the shape {list(shape)}")
+    leading = shape[:-2]
     for block in filter(None, (stated, _DEFAULT_BLOCK)):
-        if scale.shape == grid(matrix, block):
+        if scale.shape == grid(shape, block):
             return block
     numbers = scale.shape
     if scale.numel == 1 and not leading:
         numbers = (1, 1)
     elif len(numbers) == len(leading) + 1:  # one for each row of a matrix, or for each matrix
         numbers = (*numbers, 1)
-    fits = len(numbers) == len(matrix) and numbers[:-2] == leading and 0 not in numbers
+    fits = len(numbers) == len(shape) and numbers[:-2] == leading and 0 not in numbers
     need(
-        fits and matrix[-2] % numbers[-2] == 0 and matrix[-1] % numbers[-1] == 0,
+        fits and shape[-2] % numbers[-2] == 0 and shape[-1] % numbers[-1] == 0,
         scale,
         f"need scales that divide the weight's shape {list(shape)}, or one for each block of weight_block_size",
     )
-    return matrix[-2] // numbers[-2], matrix[-1] // numbers[-1]
+    return shape[-2] // numbers[-2], shape[-1] // numbers[-1]
