@@ -310,7 +310,7 @@ BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
     "scales of a vector": (
         {"m.weight": CODES[0].clone(), "m.weight_scale_inv": torch.ones(1)},
         FP8,
-        ["m.weight_scale_inv", "need the scales of a matrix"],
+        ["'m.weight'", "need a matrix"],
     ),
     "three scale dimensions": (SCALED | {"m.weight_scale_inv": torch.ones(1, 2, 1)}, FP8, ["[1, 2, 1]", "[256, 128]"]),
     "integers": ({"m.weight": torch.zeros(4, 4, dtype=torch.int8)}, FP8, ["'m.weight'", "int8"]),

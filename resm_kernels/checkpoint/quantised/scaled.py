@@ -131,6 +131,7 @@ def find_scale_inv(tensors: Stored, quantization: Quantization) -> Iterator[Enco
         weight = tensors.get(scale.name.removesuffix(SCALE_INV))
         if scale.name.endswith(SCALE_INV) and weight is not None and weight.dtype in (*FLOAT8, torch.int8):
             shape, kind = weight.shape, Scaled
+            need(len(shape) > 1, weight, "need a matrix")
             if weight.dtype == torch.int8:  # transformers reads these as two codes of 4 bits
                 shape, kind = (*shape[:-1], 2 * shape[-1]), ScaledNibbles
             found = _block(shape, scale, block)
@@ -144,6 +145,7 @@ def find_scale(tensors: Stored, quantization: Quantization) -> Iterator[Encoding
         weight = tensors.get(scale.name.removesuffix("_scale"))
         if not scale.name.endswith(".weight_scale") or weight is None or weight.dtype not in (*FLOAT8, torch.int8):
             continue
+        need(len(weight.shape) > 1, weight, "need a matrix")
         parts = {"codes": weight, "scale": scale}
         if (zero := tensors.get(f"{weight.name}_zero_point")) is not None:
             need(zero.numel == scale.numel, zero, f"need a zero point for each of the {scale.numel} scales")
@@ -179,7 +181,6 @@ def block_size(entry: object) -> tuple[int, int] | None:
 
 def _block(shape: tuple[int, ...], scale: TensorInfo, stated: tuple[int, int] | None) -> tuple[int, int]:
     """Return the block that each scale belongs to."""
-    need(len(shape) > 1, scale, f"need the scales of a matrix, not of a weight of the shape {list(shape)}")
     leading = shape[:-2]
     for block in filter(None, (stated, _DEFAULT_BLOCK)):
         if scale.shape == grid(shape, block):
