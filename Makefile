@@ -64,6 +64,7 @@ bench: $(VENV)/.test
 bench-spectral: $(VENV)/.test
 	$(BIN)/python -m benchmarks.bench_spectral_merge --runs 1 --check-layers all --json benchmarks/results/spectral_merge.json
 	$(BIN)/python -m benchmarks.bench_precision --rounds 1 --json benchmarks/results/precision.json
+	$(BIN)/python -m benchmarks.bench_rounding --json benchmarks/results/rounding.json
 	$(BIN)/python -m benchmarks.bench_lora_extraction --json benchmarks/results/lora_extraction.json
 	$(BIN)/python -m benchmarks.bench_truncated_svd --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
 	$(BIN)/python -m benchmarks.bench_accuracy --rounds 1 --json benchmarks/results/accuracy.json

@@ -107,22 +107,26 @@ def merge(
     with loading():
         from rich.console import Console
 
-        from resm_kernels.engine import carry_out, chosen_machine, plan_merge
+        from resm_kernels.engine import carry_out, chosen_machine, describe_kept, plan_merge, rounding_estimate
         from resm_kernels.report import closing_line, progress_display
 
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     if machine is not None and not dry_run:
         raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
     with cut_off_named("nothing was written"), plan_merge(recipe, out, options) as plan:
+        estimates = [] if quiet else rounding_estimate(plan)
         if dry_run:
-            typer.echo(plan.describe(chosen_machine(machine, out, options.threads)))
+            description = plan.describe(chosen_machine(machine, out, options.threads))
+            typer.echo("\n".join([description, *estimates]))
             return
-        for note in () if quiet else plan.notes:
+        for note in () if quiet else (*plan.notes, *estimates):
             typer.echo(f"note: {note}", err=True)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:
         typer.echo(closing_line(report))
+        if plan.format is not None and report.kept:
+            typer.echo(describe_kept(report.kept, plan.format.name))
 
 
 @app.command(

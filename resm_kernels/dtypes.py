@@ -30,6 +30,9 @@ SAFETENSORS_DTYPES: Final[dict[str, torch.dtype]] = {
     "U32": torch.uint32,
     "U64": torch.uint64,
     "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 """The dtypes that checkpoints may store, by their names in the headers of safetensors files."""
 
@@ -46,6 +49,9 @@ RECIPE_DTYPES: Final = {
     dtype_name(dtype): dtype for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 }
 """The dtypes that a recipe may give its output, by name; the same ones as `FLOAT_DTYPES`, the usual ones first."""
+
+OUTPUT_FORMATS: Final = ("fp8", "mxfp4")
+"""The formats of quantised weights that a recipe may give its output, by name, instead of a dtype."""
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

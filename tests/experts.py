@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -10,8 +11,8 @@ import pytest
 import torch
 from checkpoints import HIDDEN, VOCABULARY
 
-from resm_kernels.checkpoint import CheckpointReader, read_config
 from resm_kernels.engine.models import Model
+from resm_kernels.engine.models import open_model as engine_open_model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (test extra)")
@@ -80,7 +81,7 @@ def save_expert(folder: Path, kind: str = "Llama", seed: int = 0, **changes: Any
 
 def open_model(folder: Path) -> Model:
     """The whole model in a folder, as the engine opens it."""
-    return Model(folder, CheckpointReader(folder), read_config(folder), folder)
+    return engine_open_model(str(folder), "model", contextlib.ExitStack())
 
 
 def greedy(model: Any, ids: Sequence[int], count: int, ends: Sequence[int]) -> tuple[int, ...]:

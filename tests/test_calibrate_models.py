@@ -179,7 +179,6 @@ def test_what_transformers_cannot_read_is_named(experts: Callable[[str], Path], 
         return load_model(model, **FLOAT32)
 
     refused("config.json: transformers cannot read it", load, model_type="unheard-of")
-    refused("is quantised", load, quantization_config={"quant_method": "gptq"})
     (folder / "run.py").write_text("open('ran', 'w')")
     custom = {"AutoConfig": "run.C", "AutoModelForCausalLM": "run.M", "AutoTokenizer": ["run.T", "run.T"]}
     refused("config.json: transformers cannot read it", load, model_type="unheard-of", auto_map=custom)

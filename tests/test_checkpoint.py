@@ -122,10 +122,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda f: two_shards(f)[0].with_name(INDEX).unlink(),
         ["neither model.safetensors nor", "not complete"],
     ),
-    "only pickles": (write("pytorch_model-00001-of-00002.bin", "x"), ["pytorch_model.bin", "save_pretrained"]),
+    "pickles without index": (
+        write("pytorch_model-00001-of-00002.bin", "x"),
+        ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "not complete"],
+    ),
+    "GGUF": (write("model-Q4_K_M.gguf", "GGUF"), ["model-Q4_K_M.gguf", "download the model as safetensors"]),
     "adapter": (write("adapter_config.json", "{}"), ["LoRA adapter"]),
     "nothing": (lambda f: None, ["holds no safetensors"]),
-    "fp8": (save("a.weight", torch.zeros(4, dtype=torch.float8_e4m3fn)), ["'a.weight'", "F8_E4M3", "dequantise"]),
     "complex": (save("a", torch.zeros(4, dtype=torch.complex64)), ["'a'", "C64", "unsupported"]),
 }
 

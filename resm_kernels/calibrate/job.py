@@ -32,6 +32,10 @@ def check_recipe(plan: MergePlan, files: Sequence[Path]) -> None:
             "recipe: tokenizer: merges vocabularies, so that the experts' tokens are not the output's; calibrate needs "
             "models of one vocabulary and a recipe without tokenizer"
         )
+    if plan.format is not None:
+        raise CalibrationError(
+            f"recipe: out_dtype: {plan.format.name}: calibrate writes full weights; need out_dtype: bfloat16"
+        )
     if len(files) != len(plan.experts):
         names = ", ".join(model.folder.name for model in plan.experts)
         raise CalibrationError(

@@ -12,7 +12,7 @@ import torch
 from resm_kernels.calibrate.blocks import is_causal
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.checkpoint.auxiliary import check_tokenizer_files
-from resm_kernels.engine.checks import check_configs
+from resm_kernels.checkpoint.quantised import QuantisedReader
 from resm_kernels.engine.models import Model
 from resm_kernels.lora import AdapterReader
 
@@ -69,9 +69,7 @@ def load_config(model: Model) -> PreTrainedConfig:
     Raises:
         CalibrationError: transformers is not installed or cannot read the configuration, or the model is no decoder
             with an output head: an encoder, an encoder and a decoder, a classifier, a model without a head.
-        CheckpointError: The model is quantised.
     """
-    check_configs([model], mixed=True)
     with quiet_transformers():
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
@@ -84,6 +82,9 @@ def load_config(model: Model) -> PreTrainedConfig:
                 f"calibrate: {model.base_folder / 'config.json'}: transformers cannot read it ({first_line(error)})"
             ) from error
         head = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    for section in (config, config.get_text_config()):
+        if hasattr(section, "quantization_config"):
+            del section.quantization_config  # the reader forms full weights
     names = list(config.architectures or ())
     known = getattr(head, "__name__", None)
     if head is None or getattr(config, "is_encoder_decoder", False) or (names and known not in names):
@@ -143,8 +144,8 @@ def load_generation_config(model: Model) -> GenerationConfig:
 def load_model(model: Model, *, dtype: torch.dtype, device: torch.device | str) -> PreTrainedModel:
     """Load a whole model, or an adapter on its base model, for evaluation.
 
-    A whole model is loaded from its folder. The tensors of an adapted model are read one after another by its reader,
-    which forms θ₀ + s·B·A, and are rounded once to `dtype`.
+    A whole model is loaded from its folder. The tensors of an adapted or quantised model are read one after another by
+    its reader, which forms θ₀ + s·B·A or the full weights, and are rounded once to `dtype`.
 
     Args:
         model: A model that the engine has opened.
@@ -183,10 +184,10 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": model.folder, "local_files_only": True}
-    if isinstance(model.reader, AdapterReader):
+    if isinstance(model.reader, (AdapterReader, QuantisedReader)):
         # transformers renames and joins tensors when it loads them, so that a loaded model may not have the tensor that
-        # the adapter names. It therefore gets the adapted tensors under the names that they have in the files.
-        source = {"pretrained_model_name_or_path": None, "state_dict": _adapted_tensors(model.reader, dtype)}
+        # the adapter names. It therefore gets the tensors that the reader forms under their names in the files.
+        source = {"pretrained_model_name_or_path": None, "state_dict": _formed_tensors(model.reader, dtype)}
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     loaded, report = model_class.from_pretrained(
         config=config, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **source
@@ -194,12 +195,12 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
     return loaded, report
 
 
-def _adapted_tensors(reader: AdapterReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _formed_tensors(reader: AdapterReader | QuantisedReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in reader.tensors:
-        # Rounded here, so that fp32 or float64 copies of all adapted tensors are never there together.
+        # Rounded here, so that fp32 or float64 copies of all formed tensors are never there together.
         tensor = reader.read(name)
-        tensors[name] = tensor.to(dtype) if reader.is_changed(name) and tensor.is_floating_point() else tensor
+        tensors[name] = tensor if reader.is_stored(name) or not tensor.is_floating_point() else tensor.to(dtype)
     return tensors
 
 

@@ -17,7 +17,7 @@ from resm_kernels.dtypes import dtype_name
 from resm_kernels.files import CONFIG_BYTES, check_regular, parse_object, read_bytes, read_object, read_text
 
 CONFIG_FILE: Final = "config.json"
-_DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
+DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
 
 # Files that belong to the model: generation settings, image processors, and Python code that config.json refers to.
 MODEL_PATTERNS: Final = (
@@ -140,12 +140,12 @@ def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:
-    keys = [key for key in _DTYPE_KEYS if key in config]
-    for key in keys or _DTYPE_KEYS[:1]:
+    keys = [key for key in DTYPE_KEYS if key in config]
+    for key in keys or DTYPE_KEYS[:1]:
         config[key] = name
     if nested:
         for part in config.values():
-            if isinstance(part, dict) and any(key in part for key in _DTYPE_KEYS):
+            if isinstance(part, dict) and any(key in part for key in DTYPE_KEYS):
                 _set_dtype(part, name, nested=True)
 
 

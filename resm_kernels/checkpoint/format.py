@@ -145,11 +145,9 @@ def _tensor_info(file: Path, data_start: int, name: str, entry: Any) -> TensorIn
     if not isinstance(code, str):
         raise damaged(file, f"tensor {name!r}: dtype: got {shortened(code)}, need a name such as F32")
     if code not in SAFETENSORS_DTYPES:
-        unsupported = f"unsupported dtype {shortened(code)[1:-1]}"
-        reason = "fp8 weights; dequantise the model first" if code.startswith("F8") else unsupported
         raise CheckpointError(
-            f"{file}: tensor {name!r} has dtype {shortened(code)[1:-1]}: {reason} (merging needs F64, F32, F16 or BF16 "
-            "weights)"
+            f"{file}: tensor {name!r} has the unsupported dtype {shortened(code)[1:-1]}; need one of "
+            f"{', '.join(SAFETENSORS_DTYPES)}"
         )
     for key, value in (("shape", shape), ("data_offsets", offsets)):
         if not isinstance(value, list) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in value):

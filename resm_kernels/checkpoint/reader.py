@@ -8,15 +8,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
+from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, read_pickled
 from resm_kernels.files import LIST_BYTES, check_regular, open_regular, path_problem, read_object, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
+
+    from resm_kernels.checkpoint.quantised.encoding import Encoding, ReadTensor
 
 SINGLE_FILE: Final = "model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
@@ -34,7 +37,8 @@ class CheckpointReader:
     may use one reader.
 
     Args:
-        folder: The folder that holds `model.safetensors`, or shards and their `*.safetensors.index.json`.
+        folder: The folder that holds `model.safetensors`, or shards and their `*.safetensors.index.json`; if there are
+            no safetensors, `pytorch_model.bin`, or its shards and `pytorch_model.bin.index.json` (see `read_pickled`).
         filename: The only file of the folder to read; by default all that the folder's index names.
 
     Raises:
@@ -52,6 +56,25 @@ class CheckpointReader:
     def files(self) -> list[Path]:
         """All files that the tensors are read from, and that say where they are."""
         return sorted({t.file for t in self.tensors.values()})
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the folder is read, a line each."""
+        return ()
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The `quantization_config` of the model whose tensors are read; empty if it has none."""
+        return {}
+
+    def encoded(self, name: str) -> tuple[Encoding, ReadTensor] | None:
+        """Return how a quantised weight is stored, and what reads its stored tensors; None for any other tensor."""
+        return None
+
+    @property
+    def workspace(self) -> int:
+        """Bytes that reading a tensor takes beyond the buffer that is filled."""
+        return 0
 
     @property
     def nbytes(self) -> int:
@@ -173,15 +196,18 @@ def _collect(folder: Path) -> list[TensorInfo]:
         raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
     if indices:
         return _collect_shards(folder, indices[0])
+    if os.path.lexists(folder / PICKLED_FILE):
+        return list(read_pickled(folder / PICKLED_FILE).values())
+    if os.path.lexists(folder / PICKLED_INDEX):
+        return _collect_shards(folder, folder / PICKLED_INDEX)
     raise CheckpointError(_no_weights_message(folder))
 
 
 def _no_weights_message(folder: Path) -> str:
     """Return an error message that says what a folder without readable weights holds, and what to do."""
-    if list(folder.glob("pytorch_model*.bin*")):
+    if shards := sorted(p.name for p in folder.glob("pytorch_model*.bin")):
         return (
-            f"{folder}: holds pytorch_model.bin but no safetensors; convert it first, for example with transformers: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            f"{folder}: holds {shards[0]} but no {PICKLED_INDEX}, which names all shards; the download is not complete"
         )
     if os.path.lexists(folder / ".metadata"):
         return (
@@ -195,6 +221,8 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: holds *.distcp but no .metadata; the save was not completed, or each rank has metadata of its "
             "own, which is not supported: save again with torch.distributed.checkpoint.save"
         )
+    if gguf := sorted(p.name for p in folder.glob("*.gguf")):
+        return f"{folder}: holds {gguf[0]}, and GGUF files are not read here; download the model as safetensors"
     if os.path.lexists(folder / "adapter_config.json"):
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     files = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -203,15 +231,16 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: holds {', '.join(files[:3])}{' …' if len(files) > 3 else ''} but neither {SINGLE_FILE} nor a "
             f"*{INDEX_SUFFIX}; the download is not complete"
         )
-    return f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}"
+    return (
+        f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}; or {PICKLED_FILE}, or "
+        f"its shards with {PICKLED_INDEX}"
+    )
 
 
 def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
     shard_of = read_object(index, CheckpointError, limit=LIST_BYTES).get("weight_map")
     if not isinstance(shard_of, dict):
-        raise CheckpointError(
-            f"{index}: weight_map: got {shortened(shard_of)}, need an object: not a safetensors index"
-        )
+        raise CheckpointError(f"{index}: weight_map: got {shortened(shard_of)}, need an object: not an index of shards")
     for name, shard in shard_of.items():
         plain = isinstance(shard, str) and os.path.basename(shard) == shard and shard.isprintable()
         if not plain or shard in ("", ".", "..") or path_problem(shard):
@@ -224,9 +253,10 @@ def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
         if not os.path.lexists(folder / shard):
             raise CheckpointError(f"{folder / shard}: shard named by {index.name} is missing; download it again")
         check_regular(folder / shard, CheckpointError)
+    read = read_pickled if index.name == PICKLED_INDEX else read_header
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
-        for name, info in read_header(folder / shard).items():
+        for name, info in read(folder / shard).items():
             if name in tensors:
                 raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].file.name} and in {shard}")
             if name not in shard_of:

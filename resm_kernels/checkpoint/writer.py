@@ -8,7 +8,7 @@ import os
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Final
@@ -148,6 +148,11 @@ class CheckpointWriter:
                 raise
         return self
 
+    @property
+    def is_committed(self) -> bool:
+        """True if the folder has its name, which an earlier writer of the same job may have given it."""
+        return self._committed
+
     def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
         if self._committed:
             self._tensors.close()
@@ -167,6 +172,17 @@ class CheckpointWriter:
         with self._reported_errors():
             if self._tensors.write(name, tensor, start):
                 self._pending.discard(name)
+
+    def add_file(self, name: str, content: bytes) -> None:
+        """Add a small file to the folder, which `commit` writes."""
+        self._files[name] = content
+
+    def redo(self, names: Collection[str]) -> None:
+        """Take tensors for not written, so that they can be written again; `finished` has them no longer."""
+        self.finished -= frozenset(names)
+        with self._lock:
+            self._pending |= self.plan.slots.keys() & names
+            self._hashes = {name: digest for name, digest in self._hashes.items() if name not in names}
 
     def record(self, hashes: Mapping[str, str]) -> None:
         """Note that tensors are wholly on disk, which other processes may have written, with their hashes."""

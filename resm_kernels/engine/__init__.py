@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.estimate import chosen_machine
-from resm_kernels.engine.merge import MergeReport, carry_out, merge_checkpoints
+from resm_kernels.engine.merge import MergeReport, carry_out, estimate_rounding, merge_checkpoints, rounding_estimate
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
+from resm_kernels.engine.rounding import Kept, describe_kept
 from resm_kernels.engine.stats import Spectra, TensorStats, checkpoint_stats
 from resm_kernels.engine.window import Window
 from resm_kernels.options import MergeOptions
 
 __all__ = [
     "DeviceUse",
+    "Kept",
     "MergeError",
     "MergeOptions",
     "MergePlan",
@@ -23,6 +25,9 @@ __all__ = [
     "carry_out",
     "checkpoint_stats",
     "chosen_machine",
+    "describe_kept",
+    "estimate_rounding",
     "merge_checkpoints",
     "plan_merge",
+    "rounding_estimate",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.auxiliary import config_entry
@@ -13,15 +13,9 @@ from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabula
 
 
 def check_configs(models: Sequence[Model], *, mixed: bool) -> None:
-    """Refuse quantised models and, unless `mixed`, models of another architecture than the first one's."""
+    """Refuse models of another architecture than the first one's, unless `mixed`."""
     reference = models[0]
     for model in models:
-        quantization = model.config.get("quantization_config")
-        if quantization:
-            kind = quantization.get("quant_method", "unnamed") if isinstance(quantization, Mapping) else "unnamed"
-            raise CheckpointError(
-                f"{model.folder}: is quantised ({kind}); dequantise it first, merging needs full weights"
-            )
         for key in ("model_type", "architectures"):
             got, needed = model.config.get(key), reference.config.get(key)
             if got != needed and None not in (got, needed) and not mixed:
@@ -62,10 +56,10 @@ def check_tied(models: Sequence[Model]) -> bool:
 
 
 def check_weights(models: Sequence[Model]) -> None:
-    """Refuse quantised weights: tensors that are named weights, but hold integers."""
+    """Refuse quantised weights that no reader forms: small floating-point numbers, and weights that are integers."""
     for model in models:
         for info in model.reader.tensors.values():
-            if info.dtype not in FLOAT_DTYPES and is_weight(info.name):
+            if info.dtype not in FLOAT_DTYPES and (info.dtype.is_floating_point or is_weight(info.name)):
                 raise CheckpointError(
                     f"{info.file}: tensor {info.name!r} holds quantised weights ({info.dtype}); dequantise the model "
                     "first, merging needs F64, F32, F16 or BF16 weights"

@@ -6,11 +6,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from resm_kernels.checkpoint import CheckpointReader, DcpReader
+from resm_kernels.checkpoint import DcpReader
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
 from resm_kernels.checkpoint.output_plan import INDEX_FILE
+from resm_kernels.checkpoint.quantised import open_checkpoint
 from resm_kernels.checkpoint.reader import SINGLE_FILE
+from resm_kernels.dtypes import RECIPE_DTYPES
 from resm_kernels.engine.layout import Layout
 from resm_kernels.engine.models import MergeError, OpenedModels
 from resm_kernels.options import MergeOptions
@@ -72,7 +74,7 @@ def check_config_source(recipe: Recipe, models: OpenedModels, layout: Layout, op
     folder = model_folder(recipe.config_source, "config_source")
     if not list(folder.glob("*.safetensors")):
         return
-    with CheckpointReader(folder) as reader:
+    with open_checkpoint(folder)[0] as reader:
         expected = set(reader.tensors) - {OUTPUT_HEAD}
     names = {tensor.name for tensor in layout.tensors} - {OUTPUT_HEAD}
     for name in sorted(names ^ expected):
@@ -80,4 +82,17 @@ def check_config_source(recipe: Recipe, models: OpenedModels, layout: Layout, op
         raise MergeError(
             f"{lacks}: has no tensor {name!r}, but {has} has it; a model with the config.json of config_source needs "
             "the tensors that are there: name another folder, or leave the key out to write weights alone"
+        )
+
+
+def check_full_weights(recipe: Recipe, options: MergeOptions) -> None:
+    """Refuse quantised weights in a torch DCP output.
+
+    Raises:
+        MergeError: The recipe's `out_dtype` is a format of quantised weights.
+    """
+    if recipe.output_format is not None and options.out_format == "dcp":
+        raise MergeError(
+            f"out_dtype: got {recipe.output_format!r} for a torch DCP folder, which training programs go on with; need "
+            f"one of {', '.join(RECIPE_DTYPES)}, or the output format safetensors"
         )

@@ -37,8 +37,13 @@ def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
         _memory_line(plan),
         *(_device_line(plan, device) for device in plan.devices),
     ]
+    if plan.format is not None:
+        rounded = sum(job.rounding is not None for job in plan.jobs)
+        lines.append(
+            f"rounded       {rounded} weights to {plan.format.name}, in the layout of {plan.format.model.folder}"
+        )
     lines += [f"note          {note}" for note in plan.notes]
-    dtypes = sorted({dtype_name(job.dtype) for job in plan.jobs})
+    dtypes = sorted({dtype_name(slot.dtype) for slot in plan.output.slots.values()})
     n_files = len(plan.output.shards)
     size = f"{format_bytes(plan.output.nbytes)} in {n_files} file{'s' if n_files > 1 else ''}, {', '.join(dtypes)}"
     if plan.options.out_format != MergeOptions.out_format:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from resm_kernels.engine.job import merge_job, record_facts
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
+from resm_kernels.engine.rounding import ROUNDING_FILE, Kept, KeptLog, describe_kept, rounding_record
 from resm_kernels.engine.streaming import Streaming
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora import Factors, merge_factors
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.11 has it in `typing`
 
 Progress = Callable[[int, int], None]
+_SAMPLES: Final = 4
 
 
 @dataclass(kw_only=True)
@@ -50,6 +53,7 @@ class MergeReport(Timings):
         seconds: Wall time, from reading the recipe to the final rename.
         commit: Seconds spent flushing to disk and renaming.
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
+        kept: How each weight fared that the output quantises; empty for an output of full weights.
     """
 
     out: Path
@@ -61,6 +65,7 @@ class MergeReport(Timings):
     seconds: float
     commit: float
     memory_bound: int
+    kept: tuple[Kept, ...]
 
     def busy_share(self, device: DeviceUse) -> float:
         """Return the share of the wall time in which a copy or a computation was running on that GPU."""
@@ -151,55 +156,106 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         facts=record_facts(plan),
     )
     with writing as writer:
-        names = {job.name for job in plan.jobs} - writer.finished
+        kept = KeptLog(writer.folder.parent)
+        jobs = [job for job in plan.jobs if not _is_done(job, writer, kept)]
+        names = {job.name for job in jobs}
+        writer.redo({name for job in jobs for name, *_ in job.stored})
         try:
             if plan.options.engine == "ray":
                 from resm_kernels.engine.ray_engine import merge_on_ray  # ray_worker imports this module
 
-                timings = merge_on_ray(plan, names, writer, progress)
+                timings = merge_on_ray(plan, names, writer, kept, progress)
             else:
-                timings = run_jobs(plan, names, writer.write, progress)
+                timings = run_jobs(plan, names, writer.write, kept.add, progress)
         except MergeError as error:
             # The same models would meet it again, and others need a merge of their own; memory may be free next time.
             if not isinstance(error.__cause__, torch.OutOfMemoryError):
                 writer.discard()
             raise
         computed = time.perf_counter()
+        rounded = tuple(kept[job.name] for job in plan.jobs if job.name in kept)
+        if rounded:
+            writer.add_file(ROUNDING_FILE, rounding_record(rounded))
         writer.commit()
     finished = time.perf_counter()
     return MergeReport(
         out=plan.out,
         method=plan.method.name,
         tensors=len(plan.jobs),
-        tensors_resumed=len(writer.finished),
+        tensors_resumed=len(plan.jobs) - len(names),
         bytes_read=sum(job.input_bytes for job in plan.jobs if job.name in names),
         bytes_written=plan.output.nbytes,
         seconds=finished - plan.began,
         commit=finished - computed,
         memory_bound=plan.window.bound,
+        kept=rounded,
         **vars(timings),
     )
+
+
+def _is_done(job: TensorJob, writer: CheckpointWriter, kept: KeptLog) -> bool:
+    """Return True if an earlier run has written all that a job makes, and has noted how a rounded weight fared."""
+    is_written = all(name in writer.finished for name, *_ in job.stored)
+    return writer.is_committed or (is_written and (job.rounding is None or job.name in kept))
 
 
 def run_jobs(
     plan: MergePlan,
     names: Collection[str],
     write: Callable[[str, Tensor, int], object],
+    note: Callable[[Kept], object],
     progress: Progress | None = None,
 ) -> Timings:
     """Merge the tensors of these names in this process, in the plan's order.
 
     Args:
-        write: `write(name, result, start)` gets each result, or the block of it from element `start` on.
+        write: `write(name, result, start)` gets each tensor of the output, or the block of it from element `start` on.
+        note: Gets how each weight fared that is rounded, before its tensors are written.
     """
+
+    def write_result(job: TensorJob, result: Tensor) -> None:
+        if job.rounding is None:
+            write(job.name, result, job.start)
+            return
+        with thread_count(plan.options.threads):  # each Python thread has a number of its own
+            tensors, own = job.rounding.encode(result)
+        note(own)
+        for name, tensor in tensors.items():
+            write(name, tensor, 0)
+
     with thread_count(plan.options.threads):
         return Pipeline(
             jobs=[job for job in plan.pieces if job.name in names],
             window=plan.window,
             executor=_executor(plan),
-            write=lambda job, result: write(job.name, result, job.start),
+            write=write_result,
             progress=progress,
         ).run()
+
+
+def rounding_estimate(plan: MergePlan) -> list[str]:
+    """Return a line about how a few weights fare that the output quantises; none for an output of full weights."""
+    if plan.format is None:
+        return []
+    return [f"estimate from a few weights: {describe_kept(estimate_rounding(plan), plan.format.name)}"]
+
+
+def estimate_rounding(plan: MergePlan) -> tuple[Kept, ...]:
+    """Merge and round a few tensors of a plan without writing them, and return how they fared.
+
+    From each quarter of the weights that the output quantises, in their order, the smallest is taken.
+    """
+    jobs = [job for job in plan.jobs if job.rounding is not None]
+    kept = []
+    with thread_count(plan.options.threads):
+        for quarter in range(_SAMPLES):
+            part = jobs[len(jobs) * quarter // _SAMPLES : len(jobs) * (quarter + 1) // _SAMPLES]
+            if part:
+                job = min(part, key=lambda j: math.prod(j.shape))
+                assert job.rounding is not None
+                result = compute_tensor(plan, job, [reader.read_info(info) for reader, info in job.inputs])
+                kept.append(job.rounding.encode(result)[1])
+    return tuple(kept)
 
 
 def _executor(plan: MergePlan) -> Executor[TensorJob]:

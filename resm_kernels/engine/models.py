@@ -12,6 +12,7 @@ from typing import Any
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, DcpReader, is_dcp_folder, read_config
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
+from resm_kernels.checkpoint.quantised import open_checkpoint, without_quantization
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
 
@@ -27,7 +28,7 @@ class Model:
     Attributes:
         folder: The model's folder, or the adapter's.
         reader: Reads its tensors.
-        config: Its config.json; for an adapter, its base model's.
+        config: Its config.json, without what it says about quantised weights; for an adapter, its base model's.
         base_folder: The folder that config and tokenizer are in: `folder`, or for an adapter its base model's. A torch
             DCP folder without config takes both from another folder. If there is none, `config` is empty.
     """
@@ -85,8 +86,8 @@ def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
 
 
 def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
-    reader = on_error.enter_context(CheckpointReader(folder))
-    return Model(folder, reader, read_config(folder), folder)
+    reader, config = open_checkpoint(folder)
+    return Model(folder, on_error.enter_context(reader), config, folder)
 
 
 def _open_adapter(folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool) -> Model:
@@ -104,7 +105,7 @@ def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> M
         if recipe.config_source is None:
             return Model(folder, reader, {}, folder)
         source = model_folder(recipe.config_source, "config_source")
-    return Model(folder, reader, read_config(source), source)
+    return Model(folder, reader, without_quantization(read_config(source)), source)
 
 
 def _check_dcp_keys(recipe: Recipe, models: Iterable[Model]) -> None:

@@ -42,7 +42,7 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
     sizes: Counter[torch.dtype] = Counter()
     for job in plan.jobs:
         if not job.copied:
-            sizes[job.dtype] += job.output_bytes
+            sizes[job.dtype if job.rounding is None else job.rounding.dtype] += job.output_bytes
     dtype = max(sizes, key=lambda d: sizes[d], default=torch.float32)
     folder = models.reference.base_folder
     card: Mapping[str, bytes] = {}
@@ -53,6 +53,8 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
     config = deepcopy(dict(models.reference.config))
     for module, origins in plan.layout.origins.items():
         _set_layers(config, module, origins, models)
+    if plan.format is not None:
+        config["quantization_config"] = plan.format.config
     if tokenizer is not None:
         _set_vocabulary(config, tokenizer, models)
     copied: Path | Mapping[str, bytes] = folder if plan.options.copy_tokenizer else {}

@@ -26,15 +26,16 @@ from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.blocks import divide
 from resm_kernels.engine.checks import check_configs, check_tied, check_weights
 from resm_kernels.engine.cuda_device import open_devices
-from resm_kernels.engine.dcp import check_config_source, dcp_notes, output_marker, output_paths
+from resm_kernels.engine.dcp import check_config_source, check_full_weights, dcp_notes, output_marker, output_paths
 from resm_kernels.engine.describe import describe_plan
 from resm_kernels.engine.devices import Device
 from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
+from resm_kernels.engine.rounding import OutputFormat, Rounding, StoredTensor
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files, statistics_of
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
-from resm_kernels.engine.vocabulary import AlignedReader, Vocabulary
+from resm_kernels.engine.vocabulary import Vocabulary
 from resm_kernels.engine.window import Job, Window
 from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
@@ -65,6 +66,7 @@ class TensorJob(Job):
             if the experts are merged as whole tensors.
         has_statistics: True if the inputs end with a statistic of each expert.
         transposed: True if the statistics say that the weight is stored as (in, out).
+        rounding: How the merged weight, which is fp32 then, is quantised; None if it is written as it is.
         start: The index of the first element, for the job of a block of a tensor.
         whole: The job of the tensor that this job does a block of; None for the job of a whole tensor.
     """
@@ -78,6 +80,7 @@ class TensorJob(Job):
     factors: tuple[StoredFactors | None, ...] | None = None
     has_statistics: bool = False
     transposed: bool = False
+    rounding: Rounding | None = None
     start: int = 0
     whole: TensorJob | None = None
 
@@ -85,6 +88,11 @@ class TensorJob(Job):
     def numel(self) -> int:
         """The number of elements of the output tensor."""
         return math.prod(self.shape)
+
+    @property
+    def stored(self) -> tuple[StoredTensor, ...]:
+        """The tensors of the output's files that the job makes."""
+        return ((self.name, self.dtype, self.shape),) if self.rounding is None else self.rounding.stored
 
     def folder(self, position: int | None) -> Path:
         """Return the folder of the expert at that position, or of the base for None."""
@@ -105,6 +113,7 @@ class MergePlan:
         tokenizer: The output's tokenizer if vocabularies are merged; None if the reference model's files are copied.
         jobs: One per output tensor, in the order of the reference model's files.
         pieces: The jobs that are carried out: the same, but for large tensors a job for each block.
+        format: The format of quantised weights that the output has; None if it has full weights.
         output: Files of the output, and where each tensor is in them.
         devices: The GPUs that compute; empty if the CPU does.
         window: How memory is divided; `window.bound` is the most bytes in flight.
@@ -121,6 +130,7 @@ class MergePlan:
     tokenizer: OutputTokenizer | None
     jobs: tuple[TensorJob, ...]
     pieces: tuple[TensorJob, ...]
+    format: OutputFormat | None
     output: OutputPlan
     devices: tuple[Device, ...]
     window: Window
@@ -155,8 +165,9 @@ class MergePlan:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of torch DCP folders among the models, in one sentence each."""
-        return dcp_notes(self.models)
+        """What the user should know about how the models are read, and of torch DCP folders, a sentence each."""
+        notes = (note for model in self.models.all() for note in model.reader.notes)
+        return (*dict.fromkeys(notes), *dcp_notes(self.models))
 
     def describe(self, machine: tuple[Machine, str] | None = None) -> str:
         """Return what would be merged, in which memory, on which devices and into which files, one line for each.
@@ -209,6 +220,7 @@ def plan_merge(
     # Workers of a cluster open their own GPUs; here there may be none.
     devices = open_devices("cpu" if options.engine == "ray" else options.device, options.device_bytes)
     recipe = load_recipe(recipe)
+    check_full_weights(recipe, options)
     with contextlib.ExitStack() as on_error:
         models = open_models(recipe, on_error)
         check_configs(models.all(), mixed=options.mixed_architectures)
@@ -222,14 +234,17 @@ def plan_merge(
         if recipe.output_tokenizer is not None:
             tokenizer = build_tokenizer(recipe, models, trust_remote_code=options.trust_remote_code)
             vocabulary = Vocabulary(recipe, models, tokenizer)
-        planner = _JobPlanner(recipe, models, statistics, vocabulary, dense=dense)
+        output_format = None if recipe.output_format is None else OutputFormat(recipe.output_format, models)
+        if output_format is not None and layout.origins:
+            output_format.check_stacked()
+        planner = _JobPlanner(recipe, models, statistics, vocabulary, output_format, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
         if devices:
             pieces, window = jobs, Window.for_gpus(jobs, options.window_bytes)
         else:
             pieces, window = divide(jobs, options.window_bytes, planner.block_unit, planner.workspace)
         check_config_source(recipe, models, layout, options)
-        weights = [(j.name, j.dtype, j.shape) for j in jobs]
+        weights = [stored for job in jobs for stored in job.stored]
         output = plan_output(weights, options.shard_bytes)
         if is_dcp:
             output = plan_dcp_output(weights, options.shard_bytes, output_paths(models, layout))
@@ -250,6 +265,7 @@ def plan_merge(
             tokenizer=tokenizer,
             jobs=jobs,
             pieces=pieces,
+            format=output_format,
             output=output,
             devices=devices,
             window=window,
@@ -266,6 +282,7 @@ class _JobPlanner:
     Args:
         statistics: The statistics of each expert.
         vocabulary: Aligns the rows of embeddings and heads; None if vocabularies are not merged.
+        output_format: Says how weights are quantised; None for full weights.
         dense: As for `plan_merge`.
     """
 
@@ -275,11 +292,12 @@ class _JobPlanner:
         models: OpenedModels,
         statistics: Statistics,
         vocabulary: Vocabulary | None,
+        output_format: OutputFormat | None,
         *,
         dense: bool,
     ) -> None:
         self._recipe, self._models, self._statistics = recipe, models, statistics
-        self._vocabulary, self._dense = vocabulary, dense
+        self._vocabulary, self._format, self._dense = vocabulary, output_format, dense
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, info in models.reference.reader.tensors.items():
             if vocabulary is None or not is_vocabulary(name):
@@ -295,7 +313,9 @@ class _JobPlanner:
         models = [self._models.by_source[source] for source in piece.sources]
         inputs = tuple((m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True))
         copied = inputs[0][1].dtype not in FLOAT_DTYPES
-        if self._vocabulary is not None and is_vocabulary(tensor.name) and not copied:
+        aligned = self._vocabulary is not None and is_vocabulary(tensor.name) and not copied
+        if aligned:
+            assert self._vocabulary is not None
             inputs = self._vocabulary.inputs(tensor)
         infos = [info for _, info in inputs]
         self._check_shapes(tensor, models, infos)
@@ -305,6 +325,10 @@ class _JobPlanner:
         dtype = self._recipe.output_dtype
         if copied or dtype is None:
             dtype = tensor.lead.reader.stored_dtype(tensor.inputs[models.index(tensor.lead)])
+        rounding = None
+        if self._format is not None and not copied:
+            rounding = self._format.rounding(tensor, inputs, info.shape, aligned=aligned)
+            dtype = dtype if rounding is None else torch.float32
         expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
         statistics, transposed = statistics_of(self._statistics, piece.experts, expert_inputs)
@@ -329,13 +353,17 @@ class _JobPlanner:
             factors=factors,
             has_statistics=bool(statistics),
             transposed=transposed,
+            rounding=rounding,
         )
         return replace(job, workspace=self.workspace(job, info.shape))
 
     def workspace(self, job: TensorJob, shape: tuple[int, ...]) -> int:
         """Return the bytes that merging a tensor or a block of that shape allocates beyond inputs and result."""
+        others = max(reader.workspace for reader, _ in job.inputs)
+        if job.rounding is not None:
+            others += job.rounding.workspace
         if job.factors is not None:
-            return factors_workspace(shape, [f.rank if f else 0 for f in job.factors])
+            return factors_workspace(shape, [f.rank if f else 0 for f in job.factors]) + others
         # Methods state the workspace of a weight (out, in).
         turned = shape[:: -1 if job.transposed else 1]
         if not job.copied and self._resolved(job).get("spectral") is False:
@@ -343,11 +371,15 @@ class _JobPlanner:
         workspace = 0 if job.copied else self._recipe.method.workspace(turned, job.n_experts)
         if any(info.dtype == torch.float64 for _, info in job.inputs[: len(job.folders)]):
             workspace *= 2  # methods state their workspace for task vectors in fp32
-        return workspace + max((r.workspace for r, _ in job.inputs if isinstance(r, AlignedReader)), default=0)
+        return workspace + others
 
     def block_unit(self, job: TensorJob) -> int | None:
         """Return the number of elements of which the job's blocks have to be multiples; None for a job to do whole."""
-        if job.factors is not None or not all(reader.has_parts(info.name) for reader, info in job.inputs):
+        if (
+            job.factors is not None
+            or job.rounding is not None
+            or not all(reader.has_parts(info.name) for reader, info in job.inputs)
+        ):
             return None
         if job.copied:
             return 1

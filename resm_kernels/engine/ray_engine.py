@@ -29,6 +29,7 @@ from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.pipeline import Timings
 from resm_kernels.engine.plan import MergePlan
 from resm_kernels.engine.ray_worker import ClusterError, Merged, MergeWorker, Order, environment, fingerprint
+from resm_kernels.engine.rounding import KeptLog
 from resm_kernels.options import MergeOptions
 
 ATTEMPTS: Final = 4
@@ -46,9 +47,12 @@ def merge_on_ray(
     plan: MergePlan,
     names: Collection[str],
     writer: CheckpointWriter,
+    kept: KeptLog,
     progress: Callable[[int, int], None] | None,
 ) -> Timings:
     """Merge the tensors of these names with the workers of a cluster, and tell `writer` which tensors are on disk.
+
+    `kept` is told how weights fared that were rounded.
 
     Returns:
         Sums over all workers; `memory_peak` is the largest of one worker.
@@ -78,7 +82,7 @@ def merge_on_ray(
         )
         places = find_places(ray.nodes(), plan.options)
         batches = make_batches(jobs, lambda job: REFERENCE.seconds(job_work(plan.method, job)), len(places))
-        return Driver(ray, order, places, batches, writer, progress).run()
+        return Driver(ray, order, places, batches, writer, kept, progress).run()
 
 
 @dataclass
@@ -142,6 +146,7 @@ class Driver:
     places: list[Place]
     batches: Sequence[Batch]
     writer: CheckpointWriter
+    kept: KeptLog
     progress: Callable[[int, int], None] | None
     running: dict[Any, tuple[Any, Place, Batch | None]] = field(default_factory=dict)
     workers: list[Any] = field(default_factory=list)
@@ -185,6 +190,8 @@ class Driver:
                 has_started, place.deaths = True, 0
                 idle.append((worker, place))
                 if batch is not None:
+                    for kept in result.kept:
+                        self.kept.add(kept)
                     self.writer.record(result.hashes)
                     _add(timings, uses, result)
                     done += batch.nbytes

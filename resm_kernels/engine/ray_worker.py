@@ -26,6 +26,7 @@ from resm_kernels.engine.merge import run_jobs
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Timings
 from resm_kernels.engine.plan import MergePlan, plan_merge
+from resm_kernels.engine.rounding import Kept
 from resm_kernels.methods import Method, register
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe
@@ -62,9 +63,13 @@ class Order:
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of one batch: the hash of every tensor that is now on disk, and where the time went."""
+    """The result of one batch: the hash of every tensor that is now on disk, and where the time went.
+
+    `kept` says how each weight fared that was rounded.
+    """
 
     hashes: dict[str, str]
+    kept: tuple[Kept, ...]
     timings: Timings
 
 
@@ -92,16 +97,17 @@ class MergeWorker:
 
     def merge(self, names: Sequence[str]) -> Merged:
         """Merge these tensors and write them; they are on disk when this returns."""
+        kept: list[Kept] = []
         try:
             with write_errors_named(self._folder, f" on machine {self._name}"):
-                timings = run_jobs(self._plan, frozenset(names), self._writer.write)
+                timings = run_jobs(self._plan, frozenset(names), self._writer.write, kept.append)
                 hashes = self._writer.flush()
         except MergeError as error:
             if isinstance(error.__cause__, torch.OutOfMemoryError):  # the models are not at fault, so the work is kept
                 raise ClusterError(f"machine {self._name}: {error}") from error
             raise
         devices = tuple(replace(use, name=f"{self._name} {use.name}") for use in timings.devices)
-        return Merged(hashes, replace(timings, devices=devices))
+        return Merged(hashes, tuple(kept), replace(timings, devices=devices))
 
 
 def environment() -> dict[str, Any]:
@@ -120,13 +126,13 @@ def fingerprint(plan: MergePlan) -> dict[str, str]:
     files: dict[str, list[Any]] = {}
     jobs = []
     for job in plan.jobs:
-        slot = plan.output.slots[job.name]
         inputs = []
         for reader, info in job.inputs:
             files.setdefault(str(info.file), []).append([info.name, str(info.dtype), info.shape, info.offset])
             inputs.append([type(reader).__name__, info.name, str(info.dtype), info.shape])
         jobs.append([job.name, str(job.dtype), job.shape, sorted(job.parameters.items()), inputs, job.copied])
-        jobs.append([slot.shard, slot.offset, slot.nbytes])
+        slots = [plan.output.slots[name] for name, *_ in job.stored]
+        jobs += [[slot.name, str(slot.dtype), slot.shard, slot.offset, slot.nbytes] for slot in slots]
     parts = {**files, "the plan of the recipe": [plan.recipe.method.name, plan.options.random_seed, jobs]}
     return {name: _hash(part) for name, part in parts.items()}
 

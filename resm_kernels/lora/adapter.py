@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
+from resm_kernels.checkpoint.quantised.encoding import Encoding, ReadTensor
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
@@ -82,7 +83,8 @@ class AdapterReader(CheckpointReader):
 
     Args:
         folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
-        base: A reader of the model that the adapter belongs to; it is closed together with this one.
+        base: A reader of the model that the adapter belongs to, which reads the tensors that the adapter leaves alone.
+            It is closed together with this one.
         base_config: The config.json of that model.
         double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
             noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
@@ -208,13 +210,36 @@ class AdapterReader(CheckpointReader):
         # decides, and the flag only for square matrices.
         return stored.embedding or (base.shape != (out, inner) if out != inner else self.config.fan_in_fan_out)
 
+    @property
+    def workspace(self) -> int:
+        """Bytes that the base's reader takes beyond the buffer that is filled."""
+        return self.base.workspace
+
+    @property
+    def quantization(self) -> Mapping[str, Any]:
+        """The `quantization_config` of the base model; empty if it has none."""
+        return self.base.quantization
+
+    def encoded(self, name: str) -> tuple[Encoding, ReadTensor] | None:
+        """Return how the base stores a quantised weight, and what reads its stored tensors; None for other tensors."""
+        return self.base.encoded(name)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about how the base is read, a line each."""
+        return self.base.notes
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the tensor's dtype in the base model's files, which is the output's dtype by default."""
-        return (self.base.tensors if name in self.base.tensors else self.tensors)[name].dtype
+        return self.base.stored_dtype(name) if name in self.base.tensors else self.tensors[name].dtype
 
     def is_changed(self, name: str) -> bool:
         """Return True if the adapter changes or replaces the tensor."""
         return self.is_adapted(name) or name in self._replaced
+
+    def is_stored(self, name: str) -> bool:
+        """Return True if the tensor lies in a file as it is read."""
+        return not self.is_adapted(name) and (name in self._replaced or self.base.is_stored(name))
 
     def stored_factors(self, name: str) -> StoredFactors | None:
         """Return the stored factors of a weight; None if it has none (a bias, a replaced tensor, DoRA)."""
@@ -231,16 +256,17 @@ class AdapterReader(CheckpointReader):
 
     def has_parts(self, name: str) -> bool:
         """Return False for adapted tensors that are formed whole: biases, and all with DoRA, whose norms need them."""
-        return not (self.is_adapted(name) and (self.config.use_dora or len(self.tensors[name].shape) < 2))
-
-    def is_stored(self, name: str) -> bool:
-        """Return True if the tensor lies in a file as it is read."""
-        return not self.is_adapted(name)
+        if self.is_adapted(name) and (self.config.use_dora or len(self.tensors[name].shape) < 2):
+            return False
+        return name in self._replaced or self.base.has_parts(name)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor, or the part of it, that `info` describes; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
-            super().read_into(info, buffer)
+            if info.name in self._replaced:
+                super().read_into(info, buffer)
+            else:
+                self.base.read_into(info, buffer)
             return
         if buffer.nbytes != info.nbytes:
             raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
@@ -312,10 +338,13 @@ class AdapterReader(CheckpointReader):
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
         """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""
-        stored = self._replaced.get(name) or self.base.tensors[name]
-        rows = torch.empty((last - first, *stored.shape[1:]), dtype=stored.dtype)
-        super().read_into(stored.rows(first, last), rows)
-        out.copy_(rows)
+        replaced = self._replaced.get(name)
+        if replaced is None:
+            out.copy_(self.base.read_info(self.base.tensors[name].rows(first, last)))
+        else:
+            rows = torch.empty((last - first, *replaced.shape[1:]), dtype=replaced.dtype)
+            super().read_into(replaced.rows(first, last), rows)
+            out.copy_(rows)
 
     def fingerprint(self) -> str:
         """Return a hash of the base model's fingerprint, of the adapter's and of its configuration."""
@@ -327,8 +356,8 @@ class AdapterReader(CheckpointReader):
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Return True if two tensors have the same dtype, shape and bits."""
-        if not (self.is_adapted(first) or self.is_adapted(second)):
-            return super().same_bytes(first, second)
+        if not (self.is_changed(first) or self.is_changed(second)):
+            return self.base.same_bytes(first, second)
         a, b = self.read(first), self.read(second)
         return (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(_bytes(a), _bytes(b))
 

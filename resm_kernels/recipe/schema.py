@@ -5,6 +5,7 @@ nearest known one, and a key that would have no effect is an error too.
 
 One key has another meaning than in mergekit, where `dtype` is the precision of the arithmetic. Here the arithmetic is
 always in fp32 or float64 with one rounding at the end, and `dtype` is the output's dtype if there is no `out_dtype`.
+`out_dtype` may also name a format of quantised weights; `dtype` is then the dtype of tensors that are not quantised.
 Without either key, every tensor has the dtype that it has in the base model.
 """
 
@@ -18,7 +19,7 @@ import torch
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, model_validator
 
-from resm_kernels.dtypes import RECIPE_DTYPES
+from resm_kernels.dtypes import OUTPUT_FORMATS, RECIPE_DTYPES
 from resm_kernels.files import path_problem, shortened
 from resm_kernels.methods import REQUIRED, Method, Parameter, get
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
@@ -29,13 +30,15 @@ from resm_kernels.recipe.tokens import BASE, TokenizerEntry
 from resm_kernels.suggestions import did_you_mean
 
 
-def _parse_dtype(data: Any) -> str:
-    name = str(data).removeprefix("torch.")
+def _parse_dtype(data: Any, formats: tuple[str, ...] = ()) -> str:
+    name, known = str(data).removeprefix("torch."), (*RECIPE_DTYPES, *formats)
     if name not in RECIPE_DTYPES:
-        raise ValueError(
-            f"got {shortened(data)}, need one of {', '.join(RECIPE_DTYPES)}{did_you_mean(name, tuple(RECIPE_DTYPES))}"
-        )
+        raise ValueError(f"got {shortened(data)}, need one of {', '.join(known)}{did_you_mean(name, known)}")
     return name
+
+
+def _parse_out_dtype(data: Any) -> str:
+    return data if data in OUTPUT_FORMATS else _parse_dtype(data, OUTPUT_FORMATS)
 
 
 def _parse_model(data: Any) -> Any:
@@ -86,6 +89,7 @@ _Parameters = Annotated[
 _Model = Annotated[str, BeforeValidator(_parse_model)]
 _File = Annotated[str, BeforeValidator(_parse_file)]
 _Dtype = Annotated[str, BeforeValidator(_parse_dtype)]
+_OutDtype = Annotated[str, BeforeValidator(_parse_out_dtype)]
 MAX_MODELS: Final = 1000
 """The most models of one merge; checks compare each with each."""
 _CLOSED: Final = ConfigDict(extra="forbid", frozen=True)
@@ -145,7 +149,7 @@ class Recipe(BaseModel):
     base_model: _Model | None = None
     parameters: _Parameters = {}
     dtype: _Dtype | None = None
-    out_dtype: _Dtype | None = None
+    out_dtype: _OutDtype | None = None
     tokenizer_source: _Model | None = None
     tokenizer: TokenizerEntry | None = None
     chat_template: str | None = None
@@ -171,9 +175,17 @@ class Recipe(BaseModel):
 
     @property
     def output_dtype(self) -> torch.dtype | None:
-        """The dtype of every merged tensor; None if each tensor has the dtype that it has in the base model."""
-        name = self.out_dtype or self.dtype
+        """The dtype of every merged tensor; None if each tensor has the dtype that it has in the base model.
+
+        Weights that the output quantises have no dtype of their own.
+        """
+        name = self.dtype if self.output_format is not None else self.out_dtype or self.dtype
         return None if name is None else RECIPE_DTYPES[name]
+
+    @property
+    def output_format(self) -> str | None:
+        """The format of quantised weights that the output has; None if it has full weights."""
+        return self.out_dtype if self.out_dtype in OUTPUT_FORMATS else None
 
     @property
     def output_tokenizer(self) -> TokenizerEntry | None:
