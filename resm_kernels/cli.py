@@ -104,6 +104,9 @@ def merge(
     random_seed: Annotated[
         int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
     ] = MergeOptions.random_seed,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Refuse models of which tensors would be left out, renamed or added.")
+    ] = MergeOptions.strict,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete."""
@@ -118,6 +121,8 @@ def merge(
         if dry_run:
             typer.echo(plan.describe())
             return
+        for line in (*(() if quiet else plan.notes), *(f"warning: {warning}" for warning in plan.warnings)):
+            typer.echo(line, err=True)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:

@@ -28,6 +28,7 @@ class MergeKeywords(TypedDict, total=False):
     model_card: bool
     mixed_architectures: bool
     trust_remote_code: bool
+    strict: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,7 @@ class MergeOptions:
     model_card: bool = True
     mixed_architectures: bool = False
     trust_remote_code: bool = False
+    strict: bool = False
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from resm_kernels.checkpoint.auxiliary import Auxiliary, json_bytes, read_chat_template, read_config
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, format_bytes, parse_size
 from resm_kernels.checkpoint.reader import CheckpointReader
+from resm_kernels.checkpoint.spelling import RespelledReader
 from resm_kernels.checkpoint.writer import CheckpointWriter, OutputPlan, check_output_folder, plan_output
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "CheckpointReader",
     "CheckpointWriter",
     "OutputPlan",
+    "RespelledReader",
     "TensorInfo",
     "check_output_folder",
     "format_bytes",

@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
 
 SINGLE_FILE: Final = "model.safetensors"
+DIFFUSERS_FILE: Final = "diffusion_pytorch_model.safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+INDEX_FILE: Final = SINGLE_FILE + ".index.json"
 _COMPARE_BYTES: Final = 1 << 24
 _SAMPLES: Final = 16
 _SAMPLE_BYTES: Final = 64
@@ -37,21 +39,53 @@ class CheckpointReader:
         folder: The folder that holds `model.safetensors`, or shards and their `*.safetensors.index.json`.
         filename: The only file of the folder to read; by default all that the folder's index names.
 
+    Attributes:
+        folder: The folder.
+        tensors: The tensors by name, in the order of the files and of their offsets.
+        unindexed: Tensors in the shards that the index does not name there. They are not among `tensors`, but for
+            tensors that are stored twice with the same bits.
+        other_files: Names of other weight files in the folder, which are left out: a second index, a second file.
+
     Raises:
         CheckpointError: The folder or one of its files is missing, is damaged, or contradicts the index.
     """
+
+    tensors: Mapping[str, TensorInfo]
+    unindexed: Mapping[str, TensorInfo]
+    other_files: tuple[str, ...]
 
     def __init__(self, folder: str | os.PathLike[str], filename: str | None = None) -> None:
         self.folder = Path(folder)
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
-        tensors = _collect(self.folder) if filename is None else read_header(self.folder / filename).values()
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
+        self.other_files = ()
+        unindexed: list[TensorInfo] = []
+        if filename is None:
+            chosen, self.other_files = _choose(self.folder)
+            if chosen.name.endswith(INDEX_SUFFIX):
+                tensors, unindexed = _collect_shards(self.folder, chosen)
+            else:
+                tensors = list(read_header(chosen).values())
+        else:
+            tensors = list(read_header(self.folder / filename).values())
+        self.tensors = MappingProxyType({t.name: t for t in tensors})
+        self.unindexed = MappingProxyType({t.name: t for t in unindexed})
+        for info in unindexed:
+            indexed = self.tensors.get(info.name)
+            if indexed is not None and not self._same_bytes(indexed, info):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {info.name!r} is both in {indexed.file.name} and in {info.file.name}, with "
+                    "different values"
+                )
 
     @property
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that the tensor has in the model's files."""
+        return name
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that the tensor has in an output for which the recipe states no dtype."""
@@ -76,7 +110,9 @@ class CheckpointReader:
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Return True if two tensors have the same dtype, shape and bits; they are read in pieces of 16 MiB."""
-        a, b = self.tensors[first], self.tensors[second]
+        return self._same_bytes(self.tensors[first], self.tensors[second])
+
+    def _same_bytes(self, a: TensorInfo, b: TensorInfo) -> bool:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         pieces = torch.empty(2, min(_COMPARE_BYTES, a.nbytes), dtype=torch.uint8)
@@ -130,19 +166,25 @@ class CheckpointReader:
             return self._descriptors[file]
 
 
-def _collect(folder: Path) -> list[TensorInfo]:
+def _choose(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the file of the weights, or the index of their shards, and the names of others that are left out.
+
+    The order is transformers': `model.safetensors` before `model.safetensors.index.json`. Files of other names count
+    only if there is neither.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; need a model folder with safetensors files")
-    if (folder / SINGLE_FILE).is_file():
-        return list(read_header(folder / SINGLE_FILE).values())
-    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
-    if len(indices) > 1:
+    indices = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
+    if len(indices) > 1 and INDEX_FILE not in indices and not (folder / SINGLE_FILE).is_file():
         # The folder has several sets of shards, for example a variant in another dtype. Do not guess which is meant.
-        names = ", ".join(i.name for i in indices)
+        names = ", ".join(indices)
         raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
-    if indices:
-        return _collect_shards(folder, indices[0])
-    raise CheckpointError(_no_weights_message(folder))
+    candidates = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, *indices)
+    chosen = next((name for name in candidates if (folder / name).is_file()), None)
+    if chosen is None:
+        raise CheckpointError(_no_weights_message(folder))
+    others = {*indices, *(name for name in (SINGLE_FILE, "consolidated.safetensors") if (folder / name).is_file())}
+    return folder / chosen, tuple(sorted(others - {chosen}))
 
 
 def _no_weights_message(folder: Path) -> str:
@@ -163,7 +205,8 @@ def _no_weights_message(folder: Path) -> str:
     return f"{folder}: holds no safetensors; need {SINGLE_FILE}, or shards with a *{INDEX_SUFFIX}"
 
 
-def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
+def _collect_shards(folder: Path, index: Path) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Return the tensors that the index names, and those that it does not name although a shard holds them."""
     try:
         weight_map: Any = json.loads(index.read_bytes())["weight_map"]
         shard_of = {str(name): str(shard) for name, shard in weight_map.items()}
@@ -176,14 +219,14 @@ def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
         if not (folder / shard).is_file():
             raise CheckpointError(f"{folder / shard}: shard named by {index.name} is missing; download it again")
     tensors: dict[str, TensorInfo] = {}
+    unindexed: list[TensorInfo] = []
     for shard in shards:
         for name, info in read_header(folder / shard).items():
-            if name in tensors:
-                raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].file.name} and in {shard}")
-            if name not in shard_of:
-                raise CheckpointError(f"{folder / shard}: holds tensor {name!r}, which {index.name} does not name")
-            tensors[name] = info
+            if shard_of.get(name) == shard:
+                tensors[name] = info
+            else:
+                unindexed.append(info)
     for name, shard in shard_of.items():
-        if name not in tensors or tensors[name].file.name != shard:
+        if name not in tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name!r} is not in it, although {index.name} says so")
-    return list(tensors.values())
+    return list(tensors.values()), unindexed

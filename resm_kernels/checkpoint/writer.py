@@ -19,9 +19,8 @@ from typing import Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_view, format_bytes, write_fully
-from resm_kernels.checkpoint.reader import SINGLE_FILE
+from resm_kernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 
-INDEX_FILE: Final = "model.safetensors.index.json"
 FLUSH_BYTES: Final = 64 * 2**20
 """A file is flushed to disk each time that so many bytes were written. Flushing then overlaps with the work on other
 tensors, and `commit` has little to wait for."""

@@ -46,6 +46,8 @@ class MergeReport(Timings):
         seconds: Wall time, from reading the recipe to the final rename.
         commit: Seconds spent flushing to disk and renaming.
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
+        notes: What was left out of the models, renamed or added, because files spell one model in different ways.
+        warnings: What the models' configurations say differently although their tensors have the same shapes.
     """
 
     out: Path
@@ -56,6 +58,8 @@ class MergeReport(Timings):
     seconds: float
     commit: float
     memory_bound: int
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def busy_share(self, device: DeviceUse) -> float:
         """Return the share of the wall time in which a copy or a computation was running on that GPU."""
@@ -102,6 +106,8 @@ def merge_checkpoints(
             (default: False).
         trust_remote_code: Run Python code from the models' folders to load their tokenizers, where vocabularies are
             merged (default: False).
+        strict: Refuse models of which tensors would be left out, renamed or added, because their files spell one model
+            in different ways (default: False).
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
@@ -142,6 +148,8 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         seconds=finished - plan.began,
         commit=finished - computed,
         memory_bound=plan.window.bound,
+        notes=plan.notes,
+        warnings=plan.warnings,
         **vars(timings),
     )
 

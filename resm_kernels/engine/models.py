@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from resm_kernels.checkpoint import CheckpointReader, read_config
+from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
 
@@ -42,10 +43,12 @@ class OpenedModels:
     Attributes:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
+        notes: What is left out of the models, renamed or added, because files spell one model in different ways.
     """
 
     reference: Model
     by_source: Mapping[Source, Model]
+    notes: tuple[str, ...] = ()
 
     def all(self) -> list[Model]:
         """Return every model once, the reference first."""
@@ -72,8 +75,8 @@ def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
     folder = model_folder(path, where) if pair is None else pair[0]
     if pair is None and is_adapter_folder(folder):
         raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-    base = _open_whole(folder, on_error)
-    return base if pair is None else _open_adapter(pair[1], base, on_error, double=False)
+    spelled = _Spelled([_open_whole(folder, on_error)])
+    return spelled.models[0] if pair is None else spelled.open_adapter(pair[1], spelled.models[0], on_error)
 
 
 def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
@@ -81,49 +84,73 @@ def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
     return Model(folder, reader, read_config(folder), folder)
 
 
-def _open_adapter(folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool) -> Model:
-    reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double))
-    return Model(folder, reader, base.config, base.folder)
+class _Spelled:
+    """Whole models in the spelling of the first, and adapters of them.
+
+    Attributes:
+        models: The models.
+        notes: What is left out, renamed or added.
+    """
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._spellings = Spellings(models)
+        self.models = [replace(m, reader=r) for m, r in zip(models, self._spellings.readers, strict=True)]
+        self.notes = self._spellings.notes
+
+    def open_adapter(self, folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool = False) -> Model:
+        find = self._spellings.finder(self.models.index(base))
+        reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, find=find))
+        if reader.renames:
+            self.notes.append(adapter_note(folder, reader.renames))
+        return Model(folder, reader, base.config, base.folder)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a model is: its folder, its adapter's folder, and whether the adapter's record of its base counts."""
+
+    base: Path
+    adapter: Path | None = None
+    recorded: bool = False
 
 
 def open_models(recipe: Recipe, on_error: contextlib.ExitStack) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened."""
-    by_folder: dict[str, Model] = {}
-    by_path: dict[str, Model] = {}
     # Spectral methods would take the rounding errors of weights that an adapter forms in fp32 for directions.
     double = any(p.name == "spectral" for p in recipe.method.parameters)
-
-    def open_whole(folder: Path) -> Model:
-        key = os.path.realpath(folder)
-        if key not in by_folder:
-            by_folder[key] = _open_whole(folder, on_error)
-        return by_folder[key]
-
-    def open_adapter(folder: Path, base: Model) -> Model:
-        return _open_adapter(folder, base, on_error, double=double)
-
-    def open_path(path: str, where: str) -> Model:
-        pair = model_and_adapter(path, where)
-        if pair is not None:
-            base_folder, adapter_folder = pair
-            return open_adapter(adapter_folder, open_whole(base_folder))
-        folder = model_folder(path, where)
-        if not is_adapter_folder(folder):
-            return open_whole(folder)
-        if where == "base_model" or recipe.base_model is None or model_and_adapter(recipe.base_model, "base_model"):
-            raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-        base = model_folder(recipe.base_model, "base_model")
-        adapter = open_adapter(folder, open_whole(base))
-        assert isinstance(adapter.reader, AdapterReader)
-        check_recorded_base(folder, adapter.reader.config.base_name, base)
-        return adapter
-
-    def open_once(path: str, where: str) -> Model:
-        if path not in by_path:
-            by_path[path] = open_path(path, where)
-        return by_path[path]
-
     first = recipe.sources[0]
     where = "base_model" if recipe.base_model is not None else dotted(first.model_location)
-    reference = open_once(recipe.reference, where)
-    return OpenedModels(reference, {s: open_once(s.model, dotted(s.model_location)) for s in recipe.sources})
+    places = {recipe.reference: _locate(recipe, recipe.reference, where)}
+    for source in recipe.sources:
+        if source.model not in places:
+            places[source.model] = _locate(recipe, source.model, dotted(source.model_location))
+    bases = {os.path.realpath(place.base): place.base for place in places.values()}
+    spelled = _Spelled([_open_whole(folder, on_error) for folder in bases.values()])
+    wholes = dict(zip(bases, spelled.models, strict=True))
+
+    def open_place(place: _Place) -> Model:
+        base = wholes[os.path.realpath(place.base)]
+        if place.adapter is None:
+            return base
+        adapter = spelled.open_adapter(place.adapter, base, on_error, double=double)
+        if place.recorded:
+            assert isinstance(adapter.reader, AdapterReader)
+            check_recorded_base(place.adapter, adapter.reader.config.base_name, place.base)
+        return adapter
+
+    opened = {path: open_place(place) for path, place in places.items()}
+    by_source = {source: opened[source.model] for source in recipe.sources}
+    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes))
+
+
+def _locate(recipe: Recipe, path: str, where: str) -> _Place:
+    """Return the folders of a model that the recipe names; an adapter alone belongs to the recipe's base model."""
+    pair = model_and_adapter(path, where)
+    if pair is not None:
+        return _Place(*pair)
+    folder = model_folder(path, where)
+    if not is_adapter_folder(folder):
+        return _Place(folder)
+    if where == "base_model" or recipe.base_model is None or model_and_adapter(recipe.base_model, "base_model"):
+        raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
+    return _Place(model_folder(recipe.base_model, "base_model"), folder, recorded=True)

@@ -16,10 +16,11 @@ from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, ch
 from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.checks import check_configs, check_tied, check_weights
+from resm_kernels.engine.config_warnings import config_warnings
 from resm_kernels.engine.cuda_device import open_devices
 from resm_kernels.engine.describe import describe_plan
 from resm_kernels.engine.devices import Device
-from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
+from resm_kernels.engine.layout import Layout, OutputTensor, and_more, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files, statistics_of
@@ -86,6 +87,7 @@ class MergePlan:
         devices: The GPUs that compute; empty if the CPU does.
         window: How memory is divided; `window.bound` is the most bytes in flight.
         tied: True if an output head that equals the embedding is left out because the config ties the two.
+        warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
     """
 
@@ -101,6 +103,7 @@ class MergePlan:
     devices: tuple[Device, ...]
     window: Window
     tied: bool
+    warnings: tuple[str, ...]
     began: float
 
     @property
@@ -123,6 +126,11 @@ class MergePlan:
     def experts(self) -> tuple[Model, ...]:
         """The models that are merged, in the recipe's order, as often as it names them."""
         return tuple(self.models.by_source[source] for source in self.recipe.experts)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out of the models, renamed or added, because files spell one model in different ways."""
+        return self.models.notes
 
     @property
     def bytes_read(self) -> int:
@@ -177,6 +185,8 @@ def plan_merge(
     recipe = load_recipe(recipe)
     with contextlib.ExitStack() as on_error:
         models = open_models(recipe, on_error)
+        if options.strict and models.notes:
+            raise MergeError(f"strict: {models.notes[0]}{and_more(models.notes)}; without --strict this is done")
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = check_tied(models.all())
         check_weights(models.all())
@@ -205,6 +215,7 @@ def plan_merge(
             devices=devices,
             window=(Window.for_gpus if devices else Window.for_cpu)(jobs, options.window_bytes),
             tied=tied,
+            warnings=config_warnings(models.all()),
             began=began,
         )
         on_error.pop_all()
@@ -258,7 +269,9 @@ class _JobPlanner:
             dtype = tensor.lead.reader.stored_dtype(tensor.inputs[models.index(tensor.lead)])
         expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
-        statistics, transposed = statistics_of(self._statistics, piece.experts, expert_inputs)
+        experts = zip(models[len(models) - len(expert_inputs) :], expert_inputs, strict=True)
+        stored_names = [m.reader.stored_name(name) for m, name in experts]
+        statistics, transposed = statistics_of(self._statistics, piece.experts, stored_names)
         self._check_rows(tensor, statistics)
         # Methods state the workspace of a weight (out, in).
         workspace = 0 if copied else method.workspace(info.shape[:: -1 if transposed else 1], len(piece.experts))
