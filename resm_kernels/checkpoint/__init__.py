@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from resm_kernels.checkpoint.auxiliary import Auxiliary, json_bytes, read_chat_template, read_config
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, format_bytes, parse_size
+from resm_kernels.checkpoint.forms import Form, open_form
 from resm_kernels.checkpoint.reader import CheckpointReader
 from resm_kernels.checkpoint.spelling import RespelledReader
 from resm_kernels.checkpoint.writer import CheckpointWriter, OutputPlan, check_output_folder, plan_output
@@ -17,12 +18,14 @@ __all__ = [
     "CheckpointError",
     "CheckpointReader",
     "CheckpointWriter",
+    "Form",
     "OutputPlan",
     "RespelledReader",
     "TensorInfo",
     "check_output_folder",
     "format_bytes",
     "json_bytes",
+    "open_form",
     "parse_size",
     "plan_output",
     "read_chat_template",

@@ -17,14 +17,13 @@ from resm_kernels.dtypes import dtype_name
 CONFIG_FILE: Final = "config.json"
 _DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
 
-# Files that belong to the model: generation settings, image processors, and Python code that config.json refers to.
+# Files that belong to the model: generation settings, processors, and Python code with all modules that it imports.
 MODEL_PATTERNS: Final = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
+    "*.py",
 )
 TOKENIZER_PATTERNS: Final = (
     "tokenizer.json",
@@ -50,13 +49,25 @@ T = TypeVar("T")
 
 def read_json(file: Path) -> dict[str, Any]:
     """Return the JSON object that a file holds; raise a CheckpointError if it cannot be read or is none."""
-    try:
-        data = json.loads(file.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
+    data = _read_json(file)
     if not isinstance(data, dict):
         raise CheckpointError(f"{file}: got a JSON {type(data).__name__}, need an object")
     return data
+
+
+def read_json_list(file: Path) -> list[Any]:
+    """Return the JSON list that a file holds; raise a CheckpointError if it cannot be read or is none."""
+    data = _read_json(file)
+    if not isinstance(data, list):
+        raise CheckpointError(f"{file}: got a JSON {type(data).__name__}, need a list")
+    return data
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON: {error}") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -83,16 +94,20 @@ class Auxiliary:
     """Collects the small files of the output folder.
 
     Attributes:
-        model_folder: The folder that `config.json` and the files of `MODEL_PATTERNS` are copied from.
+        model_folder: The folder that the configuration and the files of `patterns` are copied from.
         tokenizer: The content of the tokenizer's files by name, or the folder that they are copied from.
         chat_template: The Jinja template that replaces the tokenizer's; None does not change that.
-        config: The content of `config.json`; None stands for that of `model_folder`.
+        config: The content of the configuration; None stands for that of `model_folder`.
+        config_file: The name of the configuration's file; None for a single file of weights, which has none.
+        patterns: The files of `model_folder` that are copied.
     """
 
     model_folder: Path
     tokenizer: Path | Mapping[str, bytes]
     chat_template: str | None = None
     config: Mapping[str, Any] | None = None
+    config_file: str | None = CONFIG_FILE
+    patterns: tuple[str, ...] = MODEL_PATTERNS
 
     def files(self, dtype: torch.dtype, *, everywhere: bool) -> Mapping[str, bytes]:
         """Return the content of each file by name, for an output whose weights are of `dtype`.
@@ -100,10 +115,15 @@ class Auxiliary:
         With `everywhere`, nested configurations (vision, text) get this dtype too. That is right if the recipe asks for
         one dtype, and wrong if every tensor has the dtype that it has in the base model.
         """
+        if self.config_file is None:
+            return {}
         config = read_config(self.model_folder) if self.config is None else copy.deepcopy(dict(self.config))
         _set_dtype(config, dtype_name(dtype), nested=everywhere)
-        files = {CONFIG_FILE: json_bytes(config)}
-        files |= _copy(self.model_folder, MODEL_PATTERNS)
+        files = _copy(self.model_folder, self.patterns) | {self.config_file: json_bytes(config)}
+        if everywhere:
+            for name in files:
+                if name.endswith(f"/{CONFIG_FILE}") and name != self.config_file:
+                    files[name] = _with_dtype(files[name], dtype_name(dtype))
         files |= _copy(self.tokenizer, TOKENIZER_PATTERNS) if isinstance(self.tokenizer, Path) else self.tokenizer
         if self.chat_template is not None:
             _replace_chat_template(files, self.chat_template)
@@ -131,7 +151,8 @@ def read_chat_template(folder: Path) -> str | None:
 
 
 def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    files = sorted(p for pattern in patterns for p in folder.glob(pattern) if p.is_file())
+    found = {p for pattern in patterns for p in folder.glob(pattern) if p.is_file()}
+    files = sorted(p for p in found if not p.name.endswith(".index.json"))  # those of shards, which the writer makes
     try:
         return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
     except OSError as error:
@@ -140,12 +161,22 @@ def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:
     keys = [key for key in _DTYPE_KEYS if key in config]
-    for key in keys or _DTYPE_KEYS[:1]:
+    # Configurations of diffusers name their class so, and state no dtype.
+    for key in keys or (() if "_class_name" in config else _DTYPE_KEYS[:1]):
         config[key] = name
     if nested:
         for part in config.values():
             if isinstance(part, dict) and any(key in part for key in _DTYPE_KEYS):
                 _set_dtype(part, name, nested=True)
+
+
+def _with_dtype(content: bytes, name: str) -> bytes:
+    """Return the configuration of a component, with this dtype if it states one."""
+    config = json.loads(content)
+    if not isinstance(config, dict) or not any(key in config for key in _DTYPE_KEYS):
+        return content
+    _set_dtype(config, name, nested=True)
+    return json_bytes(config)
 
 
 def _replace_chat_template(files: dict[str, bytes], template: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,8 +21,11 @@ if TYPE_CHECKING:
 
 SINGLE_FILE: Final = "model.safetensors"
 DIFFUSERS_FILE: Final = "diffusion_pytorch_model.safetensors"
+WEIGHTS_SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
 INDEX_FILE: Final = SINGLE_FILE + ".index.json"
+_WEIGHTS: Final = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
+_VARIANT: Final = re.compile(r"(model|diffusion_pytorch_model)\.\w+\.safetensors")
 _COMPARE_BYTES: Final = 1 << 24
 _SAMPLES: Final = 16
 _SAMPLE_BYTES: Final = 64
@@ -44,6 +48,7 @@ class CheckpointReader:
         tensors: The tensors by name, in the order of the files and of their offsets.
         unindexed: Tensors in the shards that the index does not name there. They are not among `tensors`, but for
             tensors that are stored twice with the same bits.
+        stem: The name, without ".safetensors", under which the library that a folder is made for looks for weights.
         other_files: Names of other weight files in the folder, which are left out: a second index, a second file.
 
     Raises:
@@ -53,21 +58,19 @@ class CheckpointReader:
     tensors: Mapping[str, TensorInfo]
     unindexed: Mapping[str, TensorInfo]
     other_files: tuple[str, ...]
+    stem: str
 
     def __init__(self, folder: str | os.PathLike[str], filename: str | None = None) -> None:
         self.folder = Path(folder)
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
-        self.other_files = ()
         unindexed: list[TensorInfo] = []
-        if filename is None:
-            chosen, self.other_files = _choose(self.folder)
-            if chosen.name.endswith(INDEX_SUFFIX):
-                tensors, unindexed = _collect_shards(self.folder, chosen)
-            else:
-                tensors = list(read_header(chosen).values())
+        chosen, self.other_files = _choose(self.folder) if filename is None else (self.folder / filename, ())
+        self.stem = "diffusion_pytorch_model" if chosen.name.startswith("diffusion_pytorch_model") else "model"
+        if chosen.name.endswith(INDEX_SUFFIX):
+            tensors, unindexed = _collect_shards(self.folder, chosen)
         else:
-            tensors = list(read_header(self.folder / filename).values())
+            tensors = list(read_header(chosen).values())
         self.tensors = MappingProxyType({t.name: t for t in tensors})
         self.unindexed = MappingProxyType({t.name: t for t in unindexed})
         for info in unindexed:
@@ -169,22 +172,30 @@ class CheckpointReader:
 def _choose(folder: Path) -> tuple[Path, tuple[str, ...]]:
     """Return the file of the weights, or the index of their shards, and the names of others that are left out.
 
-    The order is transformers': `model.safetensors` before `model.safetensors.index.json`. Files of other names count
-    only if there is neither.
+    The order is transformers' and diffusers': `model.safetensors` before `model.safetensors.index.json`. Files of other
+    names, such as a variant in another dtype, count only if there is one.
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; need a model folder with safetensors files")
     indices = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
-    if len(indices) > 1 and INDEX_FILE not in indices and not (folder / SINGLE_FILE).is_file():
+    chosen = next((name for name in _WEIGHTS if (folder / name).is_file()), None)
+    if chosen is None and len(indices) > 1:
         # The folder has several sets of shards, for example a variant in another dtype. Do not guess which is meant.
         names = ", ".join(indices)
         raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
-    candidates = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, *indices)
-    chosen = next((name for name in candidates if (folder / name).is_file()), None)
+    variants = [p.name for p in folder.glob(f"*{WEIGHTS_SUFFIX}") if _VARIANT.fullmatch(p.name)]
+    if chosen is None:
+        chosen = indices[0] if indices else variants[0] if len(variants) == 1 else None
     if chosen is None:
         raise CheckpointError(_no_weights_message(folder))
     others = {*indices, *(name for name in (SINGLE_FILE, "consolidated.safetensors") if (folder / name).is_file())}
     return folder / chosen, tuple(sorted(others - {chosen}))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Return True if a folder holds the weights of a model as safetensors."""
+    files = [p.name for p in folder.glob("*.safetensors*")] if folder.is_dir() else []
+    return any(name in _WEIGHTS or name.endswith(INDEX_SUFFIX) or _VARIANT.fullmatch(name) for name in files)
 
 
 def _no_weights_message(folder: Path) -> str:

@@ -14,16 +14,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, build_header, byte_view, format_bytes, write_fully
-from resm_kernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 
 FLUSH_BYTES: Final = 64 * 2**20
 """A file is flushed to disk each time that so many bytes were written. Flushing then overlaps with the work on other
 tensors, and `commit` has little to wait for."""
+_STEMS: Final[Mapping[str, str]] = MappingProxyType({"": "model"})
 _NO_FALLOCATE: Final = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -41,11 +42,12 @@ class Slot:
 
 @dataclass(frozen=True)
 class Shard:
-    """One output file: its name, its header (the bytes before the tensors), and its whole size in bytes."""
+    """One output file: its name, its header (the bytes before the tensors), its whole size in bytes, and its index."""
 
     filename: str
     header: bytes
     size: int
+    index: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,47 +62,82 @@ class OutputPlan:
         """The size of all shards in bytes, with their headers."""
         return sum(s.size for s in self.shards)
 
-    def index(self) -> bytes | None:
-        """Return the content of the index file as transformers writes it; None if there is only one shard."""
-        if len(self.shards) == 1:
-            return None
-        total = {
-            "total_parameters": sum(math.prod(s.shape) for s in self.slots.values()),
-            "total_size": sum(s.nbytes for s in self.slots.values()),
-        }
-        weight_map = {s.name: self.shards[s.shard].filename for s in self.slots.values()}
-        text = json.dumps({"metadata": total, "weight_map": weight_map}, indent=2, sort_keys=True, ensure_ascii=False)
-        return (text + "\n").encode()
+    def indices(self) -> dict[str, bytes]:
+        """Return the index files, as transformers writes them, by name; a component in one shard has none."""
+        files = {}
+        for file in dict.fromkeys(shard.index for shard in self.shards if shard.index is not None):
+            component = file.rpartition("/")[0]
+            slots = [s for s in self.slots.values() if self.shards[s.shard].index == file]
+            total = {
+                "total_parameters": sum(math.prod(s.shape) for s in slots),
+                "total_size": sum(s.nbytes for s in slots),
+            }
+            weight_map = {_within(component, s.name): _within(component, self.shards[s.shard].filename) for s in slots}
+            index = {"metadata": total, "weight_map": weight_map}
+            text = json.dumps(index, indent=2, sort_keys=True, ensure_ascii=False)
+            files[file] = (text + "\n").encode()
+        return files
 
 
-def plan_output(tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], max_shard_size: int) -> OutputPlan:
+def _within(component: str, name: str) -> str:
+    return name.removeprefix(f"{component}/") if component else name
+
+
+def plan_output(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    max_shard_size: int,
+    stems: Mapping[str, str] = _STEMS,
+) -> OutputPlan:
     """Assign tensors (name, dtype, shape) to shards in their order, at most `max_shard_size` bytes to each.
 
     A tensor that is larger is alone in its shard. Within a shard, tensors of wider dtypes come first, as in the
     safetensors library, so that the position of every tensor is a multiple of its element size.
+
+    Args:
+        tensors: The tensors. The name of one in a component begins with the component's path and a slash, which it does
+            not have in its file.
+        max_shard_size: In bytes.
+        stems: For each component's path ("" is the folder itself) the name of its file without ".safetensors".
     """
+    parts: dict[str, list[tuple[str, torch.dtype, tuple[int, ...], int]]] = {"": []} if "" in stems else {}
+    for name, dtype, shape in tensors:
+        component = next((c for c in stems if c and name.startswith(f"{c}/")), "")
+        parts.setdefault(component, []).append((name, dtype, shape, math.prod(shape) * dtype.itemsize))
+    shards: list[Shard] = []
+    slots: dict[str, Slot] = {}
+    for component, entries in parts.items():
+        groups = _groups(entries, max_shard_size)
+        path = f"{component}/{stems[component]}" if component else stems[component]
+        index = f"{path}.safetensors.index.json" if len(groups) > 1 else None
+        for number, group in enumerate(groups):
+            group.sort(key=lambda t: -t[1].itemsize)
+            ends, end = [], 0
+            for *_, nbytes in group:
+                end += nbytes
+                ends.append(end)
+            header = build_header(
+                [(_within(component, n), d, s, e - b, e) for (n, d, s, b), e in zip(group, ends, strict=True)]
+            )
+            suffix = "" if index is None else f"-{number + 1:05d}-of-{len(groups):05d}"
+            for (name, dtype, shape, nbytes), e in zip(group, ends, strict=True):
+                slots[name] = Slot(name, dtype, shape, len(shards), len(header) + e - nbytes, nbytes)
+            shards.append(Shard(f"{path}{suffix}.safetensors", header, len(header) + end, index))
+    return OutputPlan(tuple(shards), slots)
+
+
+def _groups(
+    entries: Iterable[tuple[str, torch.dtype, tuple[int, ...], int]], max_shard_size: int
+) -> list[list[tuple[str, torch.dtype, tuple[int, ...], int]]]:
+    """Divide tensors (name, dtype, shape, bytes) into groups of at most so many bytes."""
     groups: list[list[tuple[str, torch.dtype, tuple[int, ...], int]]] = [[]]
     used = 0
-    for name, dtype, shape in tensors:
-        nbytes = math.prod(shape) * dtype.itemsize
-        if groups[-1] and used + nbytes > max_shard_size:
+    for entry in entries:
+        if groups[-1] and used + entry[3] > max_shard_size:
             groups.append([])
             used = 0
-        groups[-1].append((name, dtype, shape, nbytes))
-        used += nbytes
-    shards, slots = [], {}
-    for number, group in enumerate(groups):
-        group.sort(key=lambda t: -t[1].itemsize)
-        ends, end = [], 0
-        for *_, nbytes in group:
-            end += nbytes
-            ends.append(end)
-        header = build_header([(n, d, s, e - b, e) for (n, d, s, b), e in zip(group, ends, strict=True)])
-        filename = SINGLE_FILE if len(groups) == 1 else f"model-{number + 1:05d}-of-{len(groups):05d}.safetensors"
-        shards.append(Shard(filename, header, len(header) + end))
-        for (name, dtype, shape, nbytes), e in zip(group, ends, strict=True):
-            slots[name] = Slot(name, dtype, shape, number, len(header) + e - nbytes, nbytes)
-    return OutputPlan(tuple(shards), slots)
+        groups[-1].append(entry)
+        used += entry[3]
+    return groups
 
 
 def check_output_folder(
@@ -162,8 +199,7 @@ class CheckpointWriter:
     def __init__(self, out: Path, plan: OutputPlan, files: Mapping[str, bytes], *, aside: Path | None = None) -> None:
         self.out = out
         self.plan = plan
-        index = plan.index()
-        self._files = dict(files) | ({INDEX_FILE: index} if index is not None else {})
+        self._files = {**files, **plan.indices()}
         self._partial = aside or out.parent / f".{out.name}.partial-{secrets.token_hex(4)}"
         self._descriptors: list[int] = []
         self._lock = threading.Lock()
@@ -179,6 +215,7 @@ class CheckpointWriter:
                 self._partial.parent.mkdir(parents=True, exist_ok=True)
                 self._partial.mkdir()
                 for shard in self.plan.shards:
+                    (self._partial / shard.filename).parent.mkdir(parents=True, exist_ok=True)
                     fd = os.open(self._partial / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
                     self._descriptors.append(fd)
                     reserve(fd, shard.size)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from resm_kernels.checkpoint import CheckpointReader, read_config
+from resm_kernels.checkpoint import CheckpointReader, Form, open_form
 from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
@@ -28,12 +28,14 @@ class Model:
         reader: Reads its tensors.
         config: Its config.json; for an adapter, its base model's.
         base_folder: The folder that config and tokenizer are in: `folder`, or for an adapter its base model's.
+        form: The form that the model has on disk; for an adapter, its base model's.
     """
 
     folder: Path
     reader: CheckpointReader
     config: Mapping[str, Any]
     base_folder: Path
+    form: Form = field(default_factory=Form)
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
 
 
 def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
-    reader = on_error.enter_context(CheckpointReader(folder))
-    return Model(folder, reader, read_config(folder), folder)
+    reader, config, form = open_form(folder)
+    return Model(folder, on_error.enter_context(reader), config, folder, form)
 
 
 class _Spelled:
@@ -102,7 +104,7 @@ class _Spelled:
         reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, find=find))
         if reader.renames:
             self.notes.append(adapter_note(folder, reader.renames))
-        return Model(folder, reader, base.config, base.folder)
+        return Model(folder, reader, base.config, base.folder, base.form)
 
 
 @dataclass(frozen=True)

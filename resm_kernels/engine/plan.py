@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -198,9 +199,14 @@ def plan_merge(
             vocabulary = Vocabulary(recipe, models, tokenizer)
         planner = _JobPlanner(recipe, models, statistics, vocabulary, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
+        form = models.reference.form
+        shard_bytes = options.shard_bytes if form.config_file is not None else sys.maxsize
         if out is not None:
             out = check_output_folder(
-                out, overwrite=options.overwrite, inputs=[*models.folders, *statistics_files(statistics)]
+                out,
+                overwrite=options.overwrite,
+                inputs=[*models.folders, *statistics_files(statistics)],
+                marker=models.reference.form.marker,
             )
         plan = MergePlan(
             recipe=recipe,
@@ -211,7 +217,7 @@ def plan_merge(
             layout=layout,
             tokenizer=tokenizer,
             jobs=jobs,
-            output=plan_output(((j.name, j.dtype, j.shape) for j in jobs), options.shard_bytes),
+            output=plan_output(((j.name, j.dtype, j.shape) for j in jobs), shard_bytes, form.stems),
             devices=devices,
             window=(Window.for_gpus if devices else Window.for_cpu)(jobs, options.window_bytes),
             tied=tied,

@@ -15,7 +15,7 @@ def canonical_folder(path: str) -> str:
 
 
 def model_folder(path: str, key: str) -> Path:
-    """Return the local folder that a recipe names (relative to the current directory; `~` is expanded).
+    """Return the local folder, or safetensors file, that a recipe names (relative to here; `~` is expanded).
 
     Args:
         path: The text in the recipe.
@@ -26,7 +26,7 @@ def model_folder(path: str, key: str) -> Path:
             names a LoRA adapter.
     """
     folder = Path(path).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".safetensors" and folder.is_file()):
         return folder
     if "+" in path and Path(path.split("+")[0]).expanduser().is_dir():
         raise RecipeError(f"{key}: got {path!r}, a model with a LoRA adapter (+); need one model folder")
