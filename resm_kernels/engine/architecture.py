@@ -13,7 +13,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
-from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, Kind, buffer_kind
+from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.tensor_names import layer_position
 
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
@@ -45,6 +45,7 @@ class Architecture:
     Attributes:
         tied: For each tensor that is tied to another the other one's name, both as in the loaded model.
         may_miss: Patterns of tensors that the model makes itself where a checkpoint lacks them.
+        unsaved: Names of parameters that the model always makes itself, and does not save.
     """
 
     def __init__(self, model: Any) -> None:
@@ -53,7 +54,9 @@ class Architecture:
         self._prefix: str = model.base_model_prefix
         self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
         self.may_miss = _pattern(model._keys_to_ignore_on_load_missing or ())
+        self.unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
         buffers = [name for name, _ in model.named_buffers()]
+        self._computed = {name for name in buffers if name not in self._state}
         patterns = set(model._keys_to_ignore_on_load_unexpected or ())
         # These two exceptions are written in transformers' `_adjust_missing_and_unexpected_keys` itself.
         if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -115,6 +118,8 @@ class Architecture:
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
         if kind := buffer_kind(info):
             return kind
+        if {name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")} & self._computed:
+            return MADE
         position = layer_position(name)
         beyond = position is not None and position.number >= self._layers.get(position.stack, position.number + 1)
         listed = self._ignored is not None and self._ignored.search(name) is not None

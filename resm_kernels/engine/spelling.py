@@ -289,14 +289,17 @@ def _leave_out_ignored(models: Sequence[_Tensors]) -> None:
                 continue
             if loaded in tensors.ignored:
                 tensors.leave_out(loaded, IGNORED_WEIGHT)
-            elif any(_makes(other, loaded) for other in lacking) and _is_zero(tensors, loaded):
+            elif any(_makes(other, loaded, tensors) for other in lacking):
                 tensors.leave_out(loaded, MADE)
 
 
-def _makes(tensors: _Tensors, loaded: str) -> bool:
-    """Return True if the model makes this tensor itself where its files lack it."""
-    known = tensors.architecture
-    return known is not None and known.may_miss is not None and known.may_miss.search(loaded) is not None
+def _makes(lacking: _Tensors, loaded: str, storing: _Tensors) -> bool:
+    """Return True if a model without this tensor makes the one itself that another model stores."""
+    known = lacking.architecture
+    if known is None or loaded in known.unsaved:
+        return known is not None
+    may_miss = known.may_miss is not None and known.may_miss.search(loaded) is not None
+    return may_miss and _is_zero(storing, loaded)
 
 
 def _is_zero(tensors: _Tensors, loaded: str) -> bool:
@@ -334,6 +337,6 @@ def _more(items: Any) -> str:
 
 def _shown(names: Sequence[str]) -> str:
     """Return the name of one tensor, or the end of the name that several in different layers have in common."""
-    ends = dict.fromkeys(name if (p := layer_position(name)) is None else f"…{p.rest}" for name in names)
+    ends = dict.fromkeys(name if (p := layer_position(name)) is None else f"…{p.rest[1:]}" for name in names)
     first = next(iter(ends)) if len(names) > 1 else names[0]
     return (first if len(first) <= _SHOWN else f"…{first[-_SHOWN:]}") + _more(ends)
