@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from resm_kernels.checkpoint import CheckpointReader, RespelledReader, TensorInfo
+from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.engine.architecture import Architecture, Loaded, find_architecture, names_key
 from resm_kernels.engine.spelling_rules import (
     COPY,
@@ -198,11 +199,17 @@ def _in_doubt(models: Sequence[Model]) -> bool:
             return True
         if any(tensors.keys() == other.keys() for other in seen):
             continue
-        if any(buffer_kind(info) for info in tensors.values()) or copies(tensors):
+        if any(buffer_kind(info) for info in tensors.values()) or _may_tie(model):
             return True
         seen.append(tensors)
     kinds = [{_unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
     return any(names != kinds[0] for names in kinds)
+
+
+def _may_tie(model: Model) -> bool:
+    """Return True if a model may store copies of tied tensors; its configuration may say that the head is none."""
+    untied = config_entry(model.config, "tie_word_embeddings", bool) is False
+    return any(not (untied and copy.endswith("lm_head.weight")) for copy in copies(model.reader.tensors))
 
 
 def _unnumbered(name: str) -> str:
