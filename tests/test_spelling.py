@@ -198,6 +198,14 @@ SPELLINGS: dict[str, tuple[Callable[[], Any], Callable[[Tensors], Tensors], list
         with_more(model__decoder__embed_tokens__weight=same("model.shared.weight")),
         ["1 copy of a tied tensor (model.decoder.embed_tokens.weight)"],
     ),
+    "bert's pooler and next-sentence head": (
+        bert,
+        with_more(
+            bert__pooler__dense__weight=lambda tensors: torch.randn(16, 16),
+            cls__seq_relationship__bias=lambda tensors: torch.randn(2),
+        ),
+        ["2 weights that transformers does not load (bert.pooler.dense.weight, …)"],
+    ),
     "marian's sines": (
         marian,
         position_tables,
@@ -213,6 +221,7 @@ SPELLINGS: dict[str, tuple[Callable[[], Any], Callable[[Tensors], Tensors], list
 }
 NEEDS_TRANSFORMERS = (
     "a layer that predicts further tokens",
+    "bert's pooler and next-sentence head",
     "marian's sines",
     "bart without a bias that is zero",
 )
@@ -284,6 +293,12 @@ assert "transformers" not in sys.modules
 def test_names_that_no_rule_explains_stay_an_error(family: Family) -> None:
     family.change(0, model__norm__weight=None, model__last__weight=torch.ones(32))
     with pytest.raises(MergeError, match=r"expert0: tensor 'model.norm.weight' is missing; need every tensor"):
+        merge_checkpoints(family.recipe(), family.out)
+
+
+def test_a_tensor_that_no_class_of_the_family_has_stays_an_error(family: Family) -> None:
+    family.change(0, v_head__weight=torch.ones(1, 32))
+    with pytest.raises(MergeError, match=r"expert0: tensor 'v_head.weight' is not in .*base"):
         merge_checkpoints(family.recipe(), family.out)
 
 

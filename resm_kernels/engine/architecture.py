@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,8 +29,9 @@ class Loaded:
     Attributes:
         name: Its name in the loaded model. A tensor that is joined with others has the name that it has before that.
         known: True if the loaded model has such a tensor.
-        ignored: What it is, if it is a buffer that the model computes itself, or a weight that the model leaves out
-            without a warning or that is in a layer which it does not have; else None.
+        ignored: What it is, if it is a buffer that the model computes itself or a weight that it is known to leave out:
+            one that it ignores without a warning, one in a layer that it does not have, or one of another head of its
+            family. None for all others.
     """
 
     name: str
@@ -118,12 +121,29 @@ class Architecture:
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
         if kind := buffer_kind(info):
             return kind
-        if {name, f"{self._prefix}.{name}", name.removeprefix(f"{self._prefix}.")} & self._computed:
+        if {name, f"{self._prefix}.{name}", self._bare(name)} & self._computed:
             return MADE
         position = layer_position(name)
         beyond = position is not None and position.number >= self._layers.get(position.stack, position.number + 1)
         listed = self._ignored is not None and self._ignored.search(name) is not None
-        return IGNORED_WEIGHT if beyond or listed else None
+        return IGNORED_WEIGHT if beyond or listed or self._bare(name) in self._other_heads else None
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(f"{self._prefix}.")
+
+    @functools.cached_property
+    def _other_heads(self) -> frozenset[str]:
+        """Tensors of the family's classes for pre-training and without a head, without the prefix: poolers, heads."""
+        from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
+
+        names: set[str] = set()
+        for mapping in (MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING):
+            found = mapping.get(type(self._model.config), None)
+            for model_class in found if isinstance(found, tuple) else (found,):
+                # A class that does not take this configuration has no tensors to add.
+                with contextlib.suppress(Exception):
+                    names.update(map(self._bare, _on_meta(model_class, self._model.config).state_dict()))
+        return frozenset(names)
 
 
 def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture | None:
@@ -146,10 +166,15 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
             parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if hasattr(parsed, "quantization_config"):
                 del parsed.quantization_config
-            with torch.device("meta"):
-                return Architecture(model_class._from_config(parsed))
+            return Architecture(_on_meta(model_class, parsed))
         except Exception:  # whatever a class does with a configuration that it does not take
             return None
+
+
+def _on_meta(model_class: Any, config: Any) -> Any:
+    """Return a model without weights."""
+    with _quiet(), torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config))
 
 
 def names_key(config: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ import torch
 from resm_kernels.checkpoint import CheckpointReader, OutputPlan, TensorInfo, check_output_folder, plan_output
 from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.dtypes import FLOAT_DTYPES
-from resm_kernels.engine.checks import check_configs, check_tied, check_weights
+from resm_kernels.engine.checks import check_configs, check_tied, check_weights, tied_notes
 from resm_kernels.engine.config_warnings import config_warnings
 from resm_kernels.engine.cuda_device import open_devices
 from resm_kernels.engine.describe import describe_plan
@@ -88,6 +88,7 @@ class MergePlan:
         devices: The GPUs that compute; empty if the CPU does.
         window: How memory is divided; `window.bound` is the most bytes in flight.
         tied: True if an output head that equals the embedding is left out because the config ties the two.
+        notes: What is left out of the models, renamed or added, because files spell one model in different ways.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
     """
@@ -104,6 +105,7 @@ class MergePlan:
     devices: tuple[Device, ...]
     window: Window
     tied: bool
+    notes: tuple[str, ...]
     warnings: tuple[str, ...]
     began: float
 
@@ -127,11 +129,6 @@ class MergePlan:
     def experts(self) -> tuple[Model, ...]:
         """The models that are merged, in the recipe's order, as often as it names them."""
         return tuple(self.models.by_source[source] for source in self.recipe.experts)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is left out of the models, renamed or added, because files spell one model in different ways."""
-        return self.models.notes
 
     @property
     def bytes_read(self) -> int:
@@ -186,10 +183,11 @@ def plan_merge(
     recipe = load_recipe(recipe)
     with contextlib.ExitStack() as on_error:
         models = open_models(recipe, on_error)
-        if options.strict and models.notes:
-            raise MergeError(f"strict: {models.notes[0]}{and_more(models.notes)}; without --strict this is done")
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = check_tied(models.all())
+        notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))
+        if options.strict and notes:
+            raise MergeError(f"strict: {notes[0]}{and_more(notes)}; without --strict this is done")
         check_weights(models.all())
         statistics = open_statistics(recipe, models, on_error)
         layout = plan_layout(recipe, models, {OUTPUT_HEAD} if tied else set())
@@ -221,6 +219,7 @@ def plan_merge(
             devices=devices,
             window=(Window.for_gpus if devices else Window.for_cpu)(jobs, options.window_bytes),
             tied=tied,
+            notes=notes,
             warnings=config_warnings(models.all()),
             began=began,
         )
