@@ -82,7 +82,7 @@ class Row:
     failures: list[str] = field(default_factory=list)
     roundings: float = 0.0
     mergekit: str = ""
-    notes: tuple[str, ...] = ()
+    excluded: str = ""
 
     @property
     def verdict(self) -> str:
@@ -295,16 +295,18 @@ def try_family(name: str, make: Callable[[], Any], change: Change | None, *, mer
     try:
         save_models(folder, make, change)
         model_class = type(make())
+        if kinds := load(folder / "1", model_class)[1]:
+            row.excluded = f"transformers loads what it saved with {', '.join(kinds)}"
+            return row
         row.parameters = sum(t.numel() for t in load_file(folder / "1" / "model.safetensors").values())
         for method in METHODS:
             out = folder / method
             try:
-                report = merge_checkpoints(recipe(folder, method), out, model_card=False)
+                merge_checkpoints(recipe(folder, method), out, model_card=False)
                 merged, kinds = load(out, model_class)
                 if kinds:
                     row.failures.append(f"{method}: {', '.join(kinds)}")
                 if method == METHODS[0]:
-                    row.notes = report.notes
                     row.roundings = roundings(folder, merged, model_class)
             except Exception as error:
                 row.failures.append(f"{method}: {str(error).replace(str(folder), '')[:120]}")
@@ -337,17 +339,21 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     rows: list[Row] = []
     hub: list[Row] = []
-    large: list[str] = []
+    left_out: list[str] = []
 
     def run(target: list[Row], name: str, make: Callable[[], Any], change: Change | None) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
-            target.append(try_family(name, make, change, mergekit=arguments.mergekit))
-        print(f"{target[-1].name}: {target[-1].verdict}, {target[-1].roundings:.2f} {target[-1].mergekit}", flush=True)
+            row = try_family(name, make, change, mergekit=arguments.mergekit)
+        if row.excluded:
+            left_out.append(f"{name} ({row.excluded})")
+        else:
+            target.append(row)
+        print(f"{name}: {row.excluded or row.verdict}, {row.roundings:.2f} {row.mergekit}", flush=True)
 
     for name, make, why in families():
         if arguments.only in name:
             if make is None:
-                large.append(f"{name} ({why})")
+                left_out.append(f"{name} ({why})")
             else:
                 run(rows, name, make, None)
     for name, make, change in hub_layouts():
@@ -362,8 +368,8 @@ def main() -> int:
             f"# Architectures\n\nMade by `python scripts/families.py --out {arguments.out}` with transformers "
             f"{transformers.__version__}: a tiny bf16 model of each family, merged by {', '.join(METHODS)}. The error "
             "is that of the average of four models, in units of the largest error of one rounding to bf16.\n\n"
-            f"{table(rows)}\n\n## Layouts of the hub\n\n{table(hub)}\n\n## Not merged\n\nThese do not get small by the "
-            f"rule of the script: {', '.join(large) or 'none'}.\n",
+            f"{table(rows)}\n\n## Layouts of the hub\n\n{table(hub)}\n\n## Not merged\n\nModels that do not get small "
+            f"by the rule of the script, or that transformers cannot load itself: {', '.join(left_out) or 'none'}.\n",
             encoding="utf-8",
         )
     return 0 if len(good) == len(rows) + len(hub) else 1

@@ -13,6 +13,8 @@ import pytest
 import torch
 from checkpoints import Family, llama_config, load_model
 from safetensors.torch import load_file, save_file
+from statistics_files import with_statistics
+from statistics_files import write as write_statistics
 
 from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge, spelling
 from resm_kernels.engine.config_warnings import differences
@@ -376,6 +378,26 @@ def test_adapters_name_modules_as_the_loaded_model_does(tmp_path: Path) -> None:
         assert torch.allclose(merged[name], tensor, atol=1e-6), name
     with pytest.raises(MergeError, match="strict: "):
         merge_checkpoints(recipe, tmp_path / "no", strict=True)
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher"])
+def test_statistics_belong_to_a_model_in_its_own_spelling(family: Family, method: str) -> None:
+    recipe, statistics = with_statistics(family, method)
+    merge_checkpoints(recipe, family.out)
+    expected = load_model(family.out)
+
+    def short(tensors: Tensors) -> Tensors:
+        return {name.removeprefix("model."): tensor.clone() for name, tensor in tensors.items()}
+
+    save_file(short(family.experts[1]), family.folders[1] / "model.safetensors")
+    kind = "fisher" if method == "fisher" else "gram"
+    file = family.root / "expert1.statistics.safetensors"
+    write_statistics(file, family.folders[1], kind, tensors=lambda _: short(statistics[1]), shared={})
+    report = merge_checkpoints(recipe, family.out, overwrite=True)
+    assert any("expert1: reads" in note for note in report.notes)
+    merged = load_model(family.out)
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
 
 
 def write_config(family: Family, expert: int, **changes: Any) -> None:
