@@ -360,9 +360,8 @@ def main() -> int:
         if arguments.only in name:
             run(hub, name, make, change)
     good = [row for row in (*rows, *hub) if not row.failures and row.roundings <= 1]
-    print(
-        f"{len(good)} of {len(rows)} families and {len(hub)} layouts of the hub load after all of {', '.join(METHODS)}"
-    )
+    total = f"{len(rows) + len(hub)} ({len(rows)} families, {len(hub)} layouts of the hub)"
+    print(f"{len(good)} of {total} load after each of {', '.join(METHODS)}, with one rounding")
     if arguments.out is not None:
         arguments.out.write_text(
             f"# Architectures\n\nMade by `python scripts/families.py --out {arguments.out}` with transformers "
