@@ -2,7 +2,7 @@
 
 Run it with the package, transformers and (for the last column) mergekit installed:
 
-    python scripts/families.py --out docs/architectures.md
+    python scripts/families.py --out docs/architectures.md --mergekit
 
 A family is a kind of model and a configuration class of transformers. Its sizes are set by the names of the
 configuration's entries, so that new versions of transformers bring their families along. Families that do not get small
@@ -320,7 +320,7 @@ def try_family(name: str, make: Callable[[], Any], change: Change | None, *, mer
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| model | parameters | loads without missing, unexpected or mismatched keys | error | mergekit 0.1.5 |"]
+    lines = ["| model | parameters | loads without missing, unexpected or mismatched keys | error | mergekit |"]
     lines.append("|---|---|---|---|---|")
     for row in rows:
         verdict = row.verdict.replace("|", "\\|")
@@ -364,9 +364,10 @@ def main() -> int:
     print(f"{len(good)} of {total} load after each of {', '.join(METHODS)}, with one rounding")
     if arguments.out is not None:
         arguments.out.write_text(
-            f"# Architectures\n\nMade by `python scripts/families.py --out {arguments.out}` with transformers "
+            f"# Architectures\n\nMade by `make families` with transformers "
             f"{transformers.__version__}: a tiny bf16 model of each family, merged by {', '.join(METHODS)}. The error "
-            "is that of the average of four models, in units of the largest error of one rounding to bf16.\n\n"
+            "is that of the average of four models, in units of the largest error of one rounding to bf16. The last "
+            "column says whether mergekit's average loads too.\n\n"
             f"{table(rows)}\n\n## Layouts of the hub\n\n{table(hub)}\n\n## Not merged\n\nModels that do not get small "
             f"by the rule of the script, or that transformers cannot load itself: {', '.join(left_out) or 'none'}.\n",
             encoding="utf-8",
