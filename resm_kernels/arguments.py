@@ -23,7 +23,13 @@ RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew inste
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
 ]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Refuse models of which tensors would be left out, renamed or added.")
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
+OutFormatOption = Annotated[
+    str, typer.Option(help="safetensors; or dcp, a folder for torch.distributed.checkpoint.load.")
+]
 EngineOption = Annotated[str, typer.Option(help="Who merges: local, this process; ray, workers of a Ray cluster.")]
 AddressOption = Annotated[
     str | None,

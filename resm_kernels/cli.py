@@ -18,9 +18,11 @@ from resm_kernels.arguments import (
     EngineOption,
     MachineOption,
     MemoryOption,
+    OutFormatOption,
     QuietOption,
     RecipeArgument,
     RestartOption,
+    StrictOption,
     ThreadsOption,
     WorkersOption,
 )
@@ -91,13 +93,12 @@ def merge(
     random_seed: Annotated[
         int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
     ] = MergeOptions.random_seed,
-    out_format: Annotated[
-        str, typer.Option(help="safetensors; or dcp, a folder for torch.distributed.checkpoint.load.")
-    ] = MergeOptions.out_format,
+    out_format: OutFormatOption = MergeOptions.out_format,
     engine: EngineOption = MergeOptions.engine,
     address: AddressOption = MergeOptions.address,
     workers: WorkersOption = MergeOptions.workers,
     machine: MachineOption = None,
+    strict: StrictOption = MergeOptions.strict,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.
@@ -116,11 +117,11 @@ def merge(
     with cut_off_named("nothing was written"), plan_merge(recipe, out, options) as plan:
         estimates = [] if quiet else rounding_estimate(plan)
         if dry_run:
-            description = plan.describe(chosen_machine(machine, out, options.threads))
-            typer.echo("\n".join([description, *estimates]))
+            typer.echo("\n".join([plan.describe(chosen_machine(machine, out, options.threads)), *estimates]))
             return
-        for note in () if quiet else (*plan.notes, *estimates):
-            typer.echo(f"note: {note}", err=True)
+        for line in (*(f"warning: {w}" for w in plan.warnings), *(f"note: {n}" for n in (*plan.notes, *estimates))):
+            if not quiet or line.startswith("warning"):
+                typer.echo(line, err=True)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:

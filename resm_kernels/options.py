@@ -39,6 +39,7 @@ class MergeKeywords(TypedDict, total=False):
     engine: str
     address: str | None
     workers: int | None
+    strict: bool
 
 
 OUT_FORMATS: Final = ("safetensors", "dcp")
@@ -80,6 +81,7 @@ class MergeOptions:
     engine: str = "local"
     address: str | None = None
     workers: int | None = None
+    strict: bool = False
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)

@@ -1,8 +1,9 @@
 """Reads from a tensor's name its layer, its module, and whether it is vocabulary.
 
-All rules of this library about names stand here. A checkpoint names a tensor by its modules, joined with dots, and the
-parameter: `model.layers.3.mlp.up_proj.weight` is the parameter `weight` of the module `model.layers.3.mlp.up_proj`,
-whose last part is `up_proj`. The rules agree with all of mergekit's architecture definitions but phi-1's.
+All rules of this library about what a name means stand here; `engine.spelling_rules` says which names mean the same. A
+checkpoint names a tensor by its modules, joined with dots, and the parameter: `model.layers.3.mlp.up_proj.weight` is
+the parameter `weight` of the module `model.layers.3.mlp.up_proj`, whose last part is `up_proj`. The rules agree with
+all of mergekit's architecture definitions but phi-1's.
 """
 
 from __future__ import annotations

@@ -96,6 +96,7 @@ def write(name: str, text: str) -> Callable[[Path], object]:
     return lambda folder: (folder / name).write_text(text)
 
 
+EMBEDDING = "model.embed_tokens.weight"
 INDEX = "model.safetensors.index.json"
 FIRST, SECOND = (f"model-0000{i}-of-00002.safetensors" for i in (1, 2))
 DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
@@ -108,14 +109,13 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "empty": (lambda f: two_shards(f)[0].write_bytes(b""), [FIRST, "not a whole safetensors file"]),
     "no such tensor": (remove_tensor, [FIRST, "'model.embed_tokens.weight'", "is not in it"]),
     "tensor in both": (add_tensor("model.embed_tokens.weight"), ["'model.embed_tokens.weight'", "both in"]),
-    "tensor not in the index": (add_tensor("surprise"), ["'surprise'", "does not name"]),
     "another folder": (
         write(INDEX, '{"weight_map": {"a": "../x.safetensors"}}'),
         ["'../x.safetensors'", "same folder"],
     ),
     "damaged index": (write(INDEX, "{"), [INDEX, "cannot be read as JSON"]),
     "two indices": (
-        lambda f: two_shards(f)[0].with_name("other.safetensors.index.json").write_text("{}"),
+        lambda f: [(f / f"{n}.safetensors.index.json").write_text("{}") for n in ("fp16", "other")],
         ["2 safetensors indices"],
     ),
     "no index": (
@@ -141,6 +141,19 @@ def test_damaged_folders_are_refused_by_name(tmp_path: Path, damage: str) -> Non
         CheckpointReader(tmp_path)
     for part in [*parts, str(tmp_path)]:
         assert part in str(caught.value)
+
+
+def test_the_index_says_which_tensors_count(tmp_path: Path) -> None:
+    _, second = two_shards(tmp_path)
+    indexed = load_file(tmp_path / FIRST) | load_file(second)
+    save_file(load_file(second) | {"stale": torch.zeros(2), EMBEDDING: indexed[EMBEDDING]}, second)
+    (tmp_path / "consolidated.safetensors.index.json").write_text("{}")
+    save_file({"x": torch.zeros(1)}, tmp_path / "consolidated.safetensors")
+    with CheckpointReader(tmp_path) as reader:
+        assert set(reader.tensors) == set(indexed) and set(reader.unindexed) == {"stale", EMBEDDING}
+        assert reader.tensors[EMBEDDING].file.name == FIRST
+        assert reader.other_files == ("consolidated.safetensors", "consolidated.safetensors.index.json")
+        assert torch.equal(reader.read(EMBEDDING), indexed[EMBEDDING])
 
 
 def test_no_such_folder(tmp_path: Path) -> None:

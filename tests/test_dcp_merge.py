@@ -106,15 +106,15 @@ def test_an_average_as_a_model_for_transformers(tmp_path: Path, run: RunCommand)
 def test_without_a_config_the_output_has_weights_alone(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with plan_merge(run.recipe(), run.out) as plan:
-        assert len(plan.notes) == 2
-        assert plan.notes[1].startswith("no model has a config.json, so that the output will hold weights alone")
+        assert len(plan.notes) == 5 and all("rotary frequencies" in note for note in plan.notes[:3])
+        assert plan.notes[4].startswith("no model has a config.json, so that the output will hold weights alone")
     merge_checkpoints(run.recipe(), run.out, model_card=False)
     assert (run.out / "model.safetensors").is_file() and not (run.out / "config.json").exists()
-    check_close(load_model(run.out), run.average())
+    check_close(load_model(run.out), {n: t for n, t in run.average().items() if not n.endswith("inv_freq")})
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         merge_checkpoints(run.recipe(), run.out)
     merge_checkpoints(run.recipe(), run.out, overwrite=True, max_shard_size="20KB")
-    check_close(load_model(run.out), run.average())
+    check_close(load_model(run.out), {n: t for n, t in run.average().items() if not n.endswith("inv_freq")})
     merge_checkpoints(run.recipe(), run.out, overwrite=True, max_shard_size="20KB")
 
 
@@ -209,7 +209,7 @@ def test_an_adapter_on_a_base_in_a_torch_folder(tmp_path: Path) -> None:
         assert not torch.equal(results[1][f"{name}.weight"], base[f"{name}.weight"])
     with DcpReader(folder) as inner, AdapterReader(adapter, inner, {}) as reader:
         assert set(reader.files) == {*adapter.iterdir(), *folder.glob("*.distcp"), folder / ".metadata"}
-        with pytest.raises((OSError, CheckpointError), match="directory"):
+        with pytest.raises((OSError, CheckpointError), match="is a folder"):
             CheckpointReader(plain).read_info(inner.tensors["model.norm.weight"])
 
 

@@ -153,16 +153,16 @@ def test_linear_without_a_base_takes_config_and_tokenizer_from_the_first_model(f
 
 def test_buffers_are_copied_if_equal(family: Family) -> None:
     ids = torch.arange(8)
-    save_model(family.base_folder, family.base | {"position_ids": ids})
+    save_model(family.base_folder, family.base | {"ids": ids})
     for i in range(3):
-        family.change(i, position_ids=ids)
+        family.change(i, ids=ids)
     merge_checkpoints(family.recipe(), family.out)
-    assert torch.equal(load_model(family.out)["position_ids"], ids)
-    family.change(1, position_ids=ids + 1)
-    with pytest.raises(MergeError, match=r"expert1: tensor 'position_ids' \(torch.int64, not merged\) differs"):
+    assert torch.equal(load_model(family.out)["ids"], ids)
+    family.change(1, ids=ids + 1)
+    with pytest.raises(MergeError, match=r"expert1: tensor 'ids' \(torch.int64, not merged\) differs"):
         merge_checkpoints(family.recipe(), family.out, overwrite=True)
-    family.change(1, position_ids=ids.int())
-    with pytest.raises(MergeError, match=r"expert1: tensor 'position_ids' is torch.int32, need torch.int64"):
+    family.change(1, ids=ids.int())
+    with pytest.raises(MergeError, match=r"expert1: tensor 'ids' is torch.int32, need torch.int64"):
         merge_checkpoints(family.recipe(), family.out, overwrite=True)
 
 
@@ -186,6 +186,7 @@ def test_tied_head_stored_by_some_models_is_left_out_if_it_is_the_embedding(tmp_
     family.change(1, **{HEAD: family.experts[1]["model.embed_tokens.weight"].clone()})
     with plan_merge(family.recipe()) as plan:
         assert plan.tied
+        assert plan.notes == (f"{family.folders[1]}: leaves out 1 copy of a tied tensor (lm_head.weight)",)
     merge_checkpoints(family.recipe(), family.out)
     assert same(load_model(family.out), merge_state_dicts(family.base, family.experts, "ties"))
 
@@ -197,6 +198,14 @@ def test_tied_head_that_is_not_the_embedding_is_refused(tmp_path: Path, flag: bo
     with pytest.raises(MergeError, match=r"expert1: tensor 'lm_head.weight' differs from 'model.embed_tokens.weight'"):
         merge_checkpoints(family.recipe(), family.out)
     assert family.leftovers() == []
+
+
+def test_head_that_differs_from_the_embedding_in_every_model_is_a_tensor_of_its_own(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    for folder in (family.base_folder, *family.folders):
+        (folder / "config.json").write_text(json.dumps(llama_config(tie_word_embeddings=True)))
+    report = merge_checkpoints(family.recipe(), family.out)
+    assert "lm_head.weight" in load_model(family.out) and not report.notes
 
 
 def test_head_missing_in_one_model_of_an_untied_family(family: Family) -> None:

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader
-from resm_kernels.checkpoint.quantised import QuantisedReader, encoding, open_checkpoint
+from resm_kernels.checkpoint.forms import open_form
+from resm_kernels.checkpoint.quantised import QuantisedReader, encoding
 
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 Tensors = dict[str, Tensor]
@@ -32,7 +33,7 @@ def reader_of(folder: Path, tensors: Tensors, quantization: dict[str, Any] | Non
     save_file({name: t.contiguous().clone() for name, t in tensors.items()}, folder / "model.safetensors")
     config |= {} if quantization is None else {"quantization_config": quantization}
     (folder / "config.json").write_text(json.dumps(config))
-    reader, _ = open_checkpoint(folder)
+    reader, *_ = open_form(folder)
     assert isinstance(reader, QuantisedReader)
     return reader
 
@@ -419,4 +420,4 @@ def test_a_config_without_quantised_tensors_is_noted(tmp_path: Path) -> None:
 def test_a_quantised_model_that_says_nothing_is_a_plain_one(tmp_path: Path) -> None:
     save_file({"m.weight": torch.ones(2, 2), "m.blocks": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("{}")
-    assert type(open_checkpoint(tmp_path)[0]) is CheckpointReader
+    assert type(open_form(tmp_path)[0]) is CheckpointReader

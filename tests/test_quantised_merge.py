@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from resm_kernels import merge_checkpoints
-from resm_kernels.checkpoint.quantised import open_checkpoint
+from resm_kernels.checkpoint import open_form
 from resm_kernels.cli import app
 from resm_kernels.engine import plan_merge
 from resm_kernels.lora import extract_lora
@@ -183,7 +183,7 @@ def test_notes_and_memory_of_the_plan(tmp_path: Path) -> None:
     plan = plan_merge(family.recipe())
     assert [note for note in plan.notes if "expert1" in note and "21 quantised weights" in note] == list(plan.notes)
     assert plan.notes[0] in plan.describe()
-    reader, _ = open_checkpoint(family.folders[1])
+    reader, *_ = open_form(family.folders[1])
     assert plan.window.workspace == plain.window.workspace + reader.workspace > plain.window.workspace
 
 

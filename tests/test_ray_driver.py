@@ -221,7 +221,7 @@ class FakeRay:
         if names is None:
             return node
         self.merged.append((node, names))
-        return Merged(dict.fromkeys(names, "hash"), Timings(memory_peak=3, compute=1.0))
+        return Merged(dict.fromkeys(names, "hash"), (), Timings(memory_peak=3, compute=1.0))
 
     def nodes(self) -> list[dict[str, Any]]:
         return [{"NodeID": name, "Alive": name in self.alive} for name in ("n1", "n2")]
@@ -238,8 +238,9 @@ def drive(order: Order, ray: FakeRay) -> tuple[Timings, list[str], list[int]]:
     recorded: list[str] = []
     done: list[int] = []
     writer: Any = SimpleNamespace(record=lambda hashes: recorded.extend(hashes))
+    kept: Any = SimpleNamespace(add=lambda entry: None)
     places = [Place(name, f"machine-{name}", 1, 0) for name in ("n1", "n2")]
-    driver = Driver(ray, order, places, BATCHES, writer, lambda d, total: done.append(d))
+    driver = Driver(ray, order, places, BATCHES, writer, kept, lambda d, total: done.append(d))
     return driver.run(), sorted(recorded), done
 
 

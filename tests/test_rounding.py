@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from resm_kernels import merge_checkpoints
 from resm_kernels.calibrate import CalibrationError, calibrate_checkpoint
-from resm_kernels.checkpoint.quantised import open_checkpoint
+from resm_kernels.checkpoint import open_form
 from resm_kernels.checkpoint.quantised.rounding import round_fp8, round_mxfp4
 from resm_kernels.cli import app
 from resm_kernels.engine import MergeError, describe_kept, estimate_rounding, plan_merge
@@ -122,7 +122,7 @@ def family_of(root: Path, change: float = 0.01) -> Family:
     """A base and experts in fp8, the experts rounded from the base plus noise of that size."""
     family = Family(root)
     store_fp8(family.base_folder)
-    base, _ = open_checkpoint(family.base_folder)
+    base, *_ = open_form(family.base_folder)
     full = {name: base.read(name).float() for name in base.tensors}
     for i, folder in enumerate(family.folders):
         generator = torch.Generator().manual_seed(i + 10)
@@ -142,7 +142,7 @@ def test_a_merge_rounded_to_fp8_is_near_the_merge(tmp_path: Path, method: str) -
     assert {n: (t.dtype, t.shape) for n, t in stored.items()} == {n: (t.dtype, t.shape) for n, t in base.items()}
     config = json.loads((family.out / "config.json").read_text())
     assert config["quantization_config"] == FP8 and config["torch_dtype"] == "bfloat16"
-    reader, _ = open_checkpoint(family.out)
+    reader, *_ = open_form(family.out)
     assert reader.tensors.keys() == full.keys() and len(report.kept) == 21
     for kept in report.kept:
         theta, rounded = full[kept.name].double(), reader.read(kept.name).double()
@@ -169,7 +169,7 @@ def test_the_share_that_is_kept_is_its_definition(tmp_path: Path) -> None:
     recipe = family.recipe("task_arithmetic", out_dtype="fp8", parameters={"weight": 0.02})
     report = merge_checkpoints(recipe, family.out)
     full = merged(recipe | {"out_dtype": "float32"}, tmp_path / "full")
-    base, reader = open_checkpoint(family.base_folder)[0], open_checkpoint(family.out)[0]
+    base, reader = open_form(family.base_folder)[0], open_form(family.out)[0]
     record = json.loads((family.out / "rounding.json").read_text())
     change, left = 0.0, 0.0
     for kept in report.kept:
@@ -230,7 +230,7 @@ def store_mxfp4(folder: Path, seed: int, *, quantised: bool = True, base: Path |
     generator = torch.Generator().manual_seed(seed)
     folder.mkdir()
     tensors: dict[str, Tensor] = {"model.norm.weight": torch.ones(HIDDEN, dtype=torch.bfloat16)}
-    start = None if base is None else open_checkpoint(base)[0]
+    start = None if base is None else open_form(base)[0]
     for name, (inner, out) in {"gate_up_proj": (HIDDEN, 2 * INNER), "down_proj": (INNER, HIDDEN)}.items():
         key = f"model.layers.0.mlp.experts.{name}"
         weight = torch.randn(EXPERTS, inner, out, generator=generator) * (0.05 if start is None else 0.005)

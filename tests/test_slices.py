@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import Family, llama_config, load_model, save_model
+from checkpoints import LAYERS, Family, llama_config, load_model, save_model
 from oracles import assert_merged_as_by_mergekit
 
 from resm_kernels import merge_state_dicts
@@ -140,6 +140,19 @@ def test_config_says_of_each_layer_what_its_model_does(family: Family) -> None:
         merge_checkpoints({"merge_method": "linear", "slices": slices}, family.out, overwrite=True)
 
 
+def test_slices_of_no_layers_give_what_is_before_and_after_the_layers(family: Family) -> None:
+    a, b = family.folders[:2]
+    slices = [{"sources": [source(b, 0, 0)]}, {"sources": [source(a, 0, 3)]}, {"sources": [source(b, 3, 3)]}]
+    recipe = {"merge_method": "passthrough", "slices": slices}
+    with plan_merge(recipe) as plan:
+        assert "no layers" in plan.describe() and "layers 0 to 2" in plan.describe()
+    merge_checkpoints(recipe, family.out)
+    merged = load_model(family.out)
+    for name, tensor in merged.items():
+        assert torch.equal(tensor, family.experts[0 if ".layers." in name else 1][name])
+    assert json.loads((family.out / "config.json").read_text())["num_hidden_layers"] == LAYERS
+
+
 def test_stacked_model_loads_in_transformers(family: Family) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
     a, b = family.folders[:2]
@@ -158,7 +171,8 @@ def test_problems_with_slices_name_their_place(family: Family) -> None:
     a, b = family.folders[:2]
     for recipe, message in [
         (slices_of([source(a, 0, 2), source(b, 0, 3)]), r"slices\[0\].sources: got layer ranges \[0, 2\], \[0, 3\]"),
-        (slices_of([source(a, 2, 2)]), r"slices\[0\].sources\[0\].layer_range: got \[2, 2\], need \[first, end\]"),
+        (slices_of([source(a, 3, 2)]), r"slices\[0\].sources\[0\].layer_range: got \[3, 2\], need \[first, end\]"),
+        (slices_of([source(a, 2, 2)]), r"slices\[0\]: no slice has layers"),
         (slices_of([{"model": "x"}]), r"slices\[0\].sources\[0\].layer_range: missing"),
         (slices_of([source(a, 0, 1)], base_modle="x"), r"base_modle: unknown key, did you mean 'base_model'"),
         (slices_of([source(a, 0, 1) | {"wieght": 1}]), r"sources\[0\].wieght: unknown key.*layer_range, parameters"),

@@ -11,8 +11,8 @@ import torch
 
 from resm_kernels.calibrate.blocks import is_causal
 from resm_kernels.calibrate.errors import CalibrationError
+from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.checkpoint.auxiliary import check_tokenizer_files
-from resm_kernels.checkpoint.quantised import QuantisedReader
 from resm_kernels.engine.models import Model
 from resm_kernels.lora import AdapterReader
 
@@ -184,7 +184,7 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     source: dict[str, Any] = {"pretrained_model_name_or_path": model.folder, "local_files_only": True}
-    if isinstance(model.reader, (AdapterReader, QuantisedReader)):
+    if isinstance(model.reader, AdapterReader) or not all(map(model.reader.is_stored, model.reader.tensors)):
         # transformers renames and joins tensors when it loads them, so that a loaded model may not have the tensor that
         # the adapter names. It therefore gets the tensors that the reader forms under their names in the files.
         source = {"pretrained_model_name_or_path": None, "state_dict": _formed_tensors(model.reader, dtype)}
@@ -195,7 +195,7 @@ def _load(model: Model, config: PreTrainedConfig, dtype: torch.dtype) -> tuple[A
     return loaded, report
 
 
-def _formed_tensors(reader: AdapterReader | QuantisedReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _formed_tensors(reader: CheckpointReader, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     tensors = {}
     for name in reader.tensors:
         # Rounded here, so that fp32 or float64 copies of all formed tensors are never there together.

@@ -11,9 +11,11 @@ from resm_kernels.checkpoint.auxiliary import Auxiliary, json_bytes, read_chat_t
 from resm_kernels.checkpoint.dcp import DcpReader, is_dcp_folder
 from resm_kernels.checkpoint.dcp_writer import plan_dcp_output
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning, TensorInfo, format_bytes, parse_size
+from resm_kernels.checkpoint.forms import Form, open_form
 from resm_kernels.checkpoint.output_plan import OutputPlan, plan_output
 from resm_kernels.checkpoint.place import check_output_folder, unfinished_folder
 from resm_kernels.checkpoint.reader import CheckpointReader
+from resm_kernels.checkpoint.spelling import RespelledReader
 from resm_kernels.checkpoint.tensor_writer import TensorWriter
 from resm_kernels.checkpoint.verify import VerifyReport, verify_checkpoint
 from resm_kernels.checkpoint.writer import CheckpointWriter
@@ -25,7 +27,9 @@ __all__ = [
     "CheckpointWarning",
     "CheckpointWriter",
     "DcpReader",
+    "Form",
     "OutputPlan",
+    "RespelledReader",
     "TensorInfo",
     "TensorWriter",
     "VerifyReport",
@@ -33,6 +37,7 @@ __all__ = [
     "format_bytes",
     "is_dcp_folder",
     "json_bytes",
+    "open_form",
     "parse_size",
     "plan_dcp_output",
     "plan_output",

@@ -19,14 +19,13 @@ from resm_kernels.files import CONFIG_BYTES, check_regular, parse_object, read_b
 CONFIG_FILE: Final = "config.json"
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
 
-# Files that belong to the model: generation settings, image processors, and Python code that config.json refers to.
+# Files that belong to the model: generation settings, processors, and Python code with all modules that it imports.
 MODEL_PATTERNS: Final = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
-    "configuration_*.py",
-    "modeling_*.py",
+    "*.py",
 )
 TOKENIZER_PATTERNS: Final = (
     "tokenizer.json",
@@ -73,16 +72,20 @@ class Auxiliary:
     """Collects the small files of the output folder.
 
     Attributes:
-        model_folder: The folder that `config.json` and the files of `MODEL_PATTERNS` are copied from.
+        model_folder: The folder that the configuration and the files of `patterns` are copied from.
         tokenizer: The content of the tokenizer's files by name, or the folder that they are copied from.
         chat_template: The Jinja template that replaces the tokenizer's; None does not change that.
-        config: The content of `config.json`; None stands for that of `model_folder`.
+        config: The content of the configuration; None stands for that of `model_folder`.
+        config_file: The name of the configuration's file; None for a single file of weights, which has none.
+        patterns: The files of `model_folder` that are copied.
     """
 
     model_folder: Path
     tokenizer: Path | Mapping[str, bytes]
     chat_template: str | None = None
     config: Mapping[str, Any] | None = None
+    config_file: str | None = CONFIG_FILE
+    patterns: tuple[str, ...] = MODEL_PATTERNS
 
     def files(self, dtype: torch.dtype, *, everywhere: bool) -> Mapping[str, bytes]:
         """Return the content of each file by name, for an output whose weights are of `dtype`.
@@ -90,10 +93,15 @@ class Auxiliary:
         With `everywhere`, nested configurations (vision, text) get this dtype too. That is right if the recipe asks for
         one dtype, and wrong if every tensor has the dtype that it has in the base model.
         """
+        if self.config_file is None:
+            return {}
         config = read_config(self.model_folder) if self.config is None else copy.deepcopy(dict(self.config))
         _set_dtype(config, dtype_name(dtype), nested=everywhere)
-        files = {CONFIG_FILE: json_bytes(config)}
-        files |= _copy(self.model_folder, MODEL_PATTERNS)
+        files = _copy(self.model_folder, self.patterns) | {self.config_file: json_bytes(config)}
+        if everywhere:
+            for name in files:
+                if name.endswith(f"/{CONFIG_FILE}") and name != self.config_file:
+                    files[name] = _with_dtype(files[name], dtype_name(dtype), str(self.model_folder / name))
         files |= _copy(self.tokenizer, TOKENIZER_PATTERNS) if isinstance(self.tokenizer, Path) else self.tokenizer
         if self.chat_template is not None:
             _replace_chat_template(files, self.chat_template)
@@ -136,17 +144,29 @@ def check_tokenizer_files(folder: Path) -> None:
 
 def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     files = matching_files(folder, patterns)
+    # Indices are those of shards, which the writer makes.
+    files = [p for p in files if not p.name.endswith(".index.json")]
     return {p.relative_to(folder).as_posix(): read_bytes(p, CheckpointError) for p in files}
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:
     keys = [key for key in DTYPE_KEYS if key in config]
-    for key in keys or DTYPE_KEYS[:1]:
+    # Configurations of diffusers name their class so, and state no dtype.
+    for key in keys or (() if "_class_name" in config else DTYPE_KEYS[:1]):
         config[key] = name
     if nested:
         for part in config.values():
             if isinstance(part, dict) and any(key in part for key in DTYPE_KEYS):
                 _set_dtype(part, name, nested=True)
+
+
+def _with_dtype(content: bytes, name: str, where: str) -> bytes:
+    """Return the configuration of a component, with this dtype if it states one."""
+    config = parse_object(content, where, CheckpointError)
+    if not any(key in config for key in DTYPE_KEYS):
+        return content
+    _set_dtype(config, name, nested=True)
+    return json_bytes(config)
 
 
 def _replace_chat_template(files: dict[str, bytes], template: str) -> None:

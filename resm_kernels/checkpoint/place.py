@@ -230,7 +230,9 @@ def _lacking(folder: Path, marker: str) -> str:
     """Return what a folder lacks to be a model or an adapter; nothing if it is one."""
     if not (folder / marker).is_file():
         return marker
-    return "" if any(file.suffix in _WEIGHTS for file in folder.iterdir()) else "file of weights"
+    # Models of several components, which other files mark, may have weights in the components' folders alone.
+    pattern = "*" if marker in ("config.json", "adapter_config.json") else "**/*"
+    return "" if any(file.suffix in _WEIGHTS for file in folder.glob(pattern)) else "file of weights"
 
 
 def _say(message: str) -> None:

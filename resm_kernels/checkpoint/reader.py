@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,13 @@ if TYPE_CHECKING:
     from resm_kernels.checkpoint.quantised.encoding import Encoding, ReadTensor
 
 SINGLE_FILE: Final = "model.safetensors"
+DIFFUSERS_FILE: Final = "diffusion_pytorch_model.safetensors"
+WEIGHTS_SUFFIX: Final = ".safetensors"
 INDEX_SUFFIX: Final = ".safetensors.index.json"
+INDEX_FILE: Final = SINGLE_FILE + ".index.json"
+_PICKLED: Final = (PICKLED_FILE, PICKLED_INDEX, "diffusion_pytorch_model.bin")
+_WEIGHTS: Final = (SINGLE_FILE, INDEX_FILE, DIFFUSERS_FILE, DIFFUSERS_FILE + ".index.json")
+_VARIANT: Final = re.compile(r"(model|diffusion_pytorch_model)\.\w+\.safetensors")
 _COMPARE_BYTES: Final = 1 << 24
 _SAMPLES: Final = 16
 _SAMPLE_BYTES: Final = 64
@@ -41,16 +48,44 @@ class CheckpointReader:
             no safetensors, `pytorch_model.bin`, or its shards and `pytorch_model.bin.index.json` (see `read_pickled`).
         filename: The only file of the folder to read; by default all that the folder's index names.
 
+    Attributes:
+        folder: The folder.
+        tensors: The tensors by name, in the order of the files and of their offsets.
+        unindexed: Tensors in the shards that the index does not name there. They are not among `tensors`, but for
+            tensors that are stored twice with the same bits.
+        stem: The name, without ".safetensors", under which the library that a folder is made for looks for weights.
+        other_files: Names of other weight files in the folder, which are left out: a second index, a second file.
+
     Raises:
         CheckpointError: The folder or one of its files is missing, is damaged, or contradicts the index.
     """
+
+    tensors: Mapping[str, TensorInfo]
+    unindexed: Mapping[str, TensorInfo] = MappingProxyType({})
+    other_files: tuple[str, ...] = ()
+    stem: str = SINGLE_FILE.removesuffix(WEIGHTS_SUFFIX)
 
     def __init__(self, folder: str | os.PathLike[str], filename: str | None = None) -> None:
         self.folder = Path(folder)
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
-        tensors = _collect(self.folder) if filename is None else read_header(self.folder / filename).values()
-        self.tensors: Mapping[str, TensorInfo] = MappingProxyType({t.name: t for t in tensors})
+        unindexed: list[TensorInfo] = []
+        chosen, self.other_files = _choose(self.folder) if filename is None else (self.folder / filename, ())
+        self.stem = "diffusion_pytorch_model" if chosen.name.startswith("diffusion_pytorch_model") else "model"
+        if chosen.name.endswith(INDEX_SUFFIX) or chosen.name == PICKLED_INDEX:
+            tensors, unindexed = _collect_shards(self.folder, chosen)
+        else:
+            read = read_pickled if chosen.name == PICKLED_FILE else read_header
+            tensors = list(read(chosen).values())
+        self.tensors = MappingProxyType({t.name: t for t in tensors})
+        self.unindexed = MappingProxyType({t.name: t for t in unindexed})
+        for info in unindexed:
+            indexed = self.tensors.get(info.name)
+            if indexed is not None and not self._same_bytes(indexed, info):
+                raise CheckpointError(
+                    f"{self.folder}: tensor {info.name!r} is both in {indexed.file.name} and in {info.file.name}, with "
+                    "different values"
+                )
 
     @property
     def files(self) -> list[Path]:
@@ -80,6 +115,10 @@ class CheckpointReader:
     def nbytes(self) -> int:
         """The size of all tensors in bytes."""
         return sum(t.nbytes for t in self.tensors.values())
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that the tensor has in the model's files."""
+        return name
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the dtype that the tensor has in an output for which the recipe states no dtype."""
@@ -133,7 +172,9 @@ class CheckpointReader:
 
     def same_bytes(self, first: str, second: str) -> bool:
         """Return True if two tensors have the same dtype, shape and bits; they are read in pieces of 16 MiB."""
-        a, b = self.tensors[first], self.tensors[second]
+        return self._same_bytes(self.tensors[first], self.tensors[second])
+
+    def _same_bytes(self, a: TensorInfo, b: TensorInfo) -> bool:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
         pieces = torch.empty(2, min(_COMPARE_BYTES, a.nbytes), dtype=torch.uint8)
@@ -184,23 +225,36 @@ class CheckpointReader:
             return self._descriptors[file]
 
 
-def _collect(folder: Path) -> list[TensorInfo]:
+def _choose(folder: Path) -> tuple[Path, tuple[str, ...]]:
+    """Return the file of the weights, or the index of their shards, and the names of others that are left out.
+
+    The order is transformers' and diffusers': `model.safetensors` before `model.safetensors.index.json`. Files of other
+    names, such as a variant in another dtype, count only if there is one.
+    """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder; need a model folder with safetensors files")
-    if os.path.lexists(folder / SINGLE_FILE):
-        return list(read_header(folder / SINGLE_FILE).values())
-    indices = sorted(folder.glob("*" + INDEX_SUFFIX))
-    if len(indices) > 1:
+    indices = sorted(p.name for p in folder.glob("*" + INDEX_SUFFIX))
+    chosen = next((name for name in _WEIGHTS if os.path.lexists(folder / name)), None)
+    if chosen is None and len(indices) > 1:
         # The folder has several sets of shards, for example a variant in another dtype. Do not guess which is meant.
-        names = ", ".join(i.name for i in indices)
+        names = ", ".join(indices)
         raise CheckpointError(f"{folder}: holds {len(indices)} safetensors indices ({names}), need exactly one")
-    if indices:
-        return _collect_shards(folder, indices[0])
-    if os.path.lexists(folder / PICKLED_FILE):
-        return list(read_pickled(folder / PICKLED_FILE).values())
-    if os.path.lexists(folder / PICKLED_INDEX):
-        return _collect_shards(folder, folder / PICKLED_INDEX)
-    raise CheckpointError(_no_weights_message(folder))
+    variants = [p.name for p in folder.glob(f"*{WEIGHTS_SUFFIX}") if _VARIANT.fullmatch(p.name)]
+    pickled = [name for name in (PICKLED_FILE, PICKLED_INDEX) if os.path.lexists(folder / name)]
+    if chosen is None:
+        chosen = next(iter((*indices, *(variants if len(variants) == 1 else ()), *pickled)), None)
+    if chosen is None:
+        raise CheckpointError(_no_weights_message(folder))
+    others = {*indices, *(name for name in (SINGLE_FILE, "consolidated.safetensors") if (folder / name).is_file())}
+    return folder / chosen, tuple(sorted(others - {chosen}))
+
+
+def holds_weights(folder: Path) -> bool:
+    """Return True if a folder holds the weights of a model."""
+    files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return any(
+        name in (*_WEIGHTS, *_PICKLED) or name.endswith(INDEX_SUFFIX) or _VARIANT.fullmatch(name) for name in files
+    )
 
 
 def _no_weights_message(folder: Path) -> str:
@@ -237,7 +291,8 @@ def _no_weights_message(folder: Path) -> str:
     )
 
 
-def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
+def _collect_shards(folder: Path, index: Path) -> tuple[list[TensorInfo], list[TensorInfo]]:
+    """Return the tensors that the index names, and those that it does not name although a shard holds them."""
     shard_of = read_object(index, CheckpointError, limit=LIST_BYTES).get("weight_map")
     if not isinstance(shard_of, dict):
         raise CheckpointError(f"{index}: weight_map: got {shortened(shard_of)}, need an object: not an index of shards")
@@ -255,14 +310,14 @@ def _collect_shards(folder: Path, index: Path) -> list[TensorInfo]:
         check_regular(folder / shard, CheckpointError)
     read = read_pickled if index.name == PICKLED_INDEX else read_header
     tensors: dict[str, TensorInfo] = {}
+    unindexed: list[TensorInfo] = []
     for shard in shards:
         for name, info in read(folder / shard).items():
-            if name in tensors:
-                raise CheckpointError(f"{folder}: tensor {name!r} is both in {tensors[name].file.name} and in {shard}")
-            if name not in shard_of:
-                raise CheckpointError(f"{folder / shard}: holds tensor {name!r}, which {index.name} does not name")
-            tensors[name] = info
+            if shard_of.get(name) == shard:
+                tensors[name] = info
+            else:
+                unindexed.append(info)
     for name, shard in shard_of.items():
-        if name not in tensors or tensors[name].file.name != shard:
+        if name not in tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name!r} is not in it, although {index.name} says so")
-    return list(tensors.values())
+    return list(tensors.values()), unindexed

@@ -16,8 +16,9 @@ import xxhash
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp import DcpReader, is_dcp_folder
 from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning, TensorInfo, byte_view, format_bytes
+from resm_kernels.checkpoint.forms import open_stored
 from resm_kernels.checkpoint.place import clear_leftovers, is_committed, recover, unfinished_folder
-from resm_kernels.checkpoint.reader import CheckpointReader
+from resm_kernels.checkpoint.reader import WEIGHTS_SUFFIX, CheckpointReader
 from resm_kernels.checkpoint.record import HASH, RECORD_FILE, read_record
 from resm_kernels.checkpoint.writer import MergeFolder
 from resm_kernels.dtypes import FLOAT_DTYPES, SAFETENSORS_NAMES
@@ -93,7 +94,13 @@ def verify_checkpoint(out: str | os.PathLike[str]) -> VerifyReport:
 
 
 def _reader(path: Path, is_adapter: bool) -> CheckpointReader:
-    return DcpReader(path) if is_dcp_folder(path) else CheckpointReader(path, _ADAPTER[1] if is_adapter else None)
+    if is_dcp_folder(path):
+        return DcpReader(path)
+    if is_adapter:
+        return CheckpointReader(path, _ADAPTER[1])
+    files = list(path.glob(f"*{WEIGHTS_SUFFIX}"))
+    is_single = len(files) == 1 and not (path / CONFIG_FILE).is_file()
+    return open_stored(files[0] if is_single else path)[0]
 
 
 def _check_tensors(

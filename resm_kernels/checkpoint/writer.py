@@ -113,6 +113,7 @@ class CheckpointWriter:
     ) -> None:
         self.out, self.plan = out, plan
         self._files = {**files, **plan.format_files()}
+        self._files.pop(RECORD_FILE, None)  # a copy of an input's record, where all small files of a form are copied
         if job is not None:
             headers = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
             contents = {name: hashlib.sha256(content).hexdigest() for name, content in self._files.items()}
@@ -262,6 +263,7 @@ class CheckpointWriter:
             self._unfinished.journal.reserve(self._pending)
         self.folder.mkdir(exist_ok=True)
         for shard in self.plan.shards:
+            (self.folder / shard.filename).parent.mkdir(parents=True, exist_ok=True)
             fd = os.open(self.folder / shard.filename, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
             try:
                 if os.fstat(fd).st_size > shard.size:
@@ -274,7 +276,7 @@ class CheckpointWriter:
 
     def _write_files(self) -> None:
         record = record_bytes(self.plan, self._files, self._hashes, self._facts)
-        folders = {self.folder}
+        folders = {self.folder, *((self.folder / shard.filename).parent for shard in self.plan.shards)}
         for name, content in {**self._files, RECORD_FILE: record}.items():
             target = self.folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -306,7 +308,7 @@ class CheckpointWriter:
     def _check_space(self) -> None:
         needed = self.plan.nbytes + sum(len(content) for content in self._files.values())
         if self.folder.is_dir():  # what is there is written again, or kept
-            needed -= sum(file.stat().st_blocks * 512 for file in self.folder.iterdir() if file.is_file())
+            needed -= sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*") if file.is_file())
         available = free_bytes(self.out)
         if needed > available:
             raise CheckpointError(

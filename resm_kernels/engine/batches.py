@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from resm_kernels.engine.plan import TensorJob
+from resm_kernels.engine.tensor_jobs import TensorJob
 
 BATCHES_PER_WORKER: Final = 8
 """More batches end the workers' work more evenly; fewer interrupt less often their reading ahead."""

@@ -20,7 +20,7 @@ from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.window import Window
 
 if TYPE_CHECKING:
-    from resm_kernels.engine.plan import TensorJob
+    from resm_kernels.engine.tensor_jobs import TensorJob
 
 BLOCK_ELEMENTS: Final = 1 << 22
 """Elements of a block, unless the memory limit is too low. A block takes some milliseconds, beside which handing it

@@ -8,6 +8,7 @@ from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.models import MergeError, Model
+from resm_kernels.engine.spelling_rules import COPY
 from resm_kernels.files import shortened
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_before_layers, is_vocabulary, is_weight
 
@@ -42,17 +43,33 @@ def check_tied(models: Sequence[Model]) -> bool:
             f"{lacking.folder}: tensor {OUTPUT_HEAD!r} is missing, {storing[0].folder} stores it and "
             f"{reference.folder / 'config.json'} says tie_word_embeddings: false"
         )
-    for model in storing:
-        embedding = next((n for n in model.reader.tensors if is_vocabulary(n) and is_before_layers(n)), None)
-        if embedding is None or not model.reader.same_bytes(OUTPUT_HEAD, embedding):
-            embedding_name = "the embedding" if embedding is None else repr(embedding)
-            missing_head = f", and {lacking.folder} stores none" if lacking is not None else ""
-            raise MergeError(
-                f"{model.folder}: tensor {OUTPUT_HEAD!r} differs from {embedding_name} although the models' "
-                f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){missing_head}; if the "
-                "head is separate on purpose, set that to false and store it in every model"
-            )
+    embeddings = [_embedding(model) for model in storing]
+    differing = [
+        (model, name)
+        for model, name in zip(storing, embeddings, strict=True)
+        if name is None or not model.reader.same_bytes(OUTPUT_HEAD, name)
+    ]
+    if len(differing) == len(models):
+        return False  # transformers does not tie tensors that are stored with different values
+    for model, name in differing:
+        embedding_name = "the embedding" if name is None else repr(name)
+        missing_head = f", and {lacking.folder} stores none" if lacking is not None else ""
+        raise MergeError(
+            f"{model.folder}: tensor {OUTPUT_HEAD!r} differs from {embedding_name} although the models' "
+            f"embeddings are tied ({reference.folder / 'config.json'}: tie_word_embeddings){missing_head}; if the "
+            "head is separate on purpose, set that to false and store it in every model"
+        )
     return True
+
+
+def _embedding(model: Model) -> str | None:
+    return next((n for n in model.reader.tensors if is_vocabulary(n) and is_before_layers(n)), None)
+
+
+def tied_notes(models: Sequence[Model]) -> list[str]:
+    """Return a line for each model whose output head is left out because it is a copy of the embedding."""
+    storing = [model for model in models if OUTPUT_HEAD in model.reader.tensors]
+    return [f"{model.folder}: leaves out {COPY.counted(1)} ({OUTPUT_HEAD})" for model in storing]
 
 
 def check_weights(models: Sequence[Model]) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from resm_kernels.methods import Method
 
 if TYPE_CHECKING:
-    from resm_kernels.engine.plan import TensorJob
+    from resm_kernels.engine.tensor_jobs import TensorJob
 
 ELEMENTWISE: Final = {
     "arcee_fusion": 66.48,

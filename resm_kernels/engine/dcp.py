@@ -6,12 +6,10 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from resm_kernels.checkpoint import DcpReader
+from resm_kernels.checkpoint import open_form
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
-from resm_kernels.checkpoint.output_plan import INDEX_FILE
-from resm_kernels.checkpoint.quantised import open_checkpoint
-from resm_kernels.checkpoint.reader import SINGLE_FILE
+from resm_kernels.checkpoint.reader import INDEX_FILE, SINGLE_FILE
 from resm_kernels.dtypes import RECIPE_DTYPES
 from resm_kernels.engine.layout import Layout
 from resm_kernels.engine.models import MergeError, OpenedModels
@@ -24,8 +22,8 @@ def dcp_notes(models: OpenedModels) -> tuple[str, ...]:
     """Return one sentence each on what torch DCP folders hold beside the model, and on a missing config."""
     folders: dict[str, list[Path]] = {}
     for model in models.all():
-        if isinstance(model.reader, DcpReader) and model.reader.left_out:
-            folders.setdefault(model.reader.left_out, []).append(model.folder)
+        if model.dcp is not None and model.dcp.left_out:
+            folders.setdefault(model.dcp.left_out, []).append(model.folder)
     notes = []
     for left_out, named in folders.items():
         others = f" and {len(named) - 1} more" if len(named) > 1 else ""
@@ -44,8 +42,8 @@ def output_paths(models: OpenedModels, layout: Layout) -> Mapping[str, tuple[str
     They are those of the first model that is such a folder. If none is, the output is one flat state dictionary.
     """
     for model in models.all():
-        if isinstance(model.reader, DcpReader):
-            return {name: tensor.path for name, tensor in model.reader.stored.items()}
+        if model.dcp is not None:
+            return {name: model.dcp.stored[model.reader.stored_name(name)].path for name in model.reader.tensors}
     return {tensor.name: (tensor.name,) for tensor in layout.tensors}
 
 
@@ -53,8 +51,9 @@ def output_marker(out: str | os.PathLike[str], models: OpenedModels, options: Me
     """Return the name of the file by which an earlier output of this kind, which may be at `out`, is known."""
     if options.out_format == "dcp":
         return METADATA_FILE
-    if models.reference.has_config:
-        return CONFIG_FILE
+    form = models.reference.form
+    if form.config_file != CONFIG_FILE or models.reference.has_config:
+        return form.marker
     return INDEX_FILE if (Path(out).expanduser() / INDEX_FILE).exists() else SINGLE_FILE
 
 
@@ -74,7 +73,7 @@ def check_config_source(recipe: Recipe, models: OpenedModels, layout: Layout, op
     folder = model_folder(recipe.config_source, "config_source")
     if not list(folder.glob("*.safetensors")):
         return
-    with open_checkpoint(folder)[0] as reader:
+    with open_form(folder)[0] as reader:
         expected = set(reader.tensors) - {OUTPUT_HEAD}
     names = {tensor.name for tensor in layout.tensors} - {OUTPUT_HEAD}
     for name in sorted(names ^ expected):

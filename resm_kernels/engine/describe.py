@@ -30,6 +30,7 @@ def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
         *_statistics_lines(plan),
         f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
     ]
+    lines += [f"warning       {warning}" for warning in plan.warnings]
     if plan.tokenizer is not None:
         lines.append(f"vocabulary    {len(plan.tokenizer.tokens)} tokens, {plan.tokenizer.rows} rows")
     lines += [
@@ -94,7 +95,8 @@ def _slice_lines(part: Part, piece: Slice) -> list[str]:
         if source.statistics is not None:
             notes.append(f"statistics {source.statistics}")
         if source.layers is not None:
-            notes.insert(0, f"layers {source.layers[0]} to {source.layers[1] - 1}")
+            first, end = source.layers
+            notes.insert(0, f"layers {first} to {end - 1}" if first < end else "no layers")
         lines.append(f"expert        {source.model}" + (f"  ({', '.join(notes)})" if notes else ""))
     return lines
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from resm_kernels.checkpoint import TensorInfo
@@ -180,9 +180,9 @@ class _PartPlanner:
         first, folder = self._models.by_source[lead].folder, self._models.by_source[source].folder
         need = f"({dotted(source.location)}); need the same tensors in all sources of a slice"
         if missing := [n for key, n in lead_names.items() if key not in names]:
-            raise MergeError(f"{folder}: has no tensor for {missing[0]!r} of {first}{_and_more(missing)} {need}")
+            raise MergeError(f"{folder}: has no tensor for {missing[0]!r} of {first}{and_more(missing)} {need}")
         if extra := [n for key, n in names.items() if key not in lead_names]:
-            raise MergeError(f"{folder}: tensor {extra[0]!r} has no counterpart in {first}{_and_more(extra)} {need}")
+            raise MergeError(f"{folder}: tensor {extra[0]!r} has no counterpart in {first}{and_more(extra)} {need}")
 
     def _check_same(self, lead: Source, expert: Source) -> None:
         """Refuse whole models that do not have the same tensors."""
@@ -191,11 +191,12 @@ class _PartPlanner:
         need = "need the same tensors in all models"
         if missing := [name for name in lead_tensors if name not in expert_tensors]:
             raise MergeError(
-                f"{folder}: tensor {missing[0]!r} is missing{_and_more(missing)}; need every tensor of {reference}"
+                f"{folder}: tensor {missing[0]!r} is missing{and_more(missing)}; need every tensor of {reference}"
             )
         if extra := [name for name in expert_tensors if name not in lead_tensors]:
-            raise MergeError(f"{folder}: tensor {extra[0]!r} is not in {reference}{_and_more(extra)}; {need}")
+            raise MergeError(f"{folder}: tensor {extra[0]!r} is not in {reference}{and_more(extra)}; {need}")
 
 
-def _and_more(names: list[str]) -> str:
+def and_more(names: Sequence[str]) -> str:
+    """Return how many further names there are after the first, in parentheses; nothing if there are none."""
     return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

@@ -24,9 +24,10 @@ from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.job import merge_job, record_facts
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
-from resm_kernels.engine.plan import MergePlan, TensorJob, plan_merge
+from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.rounding import ROUNDING_FILE, Kept, KeptLog, describe_kept, rounding_record
 from resm_kernels.engine.streaming import Streaming
+from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.options import MergeKeywords, MergeOptions
@@ -54,6 +55,8 @@ class MergeReport(Timings):
         commit: Seconds spent flushing to disk and renaming.
         memory_bound: Bytes of tensor data that may be in flight at once in the CPU's memory.
         kept: How each weight fared that the output quantises; empty for an output of full weights.
+        notes: What was left out of the models, renamed or added, because files spell one model in different ways.
+        warnings: What the models' configurations say differently although their tensors have the same shapes.
     """
 
     out: Path
@@ -66,6 +69,8 @@ class MergeReport(Timings):
     commit: float
     memory_bound: int
     kept: tuple[Kept, ...]
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def busy_share(self, device: DeviceUse) -> float:
         """Return the share of the wall time in which a copy or a computation was running on that GPU."""
@@ -127,6 +132,8 @@ def merge_checkpoints(
         address: The address of a running Ray cluster, with engine "ray"; None, the default, starts one on this
             machine and ends it after the merge.
         workers: Ray workers on each machine, with engine "ray"; None, the default, takes one, or one for each GPU.
+        strict: Refuse models of which tensors would be left out, renamed or added, because their files spell one model
+            in different ways (default: False).
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
@@ -189,6 +196,8 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         commit=finished - computed,
         memory_bound=plan.window.bound,
         kept=rounded,
+        notes=plan.notes,
+        warnings=plan.warnings,
         **vars(timings),
     )
 

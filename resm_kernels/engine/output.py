@@ -58,8 +58,14 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
     if tokenizer is not None:
         _set_vocabulary(config, tokenizer, models)
     copied: Path | Mapping[str, bytes] = folder if plan.options.copy_tokenizer else {}
+    form = models.reference.form
     auxiliary = Auxiliary(
-        folder, copied if tokenizer is None else tokenizer.files, _chat_template(recipe, models), config
+        folder,
+        copied if tokenizer is None else tokenizer.files,
+        _chat_template(recipe, models),
+        config,
+        form.config_file,
+        form.side_files,
     )
     files = dict(auxiliary.files(dtype, everywhere=recipe.output_dtype is not None))
     if tokenizer is not None and _GENERATION in files:

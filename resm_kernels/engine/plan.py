@@ -3,100 +3,45 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
+import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-
 from resm_kernels.checkpoint import (
-    CheckpointReader,
     OutputPlan,
-    TensorInfo,
     check_output_folder,
     plan_dcp_output,
     plan_output,
 )
-from resm_kernels.checkpoint.statistics import StatisticsReader
-from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.blocks import divide
-from resm_kernels.engine.checks import check_configs, check_tied, check_weights
+from resm_kernels.engine.checks import check_configs, check_tied, check_weights, tied_notes
+from resm_kernels.engine.config_warnings import config_warnings
 from resm_kernels.engine.cuda_device import open_devices
 from resm_kernels.engine.dcp import check_config_source, check_full_weights, dcp_notes, output_marker, output_paths
 from resm_kernels.engine.describe import describe_plan
 from resm_kernels.engine.devices import Device
-from resm_kernels.engine.layout import Layout, OutputTensor, plan_layout
+from resm_kernels.engine.layout import Layout, and_more, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
-from resm_kernels.engine.rounding import OutputFormat, Rounding, StoredTensor
-from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files, statistics_of
+from resm_kernels.engine.rounding import OutputFormat
+from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files
+from resm_kernels.engine.tensor_jobs import JobPlanner, TensorJob
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import Vocabulary
-from resm_kernels.engine.window import Job, Window
-from resm_kernels.lora import AdapterReader, StoredFactors
-from resm_kernels.lora.factors import factors_workspace, mergeable
+from resm_kernels.engine.window import Window
 from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_vocabulary, layer_position
+from resm_kernels.tensor_names import OUTPUT_HEAD
 
 if TYPE_CHECKING:
     from resm_kernels.engine.costs import Machine
 
 _DEFAULT_OPTIONS: Final = MergeOptions()
-
-
-@dataclass(frozen=True)
-class TensorJob(Job):
-    """The job of one output tensor, with all that its computation needs.
-
-    Attributes:
-        dtype: The output tensor's dtype.
-        shape: Its shape.
-        copied: True if the tensor is copied, because it holds no floating-point numbers, and not merged.
-        parameters: The method's keyword arguments.
-        folders: The folders of the models that it is merged from, the base's first if there is a base.
-        n_experts: How many of these are experts.
-        factors: The stored factors of each expert, None for an expert that does not change the tensor. The inputs are
-            then the base's tensor, and A and B of each expert that has factors; `lora.merge_factors` merges them. None
-            if the experts are merged as whole tensors.
-        has_statistics: True if the inputs end with a statistic of each expert.
-        transposed: True if the statistics say that the weight is stored as (in, out).
-        rounding: How the merged weight, which is fp32 then, is quantised; None if it is written as it is.
-        start: The index of the first element, for the job of a block of a tensor.
-        whole: The job of the tensor that this job does a block of; None for the job of a whole tensor.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    copied: bool
-    parameters: Mapping[str, Any]
-    folders: tuple[Path, ...]
-    n_experts: int
-    factors: tuple[StoredFactors | None, ...] | None = None
-    has_statistics: bool = False
-    transposed: bool = False
-    rounding: Rounding | None = None
-    start: int = 0
-    whole: TensorJob | None = None
-
-    @property
-    def numel(self) -> int:
-        """The number of elements of the output tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def stored(self) -> tuple[StoredTensor, ...]:
-        """The tensors of the output's files that the job makes."""
-        return ((self.name, self.dtype, self.shape),) if self.rounding is None else self.rounding.stored
-
-    def folder(self, position: int | None) -> Path:
-        """Return the folder of the expert at that position, or of the base for None."""
-        return self.folders[0] if position is None else self.folders[len(self.folders) - self.n_experts + position]
 
 
 @dataclass(frozen=True)
@@ -118,6 +63,9 @@ class MergePlan:
         devices: The GPUs that compute; empty if the CPU does.
         window: How memory is divided; `window.bound` is the most bytes in flight.
         tied: True if an output head that equals the embedding is left out because the config ties the two.
+        notes: What the user should know, a line each: what is left out of the models, renamed or added because files
+            spell one model in different ways; how quantised weights are read; what torch DCP folders hold beside.
+        warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
     """
 
@@ -135,6 +83,8 @@ class MergePlan:
     devices: tuple[Device, ...]
     window: Window
     tied: bool
+    notes: tuple[str, ...]
+    warnings: tuple[str, ...]
     began: float
 
     @property
@@ -162,12 +112,6 @@ class MergePlan:
     def bytes_read(self) -> int:
         """Bytes of tensor data that the merge reads."""
         return sum(j.input_bytes for j in self.jobs)
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know about how the models are read, and of torch DCP folders, a sentence each."""
-        notes = (note for model in self.models.all() for note in model.reader.notes)
-        return (*dict.fromkeys(notes), *dcp_notes(self.models))
 
     def describe(self, machine: tuple[Machine, str] | None = None) -> str:
         """Return what would be merged, in which memory, on which devices and into which files, one line for each.
@@ -222,11 +166,14 @@ def plan_merge(
     recipe = load_recipe(recipe)
     check_full_weights(recipe, options)
     with contextlib.ExitStack() as on_error:
-        models = open_models(recipe, on_error)
-        check_configs(models.all(), mixed=options.mixed_architectures)
         is_dcp = options.out_format == "dcp"
-        # A training script that saves a tied head expects it when it loads.
+        # A training script expects every tensor that it has saved when it loads, buffers and tied heads too.
+        models = open_models(recipe, on_error, as_stored=is_dcp)
+        check_configs(models.all(), mixed=options.mixed_architectures)
         tied = not is_dcp and check_tied(models.all())
+        spelling_notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))
+        if options.strict and spelling_notes:
+            raise MergeError(f"strict: {spelling_notes[0]}{and_more(spelling_notes)}; without --strict this is done")
         check_weights(models.all())
         statistics = open_statistics(recipe, models, on_error)
         layout = plan_layout(recipe, models, {OUTPUT_HEAD} if tied else set())
@@ -237,7 +184,7 @@ def plan_merge(
         output_format = None if recipe.output_format is None else OutputFormat(recipe.output_format, models)
         if output_format is not None and layout.origins:
             output_format.check_stacked()
-        planner = _JobPlanner(recipe, models, statistics, vocabulary, output_format, dense=dense)
+        planner = JobPlanner(recipe, models, statistics, vocabulary, output_format, dense=dense)
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
         if devices:
             pieces, window = jobs, Window.for_gpus(jobs, options.window_bytes)
@@ -245,9 +192,12 @@ def plan_merge(
             pieces, window = divide(jobs, options.window_bytes, planner.block_unit, planner.workspace)
         check_config_source(recipe, models, layout, options)
         weights = [stored for job in jobs for stored in job.stored]
-        output = plan_output(weights, options.shard_bytes)
         if is_dcp:
-            output = plan_dcp_output(weights, options.shard_bytes, output_paths(models, layout))
+            output: OutputPlan = plan_dcp_output(weights, options.shard_bytes, output_paths(models, layout))
+        else:
+            form = models.reference.form
+            shard_bytes = options.shard_bytes if form.config_file is not None else sys.maxsize
+            output = plan_output(weights, shard_bytes, form.stems)
         if out is not None:
             out = check_output_folder(
                 out,
@@ -270,183 +220,13 @@ def plan_merge(
             devices=devices,
             window=window,
             tied=tied,
+            notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
+            warnings=config_warnings(models.all()),
             began=began,
         )
         on_error.pop_all()
     return plan
 
 
-class _JobPlanner:
-    """Makes the job of each output tensor.
-
-    Args:
-        statistics: The statistics of each expert.
-        vocabulary: Aligns the rows of embeddings and heads; None if vocabularies are not merged.
-        output_format: Says how weights are quantised; None for full weights.
-        dense: As for `plan_merge`.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        models: OpenedModels,
-        statistics: Statistics,
-        vocabulary: Vocabulary | None,
-        output_format: OutputFormat | None,
-        *,
-        dense: bool,
-    ) -> None:
-        self._recipe, self._models, self._statistics = recipe, models, statistics
-        self._vocabulary, self._format, self._dense = vocabulary, output_format, dense
-        self._shapes: dict[str, set[tuple[int, ...]]] = {}
-        for name, info in models.reference.reader.tensors.items():
-            if vocabulary is None or not is_vocabulary(name):
-                self._shapes.setdefault(_kind(name), set()).add(info.shape)
-
-    def job(self, tensor: OutputTensor) -> TensorJob:
-        """Return the job of one output tensor.
-
-        Raises:
-            MergeError: The tensors that it reads do not fit together.
-        """
-        piece, method = tensor.piece, self._recipe.method
-        models = [self._models.by_source[source] for source in piece.sources]
-        inputs = tuple((m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True))
-        copied = inputs[0][1].dtype not in FLOAT_DTYPES
-        aligned = self._vocabulary is not None and is_vocabulary(tensor.name) and not copied
-        if aligned:
-            assert self._vocabulary is not None
-            inputs = self._vocabulary.inputs(tensor)
-        infos = [info for _, info in inputs]
-        self._check_shapes(tensor, models, infos)
-        info = infos[0]
-        if copied:
-            _check_buffer(models, infos)
-        dtype = self._recipe.output_dtype
-        if copied or dtype is None:
-            dtype = tensor.lead.reader.stored_dtype(tensor.inputs[models.index(tensor.lead)])
-        rounding = None
-        if self._format is not None and not copied:
-            rounding = self._format.rounding(tensor, inputs, info.shape, aligned=aligned)
-            dtype = dtype if rounding is None else torch.float32
-        expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
-        parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
-        statistics, transposed = statistics_of(self._statistics, piece.experts, expert_inputs)
-        self._check_rows(tensor, statistics)
-        factors = None
-        if piece.base is not None and not copied and not self._dense and mergeable(method.name, parameters):
-            factors = _factors(inputs)
-        if factors is not None:
-            factor_inputs = [(m.reader, i) for m, f in zip(models[1:], factors, strict=True) if f for i in (f.a, f.b)]
-            inputs = (inputs[0], *factor_inputs)
-        job = TensorJob(
-            name=tensor.name,
-            inputs=(*inputs, *statistics),
-            output_bytes=info.numel * dtype.itemsize,
-            workspace=0,
-            dtype=dtype,
-            shape=info.shape,
-            copied=copied,
-            parameters=parameters,
-            folders=tuple(m.folder for m in models),
-            n_experts=len(piece.experts),
-            factors=factors,
-            has_statistics=bool(statistics),
-            transposed=transposed,
-            rounding=rounding,
-        )
-        return replace(job, workspace=self.workspace(job, info.shape))
-
-    def workspace(self, job: TensorJob, shape: tuple[int, ...]) -> int:
-        """Return the bytes that merging a tensor or a block of that shape allocates beyond inputs and result."""
-        others = max(reader.workspace for reader, _ in job.inputs)
-        if job.rounding is not None:
-            others += job.rounding.workspace
-        if job.factors is not None:
-            return factors_workspace(shape, [f.rank if f else 0 for f in job.factors]) + others
-        # Methods state the workspace of a weight (out, in).
-        turned = shape[:: -1 if job.transposed else 1]
-        if not job.copied and self._resolved(job).get("spectral") is False:
-            turned = (math.prod(shape),)  # a matrix that is averaged takes the memory of a vector
-        workspace = 0 if job.copied else self._recipe.method.workspace(turned, job.n_experts)
-        if any(info.dtype == torch.float64 for _, info in job.inputs[: len(job.folders)]):
-            workspace *= 2  # methods state their workspace for task vectors in fp32
-        return workspace + others
-
-    def block_unit(self, job: TensorJob) -> int | None:
-        """Return the number of elements of which the job's blocks have to be multiples; None for a job to do whole."""
-        if (
-            job.factors is not None
-            or job.rounding is not None
-            or not all(reader.has_parts(info.name) for reader, info in job.inputs)
-        ):
-            return None
-        if job.copied:
-            return 1
-        rule = self._recipe.method.blocks
-        return None if rule is None else rule(job.shape, self._resolved(job))
-
-    def _resolved(self, job: TensorJob) -> dict[str, Any]:
-        """Return every parameter of the method, by keyword, as it merges the tensor."""
-        return self._recipe.method.resolve(job.n_experts, dict(job.parameters), job.name)
-
-    def _check_rows(self, tensor: OutputTensor, statistics: Sequence[tuple[StatisticsReader, TensorInfo]]) -> None:
-        """Refuse statistics with an entry for each row of an embedding whose rows are aligned by token."""
-        if statistics and self._vocabulary is not None and is_vocabulary(tensor.name):
-            reader = statistics[0][0]
-            if reader.about.kind == "fisher":
-                raise MergeError(
-                    f"{reader.file}: has a statistic for each row of {tensor.name!r} in the expert's own vocabulary; "
-                    "merge Fisher statistics without tokenizer or tokenizer_source"
-                )
-
-    def _check_shapes(self, tensor: OutputTensor, models: Sequence[Model], infos: Sequence[TensorInfo]) -> None:
-        """Refuse inputs of different shapes, and stacked layers that the config cannot describe together."""
-        lead = models.index(tensor.lead)
-        hint = "; the vocabularies differ in size: merge them with tokenizer_source: base or union"
-        for model, info in zip(models, infos, strict=True):
-            if info.shape != infos[lead].shape:
-                raise MergeError(
-                    f"{model.folder}: tensor {info.name!r} has shape {info.shape}, need {infos[lead].shape} as in "
-                    f"{models[lead].folder}{hint if is_vocabulary(tensor.name) else ''}"
-                )
-        reference_shapes = self._shapes.get(_kind(tensor.name), {infos[0].shape})
-        if infos[0].shape not in reference_shapes:
-            raise MergeError(
-                f"{models[0].folder}: tensor {infos[0].name!r} has shape {infos[0].shape}, need "
-                f"{' or '.join(map(str, sorted(reference_shapes)))} as in {self._models.reference.folder}, whose "
-                f"config.json the output takes{hint if is_vocabulary(tensor.name) else ''}"
-            )
-
-
-def _kind(name: str) -> str:
-    """Return the tensor's name without the number of its layer."""
-    position = layer_position(name)
-    return name if position is None else position.unnumbered
-
-
-def _factors(inputs: Sequence[tuple[CheckpointReader, TensorInfo]]) -> tuple[StoredFactors | None, ...] | None:
-    """Return the factors of all experts' changes to one matrix of the base, an entry None for an unchanged matrix.
-
-    Returns None if an expert is no adapter of that base, changes the matrix otherwise than by factors, or if the ranks
-    of all experts together exceed the matrix's.
-    """
-    base, info = inputs[0]
-    factors: list[StoredFactors | None] = []
-    for reader, expert in inputs[1:]:
-        if not isinstance(reader, AdapterReader) or reader.base is not base or len(info.shape) != 2:
-            return None
-        stored = reader.stored_factors(info.name)
-        if expert.name != info.name or (stored is None and reader.is_changed(info.name)):
-            return None
-        factors.append(stored)
-    return tuple(factors) if sum(f.rank for f in factors if f) <= min(info.shape) else None
-
-
-def _check_buffer(models: Sequence[Model], infos: Sequence[TensorInfo]) -> None:
-    """Refuse tensors to copy that have different dtypes."""
-    for model, info in zip(models, infos, strict=True):
-        if info.dtype != infos[0].dtype:
-            raise MergeError(
-                f"{model.folder}: tensor {info.name!r} is {info.dtype}, need {infos[0].dtype} as in {models[0].folder}"
-            )
+def _reader_notes(models: OpenedModels) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for model in models.all() for note in model.reader.notes))

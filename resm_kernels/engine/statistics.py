@@ -87,7 +87,7 @@ def _check_one_model(models: OpenedModels, statistics: Statistics) -> None:
 
 def _check_shapes(model: Model, reader: StatisticsReader) -> None:
     """Refuse statistics of tensors that the model does not have, or has in other shapes."""
-    tensors = model.reader.tensors
+    tensors = {model.reader.stored_name(name): info for name, info in model.reader.tensors.items()}
     for name in reader.names:
         if name not in tensors:
             raise MergeError(
@@ -116,7 +116,7 @@ def statistics_of(
 
     Args:
         sources: The experts.
-        names: The tensor's name in each of them.
+        names: The tensor's name in each expert's files.
 
     Raises:
         MergeError: Only some experts have a statistic of the tensor, or they contradict each other.

@@ -16,7 +16,8 @@ from resm_kernels.checks import NonFiniteError
 from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Pipeline
-from resm_kernels.engine.plan import TensorJob, plan_merge
+from resm_kernels.engine.plan import plan_merge
+from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.engine.window import Window
 from resm_kernels.linalg import (
     decay_exponent,

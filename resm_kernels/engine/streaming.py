@@ -9,8 +9,8 @@ from torch import Tensor
 
 from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.pipeline import Pipeline
-from resm_kernels.engine.plan import TensorJob
 from resm_kernels.engine.ring import Ring
+from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.engine.window import Window
 from resm_kernels.streams import Block, Stream
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -39,8 +39,9 @@ _SUFFIXES: Final = {
 
 @dataclass
 class _Module:
-    """The tensors that an adapter stores for one module."""
+    """The tensors that an adapter stores for one module, which it calls `name`."""
 
+    name: str
     embedding: bool = False
     parts: dict[str, TensorInfo] = field(default_factory=dict)
 
@@ -89,6 +90,12 @@ class AdapterReader(CheckpointReader):
         double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
             noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
             adapter.
+        find: Returns the name that a tensor has in `base`, for one that the adapter names otherwise; None if there is
+            no such tensor. Adapters name modules as the loaded model does, which files do not always. By default the
+            names are the same.
+
+    Attributes:
+        renames: The tensors of the base that the adapter names otherwise: its name for each → the base's.
 
     Raises:
         CheckpointError: The folder is damaged, uses a variant of LoRA that is not supported, or does not fit the base.
@@ -97,7 +104,13 @@ class AdapterReader(CheckpointReader):
     """
 
     def __init__(
-        self, folder: Path, base: CheckpointReader, base_config: Mapping[str, Any], *, double: bool = False
+        self,
+        folder: Path,
+        base: CheckpointReader,
+        base_config: Mapping[str, Any],
+        *,
+        double: bool = False,
+        find: Callable[[str], str | None] | None = None,
     ) -> None:
         if not os.path.lexists(folder / CONFIG_FILE):
             raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
@@ -107,6 +120,8 @@ class AdapterReader(CheckpointReader):
         self.config = read_adapter_config(folder)
         self.base = base
         self._double = double
+        self._find = find
+        self.renames: dict[str, str] = {}
         self._replaced: dict[str, TensorInfo] = {}
         self._modules: dict[str, _Module] = {}
         for name, info in self.tensors.items():
@@ -127,11 +142,13 @@ class AdapterReader(CheckpointReader):
             raise CheckpointError(f"{info.file}: tensor {name!r}: need names without line breaks")
         suffix = next((s for s in _SUFFIXES if base_name.endswith(s)), None)
         if suffix is not None:
-            module = self._modules.setdefault(base_name.removesuffix(suffix), _Module())
+            adapted = base_name.removesuffix(suffix)
+            found = self._base_name(f"{adapted}.weight").removesuffix(".weight")
+            module = self._modules.setdefault(found, _Module(adapted))
             module.parts[_SUFFIXES[suffix]] = info
             module.embedding |= "embedding" in suffix
             return
-        target = base_name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")
+        target = self._base_name(base_name.replace(".base_layer.", ".").replace(".modules_to_save.", "."))
         unknown = any(word in base_name for word in ("lora_", "token_adapter", "original_module"))
         replaced = self.base.tensors.get(target)
         if unknown or (replaced is None and target != OUTPUT_HEAD):
@@ -142,6 +159,16 @@ class AdapterReader(CheckpointReader):
                 f"{info.file}: tensor {name!r} has shape {info.shape}, need {replaced.shape} as in {self.base.folder}"
             )
         self._replaced[target] = info
+
+    def _base_name(self, name: str) -> str:
+        """Return the name in the base of a tensor that the adapter calls `name`; `name` itself if it has none."""
+        if name in self.base.tensors or self._find is None:
+            return name
+        found = self._find(name)
+        if found is None:
+            return name
+        self.renames[name] = found
+        return found
 
     def _check_tied(self, tied: bool) -> None:
         """Refuse changes of a tied embedding that its head would have to share.
@@ -192,7 +219,7 @@ class AdapterReader(CheckpointReader):
         base, a, b = self.base.tensors[name], parts["A"].shape, parts["B"].shape
         if base.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{base.file}: tensor {name!r} is {base.dtype}; dequantise the base model first")
-        rank = self.config.rank(module)
+        rank = self.config.rank(self._modules[module].name)
         fits = len(a) == len(b) == 2 and (a[0], b[1]) == (rank, rank)
         if not fits or base.shape not in ((b[0], a[1]), (a[1], b[0])):
             raise CheckpointError(
@@ -229,6 +256,10 @@ class AdapterReader(CheckpointReader):
         """What a user should know about how the base is read, a line each."""
         return self.base.notes
 
+    def stored_name(self, name: str) -> str:
+        """Return the name that the tensor has in the base model's files."""
+        return self.base.stored_name(name) if name in self.base.tensors else name
+
     def stored_dtype(self, name: str) -> torch.dtype:
         """Return the tensor's dtype in the base model's files, which is the output's dtype by default."""
         return self.base.stored_dtype(name) if name in self.base.tensors else self.tensors[name].dtype
@@ -249,7 +280,10 @@ class AdapterReader(CheckpointReader):
 
     def _stored_factors(self, module: str) -> StoredFactors:
         parts = self._modules[module].parts
-        return StoredFactors(parts["A"], parts["B"], self._transposed(module), self.config.scale(module))
+        return StoredFactors(parts["A"], parts["B"], self._transposed(module), self._scale(module))
+
+    def _scale(self, module: str) -> float:
+        return self.config.scale(self._modules[module].name)
 
     def _part(self, module: str, part: str, dtype: torch.dtype) -> Tensor:
         return self.read_info(self._modules[module].parts[part]).to(dtype)
@@ -263,7 +297,7 @@ class AdapterReader(CheckpointReader):
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor, or the part of it, that `info` describes; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
-            if info.name in self._replaced:
+            if info.file == self.folder / WEIGHTS_FILE:
                 super().read_into(info, buffer)
             else:
                 self.base.read_into(info, buffer)
@@ -318,7 +352,7 @@ class AdapterReader(CheckpointReader):
         module, _, parameter = info.name.rpartition(".")
         if parameter == "bias":
             self._read_rows(info.name, 0, info.shape[0], out)
-            out.add_(self._part(module, "bias", out.dtype), alpha=self.config.scale(module))
+            out.add_(self._part(module, "bias", out.dtype), alpha=self._scale(module))
             return
         a, b = (self._part(module, part, out.dtype) for part in "AB")
         factors = self._stored_factors(module).factors(a, b)

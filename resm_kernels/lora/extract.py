@@ -18,8 +18,8 @@ from resm_kernels.checkpoint import (
     TensorInfo,
     check_output_folder,
     format_bytes,
+    open_form,
 )
-from resm_kernels.checkpoint.quantised import open_checkpoint
 from resm_kernels.dtypes import ADAPTER_DTYPES, FLOAT_DTYPES
 from resm_kernels.files import shortened
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
@@ -168,8 +168,8 @@ def extract_lora(
     truncate = _Truncation(rank, energy, max_rank, accuracy)
     report = ExtractReport(folder)
     writing = AdapterWriter(folder, overwrite=overwrite)
-    reader, config = open_checkpoint(Path(base))
-    with reader as original, open_checkpoint(Path(finetuned))[0] as tuned, writing as writer:
+    reader, config, _ = open_form(Path(base))
+    with reader as original, open_form(Path(finetuned))[0] as tuned, writing as writer:
         tied = is_tied(config, original.tensors)
         infos = _common_tensors(original, tuned, tied)
         modules = _target_modules(infos, targets, embeddings)

@@ -16,7 +16,7 @@ def canonical_folder(path: str) -> str:
 
 
 def model_folder(path: str, key: str) -> Path:
-    """Return the local folder that a recipe names (relative to the current directory; `~` is expanded).
+    """Return the local folder, or safetensors file, that a recipe names (relative to here; `~` is expanded).
 
     Args:
         path: The text in the recipe.
@@ -27,7 +27,7 @@ def model_folder(path: str, key: str) -> Path:
             names a LoRA adapter.
     """
     folder = expanded(path, RecipeError, key)
-    if os.path.isdir(folder):
+    if os.path.isdir(folder) or (folder.suffix == ".safetensors" and folder.is_file()):
         return folder
     shown = shortened(path)
     if "+" in path and _is_folder(path.split("+")[0]):

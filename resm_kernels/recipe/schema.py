@@ -72,8 +72,10 @@ def _parse_path(key: str, data: Any) -> str:
 
 def _parse_range(data: Any) -> tuple[int, int]:
     whole = isinstance(data, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in data)
-    if not whole or len(data) != 2 or not 0 <= data[0] < data[1]:
-        raise ValueError(f"got {shortened(data)}, need [first, end]: layers first to end − 1, counted from 0")
+    if not whole or len(data) != 2 or not 0 <= data[0] <= data[1]:
+        raise ValueError(
+            f"got {shortened(data)}, need [first, end]: layers first to end − 1, counted from 0; none if both are equal"
+        )
     return data[0], data[1]
 
 
@@ -106,7 +108,10 @@ class ModelEntry(BaseModel):
 
 
 class SourceEntry(BaseModel):
-    """An entry of `sources`: the layers `layer_range` = [first, end) of one model, counted from 0."""
+    """An entry of `sources`: the layers `layer_range` = [first, end) of one model, counted from 0.
+
+    A slice of no layers at the beginning or the end gives the output what is before or after the layers.
+    """
 
     model_config = _CLOSED
 
@@ -306,6 +311,9 @@ class Recipe(BaseModel):
         for part in self.parts:
             for piece in part.slices:
                 _check_slice(method, piece)
+            ranges = [source.layers for piece in part.slices for source in piece.sources]
+            if all(layers is not None and layers[0] == layers[1] for layers in ranges):
+                raise LocatedError(part.slices[0].location, "no slice has layers, need one that has")
         return self
 
     def _check_choices(self) -> None:

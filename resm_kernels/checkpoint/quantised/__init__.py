@@ -7,10 +7,6 @@ checkpoint. `QuantisedReader` puts them together.
 from __future__ import annotations
 
 from resm_kernels.checkpoint.quantised.encoding import Encoding
-from resm_kernels.checkpoint.quantised.reader import (
-    QuantisedReader,
-    open_checkpoint,
-    without_quantization,
-)
+from resm_kernels.checkpoint.quantised.reader import QuantisedReader, formed, is_quantised, without_quantization
 
-__all__ = ["Encoding", "QuantisedReader", "open_checkpoint", "without_quantization"]
+__all__ = ["Encoding", "QuantisedReader", "formed", "is_quantised", "without_quantization"]

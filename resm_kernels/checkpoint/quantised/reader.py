@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, DTYPE_KEYS, config_entry, read_config
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, DTYPE_KEYS, config_entry
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
 from resm_kernels.checkpoint.quantised.bitsandbytes import find_bitsandbytes
 from resm_kernels.checkpoint.quantised.compressed import find_packed
@@ -115,6 +115,10 @@ class QuantisedReader(CheckpointReader):
                 self._check_plain(info)
                 tensors[name] = info
         self.tensors = MappingProxyType(tensors)
+        self.unindexed = MappingProxyType(
+            {n: i for n, i in reader.unindexed.items() if i.dtype in FLOAT_DTYPES and not is_quantised_name(n)}
+        )
+        self.other_files, self.stem = reader.other_files, reader.stem
         self._dtype = _model_dtype(config)
         self._notes = list(self._describe(stale))
 
@@ -336,23 +340,20 @@ def _model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return next((RECIPE_DTYPES[name] for name in names if name in RECIPE_DTYPES), torch.bfloat16)
 
 
-def open_checkpoint(folder: Path) -> tuple[CheckpointReader, dict[str, Any]]:
-    """Open the weights of a model, quantised or not, and read its config.json.
+def formed(reader: CheckpointReader, config: Mapping[str, Any]) -> CheckpointReader:
+    """Return a reader of a model's full weights: `reader` itself, or one that forms them if the model is quantised.
 
-    The weights are read as quantised ones if the config says so, or if the names or dtypes of the tensors do.
-
-    Returns:
-        The reader, and the config without what it says about quantised weights.
+    The weights are quantised ones if the config says so, or if the names or dtypes of the tensors do.
 
     Raises:
-        CheckpointError: As for `CheckpointReader`, `read_config` and `QuantisedReader`.
+        CheckpointError: As for `QuantisedReader`.
     """
-    reader, config = CheckpointReader(folder), read_config(folder)
-    if quantization_of(config, folder) or any(map(_is_quantised, reader.tensors.values())):
-        reader = QuantisedReader(reader, config)
-    return reader, without_quantization(config)
+    if quantization_of(config, reader.folder) or any(map(is_quantised, reader.tensors.values())):
+        return QuantisedReader(reader, config)
+    return reader
 
 
-def _is_quantised(info: TensorInfo) -> bool:
+def is_quantised(info: TensorInfo) -> bool:
+    """Return True if a stored tensor belongs to a quantised weight by its name or dtype."""
     is_mxfp4 = info.name.endswith(BLOCKS) and info.dtype == torch.uint8
     return is_mxfp4 or info.dtype in FLOAT8 or is_quantised_name(info.name)

@@ -1,0 +1,184 @@
+"""The forms in which models lie on disk: folders, files, diffusers' pipelines, sentence-transformers' modules."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final
+
+import torch
+
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, read_config
+from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
+from resm_kernels.checkpoint.quantised import formed, is_quantised, without_quantization
+from resm_kernels.checkpoint.quantised.reader import quantization_of
+from resm_kernels.checkpoint.reader import WEIGHTS_SUFFIX, CheckpointReader, holds_weights
+from resm_kernels.files import parse_json, path_problem, read_bytes, read_object, shortened
+
+PIPELINE_FILE: Final = "model_index.json"
+MODULES_FILE: Final = "modules.json"
+_SMALL_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+
+_MODULES_FILES: Final = (MODULES_FILE, "config_sentence_transformers.json", "sentence_*_config.json")
+
+
+@dataclass(frozen=True)
+class Form:
+    """The files that a model consists of.
+
+    Attributes:
+        stems: For each component that holds weights, by its path in the model's folder, the name of the weights' file
+            without ".safetensors". The folder itself is the component "".
+        config_file: The file that says what the model is; None for a single file.
+        side_files: Patterns of the small files that belong to the model.
+    """
+
+    stems: Mapping[str, str] = field(default_factory=lambda: {"": "model"})
+    config_file: str | None = CONFIG_FILE
+    side_files: tuple[str, ...] = MODEL_PATTERNS
+
+    @property
+    def marker(self) -> str:
+        """A file that the folder of such a model has, by which it is known before it is replaced."""
+        return self.config_file or f"{self.stems['']}{WEIGHTS_SUFFIX}"
+
+
+class ComponentsReader(CheckpointReader):
+    """Reads the weights of several components as one model, whose tensors are called `component/name`.
+
+    Args:
+        folder: The model's folder.
+        readers: A reader for each component, by its path in the folder; they are closed with this one.
+    """
+
+    def __init__(self, folder: Path, readers: Mapping[str, CheckpointReader]) -> None:
+        self.folder = folder
+        self._readers = dict(readers)
+        self.tensors = MappingProxyType(dict(self._joined("tensors")))
+        self.unindexed = MappingProxyType(dict(self._joined("unindexed")))
+        self.other_files = tuple(_join(c, file) for c, reader in readers.items() for file in reader.other_files)
+
+    def _joined(self, attribute: str) -> list[tuple[str, TensorInfo]]:
+        return [
+            (name, replace(info, name=name))
+            for component, reader in self._readers.items()
+            for name, info in ((_join(component, n), i) for n, i in getattr(reader, attribute).items())
+        ]
+
+    def _split(self, name: str) -> tuple[CheckpointReader, str]:
+        component = next((c for c in self._readers if c and name.startswith(f"{c}/")), "")
+        return self._readers[component], name.removeprefix(f"{component}/") if component else name
+
+    def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
+        """Fill `buffer` with bytes of a tensor."""
+        reader, name = self._split(info.name)
+        reader.read_bytes(replace(info, name=name), first, buffer)
+
+    def read_runs(self, info: TensorInfo, starts: Sequence[int], length: int) -> torch.Tensor:
+        """Return runs of neighbours of a tensor."""
+        reader, name = self._split(info.name)
+        return reader.read_runs(replace(info, name=name), starts, length)
+
+    def fingerprint(self) -> str:
+        """Return the components' hashes."""
+        return " ".join(reader.fingerprint() for reader in self._readers.values())
+
+    def close(self) -> None:
+        """Close the files."""
+        for reader in self._readers.values():
+            reader.close()
+
+
+def open_form(path: Path) -> tuple[CheckpointReader, dict[str, Any], Form]:
+    """Open a model: return a reader of its full weights, its configuration, and the form that it has.
+
+    The weights of quantised models are formed when they are read, and the configuration does not speak of them.
+
+    Args:
+        path: A folder, or a safetensors file.
+
+    Raises:
+        CheckpointError: There are no weights, or a file is missing or damaged, or of an unknown quantised format.
+    """
+    reader, form = open_stored(path)
+    try:
+        config: dict[str, Any] = {}
+        if form.config_file == CONFIG_FILE:
+            config = read_config(path)
+        elif form.config_file is not None:
+            config = read_object(path / form.config_file, CheckpointError)
+        if not isinstance(reader, ComponentsReader):
+            return formed(reader, config), without_quantization(config), form
+        quantised = next(filter(is_quantised, {**reader.tensors, **reader.unindexed}.values()), None)
+        if quantised is not None or quantization_of(config, path):
+            raise CheckpointError(
+                f"{path}: holds quantised weights ({'config' if quantised is None else quantised.name}), which are "
+                "read in models of one component alone; dequantise it first"
+            )
+    except BaseException:
+        reader.close()
+        raise
+    return reader, config, form
+
+
+def open_stored(path: Path) -> tuple[CheckpointReader, Form]:
+    """Open the weights of a model as they are stored, and return the form that the model has; see `open_form`."""
+    if path.is_file():
+        if not path.name.endswith(WEIGHTS_SUFFIX):
+            raise CheckpointError(f"{path}: is no safetensors file; need one, or a model folder")
+        reader = CheckpointReader(path.parent, path.name)
+        return reader, Form({"": path.name.removesuffix(WEIGHTS_SUFFIX)}, None, ())
+    if os.path.lexists(path / PIPELINE_FILE):
+        config = read_object(path / PIPELINE_FILE, CheckpointError)
+        # An entry of nulls is a component that the pipeline does without, even if its folder is there.
+        absent = {name for name, entry in config.items() if isinstance(entry, list) and not any(entry)}
+        components = [p.name for p in sorted(path.iterdir()) if p.name not in absent and holds_weights(p)]
+        if not components:
+            raise CheckpointError(f"{path}: has a {PIPELINE_FILE}, but none of its folders holds safetensors")
+        readers, stems = _open_components(path, components)
+        return readers, Form(stems, PIPELINE_FILE, _everywhere(_SMALL_FILES))
+    if not os.path.lexists(path / MODULES_FILE):
+        single = CheckpointReader(path)
+        return single, Form({"": single.stem})
+    listed = parse_json(read_bytes(path / MODULES_FILE, CheckpointError), str(path / MODULES_FILE), CheckpointError)
+    if not isinstance(listed, list):
+        raise CheckpointError(f"{path / MODULES_FILE}: got a JSON {type(listed).__name__}, need a list")
+    modules = [str(m["path"]) for m in listed if isinstance(m, dict) and "path" in m]
+    for module in modules:
+        if problem := path_problem(module):
+            raise CheckpointError(f"{path / MODULES_FILE}: path: {problem}")
+        if Path(module).is_absolute() or ".." in Path(module).parts or any(letter in module for letter in "*?["):
+            raise CheckpointError(
+                f"{path / MODULES_FILE}: path: got {shortened(module)}, need a folder within this one"
+            )
+    side_files = (*MODEL_PATTERNS, *_MODULES_FILES, *(f"{m}/{p}" for m in modules if m for p in _SMALL_FILES))
+    with_weights = [m for m in modules if holds_weights(path / m)]
+    parts, stems = _open_components(path, with_weights or [""])
+    config_file = _join(with_weights[0], CONFIG_FILE) if with_weights else CONFIG_FILE
+    return parts, Form(stems, config_file, side_files)
+
+
+def _open_components(folder: Path, components: list[str]) -> tuple[CheckpointReader, dict[str, str]]:
+    readers: dict[str, CheckpointReader] = {}
+    try:
+        for component in components:
+            readers[component] = CheckpointReader(folder / component)
+    except BaseException:
+        for reader in readers.values():
+            reader.close()
+        raise
+    stems = {component: reader.stem for component, reader in readers.items()}
+    if components == [""]:
+        return readers[""], stems
+    return ComponentsReader(folder, readers), stems
+
+
+def _everywhere(patterns: tuple[str, ...]) -> tuple[str, ...]:
+    return (*patterns, *(f"*/{pattern}" for pattern in patterns))
+
+
+def _join(component: str, name: str) -> str:
+    return f"{component}/{name}" if component else name

@@ -1,0 +1,200 @@
+"""Asks transformers under which names it would load a model's tensors, from the model's class without its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
+from resm_kernels.tensor_names import layer_position
+
+_UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
+"""Entries of a config.json on which names do not depend."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What transformers makes of a stored tensor.
+
+    Attributes:
+        name: Its name in the loaded model. A tensor that is joined with others has the name that it has before that.
+        known: True if the loaded model has such a tensor.
+        ignored: What it is, if it is a buffer that the model computes itself or a weight that it is known to leave out:
+            one that it ignores without a warning, one in a layer that it does not have, or one of another head of its
+            family. None for all others.
+    """
+
+    name: str
+    known: bool
+    ignored: Kind | None = None
+
+
+class Architecture:
+    """The names of one class of transformers with one configuration.
+
+    Args:
+        model: The model, on the meta device.
+
+    Attributes:
+        tied: For each tensor that is tied to another the other one's name, both as in the loaded model.
+        may_miss: Patterns of tensors that the model makes itself where a checkpoint lacks them.
+        unsaved: Names of parameters that the model always makes itself, and does not save.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._state = model.state_dict()
+        self._prefix: str = model.base_model_prefix
+        self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
+        self.may_miss = _pattern(model._keys_to_ignore_on_load_missing or ())
+        self.unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
+        buffers = [name for name, _ in model.named_buffers()]
+        self._computed = {name for name in buffers if name not in self._state}
+        patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+        # These two exceptions are written in transformers' `_adjust_missing_and_unexpected_keys` itself.
+        if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+            patterns.add(r"rotary_emb\.inv_freq")
+        if any(name.endswith("position_ids") for name in buffers):
+            patterns.add(r"(^|\.)position_ids$")
+        self._ignored = _pattern(patterns)
+        self._layers: dict[str, int] = {}
+        for position in filter(None, map(layer_position, self._state)):
+            self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
+
+    def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
+        """Return what transformers makes of each tensor of a checkpoint."""
+        result = {}
+        for name, (renamed, key) in self._renamed(tensors).items():
+            known = key in self._state
+            ignored = None if known else self._ignored_kind(renamed, tensors[name])
+            result[name] = Loaded(renamed, known, ignored)
+        return result
+
+    def loaded_name(self, name: str) -> str:
+        """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
+        return name if name in self._state else self._renamed([name])[name][0]
+
+    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is.
+
+        This follows transformers' `convert_and_load_state_dict_in_model`.
+        """
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            WeightConverter,
+            WeightRenaming,
+            apply_converters,
+            apply_renamings,
+            dot_natural_key,
+            rename_source_key,
+        )
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        result = {}
+        for name in sorted(names, key=dot_natural_key):
+            key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
+            if key not in self._state and name in self._state:
+                key, source = rename_source_key(name, [], [], self._prefix, self._state)
+            piece = key
+            if source is not None:
+                piece = apply_renamings(name, renamings)
+                whole, _ = apply_converters(piece, converters)
+                if key == f"{self._prefix}.{whole}":
+                    piece = f"{self._prefix}.{piece}"
+                elif whole == f"{self._prefix}.{key}":
+                    piece = piece.removeprefix(f"{self._prefix}.")
+            result[name] = piece, key
+        return result
+
+    def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
+        if kind := buffer_kind(info):
+            return kind
+        if {name, f"{self._prefix}.{name}", self._bare(name)} & self._computed:
+            return MADE
+        position = layer_position(name)
+        beyond = position is not None and position.number >= self._layers.get(position.stack, position.number + 1)
+        listed = self._ignored is not None and self._ignored.search(name) is not None
+        return IGNORED_WEIGHT if beyond or listed or self._bare(name) in self._other_heads else None
+
+    def _bare(self, name: str) -> str:
+        return name.removeprefix(f"{self._prefix}.")
+
+    @functools.cached_property
+    def _other_heads(self) -> frozenset[str]:
+        """Tensors of the family's classes for pre-training and without a head, without the prefix: poolers, heads."""
+        from transformers import MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING
+
+        names: set[str] = set()
+        for mapping in (MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING):
+            found = mapping.get(type(self._model.config), None)
+            for model_class in found if isinstance(found, tuple) else (found,):
+                # A class that does not take this configuration has no tensors to add.
+                with contextlib.suppress(Exception):
+                    names.update(map(self._bare, _on_meta(model_class, self._model.config).state_dict()))
+        return frozenset(names)
+
+
+def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture | None:
+    """Return what transformers knows about a model; None if it is not installed or has no such class.
+
+    Only transformers' own classes count: no code of the model's folder is run.
+    """
+    try:
+        import transformers
+        from transformers import AutoConfig
+    except ImportError:
+        return None
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
+    model_class: Any = getattr(transformers, name, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        return None
+    with _quiet():
+        try:
+            parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            if hasattr(parsed, "quantization_config"):
+                del parsed.quantization_config
+            return Architecture(_on_meta(model_class, parsed))
+        except Exception:  # whatever a class does with a configuration that it does not take
+            return None
+
+
+def _on_meta(model_class: Any, config: Any) -> Any:
+    """Return a model without weights."""
+    with _quiet(), torch.device("meta"):
+        return model_class._from_config(copy.deepcopy(config))
+
+
+def names_key(config: Mapping[str, Any]) -> str:
+    """Return a text that is the same for configurations which give tensors the same names."""
+    return json.dumps({k: v for k, v in config.items() if k not in _UNRELATED}, sort_keys=True, default=str)
+
+
+def _pattern(patterns: Iterable[str]) -> re.Pattern[str] | None:
+    joined = "|".join(f"({pattern})" for pattern in sorted(patterns))
+    return re.compile(joined) if joined else None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers from printing warnings about a model that nobody runs."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
