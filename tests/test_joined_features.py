@@ -1,0 +1,145 @@
+"""Merges in which several features meet: quantised weights, other spellings, blocks, adapters, resuming."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import load_model, random_weights, save_adapter
+from kills import contents
+from quantised_weights import fp8_blocks
+from safetensors.torch import load_file, save_file
+from test_blocks import EMBEDDING, HEAD, LargeFamily, tightest, written
+from test_quantised_merge import FP8, Tensors, equal, merged, store_fp8
+from test_rounding import family_of
+
+from resm_kernels import _extension, merge_checkpoints
+from resm_kernels.checkpoint import verify_checkpoint
+from resm_kernels.checkpoint.place import unfinished_folder
+from resm_kernels.engine import plan_merge
+from resm_kernels.options import MergeOptions
+
+needs_blocks = pytest.mark.skipif(_extension.native is None, reason="blocks need the compiled extension")
+
+
+def shorten(folder: Path) -> None:
+    """Store a model as the base class of its family is stored, without the prefix."""
+    tensors = load_file(folder / "model.safetensors")
+    short = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(short, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def quantise(folder: Path, name: str) -> None:
+    """Store one weight as fp8 blocks."""
+    tensors = load_file(folder / "model.safetensors")
+    codes, scales = fp8_blocks(tensors[name].float(), (16, 16))
+    save_file(tensors | {name: codes, f"{name}_scale_inv": scales}, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": FP8}))
+
+
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+@pytest.mark.parametrize("other", [0, 2])
+def test_a_quantised_model_in_another_spelling(tmp_path: Path, method: str, other: int) -> None:
+    """The base or an expert; all are quantised."""
+    family = family_of(tmp_path)
+    store_fp8(family.folders[1])
+    expected = merged(family.recipe(method), tmp_path / "expected")
+    shorten([family.base_folder, *family.folders][other])
+    report = merge_checkpoints(family.recipe(method), family.out)
+    assert any("under another name" in note for note in report.notes)
+    assert any("quantised weights are read in fp32 (fp8)" in note for note in report.notes)
+    result = load_model(family.out)
+    if other == 0:
+        result = {name if name == HEAD else f"model.{name}": tensor for name, tensor in result.items()}
+    assert equal(result, expected)
+
+
+def test_an_output_in_the_layout_of_a_model_in_another_spelling(tmp_path: Path) -> None:
+    family = family_of(tmp_path)
+    recipe = family.recipe("task_arithmetic", out_dtype="fp8")
+    expected = merged(recipe, tmp_path / "expected")
+    for folder in family.folders:
+        shorten(folder)
+    assert equal(merged(recipe, family.out), expected)
+    assert not verify_checkpoint(family.out).findings
+
+
+@needs_blocks
+def test_a_model_in_another_spelling_is_merged_in_blocks(tmp_path: Path) -> None:
+    family = LargeFamily(tmp_path)
+    recipe = family.call("ties", {"density": 0.5})
+    expected = written(recipe, tmp_path / "expected")
+    shorten(family.folders[1])
+    limit = tightest(recipe)
+    with plan_merge(recipe, options=MergeOptions(memory_limit=limit)) as plan:
+        assert {job.name for job in plan.pieces if job.whole is not None} == {EMBEDDING, HEAD}
+    assert written(recipe, tmp_path / "out", memory_limit=limit) == expected
+
+
+@needs_blocks
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_quantised_weight_is_merged_in_blocks(tmp_path: Path, adapted: bool) -> None:
+    """It counts only in the base, in another spelling; as it is, or under an adapter."""
+    family = LargeFamily(tmp_path)
+    quantise(family.base_folder, EMBEDDING)
+    shorten(family.base_folder)
+    recipe = family.call("ties", {"density": 0.5})
+    if adapted:
+        prefix = "base_model.model.model.embed_tokens."
+        tensors: Tensors = {
+            f"{prefix}lora_embedding_A": torch.randn(4, random_weights(0, vocabulary=12_345)[EMBEDDING].shape[0]),
+            f"{prefix}lora_embedding_B": torch.randn(32, 4),
+        }
+        config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["embed_tokens"]}
+        adapter = save_adapter(tmp_path / "adapter", tensors, config)
+        recipe["models"][0]["model"] = f"{family.base_folder}+{adapter}"
+    expected = written(recipe, tmp_path / "expected")
+    limit = tightest(recipe)
+    with plan_merge(recipe, options=MergeOptions(memory_limit=limit)) as plan:
+        assert len([job for job in plan.pieces if job.whole is not None]) >= 8
+    assert written(recipe, tmp_path / "out", memory_limit=limit) == expected
+
+
+KILLED = """
+import os, signal, sys
+from resm_kernels import merge_checkpoints
+from resm_kernels.checkpoint import CheckpointWriter, tensor_writer
+
+tensor_writer.FLUSH_BYTES = 1
+write, left = CheckpointWriter.write, int(sys.argv[3])
+
+def killed(self, name, tensor, start=0):
+    global left
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    left -= 1
+    write(self, name, tensor, start)
+
+CheckpointWriter.write = killed
+merge_checkpoints(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize(("tensors", "notes", "resumed"), [(12, None, 10), (14, None, 11), (20, 2, 11)])
+def test_a_quantised_output_goes_on_after_a_kill(tmp_path: Path, tensors: int, notes: int | None, resumed: int) -> None:
+    """Between two weights, between the codes and the scales of one, and with the notes on the rounding lost."""
+    family = family_of(tmp_path)
+    recipe = family.recipe_file("task_arithmetic", out_dtype="fp8")
+    whole = merge_checkpoints(recipe, tmp_path / "whole" / "out")
+    command = [sys.executable, "-c", KILLED, str(recipe), str(family.out), str(tensors)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    log = unfinished_folder(family.out) / "rounding.jsonl"
+    lines = [line for line in log.read_text().splitlines() if line][:notes]
+    log.write_text("\n".join([*lines, '{"name": "mo']))
+    report = merge_checkpoints(recipe, family.out)
+    assert report.tensors_resumed == resumed
+    assert report.kept == whole.kept and len(report.kept) == 21
+    assert contents(family.out) == contents(tmp_path / "whole" / "out")
+    assert "rounding.json" in json.loads((family.out / "resm_kernels.json").read_text())["files"]
+    assert not verify_checkpoint(family.out).findings and family.leftovers() == ["out"]
