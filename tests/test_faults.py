@@ -135,7 +135,7 @@ def test_crash_keeps_what_is_done(family: Family, monkeypatch: pytest.MonkeyPatc
     written: list[str] = []
     write = CheckpointWriter.write
 
-    def counted(self: CheckpointWriter, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+    def counted(self: CheckpointWriter, name: str, tensor: torch.Tensor, start: int) -> None:
         write(self, name, tensor, start)
         written.append(name)
 

@@ -89,7 +89,7 @@ def test_a_full_file_system(tmp_path: Path) -> None:
         "from resm_kernels import cli\n"
         "from resm_kernels.checkpoint import CheckpointWriter\n"
         "(fill, filler), seen, write = sys.argv[1:3], [], CheckpointWriter.write\n"
-        "def filling(self, name, tensor, start=0):\n"
+        "def filling(self, name, tensor, start):\n"
         "    write(self, name, tensor, start)\n"
         "    seen.append(name)\n"
         "    if len(seen) == 10:\n"

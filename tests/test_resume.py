@@ -37,7 +37,7 @@ def cut_off(family: Family, monkeypatch: pytest.MonkeyPatch, tensors: int = 12, 
     """Merge until so many tensors are written, and stop there; return the unfinished folder."""
     write, written = CheckpointWriter.write, []
 
-    def stop(self: CheckpointWriter, name: str, tensor: torch.Tensor, start: int = 0) -> None:
+    def stop(self: CheckpointWriter, name: str, tensor: torch.Tensor, start: int) -> None:
         if len(written) == tensors:
             raise Cut
         write(self, name, tensor, start)

@@ -77,11 +77,14 @@ DAMAGES: list[tuple[Callable[[Path], object], list[str]]] = [
     (lambda out: resave(out, lambda t: t.pop(NORM)), [f"tensor '{NORM}' is not in it, although"]),
     (lambda out: resave(out, lambda t: t.__setitem__("more", t[NORM].clone())), ["holds tensor 'more', which"]),
     (lambda out: min(out.glob("*.safetensors")).unlink(), ["shard named by model.safetensors.index.json is missing"]),
-    (lambda out: (out / "config.json").unlink(), ["config.json: is missing"]),
+    (lambda out: (out / "config.json").unlink(), ["config.json: no such file"]),
     (lambda out: (out / "config.json").write_text("{"), ["config.json: cannot be read as JSON"]),
-    (lambda out: (out / "resm_kernels.json").write_text("{"), ["resm_kernels.json: is damaged"]),
-    (no_file, ["resm_kernels.json: is damaged"]),
-    (lambda out: (out / "model.safetensors.index.json").write_text("[]"), ["not a safetensors index"]),
+    (lambda out: (out / "resm_kernels.json").write_text("{"), ["resm_kernels.json: cannot be read as JSON"]),
+    (no_file, ["resm_kernels.json: is a pipe, need a regular file"]),
+    (
+        lambda out: (out / "model.safetensors.index.json").write_text("[]"),
+        ["model.safetensors.index.json: got a JSON list, need an object"],
+    ),
 ]
 
 

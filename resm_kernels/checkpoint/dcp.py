@@ -23,6 +23,7 @@ from resm_kernels.checkpoint.dcp_names import model_tensors
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully
 from resm_kernels.checkpoint.reader import CheckpointReader
 from resm_kernels.dtypes import SAFETENSORS_NAMES
+from resm_kernels.files import open_regular
 
 _MOST_OPEN_FILES: Final = 64
 _MOST_BUFFERS: Final = 1024  # of one system call (IOV_MAX)
@@ -186,10 +187,7 @@ class DcpReader(CheckpointReader):
         if self._keeps_open:
             yield self._descriptor(file)
             return
-        try:
-            fd = os.open(file, os.O_RDONLY)
-        except OSError as error:
-            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
+        fd = open_regular(file, CheckpointError)
         try:
             yield fd
         finally:

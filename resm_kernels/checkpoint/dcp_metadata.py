@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError
+from resm_kernels.files import read_bytes
 
 METADATA_FILE: Final = ".metadata"
 _MAX_BYTES: Final = 2**31
@@ -95,12 +96,7 @@ def read_metadata(folder: Path) -> DcpMetadata:
         CheckpointError: The file cannot be read, is damaged, or holds something else than such files do.
     """
     file = folder / METADATA_FILE
-    try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise CheckpointError(f"{file}: has {file.stat().st_size} bytes, need at most {_MAX_BYTES}")
-        content = file.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
+    content = read_bytes(file, CheckpointError, limit=_MAX_BYTES)
     try:
         root = _Unpickler(content).load()
         return _parse(root, len(content) // _BLOCK_BYTES)

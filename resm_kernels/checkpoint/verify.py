@@ -123,6 +123,8 @@ def _check_tensors(
                 report.findings.append(f"{place} holds {bad} NaN or infinite values")
             if entry is not None and digest != entry[HASH]:
                 report.findings.append(f"{place} has other bytes than when it was written (hash {digest})")
+    for name, info in reader.unindexed.items():
+        report.findings.append(f"{info.file}: holds tensor {name!r}, which the index does not name there")
     for name in sorted(set(record or ()) - set(reader.tensors)):
         report.findings.append(f"{reader.folder}: tensor {name!r} is in {RECORD_FILE}, but in no weight file")
 

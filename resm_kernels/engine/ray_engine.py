@@ -66,10 +66,11 @@ def merge_on_ray(
         import ray
     except ImportError as error:
         raise ClusterError("engine: ray is not installed; need pip install 'resm-kernels[ray]'") from error
+    library: Any = ray  # some of its functions have no annotations
     jobs = [job for job in plan.jobs if job.name in names]
     if not jobs:
         return Timings()
-    with _cluster(ray, plan.options), _proof(writer.folder.parent) as proof:
+    with _cluster(library, plan.options), _proof(writer.folder.parent) as proof:
         order = Order(
             recipe=plan.recipe,
             method=plan.method,
@@ -80,9 +81,9 @@ def merge_on_ray(
             environment=environment(),
             fingerprint=fingerprint(plan),
         )
-        places = find_places(ray.nodes(), plan.options)
+        places = find_places(library.nodes(), plan.options)
         batches = make_batches(jobs, lambda job: REFERENCE.seconds(job_work(plan.method, job)), len(places))
-        return Driver(ray, order, places, batches, writer, kept, progress).run()
+        return Driver(library, order, places, batches, writer, kept, progress).run()
 
 
 @dataclass
