@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import load_model, random_weights, save_adapter
+from checkpoints import Family, load_model, random_weights, save_adapter
 from kills import contents
 from quantised_weights import fp8_blocks
 from safetensors.torch import load_file, save_file
@@ -19,9 +19,9 @@ from test_quantised_merge import FP8, Tensors, equal, merged, store_fp8
 from test_rounding import family_of
 
 from resm_kernels import _extension, merge_checkpoints
-from resm_kernels.checkpoint import verify_checkpoint
+from resm_kernels.checkpoint import CheckpointError, verify_checkpoint
 from resm_kernels.checkpoint.place import unfinished_folder
-from resm_kernels.engine import plan_merge
+from resm_kernels.engine import MergeError, plan_merge
 from resm_kernels.options import MergeOptions
 
 needs_blocks = pytest.mark.skipif(_extension.native is None, reason="blocks need the compiled extension")
@@ -68,6 +68,40 @@ def test_an_output_in_the_layout_of_a_model_in_another_spelling(tmp_path: Path) 
         shorten(folder)
     assert equal(merged(recipe, family.out), expected)
     assert not verify_checkpoint(family.out).findings
+
+
+def test_a_config_that_names_modules_in_another_spelling_is_refused(tmp_path: Path) -> None:
+    family = Family(tmp_path)
+    store_fp8(family.folders[0])
+    shorten(family.folders[0])
+    file = family.folders[0] / "config.json"
+    config = json.loads(file.read_text())
+    recipe = family.recipe("ties", out_dtype="fp8")
+    for modules, is_refused in ((["lm_head"], False), (["layers.0.mlp"], True)):
+        config["quantization_config"] |= {"modules_to_not_convert": modules}
+        file.write_text(json.dumps(config))
+        if is_refused:
+            with pytest.raises(MergeError, match=r"names 'layers.0.mlp', but its 'layers.0.mlp.\S+' is 'model.layers"):
+                plan_merge(recipe)
+        else:
+            plan_merge(recipe).close()
+
+
+def test_torch_folders_have_full_weights(tmp_path: Path) -> None:
+    recipe = family_of(tmp_path).recipe("ties", out_dtype="fp8")
+    with pytest.raises(MergeError, match="out_dtype: got 'fp8' for a torch DCP folder"):
+        plan_merge(recipe, options=MergeOptions(out_format="dcp"))
+
+
+def test_quantised_components_are_refused(tmp_path: Path) -> None:
+    store_fp8(Family(tmp_path).base_folder)
+    (tmp_path / "base").rename(tmp_path / "unet")
+    folder = tmp_path / "pipeline"
+    folder.mkdir()
+    (tmp_path / "unet").rename(folder / "unet")
+    (folder / "model_index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"holds quantised weights \(unet/model.layers.0.mlp.down_proj.weight"):
+        plan_merge({"merge_method": "linear", "models": [{"model": str(folder), "parameters": {"weight": 1}}] * 2})
 
 
 @needs_blocks

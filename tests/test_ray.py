@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import Family, load_model
+from test_rounding import family_of
 from torch import Tensor
 
 from resm_kernels.checkpoint.place import unfinished_folder
@@ -98,6 +99,15 @@ def test_two_workers_write_the_same_files(
     assert contents(family.out) == expected
     assert len(calls) > 8 and calls == sorted(calls) and calls[-1] == (report.bytes_read + sum_of(family.out),) * 2
     assert 0 < report.memory_peak <= report.memory_bound
+
+
+def test_workers_round_weights_and_say_how_they_fared(cluster: Any, tmp_path: Path) -> None:
+    family = family_of(tmp_path)
+    recipe = family.recipe("task_arithmetic", out_dtype="fp8")
+    whole = merge_checkpoints(recipe, tmp_path / "local" / "out", max_shard_size=SHARDS)
+    report = merge_checkpoints(recipe, family.out, max_shard_size=SHARDS, engine="ray", workers=2, threads=1)
+    assert contents(family.out) == contents(tmp_path / "local" / "out")
+    assert report.kept == whole.kept and len(report.kept) == 21
 
 
 def sum_of(folder: Path) -> int:

@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +32,7 @@ from resm_kernels.checkpoint.quantised.rounding import round_fp8, round_mxfp4
 from resm_kernels.checkpoint.quantised.scaled import SCALE_INV, Scaled, ScaledNibbles
 from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
-from resm_kernels.files import LIST_BYTES, parse_object, read_bytes
+from resm_kernels.files import LIST_BYTES, parse_object, read_bytes, shortened
 from resm_kernels.linalg.threads import run
 from resm_kernels.tensor_names import layer_position
 
@@ -348,6 +348,7 @@ class OutputFormat:
                 f"{model.folder}: activation_scheme: got {self.config['activation_scheme']!r}, need 'dynamic' for "
                 f"out_dtype: {name}, because constants for activations do not hold for a merged model"
             )
+        self._check_names()
 
     def _stores(self, model: Model, tensor: str) -> bool:
         encoded = model.reader.encoded(tensor)
@@ -358,16 +359,33 @@ class OutputFormat:
         """The `quantization_config` of the output."""
         return dict(self.model.reader.quantization)
 
-    def check_stacked(self) -> None:
-        """Refuse a config that names layers, for an output whose layers are stacked anew."""
+    def _named_modules(self) -> Iterator[tuple[str, str]]:
+        """Yield the modules that the config names, each with the key that it stands under."""
         for key in ("modules_to_not_convert", "ignored_layers"):
             modules = self.config.get(key)
-            for module in modules if isinstance(modules, list) else ():
-                if layer_position(f"{module}.") is not None:
-                    raise MergeError(
-                        f"{self.model.folder}: {key} of its quantization_config names {module!r}; slices give layers "
-                        f"other numbers, need out_dtype: bfloat16"
-                    )
+            yield from ((key, str(module)) for module in (modules if isinstance(modules, list) else ()))
+
+    def _check_names(self) -> None:
+        """Refuse a config that names modules which have other names in the output, in the reference's spelling."""
+        reader = self.model.reader
+        renamed = {stored: name for name in reader.tensors if (stored := reader.stored_name(name)) != name}
+        for key, module in self._named_modules():
+            affected = next((stored for stored in renamed if f"{module}." in stored), None)
+            if affected is not None:
+                raise MergeError(
+                    f"{self.model.folder}: {key} of its quantization_config names {shortened(module)}, but its "
+                    f"{affected!r} is {renamed[affected]!r} in the output; need out_dtype: bfloat16, or models that "
+                    "name their tensors alike"
+                )
+
+    def check_stacked(self) -> None:
+        """Refuse a config that names layers, for an output whose layers are stacked anew."""
+        for key, module in self._named_modules():
+            if layer_position(f"{module}.") is not None:
+                raise MergeError(
+                    f"{self.model.folder}: {key} of its quantization_config names {shortened(module)}; slices give "
+                    "layers other numbers, need out_dtype: bfloat16"
+                )
 
     def rounding(
         self,
