@@ -70,8 +70,8 @@ def test_a_merge_goes_on_with_the_same_bits(family: Family, monkeypatch: pytest.
 
 
 def test_what_does_not_shape_the_output_may_change(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    cut_off(family, monkeypatch, memory_limit="1MiB", threads=1)
-    report = merge(family, memory_limit="2MiB", threads=2)
+    cut_off(family, monkeypatch, memory_limit="8450kB", threads=1)
+    report = merge(family, memory_limit="9MB", threads=2)
     assert report.tensors_resumed == 12
     assert contents(family.out) == expected(family)
 
