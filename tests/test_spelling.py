@@ -17,6 +17,7 @@ from statistics_files import with_statistics
 from statistics_files import write as write_statistics
 
 from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge, spelling
+from resm_kernels.engine.architecture import find_architecture
 from resm_kernels.engine.config_warnings import differences
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
@@ -290,6 +291,18 @@ plan_merge({family.recipe()!r})
 assert "transformers" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("count", ["num_hidden_layers", "num_local_experts"])
+def test_a_configuration_of_endless_layers_is_not_built(family: Family, count: str) -> None:
+    for folder in (family.base_folder, *family.folders):
+        file = folder / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {count: 10**9}))
+    assert find_architecture(family.base_folder, json.loads(file.read_text())) is None
+    write = {name.removeprefix("model."): tensor.clone() for name, tensor in family.experts[1].items()}
+    save_file(write, family.folders[1] / "model.safetensors")
+    report = merge_checkpoints(family.recipe("linear"), family.out)
+    assert any("expert1: reads" in note for note in report.notes)
 
 
 def test_names_that_no_rule_explains_stay_an_error(family: Family) -> None:

@@ -21,6 +21,11 @@ from resm_kernels.tensor_names import layer_position
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
 """Entries of a config.json on which names do not depend."""
 
+_LAYERS: Final = re.compile(r"layer|depth|blocks?$")
+_EXPERTS: Final = re.compile(r"experts?$")
+_MOST_PARTS: Final = 200_000
+"""The most layers times experts of a model that is built; the largest models have some ten thousand."""
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -149,7 +154,8 @@ class Architecture:
 def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture | None:
     """Return what transformers knows about a model; None if it is not installed or has no such class.
 
-    Only transformers' own classes count: no code of the model's folder is run.
+    So it is for configurations of more layers than any model has, which would take minutes or more to build. Only
+    transformers' own classes count: no code of the model's folder is run.
     """
     try:
         import transformers
@@ -161,6 +167,8 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
     model_class: Any = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
         return None
+    if _parts(config) > _MOST_PARTS:
+        return None
     with _quiet():
         try:
             parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -169,6 +177,22 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
             return Architecture(_on_meta(model_class, parsed))
         except Exception:  # whatever a class does with a configuration that it does not take
             return None
+
+
+def _parts(config: Mapping[str, Any]) -> int:
+    """Return how many layers times experts the configuration asks for at most, summed over its sections."""
+    layers = experts = 1
+    nested = 0
+    for key, value in config.items():
+        entries = value if isinstance(value, list) else [value]
+        nested += sum(_parts(section) for section in entries if isinstance(section, Mapping))
+        # Depths of stages add up; other lists have an entry for each layer, or are numbers of layers.
+        counts = [n for n in entries if isinstance(n, int) and (value is n or "depth" in key)]
+        if _LAYERS.search(key):
+            layers = max(layers, sum(counts), len(entries))
+        elif _EXPERTS.search(key):
+            experts = max(experts, sum(counts))
+    return layers * experts + nested
 
 
 def _on_meta(model_class: Any, config: Any) -> Any:
