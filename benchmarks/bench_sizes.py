@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--memory-limit", default="512MiB", help="of the merges (default: 512MiB)")
     parser.add_argument("--peers", nargs="*", default=[], choices=list(SIZES), help="sizes that mergekit merges too")
     parser.add_argument(
-        "--folder", type=Path, default=Path(), help="where the models are made, for the time of the run"
+        "--folder", type=Path, default=Path("build"), help="where the models are made, for the time of the run"
     )
     parser.add_argument("--keep", action="store_true", help="keep the models in --folder and use those that are there")
     parser.add_argument("--json", type=Path, help="add the results to this record")
@@ -258,6 +258,7 @@ def main() -> None:
     peer = Path(sys.executable).parent / "mergekit-yaml"
     if options.peers and not peer.exists():
         parser.error("mergekit-yaml is not installed beside this Python; install mergekit or leave out --peers")
+    options.folder.mkdir(parents=True, exist_ok=True)
     record = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
     for size in options.sizes:
         need = 2 * (EXPERTS + 2) * sum(torch.Size(shape).numel() for _, shape in shapes(size))
