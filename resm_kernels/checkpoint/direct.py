@@ -1,10 +1,10 @@
 """Writes to disk past the page cache, where the system allows it.
 
 A write through the page cache copies into fresh pages of memory, which a virtual machine may have to fetch from its
-host, and waits for the same disk when it is flushed. On a virtual machine with an NVMe disk a gigabyte took 0.5 s past
-the cache, 0.03 s of them the processor's, and 1.6 s through it, 0.5 s the processor's. What other programs have in the
-cache stays there. Reads go through the cache: they were as fast as direct ones from the disk, and 10 times faster from
-the cache, in which the inputs of a second pass are.
+host, and waits for the same disk when it is flushed. (Measured on a virtual machine, 1 GB: 0.5 s past the cache, 0.03 s
+of them the processor's; 1.6 s through it, 0.5 s the processor's.) What other programs have in the cache stays there.
+Reads go through the cache: they were as fast as direct ones from the disk, and 10 times faster from the cache, in which
+the inputs of a second pass are.
 """
 
 from __future__ import annotations
