@@ -109,7 +109,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_merged_files_are_the_cpus(family: Family, gpus: Any, method: str, count: int) -> None:
     ids = torch.arange(8)
     for folder, weights in zip([family.base_folder, *family.folders], [family.base, *family.experts], strict=True):
-        save_model(folder, weights | {"position_ids": ids})
+        save_model(folder, weights | {"ids": ids})
     recipe = family.recipe(method, out_dtype="float16", parameters={"density": 0.3} if "ties" in method else {})
     if get(method).statistics:
         recipe, _ = with_statistics(family, method, out_dtype="float16")
@@ -120,7 +120,7 @@ def test_merged_files_are_the_cpus(family: Family, gpus: Any, method: str, count
         out = family.root / str(limit) / family.out.name  # the model card names it
         report = merge_checkpoints(recipe, out, device="cuda:all", memory_limit=limit, max_shard_size="40kB")
         assert files(out) == expected
-        assert sum(use.tensors for use in report.devices) == report.tensors - 1  # position_ids stay here
+        assert sum(use.tensors for use in report.devices) == report.tensors - 1  # ids stay here
         assert 0 < report.memory_peak <= report.memory_bound
         assert all(use.memory_peak <= use.memory_limit == 800_000_000 for use in report.devices)
         assert report.busy_share(report.devices[0]) == 0.25 / report.seconds
