@@ -26,6 +26,13 @@ ThreadsOption = Annotated[
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Refuse models of which tensors would be left out, renamed or added.")
 ]
+KeepOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Write the merge of each named document of RECIPE to DIR/NAME first. By default it is streamed.",
+    ),
+]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 OutFormatOption = Annotated[
     str, typer.Option(help="safetensors; or dcp, a folder for torch.distributed.checkpoint.load.")

@@ -6,6 +6,7 @@ Importing this module does not import torch, so that the command line can show t
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
@@ -39,6 +40,7 @@ class MergeKeywords(TypedDict, total=False):
     engine: str
     address: str | None
     workers: int | None
+    keep_intermediates: str | os.PathLike[str] | None
     strict: bool
 
 
@@ -81,6 +83,7 @@ class MergeOptions:
     engine: str = "local"
     address: str | None = None
     workers: int | None = None
+    keep_intermediates: str | os.PathLike[str] | None = None
     strict: bool = False
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
@@ -143,6 +146,7 @@ class CalibrateKeywords(TypedDict, total=False):
     max_shard_size: str | int
     overwrite: bool
     restart: bool
+    strict: bool
 
 
 EMBEDDINGS: Final = ("merged", "token-counts")
@@ -152,7 +156,7 @@ POLISHED_RIDGE: Final = 0.1
 """Defaults of `ridge`, for least squares alone and before a polish. Alone, least squares have to fit what they can; a
 polish fits the rest, and gets further from weights that stayed nearer to the merge."""
 # The options that change nothing but where and in which pieces the work is done.
-_NO_JOB: Final = ("answers", "device", "threads", "overwrite", "restart", "max_shard_size")
+_NO_JOB: Final = ("answers", "device", "threads", "overwrite", "restart", "max_shard_size", "strict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,6 +185,7 @@ class CalibrateOptions:
     max_shard_size: str | int = "5GB"
     overwrite: bool = False
     restart: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("answer_weight", "ridge", "learning_rate"):

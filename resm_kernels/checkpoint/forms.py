@@ -105,11 +105,7 @@ def open_form(path: Path) -> tuple[CheckpointReader, dict[str, Any], Form]:
     """
     reader, form = open_stored(path)
     try:
-        config: dict[str, Any] = {}
-        if form.config_file == CONFIG_FILE:
-            config = read_config(path)
-        elif form.config_file is not None:
-            config = read_object(path / form.config_file, CheckpointError)
+        config = read_form_config(path, form)
         if not isinstance(reader, ComponentsReader):
             return formed(reader, config), without_quantization(config), form
         quantised = next(filter(is_quantised, {**reader.tensors, **reader.unindexed}.values()), None)
@@ -122,6 +118,13 @@ def open_form(path: Path) -> tuple[CheckpointReader, dict[str, Any], Form]:
         reader.close()
         raise
     return reader, config, form
+
+
+def read_form_config(path: Path, form: Form) -> dict[str, Any]:
+    """Return the configuration of a model of that form; a single file has none."""
+    if form.config_file == CONFIG_FILE:
+        return read_config(path)
+    return {} if form.config_file is None else read_object(path / form.config_file, CheckpointError)
 
 
 def open_stored(path: Path) -> tuple[CheckpointReader, Form]:

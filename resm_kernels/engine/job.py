@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,6 +19,8 @@ from resm_kernels.lora.config import WEIGHTS_FILE as ADAPTER_WEIGHTS
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
 
+JOB: Final = "job"
+"""The entry of a record that has the hash of what a model was made from."""
 _HEAD: Final = 2**20
 _SUFFIX: Final = ".safetensors"
 
@@ -35,23 +38,39 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "max_shard_size": plan.options.shard_bytes,
     }
     state = _content if plan.options.hash_inputs else _state
-    return entries | {f"input file {file}": state(file) for file in _input_files(plan)}
+    return entries | {f"input file {file}": state(file) for file in input_files(plan)}
 
 
 def record_facts(plan: MergePlan) -> dict[str, Any]:
-    """Return what the record in the output says of the merge: the recipe's SHA-256 and the random seed."""
+    """Return what the record in the output says of the merge: the recipe's SHA-256 and the random seed.
+
+    A document that other documents read has a hash of all that it is merged from, too, by which it is known again.
+    """
     recipe = hashlib.sha256(plan.recipe.text.encode()).hexdigest()
-    return {"recipe": recipe, "random_seed": plan.options.random_seed}
+    facts = {"recipe": recipe, "random_seed": plan.options.random_seed}
+    if plan.recipe.name is not None:
+        facts[JOB] = hashlib.sha256(json.dumps(merge_job(plan), sort_keys=True).encode()).hexdigest()
+    return facts
 
 
-def _input_files(plan: MergePlan) -> list[Path]:
+def input_files(plan: MergePlan, *, tokenizers: bool = False) -> list[Path]:
+    """Return every file that a merge reads; of models that other documents merge, those that these read.
+
+    Args:
+        tokenizers: List the files of tokenizers even if the merge itself does not read them.
+    """
     files = set(statistics_files(plan.statistics))
-    patterns = (CONFIG_FILE, *(TOKENIZER_PATTERNS if plan.tokenizer is not None else ()))
+    tokenizers = tokenizers or plan.tokenizer is not None
+    patterns = (CONFIG_FILE, *(TOKENIZER_PATTERNS if tokenizers else ()))
     for model in plan.models.all():
         files |= set(model.reader.files)
-        files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
-        files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
-    return sorted(file.resolve() for file in files)
+        if model.plan is not None:
+            files |= set(input_files(model.plan, tokenizers=tokenizers))
+        else:
+            files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
+        if model.is_on_disk:
+            files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
+    return sorted({file.resolve() for file in files})
 
 
 def _content(file: Path) -> dict[str, Any]:

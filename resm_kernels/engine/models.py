@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resm_kernels.checkpoint import (
     CheckpointError,
@@ -23,7 +23,19 @@ from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
 from resm_kernels.checkpoint.quantised import without_quantization
 from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
-from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
+from resm_kernels.recipe import (
+    Recipe,
+    RecipeError,
+    Source,
+    document_name,
+    dotted,
+    model_and_adapter,
+    model_folder,
+)
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.documents import Documents
+    from resm_kernels.engine.plan import MergePlan
 
 
 class MergeError(ValueError):
@@ -42,6 +54,8 @@ class Model:
             DCP folder without config takes both from another folder. If there is none, `config` is empty.
         form: The form that the model has on disk; for an adapter, its base model's.
         dcp: Reads the tensors as the torch DCP folder has them; None for a model of another form.
+        plan: How the model is merged, if another document of the recipe says so, or the base model of an adapter;
+            `folder` is then the document's name. None for a model on disk.
     """
 
     folder: Path
@@ -50,6 +64,12 @@ class Model:
     base_folder: Path
     form: Form = field(default_factory=Form)
     dcp: DcpReader | None = None
+    plan: MergePlan | None = None
+
+    @property
+    def is_on_disk(self) -> bool:
+        """True if `folder` is a folder or a file, False if it is the name of a document."""
+        return self.plan is None or isinstance(self.reader, AdapterReader)
 
     @property
     def has_config(self) -> bool:
@@ -77,8 +97,12 @@ class OpenedModels:
 
     @property
     def folders(self) -> list[Path]:
-        """Every input folder once."""
-        return list(dict.fromkeys(f for model in self.all() for f in (model.folder, model.base_folder)))
+        """Every input folder once; also those that other documents of the recipe read."""
+        folders: list[Path] = []
+        for model in self.all():
+            folders += [model.folder] if model.is_on_disk else []
+            folders += [model.base_folder] if model.plan is None else model.plan.models.folders
+        return list(dict.fromkeys(folders))
 
 
 def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
@@ -123,16 +147,30 @@ class _Spelled:
         reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, find=find))
         if reader.renames:
             self.notes.append(adapter_note(folder, reader.renames))
-        return Model(folder, reader, base.config, base.folder, base.form)
+        base_folder = base.folder if base.plan is None else base.base_folder
+        return Model(folder, reader, base.config, base_folder, base.form, plan=base.plan)
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model is: its folder, its adapter's folder, and whether the adapter's record of its base counts."""
+    """Where a model is.
+
+    Attributes:
+        base: Its folder, or the name of the document that merges it.
+        adapter: Its adapter's folder.
+        recorded: Whether the adapter's record of its base counts.
+        merged: True if `base` is the name of a document.
+    """
 
     base: Path
     adapter: Path | None = None
     recorded: bool = False
+    merged: bool = False
+
+    @property
+    def key(self) -> str:
+        """The same text for all names of one base."""
+        return f"document {self.base}" if self.merged else os.path.realpath(self.base)
 
 
 def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> Model:
@@ -157,33 +195,41 @@ def _check_dcp_keys(recipe: Recipe, models: Iterable[Model]) -> None:
         raise RecipeError("config_source: every model has a config.json, so that this key has no effect; remove it")
 
 
-def open_models(recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bool = False) -> OpenedModels:
+def open_models(
+    recipe: Recipe, on_error: contextlib.ExitStack, documents: Documents, *, as_stored: bool = False
+) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened.
 
     Torch DCP folders that have no config take that of `config_source`, or else that of the first model that has one.
 
     Args:
+        documents: The models that other documents of the recipe merge.
         as_stored: As for `Spellings`.
     """
     # Spectral methods would take the rounding errors of weights that an adapter forms in fp32 for directions.
     double = any(p.name == "spectral" for p in recipe.method.parameters)
     first = recipe.sources[0]
     where = "base_model" if recipe.base_model is not None else dotted(first.model_location)
-    places = {recipe.reference: _locate(recipe, recipe.reference, where)}
+    places = {recipe.reference: _locate(recipe, recipe.reference, where, documents)}
     for source in recipe.sources:
         if source.model not in places:
-            places[source.model] = _locate(recipe, source.model, dotted(source.model_location))
-    bases = {os.path.realpath(place.base): place.base for place in places.values()}
-    opened_bases = [
-        (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error))
-        for folder in bases.values()
-    ]
+            places[source.model] = _locate(recipe, source.model, dotted(source.model_location), documents)
+    bases = {place.key: place for place in places.values()}
+
+    def open_base(place: _Place) -> Model:
+        if place.merged:
+            return documents.model(str(place.base), on_error)
+        if is_dcp_folder(place.base):
+            return _open_dcp(recipe, place.base, on_error)
+        return _open_whole(place.base, on_error)
+
+    opened_bases = [open_base(place) for place in bases.values()]
     _check_dcp_keys(recipe, opened_bases)
     spelled = _Spelled(_with_configs(opened_bases), as_stored=as_stored)
     wholes = dict(zip(bases, spelled.models, strict=True))
 
     def open_place(place: _Place) -> Model:
-        base = wholes[os.path.realpath(place.base)]
+        base = wholes[place.key]
         if place.adapter is None:
             return base
         adapter = spelled.open_adapter(place.adapter, base, on_error, double=double)
@@ -205,14 +251,25 @@ def _with_configs(models: Sequence[Model]) -> list[Model]:
     return [m if m.has_config else replace(m, config=source.config, base_folder=source.base_folder) for m in models]
 
 
-def _locate(recipe: Recipe, path: str, where: str) -> _Place:
+def _locate(recipe: Recipe, path: str, where: str, documents: Documents) -> _Place:
     """Return the folders of a model that the recipe names; an adapter alone belongs to the recipe's base model."""
-    pair = model_and_adapter(path, where)
+    if (name := document_name(path, recipe.documents)) is not None:
+        adapter = path.removeprefix(name).removeprefix("+")
+        folder = documents.written.get(name)
+        place = _Place(Path(name), merged=True) if folder is None else _Place(folder)
+        return replace(place, adapter=model_folder(adapter, where)) if adapter else place
+    try:
+        pair = model_and_adapter(path, where)
+        folder = model_folder(path, where) if pair is None else pair[0]
+    except RecipeError as error:
+        if not recipe.documents:
+            raise
+        raise RecipeError(f"{error}, or the name of a document: {', '.join(recipe.documents)}") from error
     if pair is not None:
         return _Place(*pair)
-    folder = model_folder(path, where)
     if not is_adapter_folder(folder):
         return _Place(folder)
     if where == "base_model" or recipe.base_model is None or model_and_adapter(recipe.base_model, "base_model"):
         raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-    return _Place(model_folder(recipe.base_model, "base_model"), folder, recorded=True)
+    base = _locate(recipe, recipe.base_model, "base_model", documents)
+    return replace(base, adapter=folder, recorded=not base.merged)

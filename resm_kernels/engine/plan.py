@@ -7,9 +7,10 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
 
 from resm_kernels.checkpoint import (
     OutputPlan,
@@ -24,6 +25,7 @@ from resm_kernels.engine.cuda_device import open_devices
 from resm_kernels.engine.dcp import check_config_source, check_full_weights, dcp_notes, output_marker, output_paths
 from resm_kernels.engine.describe import describe_plan
 from resm_kernels.engine.devices import Device
+from resm_kernels.engine.documents import Documents, check_documents, document_notes
 from resm_kernels.engine.layout import Layout, and_more, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
@@ -35,7 +37,7 @@ from resm_kernels.engine.vocabulary import Vocabulary
 from resm_kernels.engine.window import Window
 from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
-from resm_kernels.recipe import Recipe, load_recipe
+from resm_kernels.recipe import Recipe, RecipeSource, kept_folders, load_recipe
 from resm_kernels.tensor_names import OUTPUT_HEAD
 
 if TYPE_CHECKING:
@@ -66,6 +68,8 @@ class MergePlan:
         notes: What the user should know, a line each: what is left out of the models, renamed or added because files
             spell one model in different ways; how quantised weights are read; what torch DCP folders hold beside.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
+        documents: The plans of the recipe's other documents that are read, by name, each after those that it reads.
+        written: The folders of those that have been merged already.
         began: Value of `time.perf_counter()` when planning began.
     """
 
@@ -85,6 +89,8 @@ class MergePlan:
     tied: bool
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
+    documents: Mapping[str, MergePlan]
+    written: Mapping[str, Path]
     began: float
 
     @property
@@ -113,8 +119,15 @@ class MergePlan:
         """Bytes of tensor data that the merge reads."""
         return sum(j.input_bytes for j in self.jobs)
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The warnings and notes as lines to print."""
+        return (*(f"warning: {line}" for line in self.warnings), *(f"note: {line}" for line in self.notes))
+
     def describe(self, machine: tuple[Machine, str] | None = None) -> str:
         """Return what would be merged, in which memory, on which devices and into which files, one line for each.
+
+        The recipe's other documents come first.
 
         With a machine, and words for where its rates are from (`chosen_machine`), also estimate how long it takes.
         """
@@ -137,11 +150,12 @@ class MergePlan:
 
 
 def plan_merge(
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    recipe: RecipeSource,
     out: str | os.PathLike[str] | None = None,
     options: MergeOptions = _DEFAULT_OPTIONS,
     *,
     dense: bool = False,
+    written: Mapping[str, Path] = MappingProxyType({}),
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -154,21 +168,49 @@ def plan_merge(
         out: The output folder, which is checked, but not created; None for a plan that is not to be carried out.
         options: How the merge is to be carried out.
         dense: Form the weights of LoRA adapters even where their factors are enough for the merge.
+        written: Folders of the recipe's other documents that have been merged already, by name.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, the models together or the output folder
             cannot be used.
         ValueError: A device does not exist or has less memory than asked for.
     """
+    recipe = load_recipe(recipe)
+    check_documents(recipe, options)
+
+    def plan_document(document: Recipe, document_options: MergeOptions, documents: Documents) -> MergePlan:
+        return _plan(document, None, document_options, documents)
+
+    documents = Documents(recipe, options, plan_document, written)
+    plan = _plan(recipe, out, options, documents, dense=dense)
+    notes = [f"document {name!r}: {note}" for name, own in documents.plans.items() for note in own.notes]
+    warnings = [f"document {name!r}: {line}" for name, own in documents.plans.items() for line in own.warnings]
+    return replace(
+        plan,
+        notes=(*notes, *document_notes(recipe, options), *plan.notes),
+        warnings=(*warnings, *plan.warnings),
+        documents=documents.plans,
+        written=dict(written),
+    )
+
+
+def _plan(
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    options: MergeOptions,
+    documents: Documents,
+    *,
+    dense: bool = False,
+) -> MergePlan:
+    """Plan the merge of one document; see `plan_merge`."""
     began = time.perf_counter()
     # Workers of a cluster open their own GPUs; here there may be none.
     devices = open_devices("cpu" if options.engine == "ray" else options.device, options.device_bytes)
-    recipe = load_recipe(recipe)
     check_full_weights(recipe, options)
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
         # A training script expects every tensor that it has saved when it loads, buffers and tied heads too.
-        models = open_models(recipe, on_error, as_stored=is_dcp)
+        models = open_models(recipe, on_error, documents, as_stored=is_dcp)
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = not is_dcp and check_tied(models.all())
         spelling_notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))
@@ -199,10 +241,11 @@ def plan_merge(
             shard_bytes = options.shard_bytes if form.config_file is not None else sys.maxsize
             output = plan_output(weights, shard_bytes, form.stems)
         if out is not None:
+            kept = kept_folders(recipe, options.keep_intermediates).values()
             out = check_output_folder(
                 out,
                 overwrite=options.overwrite,
-                inputs=[*models.folders, *statistics_files(statistics)],
+                inputs=[*models.folders, *statistics_files(statistics), *kept],
                 marker=output_marker(out, models, options),
             )
         plan = MergePlan(
@@ -222,6 +265,8 @@ def plan_merge(
             tied=tied,
             notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
             warnings=config_warnings(models.all()),
+            documents={},
+            written={},
             began=began,
         )
         on_error.pop_all()
