@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.engine.conversions import Placement, placements, whole_placement
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
+from resm_kernels.files import shortened
 from resm_kernels.tensor_names import layer_position
 
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
@@ -42,6 +44,22 @@ class Loaded:
     name: str
     known: bool
     ignored: Kind | None = None
+
+
+class _Renamed(NamedTuple):
+    """What transformers makes of a stored name.
+
+    Attributes:
+        piece: The name in the loaded model; of a tensor that is joined with others the one that it has before that.
+        key: The name of the loaded tensor that it becomes or is joined into.
+        converter, pattern: What converts it, and which of the converter's source patterns it matches; None if it is
+            loaded as it is.
+    """
+
+    piece: str
+    key: str
+    converter: Any
+    pattern: str | None
 
 
 class Architecture:
@@ -72,6 +90,7 @@ class Architecture:
         if any(name.endswith("position_ids") for name in buffers):
             patterns.add(r"(^|\.)position_ids$")
         self._ignored = _pattern(patterns)
+        self._known: dict[tuple[str, ...], dict[str, _Renamed]] = {}
         self._layers: dict[str, int] = {}
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
@@ -85,12 +104,45 @@ class Architecture:
             result[name] = Loaded(renamed, known, ignored)
         return result
 
+    def placements(self, tensors: Mapping[str, TensorInfo]) -> dict[str, list[Placement]]:
+        """Return for each tensor of the loaded model where a checkpoint's tensors are in it.
+
+        It is left out if the checkpoint's tensors do not make it up, or make it up twice, or if transformers does more
+        than move their elements.
+        """
+        groups: dict[str, dict[str, _Renamed]] = {}
+        for name, renamed in self._conversions(tensors).items():
+            if renamed.key in self._state:
+                groups.setdefault(renamed.key, {})[name] = renamed
+        found: dict[str, list[Placement]] = {}
+        for key, members in groups.items():
+            shape = tuple(self._state[key].shape)
+            converters = {id(renamed.converter): renamed.converter for renamed in members.values()}
+            converter = next(iter(converters.values()))
+            if len(converters) > 1 or (converter is None and len(members) > 1):
+                continue
+            if converter is None:
+                (name,) = members
+                if tensors[name].shape == shape:
+                    found[key] = [whole_placement(name, key, shape)]
+                continue
+            stored: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+            for name, renamed in members.items():
+                stored.setdefault(str(renamed.pattern), []).append((name, tensors[name].shape))
+            if parts := placements(converter, key, shape, stored):
+                found[key] = parts
+        return found
+
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
         return name if name in self._state else self._renamed([name])[name][0]
 
     def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is.
+        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is."""
+        return {name: (renamed.piece, renamed.key) for name, renamed in self._conversions(names).items()}
+
+    def _conversions(self, names: Iterable[str]) -> dict[str, _Renamed]:
+        """For each name what transformers makes of it, in the order in which transformers reads them.
 
         This follows transformers' `convert_and_load_state_dict_in_model`.
         """
@@ -107,8 +159,12 @@ class Architecture:
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        result = {}
-        for name in sorted(names, key=dot_natural_key):
+        ordered = tuple(sorted(names, key=dot_natural_key))
+        if ordered in self._known:
+            return self._known[ordered]
+        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
+        result: dict[str, _Renamed] = {}
+        for name in ordered:
             key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
             if key not in self._state and name in self._state:
                 key, source = rename_source_key(name, [], [], self._prefix, self._state)
@@ -120,7 +176,8 @@ class Architecture:
                     piece = f"{self._prefix}.{piece}"
                 elif whole == f"{self._prefix}.{key}":
                     piece = piece.removeprefix(f"{self._prefix}.")
-            result[name] = piece, key
+            result[name] = _Renamed(piece, key, None if source is None else by_pattern[source], source)
+        self._known[ordered] = result
         return result
 
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
@@ -143,40 +200,52 @@ class Architecture:
 
         names: set[str] = set()
         for mapping in (MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING):
-            found = mapping.get(type(self._model.config), None)
+            found = mapping.get(type(self._model.config), ())
             for model_class in found if isinstance(found, tuple) else (found,):
                 # A class that does not take this configuration has no tensors to add.
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(AttributeError, TypeError, ValueError):
                     names.update(map(self._bare, _on_meta(model_class, self._model.config).state_dict()))
         return frozenset(names)
 
 
 def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture | None:
-    """Return what transformers knows about a model; None if it is not installed or has no such class.
+    """Return what transformers knows about a model; None if it knows nothing (see `ask_transformers`)."""
+    known = ask_transformers(folder, config)
+    return None if isinstance(known, str) else known
 
-    So it is for configurations of more layers than any model has, which would take minutes or more to build. Only
-    transformers' own classes count: no code of the model's folder is run.
+
+def ask_transformers(folder: Path, config: Mapping[str, Any]) -> Architecture | str:
+    """Return what transformers knows about a model, or else why it knows nothing, in words.
+
+    It is not installed, has no such class, or the class does not take the configuration. Configurations of more layers
+    than any model has would take minutes or more to build, and are not. Only transformers' own classes count: no code
+    of the model's folder is run.
     """
     try:
         import transformers
         from transformers import AutoConfig
-    except ImportError:
-        return None
+    except ImportError as error:
+        return f"transformers cannot be imported ({first_line(error)})"
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     model_class: Any = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-        return None
+        return f"transformers has no class {shortened(name)}" if name else "config.json names no class (architectures)"
     if _parts(config) > _MOST_PARTS:
-        return None
+        return f"config.json asks for more than {_MOST_PARTS} layers and experts"
     with _quiet():
         try:
             parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             if hasattr(parsed, "quantization_config"):
                 del parsed.quantization_config
             return Architecture(_on_meta(model_class, parsed))
-        except Exception:  # whatever a class does with a configuration that it does not take
-            return None
+        except Exception as error:  # whatever a class does with a configuration that it does not take
+            return f"transformers' class {name} does not take its config.json ({first_line(error)})"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _parts(config: Mapping[str, Any]) -> int:

@@ -61,6 +61,7 @@ class DocumentReader(CheckpointReader):
             for stored, *_ in piece.stored:
                 self._pieces.setdefault(stored, []).append(piece)
         self._streaming = streaming_of(plan)
+        self._workspace = max(map(self._need, plan.pieces), default=0)
         self._last: tuple[TensorJob, dict[str, Tensor]] | None = None
 
     @property
@@ -71,7 +72,7 @@ class DocumentReader(CheckpointReader):
     @property
     def workspace(self) -> int:
         """Bytes that merging a tensor, or a block of one, takes beyond the buffer that is filled."""
-        return max(map(self._need, self.plan.pieces), default=0)
+        return self._workspace
 
     def is_stored(self, name: str) -> bool:
         """Return False: the tensor lies in no file."""

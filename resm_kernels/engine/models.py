@@ -85,11 +85,13 @@ class OpenedModels:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
         notes: What is left out of the models, renamed or added, because files spell one model in different ways.
+        remarks: Why transformers was not asked how to spell them, where that would be needed.
     """
 
     reference: Model
     by_source: Mapping[Source, Model]
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def all(self) -> list[Model]:
         """Return every model once, the reference first."""
@@ -135,12 +137,13 @@ class _Spelled:
     Attributes:
         models: The models.
         notes: What is left out, renamed or added.
+        remarks: Why transformers was not asked about that, where it would be needed.
     """
 
     def __init__(self, models: Sequence[Model], *, as_stored: bool = False) -> None:
         self._spellings = Spellings(models, as_stored=as_stored)
         self.models = [replace(m, reader=r) for m, r in zip(models, self._spellings.readers, strict=True)]
-        self.notes = self._spellings.notes
+        self.notes, self.remarks = self._spellings.notes, self._spellings.remarks
 
     def open_adapter(self, folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool = False) -> Model:
         find = self._spellings.finder(self.models.index(base))
@@ -240,7 +243,7 @@ def open_models(
 
     opened = {path: open_place(place) for path, place in places.items()}
     by_source = {source: opened[source.model] for source in recipe.sources}
-    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes))
+    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), tuple(spelled.remarks))
 
 
 def _with_configs(models: Sequence[Model]) -> list[Model]:

@@ -263,7 +263,7 @@ def _plan(
             devices=devices,
             window=window,
             tied=tied,
-            notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
+            notes=(*spelling_notes, *models.remarks, *_reader_notes(models), *dcp_notes(models)),
             warnings=config_warnings(models.all()),
             documents={},
             written={},
