@@ -107,7 +107,7 @@ def test_arrangements_merge_as_if_transformers_had_converted_them(tmp_path: Path
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
         _, info = pair.model_class.from_pretrained(out, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-        with pytest.raises(MergeError, match="strict: .* in another arrangement"):
+        with pytest.raises(MergeError, match=r"strict: .* in another arrangement"):
             merge_checkpoints(pair.recipe(first, second, method), tmp_path / "no", strict=True)
 
 
