@@ -100,7 +100,7 @@ def merge(
     address: AddressOption = MergeOptions.address,
     workers: WorkersOption = MergeOptions.workers,
     machine: MachineOption = None,
-    keep_intermediates: KeepOption = MergeOptions.keep_intermediates,
+    keep_intermediates: KeepOption = None,
     strict: StrictOption = MergeOptions.strict,
     quiet: QuietOption = False,
 ) -> None:

@@ -129,7 +129,8 @@ def _stack(tensors: Sequence[_Moved], dim: int) -> _Moved | None:
 def _concatenate(tensors: Sequence[_Moved], dim: int) -> _Moved | None:
     if len({(*moved.shape[:dim], *moved.shape[dim + 1 :]) for moved in tensors}) != 1:
         return None
-    own, offset, parts = tensors[0].shape, 0, []
+    parts: list[Rectangle] = []
+    own, offset = tensors[0].shape, 0
     for moved in tensors:
         parts += moved.put(dim, offset, new=False)
         offset += moved.shape[dim]
@@ -165,7 +166,8 @@ def _common(wanted: Rectangle, given: Rectangle) -> Rectangle | None:
     """Return the part of `given` that is in `wanted`, placed in the tensor of which `wanted` is the whole."""
     rank = sum(axis is not None for axis in wanted.axes)
     source = list(given.source)
-    start, shape, axes = [0] * rank, [0] * rank, [None] * rank if rank else []
+    start, shape = [0] * rank, [0] * rank
+    axes: list[int | None] = [None] * rank
     for i, (axis, own) in enumerate(zip(wanted.axes, given.axes, strict=True)):
         low = max(wanted.start[i], given.start[i])
         high = min(wanted.start[i] + wanted.shape[i], given.start[i] + given.shape[i])

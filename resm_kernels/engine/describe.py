@@ -25,8 +25,8 @@ def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
         place = kept_folders(plan.recipe, plan.options.keep_intermediates).get(name)
         way = "its tensors are merged when they are read" if place is None else f"kept in {place}"
         blocks.append("\n".join([f"document      {name}: {way}", *_lines(own)]))
-    own = [*_lines(plan), *_estimate_lines(plan, machine)]
-    return "\n\n".join([*blocks, "\n".join(["document      the output", *own] if blocks else own)])
+    lines = [*_lines(plan), *_estimate_lines(plan, machine)]
+    return "\n\n".join([*blocks, "\n".join(["document      the output", *lines] if blocks else lines)])
 
 
 def _lines(plan: MergePlan) -> list[str]:

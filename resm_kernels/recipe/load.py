@@ -44,8 +44,9 @@ def load_recipe(source: RecipeSource) -> Recipe:
         return source
     if isinstance(source, Mapping):
         return _checked([Document(source)], "recipe", [source])
-    if isinstance(source, (list, tuple)):
-        return _checked([Document(entry) for entry in source], "recipe", source)
+    if not isinstance(source, (str, os.PathLike)):
+        entries = list(source)
+        return _checked([Document(entry) for entry in entries], "recipe", entries)
     name = os.fspath(source)
     text = read_text(expanded(name, RecipeError, "recipe"), RecipeError, limit=MAX_BYTES, missing="need a recipe")
     return _checked(parse_yaml(text, name, RecipeError), name, text)
