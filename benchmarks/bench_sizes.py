@@ -257,7 +257,9 @@ def measure(
     kept = scratch / "kept"
     peak = 0
     for state in options.states:
-        floors, direct_floors, merges = [], [], []
+        floors: list[float] = []
+        direct_floors: list[float] = []
+        merges: list[float] = []
         for _ in range(options.runs):
             for action in ("floor", "direct floor", "merge"):
                 # Dirty pages of earlier runs would be written in a later run's time.
