@@ -85,6 +85,24 @@ class Architecture:
             result[name] = Loaded(renamed, known, ignored)
         return result
 
+    @property
+    def model(self) -> Any:
+        """The model, on the meta device."""
+        return self._model
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The model's configuration."""
+        return self._model.config.to_dict()
+
+    def keys(self, names: Iterable[str]) -> dict[str, str]:
+        """Return for each tensor of a checkpoint the tensor of the loaded model that it becomes, or a part of."""
+        return {name: key for name, (_, key) in self._renamed(names).items()}
+
+    def shape(self, key: str) -> tuple[int, ...] | None:
+        """Return the shape of a tensor of the loaded model, None if there is none of that name."""
+        return tuple(self._state[key].shape) if key in self._state else None
+
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
         return name if name in self._state else self._renamed([name])[name][0]
