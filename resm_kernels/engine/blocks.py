@@ -82,7 +82,8 @@ def _need(job: TensorJob) -> int:
 
 def _blocks(job: TensorJob, unit: int, elements: int, workspace: Workspace) -> Iterator[TensorJob]:
     """Yield a job for each block of about so many elements, at least one unit."""
-    size = max(elements // unit, 1) * unit
+    # The matrices of a block are merged at the same time.
+    size = max(elements // unit, job.together) * unit
     for start in range(0, job.numel, size):
         shape = block_shape(job, unit, min(size, job.numel - start))
         yield replace(
@@ -103,7 +104,7 @@ def block_shape(job: TensorJob, unit: int, elements: int) -> tuple[int, ...]:
 
 def _window(pieces: Sequence[TensorJob], limit: int) -> Window:
     """The window of jobs some of which are blocks, with a ring for two blocks and the keys of a selection."""
-    blocks = [job for job in pieces if job.whole is not None and not job.copied]
+    blocks = [job for job in pieces if job.is_streamed]
     if not blocks:
         return Window.for_cpu(pieces, limit)
     passes = 2 * max(job.input_segment for job in blocks)

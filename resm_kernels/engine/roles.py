@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.architecture import Architecture, find_architecture
 from resm_kernels.engine.models import Model
 from resm_kernels.roles import (
@@ -28,8 +29,9 @@ from resm_kernels.roles import (
 )
 from resm_kernels.tensor_names import last_part, module_of
 
-__all__ = ["Role", "TensorRole", "roles_in_doubt", "roles_of"]
+__all__ = ["Role", "Roles", "TensorRole", "roles_of"]
 
+_FROM_NAMES: Final = "from names"
 _PARAMETRIZED: Final = ".parametrizations."
 _EXPERTS: Final = re.compile(r"Experts?(?![a-z])|ExpertGLU|MoeMLP")
 _LAYOUTS: Final = (
@@ -58,15 +60,51 @@ def roles_of(model: Model, names: Iterable[str]) -> Mapping[str, TensorRole]:
 
     They come from the model's class in transformers, without its weights, or where that is not known from the names.
     """
-    names = list(names)
+    return _roles(model, list(names))[0]
+
+
+def _roles(model: Model, names: Sequence[str]) -> tuple[Mapping[str, TensorRole], str]:
+    """Return the role of each of these tensors, and in words where they are from."""
     architecture = find_architecture(model.base_folder, model.config)
     shapes = {name: model.reader.tensors[name].shape for name in names}
     if architecture is None:
-        return {name: role_by_name(name, shapes[name], model.config) for name in names}
-    return _RolesInMemory(architecture).of({name: (model.reader.stored_name(name), shapes[name]) for name in names})
+        return {name: role_by_name(name, shapes[name], model.config) for name in names}, _FROM_NAMES
+    stored = {name: (model.reader.stored_name(name), shapes[name]) for name in names}
+    return _RolesInMemory(architecture).of(stored), f"from {type(architecture.model).__name__}"
 
 
-def roles_in_doubt(model: Model, names: Iterable[str]) -> bool:
+class Roles:
+    """The roles of the tensors of several models, found out when they are asked for.
+
+    Models are made from their classes only if names leave a doubt, as importing transformers takes seconds.
+
+    """
+
+    def __init__(self) -> None:
+        self._by_reader: dict[int, Mapping[str, TensorRole]] = {}
+        self._sources: dict[str, None] = {}
+
+    @property
+    def source(self) -> str:
+        """Where the roles asked for so far are from, in words."""
+        return " and ".join(self._sources)
+
+    def of(self, model: Model, name: str) -> TensorRole:
+        """Return the role of a model's tensor, which is named as in `model.reader`."""
+        key = id(model.reader)
+        if key not in self._by_reader:
+            tensors = model.reader.tensors
+            names = [n for n, info in tensors.items() if info.dtype in FLOAT_DTYPES]
+            if _in_doubt(model, names):
+                self._by_reader[key], source = _roles(model, names)
+            else:
+                self._by_reader[key] = {n: role_by_name(n, tensors[n].shape, model.config) for n in names}
+                source = _FROM_NAMES
+            self._sources[source] = None
+        return self._by_reader[key][name]
+
+
+def _in_doubt(model: Model, names: Iterable[str]) -> bool:
     """Return True if names alone do not tell the roles of all these tensors."""
     return any(not is_plain(name, model.reader.tensors[name].shape) for name in names)
 
