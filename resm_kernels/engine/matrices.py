@@ -56,10 +56,12 @@ def merge_matrices(
         results[i] = as_out_in(role, merge(first + i, own, others))
 
     count = results.shape[0]
+    # No more run at once than there are threads; handing out all of them leaves no thread waiting for a group's last.
+    step = count if together >= torch.get_num_threads() > 1 else together
     try:
-        for start in range(0, count, together):
-            tasks = [partial(merge_one, i) for i in range(start, min(start + together, count))]
-            if together == 1:
+        for start in range(0, count, step):
+            tasks = [partial(merge_one, i) for i in range(start, min(start + step, count))]
+            if len(tasks) == 1:
                 tasks[0]()
             else:
                 run(tasks, base.device)

@@ -70,7 +70,7 @@ def _roles(model: Model, names: Sequence[str]) -> tuple[Mapping[str, TensorRole]
     if architecture is None:
         return {name: role_by_name(name, shapes[name], model.config) for name in names}, _FROM_NAMES
     stored = {name: (model.reader.stored_name(name), shapes[name]) for name in names}
-    return _RolesInMemory(architecture).of(stored), f"from {type(architecture.model).__name__}"
+    return RolesInMemory(architecture).of(stored), f"from {type(architecture.model).__name__}"
 
 
 class Roles:
@@ -109,7 +109,7 @@ def _in_doubt(model: Model, names: Iterable[str]) -> bool:
     return any(not is_plain(name, model.reader.tensors[name].shape) for name in names)
 
 
-class _RolesInMemory:
+class RolesInMemory:
     """The roles of a class's tensors.
 
     Args:
