@@ -65,7 +65,9 @@ def roles_of(model: Model, names: Iterable[str]) -> Mapping[str, TensorRole]:
 
 def _roles(model: Model, names: Sequence[str]) -> tuple[Mapping[str, TensorRole], str]:
     """Return the role of each of these tensors, and in words where they are from."""
-    architecture = find_architecture(model.base_folder, model.config)
+    # A configuration that names no class, as that of a diffusers component, is none of transformers'.
+    known = bool(model.config.get("architectures"))
+    architecture = find_architecture(model.base_folder, model.config) if known else None
     shapes = {name: model.reader.tensors[name].shape for name in names}
     if architecture is None:
         return {name: role_by_name(name, shapes[name], model.config) for name in names}, _FROM_NAMES
@@ -77,7 +79,6 @@ class Roles:
     """The roles of the tensors of several models, found out when they are asked for.
 
     Models are made from their classes only if names leave a doubt, as importing transformers takes seconds.
-
     """
 
     def __init__(self) -> None:
@@ -119,6 +120,7 @@ class RolesInMemory:
     def __init__(self, architecture: Architecture) -> None:
         self._architecture = architecture
         self._modules: dict[str, nn.Module] = dict(architecture.model.named_modules())
+        self._shapes = architecture.shapes
         self._heads = set(_heads(architecture.model))
 
     def of(self, stored: Mapping[str, tuple[str, Sequence[int]]]) -> dict[str, TensorRole]:
@@ -127,9 +129,9 @@ class RolesInMemory:
         return {name: self._role(keys[old], tuple(shape)) for name, (old, shape) in stored.items()}
 
     def _role(self, key: str, shape: tuple[int, ...]) -> TensorRole:
-        in_memory = self._architecture.shape(key)
+        in_memory = self._shapes.get(key)
         if in_memory is None:
-            return role_by_name(key, shape, self._architecture.config)
+            return role_by_name(key, shape, self._architecture.config.to_dict())
         path, parameter = module_of(key), last_part(key)
         if _PARAMETRIZED in key:
             path, _, rest = key.partition(_PARAMETRIZED)

@@ -157,7 +157,7 @@ class JobPlanner:
         if self._roles is not None and not copied:
             role = self._roles.of(tensor.lead, tensor.inputs[models.index(tensor.lead)])
             parameters |= self._spectral(tensor, role, len(info.shape), parameters)
-            if role.role.is_linear_map and parameters["spectral"]:
+            if role.role.is_linear_map and parameters["spectral"] and not aligned:
                 is_as_stored = (role.rows, role.columns) == info.shape and not role.transposed
                 matrices = None if is_as_stored else role
         experts = zip(models[len(models) - len(expert_inputs) :], expert_inputs, strict=True)
