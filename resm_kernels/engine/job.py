@@ -34,6 +34,9 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "random_seed": plan.options.random_seed,
         "max_shard_size": plan.options.shard_bytes,
     }
+    if plan.roles_from:
+        # Without transformers some roles may be others.
+        entries["roles of the tensors"] = plan.roles_from
     state = _content if plan.options.hash_inputs else _state
     return entries | {f"input file {file}": state(file) for file in _input_files(plan)}
 
