@@ -1,4 +1,4 @@
-"""Low-rank adapters in PEFT's format: this package extracts them, reads them as experts and merges their factors."""
+"""Low-rank adapters in PEFT's format: this package extracts them, reads them as experts and merges them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from resm_kernels.lora.adapter import AdapterReader, StoredFactors
 from resm_kernels.lora.config import AdapterConfig, check_recorded_base, is_adapter_folder, read_adapter_config
 from resm_kernels.lora.extract import ExtractedLayer, ExtractReport, OtherTensor, extract_lora
 from resm_kernels.lora.factors import Factors, merge_factors
+from resm_kernels.lora.merge import MergedModule, MergeLoraReport, merge_lora
 
 __all__ = [
     "AdapterConfig",
@@ -13,11 +14,14 @@ __all__ = [
     "ExtractReport",
     "ExtractedLayer",
     "Factors",
+    "MergeLoraReport",
+    "MergedModule",
     "OtherTensor",
     "StoredFactors",
     "check_recorded_base",
     "extract_lora",
     "is_adapter_folder",
     "merge_factors",
+    "merge_lora",
     "read_adapter_config",
 ]
