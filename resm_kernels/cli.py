@@ -266,8 +266,7 @@ def stats(
     experts = [source.model for source in checked.parts[0].slices[0].experts]
     if json_file is None or str(json_file) != "-":
         # A pipe or a file has no width that the table has to fit into: it is made so wide that no column folds.
-        wide = 300 if spectra else 200
-        Console(width=None if sys.stdout.isatty() else wide).print(stats_table(rows))
+        Console(width=None if sys.stdout.isatty() else 300 if spectra else 200).print(stats_table(rows))
     if plot is not None:
         from resm_kernels.plot import plot_stats
 

@@ -20,12 +20,11 @@ from resm_kernels.checks import NonFiniteError
 from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora.config import CONFIG_FILE
-from resm_kernels.lora.elements import merge_elements_of
-from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.group import AdapterGroup, open_group
-from resm_kernels.lora.low_rank import MergedFactors, RankLimit, merge_factored, truncated, truncated_dense
+from resm_kernels.lora.low_rank import MergedFactors, RankLimit
 from resm_kernels.lora.merged_config import merged_config, rank_notes
-from resm_kernels.lora.routes import Route, route_of
+from resm_kernels.lora.one_weight import merge_weight
+from resm_kernels.lora.routes import Route
 from resm_kernels.lora.writer import AdapterWriter
 from resm_kernels.options import MergeLoraKeywords, MergeLoraOptions
 from resm_kernels.recipe import Recipe, load_recipe
@@ -203,34 +202,18 @@ class _Merge:
 
     def module(self, name: str) -> tuple[MergedFactors, Route]:
         """Merge the task vectors of one weight."""
-        method, tensor, n_experts = self.recipe.method, f"{name}.weight", len(self.group.adapters)
-        parameters = self.parameters(tensor)
-        values = method.resolve(n_experts, dict(parameters), tensor)
-        route, shape = route_of(method, values), self.group.modules[name]
-        deltas = self.group.deltas(name)
-        ranks = sum(d.left.shape[1] if isinstance(d, Factors) else min(shape) for d in deltas)
-        if ranks == 0:
-            return MergedFactors(torch.zeros(shape[0], 0), torch.zeros(0, shape[1]), 0.0, 0.0), route
-        factored = [d for d in deltas if isinstance(d, Factors)]
-        limit = RankLimit(self.options.rank or self.options.max_rank, self.options.energy)
-        if route.is_exact and len(factored) == n_experts:
-            return truncated(merge_factored(shape, factored, method, values, route), limit), route
-        seed = self.options.random_seed
-        if limit == RankLimit():
-            limit = RankLimit(min(ranks, *shape))
-        if route is Route.WEIGHTS:
-            merged = self._weights(tensor, parameters)
-        else:
-            merged = merge_elements_of(shape, deltas, method, parameters, name=tensor, seed=seed)
-            route = Route.ELEMENTS
-        return truncated_dense(merged, limit, self.options.accuracy), route
-
-    def _weights(self, tensor: str, parameters: Mapping[str, Any]) -> Tensor:
-        """Return M of a method that uses the weights themselves."""
-        original, experts = self.group.weights(tensor, f"{self.recipe.method.name} merges the weights themselves")
-        method, seed = self.recipe.method, self.options.random_seed
-        merged = method(original, experts, out_dtype=torch.float64, name=tensor, seed=seed, **parameters)
-        return merged.sub_(original).float()
+        tensor, options = f"{name}.weight", self.options
+        return merge_weight(
+            self.group.modules[name],
+            self.group.deltas(name),
+            self.recipe.method,
+            self.parameters(tensor),
+            lambda reason: self.group.weights(tensor, reason),
+            name=tensor,
+            seed=options.random_seed,
+            limit=RankLimit(options.rank or options.max_rank, options.energy),
+            accuracy=options.accuracy,
+        )
 
 
 def _modules(
