@@ -19,7 +19,7 @@ from resm_kernels.lora.adapter import AdapterReader
 from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base, is_adapter_folder
 from resm_kernels.lora.elements import TaskVector
 from resm_kernels.lora.factors import Factors
-from resm_kernels.lora.stored import StoredAdapter
+from resm_kernels.lora.source import AdapterSource
 from resm_kernels.recipe import Recipe, RecipeError, dotted, model_and_adapter, model_folder
 
 
@@ -52,7 +52,7 @@ class AdapterGroup:
 
     def __init__(
         self,
-        adapters: Sequence[StoredAdapter],
+        adapters: Sequence[AdapterSource],
         base: BaseModel | None,
         base_name: str | None,
         stack: contextlib.ExitStack,
@@ -80,7 +80,7 @@ class AdapterGroup:
         """The folders of the adapters, each once."""
         return list(dict.fromkeys(adapter.folder for adapter in self.adapters))
 
-    def _add_module(self, adapter: StoredAdapter, name: str) -> None:
+    def _add_module(self, adapter: AdapterSource, name: str) -> None:
         shape, module = adapter.shape(name), adapter.modules[name]
         self.dtypes |= {module.parts[part].dtype for part in "AB"}
         first = self._owner(name)
@@ -95,7 +95,7 @@ class AdapterGroup:
         if self.base is not None:
             self._check_base(adapter, name, shape)
 
-    def _check_base(self, adapter: StoredAdapter, name: str, shape: tuple[int, int]) -> None:
+    def _check_base(self, adapter: AdapterSource, name: str, shape: tuple[int, int]) -> None:
         assert self.base is not None
         info = self.base.reader.tensors.get(f"{name}.weight")
         if info is None:
@@ -109,7 +109,7 @@ class AdapterGroup:
                 f"{info.shape}; need its base model"
             )
 
-    def _check_modules(self, adapter: StoredAdapter) -> None:
+    def _check_modules(self, adapter: AdapterSource) -> None:
         """Refuse an adapter that stores a module whole which another changes by factors."""
         whole = {name.rpartition(".")[0] for name in adapter.others if not name.endswith(".bias")}
         if both := sorted(whole & self.modules.keys()):
@@ -118,10 +118,10 @@ class AdapterGroup:
                 "in both"
             )
 
-    def _owner(self, name: str) -> StoredAdapter | None:
+    def _owner(self, name: str) -> AdapterSource | None:
         return next((a for a in self.adapters if name in a.modules), None)
 
-    def _first(self, name: str) -> StoredAdapter:
+    def _first(self, name: str) -> AdapterSource:
         owner = self._owner(name)
         assert owner is not None
         return owner
@@ -158,7 +158,7 @@ class AdapterGroup:
         return found
 
     def weights(
-        self, tensor: str, reason: str, adapters: Sequence[StoredAdapter] | None = None
+        self, tensor: str, reason: str, adapters: Sequence[AdapterSource] | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Read a tensor of the base model, and of the model that each adapter gives, in float64.
 
@@ -192,8 +192,8 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
     Raises:
         RecipeError, CheckpointError: A folder is no adapter, or adapters belong to different base models.
     """
-    adapters: list[StoredAdapter] = []
-    opened: dict[str, StoredAdapter] = {}
+    adapters: list[AdapterSource] = []
+    opened: dict[str, AdapterSource] = {}
     bases: dict[str, Path] = {}
     for source in recipe.experts:
         where = dotted(source.model_location)
@@ -205,7 +205,7 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
             bases[os.path.realpath(pair[0])] = pair[0]
         path = os.path.realpath(folder)
         if path not in opened:
-            opened[path] = stack.enter_context(StoredAdapter(folder))
+            opened[path] = stack.enter_context(AdapterSource(folder))
         adapters.append(opened[path])
     base_name = _recorded_base(adapters, trusted=recipe.base_model is not None or bool(bases))
     base = None
@@ -225,7 +225,7 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
     return AdapterGroup(adapters, base, name, stack)
 
 
-def _recorded_base(adapters: Sequence[StoredAdapter], *, trusted: bool) -> str | None:
+def _recorded_base(adapters: Sequence[AdapterSource], *, trusted: bool) -> str | None:
     """Return the base model that the adapters record; refuse two, unless the recipe names the base model."""
     recorded = {a.config.base_name: a for a in reversed(adapters) if a.config.base_name is not None}
     names = {name.rstrip("/").rpartition("/")[2].lower(): name for name in reversed(recorded)}

@@ -52,7 +52,7 @@ class StoredModule:
         return self.parts["A"].shape[2:]
 
 
-class StoredAdapter:
+class AdapterSource:
     """An adapter's folder, of which single tensors are read.
 
     Use it as a context manager.
@@ -90,7 +90,7 @@ class StoredAdapter:
             self._reader.close()
             raise
 
-    def __enter__(self) -> StoredAdapter:
+    def __enter__(self) -> AdapterSource:
         return self
 
     def __exit__(self, *_: object) -> None:
