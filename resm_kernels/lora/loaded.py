@@ -106,11 +106,15 @@ class LoadedModel:
         info = self._tensors.get(name)
         return None if info is None else whole_parameter(name, info)
 
-    def parameters(self, module: str) -> Sequence[str]:
-        """Return the last parts of the names of the parameters that a module owns itself, in its order."""
+    def parameters(self, module: str) -> Sequence[str] | None:
+        """Return the last parts of the names of the parameters that a module owns itself, in its order.
+
+        None if the order is not known, as files do not have it.
+        """
         prefix = f"{module}."
-        names = (name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix))
-        return [name for name in names if "." not in name]
+        names = [name.removeprefix(prefix) for name in self._tensors if name.startswith(prefix)]
+        own = [name for name in names if "." not in name]
+        return own if len(own) < 2 else None
 
     def is_transposed(self, module: str) -> bool | None:
         """Return whether the module's fused experts are stored as (experts, in, out); None if it is not known."""

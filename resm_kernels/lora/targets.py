@@ -122,7 +122,13 @@ class TargetFinder:
         PEFT wraps a module for each of its parameters that it adapts by name. Only the order of the wrappers says which
         one is meant: it is that of the module's parameters, the last one outermost.
         """
-        named = [name for name in self._model.parameters(module.name) if self._is_named(f"{module.name}.{name}")]
+        owned = self._model.parameters(module.name) if self._config.target_parameters else ()
+        if owned is None:
+            raise CheckpointError(
+                f"{module.file}: adapts parameters of {module.name!r} ({CONFIG_FILE}: target_parameters), and only "
+                "transformers knows their order; install transformers, in a version that has the base model's class"
+            )
+        named = [name for name in owned if self._is_named(f"{module.name}.{name}")]
         if named and len(named) != wrappers:
             raise CheckpointError(
                 f"{module.file}: module {module.name!r} has {wrappers} changes, need {len(named)}, one for each of its "

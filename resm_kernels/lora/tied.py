@@ -64,7 +64,7 @@ class TiedModel(LoadedModel):
     def locate(self, name: str) -> Parameter | None:
         return self._model.locate(self.originals.get(name, name))
 
-    def parameters(self, module: str) -> Sequence[str]:
+    def parameters(self, module: str) -> Sequence[str] | None:
         return self._model.parameters(module)
 
     def is_transposed(self, module: str) -> bool | None:
