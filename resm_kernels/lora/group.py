@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint import CheckpointError, CheckpointReader, open_form
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo, open_form
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import shortened
 from resm_kernels.lora.adapter import AdapterReader
@@ -43,7 +43,7 @@ class AdapterGroup:
 
     Attributes:
         modules: The shape of every weight that an adapter changes by factors, by its module's name.
-        others: The tensors that an adapter stores whole: its name for each → the base model's.
+        saved: The tensors that an adapter stores whole, by their names in the loaded model.
         dtypes: The dtypes of all factors.
 
     Raises:
@@ -60,20 +60,14 @@ class AdapterGroup:
         self.adapters, self.base, self.base_name = list(adapters), base, base_name
         self._stack, self._models = stack, dict[Path, AdapterReader]()
         self.modules: dict[str, tuple[int, int]] = {}
-        self.others: dict[str, str] = {}
+        self.saved: dict[str, TensorInfo] = {}
         self.dtypes: set[torch.dtype] = set()
         for adapter in self.adapters:
             for name in adapter.modules:
                 self._add_module(adapter, name)
-            for name in adapter.others:
-                self.others.setdefault(name, name.replace(".base_layer.", "."))
+            self.saved = {**adapter.saved, **self.saved}
         for adapter in self.adapters:
             self._check_modules(adapter)
-        flags = {a.config.fan_in_fan_out for a in self.adapters}
-        if len(flags) > 1:
-            raise CheckpointError(
-                f"{self.folders[0]}: fan_in_fan_out differs from {self.folders[1]}'s; need adapters of one base model"
-            )
 
     @property
     def folders(self) -> list[Path]:
@@ -82,11 +76,12 @@ class AdapterGroup:
 
     def _add_module(self, adapter: AdapterSource, name: str) -> None:
         shape, module = adapter.shape(name), adapter.modules[name]
+        kernel = adapter.kernel(name)
         self.dtypes |= {module.parts[part].dtype for part in "AB"}
         first = self._owner(name)
         if first is not adapter and first is not None:
-            known = self.modules[name], first.modules[name].kernel, first.modules[name].embedding
-            if (shape, module.kernel, module.embedding) != known:
+            known = self.modules[name], first.kernel(name), first.modules[name].embedding
+            if (shape, kernel, module.embedding) != known:
                 raise CheckpointError(
                     f"{adapter.folder}: module {name!r} has a weight of shape {shape}, need {known[0]} as in "
                     f"{first.folder}; need adapters of one base model"
@@ -111,7 +106,7 @@ class AdapterGroup:
 
     def _check_modules(self, adapter: AdapterSource) -> None:
         """Refuse an adapter that stores a module whole which another changes by factors."""
-        whole = {name.rpartition(".")[0] for name in adapter.others if not name.endswith(".bias")}
+        whole = {name.rpartition(".")[0] for name in adapter.saved if not name.endswith(".bias")}
         if both := sorted(whole & self.modules.keys()):
             raise CheckpointError(
                 f"{adapter.folder}: stores {both[0]!r} whole, which another adapter changes by factors; need the same "
@@ -128,8 +123,7 @@ class AdapterGroup:
 
     def transposed(self, name: str) -> bool:
         """Return True if the module's weight is stored as (in, out)."""
-        owner = self._first(name)
-        return owner.transposed(owner.modules[name])
+        return self._first(name).transposed(name)
 
     def embedding(self, name: str) -> bool:
         """Return True if the module is an embedding."""
@@ -137,7 +131,7 @@ class AdapterGroup:
 
     def kernel(self, name: str) -> tuple[int, ...]:
         """Return the spatial sizes of a convolution's kernel; none for other modules."""
-        return self._first(name).modules[name].kernel
+        return self._first(name).kernel(name)
 
     def deltas(self, name: str) -> list[TaskVector]:
         """Read each adapter's task vector of one weight; those of DoRA are matrices.
@@ -181,10 +175,6 @@ class AdapterGroup:
             self._models[folder] = self._stack.enter_context(reader)
         return self._models[folder]
 
-    def saved_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype of a tensor that an adapter stores whole."""
-        return next(a.others[name].dtype for a in self.adapters if name in a.others)
-
 
 def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
     """Open the adapters that a recipe names; `stack` closes them.
@@ -192,8 +182,7 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
     Raises:
         RecipeError, CheckpointError: A folder is no adapter, or adapters belong to different base models.
     """
-    adapters: list[AdapterSource] = []
-    opened: dict[str, AdapterSource] = {}
+    places: list[Path] = []
     bases: dict[str, Path] = {}
     for source in recipe.experts:
         where = dotted(source.model_location)
@@ -203,25 +192,26 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
             raise RecipeError(f"{where}: {folder} is no adapter folder (no {CONFIG_FILE}); need PEFT adapters alone")
         if pair is not None:
             bases[os.path.realpath(pair[0])] = pair[0]
-        path = os.path.realpath(folder)
-        if path not in opened:
-            opened[path] = stack.enter_context(AdapterSource(folder))
-        adapters.append(opened[path])
-    base_name = _recorded_base(adapters, trusted=recipe.base_model is not None or bool(bases))
-    base = None
+        places.append(folder)
     if recipe.base_model is not None and os.path.isdir(os.path.expanduser(recipe.base_model)):
         folder = model_folder(recipe.base_model, "base_model")
         bases[os.path.realpath(folder)] = folder
     if len(bases) > 1:
         first, second, *_ = bases.values()
         raise RecipeError(f"models: got adapters of {first} and of {second}, need adapters of one base model")
+    base = None
     for folder in bases.values():
         reader, config, _ = open_form(folder)
         base = BaseModel(folder, stack.enter_context(reader), config)
+    shapes = None if base is None else {name: info.shape for name, info in base.reader.tensors.items()}
+    opened = {os.path.realpath(f): stack.enter_context(AdapterSource(f, shapes)) for f in dict.fromkeys(places)}
+    adapters = [opened[os.path.realpath(folder)] for folder in places]
+    if base is not None:
         for source, adapter in zip(recipe.experts, adapters, strict=True):
             if "+" not in source.model:
-                check_recorded_base(adapter.folder, adapter.config.base_name, folder)
-    name = base_name or recipe.base_model or (str(base.folder) if base else None)
+                check_recorded_base(adapter.folder, adapter.config.base_name, base.folder)
+    recorded = _recorded_base(adapters, trusted=recipe.base_model is not None or bool(bases))
+    name = recorded or recipe.base_model or (None if base is None else str(base.folder))
     return AdapterGroup(adapters, base, name, stack)
 
 

@@ -19,7 +19,7 @@ from resm_kernels.checkpoint import CheckpointError, check_output_folder, format
 from resm_kernels.checks import NonFiniteError
 from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
 from resm_kernels.linalg.threads import thread_count
-from resm_kernels.lora.config import CONFIG_FILE
+from resm_kernels.lora.config import CONFIG_FILE, PREFIX
 from resm_kernels.lora.group import AdapterGroup, open_group
 from resm_kernels.lora.low_rank import MergedFactors, RankLimit
 from resm_kernels.lora.merged_config import merged_config, rank_notes
@@ -180,7 +180,7 @@ class _Merge:
     def __post_init__(self) -> None:
         base = self.group.base
         names = [f"{module}.weight" for module in self.group.modules]
-        self.depths = tensor_depths(base.reader.tensors if base is not None else [*names, *self.group.others])
+        self.depths = tensor_depths(base.reader.tensors if base is not None else [*names, *self.group.saved])
         self.dtype = self._dtype()
         self.piece = self.recipe.parts[0].slices[0]
 
@@ -269,18 +269,11 @@ def stored_factors(group: AdapterGroup, name: str, factors: MergedFactors, dtype
 def _saved(merge: _Merge, writer: AdapterWriter, report: MergeLoraReport) -> None:
     """Merge the tensors that adapters store whole, as a merge of the whole models does."""
     method, seed = merge.recipe.method, merge.options.random_seed
-    for stored_name, tensor in merge.group.others.items():
-        original, experts = merge.group.weights(tensor, f"{stored_name!r} is stored whole")
-        merged = method(
-            original,
-            experts,
-            out_dtype=merge.group.saved_dtype(stored_name),
-            name=tensor,
-            seed=seed,
-            **merge.parameters(tensor),
-        )
-        writer.add(stored_name, merged)
-        report.saved.append(tensor)
+    for name, info in merge.group.saved.items():
+        original, experts = merge.group.weights(name, f"an adapter stores {name!r} whole")
+        merged = method(original, experts, out_dtype=info.dtype, name=name, seed=seed, **merge.parameters(name))
+        writer.add(info.name.removeprefix(PREFIX), merged)
+        report.saved.append(name)
 
 
 def _facts(recipe: Recipe, options: MergeLoraOptions, report: MergeLoraReport) -> dict[str, Any]:

@@ -41,7 +41,7 @@ def merged_config(group: AdapterGroup, ranks: Mapping[str, int]) -> dict[str, An
         "target_modules": _targets(group, ranks),
         "modules_to_save": sorted({module for modules in saved for module in modules}) or None,
         "bias": max(biases, key=_BIASES.index),
-        "fan_in_fan_out": group.adapters[0].config.fan_in_fan_out,
+        "fan_in_fan_out": any(a.config.fan_in_fan_out for a in group.adapters),
     }
     for key in _TAKEN_OVER:
         values = [a.entries.get(key) for a in group.adapters]

@@ -1,94 +1,59 @@
-"""What an adapter's folder stores, read without its base model: factors by module, and the tensors stored whole."""
+"""An adapter's folder, read without its base model: factors by module, and the tensors stored whole."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
-from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
 from resm_kernels.checks import NonFiniteError
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import read_object
-from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, AdapterConfig, read_adapter_config
+from resm_kernels.lora.config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from resm_kernels.lora.factors import Factors
+from resm_kernels.lora.stored import StoredModule, read_stored
 
-_SUFFIXES: Final = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
-
-
-@dataclass
-class StoredModule:
-    """The tensors that an adapter stores for one weight.
-
-    Attributes:
-        name: The module's name, as the adapter has it.
-        parts: "A" and "B", and "magnitude" with DoRA.
-        embedding: True for the factors of an embedding, whose weight is stored as (tokens, features).
-    """
-
-    name: str
-    parts: dict[str, TensorInfo] = field(default_factory=dict)
-    embedding: bool = False
-
-    @property
-    def rank(self) -> int:
-        return self.parts["A"].shape[0]
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """The spatial sizes of a convolution's kernel; empty for other weights."""
-        return self.parts["A"].shape[2:]
+_ADVICE: Final = "merge it with its base model (resm-kernels merge), and extract an adapter (extract-lora)"
 
 
 class AdapterSource:
-    """An adapter's folder, of which single tensors are read.
-
-    Use it as a context manager.
+    """A LoRA adapter that is merged with others. Use it as a context manager.
 
     Args:
-        folder: The folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        shapes: The shapes of the base model's tensors by name, if they are known. They say which weights are stored as
+            (in, out); without them the configuration's `fan_in_fan_out` does.
 
     Attributes:
         folder: The folder.
-        config: The entries that give the tensors their meaning.
-        entries: All entries of `adapter_config.json`.
+        config: The entries of the configuration that give the tensors their meaning.
+        entries: All its entries.
         modules: The adapted modules by name.
-        others: The tensors that the adapter stores whole (saved modules, biases), by their names without PEFT's prefix.
+        saved: The tensors that the adapter stores whole, by their names in the loaded model.
 
     Raises:
-        CheckpointError: The folder is damaged, or uses a variant of LoRA that is not supported.
+        CheckpointError: The folder is damaged, or has changes that adapters are not merged with.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
         for name in (CONFIG_FILE, WEIGHTS_FILE):
             if not os.path.lexists(folder / name):
                 raise CheckpointError(f"{folder}: no {name}; need a PEFT adapter folder")
         self.folder = folder
-        self.config: AdapterConfig = read_adapter_config(folder)
+        self.config = read_adapter_config(folder)
         self.entries: Mapping[str, Any] = read_object(folder / CONFIG_FILE, CheckpointError)
-        self.modules: dict[str, StoredModule] = {}
-        self.others: dict[str, TensorInfo] = {}
+        self._shapes = shapes or {}
+        self._check_kind()
         self._reader = CheckpointReader(folder, WEIGHTS_FILE)
-        try:
-            for name, info in self._reader.tensors.items():
-                self._assign(name, info)
-            for module in self.modules.values():
-                self._check(module)
-        except BaseException:
-            self._reader.close()
-            raise
+        stored = read_stored(self._reader.tensors)
+        self.modules: dict[str, StoredModule] = {module.name: module for module in stored.modules}
+        self.saved: dict[str, TensorInfo] = stored.saved
+        for module in stored.modules:
+            self._check(module)
 
     def __enter__(self) -> AdapterSource:
         return self
@@ -96,55 +61,52 @@ class AdapterSource:
     def __exit__(self, *_: object) -> None:
         self._reader.close()
 
-    def _assign(self, name: str, info: TensorInfo) -> None:
-        own = name.removeprefix(PREFIX)
-        if own == name:
-            raise CheckpointError(f"{info.file}: tensor {name!r}: need names that begin with {PREFIX!r}")
-        suffix = next((s for s in _SUFFIXES if own.endswith(s)), None)
-        if suffix is not None:
-            module = self.modules.setdefault(own.removesuffix(suffix), StoredModule(own.removesuffix(suffix)))
-            module.parts[_SUFFIXES[suffix]] = info
-            module.embedding |= "embedding" in suffix
-        elif any(word in own for word in ("lora_", "token_adapter", "original_module", "hada_", "lokr_")):
-            raise CheckpointError(
-                f"{info.file}: tensor {name!r} is of a kind that adapters are not merged with; need LoRA or DoRA "
-                "factors and tensors that are stored whole"
-            )
-        else:
-            self.others[own] = info
+    def _check_kind(self) -> None:
+        """Refuse changes that have no factors of one weight each."""
+        file = self.folder / CONFIG_FILE
+        if self.config.peft_type != "LORA":
+            raise CheckpointError(f"{file}: peft_type is {self.config.peft_type}, need LORA; or {_ADVICE}")
+        for key in ("target_parameters", "trainable_token_indices", "lora_bias"):
+            if self.entries.get(key):
+                raise CheckpointError(f"{file}: {key} is set, and adapters with it are not merged to one; {_ADVICE}")
 
     def _check(self, module: StoredModule) -> None:
         """Raise a CheckpointError if factors are missing, or are not of the rank that the configuration states."""
-        where = f"{self.folder / WEIGHTS_FILE}: module {module.name!r}"
+        where = f"{module.file}: module {module.name!r}"
         needed = {"A", "B"} | ({"magnitude"} if self.config.use_dora else set())
         if missing := needed - module.parts.keys():
             raise CheckpointError(f"{where} has no lora_{', lora_'.join(sorted(missing))}; save the adapter again")
-        if "magnitude" in module.parts and not self.config.use_dora:
-            raise CheckpointError(f"{where} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora; need both")
+        if extra := module.parts.keys() - needed:
+            raise CheckpointError(f"{where} has a {sorted(extra)[0]}, which {CONFIG_FILE} does not announce; need both")
         a, b, rank = module.parts["A"], module.parts["B"], self.config.rank(module.name)
-        if bad := next((info for info in (a, b) if info.dtype not in FLOAT_DTYPES), None):
+        if (bad := next((info for info in (a, b) if info.dtype not in FLOAT_DTYPES), None)) is not None:
             raise CheckpointError(f"{bad.file}: tensor {bad.name!r} is {bad.dtype}; need floating-point factors")
-        pointwise = all(size == 1 for size in b.shape[2:])
-        if (
-            len(a.shape) != len(b.shape)
-            or len(a.shape) < 2
-            or not pointwise
-            or (a.shape[0], b.shape[1]) != (rank, rank)
-        ):
+        same_kind = len(a.shape) == len(b.shape) >= 2 and all(size == 1 for size in b.shape[2:])
+        if not same_kind or (a.shape[0], b.shape[1]) != (rank, rank):
             raise CheckpointError(
                 f"{where} has A {a.shape} and B {b.shape}, need rank {rank} (r, rank_pattern) in both"
             )
 
-    def transposed(self, module: StoredModule) -> bool:
+    def kernel(self, name: str) -> tuple[int, ...]:
+        """Return the spatial sizes of a convolution's kernel; none for other modules."""
+        return self.modules[name].parts["A"].shape[2:]
+
+    def transposed(self, name: str) -> bool:
         """Return True if the module's weight is stored as (in, out), the transpose of B·A."""
-        return module.embedding or (self.config.fan_in_fan_out and not module.kernel)
+        module = self.modules[name]
+        a, b = module.parts["A"].shape, module.parts["B"].shape
+        known = self._shapes.get(f"{name}.weight", ())
+        if module.embedding or len(a) > 2:
+            return module.embedding
+        if b[0] != a[1] and known in ((b[0], a[1]), (a[1], b[0])):
+            return known == (a[1], b[0])
+        return self.config.fan_in_fan_out
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return the shape of a module's weight; of a convolution, that of its matrix (out, in × kernel)."""
-        module = self.modules[name]
-        a = module.parts["A"].shape
-        out, inner = module.parts["B"].shape[0], torch.Size(a[1:]).numel()
-        return (inner, out) if self.transposed(module) else (out, inner)
+        parts = self.modules[name].parts
+        out, inner = parts["B"].shape[0], torch.Size(parts["A"].shape[1:]).numel()
+        return (inner, out) if self.transposed(name) else (out, inner)
 
     def factors(self, name: str) -> Factors:
         """Read the factors of a module's task vector, a matrix of shape `shape(name)`.
@@ -152,14 +114,10 @@ class AdapterSource:
         Raises:
             NonFiniteError: A factor has NaN or infinite values.
         """
-        module = self.modules[name]
-        a, b = (self._reader.read_info(module.parts[part]).flatten(1) for part in "AB")
+        parts = self.modules[name].parts
+        a, b = (self._reader.read_info(parts[part]).flatten(1) for part in "AB")
         for part, tensor in (("A", a), ("B", b)):
             if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
                 raise NonFiniteError(f"{self.folder / WEIGHTS_FILE}: lora_{part} of {name!r}", None, bad)
-        left, right = (a.mT, b.mT) if self.transposed(module) else (b, a)
+        left, right = (a.mT, b.mT) if self.transposed(name) else (b, a)
         return Factors(left, right, self.config.scale(name))
-
-    def read(self, name: str) -> Tensor:
-        """Read a tensor of `others`."""
-        return self._reader.read_info(self.others[name])
