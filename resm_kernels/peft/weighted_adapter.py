@@ -88,8 +88,8 @@ def add_weighted_adapter(
         The rank of each module, and the error of its factors (peft returns nothing).
 
     Raises:
-        ValueError, TypeError: An adapter does not exist or is of a kind that cannot be merged so, the new name is taken,
-            a type or parameter is unknown, or ranks differ where they must not.
+        ValueError, TypeError: An adapter does not exist or is of a kind that cannot be merged so, the new name is
+            taken, a type or parameter is unknown, or ranks differ where they must not.
     """
     tuner = _lora_model(model)
     _check(tuner, adapters, weights, adapter_name)
