@@ -1,10 +1,12 @@
-"""Adapters of an 8 B model merged to one adapter: time and peak memory of merge_lora and of peft's add_weighted_adapter.
+"""Eight adapters of an 8 B model merged to one adapter: time and peak memory, beside peft's add_weighted_adapter.
 
-The adapters have random factors for every linear layer of Llama-3-8B (32 layers; q, k, v, o, gate, up, down). Each way runs
-in a process of its own; its peak is the most resident memory of that process (VmHWM), Python and torch
-included, and its time is that of the merge: reading the adapters, merging, writing the result to disk. peft needs a model that holds the
-adapters: here one whose base weights are on the meta device, where peft's types allow it (`cat` and `linear` read factors
-alone; `svd` forms Δ of every weight). It is timed without loading and without saving, and its factors are in memory.
+The adapters have random factors for every linear layer of Llama-3-8B (32 layers; q, k, v, o, gate, up, down). Each way
+runs in a process of its own. Its peak is the most resident memory of that process, Python and torch included, and its
+time is that of the merge: reading the adapters, merging, writing the result to disk.
+
+peft needs a model that holds the adapters. Here its base weights are on the meta device, as `cat`, `linear` and `svd`
+do not read them. Its time is that of add_weighted_adapter alone: the factors are in memory before, in fp32, and the
+result is not written. `svd` decomposes each Δ of a weight's size: pass --ways "peft svd" with few layers.
 
     python -m benchmarks.bench_merge_lora --json benchmarks/results/merge_lora.json
     python -m benchmarks.bench_merge_lora --layers 4 --ways linear tsvm
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", help="of the adapters' factors")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=[*WAYS, *PEFT], choices=[*WAYS, *PEFT])
+    parser.add_argument("--ways", nargs="+", default=[*WAYS, "peft cat", "peft linear"], choices=[*WAYS, *PEFT])
     parser.add_argument("--limit", type=float, default=600, help="seconds that one way may take")
     parser.add_argument("--folder", type=Path, help="where adapters are made and outputs written")
     parser.add_argument("--json", type=Path, help="write the record to this file")

@@ -1,8 +1,9 @@
 """Compares add_weighted_adapter of peft and of this library with the weighted sum of the adapters' changes in float64.
 
-A tiny Llama gets two adapters of each kind. The change of an adapter is what peft's own merge_and_unload makes of it, less the base model. The
-error is ‖got − expected‖_F/‖expected‖_F over all weights. What is expected of `cat` and `svd` at full rank is Σ w_t·Δ_t. peft
-defines `linear` by its factors: there, expected is what its definition gives from A, B and each adapter's scale.
+A tiny Llama gets two adapters of each kind. The change of an adapter is what peft's own merge_and_unload makes of it,
+less the base model. The error is ‖got − expected‖_F/‖expected‖_F over all weights. Of `cat` and of `svd` at full rank
+Σ w_t·Δ_t is expected. peft defines `linear` by its factors: of it is expected what that definition gives for A, B and
+the scale of each adapter.
 
     python scripts/compare_weighted_adapters.py [--out docs/merge_lora.md]
 """

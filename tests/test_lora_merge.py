@@ -41,8 +41,10 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "multislerp": [{}],
     "nuslerp": [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
     "model_stock": [{}, {"filter_wise": True}],
-    "svc": [{}, {"inner": "tsvm"}, {"inner": "knots", "inner_density": 0.5}, {"inner": "ties", "inner_density": 0.4}]
-    + [{"spectral": False, "inner": "iso_c"}],
+    "svc": [
+        *({}, {"inner": "tsvm"}, {"inner": "knots", "inner_density": 0.5}, {"inner": "ties", "inner_density": 0.4}),
+        {"spectral": False, "inner": "iso_c"},
+    ],
     "ties": [{"density": 0.3}],
     "dare_linear": [{"density": 0.4}],
     "dare_ties": [{"density": 0.4}],
@@ -183,7 +185,18 @@ def test_equals_the_dense_route(
             assert module.error < 1e-8
 
 
-def test_exact_routes_are_those_that_the_guide_lists() -> None:
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts", "tsv_compress", "dc_merge", "star", "swudi"])
+def test_ranks_that_do_not_fit_beside_each_other(tmp_path: Path, base: Path, method: str) -> None:
+    """Each expert keeps ⌊r/T⌋ directions, which is less than its rank, and the ranks exceed the weight's."""
+    adapters = [write_adapter(tmp_path / f"{i}", 10 + i, base, rank=rank) for i, rank in enumerate((14, 20, 3))]
+    values = {"density": 0.3} if method == "dc_merge" else {}
+    merge_lora(recipe(method, adapters, values), tmp_path / "out")
+    expected, got = dense(method, base, adapters, values), products(tmp_path / "out")
+    for name, m in expected.items():
+        assert relative(got[name], m) < 3e-6
+
+
+def test_the_guide_lists_how_methods_merge() -> None:
     listed = (Path(__file__).parent.parent / "docs/merge_lora.md").read_text()
     for name in names():
         method = get(name)
