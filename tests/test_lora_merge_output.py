@@ -162,7 +162,7 @@ def test_tensors_that_are_stored_whole(tmp_path: Path, base: Path, pair: list[Pa
     weights = load_file(base / "model.safetensors")
     name = "model.norm.weight"
     saved = write_adapter(tmp_path / "saved", 5, base, saved={name: weights[name] + 0.5}, modules_to_save=["norm"])
-    with pytest.raises(RecipeError, match="base_model: missing; an adapter stores 'model.norm.weight' whole"):
+    with pytest.raises(RecipeError, match=r"base_model: missing; an adapter stores 'model\.norm\.weight' whole"):
         merge_lora(recipe("tsvm", [saved, pair[0]], {}), tmp_path / "out")
     values = {"lambda": 0.5}
     report = merge_lora(recipe("tsvm", [saved, pair[0]], values, base_model=str(base)), tmp_path / "out")

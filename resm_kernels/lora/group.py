@@ -158,13 +158,22 @@ class AdapterGroup:
             RecipeError: The recipe names no base model; the message has the reason why it is needed.
             CheckpointError: The base model has no such tensor, or an adapter does not fit it.
         """
+        base = self.need_base(reason)
+        info = base.reader.tensors.get(tensor)
+        if info is None or info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{base.folder}: has no floating-point tensor {tensor!r}, need it: {reason}")
+        models = [self._model(base, a.folder) for a in (self.adapters if adapters is None else adapters)]
+        return base.reader.read(tensor).double(), [model.read(tensor).double() for model in models]
+
+    def need_base(self, reason: str) -> BaseModel:
+        """Return the base model.
+
+        Raises:
+            RecipeError: The recipe names none; the message has the reason why it is needed.
+        """
         if self.base is None:
             raise RecipeError(f"base_model: missing; {reason}, so that a folder with the base model is needed")
-        info = self.base.reader.tensors.get(tensor)
-        if info is None or info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{self.base.folder}: has no floating-point tensor {tensor!r}, need it: {reason}")
-        models = [self._model(self.base, a.folder) for a in (self.adapters if adapters is None else adapters)]
-        return self.base.reader.read(tensor).double(), [model.read(tensor).double() for model in models]
+        return self.base
 
     def _model(self, base: BaseModel, folder: Path) -> AdapterReader:
         """Open the model that an adapter gives, once."""

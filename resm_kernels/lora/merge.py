@@ -27,7 +27,7 @@ from resm_kernels.lora.one_weight import merge_weight
 from resm_kernels.lora.routes import Route
 from resm_kernels.lora.writer import AdapterWriter
 from resm_kernels.options import MergeLoraKeywords, MergeLoraOptions
-from resm_kernels.recipe import Recipe, load_recipe
+from resm_kernels.recipe import Recipe, RecipeError, load_recipe
 from resm_kernels.tensor_names import tensor_depths
 
 if TYPE_CHECKING:
@@ -182,6 +182,8 @@ class _Merge:
         names = [f"{module}.weight" for module in self.group.modules]
         self.depths = tensor_depths(base.reader.tensors if base is not None else [*names, *self.group.saved])
         self.dtype = self._dtype()
+        for name in self.group.saved:
+            self.group.need_base(_saved_reason(name))
         self.piece = self.recipe.parts[0].slices[0]
 
     def _dtype(self) -> torch.dtype:
@@ -231,6 +233,8 @@ def _modules(
             factors, route = merge.module(name)
         except NonFiniteError as error:
             raise CheckpointError(f"{error}; the adapter is damaged") from error
+        except (CheckpointError, RecipeError):
+            raise
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"module {name!r}: {error}") from error
         module = MergedModule(name, shape, factors.rank, factors.error, factors.norm, route.value)
@@ -270,10 +274,14 @@ def _saved(merge: _Merge, writer: AdapterWriter, report: MergeLoraReport) -> Non
     """Merge the tensors that adapters store whole, as a merge of the whole models does."""
     method, seed = merge.recipe.method, merge.options.random_seed
     for name, info in merge.group.saved.items():
-        original, experts = merge.group.weights(name, f"an adapter stores {name!r} whole")
+        original, experts = merge.group.weights(name, _saved_reason(name))
         merged = method(original, experts, out_dtype=info.dtype, name=name, seed=seed, **merge.parameters(name))
         writer.add(info.name.removeprefix(PREFIX), merged)
         report.saved.append(name)
+
+
+def _saved_reason(name: str) -> str:
+    return f"an adapter stores {name!r} whole"
 
 
 def _facts(recipe: Recipe, options: MergeLoraOptions, report: MergeLoraReport) -> dict[str, Any]:
