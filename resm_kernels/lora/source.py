@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
 from resm_kernels.checks import NonFiniteError
@@ -107,6 +108,10 @@ class AdapterSource:
         parts = self.modules[name].parts
         out, inner = parts["B"].shape[0], torch.Size(parts["A"].shape[1:]).numel()
         return (inner, out) if self.transposed(name) else (out, inner)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor of `saved`."""
+        return self._reader.read_info(self.saved[name])
 
     def factors(self, name: str) -> Factors:
         """Read the factors of a module's task vector, a matrix of shape `shape(name)`.
