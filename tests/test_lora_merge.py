@@ -180,8 +180,8 @@ def test_equals_the_dense_route(
         assert error <= module.error + 2e-6
         least = float((m - best(m, module.rank)).norm() / m.norm())
         assert module.error <= (least if exact else 1.02 * least) + 1e-5
-        values = torch.cat([torch.linalg.svdvals(m), torch.zeros(1)])
-        if exact and values[module.rank - 1] > 1.001 * values[module.rank]:  # else there are several best ones
+        sizes = torch.cat([torch.linalg.svdvals(m), torch.zeros(1)])
+        if exact and sizes[module.rank - 1] > 1.001 * sizes[module.rank]:  # else there are several best ones
             assert relative(kept, best(m, module.rank)) < 3e-6
         ranks = sum(RANKS[module.name.rpartition("_")[0].rpartition(".")[2]][: len(chosen)])
         assert module.rank <= min(rank or ranks, ranks) if exact else module.rank == (rank or ranks)

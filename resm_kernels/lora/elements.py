@@ -51,7 +51,10 @@ def merge_elements_of(
     """
     values = method.resolve(len(deltas), dict(parameters), name)
     unit = None if method.blocks is None else method.blocks(shape, values)
-    merge = functools.partial(method, out_dtype=torch.float32, name=name, seed=seed, **parameters)
+
+    def merge(base: Tensor, experts: Sequence[Tensor]) -> Tensor:
+        return method(base, experts, out_dtype=torch.float32, name=name, seed=seed, **parameters)
+
     if unit is None:
         return merge(torch.zeros(shape), [_rows(delta, 0, shape[0]) for delta in deltas])
     stream = _TaskVectorStream(shape, deltas, unit)

@@ -83,7 +83,7 @@ def merge_factors(
     lambda_ = options.pop("lambda_")
     dtype = compute_dtype(base, *(x for f in factors for x in (f.left, f.right)))
     left, right = joint_bases(factors)
-    core = merge_cores(tuple(base.shape), factors, cores_of(factors, left, right), method, options, dtype)
+    core = merge_cores((base.shape[0], base.shape[1]), factors, cores_of(factors, left, right), method, options, dtype)
     return join(base, LowRank(matmul(left, core).to(dtype), right.to(dtype)), lambda_, out_dtype)
 
 

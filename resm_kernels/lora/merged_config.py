@@ -59,9 +59,10 @@ def _targets(group: AdapterGroup, ranks: Mapping[str, int]) -> list[str]:
     """Return names that match the merged modules and no others."""
     if group.base is not None:
         return target_names(ranks, group.base.reader.tensors)
-    lists = [a.entries.get("target_modules") for a in group.adapters]
+    entries: list[Any] = [a.entries.get("target_modules") for a in group.adapters]
     restricted = any(a.entries.get(key) for a in group.adapters for key in _RESTRICTING)
-    if restricted or not all(isinstance(names, list) for names in lists):
+    lists = [names for names in entries if isinstance(names, list)]
+    if restricted or len(lists) < len(entries):
         return sorted(ranks)
     # Each adapter has factors for every module that its names match, so that all names together match all modules.
     return sorted({name for names in lists for name in names})

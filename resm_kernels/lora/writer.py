@@ -96,8 +96,8 @@ class AdapterWriter:
         plan = plan_output(((name, dtype, shape) for name, (dtype, shape, _) in self._entries.items()), sys.maxsize)
         plan = OutputPlan((replace(plan.shards[0], filename=WEIGHTS_FILE),), plan.slots)
         files = {CONFIG_FILE: json_bytes(config)}
-        options = {"overwrite": self._overwrite, "marker": CONFIG_FILE, "facts": facts}
-        with CheckpointWriter(self._out, plan, files, **options) as writer:
+        writing = CheckpointWriter(self._out, plan, files, overwrite=self._overwrite, marker=CONFIG_FILE, facts=facts)
+        with writing as writer:
             for name, (_, _, read) in self._entries.items():
                 writer.write(name, read())
             writer.commit()

@@ -274,8 +274,8 @@ class _Call:
             return merge_utils.task_arithmetic(tensors, weights)
         assert self.density is not None
         if kind in ("ties", "dare_ties"):
-            return getattr(merge_utils, kind)(tensors, weights, self.density, self.signs)  # type: ignore[no-any-return]
-        return getattr(merge_utils, kind)(tensors, weights, self.density)  # type: ignore[no-any-return]
+            return getattr(merge_utils, kind)(tensors, weights, self.density, self.signs)
+        return getattr(merge_utils, kind)(tensors, weights, self.density)
 
     def _apart(self, layer: Any) -> MergedFactors:
         """Merge A and B apart from each other, each scaled by the root of weight times scale."""
