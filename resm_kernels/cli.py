@@ -1,7 +1,6 @@
-"""The command `resm-kernels`: merge, calibrate, statistics, stats, verify, info, extract-lora.
+"""The command `resm-kernels`: merge, calibrate, statistics, stats, verify, info, extract-lora, merge-lora.
 
-Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
-torch.
+Commands import what they need beyond typer when they run: help and usage errors appear at once and need no torch.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
@@ -28,6 +27,7 @@ from resm_kernels.arguments import (
 )
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
 from resm_kernels.flags import repeated, translate
+from resm_kernels.lora_commands import merge_lora
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
 
 app = typer.Typer(
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge fine-tuned language models with RESM and other methods.",
 )
+app.command("merge-lora")(merge_lora)
 _options = {"traceback": False}
 
 
@@ -265,8 +266,7 @@ def stats(
     experts = [source.model for source in checked.parts[0].slices[0].experts]
     if json_file is None or str(json_file) != "-":
         # A pipe or a file has no width that the table has to fit into: it is made so wide that no column folds.
-        wide = 300 if spectra else 200
-        Console(width=None if sys.stdout.isatty() else wide).print(stats_table(rows))
+        Console(width=None if sys.stdout.isatty() else 300 if spectra else 200).print(stats_table(rows))
     if plot is not None:
         from resm_kernels.plot import plot_stats
 

@@ -122,6 +122,58 @@ def check_seed(name: str, seed: int) -> None:
         raise ValueError(f"{name}: got {shortened(seed)}, need a whole number of 64 bits")
 
 
+class MergeLoraKeywords(TypedDict, total=False):
+    """The types of the keyword arguments that `MergeLoraOptions` and `merge_lora` share."""
+
+    rank: int | None
+    energy: float | None
+    max_rank: int | None
+    uniform_rank: bool
+    dtype: torch.dtype | None
+    accuracy: float
+    random_seed: int
+    overwrite: bool
+    threads: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLoraOptions:
+    """How adapters are merged to one; `merge_lora` documents the keyword arguments.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int | None = None
+    uniform_rank: bool = False
+    dtype: torch.dtype | None = None
+    accuracy: float = 5e-2
+    random_seed: int = 0
+    overwrite: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        from resm_kernels.dtypes import ADAPTER_DTYPES
+
+        for name in ("rank", "max_rank"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, need at least 1")
+        if self.rank is not None and self.energy is not None:
+            raise ValueError(f"energy: got {self.energy} and a rank of {self.rank}, need one of the two")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy: got {self.energy}, need a share above 0 and at most 1")
+        if self.max_rank is not None and self.energy is None:
+            raise ValueError(f"max_rank: got {self.max_rank} without energy, need both: it bounds what energy chooses")
+        if not (math.isfinite(self.accuracy) and self.accuracy >= 0):
+            raise ValueError(f"accuracy: got {self.accuracy}, need a finite number of at least 0")
+        if self.dtype is not None and self.dtype not in ADAPTER_DTYPES:
+            raise ValueError(f"dtype: got {self.dtype}, need one of {', '.join(map(str, ADAPTER_DTYPES))}")
+        check_threads(self.threads)
+        check_seed("random_seed", self.random_seed)
+
+
 class CalibrateKeywords(TypedDict, total=False):
     """The types of the keyword arguments that `CalibrateOptions` and `calibrate_checkpoint` share."""
 

@@ -31,14 +31,15 @@ LAYERS = [
     {"elementwise"},
     {"spectral"},
     {"methods"},
-    {"_merge", "mergekit", "peft"},
+    {"_merge", "mergekit"},
     {"recipe", "checkpoint"},
-    {"lora"},
     {"options"},
+    {"lora"},
+    {"peft"},
     {"engine"},
     {"calibrate"},
     {"report", "plot"},
-    {"flags", "arguments", "command"},
+    {"flags", "arguments", "command", "lora_commands"},
     {"cli", "__main__"},
 ]
 HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")

@@ -119,8 +119,8 @@ class _Spelled:
         self.notes = self._spellings.notes
 
     def open_adapter(self, folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool = False) -> Model:
-        find = self._spellings.finder(self.models.index(base))
-        reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, find=find))
+        loaded = self._spellings.loaded_model(self.models.index(base))
+        reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, model=loaded))
         if reader.renames:
             self.notes.append(adapter_note(folder, reader.renames))
         return Model(folder, reader, base.config, base.folder, base.form)

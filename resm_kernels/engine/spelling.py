@@ -7,7 +7,7 @@ tensors are left out; so are tensors that transformers does not load, unless eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +16,7 @@ import torch
 from resm_kernels.checkpoint import CheckpointReader, RespelledReader, TensorInfo
 from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.engine.architecture import Architecture, Loaded, find_architecture, names_key
+from resm_kernels.engine.loaded import Spelled, SpelledModel
 from resm_kernels.engine.spelling_rules import (
     COPY,
     IGNORED_WEIGHT,
@@ -27,6 +28,7 @@ from resm_kernels.engine.spelling_rules import (
     copies,
     renamed,
 )
+from resm_kernels.lora import LoadedModel
 from resm_kernels.tensor_names import LayerPosition, layer_position
 
 if TYPE_CHECKING:
@@ -101,21 +103,23 @@ class Spellings:
                     self.readers[i] = RespelledReader(tensors.reader, names)
                 self.notes += _notes(tensors, names)
 
-    def finder(self, i: int) -> Callable[[str], str | None]:
-        """Return a function that finds a tensor of model `i` by the name that it has in any version of transformers.
+    def loaded_model(self, i: int) -> LoadedModel:
+        """Return where the parameters of model `i` are in `readers[i]`, by the names that they have when it is loaded.
 
-        The function returns the name in `readers[i]`, or None if there is no such tensor.
+        Names of any version of transformers are understood.
         """
-        names: dict[str, str] = {}
+        return SpelledModel(self.readers[i], lambda: self._spelled(i))
 
-        def find(name: str) -> str | None:
-            tensors = self._tensors()[i]
-            if not names:
-                names.update({old: new for new, old in self._names(tensors).items()})
-            loaded = self._loaded_name(tensors, name)
-            return names.get(tensors.stored.get(loaded, ""))
-
-        return find
+    def _spelled(self, i: int) -> Spelled:
+        tensors = self._tensors()[i]
+        readable = {stored: new for new, stored in self._names(tensors).items()}
+        return Spelled(
+            architecture=tensors.architecture,
+            names={loaded: readable[stored] for loaded, stored in tensors.stored.items() if stored in readable},
+            stored={stored: (new, tensors.info(stored).shape) for stored, new in readable.items()},
+            tied=tensors.tied,
+            loaded_name=lambda name: self._loaded_name(tensors, name),
+        )
 
     def _tensors(self) -> list[_Tensors]:
         if self._matched is None:

@@ -67,17 +67,37 @@ class AdapterWriter:
         """Store the tensor that `read()` returns when `commit` calls it, for tensors that another file holds."""
         self._entries[PREFIX + name] = (dtype, shape, read)
 
+    def pad(self, name: str, dimension: int, size: int) -> None:
+        """Pad a tensor that was added with zeros at the end of one dimension, up to a size."""
+        dtype, shape, read = self._entries[PREFIX + name]
+        if shape[dimension] == size:
+            return
+        padded = (*shape[:dimension], size, *shape[dimension + 1 :])
+
+        def read_padded() -> Tensor:
+            whole = torch.zeros(padded, dtype=dtype)
+            whole.narrow(dimension, 0, shape[dimension]).copy_(read())
+            return whole
+
+        self.add_from(name, dtype, padded, read_padded)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that were added so far."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape, _ in self._entries.values())
 
-    def commit(self, config: Mapping[str, Any]) -> None:
-        """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`."""
+    def commit(self, config: Mapping[str, Any], *, facts: Mapping[str, Any] | None = None) -> None:
+        """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`.
+
+        Args:
+            config: The entries of adapter_config.json.
+            facts: Entries for the record in the folder, as for `CheckpointWriter`.
+        """
         plan = plan_output(((name, dtype, shape) for name, (dtype, shape, _) in self._entries.items()), sys.maxsize)
         plan = OutputPlan((replace(plan.shards[0], filename=WEIGHTS_FILE),), plan.slots)
         files = {CONFIG_FILE: json_bytes(config)}
-        with CheckpointWriter(self._out, plan, files, overwrite=self._overwrite, marker=CONFIG_FILE) as writer:
+        writing = CheckpointWriter(self._out, plan, files, overwrite=self._overwrite, marker=CONFIG_FILE, facts=facts)
+        with writing as writer:
             for name, (_, _, read) in self._entries.items():
                 writer.write(name, read())
             writer.commit()

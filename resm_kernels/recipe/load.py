@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from resm_kernels.files import check_structure, expanded, read_text, shortened
 from resm_kernels.files.yaml_text import MAX_BYTES, MAX_DEPTH, MAX_VALUES, Document, parse_yaml
+from resm_kernels.recipe.adapters import AdapterRecipe
 from resm_kernels.recipe.errors import LocatedError, Location, RecipeError, dotted
 from resm_kernels.recipe.schema import ModelEntry, ModuleEntry, Recipe, SliceEntry, SourceEntry
 from resm_kernels.recipe.tokens import TokenEntry, TokenizerEntry
@@ -30,31 +31,35 @@ _SEVERAL: Final = (
 )
 
 
-def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any]) -> Recipe:
+def load_recipe(source: Recipe | str | os.PathLike[str] | Mapping[str, Any], *, adapters: bool = False) -> Recipe:
     """Return the checked recipe of a YAML file (named by its path) or of a mapping with the same structure.
 
-    A `Recipe` is returned as it is.
+    A `Recipe` is returned as it is. With `adapters` the result is an `AdapterRecipe`: the models are adapters that are
+    merged to one, so that no method needs a `base_model`, and keys about whole models are errors.
 
     Raises:
         RecipeError: The file cannot be read or is not YAML, a key is unknown or not supported, or a value is out of
             range.
     """
-    if isinstance(source, Recipe):
+    kind = AdapterRecipe if adapters else Recipe
+    if isinstance(source, kind):
         return source
+    if isinstance(source, Recipe):
+        raise RecipeError("recipe: got one of whole models, need load_recipe(…, adapters=True), a file or a mapping")
     if isinstance(source, Mapping):
         check_structure(source, "recipe", RecipeError, max_depth=MAX_DEPTH, max_values=MAX_VALUES)
-        return _validate(dict(source), "recipe", Document(source, None), None)
+        return _validate(kind, dict(source), "recipe", Document(source, None), None)
     name = os.fspath(source)
     text = read_text(expanded(name, RecipeError, "recipe"), RecipeError, limit=MAX_BYTES, missing="need a recipe")
     document = parse_yaml(text, name, RecipeError, _SEVERAL)
     if not isinstance(document.data, dict):
         raise RecipeError(f"{name}: got {type(document.data).__name__}, need a mapping with merge_method and models")
-    return _validate(document.data, name, document, text)
+    return _validate(kind, document.data, name, document, text)
 
 
-def _validate(data: dict[str, Any], name: str, document: Document, text: str | None) -> Recipe:
+def _validate(kind: type[Recipe], data: dict[str, Any], name: str, document: Document, text: str | None) -> Recipe:
     try:
-        return Recipe.model_validate(data).written_as(data if text is None else text)
+        return kind.model_validate(data).written_as(data if text is None else text)
     except ValidationError as error:
         # A misspelt key also makes the right one missing. The misspelling is reported first, as it explains both.
         unknown_keys_first = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
