@@ -76,6 +76,32 @@ class Architecture:
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
 
+    @property
+    def config(self) -> Any:
+        """The configuration, as transformers has read it."""
+        return self._model.config
+
+    @property
+    def model(self) -> Any:
+        """The model, on the meta device."""
+        return self._model
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the loaded model."""
+        return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
+    def with_entries(self, entries: Mapping[tuple[str, ...], Any]) -> Architecture:
+        """Return the same class with other entries in its configuration, each named by its sections and its key.
+
+        Raises:
+            Exception: Whatever the class raises for a configuration that it does not take.
+        """
+        config = copy.deepcopy(self._model.config)
+        for path, value in entries.items():
+            setattr(functools.reduce(getattr, path[:-1], config), path[-1], value)
+        return Architecture(_on_meta(type(self._model), config))
+
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}

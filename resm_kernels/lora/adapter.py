@@ -21,7 +21,7 @@ from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
 from resm_kernels.lora.factors import Factors
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_vocabulary
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_vocabulary, is_vocabulary
 
 _PANEL: Final = 256
 """The number of rows that are formed at once, which bounds the memory for the base's rows and the product."""
@@ -154,7 +154,8 @@ class AdapterReader(CheckpointReader):
         if unknown or (replaced is None and target != OUTPUT_HEAD):
             reason = "is of a kind that is not supported" if unknown else f"is not in {self.base.folder}"
             raise CheckpointError(f"{info.file}: tensor {name!r} {reason}; need plain LoRA or DoRA of this base model")
-        if replaced is not None and replaced.shape != info.shape:
+        resized = is_vocabulary(target) and replaced is not None and replaced.shape[1:] == info.shape[1:]
+        if replaced is not None and replaced.shape != info.shape and not resized:
             raise CheckpointError(
                 f"{info.file}: tensor {name!r} has shape {info.shape}, need {replaced.shape} as in {self.base.folder}"
             )
@@ -194,7 +195,14 @@ class AdapterReader(CheckpointReader):
             return info if replaced is None else replace(replaced, name=name)
         double = self._double and len(info.shape) == 2
         dtype = torch.float64 if double or info.dtype == torch.float64 else torch.float32
+        info = info if replaced is None else replaced
         return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
+
+    @property
+    def is_resized(self) -> bool:
+        """True if the adapter stores an embedding or a head whole with another number of rows than its base model."""
+        tensors = self.base.tensors
+        return any(n in tensors and info.shape != tensors[n].shape for n, info in self._replaced.items())
 
     def is_adapted(self, name: str) -> bool:
         """Return True if the tensor is formed from factors when it is read."""
@@ -216,7 +224,8 @@ class AdapterReader(CheckpointReader):
             raise CheckpointError(f"{file}: adapts {name!r}, which is not in {base_folder}; need its base model")
         if "bias" in parts and f"{module}.bias" not in self.base.tensors:
             raise CheckpointError(f"{adapted} has a lora_bias, but the base has no {module + '.bias'!r}; need both")
-        base, a, b = self.base.tensors[name], parts["A"].shape, parts["B"].shape
+        base = self._replaced.get(name, self.base.tensors[name])
+        a, b = parts["A"].shape, parts["B"].shape
         if base.dtype not in FLOAT_DTYPES:
             raise CheckpointError(f"{base.file}: tensor {name!r} is {base.dtype}; dequantise the base model first")
         rank = self.config.rank(self._modules[module].name)
@@ -231,7 +240,7 @@ class AdapterReader(CheckpointReader):
 
     def _transposed(self, module: str) -> bool:
         """Return True if the weight is stored as (in, out), the transpose of B·A."""
-        stored, base = self._modules[module], self.base.tensors[f"{module}.weight"]
+        stored, base = self._modules[module], self.tensors[f"{module}.weight"]
         out, inner = stored.parts["B"].shape[0], stored.parts["A"].shape[1]
         # The configuration has one flag for all modules, of which some may be stored the other way. So the shape
         # decides, and the flag only for square matrices.
