@@ -58,7 +58,7 @@ class Model:
 
     @property
     def tokenizer_folder(self) -> Path:
-        """The folder that the tokenizer is in: an adapter's, where fine-tunes for chats save their own, or the base's."""
+        """The tokenizer's folder: the adapter's, where fine-tunes for chats save their own, or the base model's."""
         own = self.dcp is None and bool(matching_files(self.folder, TOKENIZER_FILES))
         return self.folder if own else self.base_folder
 

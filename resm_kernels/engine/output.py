@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -13,8 +13,7 @@ import torch
 
 from resm_kernels.checkpoint import Auxiliary, CheckpointError, json_bytes, read_chat_template
 from resm_kernels.engine.card import model_card_files
-from resm_kernels.engine.layout import LayerOrigin
-from resm_kernels.engine.models import MergeError, OpenedModels
+from resm_kernels.engine.models import OpenedModels
 from resm_kernels.engine.token_tables import TokenTables
 from resm_kernels.engine.tokenizer import OutputTokenizer
 from resm_kernels.files import parse_object
@@ -25,15 +24,6 @@ if TYPE_CHECKING:
 
 _GENERATION: Final = "generation_config.json"
 _SPECIAL: Final = re.compile(r"_token_ids?$|_token_index$|^(begin_)?suppress_tokens$")
-_COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
-_MODULE_COUNTS: Final = {
-    "encoder": ("encoder_layers", "num_encoder_layers", "num_layers", "num_hidden_layers"),
-    "decoder": ("decoder_layers", "num_decoder_layers"),
-}
-_SECTIONS: Final = {"text_decoder": "text_config", "vision_tower": "vision_config", "vision_model": "vision_config"}
-# Keys of lists with one entry per layer, and keys of lists of the numbers of the layers of some kind.
-_PER_LAYER: Final = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers", "attention_layers")
-_LAYER_NUMBERS: Final = ("mlp_only_layers", "full_attn_idxs", "attn_layer_indices", "moe_layers")
 
 
 def output_files(plan: MergePlan) -> Mapping[str, bytes]:
@@ -53,9 +43,7 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
         card = model_card_files(recipe, models, plan.out.name)
     if not models.reference.has_config:
         return card
-    config = deepcopy(dict(models.reference.config))
-    for module, origins in plan.layout.origins.items():
-        _set_layers(config, module, origins, models)
+    config = deepcopy(dict(plan.config))
     if plan.format is not None:
         config["quantization_config"] = plan.format.config
     if plan.tables is not None:
@@ -90,53 +78,6 @@ def _chat_template(recipe: Recipe, models: OpenedModels) -> str | None:
     found = [read_chat_template(model.folder) or read_chat_template(model.base_folder) for model in models.all()]
     counts = Counter(text.strip() for text in found if text)
     return counts.most_common(1)[0][0] if counts else None
-
-
-def _set_layers(
-    config: dict[str, Any], module: str | None, origins: Sequence[LayerOrigin], models: OpenedModels
-) -> None:
-    """Set the number of layers, and in lists with one entry per layer the entry of each layer's origin."""
-    keys = _MODULE_COUNTS.get(str(module), _COUNTS)
-    section = _section(config, module, keys)
-    if section is None:
-        raise MergeError(
-            f"{models.reference.folder / 'config.json'}: states no number of layers{f' of {module}' if module else ''} "
-            f"({', '.join(keys)}); need an entry, which becomes {len(origins)}"
-        )
-    for key in keys:
-        if key in section:
-            section[key] = len(origins)
-    for key in _PER_LAYER:
-        if isinstance(section.get(key), list):
-            section[key] = [_layer_entry(origin, module, keys, key) for origin in origins]
-    for key in _LAYER_NUMBERS:
-        if isinstance(section.get(key), list):
-            sections = [_section(dict(origin.model.config), module, keys) or {} for origin in origins]
-            numbers = [_list_entry(part, key) for part in sections]
-            section[key] = [i for i, origin in enumerate(origins) if origin.number in numbers[i]]
-
-
-def _section(config: dict[str, Any], module: str | None, keys: Sequence[str]) -> dict[str, Any] | None:
-    """Return the part of a config that states the module's number of layers."""
-    nested = config.get(_SECTIONS.get(str(module), "text_config"))
-    parts = [nested, config] if module is not None else [config, nested]
-    return next((p for p in parts if isinstance(p, dict) and any(key in p for key in keys)), None)
-
-
-def _list_entry(section: Mapping[str, Any], key: str) -> Sequence[Any]:
-    entry = section.get(key)
-    return entry if isinstance(entry, list) else ()
-
-
-def _layer_entry(origin: LayerOrigin, module: str | None, keys: Sequence[str], key: str) -> Any:
-    """Return the origin's entry in the list `key` of its model's config."""
-    entries = (_section(dict(origin.model.config), module, keys) or {}).get(key)
-    if not isinstance(entries, list) or origin.number >= len(entries):
-        raise MergeError(
-            f"{origin.model.folder / 'config.json'}: {key} has no entry for layer {origin.number}; the output's needs "
-            "an entry for every layer"
-        )
-    return entries[origin.number]
 
 
 def _move_special(

@@ -28,6 +28,7 @@ from resm_kernels.engine.layout import Layout, and_more, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
 from resm_kernels.engine.rounding import OutputFormat
+from resm_kernels.engine.stacked_config import stacked_config
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files
 from resm_kernels.engine.tensor_jobs import JobPlanner, TensorJob
 from resm_kernels.engine.token_tables import TokenTables, find_token_tables
@@ -57,6 +58,7 @@ class MergePlan:
         models: Every model that is read.
         statistics: The statistics of each expert, for methods that need them.
         layout: Which tensors the output has, and what each is merged from.
+        config: The output's config.json, but for its dtype, vocabulary and quantisation.
         tokenizer: The output's tokenizer if vocabularies are merged; None if the reference model's files are copied.
         tables: The tensors that follow the tokenizer, if vocabularies are merged or the reference model is an adapter
             with another vocabulary than its base model's.
@@ -79,6 +81,7 @@ class MergePlan:
     models: OpenedModels
     statistics: Statistics
     layout: Layout
+    config: Mapping[str, Any]
     tokenizer: OutputTokenizer | None
     tables: TokenTables | None
     jobs: tuple[TensorJob, ...]
@@ -220,6 +223,7 @@ def plan_merge(
             models=models,
             statistics=statistics,
             layout=layout,
+            config=stacked_config(layout, models),
             tokenizer=tokenizer,
             tables=tables,
             jobs=jobs,
