@@ -229,6 +229,20 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
             return None
 
 
+def parsed_entries(folder: Path) -> dict[str, Any] | None:
+    """Return every entry of a folder's config.json as transformers reads it, with its defaults; None if it cannot."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        return None
+    with _quiet():
+        try:
+            entries = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+        except Exception:  # whatever a class does with a configuration that it does not take
+            return None
+    return dict(entries)
+
+
 def _parts(config: Mapping[str, Any]) -> int:
     """Return how many layers times experts the configuration asks for at most, summed over its sections."""
     layers = experts = 1
