@@ -34,6 +34,7 @@ from resm_kernels.recipe import RecipeError
 
 LAYERS: Final = 6
 STACKS: Final = ([(0, 4), (2, 6)], [(0, 3), (1, 6)], [(0, 1), (0, 2), (4, 6)])
+NAMES: Final = ("layers", "layer", "h", "blocks", "block")
 IDS: Final = torch.randint(3, 90, (1, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -47,24 +48,24 @@ class Calls:
 
     def __post_init__(self) -> None:
         self.layers = layers_of(self.model)
+
+        def before(i: int, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self.given.setdefault(i, (arguments, dict(keywords)))
+
+        def after(i: int, result: Any) -> None:
+            self.results.setdefault(i, result)
+
         for i, layer in enumerate(self.layers):
-            layer.register_forward_pre_hook(
-                lambda _, a, k, i=i: self.given.setdefault(i, (a, dict(k))), with_kwargs=True
-            )
-            layer.register_forward_hook(lambda _, a, r, i=i: self.results.setdefault(i, r))
+            layer.register_forward_pre_hook(lambda _, a, k, i=i: before(i, a, k), with_kwargs=True)
+            layer.register_forward_hook(lambda _, a, r, i=i: after(i, r))
         with torch.no_grad():
             self.model(input_ids=IDS, use_cache=False)
 
 
 def layers_of(model: Any) -> Any:
-    """Return the list of the model's layers, its longest list of modules that are called one after the other."""
-    lists = [
-        m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and n.split(".")[-1] in STACK_NAMES
-    ]
+    """Return the list of the model's layers: the longest list of modules that has one of the usual names."""
+    lists = [m for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and n.split(".")[-1] in NAMES]
     return max(lists, key=len)
-
-
-STACK_NAMES: Final = ("layers", "layer", "h", "blocks", "block")
 
 
 def tensors_in(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
