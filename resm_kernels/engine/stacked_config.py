@@ -140,14 +140,23 @@ class _Stack:
             if not isinstance(value, (list, tuple, str)) or not (key in self._section or known):
                 continue
             if _NUMBERS.fullmatch(key) and not isinstance(value, str):
-                self._section[key] = [
-                    i for i, o in enumerate(self._origins) if o.number in self._numbers(o, key, known)
-                ]
+                numbers = [self._numbers(origin, key, known) for origin in self._origins]
+                self._set(key, [i for i, o in enumerate(self._origins) if o.number in numbers[i]], known)
             elif _PER_LAYER.fullmatch(key) and len(value) == self._layers:
                 entries = [self._entry(origin, key, known) for origin in self._origins]
                 if key in self._section or any(entry != entries[0] for entry in entries):
-                    self._section[key] = "".join(entries) if isinstance(value, str) else entries
-        self._section.update(self._derived([self._entries(origin.model, known) for origin in self._origins]))
+                    self._set(key, "".join(entries) if isinstance(value, str) else entries, known)
+        for key, value in self._derived([self._entries(origin.model, known) for origin in self._origins]).items():
+            self._set(key, value, known)
+
+    def _set(self, key: str, value: Any, known: Mapping[str, Architecture]) -> None:
+        """Set an entry, under each of the names that it has in the file."""
+        names = [key]
+        if known:
+            parsed = functools.reduce(getattr, self._path, known[names_key(self._reference.config)].config)
+            names += [alias for alias, name in parsed.attribute_map.items() if name == key]
+        for name in [name for name in names if name in self._section] or [key]:
+            self._section[name] = value
 
     def _entries(self, model: Model, known: Mapping[str, Architecture]) -> Mapping[str, Any]:
         """Return the entries of the module's section of a model's configuration, with those that its class derives."""

@@ -97,6 +97,11 @@ class TokenTables:
         return min((t.tokens(i) for i, t in tables if t is not None and not t.first_stands_in), default=None)
 
     @property
+    def further(self) -> int:
+        """The most rows that follow those of the tokens in one of the tensors."""
+        return max((table.further for table in self.by_name.values()), default=0)
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """A line about the tensors of other vocabularies, if there are any."""
         if not self.others:
@@ -135,9 +140,9 @@ def _by_names(model: Model) -> TokenTables:
         if is_vocabulary(name)
     }
     config, text = model.config, model.config.get("text_config")
-    sections: dict[Path, Mapping[str, Any]] = {(): config} | (
-        {("text_config",): text} if isinstance(text, dict) else {}
-    )
+    sections: dict[Path, Mapping[str, Any]] = {(): config}
+    if isinstance(text, Mapping):
+        sections["text_config",] = text
     sizes = [(*path, "vocab_size") for path, section in sections.items() if "vocab_size" in section]
     return TokenTables(tables, tuple(sizes), tuple(sections))
 
@@ -208,6 +213,8 @@ class _Search:
         """Return True if an entry counts the tokens that `main` counts."""
         if path == main or path[-1] == _PER_LAYER:
             return True
+        if path[-1] == "decoder_vocab_size" and not _shares_embeddings(_section(self._config, path[:-1])):
+            return False
         same = self._sizes[path] == self._sizes[main] and not any(map(_NO_TEXT.search, path))
         return same and (not self._tensors_of(path) or self._is_plain(path))
 
@@ -273,6 +280,11 @@ def _text_config(config: Any) -> Any:
 
 def _section(config: Any, path: Path) -> Any:
     return functools.reduce(getattr, path, config)
+
+
+def _shares_embeddings(config: Any) -> bool:
+    """Return False for a translator (Marian) whose two languages have a vocabulary each."""
+    return bool(getattr(config, "share_encoder_decoder_embeddings", True))
 
 
 def _aliases(config: Any, paths: Sequence[Path]) -> dict[str, tuple[str, ...]]:

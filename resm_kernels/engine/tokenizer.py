@@ -61,6 +61,11 @@ def build_tokenizer(
     known: dict[tuple[Path, Path], Mapping[str, int]] = {}
     for model in models.all():
         size, rows = tables.rows(model), loaded[model.tokenizer_folder].get_vocab()
+        if size is not None and any(size <= row < size + tables.further for row in rows.values()):
+            raise RecipeError(
+                f"tokenizer: {model.folder} has tokens in the rows after its vocabulary of {size}, which have a place "
+                "of their own; vocabularies of such models cannot be merged: remove tokenizer or tokenizer_source"
+            )
         known[model.places] = {token: row for token, row in rows.items() if size is None or row < size}
     if source is None:
         tokenizer = loader.load(_folder(recipe, entry.source))
