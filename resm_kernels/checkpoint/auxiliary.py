@@ -27,18 +27,22 @@ MODEL_PATTERNS: Final = (
     "video_preprocessor_config.json",
     "*.py",
 )
-TOKENIZER_PATTERNS: Final = (
+# Files of which a folder with a tokenizer has at least one.
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "vocab.bpe",
-    "merges.txt",
     "*.model",
     "*.tiktoken",
     "tekken.json",
+)
+TOKENIZER_PATTERNS: Final = (
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
     "tokenization_*.py",
     "chat_template.jinja",
     "chat_template.json",

@@ -93,6 +93,41 @@ class Architecture:
         """The shape of each tensor of the loaded model."""
         return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
 
+    def with_entries(self, entries: Mapping[tuple[str, ...], Any]) -> Architecture:
+        """Return the same class with other entries in its configuration, each named by its sections and its key.
+
+        Raises:
+            Exception: Whatever the class raises for a configuration that it does not take.
+        """
+        config = copy.deepcopy(self._model.config)
+        for path, value in entries.items():
+            setattr(functools.reduce(getattr, path[:-1], config), path[-1], value)
+        return Architecture(_on_meta(type(self._model), config))
+
+    def with_config(self, entries: Mapping[str, Any]) -> Architecture:
+        """Return the same class with the configuration that a config.json with these entries gives.
+
+        Raises:
+            Exception: Whatever the class raises for a configuration that it does not take.
+        """
+        with _quiet():
+            config = type(self._model.config).from_dict({k: v for k, v in entries.items() if k not in _UNRELATED})
+        return Architecture(_on_meta(type(self._model), config))
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the tensors of the model that a checkpoint with these names leaves without values."""
+        present = {key for _, key in self._renamed(names).values()}
+        present |= {name for pair in self.tied.items() if not present.isdisjoint(pair) for name in pair}
+        return [
+            name
+            for name in self._state
+            if name not in present | self.unsaved and not (self.may_miss and self.may_miss.search(name))
+        ]
+
+    def layers(self, stack: str) -> list[Any]:
+        """Return the modules of a stack of layers, whose name ends with a dot, in order."""
+        return list(self._model.get_submodule(stack.removesuffix(".")))
+
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
@@ -251,6 +286,20 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
             return Architecture(_on_meta(model_class, parsed))
         except Exception:  # whatever a class does with a configuration that it does not take
             return None
+
+
+def parsed_entries(folder: Path) -> dict[str, Any] | None:
+    """Return every entry of a folder's config.json as transformers reads it, with its defaults; None if it cannot."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        return None
+    with _quiet():
+        try:
+            entries = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+        except Exception:  # whatever a class does with a configuration that it does not take
+            return None
+    return dict(entries)
 
 
 def _parts(config: Mapping[str, Any]) -> int:

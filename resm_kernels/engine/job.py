@@ -49,10 +49,11 @@ def record_facts(plan: MergePlan) -> dict[str, Any]:
 
 def _input_files(plan: MergePlan) -> list[Path]:
     files = set(statistics_files(plan.statistics))
-    patterns = (CONFIG_FILE, *(TOKENIZER_PATTERNS if plan.tokenizer is not None else ()))
+    patterns = TOKENIZER_PATTERNS if plan.tokenizer is not None else ()
     for model in plan.models.all():
         files |= set(model.reader.files)
-        files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
+        files |= set(model.base_folder.glob(CONFIG_FILE))
+        files |= {file for pattern in patterns for file in model.tokenizer_folder.glob(pattern)}
         files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
     return sorted(file.resolve() for file in files)
 

@@ -18,7 +18,7 @@ from resm_kernels.checkpoint import (
     open_form,
     read_config,
 )
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_FILES, matching_files
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
 from resm_kernels.checkpoint.quantised import without_quantization
 from resm_kernels.engine.spelling import Spellings, adapter_note
@@ -50,6 +50,17 @@ class Model:
     base_folder: Path
     form: Form = field(default_factory=Form)
     dcp: DcpReader | None = None
+
+    @property
+    def places(self) -> tuple[Path, Path]:
+        """The two folders, by which models are told apart: an adapter may be on several base models."""
+        return self.folder, self.base_folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer's folder: the adapter's, where fine-tunes for chats save their own, or the base model's."""
+        own = self.dcp is None and bool(matching_files(self.folder, TOKENIZER_FILES))
+        return self.folder if own else self.base_folder
 
     @property
     def has_config(self) -> bool:

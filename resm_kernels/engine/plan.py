@@ -31,11 +31,14 @@ from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_mod
 from resm_kernels.engine.output import output_files
 from resm_kernels.engine.roles import Roles
 from resm_kernels.engine.rounding import OutputFormat
+from resm_kernels.engine.stacked_config import stacked_config
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files
 from resm_kernels.engine.tensor_jobs import JobPlanner, TensorJob
+from resm_kernels.engine.token_tables import TokenTables, find_token_tables
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import Vocabulary
 from resm_kernels.engine.window import Window
+from resm_kernels.lora import AdapterReader
 from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
@@ -58,7 +61,10 @@ class MergePlan:
         models: Every model that is read.
         statistics: The statistics of each expert, for methods that need them.
         layout: Which tensors the output has, and what each is merged from.
+        config: The output's config.json, but for its dtype, vocabulary and quantisation.
         tokenizer: The output's tokenizer if vocabularies are merged; None if the reference model's files are copied.
+        tables: The tensors that follow the tokenizer, if vocabularies are merged or the reference model is an adapter
+            with another vocabulary than its base model's.
         jobs: One per output tensor, in the order of the reference model's files.
         pieces: The jobs that are carried out: the same, but for large tensors a job for each block.
         format: The format of quantised weights that the output has; None if it has full weights.
@@ -79,7 +85,9 @@ class MergePlan:
     models: OpenedModels
     statistics: Statistics
     layout: Layout
+    config: Mapping[str, Any]
     tokenizer: OutputTokenizer | None
+    tables: TokenTables | None
     jobs: tuple[TensorJob, ...]
     pieces: tuple[TensorJob, ...]
     format: OutputFormat | None
@@ -182,10 +190,13 @@ def plan_merge(
         check_weights(models.all())
         statistics = open_statistics(recipe, models, on_error)
         layout = plan_layout(recipe, models, {OUTPUT_HEAD} if tied else set())
-        tokenizer = vocabulary = None
+        tokenizer = vocabulary = tables = None
         if recipe.output_tokenizer is not None:
-            tokenizer = build_tokenizer(recipe, models, trust_remote_code=options.trust_remote_code)
-            vocabulary = Vocabulary(recipe, models, tokenizer)
+            tables = find_token_tables(models.reference)
+            tokenizer = build_tokenizer(recipe, models, tables, trust_remote_code=options.trust_remote_code)
+            vocabulary = Vocabulary(recipe, models, tokenizer, tables)
+        elif isinstance(models.reference.reader, AdapterReader) and models.reference.reader.is_resized:
+            tables = find_token_tables(models.reference)
         output_format = None if recipe.output_format is None else OutputFormat(recipe.output_format, models)
         if output_format is not None and layout.origins:
             output_format.check_stacked()
@@ -228,7 +239,9 @@ def plan_merge(
             models=models,
             statistics=statistics,
             layout=layout,
+            config=stacked_config(layout, models),
             tokenizer=tokenizer,
+            tables=tables,
             jobs=jobs,
             pieces=pieces,
             format=output_format,
@@ -236,7 +249,7 @@ def plan_merge(
             devices=devices,
             window=window,
             tied=tied,
-            notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
+            notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models), *(tables.notes if tables else ())),
             roles_from="" if roles is None else roles.source,
             warnings=config_warnings(models.all()),
             began=began,

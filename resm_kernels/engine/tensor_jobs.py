@@ -122,7 +122,7 @@ class JobPlanner:
         self._roles, self._threads, self._memory = roles, threads, memory
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, info in models.reference.reader.tensors.items():
-            if vocabulary is None or not is_vocabulary(name):
+            if vocabulary is None or not vocabulary.covers(name):
                 self._shapes.setdefault(_kind(name), set()).add(info.shape)
 
     def job(self, tensor: OutputTensor) -> TensorJob:
@@ -135,7 +135,7 @@ class JobPlanner:
         models = [self._models.by_source[source] for source in piece.sources]
         inputs = tuple((m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True))
         copied = inputs[0][1].dtype not in FLOAT_DTYPES
-        aligned = self._vocabulary is not None and is_vocabulary(tensor.name) and not copied
+        aligned = self._vocabulary is not None and self._vocabulary.covers(tensor.name) and not copied
         if aligned:
             assert self._vocabulary is not None
             inputs = self._vocabulary.inputs(tensor)
@@ -278,7 +278,7 @@ class JobPlanner:
 
     def _check_rows(self, tensor: OutputTensor, statistics: Sequence[tuple[StatisticsReader, TensorInfo]]) -> None:
         """Refuse statistics with an entry for each row of an embedding whose rows are aligned by token."""
-        if statistics and self._vocabulary is not None and is_vocabulary(tensor.name):
+        if statistics and self._vocabulary is not None and self._vocabulary.covers(tensor.name):
             reader = statistics[0][0]
             if reader.about.kind == "fisher":
                 raise MergeError(

@@ -27,7 +27,7 @@ from resm_kernels.lora.patches import Patch, StoredFactors, rows_of
 from resm_kernels.lora.stored import read_stored
 from resm_kernels.lora.targets import Target, TargetFinder
 from resm_kernels.lora.tied import TiedModel, settle_tied
-from resm_kernels.tensor_names import OUTPUT_HEAD
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_vocabulary
 
 _PANEL: Final = 256
 """The most rows that are formed at once, which bounds the memory for the base's rows and the product."""
@@ -126,7 +126,8 @@ class AdapterReader(CheckpointReader):
                 )
             self.added[name] = info
             return
-        if parameter.shape != info.shape:
+        resized = is_vocabulary(name) and parameter.shape[1:] == info.shape[1:]
+        if parameter.shape != info.shape and not resized:
             raise CheckpointError(
                 f"{info.file}: tensor {info.name!r} has shape {info.shape}, need {parameter.shape} as in "
                 f"{self.base.folder}"
@@ -170,7 +171,14 @@ class AdapterReader(CheckpointReader):
             return info if replaced is None else replace(replaced, name=name)
         double = self._double and len(info.shape) >= 2
         dtype = torch.float64 if double or info.dtype == torch.float64 else torch.float32
+        info = info if replaced is None else replaced
         return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
+
+    @property
+    def is_resized(self) -> bool:
+        """True if the adapter stores an embedding or a head whole with another number of rows than its base model."""
+        tensors = self.base.tensors
+        return any(n in tensors and info.shape != tensors[n].shape for n, info in self._replaced.items())
 
     def is_adapted(self, name: str) -> bool:
         """Return True if the tensor is formed from factors when it is read."""
