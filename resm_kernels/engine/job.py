@@ -33,6 +33,7 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "version of the libraries": {"resm-kernels": __version__, "torch": torch.__version__},
         "random_seed": plan.options.random_seed,
         "max_shard_size": plan.options.shard_bytes,
+        "tied_embeddings": plan.options.tied_embeddings,
     }
     state = _content if plan.options.hash_inputs else _state
     return entries | {f"input file {file}": state(file) for file in _input_files(plan)}

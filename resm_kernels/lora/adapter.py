@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -23,8 +23,8 @@ from resm_kernels.linalg.threads import run
 from resm_kernels.lora.changes import LowRank, Whole
 from resm_kernels.lora.config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from resm_kernels.lora.loaded import LoadedModel, Parameter
+from resm_kernels.lora.parts import read_stored
 from resm_kernels.lora.patches import Patch, StoredFactors, rows_of
-from resm_kernels.lora.stored import read_stored
 from resm_kernels.lora.targets import Target, TargetFinder
 from resm_kernels.lora.tied import TiedModel, settle_tied
 from resm_kernels.tensor_names import OUTPUT_HEAD
@@ -97,7 +97,8 @@ class AdapterReader(CheckpointReader):
         self._patches: dict[str, list[Patch]] = {}
         stored = read_stored(self.tensors)
         names = [*(f"{module.name}.weight" for module in stored.modules), *stored.saved]
-        tied = TiedModel(LoadedModel(base.tensors) if model is None else model, base_config, base.tensors, names)
+        loaded = LoadedModel(base.tensors) if model is None else model
+        tied = TiedModel(loaded, base_config, base.tensors, names, stored.saved)
         targets = list(TargetFinder(self.config, tied, base.folder).targets(stored.modules))
         self.targets, saved = settle_tied(
             targets, stored.saved, tied, tied_embeddings, self.read_info, (folder, base.folder)
@@ -170,7 +171,18 @@ class AdapterReader(CheckpointReader):
             return info if replaced is None else replace(replaced, name=name)
         double = self._double and len(info.shape) >= 2
         dtype = torch.float64 if double or info.dtype == torch.float64 else torch.float32
+        info = info if replaced is None else replaced
         return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
+
+    @property
+    def is_resized(self) -> bool:
+        """True if the adapter stores an embedding or a head whole with another number of rows than its base model."""
+        tensors = self.base.tensors
+        return any(info.shape != tensors[name].shape for name, info in self._replaced.items())
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Leave out tensors of the base that the model with the adapter does not have."""
+        self.tensors = MappingProxyType({n: i for n, i in self.tensors.items() if n not in names})
 
     def is_adapted(self, name: str) -> bool:
         """Return True if the tensor is formed from factors when it is read."""
@@ -215,7 +227,7 @@ class AdapterReader(CheckpointReader):
     def stored_factors(self, name: str) -> StoredFactors | None:
         """Return the stored factors of a matrix; None if it has none (a bias, a replaced tensor, DoRA, LoHa)."""
         patches = self._patches.get(name, [])
-        shape = self.base.tensors[name].shape if patches else ()
+        shape = self.tensors[name].shape
         if len(patches) != 1 or name in self._replaced or len(shape) != 2:
             return None
         (patch,) = patches

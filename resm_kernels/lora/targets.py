@@ -12,7 +12,7 @@ from resm_kernels.checkpoint import CheckpointError, TensorInfo
 from resm_kernels.lora.changes import Change, Hadamard, Kronecker, LowRank, Whole
 from resm_kernels.lora.config import CONFIG_FILE, AdapterConfig
 from resm_kernels.lora.loaded import LoadedModel, Parameter
-from resm_kernels.lora.stored import StoredModule
+from resm_kernels.lora.parts import StoredModule
 
 _WEIGHT: Final = "weight"
 _STACKED: Final = "in_proj_weight"
