@@ -107,15 +107,6 @@ class Architecture:
                 return self._model.get_submodule(spelled)
         return None
 
-    @functools.cached_property
-    def input_embedding(self) -> str | None:
-        """The name of the module that looks tokens up."""
-        try:
-            embedding = self._model.get_input_embeddings()
-        except NotImplementedError:  # a model without tokens
-            return None
-        return next((name for name, module in self._model.named_modules() if module is embedding), None)
-
     @property
     def needed(self) -> frozenset[str]:
         """The parameters that a checkpoint has to store, because the model neither makes nor ties them."""

@@ -62,10 +62,6 @@ class TiedModel(LoadedModel):
     def tied(self) -> Mapping[str, str]:
         return self.originals
 
-    @property
-    def input_embedding(self) -> str | None:
-        return self._model.input_embedding
-
     def locate(self, name: str) -> Parameter | None:
         found = self._model.locate(self.originals.get(name, name))
         saved, whole = self._saved.get(name), None if found is None else found.stored_whole
