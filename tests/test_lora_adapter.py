@@ -156,7 +156,7 @@ def plain(r: int = 2, name: str = NAME, rows: int = 32) -> Weights:
         ({"lora_alpha": None}, plain(), "lora_alpha: got None"),
         ({"rank_pattern": {"(": 2}}, plain(), "no regular expression"),
         ({"use_qalora": True}, plain(), "use_qalora is set"),
-        ({"trainable_token_indices": [1]}, plain(), "trainable_token_indices is set, but the adapter has no trained rows"),
+        ({"trainable_token_indices": [1]}, plain(), "but the adapter has no trained rows"),
         ({"init_lora_weights": "pissa"}, plain(), "'pissa', which also changes the base model"),
         ({"use_dora": True}, plain(), "has no lora_magnitude"),
         ({}, plain() | {f"base_model.model.{NAME}.lora_magnitude_vector": torch.ones(32)}, "has no use_dora"),

@@ -16,6 +16,8 @@ from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE: Final = "adapter_model.bin"
+"""The file of the weights of adapters that older versions of PEFT saved."""
 PREFIX: Final = "base_model.model."
 """PEFT puts this prefix before the names that tensors have in the base model."""
 

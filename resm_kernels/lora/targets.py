@@ -63,7 +63,8 @@ class TargetFinder:
         """
         if self._config.token_indices and not any("tokens" in module.parts for module in modules):
             raise CheckpointError(
-                f"{self._config.file}: trainable_token_indices is set, but the adapter has no trained rows; save it again"
+                f"{self._config.file}: trainable_token_indices is set, but the adapter has no trained rows; save it "
+                "again"
             )
         depths: dict[str, int] = {}
         for module in modules:
@@ -93,8 +94,8 @@ class TargetFinder:
             info = module.parts["bias"]
             if bias is None or bias.shape != info.shape:
                 raise CheckpointError(
-                    f"{where} has a lora_bias, but the base has no {module.name + '.bias'!r} of its shape {info.shape}; "
-                    "need both"
+                    f"{where} has a lora_bias, but the base has no {module.name + '.bias'!r} of its shape "
+                    f"{info.shape}; need both"
                 )
             yield Target(bias.name, bias, Whole(info, scale))
 
