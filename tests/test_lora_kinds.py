@@ -1,4 +1,4 @@
-"""Adapters of every kind in recipes, compared with peft's merge_and_unload in float64 (all families: `make adapters`)."""
+"""Adapters of every kind in recipes, compared with peft's merge in float64; `make adapters` has all families."""
 
 from __future__ import annotations
 

@@ -12,7 +12,6 @@ from resm_kernels._version import __version__
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_PATTERNS
 from resm_kernels.checkpoint.tensor_writer import stored_hash
 from resm_kernels.engine.statistics import statistics_files
-from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
@@ -50,7 +49,6 @@ def _input_files(plan: MergePlan) -> list[Path]:
     for model in plan.models.all():
         files |= set(model.reader.files)
         files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
-        files |= {file for file in (model.folder / ADAPTER_CONFIG,) if file.is_file()}
     return sorted(file.resolve() for file in files)
 
 
