@@ -75,7 +75,8 @@ def adapted_model(reader: AdapterReader, config: Mapping[str, Any], base_folder:
         new["label2id"] = {f"LABEL_{i}": i for i in range(labels)}
     architecture = find_architecture(base_folder, new)
     kept = set(reader.added)
-    left_out, missing = {OUTPUT_HEAD} & reader.base.tensors.keys(), set[str]()
+    left_out = {OUTPUT_HEAD} & reader.base.tensors.keys()
+    missing: frozenset[str] = frozenset()
     if architecture is not None:
         loaded = architecture.loaded(reader.tensors)
         left_out = {name for name, entry in loaded.items() if not entry.known and name not in kept}

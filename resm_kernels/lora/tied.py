@@ -143,7 +143,7 @@ def _same_change(targets: Sequence[Target], read: Callable[[TensorInfo], Tensor]
     for target in targets:
         if not isinstance(target.change, LowRank) or target.magnitude is not None:
             return False
-        left, right, scale = target.change.factors(*map(read, target.change.infos))
+        left, right, scale = target.change.factors(read(target.change.a), read(target.change.b))
         products.append((left, right, scale))
     first = products[0]
     return all(
