@@ -39,6 +39,7 @@ LAYERS = [
     {"calibrate"},
     {"report", "plot"},
     {"flags", "arguments", "command"},
+    {"extract_command"},
     {"cli", "__main__"},
 ]
 HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")

@@ -44,6 +44,21 @@ class Loaded:
     ignored: Kind | None = None
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """How transformers loads a stored tensor.
+
+    Attributes:
+        piece: Its name in the loaded model; of a tensor that is joined with others or cut, the name before that.
+        key: The name of the tensor, or of the first of several, that it becomes in the loaded model.
+        pattern: The pattern of the converter that joins or cuts it; None for a tensor that is only renamed.
+    """
+
+    piece: str
+    key: str
+    pattern: str | None
+
+
 class Architecture:
     """The names of one class of transformers with one configuration.
 
@@ -76,21 +91,26 @@ class Architecture:
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
 
+    @property
+    def model(self) -> Any:
+        """The model, on the meta device."""
+        return self._model
+
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
-        for name, (renamed, key) in self._renamed(tensors).items():
-            known = key in self._state
-            ignored = None if known else self._ignored_kind(renamed, tensors[name])
-            result[name] = Loaded(renamed, known, ignored)
+        for name, renamed in self.renamed(tensors).items():
+            known = renamed.key in self._state
+            ignored = None if known else self._ignored_kind(renamed.piece, tensors[name])
+            result[name] = Loaded(renamed.piece, known, ignored)
         return result
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
-        return name if name in self._state else self._renamed([name])[name][0]
+        return name if name in self._state else self.renamed([name])[name].piece
 
-    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is.
+    def renamed(self, names: Iterable[str]) -> dict[str, Renamed]:
+        """Return how transformers loads each stored tensor, in the order in which it joins them.
 
         This follows transformers' `convert_and_load_state_dict_in_model`.
         """
@@ -120,8 +140,17 @@ class Architecture:
                     piece = f"{self._prefix}.{piece}"
                 elif whole == f"{self._prefix}.{key}":
                     piece = piece.removeprefix(f"{self._prefix}.")
-            result[name] = piece, key
+            result[name] = Renamed(piece, key, source)
         return result
+
+    def converters(self) -> dict[str, Any]:
+        """Return for each pattern that `Renamed.pattern` may be the converter of transformers that has it."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter
+
+        mapping = get_model_conversion_mapping(self._model)
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        return {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
         if kind := buffer_kind(info):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resm_kernels.lora.adapter import AdapterReader, StoredFactors
 from resm_kernels.lora.config import AdapterConfig, check_recorded_base, is_adapter_folder, read_adapter_config
-from resm_kernels.lora.extract import ExtractedLayer, ExtractReport, OtherTensor, extract_lora
+from resm_kernels.lora.extract_report import ExtractedLayer, ExtractReport, OtherTensor
 from resm_kernels.lora.factors import Factors, merge_factors
 
 __all__ = [
@@ -16,7 +16,6 @@ __all__ = [
     "OtherTensor",
     "StoredFactors",
     "check_recorded_base",
-    "extract_lora",
     "is_adapter_folder",
     "merge_factors",
     "read_adapter_config",
