@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from resm_kernels.checkpoint import check_output_folder
+from resm_kernels.checkpoint import CheckpointError, check_output_folder
 from resm_kernels.engine.architecture import find_architecture
 from resm_kernels.engine.in_memory import InMemory
 from resm_kernels.engine.models import Model, open_models
@@ -20,7 +20,7 @@ from resm_kernels.lora.config import CONFIG_FILE
 from resm_kernels.lora.extract import Extraction, ExtractOptions
 from resm_kernels.lora.extract_report import ExtractedLayer, ExtractReport
 from resm_kernels.lora.writer import AdapterWriter, adapter_config
-from resm_kernels.recipe import RecipeError, load_recipe, model_and_adapter
+from resm_kernels.recipe import RecipeError, canonical_folder, load_recipe, model_and_adapter
 
 
 def extract_lora(
@@ -96,6 +96,7 @@ def extract_lora(
         models = _open(os.fspath(finetuned), os.fspath(base), stack)
         folder = check_output_folder(out, overwrite=overwrite, inputs=models.inputs, marker=CONFIG_FILE, goes_on=False)
         original, tuned = _loaded(models.base), _loaded(models.tuned)
+        _check_unknown(original, tuned)
         layout = layout_of(original, models.base.config)
         extraction = Extraction(layout, original, tuned, options)
         with AdapterWriter(folder, overwrite=overwrite) as writer:
@@ -123,6 +124,8 @@ def _open(finetuned: str, base: str, stack: contextlib.ExitStack) -> _Models:
     """Open both models as a merge would open them; `stack` closes them."""
     if model_and_adapter(base, "base") is not None:
         raise RecipeError(f"base: got {base}, a model with an adapter; need one that PEFT can load")
+    if canonical_folder(finetuned) == canonical_folder(base):
+        raise CheckpointError(f"{finetuned}: is the base model itself; there is nothing to extract")
     # A spectral method, for which adapters on the fine-tuned side are added in float64: they have a low rank.
     recipe = load_recipe({"merge_method": "tsvm", "base_model": base, "models": [{"model": finetuned}]})
     try:
@@ -136,6 +139,15 @@ def _open(finetuned: str, base: str, stack: contextlib.ExitStack) -> _Models:
 
 def _loaded(model: Model) -> InMemory:
     return InMemory(model.reader, find_architecture(model.base_folder, model.config))
+
+
+def _check_unknown(original: InMemory, tuned: InMemory) -> None:
+    """Refuse tensors that transformers does not load and that one of the models only has."""
+    for model, other in ((original, tuned), (tuned, original)):
+        missing = sorted(set(other.unknown) - set(model.unknown))
+        if missing:
+            more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+            raise CheckpointError(f"{model.folder}: tensor {missing[0]!r} of {other.folder} is missing{more}")
 
 
 def _unknown(model: InMemory) -> list[str]:
