@@ -29,6 +29,7 @@ from resm_kernels.arguments import (
     WorkersOption,
 )
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
+from resm_kernels.extract_command import extract_lora
 from resm_kernels.flags import repeated, translate
 from resm_kernels.lora_commands import merge_lora
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
@@ -360,59 +361,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
     typer.echo(to_json(facts) if as_json else describe_machine(facts))
 
 
-@app.command("extract-lora")
-def extract_lora(
-    finetuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
-    base: Annotated[Path, typer.Option("--base", help="Folder of the model it was fine-tuned from.")],
-    rank: Annotated[int | None, typer.Option("--rank", help="Rank of every matrix.")] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Or the smallest rank that keeps this share of ‖Δ‖², such as 0.9.")
-    ] = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None,
-    accuracy: Annotated[float, typer.Option("--accuracy", help="How far above the best error to accept.")] = 5e-2,
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", help="Module to decompose, such as q_proj; repeatable. Default: all linear ones."),
-    ] = None,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Decompose embeddings and output heads too.")
-    ] = False,
-    save_rest: Annotated[bool, typer.Option("--save-rest", help="Store other changed tensors whole.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the factors: float32, bfloat16 or float16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an adapter folder.")] = False,
-    threads: ThreadsOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
-) -> None:
-    """Write what FINETUNED changed in BASE as a PEFT (LoRA) adapter, and print the error of every layer."""
-    with loading():
-        import torch
-
-        from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
-        from resm_kernels.lora import extract_lora as extract
-
-    kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
-    if dtype not in kinds:
-        raise ValueError(f"dtype: got {dtype!r}, need one of {', '.join(kinds)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    report = extract(
-        finetuned,
-        base,
-        out,
-        rank=rank,
-        energy=energy,
-        max_rank=max_rank,
-        accuracy=accuracy,
-        targets=target or None,
-        embeddings=embeddings,
-        save_rest=save_rest,
-        dtype=kinds[dtype],
-        overwrite=overwrite,
-        on_layer=None if quiet else lambda layer: typer.echo(str(layer)),
-    )
-    if not quiet:
-        typer.echo(str(report))
+app.command("extract-lora")(extract_lora)
 
 
 def main() -> None:

@@ -39,7 +39,8 @@ LAYERS = [
     {"engine"},
     {"calibrate"},
     {"report", "plot"},
-    {"flags", "arguments", "command", "lora_commands"},
+    {"flags", "arguments", "command"},
+    {"lora_commands", "extract_command"},
     {"cli", "__main__"},
 ]
 HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")

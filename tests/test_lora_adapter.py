@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, read_config
-from resm_kernels.engine import MergeError, checkpoint_stats, merge_checkpoints, plan_merge
-from resm_kernels.lora import AdapterReader, extract_lora, merge_factors
+from resm_kernels.engine import MergeError, checkpoint_stats, extract_lora, merge_checkpoints, plan_merge
+from resm_kernels.lora import AdapterReader, merge_factors
 from resm_kernels.recipe import RecipeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

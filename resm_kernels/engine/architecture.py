@@ -46,6 +46,21 @@ class Loaded:
     ignored: Kind | None = None
 
 
+@dataclass(frozen=True)
+class Renamed:
+    """How transformers loads a stored tensor.
+
+    Attributes:
+        piece: Its name in the loaded model; of a tensor that is joined with others or cut, the name before that.
+        key: The name of the tensor, or of the first of several, that it becomes in the loaded model.
+        pattern: The pattern of the converter that joins or cuts it; None for a tensor that is only renamed.
+    """
+
+    piece: str
+    key: str
+    pattern: str | None
+
+
 class Architecture:
     """The names of one class of transformers with one configuration.
 
@@ -116,7 +131,7 @@ class Architecture:
 
     def missing(self, names: Iterable[str]) -> list[str]:
         """Return the tensors of the model that a checkpoint with these names leaves without values."""
-        present = {key for _, key in self._renamed(names).values()}
+        present = {renamed.key for renamed in self.renamed(names).values()}
         present |= {name for pair in self.tied.items() if not present.isdisjoint(pair) for name in pair}
         return [
             name
@@ -131,19 +146,19 @@ class Architecture:
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
-        for name, (renamed, key) in self._renamed(tensors).items():
-            known = key in self._state
-            ignored = None if known else self._ignored_kind(renamed, tensors[name])
-            result[name] = Loaded(renamed, known, ignored)
+        for name, renamed in self.renamed(tensors).items():
+            known = renamed.key in self._state
+            ignored = None if known else self._ignored_kind(renamed.piece, tensors[name])
+            result[name] = Loaded(renamed.piece, known, ignored)
         return result
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
         """Return for each tensor of a checkpoint the tensor of the loaded model that it becomes, or a part of."""
-        return {name: key for name, (_, key) in self._renamed(names).items()}
+        return {name: renamed.key for name, renamed in self.renamed(names).items()}
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
-        return name if name in self._state else self._renamed([name])[name][0]
+        return name if name in self._state else self.renamed([name])[name].piece
 
     def parameters(self, module: str) -> list[str]:
         """Return the last parts of the names of the parameters that a module owns itself, in its order."""
@@ -184,11 +199,11 @@ class Architecture:
         Args:
             shapes: The shapes of the stored tensors.
         """
-        by_pattern = {pattern: c for c in self._mapping()[1] for pattern in c.source_patterns}
+        by_pattern = self.converters()
         found: dict[str, list[tuple[str, str]]] = {}
-        for name, (_, key, pattern) in self._sources(shapes).items():
-            if pattern is not None:
-                found.setdefault(key, []).append((pattern, name))
+        for name, renamed in self.renamed(shapes).items():
+            if renamed.pattern is not None:
+                found.setdefault(renamed.key, []).append((renamed.pattern, name))
         return [
             Conversion(by_pattern[group[0][0]], key, tuple((pattern, name, shapes[name]) for pattern, name in group))
             for key, group in found.items()
@@ -197,10 +212,6 @@ class Architecture:
     def placed(self, conversion: Conversion, name: str) -> Parameter | None:
         """Return where a parameter's elements are in the stored tensors of a conversion; see `placements`."""
         return placements(conversion, name, self._model)
-
-    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is."""
-        return {name: (piece, key) for name, (piece, key, _) in self._sources(names).items()}
 
     def _mapping(self) -> tuple[list[Any], list[Any]]:
         """Return transformers' renamings and converters for the model."""
@@ -211,8 +222,8 @@ class Architecture:
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
 
-    def _sources(self, names: Iterable[str]) -> dict[str, tuple[str, str, str | None]]:
-        """For each name the two of `_renamed`, and the pattern of the converter that it is a source of, if it is.
+    def renamed(self, names: Iterable[str]) -> dict[str, Renamed]:
+        """Return how transformers loads each stored tensor, in the order in which it joins them.
 
         This follows transformers' `convert_and_load_state_dict_in_model`.
         """
@@ -237,8 +248,12 @@ class Architecture:
                     piece = f"{self._prefix}.{piece}"
                 elif whole == f"{self._prefix}.{key}":
                     piece = piece.removeprefix(f"{self._prefix}.")
-            result[name] = piece, key, source
+            result[name] = Renamed(piece, key, source)
         return result
+
+    def converters(self) -> dict[str, Any]:
+        """Return for each pattern that `Renamed.pattern` may be the converter of transformers that has it."""
+        return {pattern: converter for converter in self._mapping()[1] for pattern in converter.source_patterns}
 
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
         if kind := buffer_kind(info):

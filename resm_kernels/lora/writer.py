@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ from resm_kernels.checkpoint import CheckpointWriter, OutputPlan, json_bytes, pl
 from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor in the temporary file of an `AdapterWriter`, and what reads it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 class AdapterWriter:
@@ -46,8 +55,8 @@ class AdapterWriter:
     def __exit__(self, *_: object) -> None:
         self._spool.close()
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Store a CPU tensor; `name` is its name without PEFT's prefix."""
+    def keep(self, tensor: Tensor) -> Kept:
+        """Write a CPU tensor to the temporary file, for `add_kept`, when its name is not known yet."""
         start, fd, tensor = self._end, self._spool.fileno(), tensor.contiguous()
         if tensor.numel():
             with write_errors_named(self._out):
@@ -61,7 +70,15 @@ class AdapterWriter:
                 read_fully(fd, byte_view(stored), start, self._out)
             return stored
 
-        self.add_from(name, dtype, shape, read)
+        return Kept(dtype, shape, read)
+
+    def add_kept(self, name: str, tensor: Kept) -> None:
+        """Store a tensor that was kept; `name` is its name without PEFT's prefix."""
+        self.add_from(name, tensor.dtype, tensor.shape, tensor.read)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store a CPU tensor; `name` is its name without PEFT's prefix."""
+        self.add_kept(name, self.keep(tensor))
 
     def add_from(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
         """Store the tensor that `read()` returns when `commit` calls it, for tensors that another file holds."""
@@ -103,13 +120,19 @@ class AdapterWriter:
             writer.commit()
 
 
+def _recorded(base: str | os.PathLike[str]) -> str:
+    """Return how an adapter's configuration names its base: a folder by its whole path, anything else as it is."""
+    path = os.path.abspath(os.path.expanduser(base))
+    return path if os.path.exists(path) else os.fspath(base)
+
+
 def adapter_config(base: str | os.PathLike[str], architectures: Any, **entries: Any) -> dict[str, Any]:
     """Return an adapter_config.json for PEFT that describes plain LoRA in inference mode, with these `entries`."""
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if str(name).endswith("ForCausalLM") else None,
-        "base_model_name_or_path": os.path.abspath(os.path.expanduser(base)),
+        "base_model_name_or_path": _recorded(base),
         "inference_mode": True,
         "lora_dropout": 0.0,
         "use_rslora": False,
