@@ -32,7 +32,9 @@ LAYERS = [
     {"spectral"},
     {"methods"},
     {"_merge", "mergekit", "peft"},
-    {"recipe", "checkpoint"},
+    {"checkpoint"},
+    {"hub"},
+    {"recipe"},
     {"lora"},
     {"options"},
     {"engine"},
@@ -41,7 +43,10 @@ LAYERS = [
     {"flags", "arguments", "command"},
     {"cli", "__main__"},
 ]
-HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")
+HEAVY = (
+    *("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray"),
+    *("gguf", "huggingface_hub"),
+)
 
 
 @pytest.mark.parametrize("op", OPS)

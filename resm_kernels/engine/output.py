@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -14,7 +13,7 @@ from resm_kernels.checkpoint import Auxiliary, CheckpointError, json_bytes, read
 from resm_kernels.engine.card import model_card_files
 from resm_kernels.engine.layout import LayerOrigin
 from resm_kernels.engine.models import MergeError, OpenedModels
-from resm_kernels.engine.tokenizer import OutputTokenizer
+from resm_kernels.engine.tokenizer import OutputTokenizer, tokenizer_files
 from resm_kernels.files import parse_object
 from resm_kernels.recipe import AUTO, CHAT_TEMPLATES, Recipe
 
@@ -57,7 +56,7 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
         config["quantization_config"] = plan.format.config
     if tokenizer is not None:
         _set_vocabulary(config, tokenizer, models)
-    copied: Path | Mapping[str, bytes] = folder if plan.options.copy_tokenizer else {}
+    copied = tokenizer_files(folder) if plan.options.copy_tokenizer and tokenizer is None else {}
     form = models.reference.form
     auxiliary = Auxiliary(
         folder,

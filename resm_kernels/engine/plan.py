@@ -7,13 +7,14 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from resm_kernels.checkpoint import (
     OutputPlan,
     check_output_folder,
+    format_bytes,
     plan_dcp_output,
     plan_output,
 )
@@ -33,6 +34,7 @@ from resm_kernels.engine.tensor_jobs import JobPlanner, TensorJob
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import Vocabulary
 from resm_kernels.engine.window import Window
+from resm_kernels.hub import UnseenWeights, View, begin, headers_alone
 from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Recipe, load_recipe
@@ -67,6 +69,8 @@ class MergePlan:
             spell one model in different ways; how quantised weights are read; what torch DCP folders hold beside.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
+        view: The models on the hub whose weights are not here, of a plan that was made from their headers; None if all
+            weights are here.
     """
 
     recipe: Recipe
@@ -86,6 +90,7 @@ class MergePlan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     began: float
+    view: View | None = None
 
     @property
     def method(self) -> Method:
@@ -118,7 +123,11 @@ class MergePlan:
 
         With a machine, and words for where its rates are from (`chosen_machine`), also estimate how long it takes.
         """
-        return describe_plan(self, machine)
+        text = describe_plan(self, machine)
+        if self.view is None:
+            return text
+        names = ", ".join(listing.name for listing, _ in self.view.missing.values())
+        return f"{self.view.shown(text)}\nto fetch    {format_bytes(self.view.nbytes)} of weights from the hub: {names}"
 
     def auxiliary_files(self) -> Mapping[str, bytes]:
         """Return file name → content of everything but the weights: config, tokenizer, and maybe a model card."""
@@ -128,6 +137,8 @@ class MergePlan:
         """Close all input files."""
         for reader in (*(model.reader for model in self.models.all()), *self.statistics.values()):
             reader.close()
+        if self.view is not None:
+            self.view.close()
 
     def __enter__(self) -> MergePlan:
         return self
@@ -142,6 +153,7 @@ def plan_merge(
     options: MergeOptions = _DEFAULT_OPTIONS,
     *,
     dense: bool = False,
+    fetch: bool = True,
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -149,11 +161,17 @@ def plan_merge(
     where the method allows it. Other tensors must fit into memory at once, so that the plan's `window.bound` exceeds
     the limit if the largest of them needs more.
 
+    Models on the hub whose weights are not here are planned from their files' headers first, so that models that do not
+    fit together are refused before the weights are fetched. Expert statistics need the weights; then they are fetched
+    at once, and so are weights that have no header to be read (pickled files, GGUF).
+
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
         out: The output folder, which is checked, but not created; None for a plan that is not to be carried out.
         options: How the merge is to be carried out.
         dense: Form the weights of LoRA adapters even where their factors are enough for the merge.
+        fetch: Fetch weights from the hub (default). Without it, the plan is for showing alone: its tensors can be read
+            only from the hub, and tensors count as equal if samples of them are equal.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, the models together or the output folder
@@ -161,9 +179,37 @@ def plan_merge(
         ValueError: A device does not exist or has less memory than asked for.
     """
     began = time.perf_counter()
+    recipe = load_recipe(recipe)
+    begin()
+    if fetch and any(source.statistics is not None for source in recipe.sources):
+        return _plan(recipe, out, options, dense, began)
+    with headers_alone() as view:
+        try:
+            plan = _plan(recipe, out, options, dense, began)
+            view.check_space()
+        except UnseenWeights:
+            if not fetch:
+                raise
+        except ValueError as error:
+            error.args = tuple(view.shown(part) if isinstance(part, str) else part for part in error.args)
+            raise
+        else:
+            if not view.missing:
+                return plan
+            if not fetch:
+                notes, warned = tuple(map(view.shown, plan.notes)), tuple(map(view.shown, plan.warnings))
+                return replace(plan, view=view, notes=notes, warnings=warned)
+            plan.close()
+            view.fetch()
+        view.close()
+    return _plan(recipe, out, options, dense, began)
+
+
+def _plan(
+    recipe: Recipe, out: str | os.PathLike[str] | None, options: MergeOptions, dense: bool, began: float
+) -> MergePlan:
     # Workers of a cluster open their own GPUs; here there may be none.
     devices = open_devices("cpu" if options.engine == "ray" else options.device, options.device_bytes)
-    recipe = load_recipe(recipe)
     check_full_weights(recipe, options)
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
@@ -220,7 +266,7 @@ def plan_merge(
             devices=devices,
             window=window,
             tied=tied,
-            notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
+            notes=(*spelling_notes, *models.remarks, *_reader_notes(models), *dcp_notes(models)),
             warnings=config_warnings(models.all()),
             began=began,
         )

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, json_bytes
-from resm_kernels.checkpoint.auxiliary import check_tokenizer_files, config_entry
+from resm_kernels.checkpoint.auxiliary import (
+    TOKENIZER_PATTERNS,
+    check_tokenizer_files,
+    config_entry,
+    matching_files,
+)
+from resm_kernels.checkpoint.forms import gguf_file
 from resm_kernels.engine.models import OpenedModels
 from resm_kernels.files import LIST_BYTES, read_object
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
@@ -84,6 +90,18 @@ def _folder(recipe: Recipe, models: OpenedModels, name: str) -> Path:
     return model_folder(name, where) if opened is None else opened.base_folder
 
 
+def tokenizer_files(folder: Path) -> Path | Mapping[str, bytes]:
+    """Return what an output's tokenizer is copied from: the model's folder, or the files made of a GGUF file's."""
+    return folder if gguf_tokenizer(folder) is None else _saved_files(_Loader(False).load(folder))
+
+
+def gguf_tokenizer(path: Path) -> Path | None:
+    """Return the GGUF file that a model's tokenizer is in; None if it has a tokenizer's files of its own."""
+    if path.is_dir() and matching_files(path, TOKENIZER_PATTERNS):
+        return None
+    return gguf_file(path)
+
+
 class _Loader:
     """Loads tokenizers with transformers."""
 
@@ -101,8 +119,15 @@ class _Loader:
     def load(self, folder: Path, size: int | None = None) -> Any:
         """Load a tokenizer; if `size` is not None, without the tokens from row `size` on."""
         check_tokenizer_files(folder)
+        file = gguf_tokenizer(folder)
+        place = {} if file is None else {"gguf_file": file.name}
         try:
-            tokenizer = self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
+            tokenizer = self._class.from_pretrained(
+                folder if file is None else file.parent,
+                trust_remote_code=self._trust,
+                local_files_only=True,
+                **place,
+            )
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(

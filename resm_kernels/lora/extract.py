@@ -28,6 +28,7 @@ from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, is_tied
 from resm_kernels.lora.modules import Rest, rank_patterns, target_names
 from resm_kernels.lora.writer import AdapterWriter, adapter_config
 from resm_kernels.ops import NonFiniteError
+from resm_kernels.recipe import model_folder
 from resm_kernels.suggestions import did_you_mean
 from resm_kernels.tensor_names import HEAD_MODULES, OUTPUT_HEAD, is_embedding_module, is_embedding_or_head, last_part
 
@@ -168,8 +169,8 @@ def extract_lora(
     truncate = _Truncation(rank, energy, max_rank, accuracy)
     report = ExtractReport(folder)
     writing = AdapterWriter(folder, overwrite=overwrite)
-    reader, config, _ = open_form(Path(base))
-    with reader as original, open_form(Path(finetuned))[0] as tuned, writing as writer:
+    reader, config, _ = open_form(model_folder(os.fspath(base), "base"))
+    with reader as original, open_form(model_folder(os.fspath(finetuned), "finetuned"))[0] as tuned, writing as writer:
         tied = is_tied(config, original.tensors)
         infos = _common_tensors(original, tuned, tied)
         modules = _target_modules(infos, targets, embeddings)
