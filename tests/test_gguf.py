@@ -66,7 +66,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
         COMMON | {"attention.layer_norm_epsilon": 1e-5},
         {
             "token_embd.weight": (WORDS, WIDTH),
-            "position_embd.weight": (64, WIDTH),
+            "position_embd.weight": (1024, WIDTH),
             **{f"output_norm.{end}": (WIDTH,) for end in ("weight", "bias")},
             **{f"blk.0.{norm}.{end}": (WIDTH,) for norm in ("attn_norm", "ffn_norm") for end in ("weight", "bias")},
             **{"blk.0.attn_qkv.weight": (3 * WIDTH, WIDTH), "blk.0.attn_qkv.bias": (3 * WIDTH,)},
@@ -210,23 +210,18 @@ def test_config_source_takes_the_place_of_the_metadata(tmp_path: Path) -> None:
 
 def damaged_files(tmp_path: Path) -> dict[str, tuple[bytes, str]]:
     whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    endless = struct.pack("<Q", 1 << 60)
     return {
         "empty": (b"", "is no GGUF file"),
         "magic": (b"GGML" + whole[4:], "is no GGUF file"),
         "version 1": (whole[:4] + struct.pack("<I", 1) + whole[8:], "version: got 1"),
         "big-endian": (whole[:4] + struct.pack(">I", 3) + whole[8:], "another byte order"),
-        "tensors without end": (
-            whole[:8] + struct.pack("<Q", 1 << 60) + whole[16:],
-            "claims 1152921504606846976 tensors",
-        ),
-        "entries without end": (
-            whole[:16] + struct.pack("<Q", 1 << 60) + whole[24:],
-            "claims 1152921504606846976 entr",
-        ),
-        "a name without end": (whole[:24] + struct.pack("<Q", 1 << 60) + whole[32:], "need 1 to 1000"),
-        "cut header": (whole[:100], "ends within its header"),
+        "tensors without end": (whole[:8] + endless + whole[16:], f"claims {1 << 60} tensors"),
+        "entries without end": (whole[:16] + endless + whole[24:], f"claims {1 << 60} entries"),
+        "a name without end": (whole[:24] + endless + whole[32:], "need 1 to 1000"),
+        "cut header": (whole[:420], "ends within its header"),
         "cut data": (whole[:-100], "ends behind the end of the file"),
-        "an array without end": (_with_array(whole, 1 << 40), "claims 1099511627776 values"),
+        "an array without end": (_with_array(whole, 1 << 40), f"claims {1 << 40} values"),
     }
 
 
@@ -269,7 +264,7 @@ def test_metadata_that_do_not_fit_are_named(tmp_path: Path, changes: dict[str, A
 
 def test_unknown_architectures_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "nonsense", FAMILIES["llama"])
-    with pytest.raises(CheckpointError, match="cannot read its metadata .*nonsense"):
+    with pytest.raises(CheckpointError, match=r"cannot read its metadata .*nonsense"):
         open_form(write_gguf(tmp_path / "model.gguf", "nonsense"))
 
 
@@ -282,10 +277,10 @@ def test_folders_with_several_gguf_files_are_ambiguous(tmp_path: Path) -> None:
     open_form(tmp_path)[0].close()
 
 
-def test_the_command_plans_a_gguf_file(tmp_path: Path, run_command: RunCommand) -> None:
+def test_the_command_plans_a_gguf_file(tmp_path: Path, run: RunCommand) -> None:
     file = write_gguf(tmp_path / "model.gguf")
     (tmp_path / "r.yml").write_text(json.dumps({"merge_method": "passthrough", "models": [{"model": str(file)}]}))
-    code, out, _ = run_command("merge", str(tmp_path / "r.yml"), str(tmp_path / "out"), "--dry-run")
+    code, out, _ = run("merge", str(tmp_path / "r.yml"), str(tmp_path / "out"), "--dry-run")
     assert code == 0 and "a GGUF file is read as LlamaForCausalLM" in out
     with plan_merge(tmp_path / "r.yml") as plan:
         assert plan.reference.has_config

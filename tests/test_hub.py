@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 import torch
 from checkpoints import Family, load_model, save_adapter, save_model
@@ -195,7 +195,7 @@ def test_an_interrupted_download_goes_on(hub: HubServer, family: Family, tmp_pat
     folder = model_folder("org/large", "model")
     assert same(load_model(folder), weights)
     whole = (tmp_path / "large/model.safetensors").stat().st_size
-    assert whole <= hub.sent("large/model.safetensors") < whole + (1 << 20)
+    assert whole <= hub.sent("large/model.safetensors") < whole + (2 << 20)
 
 
 def test_what_is_cached_serves_without_the_hub(
@@ -207,8 +207,7 @@ def test_what_is_cached_serves_without_the_hub(
     with pytest.raises(RecipeError, match=r"org/expert0: is no folder here.*HF_HUB_OFFLINE"):
         plan_merge(remote_recipe())
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    hub.shutdown()
-    hub.server_close()
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with plan_merge({"merge_method": "passthrough", "models": [{"model": "org/base"}]}) as plan:
         assert plan.models.folders == [folder]
     assert "the hub cannot be reached" in capfd.readouterr().err

@@ -165,11 +165,13 @@ def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
     """Return the content of the files that match, and of the modules that Python code among them imports."""
     files: dict[str, bytes] = {}
     found = matching_files(folder, patterns)
+    seen = set(found)
     while found:
         contents = {file: read_bytes(file, CheckpointError) for file in found if _is_copied(folder, file)}
-        files |= {_name(folder, file): content for file, content in contents.items()}
+        files |= {file.relative_to(folder).as_posix(): content for file, content in contents.items()}
         code = [(file, content) for file, content in contents.items() if file.suffix == ".py"]
-        found = [file for file in dict.fromkeys(imported_modules(folder, code)) if _name(folder, file) not in files]
+        found = [file for file in dict.fromkeys(imported_modules(folder, code)) if file not in seen]
+        seen.update(found)
     return files
 
 
@@ -192,10 +194,6 @@ def _is_copied(folder: Path, file: Path) -> bool:
         stacklevel=2,
     )
     return False
-
-
-def _name(folder: Path, file: Path) -> str:
-    return file.relative_to(folder).as_posix()
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:

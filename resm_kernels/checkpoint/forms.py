@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -192,7 +193,10 @@ def _components(path: Path) -> tuple[list[str], Form]:
         components = [p.name for p in sorted(path.iterdir()) if p.name not in absent and holds_weights(p)]
         if not components:
             raise CheckpointError(f"{path}: has a {PIPELINE_FILE}, but none of its folders holds safetensors")
-        return components, Form(config_file=PIPELINE_FILE, side_files=_everywhere(SMALL_FILES))
+        listed = {name for name, entry in config.items() if isinstance(entry, list)}
+        folders = [p.name for p in path.iterdir() if p.is_dir() and p.name in {*listed, *components}]
+        inner = (f"{glob.escape(folder)}/{pattern}" for folder in folders for pattern in SMALL_FILES)
+        return components, Form(config_file=PIPELINE_FILE, side_files=(*SMALL_FILES, *inner))
     if not os.path.lexists(path / MODULES_FILE):
         return [""], Form()
     modules = _modules(path)
@@ -228,10 +232,6 @@ def _open_components(folder: Path, components: list[str]) -> tuple[CheckpointRea
             reader.close()
         raise
     return ComponentsReader(folder, readers), {component: reader.stem for component, reader in readers.items()}
-
-
-def _everywhere(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    return (*patterns, *(f"*/{pattern}" for pattern in patterns))
 
 
 def _join(component: str, name: str) -> str:

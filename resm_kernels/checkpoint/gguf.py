@@ -35,7 +35,7 @@ Array = np.ndarray[Any, Any]
 
 
 class _StoredReader(CheckpointReader):
-    """The tensors of a GGUF file as bytes, under the file's own names: (…, bytes of a row)."""
+    """Tensors of a GGUF file: plain ones, and encoded ones as bytes (…, bytes of a row) under the file's own names."""
 
     def __init__(self, file: Path, tensors: Sequence[TensorInfo]) -> None:
         self.folder = file.parent
@@ -163,7 +163,6 @@ class GgufReader(QuantisedReader):
             )
         _check_installed(file)
         stored, kinds = _stored_tensors(file, header)
-        self.reader = _StoredReader(file, stored)
         known = _metadata(file)
         model, self.config = _meta_model(file, known if config is None else dict(config), len(stored))
         codec = _codec(file, str(header.metadata["general.architecture"]), known, model, header, kinds)
@@ -181,6 +180,9 @@ class GgufReader(QuantisedReader):
         self.tensors = MappingProxyType(
             {found.name: _formed(found, file) if isinstance(found, Encoding) else found for found in read}
         )
+        plain = [found for found in read if isinstance(found, TensorInfo)]
+        parts = [info for found in self.encodings.values() for info in found.parts.values()]
+        self.reader = _StoredReader(file, [*plain, *parts])
         missing = [name for name, _ in model.named_parameters() if name not in self.tensors]
         if missing:
             raise CheckpointError(
