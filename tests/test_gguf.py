@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 import torch
 from checkpoints import load_model, save_model
 from conftest import RunCommand
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from resm_kernels import merge_checkpoints
+from resm_kernels.calibrate.models import load_model as load_for_calibration
+from resm_kernels.calibrate.models import load_tokenizer
 from resm_kernels.checkpoint import CheckpointError, open_form
 from resm_kernels.checkpoint.gguf_header import read_gguf_header
 from resm_kernels.engine import plan_merge
+from resm_kernels.engine.models import open_model
+from resm_kernels.recipe import RecipeError
 
+gguf: Any = pytest.importorskip("gguf", reason="gguf is not installed (test extra)")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 Kind = gguf.GGMLQuantizationType
@@ -88,7 +93,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, tuple[int, ...]]]] = {
 }
 
 
-def encoded(kind: Kind, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
+def encoded(kind: Any, shape: tuple[int, ...], seed: int) -> np.ndarray[Any, Any]:
     """Return random weights in an encoding, as an array of its bytes, or of its numbers."""
     random = np.random.default_rng(seed)
     values = (random.standard_normal(shape) * 0.1).astype(np.float32)
@@ -109,10 +114,11 @@ def write_gguf(file: Path, architecture: str = "llama", kind: str = "Q8_0", seed
     metadata, shapes = FAMILIES[architecture]
     file.parent.mkdir(parents=True, exist_ok=True)
     writer = gguf.GGUFWriter(file, architecture)
-    for key, value in (metadata | changes).items():
-        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
-        add(key if key.startswith("split") else f"{architecture}.{key}", value)
-    writer.add_array("tokenizer.ggml.tokens", [f"t{i}" for i in range(WORDS)])
+    tokens = {"tokenizer.ggml.tokens": [f"t{i}" for i in range(WORDS)]}
+    adders = {float: writer.add_float32, int: writer.add_uint32, list: writer.add_array, str: writer.add_string}
+    for key, value in (metadata | tokens | changes).items():
+        whole = key if key.startswith(("split.", "tokenizer.")) else f"{architecture}.{key}"
+        adders[type(value)](whole, value)
     for i, (name, shape) in enumerate(shapes.items()):
         own = Kind.F32 if len(shape) == 1 or name.endswith("ffn_gate_inp.weight") else Kind[kind]
         data = encoded(own, shape, seed * 100 + i)
@@ -179,7 +185,8 @@ def test_a_merge_of_gguf_files_and_folders(tmp_path: Path) -> None:
             assert torch.allclose(tensor.double(), mean, rtol=1e-6, atol=1e-9), name
     assert any("read as LlamaForCausalLM" in note and "Q6_K" in note for note in report.notes)
     assert any("rope_freqs.weight" in note for note in report.notes)
-    model, loading = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, loading = loaded
     assert not any(loading[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert model.config.num_key_value_heads == KEYS and model.config.dtype == torch.float32
 
@@ -192,10 +199,31 @@ def test_without_a_dtype_quantised_weights_are_written_in_bf16(tmp_path: Path) -
     assert all(torch.equal(merged[name], expected[name].to(merged[name].dtype)) for name in expected)
 
 
+def test_the_files_tokenizer_follows(tmp_path: Path) -> None:
+    letters = [*"abcdefgh", "Ġ", "ab", "abc", *(f"t{i}" for i in range(WORDS - 12)), "<end>"]
+    entries: dict[str, Any] = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.merges": ["a b", "ab c"]}
+    entries |= {"tokenizer.ggml.tokens": letters, "tokenizer.ggml.eos_token_id": WORDS - 1}
+    file = write_gguf(tmp_path / "model.gguf", **entries)
+    merge_checkpoints({"merge_method": "passthrough", "models": [{"model": str(file)}]}, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer.tokenize("abcd") == ["abc", "d"] and tokenizer.eos_token == "<end>"
+    with contextlib.ExitStack() as stack:
+        model = open_model(str(file), "model", stack)
+        assert load_tokenizer(model).tokenize("abcd") == ["abc", "d"]
+        loaded = load_for_calibration(model, dtype=torch.float32, device="cpu")
+        expected = oracle(file)
+        assert all(torch.equal(p.detach(), expected[n]) for n, p in loaded.named_parameters())
+    broken = write_gguf(tmp_path / "broken.gguf", **(entries | {"tokenizer.ggml.model": "unheard-of"}))
+    recipe = {"merge_method": "passthrough", "models": [{"model": str(broken)}]}
+    with pytest.raises(RecipeError, match=r"unheard-of.*--no-copy-tokenizer, or name a folder .* config_source"):
+        merge_checkpoints(recipe, tmp_path / "other")
+    merge_checkpoints(recipe, tmp_path / "other", copy_tokenizer=False)
+
+
 def test_config_source_takes_the_place_of_the_metadata(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "model.gguf")
     (tmp_path / "source").mkdir()
-    config = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name).to_dict() | {"rope_theta": 12345.0}
+    config = AutoConfig.from_pretrained(tmp_path, gguf_file=file.name).to_dict() | {"rms_norm_eps": 0.0123}
     (tmp_path / "source/config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
     (tmp_path / "source/tokenizer_config.json").write_text("{}")
     recipe = {
@@ -204,7 +232,7 @@ def test_config_source_takes_the_place_of_the_metadata(tmp_path: Path) -> None:
         "config_source": str(tmp_path / "source"),
     }
     merge_checkpoints(recipe, tmp_path / "out")
-    assert "12345.0" in (tmp_path / "out/config.json").read_text()
+    assert "0.0123" in (tmp_path / "out/config.json").read_text()
     assert (tmp_path / "out/tokenizer_config.json").is_file()
 
 

@@ -180,9 +180,13 @@ def _is_copied(folder: Path, file: Path) -> bool:
 
     What such a link leads to is not part of the model, and may be private; the user is told. The files of the hub's
     cache are all links, to its own store.
+
+    Raises:
+        CheckpointError: It is no regular file.
     """
     if any(fnmatch.fnmatch(file.name, pattern) for pattern in _LEFT_OUT):
         return False
+    check_regular(file, CheckpointError)
     real = Path(os.path.realpath(file))
     stored = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
     if stored or real.is_relative_to(os.path.realpath(folder)):

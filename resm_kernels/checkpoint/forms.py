@@ -184,6 +184,18 @@ def gguf_file(path: Path) -> Path | None:
     return found[0]
 
 
+def pretrained(path: Path, file: Path | None) -> dict[str, Any]:
+    """Return the arguments with which transformers' `from_pretrained` opens a model: those of a GGUF file, or a folder.
+
+    Args:
+        path: The model's folder or file.
+        file: The GGUF file that is to be opened; None for a folder of another kind.
+    """
+    if file is None:
+        return {"pretrained_model_name_or_path": path}
+    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+
+
 def _components(path: Path) -> tuple[list[str], Form]:
     """Return the folders within a model's folder that hold weights, "" for itself, and its form without the stems."""
     if os.path.lexists(path / PIPELINE_FILE):

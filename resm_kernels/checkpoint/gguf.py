@@ -171,7 +171,7 @@ class GgufReader(QuantisedReader):
         left_out = []
         for info in stored:
             name = codec.loaded_name(info.name)
-            if name in needed:
+            if name is not None and name in needed:
                 sources.setdefault(name, []).append(info)
             else:
                 left_out.append(info.name)
@@ -335,7 +335,8 @@ def _codec(
 ) -> _Codec:
     from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
-    processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=known)
+    processor_class: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = processor_class(config=known)
     try:
         names = get_gguf_hf_weights_map(model, processor)
     except Exception as error:  # NotImplementedError for an architecture that gguf does not know, and others

@@ -19,6 +19,9 @@ from typing import Final
 from resm_kernels.checkpoint.format import MAX_ELEMENTS, MAX_NAME, CheckpointError
 from resm_kernels.files import LIST_BYTES, open_regular, shortened
 
+GGUF_TOKENIZER: Final = "tokenizer.ggml.model"
+"""The entry that says of which kind the file's tokenizer is."""
+
 _MAGIC: Final = b"GGUF"
 _VERSIONS: Final = (2, 3)
 _SCALARS: Final = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

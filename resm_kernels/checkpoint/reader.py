@@ -299,6 +299,8 @@ def _no_weights_message(folder: Path) -> str:
             f"{folder}: holds *.distcp but no .metadata; the save was not completed, or each rank has metadata of its "
             "own, which is not supported: save again with torch.distributed.checkpoint.save"
         )
+    if gguf := sorted(p.name for p in folder.glob("*.gguf")):
+        return f"{folder}: holds {gguf[0]}, and GGUF files are read as whole models alone (open_form)"
     if os.path.lexists(folder / "adapter_config.json"):
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     files = sorted(p.name for p in folder.glob("*.safetensors"))

@@ -191,9 +191,9 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bo
         if source.model not in places:
             places[source.model] = _locate(recipe, source.model, dotted(source.model_location))
     bases = {os.path.realpath(place.base): place.base for place in places.values()}
-    source = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
+    config = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
     opened_bases = [
-        (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error, source))
+        (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error, config))
         for folder in bases.values()
     ]
     _check_dcp_keys(recipe, opened_bases)

@@ -16,7 +16,8 @@ from resm_kernels.checkpoint.auxiliary import (
     config_entry,
     matching_files,
 )
-from resm_kernels.checkpoint.forms import gguf_file
+from resm_kernels.checkpoint.forms import gguf_file, pretrained
+from resm_kernels.checkpoint.gguf_header import GGUF_TOKENIZER, read_gguf_header
 from resm_kernels.engine.models import OpenedModels
 from resm_kernels.files import LIST_BYTES, read_object
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
@@ -91,8 +92,21 @@ def _folder(recipe: Recipe, models: OpenedModels, name: str) -> Path:
 
 
 def tokenizer_files(folder: Path) -> Path | Mapping[str, bytes]:
-    """Return what an output's tokenizer is copied from: the model's folder, or the files made of a GGUF file's."""
-    return folder if gguf_tokenizer(folder) is None else _saved_files(_Loader(False).load(folder))
+    """Return what an output's tokenizer is copied from: the model's folder, or the files made of a GGUF file's.
+
+    Raises:
+        RecipeError: The GGUF file has a tokenizer, and transformers cannot load it.
+    """
+    file = gguf_tokenizer(folder)
+    if file is None or GGUF_TOKENIZER not in read_gguf_header(file).metadata:
+        return folder
+    try:
+        return _saved_files(_Loader(False).load(folder))
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error}; to write the model without it, pass --no-copy-tokenizer, or name a folder with config.json and "
+            "tokenizer as config_source"
+        ) from error
 
 
 def gguf_tokenizer(path: Path) -> Path | None:
@@ -119,15 +133,9 @@ class _Loader:
     def load(self, folder: Path, size: int | None = None) -> Any:
         """Load a tokenizer; if `size` is not None, without the tokens from row `size` on."""
         check_tokenizer_files(folder)
-        file = gguf_tokenizer(folder)
-        place = {} if file is None else {"gguf_file": file.name}
+        place = pretrained(folder, gguf_tokenizer(folder))
         try:
-            tokenizer = self._class.from_pretrained(
-                folder if file is None else file.parent,
-                trust_remote_code=self._trust,
-                local_files_only=True,
-                **place,
-            )
+            tokenizer = self._class.from_pretrained(**place, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(

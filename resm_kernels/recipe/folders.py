@@ -48,7 +48,7 @@ def model_folder(path: str, key: str) -> Path:
     if path.startswith("~") and str(folder) == path:
         raise RecipeError(f"{key}: got {shown}, but no user has that name or home; need a local model folder")
     kind = "is a file" if folder.is_file() else "is no folder here"
-    raise RecipeError(f"{key}: got {shown}, which {kind}; need a model folder, or owner/name of a model on the hub")
+    raise RecipeError(f"{key}: got {shown}, which {kind}; need a local model folder, or owner/name on the hub")
 
 
 def _is_folder(path: str) -> bool:
