@@ -24,6 +24,7 @@ class HubServer(ThreadingHTTPServer):
         gated: Ids whose files need the token "hf_good".
         cut: The name of a file, and after how many bytes its next download breaks off.
         ranges: Whether parts of files are sent.
+        answer: What is sent as the description of every repository; None sends the true one.
         log: Method, path and number of bytes sent of each request for a file.
     """
 
@@ -35,6 +36,7 @@ class HubServer(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.cut: tuple[str, int] | None = None
         self.ranges = True
+        self.answer: object = None
         self.log: list[tuple[str, str, int]] = []
 
     @property
@@ -64,11 +66,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         if match := _API.fullmatch(path):
-            self._describe(match["id"], match["what"], match["revision"] or "main")
+            self._describe(match["id"], match["what"], unquote(match["revision"] or "main"))
         elif match := _FILE.fullmatch(path):
-            self._file(match["id"], match["revision"], match["name"])
+            self._file(match["id"], unquote(match["revision"]), unquote(match["name"]))
         else:
             self._refuse(404, "EntryNotFound")
 
@@ -94,6 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
         if what == "tree":
             entries = [_entry(name, file) for name, file in files.items()]
             self._json(entries)
+            return
+        if self.server.answer is not None:
+            self._json(self.server.answer)
             return
         siblings = [{"rfilename": name, "size": file.stat().st_size} for name, file in files.items()]
         self._json({"id": repository, "modelId": repository, "sha": commit, "siblings": siblings, "private": False})

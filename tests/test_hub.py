@@ -16,10 +16,11 @@ import pytest
 import torch
 from checkpoints import Family, load_model, save_adapter, save_model
 from hub_server import HubServer, commit_of, hub_server
+from safetensors.torch import load_file, save_file
 
 from resm_kernels import merge_checkpoints
 from resm_kernels.engine import plan_merge
-from resm_kernels.hub import HubError, parse_id
+from resm_kernels.hub import HubError, begin, parse_id
 from resm_kernels.lora import extract_lora
 from resm_kernels.recipe import RecipeError, model_folder
 
@@ -37,6 +38,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         monkeypatch.delenv("HF_TOKEN", raising=False)
         monkeypatch.chdir(tmp_path)
+        begin()
         yield server
 
 
@@ -123,9 +125,9 @@ def test_a_tied_head_is_compared_by_samples_before_the_download(hub: HubServer, 
 
 
 def test_a_revision_is_pinned_and_named(hub: HubServer, family: Family, tmp_path: Path) -> None:
-    hub.add("org/expert0", family.folders[1], revision="v2")
-    commit = commit_of("org/expert0", "v2")
-    for name in ("org/expert0@v2", f"org/expert0@{commit}"):
+    hub.add("org/expert0", family.folders[1], revision="refs/pr/2")
+    commit = commit_of("org/expert0", "refs/pr/2")
+    for name in ("org/expert0@refs/pr/2", f"org/expert0@{commit}"):
         recipe = {"merge_method": "passthrough", "models": [{"model": name}]}
         merge_checkpoints(recipe, tmp_path / "out", overwrite=True)
         assert same(load_model(tmp_path / "out"), family.experts[1])
@@ -250,6 +252,96 @@ def test_pickled_weights_are_fetched_only_if_there_are_no_others(
     assert same(load_model(tmp_path / "out"), local_result(family))
 
 
+def test_a_pipeline_and_its_parts(hub: HubServer, tmp_path: Path) -> None:
+    folder = tmp_path / "published"
+    index = {"_class_name": "P", "unet": ["diffusers", "U"], "vae": ["diffusers", "V"], "tokenizer": ["t", "T"]}
+    files = {
+        "model_index.json": json.dumps(index),
+        "unet/config.json": "{}",
+        "vae/config.json": "{}",
+        "tokenizer/vocab.json": "{}",
+        "tokenizer/additional_chat_templates/rag.jinja": "x",
+        "unet/parts/own.py": "",
+        "unet/own.py": "from .parts.own import x",
+        "v1-5-pruned.ckpt": "never",
+        "onnx/config.json": "{}",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    weights = {"w": torch.randn(4)}
+    for part in ("unet", "vae"):
+        save_file(weights, folder / part / "diffusion_pytorch_model.safetensors")
+        save_file(weights, folder / part / "diffusion_pytorch_model.fp16.safetensors")
+    save_file(weights, folder / "v1-5-pruned.safetensors")
+    hub.add("org/pipeline", folder)
+    merge_checkpoints({"merge_method": "passthrough", "models": [{"model": "org/pipeline"}]}, tmp_path / "out")
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    weights_files = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
+    expected = {*files, *weights_files} - {"v1-5-pruned.ckpt", "onnx/config.json"}
+    assert written - {"README.md", "mergekit_config.yml", "resm_kernels.json"} == expected
+    fetched = {path for _, path, _ in hub.log if path.endswith((".safetensors", ".ckpt"))}
+    assert fetched == {f"org/pipeline/{name}" for name in weights_files}
+
+
+def test_a_sentence_transformers_model_and_custom_code(hub: HubServer, tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "published", {"w": torch.randn(4)})
+    files = {
+        "modules.json": json.dumps([{"idx": i, "path": p} for i, p in enumerate(("", "1_Pooling", "2_Dense"))]),
+        "1_Pooling/config.json": "{}",
+        "2_Dense/config.json": "{}",
+        "modeling_own.py": "from .parts.own import x",
+        "parts/own.py": "",
+        "qformer_tokenizer/tokenizer.json": "{}",
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content)
+    save_file({"linear.weight": torch.randn(2, 2)}, folder / "2_Dense/model.safetensors")
+    (folder / "openvino").mkdir()
+    (folder / "openvino/openvino_model.bin").write_bytes(b"never")
+    hub.add("org/sentences", folder)
+    merge_checkpoints({"merge_method": "passthrough", "models": [{"model": "org/sentences"}]}, tmp_path / "out")
+    for name, content in files.items():
+        assert (tmp_path / "out" / name).read_text() == content
+    assert torch.equal(
+        load_file(tmp_path / "out/2_Dense/model.safetensors")["linear.weight"],
+        load_file(folder / "2_Dense/model.safetensors")["linear.weight"],
+    )
+    assert not hub.sent("openvino_model.bin")
+
+
+def test_a_gguf_file_counts_if_there_are_no_other_weights(hub: HubServer, family: Family, tmp_path: Path) -> None:
+    (family.base_folder / "model-Q4.gguf").write_bytes(b"never fetched")
+    assert (model_folder("org/base", "model") / "model.safetensors").is_file()
+    assert not hub.sent(".gguf")
+    folder = tmp_path / "only"
+    folder.mkdir()
+    for name in ("a.gguf", "b.gguf"):
+        (folder / name).write_bytes(b"GGUF")
+    hub.add("org/quants", folder)
+    with pytest.raises(RecipeError, match=r"org/quants: holds 2 GGUF files \(a\.gguf, b\.gguf\)"):
+        model_folder("org/quants", "model")
+    (folder / "b.gguf").unlink()
+    begin()
+    assert (model_folder("org/quants", "model") / "a.gguf").read_bytes() == b"GGUF"
+
+
+@pytest.mark.parametrize("answer", [[], {"id": "org/base"}, {"id": 1, "siblings": [1]}, "text"])
+def test_an_endpoint_that_is_no_hub_is_named(hub: HubServer, family: Family, tmp_path: Path, answer: Any) -> None:
+    hub.answer = answer
+    with pytest.raises(RecipeError, match=r"org/base: .*(sends no list of files|names the commit None)"):
+        model_folder("org/base", "model")
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/etc/evil.json", "a/../../evil.json", "x\ny.json", "a" * 300])
+def test_files_that_no_folder_can_hold_are_refused(hub: HubServer, family: Family, tmp_path: Path, name: str) -> None:
+    siblings = [{"rfilename": "config.json", "size": 2}, {"rfilename": name, "size": 2}]
+    hub.answer = {"id": "org/base", "sha": "a" * 40, "siblings": siblings}
+    with pytest.raises(RecipeError, match=r"org/base: the hub lists the file .*, which no folder can hold"):
+        model_folder("org/base", "model")
+
+
 def test_a_shard_that_the_hub_lacks_is_named(hub: HubServer, family: Family, tmp_path: Path) -> None:
     next(iter(sorted(family.folders[1].glob("*.safetensors")))).unlink()
     with pytest.raises(RecipeError, match=r"org/expert1: the hub has no file model-00001-of-00002\.safetensors"):
@@ -259,7 +351,19 @@ def test_a_shard_that_the_hub_lacks_is_named(hub: HubServer, family: Family, tmp
 def test_hub_ids() -> None:
     assert parse_id("org/name") == ("org/name", "main")
     assert parse_id("org/name-7B.v2@refs/pr/3") == ("org/name-7B.v2", "refs/pr/3")
-    for text in ("name", "./org/name", "/org/name", "a/b/c", "org/", "org/name@", "../name", "org/a b", "~/name"):
+    for text in (
+        "name",
+        "./org/name",
+        "/org/name",
+        "a/b/c",
+        "org/",
+        "org/name@",
+        "../name",
+        "org/a b",
+        "~/name",
+        "org/name@../x",
+        "org/name@/x",
+    ):
         assert parse_id(text) is None
 
 

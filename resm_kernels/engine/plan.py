@@ -162,8 +162,8 @@ def plan_merge(
     the limit if the largest of them needs more.
 
     Models on the hub whose weights are not here are planned from their files' headers first, so that models that do not
-    fit together are refused before the weights are fetched. Expert statistics need the weights; then they are fetched
-    at once, and so are weights that have no header to be read (pickled files, GGUF).
+    fit together are refused before the weights are fetched. Weights that have no header to be read (pickled files,
+    GGUF) are fetched before, and all of them for experts' statistics, which need the weights.
 
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
@@ -183,26 +183,44 @@ def plan_merge(
     begin()
     if fetch and any(source.statistics is not None for source in recipe.sources):
         return _plan(recipe, out, options, dense, began)
+    while (plan := _plan_from_headers(recipe, out, options, dense, began, fetch)) is None:
+        pass
+    if plan.view is None or not fetch:
+        return plan
+    plan.view.fetch()
+    plan.close()
+    return _plan(recipe, out, options, dense, began)
+
+
+def _plan_from_headers(
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    options: MergeOptions,
+    dense: bool,
+    began: float,
+    fetch: bool,
+) -> MergePlan | None:
+    """Return a plan for which no weights were fetched, with a view if some are on the hub.
+
+    The result is None if weights had to be fetched of which no headers can be read; then it can be tried again.
+    """
     with headers_alone() as view:
         try:
             plan = _plan(recipe, out, options, dense, began)
             view.check_space()
-        except UnseenWeights:
+        except UnseenWeights as unseen:
             if not fetch:
                 raise
+            unseen.fetch()
+            view.close()
+            return None
         except ValueError as error:
             error.args = tuple(view.shown(part) if isinstance(part, str) else part for part in error.args)
             raise
-        else:
-            if not view.missing:
-                return plan
-            if not fetch:
-                notes, warned = tuple(map(view.shown, plan.notes)), tuple(map(view.shown, plan.warnings))
-                return replace(plan, view=view, notes=notes, warnings=warned)
-            plan.close()
-            view.fetch()
-        view.close()
-    return _plan(recipe, out, options, dense, began)
+    if not view.missing:
+        return plan
+    notes, warned = tuple(map(view.shown, plan.notes)), tuple(map(view.shown, plan.warnings))
+    return replace(plan, view=view, notes=notes, warnings=warned)
 
 
 def _plan(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from resm_kernels.files import path_problem, shortened
 
 MAIN: Final = "main"
 _TIMEOUT: Final = 30.0
+_COMMIT: Final = re.compile(r"[0-9a-f]{7,64}")
 
 
 class HubError(ValueError):
@@ -70,7 +72,15 @@ def list_files(repository: str, revision: str) -> Listing | None:
             name = shown_name(repository, revision)
             _say(f"{name}: the hub cannot be reached ({_reason(error)}); what is in the cache is taken")
             return None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, hub.errors.HFValidationError):
+                raise
+            raise HubError(
+                f"{shown_name(repository, revision)}: {hub.constants.ENDPOINT} sends no list of files; is it a hub?"
+            ) from error
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    if not _COMMIT.fullmatch(str(info.sha)):
+        raise HubError(f"{repository}: the hub names the commit {shortened(info.sha)}, need a hash")
     for name in sizes:
         if path_problem(name) or name.startswith("/") or not name.isprintable() or {"..", "."} & set(name.split("/")):
             raise HubError(f"{repository}: the hub lists the file {shortened(name)}, which no folder can hold")

@@ -35,7 +35,7 @@ from resm_kernels.hub.client import (
     snapshot_folder,
 )
 
-_ID: Final = re.compile(r"(?P<repository>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>[^@+\s]+))?")
+_ID: Final = re.compile(r"(?P<repository>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)[^/@+\s][^@+\s]*))?")
 _ADAPTER: Final = ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin"))
 _WEIGHTS: Final = (WEIGHTS_SUFFIX, ".bin", ".gguf")
 _FIRST: Final = 100_000
@@ -172,8 +172,8 @@ def model_of(repository: str, revision: str) -> Path:
         check_space(sum(listing.sizes[name] for name in missing), [listing.name])
         _fetch(listing, missing)
         return folder
-    if pickled := next((name for name in missing if not name.endswith(WEIGHTS_SUFFIX)), None):
-        raise UnseenWeights(listing, pickled)
+    if not all(name.endswith(WEIGHTS_SUFFIX) for name in missing):
+        raise UnseenWeights(listing, missing)
     place = view.place(listing)
     view.missing[place] = (listing, missing)
     for name in (*small, *(name for name in weights if name not in missing)):
@@ -186,11 +186,18 @@ def model_of(repository: str, revision: str) -> Path:
 class UnseenWeights(HubError):
     """Weights whose tensors are known only when the whole file is here: pickled files and GGUF."""
 
-    def __init__(self, listing: Listing, name: str) -> None:
+    def __init__(self, listing: Listing, names: Sequence[str]) -> None:
         super().__init__(
-            f"{listing.name}: its weights are in {name}, whose tensors are known only when it has been fetched; fetch "
-            f"it first (hf download {listing.repository}), or merge without a dry run"
+            f"{listing.name}: its weights are in {names[0]}, whose tensors are known only when it has been fetched; "
+            f"fetch it first (hf download {listing.repository}), or merge without a dry run"
         )
+        self._missing = listing, names
+
+    def fetch(self) -> None:
+        """Fetch them."""
+        listing, names = self._missing
+        check_space(sum(listing.sizes[name] for name in names), [listing.name])
+        _fetch(listing, names)
 
 
 def cached_commit(folder: Path) -> tuple[str, str] | None:
@@ -265,7 +272,12 @@ def _placeholder(view: View, listing: Listing, name: str, file: Path) -> None:
     if len(start) < length <= min(size, 8 + LIST_BYTES):
         start += read_range(listing, name, len(start), length - len(start))[0]
     file.parent.mkdir(parents=True, exist_ok=True)
-    with open(file, "wb") as stream:
-        stream.write(start[:length])
-        stream.truncate(size)
+    try:
+        with open(file, "wb") as stream:
+            stream.write(start[:length])
+            stream.truncate(size)
+    except OSError as error:
+        raise HubError(
+            f"{listing.name}: {name}: no placeholder of {size} bytes can be made: {error.strerror}"
+        ) from error
     view.add_source(listing, name, file)

@@ -22,6 +22,7 @@ from resm_kernels.checkpoint import (
 )
 from resm_kernels.dtypes import ADAPTER_DTYPES, FLOAT_DTYPES
 from resm_kernels.files import shortened
+from resm_kernels.hub import begin
 from resm_kernels.linalg import TruncatedSVD, truncated_svd
 from resm_kernels.linalg.products import frobenius_norm, task_matrix
 from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, is_tied
@@ -164,6 +165,7 @@ def extract_lora(
     Determinism: the adapter has the same bits for any number of threads.
     """
     _check_choices(rank, energy, max_rank, dtype)
+    begin()
     inputs = [finetuned, base]
     folder = check_output_folder(out, overwrite=overwrite, inputs=inputs, marker=CONFIG_FILE, goes_on=False)
     truncate = _Truncation(rank, energy, max_rank, accuracy)
