@@ -5,6 +5,7 @@ They are types: `threads: ThreadsOption = None` in a command's signature is the 
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +43,19 @@ TiedEmbeddingsOption = Annotated[
         "both, change both."
     ),
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
+
+
+def _silence(value: bool) -> bool:
+    """Switch off what is said about files that are fetched from the hub, huggingface_hub's progress bars among it."""
+    if value:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    return value
+
+
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.", callback=_silence)
+]
+SilentOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.", callback=_silence)]
 OutFormatOption = Annotated[
     str, typer.Option(help="safetensors; or dcp, a folder for torch.distributed.checkpoint.load.")
 ]

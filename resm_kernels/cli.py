@@ -23,6 +23,7 @@ from resm_kernels.arguments import (
     QuietOption,
     RecipeArgument,
     RestartOption,
+    SilentOption,
     StrictOption,
     ThreadsOption,
     TiedEmbeddingsOption,
@@ -113,7 +114,7 @@ def merge(
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     if machine is not None and not dry_run:
         raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
-    with cut_off_named("nothing was written"), plan_merge(recipe, out, options) as plan:
+    with cut_off_named("nothing was written"), plan_merge(recipe, out, options, fetch=not dry_run) as plan:
         estimates = [] if quiet else rounding_estimate(plan)
         if dry_run:
             typer.echo("\n".join([plan.describe(chosen_machine(machine, out, options.threads)), *estimates]))
@@ -172,8 +173,7 @@ def calibrate(
         ),
     ] = CalibrateOptions.ridge,
     embeddings: Annotated[
-        str,
-        typer.Option(help="merged, or token-counts: averaged by how often an expert has a token."),
+        str, typer.Option(help="merged, or token-counts: averaged by how often an expert has a token.")
     ] = CalibrateOptions.embeddings,
     learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of the polish.")
@@ -295,7 +295,7 @@ def statistics(
     random_seed: Annotated[int, typer.Option(help="The seed of the tokens that Fisher informations draw.")] = 0,
     threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    quiet: SilentOption = False,
 ) -> None:
     """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers, and write it to OUT."""
     with loading():

@@ -32,7 +32,9 @@ LAYERS = [
     {"spectral"},
     {"methods"},
     {"_merge", "mergekit"},
-    {"recipe", "checkpoint"},
+    {"checkpoint"},
+    {"hub"},
+    {"recipe"},
     {"options"},
     {"lora"},
     {"peft"},
@@ -43,7 +45,10 @@ LAYERS = [
     {"lora_commands", "extract_command"},
     {"cli", "__main__"},
 ]
-HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")
+HEAVY = (
+    *("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray"),
+    *("gguf", "huggingface_hub"),
+)
 
 
 @pytest.mark.parametrize("op", OPS)

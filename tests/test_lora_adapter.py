@@ -17,6 +17,7 @@ from resm_kernels import merge, merge_state_dicts
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, read_config
 from resm_kernels.engine import MergeError, checkpoint_stats, extract_lora, merge_checkpoints, plan_merge
 from resm_kernels.lora import AdapterReader, merge_factors
+from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import RecipeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -309,7 +310,7 @@ def test_output_takes_dtypes_and_files_of_an_adapters_base(family: Family) -> No
         assert family.base_folder in plan.models.folders
 
 
-def record_base(adapter: Path, name: str | None) -> None:
+def record_base(adapter: Path, name: Any) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
 
@@ -326,14 +327,43 @@ def test_recorded_base_model_must_be_the_recipes(family: Family) -> None:
     plan_merge(family.recipe("ties", models=adapters(family, f"{family.base_folder}+{{}}"))).close()
 
 
+@pytest.mark.parametrize("place", ["absolute", "current folder", "adapter's folder"])
+def test_an_adapter_alone_takes_the_base_that_it_records(
+    family: Family, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"absolute": str(family.base_folder), "current folder": "base", "adapter's folder": "../base"}[place]
+    for seed in (1, 2):
+        record_base(family.root / f"adapter{seed}", name)
+    if place == "current folder":
+        monkeypatch.chdir(family.root)
+    alone = merge_checkpoints(family.recipe("linear", models=adapters(family)), family.root / "alone")
+    notes = [note for note in alone.notes if "is a LoRA adapter of" in note]
+    assert len(notes) == 2 and all("adapter_config.json names as its base model" in note for note in notes)
+    named = family.recipe("linear", models=adapters(family, f"{family.base_folder}+{{}}"))
+    merge_checkpoints(named, family.root / "named")
+    merged = [load_model(family.root / out) for out in ("alone", "named")]
+    assert all(same_bits(merged[0][n], merged[1][n]) for n in merged[1])
+    with plan_merge(family.recipe("ties", base_model=str(family.root / "adapter1")), options=MergeOptions()) as plan:
+        assert plan.reference.folder.name == "adapter1"
+    plan_merge(family.recipe("linear", models=adapters(family)), options=MergeOptions(strict=True)).close()
+
+
 def test_adapter_without_a_base_is_refused(family: Family) -> None:
-    for recipe in (
-        family.recipe("linear", models=adapters(family)),
-        family.recipe("ties", base_model=str(family.root / "adapter1")),
-        family.recipe("ties", base_model=f"{family.base_folder}+{family.root / 'adapter1'}", models=adapters(family)),
+    for name, message in (
+        (None, "adapter1 is a LoRA adapter, and its adapter_config.json names no base model; name its base model too"),
+        ("./gone", r"adapter1 is a LoRA adapter of '\./gone' .*, which is no folder here; name its base model too"),
+        (str(family.root / "adapter2"), "adapter2, which is an adapter itself; merge that one into its base model"),
     ):
-        with pytest.raises(RecipeError, match=r"adapter1 is a LoRA adapter; name its base model too, as BASE\+"):
-            plan_merge(recipe)
+        record_base(family.root / "adapter1", name)
+        for recipe in (
+            family.recipe("linear", models=adapters(family)),
+            family.recipe("ties", base_model=str(family.root / "adapter1")),
+        ):
+            with pytest.raises(RecipeError, match=message):
+                plan_merge(recipe)
+    record_base(family.root / "adapter1", 7)
+    with pytest.raises(CheckpointError, match="base_model_name_or_path: got 7, need a text or null"):
+        plan_merge(family.recipe("linear", models=adapters(family)))
     with pytest.raises(RecipeError, match=r"models\[0\]\.model: got 'nowhere', which is no folder here"):
         plan_merge(family.recipe("ties", models=[{"model": f"{family.base_folder}+nowhere"}]))
 

@@ -15,6 +15,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.conversions import Conversion, placements
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.lora import Parameter
@@ -303,7 +304,8 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
         return None
     with _quiet():
         try:
-            parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            place = pretrained(folder, gguf_file(folder))
+            parsed = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
             if hasattr(parsed, "quantization_config"):
                 del parsed.quantization_config
             return Architecture(_on_meta(model_class, parsed))

@@ -122,6 +122,7 @@ class _Models:
 
 def _open(finetuned: str, base: str, stack: contextlib.ExitStack) -> _Models:
     """Open both models as a merge would open them; `stack` closes them."""
+    begin()
     if model_and_adapter(base, "base") is not None:
         raise RecipeError(f"base: got {base}, a model with an adapter; need one that PEFT can load")
     if canonical_folder(finetuned) == canonical_folder(base):

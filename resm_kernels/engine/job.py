@@ -12,6 +12,7 @@ from resm_kernels._version import __version__
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_PATTERNS
 from resm_kernels.checkpoint.tensor_writer import stored_hash
 from resm_kernels.engine.statistics import statistics_files
+from resm_kernels.hub import cached_commit
 
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
@@ -41,9 +42,14 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
 
 
 def record_facts(plan: MergePlan) -> dict[str, Any]:
-    """Return what the record in the output says of the merge: the recipe's SHA-256 and the random seed."""
+    """Return what the record in the output says of the merge.
+
+    It says the recipe's SHA-256, the random seed, and the commit of each repository on the hub that was read.
+    """
     recipe = hashlib.sha256(plan.recipe.text.encode()).hexdigest()
-    return {"recipe": recipe, "random_seed": plan.options.random_seed}
+    facts: dict[str, Any] = {"recipe": recipe, "random_seed": plan.options.random_seed}
+    commits = [commit for folder in plan.models.folders if (commit := cached_commit(folder)) is not None]
+    return facts | ({"hub": [f"{repository}@{commit}" for repository, commit in commits]} if commits else {})
 
 
 def _input_files(plan: MergePlan) -> list[Path]:

@@ -250,6 +250,8 @@ def rounding_estimate(plan: MergePlan) -> list[str]:
     """Return a line about how a few weights fare that the output quantises; none for an output of full weights."""
     if plan.format is None:
         return []
+    if plan.view is not None:
+        return ["estimate of what rounding keeps: needs the weights, which have not been fetched from the hub"]
     return [f"estimate from a few weights: {describe_kept(estimate_rounding(plan), plan.format.name)}"]
 
 

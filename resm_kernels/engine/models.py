@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,13 @@ from resm_kernels.checkpoint import (
 )
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_FILES, matching_files
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
+from resm_kernels.checkpoint.forms import gguf_file
 from resm_kernels.checkpoint.quantised import without_quantization
 from resm_kernels.engine.adapted import adapted_model
+from resm_kernels.engine.recorded_base import recorded_base
 from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
+from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
 from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
 
 
@@ -66,7 +69,8 @@ class Model:
     @property
     def has_config(self) -> bool:
         """True if there is a configuration for this model, or if models of its form have none."""
-        return self.form.config_file is None or (self.base_folder / self.form.config_file).exists()
+        config_file = self.form.config_file
+        return config_file is None or bool(self.config) or (self.base_folder / config_file).exists()
 
 
 @dataclass(frozen=True)
@@ -77,11 +81,13 @@ class OpenedModels:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
         notes: What is left out of the models, renamed or added, because files spell one model in different ways.
+        remarks: Which base model was found for adapters that the recipe names alone.
     """
 
     reference: Model
     by_source: Mapping[Source, Model]
     notes: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def all(self) -> list[Model]:
         """Return every model once, the reference first."""
@@ -94,7 +100,7 @@ class OpenedModels:
 
 
 def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
-    """Open one model: a folder, or BASE+ADAPTER.
+    """Open one model: a folder, BASE+ADAPTER, or an adapter whose configuration names its base.
 
     Args:
         path: As a recipe names a model.
@@ -107,14 +113,16 @@ def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
     pair = model_and_adapter(path, where)
     folder = model_folder(path, where) if pair is None else pair[0]
     if pair is None and is_adapter_folder(folder):
-        raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-    spelled = _Spelled([_open_whole(folder, on_error)])
+        pair = recorded_base(folder, where), folder
+    spelled = _Spelled([_open_whole(folder if pair is None else pair[0], on_error)])
     return spelled.models[0] if pair is None else spelled.open_adapter(pair[1], spelled.models[0], on_error)
 
 
-def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
-    reader, config, form = open_form(folder)
-    return Model(folder, on_error.enter_context(reader), config, folder, form)
+def _open_whole(folder: Path, on_error: contextlib.ExitStack, config_source: Path | None = None) -> Model:
+    """Open a whole model; a GGUF file takes config and tokenizer from the folder `config_source`, if there is one."""
+    given = None if config_source is None or gguf_file(folder) is None else config_source
+    reader, config, form = open_form(folder, None if given is None else without_quantization(read_config(given)))
+    return Model(folder, on_error.enter_context(reader), config, given or folder, form)
 
 
 class _Spelled:
@@ -164,11 +172,19 @@ def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a model is: its folder, its adapter's folder, and whether the adapter's record of its base counts."""
+    """Where a model is.
+
+    Attributes:
+        base: The folder of the model, or of the adapter's base model.
+        adapter: The adapter's folder.
+        recorded: Whether the adapter's record of its base must name `base`.
+        remark: What the user should know about how the base was found.
+    """
 
     base: Path
     adapter: Path | None = None
     recorded: bool = False
+    remark: str | None = None
 
 
 def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> Model:
@@ -184,12 +200,12 @@ def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> M
     return Model(folder, reader, without_quantization(read_config(source)), source, dcp=reader)
 
 
-def _check_dcp_keys(recipe: Recipe, models: Iterable[Model]) -> None:
-    """Refuse keys for torch DCP folders that have no effect."""
+def _check_dcp_keys(recipe: Recipe, models: Sequence[Model]) -> None:
+    """Refuse keys for torch DCP folders and GGUF files that have no effect."""
     opened = [model for model in models if model.dcp is not None]
     if recipe.state_dict_key is not None and not opened:
         raise RecipeError("state_dict_key: no model is a torch DCP folder, so that this key has no effect; remove it")
-    if recipe.config_source is not None and all(model.base_folder == model.folder for model in opened):
+    if recipe.config_source is not None and all(model.base_folder == model.folder for model in models):
         raise RecipeError("config_source: every model has a config.json, so that this key has no effect; remove it")
 
 
@@ -198,7 +214,8 @@ def open_models(
 ) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened.
 
-    Torch DCP folders that have no config take that of `config_source`, or else that of the first model that has one.
+    Torch DCP folders that have no config take that of `config_source`, or else that of the first model that has one;
+    GGUF files take that of `config_source`, or else what their metadata say.
 
     Args:
         as_stored: As for `Spellings`.
@@ -213,8 +230,9 @@ def open_models(
         if source.model not in places:
             places[source.model] = _locate(recipe, source.model, dotted(source.model_location))
     bases = {os.path.realpath(place.base): place.base for place in places.values()}
+    config = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
     opened_bases = [
-        (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error))
+        (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error, config))
         for folder in bases.values()
     ]
     _check_dcp_keys(recipe, opened_bases)
@@ -235,7 +253,8 @@ def open_models(
 
     opened = {path: open_place(place) for path, place in places.items()}
     by_source = {source: opened[source.model] for source in recipe.sources}
-    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes))
+    remarks = tuple(dict.fromkeys(place.remark for place in places.values() if place.remark is not None))
+    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), remarks)
 
 
 def _with_configs(models: Sequence[Model]) -> list[Model]:
@@ -247,13 +266,20 @@ def _with_configs(models: Sequence[Model]) -> list[Model]:
 
 
 def _locate(recipe: Recipe, path: str, where: str) -> _Place:
-    """Return the folders of a model that the recipe names; an adapter alone belongs to the recipe's base model."""
+    """Return the folders of a model that the recipe names.
+
+    An adapter alone belongs to the recipe's base model, if that is a whole model, else to the one that it records.
+    """
     pair = model_and_adapter(path, where)
     if pair is not None:
         return _Place(*pair)
     folder = model_folder(path, where)
     if not is_adapter_folder(folder):
         return _Place(folder)
-    if where == "base_model" or recipe.base_model is None or model_and_adapter(recipe.base_model, "base_model"):
-        raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-    return _Place(model_folder(recipe.base_model, "base_model"), folder, recorded=True)
+    if recipe.base_model is not None and model_and_adapter(recipe.base_model, "base_model") is None:
+        base = model_folder(recipe.base_model, "base_model")
+        if not is_adapter_folder(base):
+            return _Place(base, folder, recorded=True)
+    base = recorded_base(folder, where)
+    remark = f"{folder}: is a LoRA adapter of {base}, which its {ADAPTER_CONFIG} names as its base model"
+    return _Place(base, folder, remark=remark)

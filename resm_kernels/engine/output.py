@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from copy import deepcopy
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -15,7 +14,7 @@ from resm_kernels.checkpoint import Auxiliary, CheckpointError, json_bytes, read
 from resm_kernels.engine.card import model_card_files
 from resm_kernels.engine.models import OpenedModels
 from resm_kernels.engine.token_tables import TokenTables
-from resm_kernels.engine.tokenizer import OutputTokenizer
+from resm_kernels.engine.tokenizer import OutputTokenizer, tokenizer_files
 from resm_kernels.files import parse_object
 from resm_kernels.recipe import AUTO, CHAT_TEMPLATES, Recipe
 
@@ -53,7 +52,7 @@ def output_files(plan: MergePlan) -> Mapping[str, bytes]:
         if tokenizer is not None:
             _move_special(config, tokenizer, plan.tables, models)
     source = models.reference.tokenizer_folder
-    copied: Path | Mapping[str, bytes] = source if plan.options.copy_tokenizer else {}
+    copied = tokenizer_files(source) if plan.options.copy_tokenizer and tokenizer is None else {}
     form = models.reference.form
     auxiliary = Auxiliary(
         folder,

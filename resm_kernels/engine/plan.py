@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +16,7 @@ import torch
 from resm_kernels.checkpoint import (
     OutputPlan,
     check_output_folder,
+    format_bytes,
     plan_dcp_output,
     plan_output,
 )
@@ -38,6 +39,7 @@ from resm_kernels.engine.token_tables import TokenTables, find_token_tables
 from resm_kernels.engine.tokenizer import OutputTokenizer, build_tokenizer
 from resm_kernels.engine.vocabulary import Vocabulary
 from resm_kernels.engine.window import Window
+from resm_kernels.hub import UnseenWeights, View, begin, headers_alone
 from resm_kernels.lora import AdapterReader
 from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
@@ -77,6 +79,8 @@ class MergePlan:
         roles_from: Where the roles of the tensors are from, in words; empty for a method that asks for none.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
+        view: The models on the hub whose weights are not here, of a plan that was made from their headers; None if all
+            weights are here.
     """
 
     recipe: Recipe
@@ -99,6 +103,7 @@ class MergePlan:
     roles_from: str
     warnings: tuple[str, ...]
     began: float
+    view: View | None = None
 
     @property
     def method(self) -> Method:
@@ -131,7 +136,11 @@ class MergePlan:
 
         With a machine, and words for where its rates are from (`chosen_machine`), also estimate how long it takes.
         """
-        return describe_plan(self, machine)
+        text = describe_plan(self, machine)
+        if self.view is None:
+            return text
+        names = ", ".join(listing.name for listing, _ in self.view.missing.values())
+        return f"{self.view.shown(text)}\nto fetch    {format_bytes(self.view.nbytes)} of weights from the hub: {names}"
 
     def auxiliary_files(self) -> Mapping[str, bytes]:
         """Return file name → content of everything but the weights: config, tokenizer, and maybe a model card."""
@@ -141,6 +150,8 @@ class MergePlan:
         """Close all input files."""
         for reader in (*(model.reader for model in self.models.all()), *self.statistics.values()):
             reader.close()
+        if self.view is not None:
+            self.view.close()
 
     def __enter__(self) -> MergePlan:
         return self
@@ -155,6 +166,7 @@ def plan_merge(
     options: MergeOptions = _DEFAULT_OPTIONS,
     *,
     dense: bool = False,
+    fetch: bool = True,
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -162,11 +174,17 @@ def plan_merge(
     where the method allows it. Other tensors must fit into memory at once, so that the plan's `window.bound` exceeds
     the limit if the largest of them needs more.
 
+    Models on the hub whose weights are not here are planned from their files' headers first, so that models that do not
+    fit together are refused before the weights are fetched. Weights that have no header to be read (pickled files,
+    GGUF) are fetched before, and all of them for experts' statistics, which need the weights.
+
     Args:
         recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
         out: The output folder, which is checked, but not created; None for a plan that is not to be carried out.
         options: How the merge is to be carried out.
         dense: Form the weights of LoRA adapters even where their factors are enough for the merge.
+        fetch: Fetch weights from the hub (default). Without it, the plan is for showing alone: its tensors can be read
+            only from the hub, and tensors count as equal if samples of them are equal.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, the models together or the output folder
@@ -174,9 +192,55 @@ def plan_merge(
         ValueError: A device does not exist or has less memory than asked for.
     """
     began = time.perf_counter()
+    recipe = load_recipe(recipe)
+    begin()
+    if fetch and any(source.statistics is not None for source in recipe.sources):
+        return _plan(recipe, out, options, dense, began)
+    while (plan := _plan_from_headers(recipe, out, options, dense, began, fetch)) is None:
+        pass
+    if plan.view is None or not fetch:
+        return plan
+    plan.view.fetch()
+    plan.close()
+    return _plan(recipe, out, options, dense, began)
+
+
+def _plan_from_headers(
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    options: MergeOptions,
+    dense: bool,
+    began: float,
+    fetch: bool,
+) -> MergePlan | None:
+    """Return a plan for which no weights were fetched, with a view if some are on the hub.
+
+    The result is None if weights had to be fetched of which no headers can be read; then it can be tried again.
+    """
+    with headers_alone() as view:
+        try:
+            plan = _plan(recipe, out, options, dense, began)
+            view.check_space()
+        except UnseenWeights as unseen:
+            if not fetch:
+                raise
+            unseen.fetch()
+            view.close()
+            return None
+        except ValueError as error:
+            error.args = tuple(view.shown(part) if isinstance(part, str) else part for part in error.args)
+            raise
+    if not view.missing:
+        return plan
+    notes, warned = tuple(map(view.shown, plan.notes)), tuple(map(view.shown, plan.warnings))
+    return replace(plan, view=view, notes=notes, warnings=warned)
+
+
+def _plan(
+    recipe: Recipe, out: str | os.PathLike[str] | None, options: MergeOptions, dense: bool, began: float
+) -> MergePlan:
     # Workers of a cluster open their own GPUs; here there may be none.
     devices = open_devices("cpu" if options.engine == "ray" else options.device, options.device_bytes)
-    recipe = load_recipe(recipe)
     check_full_weights(recipe, options)
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
@@ -249,7 +313,13 @@ def plan_merge(
             devices=devices,
             window=window,
             tied=tied,
-            notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models), *(tables.notes if tables else ())),
+            notes=(
+                *spelling_notes,
+                *models.remarks,
+                *_reader_notes(models),
+                *dcp_notes(models),
+                *(tables.notes if tables else ()),
+            ),
             roles_from="" if roles is None else roles.source,
             warnings=config_warnings(models.all()),
             began=began,

@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, json_bytes
-from resm_kernels.checkpoint.auxiliary import check_tokenizer_files
+from resm_kernels.checkpoint.auxiliary import (
+    TOKENIZER_PATTERNS,
+    check_tokenizer_files,
+    matching_files,
+)
+from resm_kernels.checkpoint.forms import gguf_file, pretrained
+from resm_kernels.checkpoint.gguf_header import GGUF_TOKENIZER, read_gguf_header
 from resm_kernels.engine.models import Model, OpenedModels
 from resm_kernels.engine.token_tables import TokenTables
 from resm_kernels.files import LIST_BYTES, read_object
@@ -103,6 +109,31 @@ def _folder(recipe: Recipe, name: str) -> Path:
     return model_folder(name, where) if pair is None else pair[1]
 
 
+def tokenizer_files(folder: Path) -> Path | Mapping[str, bytes]:
+    """Return what an output's tokenizer is copied from: the model's folder, or the files made of a GGUF file's.
+
+    Raises:
+        RecipeError: The GGUF file has a tokenizer, and transformers cannot load it.
+    """
+    file = gguf_tokenizer(folder)
+    if file is None or GGUF_TOKENIZER not in read_gguf_header(file).metadata:
+        return folder
+    try:
+        return _saved_files(_Loader(False).load(folder))
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error}; to write the model without it, pass --no-copy-tokenizer, or name a folder with config.json and "
+            "tokenizer as config_source"
+        ) from error
+
+
+def gguf_tokenizer(path: Path) -> Path | None:
+    """Return the GGUF file that a model's tokenizer is in; None if it has a tokenizer's files of its own."""
+    if path.is_dir() and matching_files(path, TOKENIZER_PATTERNS):
+        return None
+    return gguf_file(path)
+
+
 class _Loader:
     """Loads tokenizers with transformers."""
 
@@ -120,8 +151,9 @@ class _Loader:
     def load(self, folder: Path, size: int | None = None) -> Any:
         """Load a tokenizer; if `size` is not None, without the tokens from row `size` on."""
         check_tokenizer_files(folder)
+        place = pretrained(folder, gguf_tokenizer(folder))
         try:
-            tokenizer = self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
+            tokenizer = self._class.from_pretrained(**place, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(
