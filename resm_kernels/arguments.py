@@ -36,6 +36,13 @@ DeviceOption = Annotated[
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Refuse models of which tensors would be left out, renamed or added.")
 ]
+KeepOption = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Write the merge of each named document of RECIPE to DIR/NAME first. By default it is streamed.",
+    ),
+]
 TiedEmbeddingsOption = Annotated[
     str,
     typer.Option(

@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrup
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ from resm_kernels.arguments import (
     AddressOption,
     DeviceOption,
     EngineOption,
+    KeepOption,
     MachineOption,
     MemoryOption,
     MixedArchitecturesOption,
@@ -29,7 +31,7 @@ from resm_kernels.arguments import (
     TiedEmbeddingsOption,
     WorkersOption,
 )
-from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
+from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, say, set_up_process, show_stats
 from resm_kernels.extract_command import extract_lora
 from resm_kernels.flags import repeated, translate
 from resm_kernels.lora_commands import merge_lora
@@ -97,6 +99,7 @@ def merge(
     address: AddressOption = MergeOptions.address,
     workers: WorkersOption = MergeOptions.workers,
     machine: MachineOption = None,
+    keep_intermediates: KeepOption = MergeOptions.keep_intermediates,
     strict: StrictOption = MergeOptions.strict,
     tied_embeddings: TiedEmbeddingsOption = MergeOptions.tied_embeddings,
     quiet: QuietOption = False,
@@ -119,9 +122,7 @@ def merge(
         if dry_run:
             typer.echo("\n".join([plan.describe(chosen_machine(machine, out, options.threads)), *estimates]))
             return
-        for line in (*(f"warning: {w}" for w in plan.warnings), *(f"note: {n}" for n in (*plan.notes, *estimates))):
-            if not quiet or line.startswith("warning"):
-                typer.echo(line, err=True)
+        say((*plan.said, *(f"note: {line}" for line in estimates)), quiet=quiet)
         with progress_display(Console(stderr=True), "merging", quiet=quiet) as progress:
             report = carry_out(plan, progress)
     if not quiet:
@@ -205,6 +206,7 @@ def calibrate(
         bool, typer.Option("--overwrite", help="Replace OUT if it is a model folder.")
     ] = CalibrateOptions.overwrite,
     restart: RestartOption = CalibrateOptions.restart,
+    strict: StrictOption = CalibrateOptions.strict,
     quiet: QuietOption = False,
 ) -> None:
     """Merge as RECIPE says, calibrate on prompts that the experts answer themselves, and write the model to OUT.
@@ -220,7 +222,8 @@ def calibrate(
     options: CalibrateKeywords = {n: context.params[n] for n in CalibrateKeywords.__annotations__}  # type: ignore[assignment]
     resumable = cut_off_named("the same command goes on from there")
     with resumable, phase_display(Console(stderr=True), quiet=quiet) as progress:
-        report = calibrate_checkpoint(recipe, out, prompts, progress=progress, **options)
+        spoken = functools.partial(say, quiet=quiet)
+        report = calibrate_checkpoint(recipe, out, prompts, progress=progress, say=spoken, **options)
     if not quiet:
         typer.echo(report.summary())
 
@@ -238,43 +241,22 @@ def stats(
         Path | None, typer.Option("--plot", metavar="FILE", help="Draw them, as .png, .svg or .pdf; implies --spectra.")
     ] = None,
     memory_limit: MemoryOption = str(MergeOptions.memory_limit),
+    strict: StrictOption = MergeOptions.strict,
     quiet: QuietOption = False,
 ) -> None:
     """Show RESM's statistics of each tensor of RECIPE's models: sparsity, outlier mass, weights and ranks.
 
     With --spectra, also how the task vectors' singular values decay and how far the experts' subspaces overlap.
     """
-    with loading():
-        from rich.console import Console
-
-        from resm_kernels.engine import checkpoint_stats
-        from resm_kernels.recipe import load_recipe
-        from resm_kernels.report import progress_display, stats_json, stats_table
-
-    spectra = spectra or plot is not None
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"--json: got {json_file}, which is a folder; need the name of a file")
-    if plot is not None:
-        from resm_kernels.plot import check_plot
-
-        check_plot(plot)
-    checked = load_recipe(recipe)
-    with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
-        rows = checkpoint_stats(checked, memory_limit=memory_limit, progress=progress, spectra=spectra)
-    experts = [source.model for source in checked.parts[0].slices[0].experts]
-    if json_file is None or str(json_file) != "-":
-        # A pipe or a file has no width that the table has to fit into: it is made so wide that no column folds.
-        Console(width=None if sys.stdout.isatty() else 300 if spectra else 200).print(stats_table(rows))
-    if plot is not None:
-        from resm_kernels.plot import plot_stats
-
-        plot_stats(rows, experts, plot)
-    if json_file is not None:
-        text = stats_json(rows, experts)
-        if str(json_file) == "-":
-            typer.echo(text)
-        else:
-            json_file.write_text(text + "\n", encoding="utf-8")
+    show_stats(
+        recipe,
+        json_file,
+        plot,
+        spectra=spectra or plot is not None,
+        memory_limit=memory_limit,
+        strict=strict,
+        quiet=quiet,
+    )
 
 
 @app.command()

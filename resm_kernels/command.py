@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
@@ -27,6 +29,64 @@ def loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def say(lines: Iterable[str], *, quiet: bool) -> None:
+    """Print what a plan says on stderr; if `quiet`, warnings alone."""
+    for line in lines:
+        if not quiet or line.startswith("warning"):
+            print(line, file=sys.stderr)
+
+
+def show_stats(
+    recipe: Path,
+    json_file: Path | None,
+    plot: Path | None,
+    *,
+    spectra: bool,
+    memory_limit: str,
+    strict: bool,
+    quiet: bool,
+) -> None:
+    """Do what the command `stats` is asked for; `cli` documents the arguments."""
+    with loading():
+        from rich.console import Console
+
+        from resm_kernels.engine import checkpoint_stats
+        from resm_kernels.recipe import load_recipe
+        from resm_kernels.report import progress_display, stats_json, stats_table
+
+    if json_file is not None and json_file.is_dir():
+        raise ValueError(f"--json: got {json_file}, which is a folder; need the name of a file")
+    if plot is not None:
+        from resm_kernels.plot import check_plot
+
+        check_plot(plot)
+    checked = load_recipe(recipe)
+    with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
+        rows = checkpoint_stats(
+            checked,
+            memory_limit=memory_limit,
+            progress=progress,
+            spectra=spectra,
+            strict=strict,
+            say=functools.partial(say, quiet=quiet),
+        )
+    experts = [source.model for source in checked.parts[0].slices[0].experts]
+    if json_file is None or str(json_file) != "-":
+        # A pipe or a file has no width that the table has to fit into: it is made so wide that no column folds.
+        wide = 300 if spectra else 200
+        Console(width=None if sys.stdout.isatty() else wide).print(stats_table(rows))
+    if plot is not None:
+        from resm_kernels.plot import plot_stats
+
+        plot_stats(rows, experts, plot)
+    if json_file is not None:
+        text = stats_json(rows, experts)
+        if str(json_file) == "-":
+            print(text)
+        else:
+            json_file.write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,7 @@
-"""Translates mergekit-yaml's options to this command line: some have another name here, some have no effect."""
+"""Translates options of mergekit-yaml and mergekit-multi to this command line.
+
+Some have another name here, some have no effect.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +20,7 @@ class Flag:
         takes_value: True if a value follows it.
         ours: The arguments that replace it; a value that follows it is passed on.
         refused: Why it is refused; empty if it is accepted.
+        positional: True if its value alone is passed on.
     """
 
     names: tuple[str, ...]
@@ -24,6 +28,7 @@ class Flag:
     takes_value: bool = False
     ours: tuple[str, ...] = ()
     refused: str = ""
+    positional: bool = False
 
 
 FLAGS: Final = (
@@ -32,6 +37,9 @@ FLAGS: Final = (
     Flag(("--gpu-rich",), ours=("--device", "cuda:all")),
     Flag(("--out-shard-size",), takes_value=True, ours=("--max-shard-size",)),
     Flag(("--num-threads", "-j"), takes_value=True, ours=("--threads",)),
+    Flag(("--intermediate-dir", "-I"), takes_value=True, ours=("--keep-intermediates",)),
+    Flag(("--out-path",), takes_value=True, positional=True),
+    Flag(("--lazy", "--no-lazy"), "a kept merge is used again if it is of the same recipe and inputs, and whole"),
     Flag(("--lazy-unpickle", "--no-lazy-unpickle"), "only safetensors are read"),
     Flag(("--low-cpu-memory", "--no-low-cpu-memory"), "memory is bounded by --memory-limit"),
     Flag(("--read-to-gpu", "--no-read-to-gpu"), "tensors are read into pinned memory, from which GPUs copy"),
@@ -83,7 +91,7 @@ def translate(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         if flag.note:
             notes.append(f"{name}: {flag.note}")
         ours += flag.ours
-        if flag.ours and flag.takes_value:
+        if flag.takes_value and (flag.ours or flag.positional):
             ours.append(_bytes(value) if name == "--out-shard-size" else value)
     return ours, notes
 

@@ -5,13 +5,17 @@ mergekit plans, reads and writes; the arithmetic is this library's.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Optional
 
 import torch
+import yaml
 from pydantic import Field
 from torch import Tensor
 
@@ -64,18 +68,43 @@ def register(*, replace: bool = False) -> tuple[str, ...]:
 
 
 def run(arguments: Sequence[str], *, replace: bool = False) -> None:
-    """Run mergekit-yaml with this library's methods registered.
+    """Run mergekit-yaml, or mergekit-multi for a recipe of several documents, with this library's methods registered.
 
     Args:
-        arguments: The arguments of mergekit-yaml: the recipe, the output folder, options.
+        arguments: The arguments of mergekit-yaml: the recipe, the output folder, options. With several documents,
+            mergekit-multi's `--intermediate-dir` keeps the merges of those with a name; without it they are in a hidden
+            folder beside the output while mergekit works.
         replace: As for `register`.
 
     Raises:
         ImportError, ValueError: As `register`.
-        SystemExit: With mergekit-yaml's status.
+        SystemExit: With mergekit's status.
     """
     register(replace=replace)
-    _interface("scripts.run_yaml").main.main(args=list(arguments), prog_name="resm-kernels mergekit")
+    name = "resm-kernels mergekit"
+    if not _has_several_documents(arguments):
+        _interface("scripts.run_yaml").main.main(args=list(arguments), prog_name=name)
+        return
+    recipe, *rest = arguments
+    with contextlib.ExitStack() as stack:
+        if rest and not rest[0].startswith("-"):
+            rest[:1] = ["--out-path", rest[0]]
+        kept = any(a == "-I" or a.partition("=")[0] == "--intermediate-dir" for a in rest)
+        if not kept and "--out-path" in rest[:-1]:
+            out = Path(rest[rest.index("--out-path") + 1]).resolve()
+            out.parent.mkdir(parents=True, exist_ok=True)
+            hidden = tempfile.TemporaryDirectory(prefix=f".{out.name}.intermediates-", dir=out.parent)
+            rest += ["--intermediate-dir", stack.enter_context(hidden)]
+        _interface("scripts.multimerge").main.main(args=[recipe, *rest], prog_name=name)
+
+
+def _has_several_documents(arguments: Sequence[str]) -> bool:
+    """Return True if the first argument is a recipe of several documents, or of one that has a name."""
+    file = Path(arguments[0]) if arguments else None
+    if file is None or not file.is_file():
+        return False
+    documents = list(yaml.safe_load_all(file.read_text(encoding="utf-8")))
+    return len(documents) > 1 or any(isinstance(d, dict) and "name" in d for d in documents)
 
 
 def _interface(module: str) -> Any:

@@ -6,6 +6,7 @@ Importing this module does not import torch, so that the command line can show t
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
@@ -39,6 +40,7 @@ class MergeKeywords(TypedDict, total=False):
     engine: str
     address: str | None
     workers: int | None
+    keep_intermediates: str | os.PathLike[str] | None
     strict: bool
     tied_embeddings: str
 
@@ -84,6 +86,7 @@ class MergeOptions:
     engine: str = "local"
     address: str | None = None
     workers: int | None = None
+    keep_intermediates: str | os.PathLike[str] | None = None
     strict: bool = False
     tied_embeddings: str = "error"
     shard_bytes: int = field(init=False, repr=False)
@@ -201,6 +204,7 @@ class CalibrateKeywords(TypedDict, total=False):
     max_shard_size: str | int
     overwrite: bool
     restart: bool
+    strict: bool
 
 
 EMBEDDINGS: Final = ("merged", "token-counts")
@@ -210,7 +214,7 @@ POLISHED_RIDGE: Final = 0.1
 """Defaults of `ridge`, for least squares alone and before a polish. Alone, least squares have to fit what they can; a
 polish fits the rest, and gets further from weights that stayed nearer to the merge."""
 # The options that change nothing but where and in which pieces the work is done.
-_NO_JOB: Final = ("answers", "device", "threads", "overwrite", "restart", "max_shard_size")
+_NO_JOB: Final = ("answers", "device", "threads", "overwrite", "restart", "max_shard_size", "strict")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,6 +243,7 @@ class CalibrateOptions:
     max_shard_size: str | int = "5GB"
     overwrite: bool = False
     restart: bool = False
+    strict: bool = False
 
     def __post_init__(self) -> None:
         for name in ("answer_weight", "ridge", "learning_rate"):

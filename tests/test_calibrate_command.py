@@ -9,8 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from calibrations import Models, contents
+from checkpoints import load_model
 from conftest import RunCommand
+from safetensors.torch import save_file
 
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions
 
@@ -46,9 +49,21 @@ def test_every_option_of_the_function_is_one_of_the_command(
 
     monkeypatch.setattr("resm_kernels.calibrate.calibrate_checkpoint", calibrate)
     assert run("calibrate", "r", "o", "--prompts", "p") == (1, "", "error: enough\n")
-    del got["progress"]
+    del got["progress"], got["say"]
     assert got.keys() == set(CalibrateKeywords.__annotations__)
     assert CalibrateOptions(**got) == CalibrateOptions(), "the defaults are the same"
+
+
+def test_it_says_what_is_left_out_of_the_models(tmp_path: Path, run: RunCommand) -> None:
+    models = Models(tmp_path)
+    folder = models.folders[0]
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)}
+    save_file(load_model(folder) | frequencies, folder / "model.safetensors", metadata={"format": "pt"})
+    arguments = ["calibrate", models.recipe_file(), models.out, *SHORT, "--prompts", *models.files]
+    code, _, err = run(*arguments, "--strict")
+    assert code == 1 and f"error: strict: {folder}: leaves out 1 vector of rotary frequencies" in err
+    code, _, err = run(*arguments)
+    assert code == 0 and f"note: {folder}: leaves out 1 vector of rotary frequencies" in err
 
 
 def test_errors_are_one_line(tmp_path: Path, run: RunCommand) -> None:

@@ -165,7 +165,7 @@ def test_json_is_what_the_standard_library_reads(data: Any) -> None:
 @given(json_values)
 def test_yaml_is_what_pyyaml_reads(data: Any) -> None:
     text = yaml.safe_dump(data)
-    assert parse_yaml(text, "f", RecipeError, "").data == yaml.safe_load(text)
+    assert parse_yaml(text, "f", RecipeError)[0].data == yaml.safe_load(text)
 
 
 GROWING = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -199,19 +199,28 @@ GROWING = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: 0x_", "f:1: got '0x_', which is no int"),
         ("a: *b", "f:1: not valid YAML: found undefined alias"),
         ("\n\na: \0", "f:3: not valid YAML: has the character #x0000"),
-        ("a\n---\nb", "f:2: several"),
+        ("a\n" + "---\nb\n" * 100, "f:200: has more than 100 documents"),
+        (("a: [" + "1," * 60_000 + "]\n---\n") * 2, "f:3: has more than 100000 values"),
         ("a: " + "x" * 300_000, "f: has more than 262144 bytes"),
         ("a: [" + "1," * 110_000 + "]", "has more than 100000 values"),
     ],
 )
 def test_yaml_is_read_within_limits(text: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        parse_yaml(text, "f", RecipeError, "several")
+        parse_yaml(text, "f", RecipeError)
+
+
+def test_documents_are_read_apart() -> None:
+    first, second = parse_yaml("# first\na: 1\n---\nb: 2  # two\n...\n", "f", RecipeError)
+    assert (first.data, second.data) == ({"a": 1}, {"b": 2})
+    assert (first.text, second.text) == ("a: 1\n", "b: 2  # two\n")
+    assert (first.first_line, second.first_line, second.line(("b",))) == (2, 4, 4)
+    assert parse_yaml("", "f", RecipeError) == () and parse_yaml("# no\n", "f", RecipeError) == ()
 
 
 def test_aliases_and_merge_keys_are_read() -> None:
     text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n"
-    assert parse_yaml(text, "f", RecipeError, "").data == yaml.safe_load(text)
+    assert parse_yaml(text, "f", RecipeError)[0].data == yaml.safe_load(text)
 
 
 def test_structures_of_callers_are_checked_too() -> None:

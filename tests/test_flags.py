@@ -1,6 +1,8 @@
-"""Options of mergekit-yaml on this command line."""
+"""Options of mergekit-yaml and mergekit-multi on this command line."""
 
 from __future__ import annotations
+
+import importlib
 
 import pytest
 from checkpoints import Family, load_model
@@ -19,6 +21,8 @@ def test_options_that_are_ours_under_another_name() -> None:
     assert translate(theirs.split()) == (ours.split(), [])
     assert translate(["--out-shard-size", "5GB"])[0] == ["--max-shard-size", "5GB"]
     assert translate(["a", "--", "--cuda"])[0] == ["a", "--", "--cuda"]
+    assert translate(["a", "--out-path", "b", "-I", "c"])[0] == ["a", "b", "--keep-intermediates", "c"]
+    assert translate(["a", "--out-path=b", "--intermediate-dir=c"])[0] == ["a", "b", "--keep-intermediates", "c"]
 
 
 def test_options_without_a_meaning_are_accepted_with_the_reason() -> None:
@@ -32,9 +36,10 @@ def test_options_without_a_meaning_are_accepted_with_the_reason() -> None:
     ]
 
 
-def test_every_option_of_mergekit_yaml_is_understood() -> None:
+@pytest.mark.parametrize("script", ["run_yaml", "multimerge"])
+def test_every_option_of_mergekit_is_understood(script: str) -> None:
     pytest.importorskip("mergekit", reason="mergekit is not installed (test extra)")
-    from mergekit.scripts.run_yaml import main
+    main = importlib.import_module(f"mergekit.scripts.{script}").main
 
     runner = CliRunner()
     help_text = runner.invoke(cli.app, ["merge", "--help"], env={"COLUMNS": "200"}).output

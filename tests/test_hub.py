@@ -19,9 +19,8 @@ from hub_server import HubServer, commit_of, hub_server
 from safetensors.torch import load_file, save_file
 
 from resm_kernels import merge_checkpoints
-from resm_kernels.engine import plan_merge
+from resm_kernels.engine import extract_lora, plan_merge
 from resm_kernels.hub import HubError, begin, parse_id
-from resm_kernels.lora import extract_lora
 from resm_kernels.recipe import RecipeError, model_folder
 
 

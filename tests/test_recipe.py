@@ -191,9 +191,9 @@ def test_errors_in_a_file_name_the_line(tmp_path: Path) -> None:
     ("text", "part"),
     [
         ("merge_method: [", "r.yml:1: not valid YAML"),
-        ("merge_method: ties\n---\nmerge_method: linear\n", "r.yml:2: a second document; merges in several stages"),
+        ("merge_method: linear\nmodels: [{model: a}]\n---\n[]\n", "r.yml:4: document 2: got list, need a mapping"),
         ("- a\n- b\n", "got list, need a mapping"),
-        ("", "got NoneType, need a mapping"),
+        ("", "r.yml: is empty, need a mapping"),
         (
             "merge_method: ties\ndtype: float32\nmerge_method: linear\n",
             "r.yml:3: key 'merge_method' is already set in line 1",

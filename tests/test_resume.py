@@ -33,8 +33,8 @@ class Cut(Exception):
     """Ends a merge."""
 
 
-def cut_off(family: Family, monkeypatch: pytest.MonkeyPatch, tensors: int = 12, **options: Any) -> Path:
-    """Merge until so many tensors are written, and stop there; return the unfinished folder."""
+def stop_after(patch: pytest.MonkeyPatch, tensors: int) -> None:
+    """Let merges end by a `Cut` when so many tensors are written."""
     write, written = CheckpointWriter.write, []
 
     def stop(self: CheckpointWriter, name: str, tensor: torch.Tensor, start: int) -> None:
@@ -43,8 +43,13 @@ def cut_off(family: Family, monkeypatch: pytest.MonkeyPatch, tensors: int = 12, 
         write(self, name, tensor, start)
         written.append(name)
 
+    patch.setattr(CheckpointWriter, "write", stop)
+
+
+def cut_off(family: Family, monkeypatch: pytest.MonkeyPatch, tensors: int = 12, **options: Any) -> Path:
+    """Merge until so many tensors are written, and stop there; return the unfinished folder."""
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointWriter, "write", stop)
+        stop_after(patch, tensors)
         with pytest.raises(Cut):
             merge_checkpoints(family.recipe(), family.out, **options)
     return unfinished_folder(family.out)

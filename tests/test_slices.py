@@ -153,6 +153,38 @@ def test_slices_of_no_layers_give_what_is_before_and_after_the_layers(family: Fa
     assert json.loads((family.out / "config.json").read_text())["num_hidden_layers"] == LAYERS
 
 
+EMPTY: dict[str, list[tuple[int, int, int]]] = {
+    "the first": [(1, 0, 0), (0, 0, 3)],
+    "the last": [(0, 0, 3), (1, 3, 3)],
+    "the last, between two layers": [(0, 0, 3), (1, 1, 1)],
+    "one in the middle": [(0, 0, 2), (1, 1, 1), (0, 2, 3)],
+    "all but one": [(1, 0, 0), (1, 2, 2), (0, 1, 2), (1, 0, 0), (1, 3, 3)],
+}
+
+
+@pytest.mark.parametrize("in_modules", [False, True])
+@pytest.mark.parametrize("case", EMPTY)
+def test_slices_without_layers_equal_mergekits(family: Family, case: str, in_modules: bool) -> None:
+    slices = [{"sources": [source(family.folders[model], first, end)]} for model, first, end in EMPTY[case]]
+    recipe = {"merge_method": "passthrough", "dtype": "float32", "slices": slices}
+    if in_modules:
+        recipe = recipe | {"modules": {"default": {"slices": recipe["slices"]}}}
+        del recipe["slices"]
+    assert_like_mergekit(family, recipe)
+    merged = load_model(family.out)
+    for name, number in (("model.embed_tokens.weight", 0), ("model.norm.weight", -1), ("lm_head.weight", -1)):
+        assert torch.equal(merged[name], family.experts[EMPTY[case][number][0]][name])
+    two = [{"sources": [source(family.folders[0], 0, 3), source(family.folders[1], 0, 3)]}, slices_of_none(family)]
+    merge_checkpoints({"merge_method": "linear", "slices": two}, family.root / "two")
+    norm = load_model(family.root / "two")["model.norm.weight"]
+    expected = [{"x": expert["model.norm.weight"]} for expert in family.experts[:2]]
+    assert torch.equal(norm, merge_state_dicts(None, expected, "linear", weight=[1.0, 3.0])["x"])
+
+
+def slices_of_none(family: Family) -> dict[str, Any]:
+    return {"sources": [source(family.folders[0], 3, 3, weight=1), source(family.folders[1], 0, 0, weight=3)]}
+
+
 def test_stacked_model_loads_in_transformers(family: Family) -> None:
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
     a, b = family.folders[:2]
@@ -173,6 +205,13 @@ def test_problems_with_slices_name_their_place(family: Family) -> None:
         (slices_of([source(a, 0, 2), source(b, 0, 3)]), r"slices\[0\].sources: got layer ranges \[0, 2\], \[0, 3\]"),
         (slices_of([source(a, 3, 2)]), r"slices\[0\].sources\[0\].layer_range: got \[3, 2\], need \[first, end\]"),
         (slices_of([source(a, 2, 2)]), r"slices\[0\]: no slice has layers"),
+        (slices_of([source(a, -1, 0)]), r"slices\[0\].sources\[0\].layer_range: got \[-1, 0\], need \[first, end\]"),
+        (slices_of([source(a, 0, 3)], [source(a, -1, -1)]), r"slices\[1\].*layer_range: got \[-1, -1\], need \[first"),
+        (slices_of([source(a, 0, 3)], [source(a, 3, 3), source(b, 2, 3)]), r"slices\[1\].sources: got layer ranges"),
+        (
+            {"merge_method": "linear", "modules": {"default": {"slices": [{"sources": [source(a, 0, 0)]}]}}},
+            r"modules.default.slices\[0\]: no slice has layers",
+        ),
         (slices_of([{"model": "x"}]), r"slices\[0\].sources\[0\].layer_range: missing"),
         (slices_of([source(a, 0, 1)], base_modle="x"), r"base_modle: unknown key, did you mean 'base_model'"),
         (slices_of([source(a, 0, 1) | {"wieght": 1}]), r"sources\[0\].wieght: unknown key.*layer_range, parameters"),
@@ -194,6 +233,8 @@ def test_problems_with_slices_name_their_place(family: Family) -> None:
             load_recipe(recipe)
     with pytest.raises(RecipeError, match=r"slices\[0\].sources\[0\].layer_range: got \[1, 4\].*has layers 0 to 2"):
         merge_checkpoints(slices_of([source(a, 1, 4)]), family.out)
+    with pytest.raises(RecipeError, match=r"slices\[1\].*: got \[4, 4\], but .*expert0 has layers 0 to 2: \[0, 3\]"):
+        merge_checkpoints(slices_of([source(a, 0, 3)], [source(a, 4, 4)]), family.out)
     with pytest.raises(RecipeError, match=r"slices\[0\].sources\[1\].model: got 'org/model'"):
         merge_checkpoints(slices_of([source(a, 0, 1), source(Path("org/model"), 0, 1)]), family.out)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import Family
+from checkpoints import Family, llama_config, save_model
 from conftest import RunCommand
 from inputs import experts_with_spectra
 
@@ -155,3 +155,16 @@ def test_command_draws_a_picture(
     monkeypatch.setattr("resm_kernels.engine.stats.plan_merge", None)
     code, _, err = run("stats", family.recipe_file("resm"), "--plot", tmp_path / "picture.gif")
     assert code == 1 and err.startswith("error: plot: got ")
+
+
+def test_the_command_says_what_is_left_out_and_what_configurations_say(family: Family, run: RunCommand) -> None:
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.rand(4)}
+    save_model(family.folders[0], family.experts[0] | frequencies, llama_config(rope_theta=5e5))
+    recipe = family.recipe_file()
+    code, _, err = run("stats", recipe)
+    assert code == 0 and f"note: {family.folders[0]}: leaves out 1 vector of rotary frequencies" in err
+    assert f"warning: {family.folders[0]}: config.json gives weights another meaning" in err
+    code, _, err = run("stats", recipe, "--quiet")
+    assert code == 0 and "note: " not in err and "warning: " in err
+    code, _, err = run("stats", recipe, "--strict")
+    assert code == 1 and err.startswith("error: strict: ")

@@ -35,7 +35,7 @@ from resm_kernels.engine.statistics import statistics_files
 from resm_kernels.files import expanded
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions
-from resm_kernels.recipe import Recipe
+from resm_kernels.recipe import RecipeSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.11 has it in `typing`
@@ -89,11 +89,12 @@ def _mean(evaluation: Mapping[str, Any]) -> float:
 
 
 def calibrate_checkpoint(
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    recipe: RecipeSource,
     out: str | os.PathLike[str],
     prompts: Sequence[str | os.PathLike[str]],
     *,
     progress: Progress | None = None,
+    say: Callable[[Sequence[str]], None] | None = None,
     **options: Unpack[CalibrateKeywords],
 ) -> CalibrationReport:
     """Merge model folders as the recipe says, then calibrate the merged model on prompts, and write it to `out`.
@@ -111,6 +112,8 @@ def calibrate_checkpoint(
         out: Folder to create.
         prompts: One file of prompts for each expert, in the recipe's order; see `read_prompts` for their format.
         progress: Called as `progress(phase, done, all)`.
+        say: Called with lines about what is left out of the models, renamed or added, and what their configurations
+            say differently, before the merge.
         least_squares: Whether to solve the linear layers (default: True); False leaves the polish alone.
         polish_steps: Steps of the polish; 0, the default, takes none. It needs the whole model in memory, in fp32 with
             gradients and AdamW's moments: 20 bytes for each parameter.
@@ -137,6 +140,7 @@ def calibrate_checkpoint(
         max_shard_size: The most bytes of tensor data in one output file.
         overwrite: Replace `out` if it is a model folder already, when the new one is complete.
         restart: Begin anew, whatever an earlier process left unfinished.
+        strict: As for `merge_checkpoints`.
 
     Returns:
         CalibrationReport.
@@ -160,7 +164,9 @@ def calibrate_checkpoint(
     files = [expanded(path, CalibrationError, "prompts") for path in prompts]
     shard_bytes = parse_size(chosen.max_shard_size, "max_shard_size")
     device = _device(chosen.device)
-    with plan_merge(recipe, None, MergeOptions(threads=chosen.threads)) as plan:
+    with plan_merge(recipe, None, MergeOptions(threads=chosen.threads, strict=chosen.strict)) as plan:
+        if say is not None:
+            say(plan.said)
         check_recipe(plan, files)
         inputs = [*plan.models.folders, *statistics_files(plan.statistics), *files]
         target = check_output_folder(out, overwrite=chosen.overwrite, inputs=inputs, goes_on=False)

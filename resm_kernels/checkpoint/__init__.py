@@ -15,6 +15,7 @@ from resm_kernels.checkpoint.forms import Form, open_form
 from resm_kernels.checkpoint.output_plan import OutputPlan, plan_output
 from resm_kernels.checkpoint.place import check_output_folder, unfinished_folder
 from resm_kernels.checkpoint.reader import CheckpointReader
+from resm_kernels.checkpoint.rearranged import RearrangedReader
 from resm_kernels.checkpoint.spelling import RespelledReader
 from resm_kernels.checkpoint.tensor_writer import TensorWriter
 from resm_kernels.checkpoint.verify import VerifyReport, verify_checkpoint
@@ -29,6 +30,7 @@ __all__ = [
     "DcpReader",
     "Form",
     "OutputPlan",
+    "RearrangedReader",
     "RespelledReader",
     "TensorInfo",
     "TensorWriter",

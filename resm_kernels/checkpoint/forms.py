@@ -119,11 +119,7 @@ def open_form(path: Path, config: Mapping[str, Any] | None = None) -> tuple[Chec
         return opened, dict(opened.config), Form(side_files=MODEL_PATTERNS if path.is_dir() else ())
     reader, form = open_stored(path)
     try:
-        config = {}
-        if form.config_file == CONFIG_FILE:
-            config = read_config(path)
-        elif form.config_file is not None:
-            config = read_object(path / form.config_file, CheckpointError)
+        config = read_form_config(path, form)
         if not isinstance(reader, ComponentsReader):
             return formed(reader, config), without_quantization(config), form
         quantised = next(filter(is_quantised, {**reader.tensors, **reader.unindexed}.values()), None)
@@ -136,6 +132,13 @@ def open_form(path: Path, config: Mapping[str, Any] | None = None) -> tuple[Chec
         reader.close()
         raise
     return reader, config, form
+
+
+def read_form_config(path: Path, form: Form) -> dict[str, Any]:
+    """Return the configuration of a model of that form; a single file has none."""
+    if form.config_file == CONFIG_FILE:
+        return read_config(path)
+    return {} if form.config_file is None else read_object(path / form.config_file, CheckpointError)
 
 
 def open_stored(path: Path) -> tuple[CheckpointReader, Form]:

@@ -20,13 +20,14 @@ _FORMAT: Final = 1
 
 
 class Record(NamedTuple):
-    """What a record says of its folder: the names of all other files but the shards, and of each tensor its entry.
+    """What a record says of its folder: the names of all other files but the shards, of each tensor its entry, facts.
 
     An entry has the keys `dtype` and `shape`, as safetensors headers have them, and `xxh3_128`.
     """
 
     files: list[str]
     tensors: dict[str, dict[str, Any]]
+    facts: dict[str, Any]
 
 
 def record_bytes(plan: OutputPlan, files: Iterable[str], hashes: Mapping[str, str], facts: Mapping[str, Any]) -> bytes:
@@ -60,4 +61,5 @@ def read_record(folder: Path) -> Record | None:
         known = False
     if not known:
         raise CheckpointError(f"{file}: is damaged, or of a later version")
-    return Record(files, tensors)
+    facts = {name: entry for name, entry in record.items() if name not in ("format", "version", "files", "tensors")}
+    return Record(files, tensors, facts)

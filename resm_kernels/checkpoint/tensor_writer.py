@@ -155,7 +155,8 @@ def stored_hash(file: Path, fd: int, offset: int, nbytes: int) -> str:
 
 def _check(slot: Slot, tensor: torch.Tensor, start: int) -> None:
     shape = tuple(tensor.shape)
-    fits = shape == slot.shape or tensor.ndim == 1 or (tensor.ndim > 1 and shape[1:] == slot.shape[1:])
+    # A part is flat, or has whole rows: of a stack of matrices also in one matrix of all its rows.
+    fits = shape == slot.shape or tensor.ndim == 1 or (tensor.ndim > 1 and shape[1:] == slot.shape[1 - tensor.ndim :])
     if tensor.dtype != slot.dtype or not fits or (start * slot.dtype.itemsize + tensor.nbytes > slot.nbytes):
         place = f" from element {start} on" if start else ""
         raise ValueError(

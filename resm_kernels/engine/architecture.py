@@ -17,7 +17,9 @@ import torch
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.conversions import Conversion, placements
+from resm_kernels.engine.rearrangements import StoredPart, stored_parts, whole_placement
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
+from resm_kernels.files import shortened
 from resm_kernels.lora import Parameter
 from resm_kernels.tensor_names import layer_position
 
@@ -90,6 +92,7 @@ class Architecture:
         if any(name.endswith("position_ids") for name in buffers):
             patterns.add(r"(^|\.)position_ids$")
         self._ignored = _pattern(patterns)
+        self._known: dict[tuple[str, ...], dict[str, Renamed]] = {}
         self._layers: dict[str, int] = {}
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
@@ -156,6 +159,37 @@ class Architecture:
     def keys(self, names: Iterable[str]) -> dict[str, str]:
         """Return for each tensor of a checkpoint the tensor of the loaded model that it becomes, or a part of."""
         return {name: renamed.key for name, renamed in self.renamed(names).items()}
+
+    def stored_parts(self, tensors: Mapping[str, TensorInfo]) -> dict[str, list[StoredPart]]:
+        """Return for each tensor of the loaded model where a checkpoint's tensors are in it.
+
+        It is left out if the checkpoint's tensors do not make it up, or make it up twice, or if transformers does more
+        than move their elements.
+        """
+        by_pattern = self.converters()
+        groups: dict[str, dict[str, Renamed]] = {}
+        for name, renamed in self.renamed(tensors).items():
+            if renamed.key in self._state:
+                groups.setdefault(renamed.key, {})[name] = renamed
+        found: dict[str, list[StoredPart]] = {}
+        for key, members in groups.items():
+            shape = tuple(self._state[key].shape)
+            patterns = (renamed.pattern for renamed in members.values())
+            converters = {id(c): c for c in (None if p is None else by_pattern[p] for p in patterns)}
+            converter = next(iter(converters.values()))
+            if len(converters) > 1 or (converter is None and len(members) > 1):
+                continue
+            if converter is None:
+                (name,) = members
+                if tensors[name].shape == shape:
+                    found[key] = [whole_placement(name, key, shape)]
+                continue
+            stored: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+            for name, renamed in members.items():
+                stored.setdefault(str(renamed.pattern), []).append((name, tensors[name].shape))
+            if parts := stored_parts(converter, key, shape, stored):
+                found[key] = parts
+        return found
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
@@ -236,8 +270,11 @@ class Architecture:
         )
 
         renamings, converters = self._mapping()
-        result = {}
-        for name in sorted(names, key=dot_natural_key):
+        ordered = tuple(sorted(names, key=dot_natural_key))
+        if ordered in self._known:
+            return self._known[ordered]
+        result: dict[str, Renamed] = {}
+        for name in ordered:
             key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
             if key not in self._state and name in self._state:
                 key, source = rename_source_key(name, [], [], self._prefix, self._state)
@@ -250,6 +287,7 @@ class Architecture:
                 elif whole == f"{self._prefix}.{key}":
                     piece = piece.removeprefix(f"{self._prefix}.")
             result[name] = Renamed(piece, key, source)
+        self._known[ordered] = result
         return result
 
     def converters(self) -> dict[str, Any]:
@@ -276,32 +314,39 @@ class Architecture:
 
         names: set[str] = set()
         for mapping in (MODEL_FOR_PRETRAINING_MAPPING, MODEL_MAPPING):
-            found = mapping.get(type(self._model.config), None)
+            found = mapping.get(type(self._model.config), ())
             for model_class in found if isinstance(found, tuple) else (found,):
                 # A class that does not take this configuration has no tensors to add.
-                with contextlib.suppress(Exception):
+                with contextlib.suppress(AttributeError, TypeError, ValueError):
                     names.update(map(self._bare, _on_meta(model_class, self._model.config).state_dict()))
         return frozenset(names)
 
 
 def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture | None:
-    """Return what transformers knows about a model; None if it is not installed or has no such class.
+    """Return what transformers knows about a model; None if it knows nothing (see `ask_transformers`)."""
+    known = ask_transformers(folder, config)
+    return None if isinstance(known, str) else known
 
-    So it is for configurations of more layers than any model has, which would take minutes or more to build. Only
-    transformers' own classes count: no code of the model's folder is run.
+
+def ask_transformers(folder: Path, config: Mapping[str, Any]) -> Architecture | str:
+    """Return what transformers knows about a model, or else why it knows nothing, in words.
+
+    It is not installed, has no such class, or the class does not take the configuration. Configurations of more layers
+    than any model has would take minutes or more to build, and are not. Only transformers' own classes count: no code
+    of the model's folder is run.
     """
     try:
         import transformers
         from transformers import AutoConfig
-    except ImportError:
-        return None
+    except ImportError as error:
+        return f"transformers cannot be imported ({first_line(error)})"
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     model_class: Any = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
-        return None
+        return f"transformers has no class {shortened(name)}" if name else "config.json names no class (architectures)"
     if _parts(config) > _MOST_PARTS:
-        return None
+        return f"config.json asks for more than {_MOST_PARTS} layers and experts"
     with _quiet():
         try:
             place = pretrained(folder, gguf_file(folder))
@@ -309,8 +354,13 @@ def find_architecture(folder: Path, config: Mapping[str, Any]) -> Architecture |
             if hasattr(parsed, "quantization_config"):
                 del parsed.quantization_config
             return Architecture(_on_meta(model_class, parsed))
-        except Exception:  # whatever a class does with a configuration that it does not take
-            return None
+        except Exception as error:  # whatever a class does with a configuration that it does not take
+            return f"transformers' class {name} does not take its config.json ({first_line(error)})"
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def parsed_entries(folder: Path) -> dict[str, Any] | None:

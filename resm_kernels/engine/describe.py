@@ -13,7 +13,7 @@ from resm_kernels.engine.device_memory import device_need
 from resm_kernels.engine.devices import Device
 from resm_kernels.engine.estimate import MACHINES, duration, estimate, machine_line
 from resm_kernels.options import MergeOptions
-from resm_kernels.recipe import Part, Setting, Slice
+from resm_kernels.recipe import Part, Setting, Slice, kept_folders
 from resm_kernels.roles import Role
 
 if TYPE_CHECKING:
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
 
 def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
     """Return the lines of `MergePlan.describe`."""
+    blocks = []
+    for name, own in plan.documents.items():
+        place = kept_folders(plan.recipe, plan.options.keep_intermediates).get(name)
+        way = "its tensors are merged when they are read" if place is None else f"kept in {place}"
+        blocks.append("\n".join([f"document      {name}: {way}", *_lines(own)]))
+    lines = [*_lines(plan), *_estimate_lines(plan, machine)]
+    return "\n\n".join([*blocks, "\n".join(["document      the output", *lines] if blocks else lines)])
+
+
+def _lines(plan: MergePlan) -> list[str]:
     copied = sum(job.copied for job in plan.jobs)
     tied = ", output head tied to the embedding" if plan.tied else ""
     lines = [
@@ -54,14 +64,13 @@ def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
     if plan.options.out_format != MergeOptions.out_format:
         size += f", in the format {plan.options.out_format}"
     if plan.out is None:
-        return "\n".join([*lines, f"output        {size}", *_estimate_lines(plan, machine)])
+        return [*lines, f"output        {size}"]
     free = free_bytes(plan.out)
-    lines += [
+    return [
+        *lines,
         f"output        {plan.out}: {size}",
         f"free disk     {format_bytes(free)}{'' if free > plan.output.nbytes else ': NOT ENOUGH'}",
-        *_estimate_lines(plan, machine),
     ]
-    return "\n".join(lines)
 
 
 def _memory_line(plan: MergePlan) -> str:
@@ -84,7 +93,7 @@ def _estimate_lines(plan: MergePlan, machine: tuple[Machine, str] | None) -> lis
     if machine is None:
         return []
     rates, source = machine
-    works = [job_work(plan.method, job) for job in plan.jobs]
+    works = [job_work(own.method, job) for own in (*plan.documents.values(), plan) for job in own.jobs]
     parts = [
         f"{'1 machine' if n == 1 else f'{n} machines'} {duration(e.seconds)} ({e.limit})"
         for n, e in ((n, estimate(works, rates, n)) for n in MACHINES)

@@ -16,6 +16,7 @@ from resm_kernels.engine.in_memory import InMemory
 from resm_kernels.engine.models import Model, open_models
 from resm_kernels.engine.peft_targets import layout_of
 from resm_kernels.engine.verify_adapter import verify_adapter
+from resm_kernels.hub import begin
 from resm_kernels.lora.config import CONFIG_FILE
 from resm_kernels.lora.extract import Extraction, ExtractOptions
 from resm_kernels.lora.extract_report import ExtractedLayer, ExtractReport

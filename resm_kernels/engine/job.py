@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -17,6 +18,8 @@ from resm_kernels.hub import cached_commit
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
 
+JOB: Final = "job"
+"""The entry of a record that has the hash of what a model was made from."""
 _HEAD: Final = 2**20
 _SUFFIX: Final = ".safetensors"
 
@@ -38,28 +41,42 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         # Without transformers some roles may be others.
         entries["roles of the tensors"] = plan.roles_from
     state = _content if plan.options.hash_inputs else _state
-    return entries | {f"input file {file}": state(file) for file in _input_files(plan)}
+    return entries | {f"input file {file}": state(file) for file in input_files(plan)}
 
 
 def record_facts(plan: MergePlan) -> dict[str, Any]:
     """Return what the record in the output says of the merge.
 
-    It says the recipe's SHA-256, the random seed, and the commit of each repository on the hub that was read.
+    It says the recipe's SHA-256, the random seed, and the commit of each repository on the hub that was read. A
+    document that other documents read has a hash of all that it is merged from, too, by which it is known again.
     """
     recipe = hashlib.sha256(plan.recipe.text.encode()).hexdigest()
     facts: dict[str, Any] = {"recipe": recipe, "random_seed": plan.options.random_seed}
     commits = [commit for folder in plan.models.folders if (commit := cached_commit(folder)) is not None]
-    return facts | ({"hub": [f"{repository}@{commit}" for repository, commit in commits]} if commits else {})
+    if commits:
+        facts["hub"] = [f"{repository}@{commit}" for repository, commit in commits]
+    if plan.recipe.name is not None:
+        facts[JOB] = hashlib.sha256(json.dumps(merge_job(plan), sort_keys=True).encode()).hexdigest()
+    return facts
 
 
-def _input_files(plan: MergePlan) -> list[Path]:
+def input_files(plan: MergePlan, *, tokenizers: bool = False) -> list[Path]:
+    """Return every file that a merge reads; of models that other documents merge, those that these read.
+
+    Args:
+        tokenizers: List the files of tokenizers even if the merge itself does not read them.
+    """
     files = set(statistics_files(plan.statistics))
-    patterns = TOKENIZER_PATTERNS if plan.tokenizer is not None else ()
+    patterns = TOKENIZER_PATTERNS if tokenizers or plan.tokenizer is not None else ()
     for model in plan.models.all():
         files |= set(model.reader.files)
-        files |= set(model.base_folder.glob(CONFIG_FILE))
-        files |= {file for pattern in patterns for file in model.tokenizer_folder.glob(pattern)}
-    return sorted(file.resolve() for file in files)
+        if model.plan is not None:
+            files |= set(input_files(model.plan, tokenizers=tokenizers))
+        else:
+            files |= set(model.base_folder.glob(CONFIG_FILE))
+        if model.plan is None or model.tokenizer_folder != model.base_folder:
+            files |= {file for pattern in patterns for file in model.tokenizer_folder.glob(pattern)}
+    return sorted({file.resolve() for file in files})
 
 
 def _content(file: Path) -> dict[str, Any]:

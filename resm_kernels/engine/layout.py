@@ -163,8 +163,8 @@ class _PartPlanner:
             several = f"{len(stacks)} stacks of layers ({shown}); list its modules apart, under modules"
             raise RecipeError(f"{where}: {folder} has {several if stacks else 'no layers, need some'}")
         assert source.layers is not None
-        if any(number not in layers for number in range(*source.layers)):
-            last = max(layers) + 1
+        last = max(layers) + 1
+        if source.layers[1] > last or any(number not in layers for number in range(*source.layers)):
             raise RecipeError(
                 f"{where}: got {list(source.layers)}, but {folder} has layers 0 to {last - 1}: [0, {last}]"
             )

@@ -7,8 +7,8 @@ import functools
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,7 +32,7 @@ from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora import Factors, merge_factors
 from resm_kernels.options import MergeKeywords, MergeOptions
-from resm_kernels.recipe import Recipe
+from resm_kernels.recipe import RecipeSource
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # Python 3.11 has it in `typing`
@@ -79,7 +79,7 @@ class MergeReport(Timings):
 
 
 def merge_checkpoints(
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    recipe: RecipeSource,
     out: str | os.PathLike[str],
     *,
     progress: Progress | None = None,
@@ -94,7 +94,8 @@ def merge_checkpoints(
     On a GPU it differs within the tolerances of the ops (see docs/gpu.md).
 
     Args:
-        recipe: Path of a YAML file, a mapping of the same structure, or a `Recipe`.
+        recipe: Path of a YAML file, a mapping of the same structure or a list of mappings, one for each document, or a
+            `Recipe`.
         out: Folder to create.
         progress: Called as `progress(bytes done, bytes in total)` in the calling thread for each tensor that has been
             written.
@@ -133,6 +134,8 @@ def merge_checkpoints(
         address: The address of a running Ray cluster, with engine "ray"; None, the default, starts one on this
             machine and ends it after the merge.
         workers: Ray workers on each machine, with engine "ray"; None, the default, takes one, or one for each GPU.
+        keep_intermediates: Folder in which the merges of a recipe's named documents are written, each under its name,
+            before the output is merged from them; None, the default, merges their tensors when they are read.
         strict: Refuse models of which tensors would be left out, renamed or added, because their files spell one model
             in different ways (default: False).
         tied_embeddings: What to do with an adapter that changes one of two tied tensors, an input embedding or its
@@ -156,14 +159,25 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
     """
     if plan.out is None:
         raise ValueError("plan: got one without an output folder, need plan_merge(recipe, out, …)")
+    if plan.options.keep_intermediates is None or not plan.recipe.documents:
+        return _write(plan, plan.out, progress)
+    from resm_kernels.engine.kept_documents import write_documents  # it carries out merges
+
+    written = write_documents(plan, functools.partial(carry_out, progress=progress))
+    with plan_merge(plan.recipe, plan.out, plan.options, written=written) as last:
+        return _write(replace(last, began=plan.began), plan.out, progress)
+
+
+def _write(plan: MergePlan, out: Path, progress: Progress | None) -> MergeReport:
+    """Merge what a plan describes into the folder `out`."""
     writing = CheckpointWriter(
-        plan.out,
+        out,
         plan.output,
         plan.auxiliary_files(),
         job=merge_job(plan),
         restart=plan.options.restart,
         overwrite=plan.options.overwrite,
-        marker=output_marker(plan.out, plan.models, plan.options),
+        marker=output_marker(out, plan.models, plan.options),
         facts=record_facts(plan),
     )
     with writing as writer:
@@ -190,7 +204,7 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
         writer.commit()
     finished = time.perf_counter()
     return MergeReport(
-        out=plan.out,
+        out=out,
         method=plan.method.name,
         tensors=len(plan.jobs),
         tensors_resumed=len(plan.jobs) - len(names),
@@ -275,13 +289,18 @@ def estimate_rounding(plan: MergePlan) -> tuple[Kept, ...]:
 
 def _executor(plan: MergePlan) -> Executor[TensorJob]:
     if not plan.devices:
-        streaming = Streaming(plan.pieces, plan.window, functools.partial(_merged, plan))
+        streaming = streaming_of(plan)
         return CpuExecutor(
             lambda job, tensors: compute_job(plan, streaming, job, tensors), lambda: streaming.bytes_held
         )
     return GpuExecutor(
         plan.devices, functools.partial(start_tensor, plan), is_copied=lambda job: job.copied, copy=copied_tensor
     )
+
+
+def streaming_of(plan: MergePlan) -> Streaming:
+    """Return what merges the plan's large tensors block by block."""
+    return Streaming(plan.pieces, plan.window, functools.partial(_merged, plan))
 
 
 def compute_job(plan: MergePlan, streaming: Streaming, job: TensorJob, tensors: list[Tensor]) -> Tensor:

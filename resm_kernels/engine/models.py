@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from resm_kernels.checkpoint import (
     CheckpointError,
@@ -27,7 +27,19 @@ from resm_kernels.engine.recorded_base import recorded_base
 from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
-from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
+from resm_kernels.recipe import (
+    Recipe,
+    RecipeError,
+    Source,
+    document_name,
+    dotted,
+    model_and_adapter,
+    model_folder,
+)
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.documents import Documents
+    from resm_kernels.engine.plan import MergePlan
 
 
 class MergeError(ValueError):
@@ -46,6 +58,8 @@ class Model:
             DCP folder without config takes both from another folder. If there is none, `config` is empty.
         form: The form that the model has on disk; for an adapter, its base model's.
         dcp: Reads the tensors as the torch DCP folder has them; None for a model of another form.
+        plan: How the model is merged, if another document of the recipe says so, or the base model of an adapter;
+            `folder` is then the document's name. None for a model on disk.
     """
 
     folder: Path
@@ -54,6 +68,12 @@ class Model:
     base_folder: Path
     form: Form = field(default_factory=Form)
     dcp: DcpReader | None = None
+    plan: MergePlan | None = None
+
+    @property
+    def is_on_disk(self) -> bool:
+        """True if `folder` is a folder or a file, False if it is the name of a document."""
+        return self.plan is None or isinstance(self.reader, AdapterReader)
 
     @property
     def places(self) -> tuple[Path, Path]:
@@ -81,7 +101,8 @@ class OpenedModels:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
         notes: What is left out of the models, renamed or added, because files spell one model in different ways.
-        remarks: Which base model was found for adapters that the recipe names alone.
+        remarks: Which base model was found for adapters that the recipe names alone, and why transformers was not asked
+            how to spell the models, where that would be needed.
     """
 
     reference: Model
@@ -95,8 +116,12 @@ class OpenedModels:
 
     @property
     def folders(self) -> list[Path]:
-        """Every input folder once."""
-        return list(dict.fromkeys(f for model in self.all() for f in (model.folder, model.base_folder)))
+        """Every input folder once; also those that other documents of the recipe read."""
+        folders: list[Path] = []
+        for model in self.all():
+            folders += [model.folder] if model.is_on_disk else []
+            folders += [model.base_folder] if model.plan is None else model.plan.models.folders
+        return list(dict.fromkeys(folders))
 
 
 def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
@@ -131,12 +156,13 @@ class _Spelled:
     Attributes:
         models: The models.
         notes: What is left out, renamed or added.
+        remarks: Why transformers was not asked about that, where it would be needed.
     """
 
     def __init__(self, models: Sequence[Model], *, as_stored: bool = False, tied_embeddings: str = "error") -> None:
         self._spellings = Spellings(models, as_stored=as_stored)
         self._tied_embeddings = tied_embeddings
-        self.notes = self._spellings.notes
+        self.notes, self.remarks = self._spellings.notes, self._spellings.remarks
         if tied_embeddings == "untie" and (notes := self._spellings.untie()):
             self.notes += notes
             models = [replace(model, config=_untied(model.config)) for model in models]
@@ -155,10 +181,11 @@ class _Spelled:
         )
         if reader.renames:
             self.notes.append(adapter_note(folder, reader.renames))
+        base_folder = base.folder if base.plan is None else base.base_folder
         adapted = adapted_model(reader, base.config, base.base_folder)
         reader.leave_out(adapted.left_out)
         self.notes += adapted.notes
-        return Model(folder, reader, adapted.config, base.folder, base.form)
+        return Model(folder, reader, adapted.config, base_folder, base.form, plan=base.plan)
 
 
 def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,16 +202,23 @@ class _Place:
     """Where a model is.
 
     Attributes:
-        base: The folder of the model, or of the adapter's base model.
+        base: The folder of the model, or of the adapter's base model, or the name of the document that merges it.
         adapter: The adapter's folder.
         recorded: Whether the adapter's record of its base must name `base`.
         remark: What the user should know about how the base was found.
+        merged: True if `base` is the name of a document.
     """
 
     base: Path
     adapter: Path | None = None
     recorded: bool = False
     remark: str | None = None
+    merged: bool = False
+
+    @property
+    def key(self) -> str:
+        """The same text for all names of one base."""
+        return f"document {self.base}" if self.merged else os.path.realpath(self.base)
 
 
 def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> Model:
@@ -210,7 +244,12 @@ def _check_dcp_keys(recipe: Recipe, models: Sequence[Model]) -> None:
 
 
 def open_models(
-    recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bool = False, tied_embeddings: str = "error"
+    recipe: Recipe,
+    on_error: contextlib.ExitStack,
+    documents: Documents | None = None,
+    *,
+    as_stored: bool = False,
+    tied_embeddings: str = "error",
 ) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened.
 
@@ -218,6 +257,7 @@ def open_models(
     GGUF files take that of `config_source`, or else what their metadata say.
 
     Args:
+        documents: The models that other documents of the recipe merge; None for a recipe of one document.
         as_stored: As for `Spellings`.
         tied_embeddings: As for `merge_checkpoints`.
     """
@@ -225,16 +265,22 @@ def open_models(
     double = any(p.name == "spectral" for p in recipe.method.parameters)
     first = recipe.sources[0]
     where = "base_model" if recipe.base_model is not None else dotted(first.model_location)
-    places = {recipe.reference: _locate(recipe, recipe.reference, where)}
+    places = {recipe.reference: _locate(recipe, recipe.reference, where, documents)}
     for source in recipe.sources:
         if source.model not in places:
-            places[source.model] = _locate(recipe, source.model, dotted(source.model_location))
-    bases = {os.path.realpath(place.base): place.base for place in places.values()}
+            places[source.model] = _locate(recipe, source.model, dotted(source.model_location), documents)
+    bases = {place.key: place for place in places.values()}
     config = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
-    opened_bases = [
-        (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error, config))
-        for folder in bases.values()
-    ]
+
+    def open_base(place: _Place) -> Model:
+        if place.merged:
+            assert documents is not None
+            return documents.model(str(place.base), on_error)
+        if is_dcp_folder(place.base):
+            return _open_dcp(recipe, place.base, on_error)
+        return _open_whole(place.base, on_error, config)
+
+    opened_bases = [open_base(place) for place in bases.values()]
     _check_dcp_keys(recipe, opened_bases)
     if all(place.adapter is None for place in places.values()):
         tied_embeddings = "error"  # nothing else than an adapter changes one of two tied tensors
@@ -242,7 +288,7 @@ def open_models(
     wholes = dict(zip(bases, spelled.models, strict=True))
 
     def open_place(place: _Place) -> Model:
-        base = wholes[os.path.realpath(place.base)]
+        base = wholes[place.key]
         if place.adapter is None:
             return base
         adapter = spelled.open_adapter(place.adapter, base, on_error, double=double)
@@ -253,8 +299,9 @@ def open_models(
 
     opened = {path: open_place(place) for path, place in places.items()}
     by_source = {source: opened[source.model] for source in recipe.sources}
-    remarks = tuple(dict.fromkeys(place.remark for place in places.values() if place.remark is not None))
-    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), remarks)
+    remarks = [place.remark for place in places.values() if place.remark is not None]
+    remarks = list(dict.fromkeys((*remarks, *spelled.remarks)))
+    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), tuple(remarks))
 
 
 def _with_configs(models: Sequence[Model]) -> list[Model]:
@@ -265,21 +312,31 @@ def _with_configs(models: Sequence[Model]) -> list[Model]:
     return [m if m.has_config else replace(m, config=source.config, base_folder=source.base_folder) for m in models]
 
 
-def _locate(recipe: Recipe, path: str, where: str) -> _Place:
+def _locate(recipe: Recipe, path: str, where: str, documents: Documents | None) -> _Place:
     """Return the folders of a model that the recipe names.
 
     An adapter alone belongs to the recipe's base model, if that is a whole model, else to the one that it records.
     """
-    pair = model_and_adapter(path, where)
+    if documents is not None and (name := document_name(path, recipe.documents)) is not None:
+        adapter = path.removeprefix(name).removeprefix("+")
+        written = documents.written.get(name)
+        place = _Place(Path(name), merged=True) if written is None else _Place(written)
+        return replace(place, adapter=model_folder(adapter, where)) if adapter else place
+    try:
+        pair = model_and_adapter(path, where)
+        folder = model_folder(path, where) if pair is None else pair[0]
+    except RecipeError as error:
+        if not recipe.documents:
+            raise
+        raise RecipeError(f"{error}, or the name of a document: {', '.join(recipe.documents)}") from error
     if pair is not None:
         return _Place(*pair)
-    folder = model_folder(path, where)
     if not is_adapter_folder(folder):
         return _Place(folder)
-    if recipe.base_model is not None and model_and_adapter(recipe.base_model, "base_model") is None:
-        base = model_folder(recipe.base_model, "base_model")
-        if not is_adapter_folder(base):
-            return _Place(base, folder, recorded=True)
-    base = recorded_base(folder, where)
-    remark = f"{folder}: is a LoRA adapter of {base}, which its {ADAPTER_CONFIG} names as its base model"
-    return _Place(base, folder, remark=remark)
+    if where != "base_model" and recipe.base_model is not None:
+        base = _locate(recipe, recipe.base_model, "base_model", documents)
+        if base.adapter is None:
+            return replace(base, adapter=folder, recorded=not base.merged)
+    recorded = recorded_base(folder, where)
+    remark = f"{folder}: is a LoRA adapter of {recorded}, which its {ADAPTER_CONFIG} names as its base model"
+    return _Place(recorded, folder, remark=remark)

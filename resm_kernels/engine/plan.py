@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -27,6 +29,7 @@ from resm_kernels.engine.cuda_device import open_devices
 from resm_kernels.engine.dcp import check_config_source, check_full_weights, dcp_notes, output_marker, output_paths
 from resm_kernels.engine.describe import describe_plan
 from resm_kernels.engine.devices import Device
+from resm_kernels.engine.documents import Documents, check_documents, document_notes
 from resm_kernels.engine.layout import Layout, and_more, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
@@ -43,7 +46,7 @@ from resm_kernels.hub import UnseenWeights, View, begin, headers_alone
 from resm_kernels.lora import AdapterReader
 from resm_kernels.methods import Method
 from resm_kernels.options import MergeOptions
-from resm_kernels.recipe import Recipe, load_recipe
+from resm_kernels.recipe import Recipe, RecipeSource, kept_folders, load_recipe
 from resm_kernels.tensor_names import OUTPUT_HEAD
 
 if TYPE_CHECKING:
@@ -78,6 +81,8 @@ class MergePlan:
             spell one model in different ways; how quantised weights are read; what torch DCP folders hold beside.
         roles_from: Where the roles of the tensors are from, in words; empty for a method that asks for none.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
+        documents: The plans of the recipe's other documents that are read, by name, each after those that it reads.
+        written: The folders of those that have been merged already.
         began: Value of `time.perf_counter()` when planning began.
         view: The models on the hub whose weights are not here, of a plan that was made from their headers; None if all
             weights are here.
@@ -102,6 +107,8 @@ class MergePlan:
     notes: tuple[str, ...]
     roles_from: str
     warnings: tuple[str, ...]
+    documents: Mapping[str, MergePlan]
+    written: Mapping[str, Path]
     began: float
     view: View | None = None
 
@@ -131,8 +138,15 @@ class MergePlan:
         """Bytes of tensor data that the merge reads."""
         return sum(j.input_bytes for j in self.jobs)
 
+    @property
+    def said(self) -> tuple[str, ...]:
+        """The warnings and notes as lines to print."""
+        return (*(f"warning: {line}" for line in self.warnings), *(f"note: {line}" for line in self.notes))
+
     def describe(self, machine: tuple[Machine, str] | None = None) -> str:
         """Return what would be merged, in which memory, on which devices and into which files, one line for each.
+
+        The recipe's other documents come first.
 
         With a machine, and words for where its rates are from (`chosen_machine`), also estimate how long it takes.
         """
@@ -161,12 +175,13 @@ class MergePlan:
 
 
 def plan_merge(
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    recipe: RecipeSource,
     out: str | os.PathLike[str] | None = None,
     options: MergeOptions = _DEFAULT_OPTIONS,
     *,
     dense: bool = False,
     fetch: bool = True,
+    written: Mapping[str, Path] = MappingProxyType({}),
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -185,41 +200,38 @@ def plan_merge(
         dense: Form the weights of LoRA adapters even where their factors are enough for the merge.
         fetch: Fetch weights from the hub (default). Without it, the plan is for showing alone: its tensors can be read
             only from the hub, and tensors count as equal if samples of them are equal.
+        written: Folders of the recipe's other documents that have been merged already, by name.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, the models together or the output folder
             cannot be used.
         ValueError: A device does not exist or has less memory than asked for.
     """
-    began = time.perf_counter()
     recipe = load_recipe(recipe)
+    check_documents(recipe, options)
+    began = time.perf_counter()
     begin()
-    if fetch and any(source.statistics is not None for source in recipe.sources):
-        return _plan(recipe, out, options, dense, began)
-    while (plan := _plan_from_headers(recipe, out, options, dense, began, fetch)) is None:
+    plan = functools.partial(_plan_documents, recipe, out, options, written, began, dense=dense)
+    recipes = (recipe, *recipe.documents.values())
+    if fetch and any(source.statistics is not None for r in recipes for source in r.sources):
+        return plan()
+    while (planned := _plan_from_headers(plan, fetch)) is None:
         pass
-    if plan.view is None or not fetch:
-        return plan
-    plan.view.fetch()
-    plan.close()
-    return _plan(recipe, out, options, dense, began)
+    if planned.view is None or not fetch:
+        return planned
+    planned.view.fetch()
+    planned.close()
+    return plan()
 
 
-def _plan_from_headers(
-    recipe: Recipe,
-    out: str | os.PathLike[str] | None,
-    options: MergeOptions,
-    dense: bool,
-    began: float,
-    fetch: bool,
-) -> MergePlan | None:
+def _plan_from_headers(plan: Callable[[], MergePlan], fetch: bool) -> MergePlan | None:
     """Return a plan for which no weights were fetched, with a view if some are on the hub.
 
     The result is None if weights had to be fetched of which no headers can be read; then it can be tried again.
     """
     with headers_alone() as view:
         try:
-            plan = _plan(recipe, out, options, dense, began)
+            planned = plan()
             view.check_space()
         except UnseenWeights as unseen:
             if not fetch:
@@ -231,21 +243,55 @@ def _plan_from_headers(
             error.args = tuple(view.shown(part) if isinstance(part, str) else part for part in error.args)
             raise
     if not view.missing:
-        return plan
-    notes, warned = tuple(map(view.shown, plan.notes)), tuple(map(view.shown, plan.warnings))
-    return replace(plan, view=view, notes=notes, warnings=warned)
+        return planned
+    notes, warned = tuple(map(view.shown, planned.notes)), tuple(map(view.shown, planned.warnings))
+    return replace(planned, view=view, notes=notes, warnings=warned)
+
+
+def _plan_documents(
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    options: MergeOptions,
+    written: Mapping[str, Path],
+    began: float,
+    *,
+    dense: bool,
+) -> MergePlan:
+    """Plan the merges of all documents of a recipe."""
+
+    def plan_document(document: Recipe, document_options: MergeOptions, documents: Documents) -> MergePlan:
+        return _plan(document, None, document_options, documents)
+
+    documents = Documents(recipe, options, plan_document, written)
+    plan = _plan(recipe, out, options, documents, dense=dense)
+    notes = [f"document {name!r}: {note}" for name, own in documents.plans.items() for note in own.notes]
+    warnings = [f"document {name!r}: {line}" for name, own in documents.plans.items() for line in own.warnings]
+    return replace(
+        plan,
+        notes=(*notes, *document_notes(recipe, options), *plan.notes),
+        warnings=(*warnings, *plan.warnings),
+        documents=documents.plans,
+        written=dict(written),
+        began=began,
+    )
 
 
 def _plan(
-    recipe: Recipe, out: str | os.PathLike[str] | None, options: MergeOptions, dense: bool, began: float
+    recipe: Recipe,
+    out: str | os.PathLike[str] | None,
+    options: MergeOptions,
+    documents: Documents,
+    *,
+    dense: bool = False,
 ) -> MergePlan:
+    """Plan the merge of one document; see `plan_merge`."""
     # Workers of a cluster open their own GPUs; here there may be none.
     devices = open_devices("cpu" if options.engine == "ray" else options.device, options.device_bytes)
     check_full_weights(recipe, options)
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
         # A training script expects every tensor that it has saved when it loads, buffers and tied heads too.
-        models = open_models(recipe, on_error, as_stored=is_dcp, tied_embeddings=options.tied_embeddings)
+        models = open_models(recipe, on_error, documents, as_stored=is_dcp, tied_embeddings=options.tied_embeddings)
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = not is_dcp and check_tied(models.all())
         spelling_notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))
@@ -290,10 +336,11 @@ def _plan(
             shard_bytes = options.shard_bytes if form.config_file is not None else sys.maxsize
             output = plan_output(weights, shard_bytes, form.stems)
         if out is not None:
+            kept = kept_folders(recipe, options.keep_intermediates).values()
             out = check_output_folder(
                 out,
                 overwrite=options.overwrite,
-                inputs=[*models.folders, *statistics_files(statistics)],
+                inputs=[*models.folders, *statistics_files(statistics), *kept],
                 marker=output_marker(out, models, options),
             )
         plan = MergePlan(
@@ -322,7 +369,9 @@ def _plan(
             ),
             roles_from="" if roles is None else roles.source,
             warnings=config_warnings(models.all()),
-            began=began,
+            documents={},
+            written={},
+            began=time.perf_counter(),
         )
         on_error.pop_all()
     return plan

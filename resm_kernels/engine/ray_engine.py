@@ -73,7 +73,8 @@ def merge_on_ray(
     with _cluster(library, plan.options), _proof(writer.folder.parent) as proof:
         order = Order(
             recipe=plan.recipe,
-            method=plan.method,
+            methods=(plan.method, *(own.method for own in plan.recipe.documents.values())),
+            written=plan.written,
             options=replace(plan.options, engine="local", address=None, workers=None),
             directory=Path.cwd(),
             folder=writer.folder,

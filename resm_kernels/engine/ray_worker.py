@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Order:
 
     Attributes:
         recipe: The recipe.
-        method: Its merge method, which may be one that the driver's program registered.
+        methods: Its documents' merge methods, which may be ones that the driver's program registered.
+        written: The folders of documents that have been merged already, by name.
         options: How one worker merges: in its own process, with its share of the machine's threads.
         directory: The driver's current directory, which relative paths in the recipe start from.
         folder: The unfinished output folder, which the driver has made.
@@ -52,7 +53,8 @@ class Order:
     """
 
     recipe: Recipe
-    method: Method
+    methods: tuple[Method, ...]
+    written: Mapping[str, Path]
     options: MergeOptions
     directory: Path
     folder: Path
@@ -86,9 +88,10 @@ class MergeWorker:
             if order.directory.is_dir():  # it need not be here if the recipe's paths are absolute
                 os.chdir(order.directory)
             _check_same("software", environment(), order.environment)
-            register(order.method)
+            for method in order.methods:
+                register(method)
             _check_folder(*order.proof)
-            self._plan = plan_merge(order.recipe, None, order.options)
+            self._plan = plan_merge(order.recipe, None, order.options, written=order.written)
             _check_same("input", fingerprint(self._plan), order.fingerprint)
             _check_shards(order.folder, self._plan.output)
             self._writer = TensorWriter(order.folder, self._plan.output)
@@ -135,7 +138,8 @@ def fingerprint(plan: MergePlan) -> dict[str, str]:
         slots = [plan.output.slots[name] for name, *_ in job.stored]
         jobs += [[slot.name, str(slot.dtype), slot.shard, slot.offset, slot.nbytes] for slot in slots]
     parts = {**files, "the plan of the recipe": [plan.recipe.method.name, plan.options.random_seed, jobs]}
-    return {name: _hash(part) for name, part in parts.items()}
+    documents = {f"document {name}": fingerprint(own) for name, own in plan.documents.items()}
+    return {name: _hash(part) for name, part in (parts | documents).items()}
 
 
 def _hash(data: Any) -> str:

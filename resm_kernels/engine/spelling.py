@@ -8,15 +8,16 @@ tensors are left out; so are tensors that transformers does not load, unless eve
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from resm_kernels.checkpoint import CheckpointReader, RespelledReader, TensorInfo
+from resm_kernels.checkpoint import CheckpointReader, RearrangedReader, RespelledReader, TensorInfo
 from resm_kernels.checkpoint.auxiliary import config_entry
-from resm_kernels.engine.architecture import Architecture, Loaded, find_architecture, names_key
+from resm_kernels.engine.architecture import Architecture, Loaded, ask_transformers, names_key
 from resm_kernels.engine.loaded import Spelled, SpelledModel
+from resm_kernels.engine.rearrangements import rearranged
 from resm_kernels.engine.spelling_rules import (
     COPY,
     IGNORED_WEIGHT,
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
 
 _TENSOR: Final = Kind("tensor", "tensors")
+_STACK: Final = 3
+"""The dimensions of a tensor of all experts of a layer."""
 _SHOWN: Final = 60
 """The most letters of a name that notes show; the front of a longer one is cut."""
 
@@ -83,7 +86,8 @@ class Spellings:
         as_stored: Keep buffers and copies of tied tensors where every model stores the same tensors.
 
     Attributes:
-        notes: What is left out, renamed or added, a line for each model and kind.
+        notes: What is left out, renamed, rearranged or added, a line for each model and kind.
+        remarks: Why transformers is not asked, where that would be needed.
     """
 
     def __init__(self, models: Sequence[Model], *, as_stored: bool = False) -> None:
@@ -91,6 +95,7 @@ class Spellings:
         self._matched: list[_Tensors] | None = None
         self._prefix = ""
         self.notes: list[str] = []
+        self.remarks: list[str] = []
         self.readers: list[CheckpointReader] = [model.reader for model in models]
         for model in models:
             if model.reader.other_files:
@@ -100,6 +105,7 @@ class Spellings:
         if _in_doubt(models, as_stored=as_stored):
             for i, tensors in enumerate(self._tensors()):
                 names = self._names(tensors)
+                self.readers[i] = tensors.reader
                 if any(new != old for new, old in names.items()) or len(names) != len(tensors.reader.tensors):
                     self.readers[i] = RespelledReader(tensors.reader, names)
                 self.notes += _notes(tensors, names)
@@ -161,15 +167,21 @@ class Spellings:
 
     def _match(self) -> list[_Tensors]:
         models = [_Tensors(model) for model in self._models]
-        by_key: dict[str, Architecture | None] = {}
+        by_key: dict[str, Architecture | str] = {}
         for tensors in models:
             key = names_key(tensors.model.config)
             if key not in by_key:
-                by_key[key] = find_architecture(tensors.model.base_folder, tensors.model.config)
-            tensors.architecture = by_key[key]
+                by_key[key] = known = ask_transformers(tensors.model.base_folder, tensors.model.config)
+                if isinstance(known, str):
+                    self.remarks.append(
+                        f"{tensors.model.folder}: {known}; tensors of other names are matched by a small table"
+                    )
+            found = by_key[key]
+            tensors.architecture = None if isinstance(found, str) else found
         if any(tensors.architecture is None for tensors in models):
             self._read_by_table(models)
         else:
+            self.notes += _rearrange(models)
             for tensors in models:
                 assert tensors.architecture is not None
                 tensors.tied = tensors.architecture.tied
@@ -228,6 +240,32 @@ class Spellings:
         return names
 
 
+def _rearrange(models: Sequence[_Tensors]) -> Iterator[str]:
+    """Let models give those tensors that the reference model stores joined or apart as it does; yield a line for each.
+
+    These are experts that are stored one by one or as one tensor, or as a transposed one.
+    """
+    known = [tensors.architecture for tensors in models]
+    found = [a.stored_parts(_all_infos(t.reader)) if a is not None else {} for a, t in zip(known, models, strict=True)]
+    for tensors, own in zip(models[1:], found[1:], strict=True):
+        changed = {
+            whole: parts
+            for whole, parts in own.items()
+            if whole in found[0] and {p.place for p in parts} != {p.place for p in found[0][whole]}
+        }
+        if not changed:
+            continue
+        made: dict[str, Any] = {}
+        for whole, parts in changed.items():
+            made |= rearranged(found[0][whole], parts)
+        consumed = frozenset(placement.part.name for parts in changed.values() for placement in parts)
+        reader = RearrangedReader(tensors.reader, made, consumed)
+        tensors.model = replace(tensors.model, reader=reader)
+        old, new = next(iter(changed.values()))[0].part.name, next(iter(made))
+        many = f"{_TENSOR.counted(len(consumed))} as {len(made)}"
+        yield f"{tensors.model.folder}: reads {many} in another arrangement ({old} as {new}{_more(consumed)})"
+
+
 def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:
     """Return True if names differ between models, or if there may be buffers or copies to leave out."""
     seen: list[Mapping[str, TensorInfo]] = []
@@ -241,7 +279,19 @@ def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:
             return True
         seen.append(tensors)
     kinds = [{_unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
-    return any(names != kinds[0] for names in kinds)
+    return any(names != kinds[0] for names in kinds) or _may_be_transposed(models)
+
+
+def _may_be_transposed(models: Sequence[Model]) -> bool:
+    """Return True if a model stores a stack of matrices with the dimensions of the first model's in another order."""
+    first = {name: info.shape for name, info in models[0].reader.tensors.items() if len(info.shape) == _STACK}
+    return any(
+        (info := model.reader.tensors.get(name)) is not None
+        and info.shape != shape
+        and sorted(info.shape) == sorted(shape)
+        for model in models[1:]
+        for name, shape in first.items()
+    )
 
 
 def _may_tie(model: Model) -> bool:

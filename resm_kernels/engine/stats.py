@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -31,7 +30,7 @@ from resm_kernels.linalg import (
 from resm_kernels.linalg.products import task_matrix
 from resm_kernels.methods.resm import layer_plan
 from resm_kernels.options import MergeOptions
-from resm_kernels.recipe import Recipe, load_recipe
+from resm_kernels.recipe import Recipe, RecipeSource, load_recipe
 
 _STATISTICS: Final = (
     *("numel", "sum", "sum_sq", "sum_abs", "max_abs", "n_zero", "n_small", "n_outlier", "outlier_sum_abs"),
@@ -122,11 +121,13 @@ class TensorStats:
 
 
 def checkpoint_stats(
-    recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
+    recipe: RecipeSource,
     *,
     memory_limit: str | int = MergeOptions.memory_limit,
     progress: Callable[[int, int], None] | None = None,
     spectra: bool = False,
+    strict: bool = MergeOptions.strict,
+    say: Callable[[Sequence[str]], None] | None = None,
 ) -> list[TensorStats]:
     """Return RESM's statistics of every floating-point tensor of a recipe's models, or of each matrix that it holds.
 
@@ -139,6 +140,9 @@ def checkpoint_stats(
         progress: As for `merge_checkpoints`; tensors count when their statistics are complete.
         spectra: Also return singular values and overlaps of every tensor that RESM decomposes, which takes as long as a
             merge.
+        strict: As for `merge_checkpoints`.
+        say: Called with lines about what is left out of the models, renamed or added, and what their configurations
+            say differently, before tensors are read.
 
     Raises:
         MergeError: The recipe has no base model, or merges different experts in different layers.
@@ -153,8 +157,10 @@ def checkpoint_stats(
     if recipe.merge_method != "resm":
         recipe = _as_resm(recipe)
     rows: list[TensorStats] = []
-    options = MergeOptions(memory_limit=memory_limit)
+    options = MergeOptions(memory_limit=memory_limit, strict=strict)
     with plan_merge(recipe, options=options, dense=True) as plan:
+        if say is not None:
+            say(plan.said)
         jobs = [replace(j, output_bytes=0) for j in _jobs(plan) if not j.copied]
         if spectra:
             jobs = [replace(j, workspace=max(j.workspace, _spectra_workspace(j))) for j in jobs]
@@ -230,7 +236,8 @@ def _as_resm(recipe: Recipe) -> Recipe:
     """Return a recipe of the same models and slices that merges them by RESM with its default parameters."""
     data = {name: _without_parameters(getattr(recipe, name)) for name in ("base_model", "models", "slices", "modules")}
     data |= {"merge_method": "resm", "tokenizer": recipe.output_tokenizer}
-    return load_recipe({key: value for key, value in data.items() if value is not None})
+    same = load_recipe({key: value for key, value in data.items() if value is not None})
+    return same.with_documents(recipe.documents)
 
 
 def _without_parameters(entry: Any) -> Any:

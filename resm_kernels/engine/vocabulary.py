@@ -254,9 +254,12 @@ class AlignedReader(CheckpointReader):
 
     @property
     def workspace(self) -> int:
-        """Bytes that reading takes beyond the result: two pieces, their rows in a wider dtype, tensors read whole."""
+        """Bytes that reading takes beyond the result: two pieces, their rows in a wider dtype, tensors read whole.
+
+        The models' readers may take more.
+        """
         whole = [info.nbytes for reader, info in self._model_tensors.tensors if not reader.has_parts(info.name)]
-        return 6 * CHUNK + 2 * sum(whole)
+        return 6 * CHUNK + 2 * sum(whole) + max(reader.workspace for reader, _ in self._model_tensors.tensors)
 
     def has_parts(self, name: str) -> bool:
         """Return True if the rows of all models can be read without reading a tensor whole."""

@@ -1,10 +1,10 @@
-"""Reads one YAML document within limits; unlike PyYAML it refuses equal keys and data that grow through aliases."""
+"""Reads YAML documents within limits; unlike PyYAML it refuses equal keys and data that grow through aliases."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,10 +13,11 @@ import yaml
 from resm_kernels.files.structure import MAX_DIGITS, Location, scalar_problem, shortened
 
 MAX_BYTES: Final = 1 << 18
-"""The largest document, in bytes; PyYAML reads so much in a few seconds. A recipe has some kilobytes."""
+"""The largest text, in bytes; PyYAML reads so much in a few seconds. A recipe has some kilobytes."""
 MAX_DEPTH: Final = 32
 MAX_VALUES: Final = 100_000
-"""The most values, where an alias counts as all that it stands for."""
+"""The most values of all documents, where an alias counts as all that it stands for."""
+MAX_DOCUMENTS: Final = 100
 
 _MERGE_TAG: Final = "tag:yaml.org,2002:merge"
 _BASE_60: Final = re.compile(r"[-+]?[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?")
@@ -28,11 +29,18 @@ class Document:
 
     Attributes:
         data: Its value; None for an empty document.
-        root: Its syntax tree, which knows the lines; None for an empty document.
+        root: Its syntax tree, which knows the lines; None for data that no text was parsed for.
+        text: Its text.
     """
 
     data: Any
-    root: yaml.Node | None
+    root: yaml.Node | None = None
+    text: str = ""
+
+    @property
+    def first_line(self) -> int | None:
+        """The line, counted from 1, that it begins in."""
+        return None if self.root is None else line_of(self.root)
 
     def line(self, location: Location) -> int | None:
         """Return the line, counted from 1, of the deepest part of `location` that the document has."""
@@ -51,29 +59,24 @@ class Document:
         return line
 
 
-def parse_yaml(text: str, name: str, raising: type[ValueError], several: str) -> Document:
-    """Return the document that YAML 1.1 states, as PyYAML's safe loader reads it.
+def parse_yaml(text: str, name: str, raising: type[ValueError]) -> tuple[Document, ...]:
+    """Return the documents that YAML 1.1 states, as PyYAML's safe loader reads them; an empty text has none.
 
     Args:
         text: The file's content.
         name: The file's name, for errors.
         raising: The kind of the error.
-        several: What the error about a second document says.
 
     Raises:
-        raising: The text is not YAML or longer than 256 KiB; a mapping has a key twice; it is nested more than 32
-            levels deep, has more than 100,000 values when all aliases are written out, an alias within the part that
-            it stands for, a whole number of more than 100 digits, a number beyond float64's range, or a text that
-            UTF-8 cannot express. The message names file and line.
+        raising: The text is not YAML or longer than 256 KiB, or has more than 100 documents; a mapping has a key twice;
+            it is nested more than 32 levels deep, has more than 100,000 values when all aliases are written out, an
+            alias within the part that it stands for, a whole number of more than 100 digits, a number beyond float64's
+            range, or a text that UTF-8 cannot express. The message names file and line.
     """
     if len(text.encode(errors="replace")) > MAX_BYTES:
         raise raising(f"{name}: has more than {MAX_BYTES} bytes, need at most so many")
     try:
-        loader = _Loader(text)
-        root = loader.get_single_node()
-        data = None if root is None else loader.construct_document(root)
-    except _SecondDocument as error:
-        raise raising(f"{name}:{error.line}: {several}") from None
+        return tuple(_Loader(text).documents())
     except _Refused as error:
         raise raising(f"{name}:{error.line}: {error}") from None
     except yaml.reader.ReaderError as error:
@@ -83,7 +86,6 @@ def parse_yaml(text: str, name: str, raising: type[ValueError], several: str) ->
         mark = getattr(error, "problem_mark", None)
         line_or_file = f"{name}:{mark.line + 1}" if mark else name
         raise raising(f"{line_or_file}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    return Document(data, root)
 
 
 def line_of(part: Any) -> int:
@@ -100,24 +102,29 @@ class _Refused(Exception):
         self.line = line_of(node)
 
 
-class _SecondDocument(_Refused):
-    """The text has more than one document."""
-
-
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with limits, which hold while the text is parsed, before data are made of it."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._depth = 0
+        self._text = text
+        self._depth = self._values = 0
         self._sizes: dict[int, int] = {}
 
-    def get_single_node(self) -> Any:
+    def documents(self) -> Iterator[Document]:
+        """Yield each document."""
         self.get_event()  # type: ignore[no-untyped-call]
-        root = None if self.check_event(yaml.StreamEndEvent) else self.compose_document()
-        if not self.check_event(yaml.StreamEndEvent):
-            raise _SecondDocument(self.peek_event(), "")  # type: ignore[no-untyped-call]
-        return root
+        roots: list[yaml.Node] = []  # kept, so that no other node gets the identity of one in `_sizes`
+        while not self.check_event(yaml.StreamEndEvent):
+            if len(roots) == MAX_DOCUMENTS:
+                raise _Refused(self.peek_event(), f"has more than {MAX_DOCUMENTS} documents, need at most so many")  # type: ignore[no-untyped-call]
+            root: yaml.Node = self.compose_document()
+            roots.append(root)
+            self._values += self._sizes[id(root)]
+            if self._values > MAX_VALUES:
+                raise _Refused(root, f"has more than {MAX_VALUES} values with its aliases written out")
+            text = self._text[root.start_mark.index : root.end_mark.index]
+            yield Document(self.construct_document(root), root, text.strip() + "\n")
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()  # type: ignore[no-untyped-call]

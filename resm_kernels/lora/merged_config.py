@@ -8,8 +8,9 @@ from typing import Any, Final
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.lora.config import CONFIG_FILE
 from resm_kernels.lora.group import AdapterGroup
-from resm_kernels.lora.modules import rank_patterns, target_names
+from resm_kernels.lora.peft_names import rank_patterns, target_names
 from resm_kernels.lora.writer import adapter_config
+from resm_kernels.tensor_names import module_of
 
 VLLM_RANKS: Final = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that vLLM's --max-lora-rank may have."""
@@ -55,10 +56,10 @@ def merged_config(group: AdapterGroup, ranks: Mapping[str, int]) -> dict[str, An
     return adapter_config("", None, **entries)
 
 
-def _targets(group: AdapterGroup, ranks: Mapping[str, int]) -> list[str]:
+def _targets(group: AdapterGroup, ranks: Mapping[str, int]) -> list[str] | str:
     """Return names that match the merged modules and no others."""
     if group.base is not None:
-        return target_names(ranks, group.base.reader.tensors)
+        return target_names(ranks, set(map(module_of, group.base.reader.tensors)))
     entries: list[Any] = [a.entries.get("target_modules") for a in group.adapters]
     restricted = any(a.entries.get(key) for a in group.adapters for key in _RESTRICTING)
     lists = [names for names in entries if isinstance(names, list)]

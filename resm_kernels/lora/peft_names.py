@@ -201,12 +201,12 @@ def is_exact(names: Collection[str], all_names: Iterable[str]) -> bool:
     return all(name in names or not name.endswith(ends) for name in all_names)
 
 
-def _module_names(adapted: Collection[str], layout: Layout) -> list[str] | str:
-    """Return target_modules that match these modules only: last parts of names, full names, or an expression."""
+def target_names(adapted: Collection[str], modules: Collection[str]) -> list[str] | str:
+    """Return target_modules that match, of all modules, these only: last parts of names, full names, or a pattern."""
     last_parts = {last_part(m) for m in adapted}
-    if {m for m in layout.modules if last_part(m) in last_parts} == set(adapted):
+    if {m for m in modules if last_part(m) in last_parts} == set(adapted):
         return sorted(last_parts)
-    if is_exact(adapted, layout.modules):
+    if is_exact(adapted, modules):
         return sorted(adapted)
     return "|".join(re.escape(m) for m in sorted(adapted))
 

@@ -16,7 +16,7 @@ from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import read_object
 from resm_kernels.lora.config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
 from resm_kernels.lora.factors import Factors
-from resm_kernels.lora.stored import StoredModule, read_stored
+from resm_kernels.lora.parts import StoredModule, read_stored
 
 _ADVICE: Final = "merge it with its base model (resm-kernels merge), and extract an adapter (extract-lora)"
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
+from resm_kernels.recipe.documents import document_name, kept_folders, unread_documents
 from resm_kernels.recipe.errors import Location, RecipeError, dotted
 from resm_kernels.recipe.folders import canonical_folder, model_and_adapter, model_folder
-from resm_kernels.recipe.load import load_recipe
+from resm_kernels.recipe.load import RecipeSource, load_recipe
 from resm_kernels.recipe.parts import Part, Slice, Source
 from resm_kernels.recipe.schema import Recipe
 from resm_kernels.recipe.settings import Setting, parse_setting
@@ -20,6 +21,7 @@ __all__ = [
     "Part",
     "Recipe",
     "RecipeError",
+    "RecipeSource",
     "Setting",
     "Slice",
     "Source",
@@ -27,9 +29,12 @@ __all__ = [
     "TokenSource",
     "TokenizerEntry",
     "canonical_folder",
+    "document_name",
     "dotted",
+    "kept_folders",
     "load_recipe",
     "model_and_adapter",
     "model_folder",
     "parse_setting",
+    "unread_documents",
 ]

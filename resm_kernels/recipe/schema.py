@@ -70,6 +70,14 @@ def _parse_path(key: str, data: Any) -> str:
     return path if revision is None else f"{path}@{revision}"
 
 
+def _parse_name(data: Any) -> Any:
+    """Return the name of a document, which may become that of a folder."""
+    plain = isinstance(data, str) and data.isprintable() and data not in ("", ".", "..") and not set(data) & set("/+@~")
+    if data is not None and (not plain or path_problem(data)):
+        raise ValueError(f"got {shortened(data)}, need a text that may be a folder's name, without /, +, @ and ~")
+    return data
+
+
 def _parse_range(data: Any) -> tuple[int, int]:
     whole = isinstance(data, (list, tuple)) and all(isinstance(v, int) and not isinstance(v, bool) for v in data)
     if not whole or len(data) != 2 or not 0 <= data[0] <= data[1]:
@@ -147,6 +155,7 @@ class Recipe(BaseModel):
 
     model_config = _CLOSED
 
+    name: Annotated[str | None, PlainValidator(_parse_name)] = None
     merge_method: str
     models: Annotated[list[ModelEntry], Field(min_length=1, max_length=MAX_MODELS)] | None = None
     slices: Annotated[list[SliceEntry], Field(min_length=1)] | None = None
@@ -161,17 +170,41 @@ class Recipe(BaseModel):
     config_source: _Model | None = None
     state_dict_key: str | None = None
 
-    _written: str | Mapping[str, Any] = PrivateAttr(default="")
+    _written: str | Sequence[Mapping[str, Any]] = PrivateAttr(default="")
+    _documents: Mapping[str, Recipe] = PrivateAttr(default_factory=dict)
 
-    def written_as(self, source: str | Mapping[str, Any]) -> Recipe:
-        """Store the file's text, or the mapping, that this recipe was read from, and return the recipe."""
+    def written_as(self, source: str | Sequence[Mapping[str, Any]]) -> Recipe:
+        """Store the file's text, or the mappings, that this recipe was read from, and return the recipe."""
         self._written = source
         return self
 
+    def with_documents(self, documents: Mapping[str, Recipe]) -> Recipe:
+        """Store the other documents of the recipe that this one may refer to, by name, and return the recipe."""
+        self._documents = dict(documents)
+        return self
+
+    @property
+    def documents(self) -> Mapping[str, Recipe]:
+        """The documents that this one is merged from, each after those that it refers to itself.
+
+        The output's are all others of its recipe.
+        """
+        return self._documents
+
     @property
     def text(self) -> str:
-        """The recipe as its author wrote it; a recipe that was read from a mapping is written as YAML."""
-        return self._written if isinstance(self._written, str) else yaml.safe_dump(self._written, sort_keys=False)
+        """The recipe as its author wrote it; a recipe that was read from mappings is written as YAML.
+
+        The text of a document with a name begins with those that it is merged from.
+        """
+        needed = self._documents.values() if self.name is not None else ()
+        return "---\n".join([*(recipe.own_text for recipe in needed), self.own_text])
+
+    @property
+    def own_text(self) -> str:
+        """The text without the documents that it is merged from; the output's is that of the whole file."""
+        written = self._written
+        return written if isinstance(written, str) else yaml.safe_dump_all(written, sort_keys=False)
 
     @property
     def method(self) -> Method:
