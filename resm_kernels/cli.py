@@ -1,7 +1,6 @@
-"""The command `resm-kernels`: merge, calibrate, statistics, stats, verify, info, extract-lora.
+"""The command `resm-kernels`: merge, search, calibrate, statistics, stats, verify, info, extract-lora.
 
-Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
-torch.
+Each command imports what it needs when it runs, so that help and usage errors appear at once, without torch.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
@@ -29,6 +28,7 @@ from resm_kernels.arguments import (
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
 from resm_kernels.flags import repeated, translate
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.search_command import search
 
 app = typer.Typer(
     add_completion=False,
@@ -37,6 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge fine-tuned language models with RESM and other methods.",
 )
+app.command()(search)
 _options = {"traceback": False}
 
 
@@ -432,10 +433,7 @@ def main() -> None:
 
 
 def _translated(arguments: list[str]) -> list[str]:
-    """Return the command line in typer's form.
-
-    `merge` accepts options of mergekit-yaml's, and an option of several files has to be repeated for each of them.
-    """
+    """Return the command line in typer's form: with `merge`'s own options, and a repeated option for several files."""
     command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     if arguments[command : command + 1] == ["calibrate"]:
         return repeated(arguments, "--prompts")

@@ -22,7 +22,7 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 LAYERS = [
     {"_version", "_extension", "suggestions", "tensor_names", "dtypes", "files"},
     {"streams"},
-    {"checks", "masks", "memory", "philox"},
+    {"checks", "masks", "memory", "philox", "stages"},
     {"reference"},
     {"_launch"},
     {"triton", "cuda"},
@@ -36,9 +36,11 @@ LAYERS = [
     {"lora"},
     {"options"},
     {"engine"},
-    {"calibrate"},
+    {"calibrate", "live"},
     {"report", "plot"},
+    {"search"},
     {"flags", "arguments", "command"},
+    {"search_command"},
     {"cli", "__main__"},
 ]
 HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")

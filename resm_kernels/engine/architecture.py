@@ -89,6 +89,10 @@ class Architecture:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
         return name if name in self._state else self._renamed([name])[name][0]
 
+    def places(self, names: Iterable[str]) -> dict[str, str]:
+        """Return for each tensor of a checkpoint the name of the model's tensor that it becomes, or a part of it."""
+        return {name: key for name, (_, key) in self._renamed(names).items()}
+
     def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
         """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is.
 

@@ -67,6 +67,7 @@ class MergePlan:
             spell one model in different ways; how quantised weights are read; what torch DCP folders hold beside.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
+        owned: True if `close` closes the models.
     """
 
     recipe: Recipe
@@ -86,6 +87,7 @@ class MergePlan:
     notes: tuple[str, ...]
     warnings: tuple[str, ...]
     began: float
+    owned: bool = True
 
     @property
     def method(self) -> Method:
@@ -125,8 +127,9 @@ class MergePlan:
         return output_files(self)
 
     def close(self) -> None:
-        """Close all input files."""
-        for reader in (*(model.reader for model in self.models.all()), *self.statistics.values()):
+        """Close all input files that were opened for this plan."""
+        models = self.models.all() if self.owned else ()
+        for reader in (*(model.reader for model in models), *self.statistics.values()):
             reader.close()
 
     def __enter__(self) -> MergePlan:
@@ -142,6 +145,7 @@ def plan_merge(
     options: MergeOptions = _DEFAULT_OPTIONS,
     *,
     dense: bool = False,
+    models: OpenedModels | None = None,
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -154,6 +158,7 @@ def plan_merge(
         out: The output folder, which is checked, but not created; None for a plan that is not to be carried out.
         options: How the merge is to be carried out.
         dense: Form the weights of LoRA adapters even where their factors are enough for the merge.
+        models: The recipe's models, if they are open already; then the plan does not close them.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, the models together or the output folder
@@ -168,7 +173,9 @@ def plan_merge(
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
         # A training script expects every tensor that it has saved when it loads, buffers and tied heads too.
-        models = open_models(recipe, on_error, as_stored=is_dcp)
+        owned = models is None
+        if models is None:
+            models = open_models(recipe, on_error, as_stored=is_dcp)
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = not is_dcp and check_tied(models.all())
         spelling_notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))
@@ -223,6 +230,7 @@ def plan_merge(
             notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
             warnings=config_warnings(models.all()),
             began=began,
+            owned=owned,
         )
         on_error.pop_all()
     return plan
