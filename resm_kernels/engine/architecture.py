@@ -44,6 +44,21 @@ class Loaded:
     ignored: Kind | None = None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where tensors of a checkpoint belong in the loaded model.
+
+    Attributes:
+        sources: Their names in the checkpoint, in transformers' order; several are joined.
+        targets: The names of what becomes of them; several if they are divided.
+        converted: True if transformers joins, divides or turns them; else the only source is the only target.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    converted: bool
+
+
 class Architecture:
     """The names of one class of transformers with one configuration.
 
@@ -89,35 +104,64 @@ class Architecture:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
         return name if name in self._state else self._renamed([name])[name][0]
 
-    def places(self, names: Iterable[str]) -> dict[str, str]:
-        """Return for each tensor of a checkpoint the name of the model's tensor that it becomes, or a part of it."""
-        return {name: key for name, (_, key) in self._renamed(names).items()}
+    def places(self, names: Iterable[str]) -> list[Place]:
+        """Return where the tensors of a checkpoint belong in the loaded model."""
+        from transformers.core_model_loading import WeightConverter
 
-    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is.
+        by_key: dict[str, list[str]] = {}
+        converters: dict[str, Any] = {}
+        for name, key, pattern, mapping in self._keys(names):
+            by_key.setdefault(key, []).append(name)
+            if pattern is not None:
+                converters[key] = next(
+                    e for e in mapping if isinstance(e, WeightConverter) and pattern in e.source_patterns
+                )
+        places = []
+        for key, sources in by_key.items():
+            converter = converters.get(key)
+            first, *others = ("",) if converter is None else converter.target_patterns
+            targets = (key, *(key.replace(first, other) for other in others))
+            places.append(Place(tuple(sources), targets, converted=converter is not None))
+        return places
+
+    def converted(self, place: Place, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the loaded model's tensors that transformers makes of a place's sources."""
+        converter: Any = None
+        for name, key, pattern, mapping in self._keys(place.sources):
+            if converter is None:
+                entries = (e for e in mapping if pattern in e.source_patterns)
+                converter = copy.deepcopy(next(entries))
+            converter.add_tensor(key, name, pattern, values[name])
+        made = converter.convert(place.targets[0], model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+    def _keys(self, names: Iterable[str]) -> Iterator[tuple[str, str, str | None, list[Any]]]:
+        """Yield each name, that of the loaded model's tensor, the pattern of its conversion if any, and the mapping.
 
         This follows transformers' `convert_and_load_state_dict_in_model`.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            apply_converters,
-            apply_renamings,
-            dot_natural_key,
-            rename_source_key,
-        )
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
         mapping = get_model_conversion_mapping(self._model)
         renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
         converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        result = {}
         for name in sorted(names, key=dot_natural_key):
-            key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
+            key, pattern = rename_source_key(name, renamings, converters, self._prefix, self._state)
             if key not in self._state and name in self._state:
-                key, source = rename_source_key(name, [], [], self._prefix, self._state)
+                key, pattern = rename_source_key(name, [], [], self._prefix, self._state)
+            yield name, key, pattern, mapping
+
+    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, apply_converters, apply_renamings
+
+        result = {}
+        for name, key, pattern, mapping in self._keys(names):
             piece = key
-            if source is not None:
+            if pattern is not None:
+                renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+                converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
                 piece = apply_renamings(name, renamings)
                 whole, _ = apply_converters(piece, converters)
                 if key == f"{self._prefix}.{whole}":
