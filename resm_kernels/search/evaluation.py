@@ -45,7 +45,8 @@ def find_evaluate(spec: str) -> Evaluate:
         found = getattr(found, part)
     if not callable(found):
         raise SearchError(f"evaluate: {spec} is {type(found).__name__}, need a function")
-    return found  # type: ignore[no-any-return]
+    evaluate: Evaluate = found
+    return evaluate
 
 
 class Judge:

@@ -214,9 +214,10 @@ def closeness_to_experts(
     ) -> dict[str, float]:
         scores = {}
         for name, path, prompts in asked.of(split, questions):
-            samples, targets = (part[: len(prompts)] for part in of_expert(name, split, path, model, tokenizer))
+            samples, targets = of_expert(name, split, path, model, tokenizer)
+            predictions = _each_prediction(model, samples[: len(prompts)], batch_tokens)
             total, count = 0.0, 0
-            for own, target in zip(_each_prediction(model, samples, batch_tokens), targets, strict=True):
+            for own, target in zip(predictions, targets[: len(prompts)], strict=True):
                 expected = target.float()
                 total += float((expected.exp() * (expected - own)).double().sum())
                 count += len(own)

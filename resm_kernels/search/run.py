@@ -76,8 +76,9 @@ def search_recipes(
         space: A YAML file: a recipe with ranges (`resm_kernels.search.space`).
         evaluate: `evaluate(model, split=…)`, or `module:function`; see `Judge`. Larger scores are better.
         out: The folder, which is made if it is missing.
-        model, tokenizer: What to merge into, and what `evaluate` gets; by default the recipe's base model (or first
-            model) and its tokenizer are loaded with transformers, which must know it as a causal language model.
+        model, tokenizer: What to merge into, which ends up with the best merge, and what `evaluate` gets. By default
+            the recipe's base model (or first model) and its tokenizer are loaded with transformers, which must know it
+            as a causal language model.
         on_trial: Called with each trial that has ended.
         trials: How many trials the search has in all; None for no limit.
         time: How long to search, such as "1h", "30min" or a number of seconds; None for no limit. One of the two limits
@@ -145,13 +146,16 @@ class _Search:
     def run(self, baselines: Mapping[str, Mapping[str, Any]]) -> SearchReport:
         began = time.perf_counter()
         study, known = self._open_study(baselines)
+        if known is not None:
+            self._end(study, replace(known, number=study.ask().number))
         while not self._is_over(study, time.perf_counter() - began):
-            trial = study.ask()
-            ended = self._judged(trial, study.trials(), known if trial.baseline == "defaults" else None)
-            study.tell(ended)
-            if self._on_trial is not None:
-                self._on_trial(ended)
+            self._end(study, self._judged(study.ask(), study.trials()))
         return self._finish(study)
+
+    def _end(self, study: Study, trial: Trial) -> None:
+        study.tell(trial)
+        if self._on_trial is not None:
+            self._on_trial(trial)
 
     def _open_study(self, baselines: Mapping[str, Mapping[str, Any]]) -> tuple[Study, Trial | None]:
         """Return the study, and for a new one the first baseline, whose scores say which objectives there are."""
@@ -179,9 +183,7 @@ class _Search:
         done = limit.trials is not None and len(study.trials()) >= limit.trials
         return done or (limit.seconds is not None and seconds >= limit.seconds)
 
-    def _judged(self, trial: Trial, others: Sequence[Trial], known: Trial | None) -> Trial:
-        if known is not None:
-            return replace(known, number=trial.number)
+    def _judged(self, trial: Trial, others: Sequence[Trial]) -> Trial:
         began = time.perf_counter()
         try:
             return self._scored(trial, others, began)
@@ -206,13 +208,13 @@ class _Search:
         chosen, pareto = best(trials, self._objectives), front(trials, self._objectives)
         baselines = [t for t in trials if t.baseline is not None and t.state == "complete"]
         judged = study.held_out
-        # The best comes last, so that it stays in the model.
         for trial in (*baselines, chosen):
             if str(trial.number) not in judged:
                 self._models.merge_into(self._model, self._space.recipe(trial.values))
                 judged[str(trial.number)] = self._judge(TEST)
                 study.keep_held_out(judged)
         recipe = self._space.recipe(chosen.values)
+        self._models.merge_into(self._model, recipe)  # a model that the caller has passed ends up with the best merge
         tensors = {n: xxhash.xxh3_128(byte_view(t.cpu())).hexdigest() for n, t in self._models.tensors(recipe)}
         report = SearchReport(
             out=self._folder.path,

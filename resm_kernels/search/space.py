@@ -193,10 +193,10 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
             raise fail(f"choices: got {shortened(choices)}, need a list of values")
         if len(set(map(repr, choices))) < len(choices):
             raise fail(f"choices: got {shortened(choices)}, need each value once")
-        default = data.get("default", own if own in choices else choices[0])
+        alike: Value = next((choice for choice in choices if choice == own), choices[0])
+        default = data.get("default", alike)
         if default not in choices:
             raise fail(f"default: got {shortened(default)}, need one of the choices")
-        alike = own if own in choices else choices[0]
         return Range(label, location, default, alike if parameter.per_expert else default, choices=tuple(choices))
     if parameter.kind not in (int, float):
         raise fail(f"{parameter.name} is no number; need choices: [a, b]")
@@ -229,9 +229,9 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
             value = low + round((value - low) / step) * step
         return round(value) if whole else float(value)
 
-    alike = in_range(own) if parameter.per_expert else in_range(default)
+    equal = in_range(own) if parameter.per_expert else in_range(default)
     step = None if step is None else int(step) if whole else float(step)
-    return Range(label, location, in_range(default), alike, low, high, log, step, whole)
+    return Range(label, location, in_range(default), equal, low, high, log, step, whole)
 
 
 def _is_number(value: Any) -> bool:

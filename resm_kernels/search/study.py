@@ -63,7 +63,9 @@ class Study:
         self._optuna = _imported("optuna")
         self._asked: dict[int, Any] = {}
         self._distributions = {r.name: self._distribution(r) for r in ranges}
-        with self._quiet():
+        # Python shows a warning once, and again after each `catch_warnings`, which therefore is here alone.
+        with self._quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
             storage = self._optuna.storages.RDBStorage(f"sqlite:///{(folder / DATABASE).absolute()}")
             self._study = self._optuna.create_study(
                 storage=storage,
@@ -166,14 +168,12 @@ class Study:
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
-        """Let Optuna print nothing: its log names trials, and its warnings say which parts of it are new."""
+        """Let Optuna log nothing: it would name each trial."""
         logging = self._optuna.logging
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield
+            yield
         finally:
             logging.set_verbosity(verbosity)
 
