@@ -81,3 +81,25 @@ MachineOption = Annotated[
         help="With --dry-run: estimate times for this machine, measured now, or for the rates in a JSON file.",
     ),
 ]
+SpaceArgument = Annotated[
+    Path, typer.Argument(help="Recipe with ranges in place of values (docs/search.md).", show_default=False)
+]
+EvaluateOption = Annotated[
+    str,
+    typer.Option("--evaluate", metavar="MODULE:FUNCTION", help="The function that judges a model.", show_default=False),
+]
+TrialsOption = Annotated[int | None, typer.Option(min=1, help="Trials of the search in all.")]
+TimeOption = Annotated[str | None, typer.Option(help="Time to search now, such as 1h or 30min.")]
+SamplerOption = Annotated[str, typer.Option(help="Who proposes trials: tpe; cmaes, for one objective; nsga2; random.")]
+ObjectivesOption = Annotated[
+    str | None, typer.Option(metavar="NAME,...", help="Scores to maximise. Default: all that FUNCTION returns.")
+]
+QuestionsOption = Annotated[int | None, typer.Option(min=1, help="Questions for each trial. Default: all.")]
+PrefixOption = Annotated[
+    int | None, typer.Option(min=1, help="Judge by so many questions first, and stop bad trials there.")
+]
+ModelDtypeOption = Annotated[str, typer.Option("--dtype", help="Of the judged model: float32, bfloat16 or float16.")]
+ModelDeviceOption = Annotated[str, typer.Option("--device", help="Where to merge and judge: cpu, cuda, cuda:N.")]
+KeptMemoryOption = Annotated[
+    str, typer.Option("--memory-limit", help="Memory for what is kept between merges; less is slower.")
+]

@@ -1,4 +1,4 @@
-"""The command `resm-kernels`: merge, calibrate, statistics, stats, verify, info, extract-lora, merge-lora.
+"""The command `resm-kernels`: merge, search, calibrate, statistics, stats, verify, info, extract-lora, merge-lora.
 
 Commands import what they need beyond typer when they run: help and usage errors appear at once and need no torch.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
@@ -36,6 +36,7 @@ from resm_kernels.extract_command import extract_lora
 from resm_kernels.flags import repeated, translate
 from resm_kernels.lora_commands import merge_lora
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.search_command import search
 
 app = typer.Typer(
     add_completion=False,
@@ -45,6 +46,7 @@ app = typer.Typer(
     help="Merge fine-tuned language models with RESM and other methods.",
 )
 app.command("merge-lora")(merge_lora)
+app.command()(search)
 _options = {"traceback": False}
 
 
@@ -360,10 +362,7 @@ def main() -> None:
 
 
 def _translated(arguments: list[str]) -> list[str]:
-    """Return the command line in typer's form.
-
-    `merge` accepts options of mergekit-yaml's, and an option of several files has to be repeated for each of them.
-    """
+    """Return the command line in typer's form: with `merge`'s own options, and a repeated option for several files."""
     command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     if arguments[command : command + 1] == ["calibrate"]:
         return repeated(arguments, "--prompts")

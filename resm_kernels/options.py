@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
@@ -181,6 +183,89 @@ class MergeLoraOptions:
             raise ValueError(f"dtype: got {self.dtype}, need one of {', '.join(map(str, ADAPTER_DTYPES))}")
         check_threads(self.threads)
         check_seed("random_seed", self.random_seed)
+
+
+class SearchKeywords(TypedDict, total=False):
+    """The types of the keyword arguments that `SearchOptions` and `search_recipes` share."""
+
+    trials: int | None
+    time: str | float | None
+    sampler: str
+    objectives: Sequence[str] | None
+    questions: int | None
+    prefix: int | None
+    random_seed: int
+    dtype: str
+    device: str | torch.device
+    threads: int | None
+    memory_limit: str | int
+
+
+SAMPLERS: Final = ("tpe", "cmaes", "nsga2", "random")
+"""Optuna's samplers by the names of the command line."""
+LIVE_MEMORY: Final = "4GB"
+"""Default of what is kept between merges into memory."""
+_UNITS: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How recipes are searched for; `search_recipes` documents the keyword arguments.
+
+    Attributes:
+        seconds: `time` in seconds, or None.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    trials: int | None = None
+    time: str | float | None = None
+    sampler: str = "tpe"
+    objectives: Sequence[str] | None = None
+    questions: int | None = None
+    prefix: int | None = None
+    random_seed: int = 0
+    dtype: str = "float32"
+    device: str | torch.device = "cpu"
+    threads: int | None = None
+    memory_limit: str | int = LIVE_MEMORY
+    seconds: float | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seconds", None if self.time is None else _parse_time(self.time))
+        if self.trials is None and self.time is None:
+            raise ValueError("trials: got none and no time, need one of the two limits")
+        for name in ("trials", "questions", "prefix"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {shortened(value)}, need at least 1")
+        if self.prefix is not None and self.questions is not None and self.prefix >= self.questions:
+            raise ValueError(f"prefix: got {self.prefix}, need less than the {self.questions} questions")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: got {shortened(self.sampler)}, need one of {', '.join(SAMPLERS)}")
+        if self.objectives is not None and (not self.objectives or len(set(self.objectives)) < len(self.objectives)):
+            raise ValueError(f"objectives: got {shortened(self.objectives)}, need names of scores, each once")
+        if self.dtype not in _SEARCH_DTYPES:
+            raise ValueError(f"dtype: got {shortened(self.dtype)}, need one of {', '.join(_SEARCH_DTYPES)}")
+        check_threads(self.threads)
+        check_seed("random_seed", self.random_seed)
+
+    def job(self) -> dict[str, Any]:
+        """The options on which the scores of a trial depend, or which values are tried."""
+        names = ("sampler", "objectives", "questions", "prefix", "random_seed", "dtype")
+        return {name: list(v) if isinstance(v := getattr(self, name), (list, tuple)) else v for name in names}
+
+
+_SEARCH_DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def _parse_time(time: str | float) -> float:
+    """Return the seconds that a text such as 90, 30min or 1.5h states."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-z]*)\s*", str(time).lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"time: got {shortened(time)}, need a time above 0 such as 1h, 30min or 90s")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 class CalibrateKeywords(TypedDict, total=False):

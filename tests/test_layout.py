@@ -22,7 +22,7 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 LAYERS = [
     {"_version", "_extension", "suggestions", "tensor_names", "roles", "dtypes", "files"},
     {"streams"},
-    {"checks", "masks", "memory", "philox"},
+    {"checks", "masks", "memory", "philox", "stages"},
     {"reference"},
     {"_launch"},
     {"triton", "cuda"},
@@ -39,10 +39,11 @@ LAYERS = [
     {"lora"},
     {"peft"},
     {"engine"},
-    {"calibrate"},
+    {"calibrate", "live"},
     {"report", "plot"},
+    {"search"},
     {"flags", "arguments", "command"},
-    {"lora_commands", "extract_command"},
+    {"lora_commands", "extract_command", "search_command"},
     {"cli", "__main__"},
 ]
 HEAVY = (

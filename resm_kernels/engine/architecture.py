@@ -64,6 +64,21 @@ class Renamed:
     pattern: str | None
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where tensors of a checkpoint belong in the loaded model.
+
+    Attributes:
+        sources: Their names in the checkpoint, in transformers' order; several are joined.
+        targets: The names of what becomes of them; several if they are divided.
+        converted: True if transformers joins, divides or turns them; else the only source is the only target.
+    """
+
+    sources: tuple[str, ...]
+    targets: tuple[str, ...]
+    converted: bool
+
+
 class Architecture:
     """The names of one class of transformers with one configuration.
 
@@ -247,6 +262,34 @@ class Architecture:
     def placed(self, conversion: Conversion, name: str) -> Parameter | None:
         """Return where a parameter's elements are in the stored tensors of a conversion; see `placements`."""
         return placements(conversion, name, self._model)
+
+    def places(self, names: Iterable[str]) -> list[Place]:
+        """Return where the tensors of a checkpoint belong in the loaded model."""
+        by_pattern = self.converters()
+        groups: dict[str, list[str]] = {}
+        converters: dict[str, Any] = {}
+        for name, renamed in self.renamed(names).items():
+            groups.setdefault(renamed.key, []).append(name)
+            if renamed.pattern is not None:
+                converters[renamed.key] = by_pattern[renamed.pattern]
+        places = []
+        for key, sources in groups.items():
+            converter = converters.get(key)
+            first, *others = ("",) if converter is None else converter.target_patterns
+            targets = (key, *(key.replace(first, other) for other in others))
+            places.append(Place(tuple(sources), targets, converted=converter is not None))
+        return places
+
+    def converted(self, place: Place, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the loaded model's tensors that transformers makes of a place's sources."""
+        by_pattern = self.converters()
+        converter: Any = None
+        for name, renamed in self.renamed(place.sources).items():
+            if converter is None:
+                converter = copy.deepcopy(by_pattern[renamed.pattern or ""])
+            converter.add_tensor(renamed.key, name, renamed.pattern, values[name])
+        made = converter.convert(place.targets[0], model=self._model, config=self._model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 
     def _mapping(self) -> tuple[list[Any], list[Any]]:
         """Return transformers' renamings and converters for the model."""

@@ -84,6 +84,7 @@ class MergePlan:
         documents: The plans of the recipe's other documents that are read, by name, each after those that it reads.
         written: The folders of those that have been merged already.
         began: Value of `time.perf_counter()` when planning began.
+        owned: True if `close` closes the models.
         view: The models on the hub whose weights are not here, of a plan that was made from their headers; None if all
             weights are here.
     """
@@ -111,6 +112,7 @@ class MergePlan:
     written: Mapping[str, Path]
     began: float
     view: View | None = None
+    owned: bool = True
 
     @property
     def method(self) -> Method:
@@ -161,8 +163,9 @@ class MergePlan:
         return output_files(self)
 
     def close(self) -> None:
-        """Close all input files."""
-        for reader in (*(model.reader for model in self.models.all()), *self.statistics.values()):
+        """Close all input files that were opened for this plan."""
+        models = self.models.all() if self.owned else ()
+        for reader in (*(model.reader for model in models), *self.statistics.values()):
             reader.close()
         if self.view is not None:
             self.view.close()
@@ -182,6 +185,7 @@ def plan_merge(
     dense: bool = False,
     fetch: bool = True,
     written: Mapping[str, Path] = MappingProxyType({}),
+    models: OpenedModels | None = None,
 ) -> MergePlan:
     """Read the recipe and the models' headers, check that they fit, and plan the merge without doing it.
 
@@ -201,6 +205,7 @@ def plan_merge(
         fetch: Fetch weights from the hub (default). Without it, the plan is for showing alone: its tensors can be read
             only from the hub, and tensors count as equal if samples of them are equal.
         written: Folders of the recipe's other documents that have been merged already, by name.
+        models: The recipe's models, if they are open already; then the plan does not close them.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, a model folder, the models together or the output folder
@@ -211,7 +216,7 @@ def plan_merge(
     check_documents(recipe, options)
     began = time.perf_counter()
     begin()
-    plan = functools.partial(_plan_documents, recipe, out, options, written, began, dense=dense)
+    plan = functools.partial(_plan_documents, recipe, out, options, written, began, dense=dense, models=models)
     recipes = (recipe, *recipe.documents.values())
     if fetch and any(source.statistics is not None for r in recipes for source in r.sources):
         return plan()
@@ -256,6 +261,7 @@ def _plan_documents(
     began: float,
     *,
     dense: bool,
+    models: OpenedModels | None,
 ) -> MergePlan:
     """Plan the merges of all documents of a recipe."""
 
@@ -263,7 +269,7 @@ def _plan_documents(
         return _plan(document, None, document_options, documents)
 
     documents = Documents(recipe, options, plan_document, written)
-    plan = _plan(recipe, out, options, documents, dense=dense)
+    plan = _plan(recipe, out, options, documents, dense=dense, models=models)
     notes = [f"document {name!r}: {note}" for name, own in documents.plans.items() for note in own.notes]
     warnings = [f"document {name!r}: {line}" for name, own in documents.plans.items() for line in own.warnings]
     return replace(
@@ -283,6 +289,7 @@ def _plan(
     documents: Documents,
     *,
     dense: bool = False,
+    models: OpenedModels | None = None,
 ) -> MergePlan:
     """Plan the merge of one document; see `plan_merge`."""
     # Workers of a cluster open their own GPUs; here there may be none.
@@ -291,7 +298,9 @@ def _plan(
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
         # A training script expects every tensor that it has saved when it loads, buffers and tied heads too.
-        models = open_models(recipe, on_error, documents, as_stored=is_dcp, tied_embeddings=options.tied_embeddings)
+        owned = models is None
+        if models is None:
+            models = open_models(recipe, on_error, documents, as_stored=is_dcp, tied_embeddings=options.tied_embeddings)
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = not is_dcp and check_tied(models.all())
         spelling_notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))
@@ -372,6 +381,7 @@ def _plan(
             documents={},
             written={},
             began=time.perf_counter(),
+            owned=owned,
         )
         on_error.pop_all()
     return plan

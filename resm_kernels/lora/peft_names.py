@@ -140,7 +140,7 @@ class Selection:
         modules = {t.module for t in targets if t.kind is not Kind.PARAMETER}
         self._by_parameter = {t.name for t in targets if t.kind is Kind.PARAMETER}
         if modules:
-            self.target_modules = _module_names(modules, self.layout)
+            self.target_modules = target_names(modules, self.layout.modules)
         self.target_parameters = sorted(self._by_parameter)
 
     def factor_names(self, name: str) -> tuple[str, str]:
