@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.dtypes import FLOAT_DTYPES, dtype_name
-from resm_kernels.engine.architecture import Architecture, Place
+from resm_kernels.engine.architecture import Architecture
 from resm_kernels.engine.layout import and_more
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan
+from resm_kernels.engine.weight_loading import Place
 
 
 @dataclass
