@@ -6,13 +6,17 @@ the largest). In one run it measures
 - the floor: a plain loop that reads all inputs once into one buffer and writes as many bytes as the output has, with
   fsync; first the inputs are dropped from the page cache (cold, which needs the file system's posix_fadvise) or read
   once (warm);
+- the direct floor: the same, but the loop writes past the page cache, as the merge does;
 - `resm-kernels merge` as a whole process, cold and warm: its time, its peak memory, and its ratio to the floor beside;
 - with --peers the same of `mergekit-yaml`, once and warm.
 
-Floor and merge take turns, so that a slow minute of the disk meets both; medians of --runs are reported.
+Floors and merge take turns, so that a slow minute of the disk meets both; medians of --runs are reported. Inputs larger
+than the machine's memory are never warm: those of the 3 B models have 26 GB.
 
-RESM's floor is not the disk but its matrix products: the flops that it counts, at the rate of `torch.mm`
-(`benchmarks.bench_spectral_merge` states it); pass --methods resm for it.
+RESM's floor is not the disk but its matrix products: the flops of one weight of each shape, merged here and counted
+by `benchmarks.bench_spectral_merge`, times the number of such weights, at the rate of `torch.mm` measured before. Pass
+--methods resm for it. With --kill each merge is also killed half-way (SIGKILL) and resumed by the same command, and
+its files are compared with those of the merge that ran through.
 
     python -m benchmarks.bench_sizes --json benchmarks/results/sizes.json
 
@@ -24,14 +28,18 @@ drawn once and used at many offsets: a time does not depend on it, and models ar
 from __future__ import annotations
 
 import argparse
+import filecmp
 import gc
 import json
 import os
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from shutil import disk_usage, rmtree
@@ -41,8 +49,12 @@ import torch
 import yaml
 from torch import Tensor
 
+import resm_kernels
 from benchmarks.bench_checkpoint import BASE_STD, DELTA_RMS, EXPERTS, run
+from benchmarks.bench_spectral_merge import Stages, gemm_rates
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
+from resm_kernels.checkpoint.direct import DirectFile
+from resm_kernels.tensor_names import is_vocabulary
 
 SIZES: Final[dict[str, dict[str, int]]] = {
     "250m": {"hidden": 1024, "intermediate": 2816, "layers": 16, "vocabulary": 32000, "heads": 16, "kv_heads": 16},
@@ -56,6 +68,7 @@ METHODS: Final[dict[str, dict[str, float]]] = {
     "linear": {"weight": 1.0},
     "resm": {},
 }
+SPECTRAL: Final = ("resm",)
 _POOL: Final = (1 << 24) + 12345
 _RANK: Final = 64
 _READ: Final = 16 << 20
@@ -177,21 +190,49 @@ def read_once(files: list[Path]) -> None:
                 pass
 
 
-def floor(files: list[Path], out: Path, nbytes: int) -> float:
+def floor(files: list[Path], out: Path, nbytes: int, *, direct: bool) -> float:
     """Seconds to read all files and to write that many bytes to disk, by plain loops, one after the other.
 
-    The bytes are random, and the loops are those of a careful program: large buffers, used again, and one fsync.
+    The loops are those of a careful program: large buffers, used again, and one fsync; `direct` writes go past the
+    page cache.
     """
     started = time.perf_counter()
     read_once(files)
     buffer = memoryview(bytearray(_READ))
     with open(out, "wb", buffering=0) as stream:
+        if direct:
+            os.posix_fallocate(stream.fileno(), 0, nbytes)
+            file = DirectFile(out)
         for start in range(0, nbytes, _READ):
-            stream.write(buffer[: min(_READ, nbytes - start)])
+            part = buffer[: min(_READ, nbytes - start)]
+            file.write(part, start) if direct else stream.write(part)
         os.fsync(stream.fileno())
+        if direct:
+            file.close()
     seconds = time.perf_counter() - started
     out.unlink()
     return seconds
+
+
+def gemm_floor(method: str, size: str) -> dict[str, Any]:
+    """Flops of a spectral merge of all weights by dtype, and the seconds that they take at the rate of `torch.mm`."""
+    rates = gemm_rates(2048)
+    weights = Weights(low_rank=True)
+    named: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    for name, shape in shapes(size):
+        if len(shape) == 2 and not is_vocabulary(name):
+            named[shape].append(name)
+    counts: dict[str, float] = defaultdict(float)
+    for shape, names in named.items():
+        base, *experts = (weights(names[0], shape, t) for t in range(EXPERTS + 1))
+        stages = Stages()
+        with stages:
+            stages.call(lambda b=base, e=experts, n=names[0]: resm_kernels.merge(b, e, method=method, name=n))  # type: ignore[misc]
+        for stage in stages.flops.values():
+            for dtype, count in stage.items():
+                counts[dtype] += count * len(names)
+    seconds = sum(count / rates[dtype] for dtype, count in counts.items())
+    return {"flops": dict(counts), "flops_per_second": rates, "seconds": seconds}
 
 
 def recipe_of(method: str, folders: list[Path]) -> dict[str, Any]:
@@ -200,8 +241,10 @@ def recipe_of(method: str, folders: list[Path]) -> dict[str, Any]:
     return {"merge_method": method, **base, "models": models, "dtype": "bfloat16"}
 
 
-def measure(method: str, folders: list[Path], options: argparse.Namespace, peer: Path | None) -> dict[str, Any]:
-    """Time floor and merge in turn, cold and warm, and the peer once."""
+def measure(
+    method: str, size: str, folders: list[Path], options: argparse.Namespace, peer: Path | None
+) -> dict[str, Any]:
+    """Time floors and merge in turn, cold and warm, and the peer once."""
     used = folders[1:] if method == "linear" else folders
     files, nbytes = files_of(used), sum(file.stat().st_size for file in files_of(folders[:1]))
     scratch = folders[0].parent
@@ -210,25 +253,44 @@ def measure(method: str, folders: list[Path], options: argparse.Namespace, peer:
     command = [sys.executable, "-m", "resm_kernels", "merge", str(recipe), str(out), "--quiet"]
     command += ["--memory-limit", options.memory_limit]
     result: dict[str, Any] = {"method": method, "parameters": METHODS[method]}
+    gemm = gemm_floor(method, size) if method in SPECTRAL else None
+    kept = scratch / "kept"
     peak = 0
     for state in options.states:
-        floors, merges = [], []
+        floors: list[float] = []
+        direct_floors: list[float] = []
+        merges: list[float] = []
         for _ in range(options.runs):
-            for action in ("floor", "merge"):
+            for action in ("floor", "direct floor", "merge"):
                 # Dirty pages of earlier runs would be written in a later run's time.
                 os.sync()
                 drop_from_cache(files) if state == "cold" else read_once(files)
-                if action == "floor":
-                    floors.append(floor(files, scratch / "floor", nbytes))
+                if action != "merge":
+                    direct = action == "direct floor"
+                    seconds = floor(files, scratch / "floor", nbytes, direct=direct)
+                    (direct_floors if direct else floors).append(seconds)
                     continue
                 seconds, memory = run(command, log)
                 merges.append(seconds)
                 peak = max(peak, memory)
-                rmtree(out)
-        lowest, ours = statistics.median(floors), statistics.median(merges)
-        result[state] = {"floor": floors, "merge": merges, "seconds": ours, "floor_seconds": lowest}
-        result[state]["ratio"] = ours / lowest
-        print(f"  {method:10} {state:4}  {ours:7.2f} s  floor {lowest:6.2f} s  {ours / lowest:5.2f}x", flush=True)
+                rmtree(kept, ignore_errors=True)
+                out.rename(kept)
+        ours, lowest, direct_lowest = map(statistics.median, (merges, floors, direct_floors))
+        result[state] = {"floor": floors, "direct_floor": direct_floors, "merge": merges, "seconds": ours}
+        result[state] |= {"floor_seconds": lowest, "ratio": ours / lowest}
+        result[state] |= {"direct_floor_seconds": direct_lowest, "direct_ratio": ours / direct_lowest}
+        print(
+            f"  {method:10} {state:4}  {ours:7.2f} s  floor {lowest:6.2f} s  {ours / lowest:5.2f}x"
+            f"  direct floor {direct_lowest:6.2f} s  {ours / direct_lowest:5.2f}x",
+            flush=True,
+        )
+    if gemm is not None:
+        ratio = result[options.states[-1]]["seconds"] / gemm["seconds"]
+        result["gemm"] = gemm | {"ratio": ratio}
+        print(f"  {method:10} matrix products {gemm['seconds']:.1f} s: {ratio:.2f}x", flush=True)
+    if options.kill:
+        result["killed"] = kill_and_resume(command, out, kept, ours)
+    rmtree(kept)
     result["peak_bytes"] = peak
     print(f"  {method:10} peak  {peak / 2**20:7.0f} MiB", flush=True)
     if peer is not None:
@@ -241,6 +303,30 @@ def measure(method: str, folders: list[Path], options: argparse.Namespace, peer:
     return result
 
 
+def kill_and_resume(command: list[str], out: Path, whole: Path, seconds: float) -> dict[str, Any]:
+    """Kill the merge after half of its time, resume it, and compare its weights with those of a whole run.
+
+    Raises:
+        RuntimeError: The merge was not killed before its end, or the weights differ.
+    """
+    process = subprocess.Popen(command)
+    time.sleep(seconds / 2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if out.exists():
+        raise RuntimeError(f"{out}: was finished before the merge was killed after {seconds / 2:.1f} s")
+    started = time.perf_counter()
+    subprocess.run(command, check=True)
+    resumed = time.perf_counter() - started
+    names = sorted(file.name for file in whole.glob("*.safetensors*"))
+    _, different, errors = filecmp.cmpfiles(whole, out, names, shallow=False)
+    if different or errors:
+        raise RuntimeError(f"{out}: {different + errors} differ after the merge was killed and resumed")
+    rmtree(out)
+    print(f"  killed after {seconds / 2:.1f} s, resumed in {resumed:.1f} s: the same bits", flush=True)
+    return {"killed_after_seconds": seconds / 2, "resumed_seconds": resumed, "files_compared": len(names)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["250m", "1.2b", "3b"], choices=list(SIZES))
@@ -248,6 +334,7 @@ def main() -> None:
     parser.add_argument("--states", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
     parser.add_argument("--runs", type=int, default=3, help="times that floor and merge take turns (default: 3)")
     parser.add_argument("--memory-limit", default="512MiB", help="of the merges (default: 512MiB)")
+    parser.add_argument("--kill", action="store_true", help="also kill each merge half-way, resume it, and compare")
     parser.add_argument("--peers", nargs="*", default=[], choices=list(SIZES), help="sizes that mergekit merges too")
     parser.add_argument(
         "--folder", type=Path, default=Path("build"), help="where the models are made, for the time of the run"
@@ -273,13 +360,14 @@ def main() -> None:
             print(size, flush=True)
             results = record.setdefault(size, {})
             for method in options.methods:
-                results[method] = measure(method, folders, options, peer if size in options.peers else None)
+                results[method] = measure(method, size, folders, options, peer if size in options.peers else None)
                 if options.json:
                     _write_record(options.json, record, folders)
 
 
 def _write_record(file: Path, record: dict[str, Any], folders: list[Path]) -> None:
     record["machine"] = {"torch": torch.__version__, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
+    record["machine"]["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     with CheckpointReader(folders[0]) as reader:
         record["machine"]["last_model_bytes"] = reader.nbytes
     file.parent.mkdir(parents=True, exist_ok=True)

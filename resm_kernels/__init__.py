@@ -1,8 +1,9 @@
 """Merges fine-tuned models by RESM and other methods: tensors, state dictionaries and whole checkpoints.
 
 `merge` and `merge_state_dicts` work in memory. `merge_checkpoints` reads a recipe and writes a folder, and
-`calibrate_checkpoint` does so with prompts; `verify_checkpoint` checks such a folder. `ops` has the kernels, `linalg`
-the decompositions (`truncated_svd`, and `svd_lowrank` as a replacement for torch's).
+`calibrate_checkpoint` does so with prompts; `merge_lora` merges adapters to one adapter, and `verify_checkpoint` checks
+such folders. `ops` has the kernels, `linalg` the decompositions (`truncated_svd`, and `svd_lowrank` as a replacement
+for torch's).
 
 Each name is loaded when it is first used, so that the command line can answer without torch, and merging tensors does
 not need the libraries that read recipes. `torch.ops.resm_kernels` exists as soon as `resm_kernels.ops` is imported.
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from resm_kernels.checks import NonFiniteError
     from resm_kernels.engine import merge_checkpoints
     from resm_kernels.linalg.truncated_svd import svd_lowrank, truncated_svd
+    from resm_kernels.lora import merge_lora
 
 _MODULES: Final = ("linalg", "methods", "ops")
 _HOMES: Final = {
@@ -32,6 +34,7 @@ _HOMES: Final = {
     "calibrate_checkpoint": "calibrate",
     "merge": "_merge",
     "merge_checkpoints": "engine",
+    "merge_lora": "lora",
     "merge_state_dicts": "_merge",
     "svd_lowrank": "linalg",
     "truncated_svd": "linalg",
@@ -62,6 +65,7 @@ __all__ = [
     "linalg",
     "merge",
     "merge_checkpoints",
+    "merge_lora",
     "merge_state_dicts",
     "methods",
     "ops",

@@ -1,7 +1,6 @@
-"""The command `resm-kernels`: merge, calibrate, statistics, stats, verify, info, extract-lora.
+"""The command `resm-kernels`: merge, search, calibrate, statistics, stats, verify, info, extract-lora, merge-lora.
 
-Each command imports what it needs beyond typer when it runs, so that help and usage errors appear at once and need no
-torch.
+Commands import what they need beyond typer when they run: help and usage errors appear at once and need no torch.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
 """
 
@@ -16,21 +15,28 @@ import typer
 
 from resm_kernels.arguments import (
     AddressOption,
+    DeviceOption,
     EngineOption,
     KeepOption,
     MachineOption,
     MemoryOption,
+    MixedArchitecturesOption,
     OutFormatOption,
     QuietOption,
     RecipeArgument,
     RestartOption,
+    SilentOption,
     StrictOption,
     ThreadsOption,
+    TiedEmbeddingsOption,
     WorkersOption,
 )
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, say, set_up_process, show_stats
+from resm_kernels.extract_command import extract_lora
 from resm_kernels.flags import repeated, translate
+from resm_kernels.lora_commands import merge_lora
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.search_command import search
 
 app = typer.Typer(
     add_completion=False,
@@ -39,6 +45,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Merge fine-tuned language models with RESM and other methods.",
 )
+app.command("merge-lora")(merge_lora)
+app.command()(search)
 _options = {"traceback": False}
 
 
@@ -70,9 +78,7 @@ def merge(
     ] = False,
     memory_limit: MemoryOption = str(MergeOptions.memory_limit),
     threads: ThreadsOption = MergeOptions.threads,
-    device: Annotated[
-        str, typer.Option(help="Where to compute: cpu; cuda, cuda:N, cuda:0,cuda:1, cuda:all; auto, a GPU if any.")
-    ] = str(MergeOptions.device),
+    device: DeviceOption = str(MergeOptions.device),
     device_memory: Annotated[
         str | None,
         typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of its free memory."),
@@ -83,12 +89,7 @@ def merge(
     model_card: Annotated[
         bool, typer.Option("--write-model-card/--no-write-model-card", help="Write README.md and the recipe into OUT.")
     ] = MergeOptions.model_card,
-    mixed_architectures: Annotated[
-        bool,
-        typer.Option(
-            "--allow-crimes/--no-allow-crimes", help="Merge models of different architectures if their tensors fit."
-        ),
-    ] = MergeOptions.mixed_architectures,
+    mixed_architectures: MixedArchitecturesOption = MergeOptions.mixed_architectures,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
     ] = MergeOptions.trust_remote_code,
@@ -102,6 +103,7 @@ def merge(
     machine: MachineOption = None,
     keep_intermediates: KeepOption = None,
     strict: StrictOption = MergeOptions.strict,
+    tied_embeddings: TiedEmbeddingsOption = MergeOptions.tied_embeddings,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.
@@ -117,7 +119,7 @@ def merge(
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     if machine is not None and not dry_run:
         raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
-    with cut_off_named("nothing was written"), plan_merge(recipe, out, options) as plan:
+    with cut_off_named("nothing was written"), plan_merge(recipe, out, options, fetch=not dry_run) as plan:
         estimates = [] if quiet else rounding_estimate(plan)
         if dry_run:
             typer.echo("\n".join([plan.describe(chosen_machine(machine, out, options.threads)), *estimates]))
@@ -174,8 +176,7 @@ def calibrate(
         ),
     ] = CalibrateOptions.ridge,
     embeddings: Annotated[
-        str,
-        typer.Option(help="merged, or token-counts: averaged by how often an expert has a token."),
+        str, typer.Option(help="merged, or token-counts: averaged by how often an expert has a token.")
     ] = CalibrateOptions.embeddings,
     learning_rate: Annotated[
         float, typer.Option(help="Peak learning rate of the polish.")
@@ -278,7 +279,7 @@ def statistics(
     random_seed: Annotated[int, typer.Option(help="The seed of the tokens that Fisher informations draw.")] = 0,
     threads: ThreadsOption = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
+    quiet: SilentOption = False,
 ) -> None:
     """Compute what RegMean and Fisher merging need of MODEL on prompts, which it answers, and write it to OUT."""
     with loading():
@@ -344,59 +345,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
     typer.echo(to_json(facts) if as_json else describe_machine(facts))
 
 
-@app.command("extract-lora")
-def extract_lora(
-    finetuned: Annotated[Path, typer.Argument(help="Folder of the fine-tuned model.", show_default=False)],
-    out: Annotated[Path, typer.Argument(help="Folder of the adapter.", show_default=False)],
-    base: Annotated[Path, typer.Option("--base", help="Folder of the model it was fine-tuned from.")],
-    rank: Annotated[int | None, typer.Option("--rank", help="Rank of every matrix.")] = None,
-    energy: Annotated[
-        float | None, typer.Option("--energy", help="Or the smallest rank that keeps this share of ‖Δ‖², such as 0.9.")
-    ] = None,
-    max_rank: Annotated[int | None, typer.Option("--max-rank", help="Largest rank with --energy.")] = None,
-    accuracy: Annotated[float, typer.Option("--accuracy", help="How far above the best error to accept.")] = 5e-2,
-    target: Annotated[
-        list[str] | None,
-        typer.Option("--target", help="Module to decompose, such as q_proj; repeatable. Default: all linear ones."),
-    ] = None,
-    embeddings: Annotated[
-        bool, typer.Option("--embeddings", help="Decompose embeddings and output heads too.")
-    ] = False,
-    save_rest: Annotated[bool, typer.Option("--save-rest", help="Store other changed tensors whole.")] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the factors: float32, bfloat16 or float16.")] = "float32",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it is an adapter folder.")] = False,
-    threads: ThreadsOption = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing.")] = False,
-) -> None:
-    """Write what FINETUNED changed in BASE as a PEFT (LoRA) adapter, and print the error of every layer."""
-    with loading():
-        import torch
-
-        from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
-        from resm_kernels.lora import extract_lora as extract
-
-    kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
-    if dtype not in kinds:
-        raise ValueError(f"dtype: got {dtype!r}, need one of {', '.join(kinds)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    report = extract(
-        finetuned,
-        base,
-        out,
-        rank=rank,
-        energy=energy,
-        max_rank=max_rank,
-        accuracy=accuracy,
-        targets=target or None,
-        embeddings=embeddings,
-        save_rest=save_rest,
-        dtype=kinds[dtype],
-        overwrite=overwrite,
-        on_layer=None if quiet else lambda layer: typer.echo(str(layer)),
-    )
-    if not quiet:
-        typer.echo(str(report))
+app.command("extract-lora")(extract_lora)
 
 
 def main() -> None:
@@ -413,10 +362,7 @@ def main() -> None:
 
 
 def _translated(arguments: list[str]) -> list[str]:
-    """Return the command line in typer's form.
-
-    `merge` accepts options of mergekit-yaml's, and an option of several files has to be repeated for each of them.
-    """
+    """Return the command line in typer's form: with `merge`'s own options, and a repeated option for several files."""
     command = next((i for i, argument in enumerate(arguments) if not argument.startswith("-")), len(arguments))
     if arguments[command : command + 1] == ["calibrate"]:
         return repeated(arguments, "--prompts")

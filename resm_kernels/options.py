@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypedDict
@@ -42,10 +44,13 @@ class MergeKeywords(TypedDict, total=False):
     workers: int | None
     keep_intermediates: str | os.PathLike[str] | None
     strict: bool
+    tied_embeddings: str
 
 
 OUT_FORMATS: Final = ("safetensors", "dcp")
 """The formats that a merge writes weights in."""
+TIED_EMBEDDINGS: Final = ("error", "untie", "both")
+"""What a merge does with an adapter that changes one of two tied tensors: an embedding, or its output head."""
 ENGINES: Final = ("local", "ray")
 """Who merges: this process, or workers on the machines of a Ray cluster."""
 
@@ -85,6 +90,7 @@ class MergeOptions:
     workers: int | None = None
     keep_intermediates: str | os.PathLike[str] | None = None
     strict: bool = False
+    tied_embeddings: str = "error"
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)
@@ -100,6 +106,8 @@ class MergeOptions:
         check_seed("random_seed", self.random_seed)
         if self.out_format not in OUT_FORMATS:
             raise ValueError(f"out_format: got {self.out_format!r}, need {' or '.join(OUT_FORMATS)}")
+        if self.tied_embeddings not in TIED_EMBEDDINGS:
+            raise ValueError(f"tied_embeddings: got {self.tied_embeddings!r}, need {', '.join(TIED_EMBEDDINGS)}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, need at least 1")
         if self.engine not in ENGINES:
@@ -123,6 +131,141 @@ def check_seed(name: str, seed: int) -> None:
     """Raise a ValueError unless the option `name` is a whole number of 64 bits."""
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"{name}: got {shortened(seed)}, need a whole number of 64 bits")
+
+
+class MergeLoraKeywords(TypedDict, total=False):
+    """The types of the keyword arguments that `MergeLoraOptions` and `merge_lora` share."""
+
+    rank: int | None
+    energy: float | None
+    max_rank: int | None
+    uniform_rank: bool
+    dtype: torch.dtype | None
+    accuracy: float
+    random_seed: int
+    overwrite: bool
+    threads: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeLoraOptions:
+    """How adapters are merged to one; `merge_lora` documents the keyword arguments.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    rank: int | None = None
+    energy: float | None = None
+    max_rank: int | None = None
+    uniform_rank: bool = False
+    dtype: torch.dtype | None = None
+    accuracy: float = 5e-2
+    random_seed: int = 0
+    overwrite: bool = False
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        from resm_kernels.dtypes import ADAPTER_DTYPES
+
+        for name in ("rank", "max_rank"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name}: got {value}, need at least 1")
+        if self.rank is not None and self.energy is not None:
+            raise ValueError(f"energy: got {self.energy} and a rank of {self.rank}, need one of the two")
+        if self.energy is not None and not 0 < self.energy <= 1:
+            raise ValueError(f"energy: got {self.energy}, need a share above 0 and at most 1")
+        if self.max_rank is not None and self.energy is None:
+            raise ValueError(f"max_rank: got {self.max_rank} without energy, need both: it bounds what energy chooses")
+        if not (math.isfinite(self.accuracy) and self.accuracy >= 0):
+            raise ValueError(f"accuracy: got {self.accuracy}, need a finite number of at least 0")
+        if self.dtype is not None and self.dtype not in ADAPTER_DTYPES:
+            raise ValueError(f"dtype: got {self.dtype}, need one of {', '.join(map(str, ADAPTER_DTYPES))}")
+        check_threads(self.threads)
+        check_seed("random_seed", self.random_seed)
+
+
+class SearchKeywords(TypedDict, total=False):
+    """The types of the keyword arguments that `SearchOptions` and `search_recipes` share."""
+
+    trials: int | None
+    time: str | float | None
+    sampler: str
+    objectives: Sequence[str] | None
+    questions: int | None
+    prefix: int | None
+    random_seed: int
+    dtype: str
+    device: str | torch.device
+    threads: int | None
+    memory_limit: str | int
+
+
+SAMPLERS: Final = ("tpe", "cmaes", "nsga2", "random")
+"""Optuna's samplers by the names of the command line."""
+LIVE_MEMORY: Final = "4GB"
+"""Default of what is kept between merges into memory."""
+_UNITS: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """How recipes are searched for; `search_recipes` documents the keyword arguments.
+
+    Attributes:
+        seconds: `time` in seconds, or None.
+
+    Raises:
+        ValueError: An option is out of its range.
+    """
+
+    trials: int | None = None
+    time: str | float | None = None
+    sampler: str = "tpe"
+    objectives: Sequence[str] | None = None
+    questions: int | None = None
+    prefix: int | None = None
+    random_seed: int = 0
+    dtype: str = "float32"
+    device: str | torch.device = "cpu"
+    threads: int | None = None
+    memory_limit: str | int = LIVE_MEMORY
+    seconds: float | None = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "seconds", None if self.time is None else _parse_time(self.time))
+        if self.trials is None and self.time is None:
+            raise ValueError("trials: got none and no time, need one of the two limits")
+        for name in ("trials", "questions", "prefix"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: got {shortened(value)}, need at least 1")
+        if self.prefix is not None and self.questions is not None and self.prefix >= self.questions:
+            raise ValueError(f"prefix: got {self.prefix}, need less than the {self.questions} questions")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler: got {shortened(self.sampler)}, need one of {', '.join(SAMPLERS)}")
+        if self.objectives is not None and (not self.objectives or len(set(self.objectives)) < len(self.objectives)):
+            raise ValueError(f"objectives: got {shortened(self.objectives)}, need names of scores, each once")
+        if self.dtype not in _SEARCH_DTYPES:
+            raise ValueError(f"dtype: got {shortened(self.dtype)}, need one of {', '.join(_SEARCH_DTYPES)}")
+        check_threads(self.threads)
+        check_seed("random_seed", self.random_seed)
+
+    def job(self) -> dict[str, Any]:
+        """The options on which the scores of a trial depend, or which values are tried."""
+        names = ("sampler", "objectives", "questions", "prefix", "random_seed", "dtype")
+        return {name: list(v) if isinstance(v := getattr(self, name), (list, tuple)) else v for name in names}
+
+
+_SEARCH_DTYPES: Final = ("float32", "bfloat16", "float16")
+
+
+def _parse_time(time: str | float) -> float:
+    """Return the seconds that a text such as 90, 30min or 1.5h states."""
+    match = re.fullmatch(r"\s*([0-9]{1,9}(?:\.[0-9]{1,9})?)\s*([a-z]*)\s*", str(time).lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise ValueError(f"time: got {shortened(time)}, need a time above 0 such as 1h, 30min or 90s")
+    return float(match[1]) * _UNITS[match[2]]
 
 
 class CalibrateKeywords(TypedDict, total=False):

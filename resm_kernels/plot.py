@@ -32,7 +32,7 @@ class PlotError(ValueError):
 
 def check_plot(file: Path) -> None:
     """Raise PlotError unless `plot_stats` can write to `file`; call it before the long work whose result is drawn."""
-    _matplotlib("figure")
+    matplotlib_module("figure")
     if file.suffix.lower() not in FORMATS:
         raise PlotError(f"plot: got {str(file)!r}, need a name that ends in {', '.join(FORMATS)}")
     if not file.absolute().parent.is_dir():
@@ -64,7 +64,7 @@ def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) 
     spectra_kinds = _kinds(positions, spectral)
     spectra_rows = -(-len(spectra_kinds) // _MOST_COLUMNS)
     height = 2.3 * spectra_rows + (6.6 if spectral else 3.4) + 0.6
-    figure = _matplotlib("figure").Figure(figsize=(13, height), layout="constrained")
+    figure = matplotlib_module("figure").Figure(figsize=(13, height), layout="constrained")
     top, bottom = figure, figure
     if spectra_rows:
         top, bottom = figure.subfigures(2, 1, height_ratios=[2.3 * spectra_rows + 0.6, 6.6])
@@ -73,7 +73,8 @@ def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) 
     figure.savefig(file, dpi=130, format=file.suffix[1:].lower())
 
 
-def _matplotlib(module: str) -> Any:
+def matplotlib_module(module: str) -> Any:
+    """Import a module of matplotlib, or raise PlotError."""
     try:
         return importlib.import_module(f"matplotlib.{module}")
     except ImportError as error:

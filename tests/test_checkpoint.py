@@ -126,7 +126,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         write("pytorch_model-00001-of-00002.bin", "x"),
         ["pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json", "not complete"],
     ),
-    "GGUF": (write("model-Q4_K_M.gguf", "GGUF"), ["model-Q4_K_M.gguf", "download the model as safetensors"]),
+    "GGUF": (write("model-Q4_K_M.gguf", "GGUF"), ["model-Q4_K_M.gguf", "whole models alone"]),
     "adapter": (write("adapter_config.json", "{}"), ["LoRA adapter"]),
     "nothing": (lambda f: None, ["holds no safetensors"]),
     "complex": (save("a", torch.zeros(4, dtype=torch.complex64)), ["'a'", "C64", "unsupported"]),

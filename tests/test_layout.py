@@ -20,9 +20,9 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 
 # A module may import from its layer and from those before it.
 LAYERS = [
-    {"_version", "_extension", "suggestions", "tensor_names", "dtypes", "files"},
+    {"_version", "_extension", "suggestions", "tensor_names", "roles", "dtypes", "files"},
     {"streams"},
-    {"checks", "masks", "memory", "philox"},
+    {"checks", "masks", "memory", "philox", "stages"},
     {"reference"},
     {"_launch"},
     {"triton", "cuda"},
@@ -31,17 +31,25 @@ LAYERS = [
     {"elementwise"},
     {"spectral"},
     {"methods"},
-    {"_merge", "mergekit", "peft"},
-    {"recipe", "checkpoint"},
-    {"lora"},
+    {"_merge", "mergekit"},
+    {"checkpoint"},
+    {"hub"},
+    {"recipe"},
     {"options"},
+    {"lora"},
+    {"peft"},
     {"engine"},
-    {"calibrate"},
+    {"calibrate", "live"},
     {"report", "plot"},
+    {"search"},
     {"flags", "arguments", "command"},
+    {"lora_commands", "extract_command", "search_command"},
     {"cli", "__main__"},
 ]
-HEAVY = ("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray")
+HEAVY = (
+    *("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray"),
+    *("gguf", "huggingface_hub"),
+)
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from resm_kernels import merge, merge_state_dicts
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, read_config
-from resm_kernels.engine import MergeError, checkpoint_stats, merge_checkpoints, plan_merge
-from resm_kernels.lora import AdapterReader, extract_lora, merge_factors
+from resm_kernels.engine import MergeError, checkpoint_stats, extract_lora, merge_checkpoints, plan_merge
+from resm_kernels.lora import AdapterReader, merge_factors
+from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import RecipeError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -150,13 +151,13 @@ def plain(r: int = 2, name: str = NAME, rows: int = 32) -> Weights:
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"peft_type": "IA3"}, plain(), "peft_type: got 'IA3', need 'LORA'"),
+        ({"peft_type": "IA3"}, plain(), "peft_type: got 'IA3', need LORA, LOHA, LOKR"),
         ({"r": 3}, plain(), r"A \(2, 32\) and B \(32, 2\), need rank 3"),
         ({"r": 0}, plain(), "r: got 0, need a positive whole number"),
         ({"lora_alpha": None}, plain(), "lora_alpha: got None"),
         ({"rank_pattern": {"(": 2}}, plain(), "no regular expression"),
         ({"use_qalora": True}, plain(), "use_qalora is set"),
-        ({"trainable_token_indices": [1]}, plain(), "trainable_token_indices is set"),
+        ({"trainable_token_indices": [1]}, plain(), "but the adapter has no trained rows"),
         ({"init_lora_weights": "pissa"}, plain(), "'pissa', which also changes the base model"),
         ({"use_dora": True}, plain(), "has no lora_magnitude"),
         ({}, plain() | {f"base_model.model.{NAME}.lora_magnitude_vector": torch.ones(32)}, "has no use_dora"),
@@ -309,7 +310,7 @@ def test_output_takes_dtypes_and_files_of_an_adapters_base(family: Family) -> No
         assert family.base_folder in plan.models.folders
 
 
-def record_base(adapter: Path, name: str | None) -> None:
+def record_base(adapter: Path, name: Any) -> None:
     file = adapter / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": name}))
 
@@ -326,14 +327,43 @@ def test_recorded_base_model_must_be_the_recipes(family: Family) -> None:
     plan_merge(family.recipe("ties", models=adapters(family, f"{family.base_folder}+{{}}"))).close()
 
 
+@pytest.mark.parametrize("place", ["absolute", "current folder", "adapter's folder"])
+def test_an_adapter_alone_takes_the_base_that_it_records(
+    family: Family, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = {"absolute": str(family.base_folder), "current folder": "base", "adapter's folder": "../base"}[place]
+    for seed in (1, 2):
+        record_base(family.root / f"adapter{seed}", name)
+    if place == "current folder":
+        monkeypatch.chdir(family.root)
+    alone = merge_checkpoints(family.recipe("linear", models=adapters(family)), family.root / "alone")
+    notes = [note for note in alone.notes if "is a LoRA adapter of" in note]
+    assert len(notes) == 2 and all("adapter_config.json names as its base model" in note for note in notes)
+    named = family.recipe("linear", models=adapters(family, f"{family.base_folder}+{{}}"))
+    merge_checkpoints(named, family.root / "named")
+    merged = [load_model(family.root / out) for out in ("alone", "named")]
+    assert all(same_bits(merged[0][n], merged[1][n]) for n in merged[1])
+    with plan_merge(family.recipe("ties", base_model=str(family.root / "adapter1")), options=MergeOptions()) as plan:
+        assert plan.reference.folder.name == "adapter1"
+    plan_merge(family.recipe("linear", models=adapters(family)), options=MergeOptions(strict=True)).close()
+
+
 def test_adapter_without_a_base_is_refused(family: Family) -> None:
-    for recipe in (
-        family.recipe("linear", models=adapters(family)),
-        family.recipe("ties", base_model=str(family.root / "adapter1")),
-        family.recipe("ties", base_model=f"{family.base_folder}+{family.root / 'adapter1'}", models=adapters(family)),
+    for name, message in (
+        (None, "adapter1 is a LoRA adapter, and its adapter_config.json names no base model; name its base model too"),
+        ("./gone", r"adapter1 is a LoRA adapter of '\./gone' .*, which is no folder here; name its base model too"),
+        (str(family.root / "adapter2"), "adapter2, which is an adapter itself; merge that one into its base model"),
     ):
-        with pytest.raises(RecipeError, match=r"adapter1 is a LoRA adapter; name its base model too, as BASE\+"):
-            plan_merge(recipe)
+        record_base(family.root / "adapter1", name)
+        for recipe in (
+            family.recipe("linear", models=adapters(family)),
+            family.recipe("ties", base_model=str(family.root / "adapter1")),
+        ):
+            with pytest.raises(RecipeError, match=message):
+                plan_merge(recipe)
+    record_base(family.root / "adapter1", 7)
+    with pytest.raises(CheckpointError, match="base_model_name_or_path: got 7, need a text or null"):
+        plan_merge(family.recipe("linear", models=adapters(family)))
     with pytest.raises(RecipeError, match=r"models\[0\]\.model: got 'nowhere', which is no folder here"):
         plan_merge(family.recipe("ties", models=[{"model": f"{family.base_folder}+nowhere"}]))
 
@@ -365,7 +395,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         plan_merge(recipe)
     for tensors in ({names[0]: embedding}, plain(name="lm_head", rows=64)):
         save_adapter(tmp_path / "a", tensors, config)
-        with pytest.raises(CheckpointError, match=r"ties to its head or embedding; .*untie the base"):
+        with pytest.raises(CheckpointError, match=r"ties to .*choose tied_embeddings: untie"):
             plan_merge(recipe)
 
 

@@ -15,7 +15,7 @@ from inputs import relative, same_bits
 from safetensors.torch import load_file
 
 from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.lora import extract_lora
+from resm_kernels.engine import extract_lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

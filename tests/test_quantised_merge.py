@@ -16,8 +16,7 @@ from typer.testing import CliRunner
 from resm_kernels import merge_checkpoints
 from resm_kernels.checkpoint import open_form
 from resm_kernels.cli import app
-from resm_kernels.engine import plan_merge
-from resm_kernels.lora import extract_lora
+from resm_kernels.engine import extract_lora, plan_merge
 
 Tensors = dict[str, torch.Tensor]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}

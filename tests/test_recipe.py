@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import given
@@ -215,12 +216,14 @@ def test_missing_recipe_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "part"),
     [
-        ("org/model-7B", "hf download org/model-7B"),
-        ("org/model@main", "revisions (@) are not supported yet"),
+        ("org/model-7B", "org/model-7B: is no folder here, and its files are not in the cache; HF_HUB_OFFLINE"),
+        ("org/model@v2", "org/model@v2: is no folder here"),
+        ("model@v2", "no folder here"),
         ("./no/such/folder", "no folder here"),
     ],
 )
-def test_models_that_are_no_folders(path: str, part: str) -> None:
+def test_models_that_are_no_folders(path: str, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(RecipeError) as caught:
         model_folder(path, "models[0].model")
     assert part in str(caught.value)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from resm_kernels import merge_checkpoints, verify_checkpoint
 from resm_kernels.checkpoint import CheckpointError, CheckpointWarning, CheckpointWriter, unfinished_folder
-from resm_kernels.lora import extract_lora
+from resm_kernels.engine import extract_lora
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from oracles import mergekit_folder
 
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge, vocabulary
+from resm_kernels.engine.token_tables import TokenTable
 from resm_kernels.recipe import RecipeError, load_recipe
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
@@ -182,7 +183,8 @@ def test_rows_are_those_of_a_naive_copy(tmp_path_factory: pytest.TempPathFactory
             patch.setattr(vocabulary, name, data.draw(st.integers(least, 40)))
         model_rows = [row if isinstance(row, int) else -1 for row in rows]
         foreign = {i: row for i, row in enumerate(rows) if isinstance(row, tuple)}
-        model_tensors = vocabulary.ModelTensors([(reader, reader.tensors[EMBEDDING]) for reader in readers])
+        stored = [(reader, reader.tensors[EMBEDDING]) for reader in readers]
+        model_tensors = vocabulary.ModelTensors(stored, TokenTable())
         aligned = vocabulary.AlignedReader(model_tensors, 0, model_rows, foreign).read(EMBEDDING)
     double = [tensor.double() for tensor in tensors]
     expected = torch.zeros((len(rows), *shapes), dtype=torch.float64)

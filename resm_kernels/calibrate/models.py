@@ -13,7 +13,9 @@ from resm_kernels.calibrate.blocks import is_causal
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.checkpoint.auxiliary import check_tokenizer_files
+from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.models import Model
+from resm_kernels.engine.tokenizer import gguf_tokenizer
 from resm_kernels.lora import AdapterReader
 
 if TYPE_CHECKING:
@@ -74,8 +76,9 @@ def load_config(model: Model) -> PreTrainedConfig:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
         try:
+            place = pretrained(model.base_folder, gguf_file(model.base_folder))
             config: PreTrainedConfig = AutoConfig.from_pretrained(
-                model.base_folder, trust_remote_code=False, local_files_only=True
+                **place, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # transformers raises whatever its configurations do
             raise CalibrationError(
@@ -106,8 +109,9 @@ def load_tokenizer(model: Model) -> PreTrainedTokenizerBase:
         from transformers import AutoTokenizer
 
         try:
+            place = pretrained(model.base_folder, gguf_tokenizer(model.base_folder))
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                model.base_folder, trust_remote_code=False, local_files_only=True
+                **place, trust_remote_code=False, local_files_only=True
             )
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             raise CalibrationError(

@@ -152,8 +152,8 @@ def write_targets(
     model.eval()
     try:
         with torch.inference_mode():
-            for chosen in _batches_by_length(samples, batch_tokens):
-                log_probs = _answer_log_probs(model, [samples[i] for i in chosen])
+            for chosen in batches_by_length(samples, batch_tokens):
+                log_probs = answer_log_probs(model, [samples[i] for i in chosen])
                 if bool(log_probs.isnan().any()):
                     raise CalibrationError(
                         f"model: predicts NaN for samples among {sorted(chosen)}, need finite predictions"
@@ -298,7 +298,7 @@ class _Expert:
 
     def divergence(self, student: PreTrainedModel, chosen: Sequence[int]) -> tuple[Tensor, int]:
         """The sum of KL(expert ‖ student) over the answer positions of some samples, and how many these are."""
-        log_probs = _answer_log_probs(student, [self._samples[i] for i in chosen])
+        log_probs = answer_log_probs(student, [self._samples[i] for i in chosen])
         rows = np.concatenate([self._rows[self._starts[i] : self._starts[i + 1]] for i in chosen])
         if rows.shape[1] != log_probs.shape[1]:
             raise CalibrationError(
@@ -319,14 +319,14 @@ class _Expert:
         return total / positions
 
 
-def _answer_log_probs(model: PreTrainedModel, samples: Sequence[Sample]) -> Tensor:
+def answer_log_probs(model: PreTrainedModel, samples: Sequence[Sample]) -> Tensor:
     """log p at the answer positions of the samples, one after the other: [positions, vocabulary] in float32.
 
     Padding is on the right, where causal attention lets no answer see it, so that no mask is needed.
     """
     ids, _ = padded_inputs(samples)
     first = min(sample.answer_start for sample in samples) - 1
-    lines = [line for line, sample in enumerate(samples) for _ in range(_answer_length(sample))]
+    lines = [line for line, sample in enumerate(samples) for _ in range(answer_length(sample))]
     places = [p - first for sample in samples for p in range(sample.answer_start - 1, len(sample.tokens) - 1)]
     logits = model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     return logits[lines, places].float().log_softmax(-1)
@@ -347,16 +347,16 @@ def _check_finite(value: float, what: str) -> None:
         )
 
 
-def _answer_length(sample: Sample) -> int:
+def answer_length(sample: Sample) -> int:
     return len(sample.tokens) - sample.answer_start
 
 
 def _row_starts(samples: Sequence[Sample]) -> list[int]:
     """Where each sample's rows begin in a file of targets, and, last, how many rows there are."""
-    return [0, *accumulate(_answer_length(sample) for sample in samples)]
+    return [0, *accumulate(answer_length(sample) for sample in samples)]
 
 
-def _batches_by_length(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[int]]:
+def batches_by_length(samples: Sequence[Sample], batch_tokens: int) -> Iterator[list[int]]:
     """Positions of samples of similar length, which saves padding; longest first, so that memory is short at once."""
     batch: list[int] = []
     for i in sorted(range(len(samples)), key=lambda i: -len(samples[i].tokens)):

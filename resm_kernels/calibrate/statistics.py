@@ -28,6 +28,7 @@ from resm_kernels.checks import check_choice
 from resm_kernels.dtypes import HALF_DTYPES, dtype_name
 from resm_kernels.engine.models import Model, open_model
 from resm_kernels.files import expanded
+from resm_kernels.hub import begin
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -140,6 +141,7 @@ def compute_statistics(
     file = check_statistics_file(out, overwrite=overwrite)
     prompts_file = expanded(prompts, CalibrationError, "prompts")
     asked = read_prompts(prompts_file, max_prompts)
+    begin()
     with contextlib.ExitStack() as stack:
         opened = open_model(os.fspath(model), "model", stack)
         fingerprint = opened.reader.fingerprint()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import fnmatch
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,38 +14,59 @@ from typing import Any, Final, TypeVar
 
 import torch
 
-from resm_kernels.checkpoint.format import CheckpointError
+from resm_kernels.checkpoint.code_files import imported_modules
+from resm_kernels.checkpoint.format import CheckpointError, CheckpointWarning
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.files import CONFIG_BYTES, check_regular, parse_object, read_bytes, read_object, read_text
 
 CONFIG_FILE: Final = "config.json"
 DTYPE_KEYS: Final = ("dtype", "torch_dtype")  # transformers 5 and 4
 
-# Files that belong to the model: generation settings, processors, and Python code with all modules that it imports.
+# Files that belong to the model: generation settings, processors, and Python code.
 MODEL_PATTERNS: Final = (
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",
     "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
     "*.py",
 )
-TOKENIZER_PATTERNS: Final = (
+# Files of which a folder with a tokenizer has at least one.
+TOKENIZER_FILES: Final = (
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
     "vocab.json",
     "vocab.txt",
     "vocab.bpe",
-    "merges.txt",
     "*.model",
+    "tokenizer.model.v*",
+    "*.spm",
     "*.tiktoken",
+    "vocab-*.json",
+    "target_vocab.json",
+    "entity_vocab.json",
+    "bpe.codes",
+    "dict.txt",
+    "normalizer.json",
+    "word_shape.json",
+    "word_pronunciation.json",
     "tekken.json",
+)
+_ONE_TOKENIZER: Final = (
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
     "tokenization_*.py",
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+TOKENIZER_PATTERNS: Final = (*_ONE_TOKENIZER, *(f"*_tokenizer/{pattern}" for pattern in _ONE_TOKENIZER))
+"""Files of a tokenizer. Processors with several have each in a folder of its own, such as `qformer_tokenizer`."""
+
+_LEFT_OUT: Final = ("trainer_state.json", "training_args.json", "resm_kernels*.json", "*_results.json", "*.index.json")
+"""Files of a training or an earlier merge, and indices of shards, which the writer makes."""
 
 
 T = TypeVar("T")
@@ -77,7 +100,7 @@ class Auxiliary:
         chat_template: The Jinja template that replaces the tokenizer's; None does not change that.
         config: The content of the configuration; None stands for that of `model_folder`.
         config_file: The name of the configuration's file; None for a single file of weights, which has none.
-        patterns: The files of `model_folder` that are copied.
+        patterns: The files of `model_folder` that are copied; modules that Python code among them imports follow.
     """
 
     model_folder: Path
@@ -143,10 +166,42 @@ def check_tokenizer_files(folder: Path) -> None:
 
 
 def _copy(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    files = matching_files(folder, patterns)
-    # Indices are those of shards, which the writer makes.
-    files = [p for p in files if not p.name.endswith(".index.json")]
-    return {p.relative_to(folder).as_posix(): read_bytes(p, CheckpointError) for p in files}
+    """Return the content of the files that match, and of the modules that Python code among them imports."""
+    files: dict[str, bytes] = {}
+    found = matching_files(folder, patterns)
+    seen = set(found)
+    while found:
+        contents = {file: read_bytes(file, CheckpointError) for file in found if _is_copied(folder, file)}
+        files |= {file.relative_to(folder).as_posix(): content for file, content in contents.items()}
+        code = [(file, content) for file, content in contents.items() if file.suffix == ".py"]
+        found = [file for file in dict.fromkeys(imported_modules(folder, code)) if file not in seen]
+        seen.update(found)
+    return files
+
+
+def _is_copied(folder: Path, file: Path) -> bool:
+    """Return False for files that belong to no model, and for links that lead out of the model's folder.
+
+    What such a link leads to is not part of the model, and may be private; the user is told. The files of the hub's
+    cache are all links, to its own store.
+
+    Raises:
+        CheckpointError: It is no regular file.
+    """
+    if any(fnmatch.fnmatch(file.name, pattern) for pattern in _LEFT_OUT):
+        return False
+    check_regular(file, CheckpointError)
+    real = Path(os.path.realpath(file))
+    stored = real.parent.name == "blobs" and real.parent.parent.name.startswith("models--")
+    if stored or real.is_relative_to(os.path.realpath(folder)):
+        return True
+    warnings.warn(
+        f"{file}: leads out of the model's folder, to {real}, and is left out of the output; if it belongs to the "
+        "model, put a copy in its place",
+        CheckpointWarning,
+        stacklevel=2,
+    )
+    return False
 
 
 def _set_dtype(config: dict[str, Any], name: str, *, nested: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,19 @@ from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, read_
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
 from resm_kernels.checkpoint.quantised import formed, is_quantised, without_quantization
 from resm_kernels.checkpoint.quantised.reader import quantization_of
-from resm_kernels.checkpoint.reader import WEIGHTS_SUFFIX, CheckpointReader, holds_weights
+from resm_kernels.checkpoint.reader import WEIGHTS_SUFFIX, CheckpointReader, chosen_files, holds_weights
 from resm_kernels.files import parse_json, path_problem, read_bytes, read_object, shortened
 
 PIPELINE_FILE: Final = "model_index.json"
 MODULES_FILE: Final = "modules.json"
-_SMALL_FILES: Final = ("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken")
+SMALL_FILES: Final = (
+    *("*.json", "*.txt", "*.model", "*.jinja", "*.py", "*.tiktoken", "*.spm", "tokenizer.model.v*", "bpe.codes"),
+    "additional_chat_templates/*.jinja",
+)
+
+GGUF_SUFFIX: Final = ".gguf"
+_PROJECTOR: Final = "mmproj"
+"""Names of GGUF files begin so that hold the part of a model that reads images; the language model is another file."""
 
 _MODULES_FILES: Final = (MODULES_FILE, "config_sentence_transformers.json", "sentence_*_config.json")
 
@@ -92,17 +100,23 @@ class ComponentsReader(CheckpointReader):
             reader.close()
 
 
-def open_form(path: Path) -> tuple[CheckpointReader, dict[str, Any], Form]:
+def open_form(path: Path, config: Mapping[str, Any] | None = None) -> tuple[CheckpointReader, dict[str, Any], Form]:
     """Open a model: return a reader of its full weights, its configuration, and the form that it has.
 
     The weights of quantised models are formed when they are read, and the configuration does not speak of them.
 
     Args:
-        path: A folder, or a safetensors file.
+        path: A folder, or a safetensors or GGUF file.
+        config: The configuration of a GGUF file, in place of the one that its metadata give.
 
     Raises:
         CheckpointError: There are no weights, or a file is missing or damaged, or of an unknown quantised format.
     """
+    if (file := gguf_file(path)) is not None:
+        from resm_kernels.checkpoint.gguf import GgufReader
+
+        opened = GgufReader(path, file, config)
+        return opened, dict(opened.config), Form(side_files=MODEL_PATTERNS if path.is_dir() else ())
     reader, form = open_stored(path)
     try:
         config = read_form_config(path, form)
@@ -131,9 +145,62 @@ def open_stored(path: Path) -> tuple[CheckpointReader, Form]:
     """Open the weights of a model as they are stored, and return the form that the model has; see `open_form`."""
     if path.is_file():
         if not path.name.endswith(WEIGHTS_SUFFIX):
-            raise CheckpointError(f"{path}: is no safetensors file; need one, or a model folder")
+            raise CheckpointError(f"{path}: is no safetensors or GGUF file; need one, or a model folder")
         reader = CheckpointReader(path.parent, path.name)
         return reader, Form({"": path.name.removesuffix(WEIGHTS_SUFFIX)}, None, ())
+    components, form = _components(path)
+    if components == [""]:
+        reader = CheckpointReader(path)
+        return reader, replace(form, stems={"": reader.stem})
+    readers, stems = _open_components(path, components)
+    return readers, replace(form, stems=stems)
+
+
+def weight_files(path: Path) -> list[Path]:
+    """Return the files that `open_form` reads the weights of a folder from, and the indices that name them.
+
+    Only small files are read, and weights need only their names.
+
+    Raises:
+        CheckpointError: There are no weights, or a small file is missing or damaged.
+    """
+    if (file := gguf_file(path)) is not None:
+        return [file]
+    return [file for component in _components(path)[0] for file in chosen_files(path / component)]
+
+
+def gguf_file(path: Path) -> Path | None:
+    """Return the GGUF file that a path is, or that a folder without other weights holds; None if there is none.
+
+    Raises:
+        CheckpointError: The folder holds several of them.
+    """
+    if not path.is_dir():
+        return path if path.name.endswith(GGUF_SUFFIX) else None
+    found = [file for file in sorted(path.glob(f"*{GGUF_SUFFIX}")) if not file.name.startswith(_PROJECTOR)]
+    others = holds_weights(path) or any(os.path.lexists(path / name) for name in (PIPELINE_FILE, MODULES_FILE))
+    if not found or others:
+        return None
+    if len(found) > 1:
+        names = ", ".join(file.name for file in found[:4]) + (" …" if len(found) > 4 else "")
+        raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({names}); name the file that is meant")
+    return found[0]
+
+
+def pretrained(path: Path, file: Path | None) -> dict[str, Any]:
+    """Return the arguments with which transformers' `from_pretrained` opens a model: those of a GGUF file, or a folder.
+
+    Args:
+        path: The model's folder or file.
+        file: The GGUF file that is to be opened; None for a folder of another kind.
+    """
+    if file is None:
+        return {"pretrained_model_name_or_path": path}
+    return {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+
+
+def _components(path: Path) -> tuple[list[str], Form]:
+    """Return the folders within a model's folder that hold weights, "" for itself, and its form without the stems."""
     if os.path.lexists(path / PIPELINE_FILE):
         config = read_object(path / PIPELINE_FILE, CheckpointError)
         # An entry of nulls is a component that the pipeline does without, even if its folder is there.
@@ -141,11 +208,21 @@ def open_stored(path: Path) -> tuple[CheckpointReader, Form]:
         components = [p.name for p in sorted(path.iterdir()) if p.name not in absent and holds_weights(p)]
         if not components:
             raise CheckpointError(f"{path}: has a {PIPELINE_FILE}, but none of its folders holds safetensors")
-        readers, stems = _open_components(path, components)
-        return readers, Form(stems, PIPELINE_FILE, _everywhere(_SMALL_FILES))
+        listed = {name for name, entry in config.items() if isinstance(entry, list)}
+        folders = [p.name for p in path.iterdir() if p.is_dir() and p.name in {*listed, *components}]
+        inner = (f"{glob.escape(folder)}/{pattern}" for folder in folders for pattern in SMALL_FILES)
+        return components, Form(config_file=PIPELINE_FILE, side_files=(*SMALL_FILES, *inner))
     if not os.path.lexists(path / MODULES_FILE):
-        single = CheckpointReader(path)
-        return single, Form({"": single.stem})
+        return [""], Form()
+    modules = _modules(path)
+    side_files = (*MODEL_PATTERNS, *_MODULES_FILES, *(f"{m}/{p}" for m in modules if m for p in SMALL_FILES))
+    with_weights = [m for m in modules if holds_weights(path / m)]
+    config_file = _join(with_weights[0], CONFIG_FILE) if with_weights else CONFIG_FILE
+    return with_weights or [""], Form(config_file=config_file, side_files=side_files)
+
+
+def _modules(path: Path) -> list[str]:
+    """Return the folders of a sentence-transformers model's modules, "" for the model's own."""
     listed = parse_json(read_bytes(path / MODULES_FILE, CheckpointError), str(path / MODULES_FILE), CheckpointError)
     if not isinstance(listed, list):
         raise CheckpointError(f"{path / MODULES_FILE}: got a JSON {type(listed).__name__}, need a list")
@@ -157,11 +234,7 @@ def open_stored(path: Path) -> tuple[CheckpointReader, Form]:
             raise CheckpointError(
                 f"{path / MODULES_FILE}: path: got {shortened(module)}, need a folder within this one"
             )
-    side_files = (*MODEL_PATTERNS, *_MODULES_FILES, *(f"{m}/{p}" for m in modules if m for p in _SMALL_FILES))
-    with_weights = [m for m in modules if holds_weights(path / m)]
-    parts, stems = _open_components(path, with_weights or [""])
-    config_file = _join(with_weights[0], CONFIG_FILE) if with_weights else CONFIG_FILE
-    return parts, Form(stems, config_file, side_files)
+    return modules
 
 
 def _open_components(folder: Path, components: list[str]) -> tuple[CheckpointReader, dict[str, str]]:
@@ -173,14 +246,7 @@ def _open_components(folder: Path, components: list[str]) -> tuple[CheckpointRea
         for reader in readers.values():
             reader.close()
         raise
-    stems = {component: reader.stem for component, reader in readers.items()}
-    if components == [""]:
-        return readers[""], stems
-    return ComponentsReader(folder, readers), stems
-
-
-def _everywhere(patterns: tuple[str, ...]) -> tuple[str, ...]:
-    return (*patterns, *(f"*/{pattern}" for pattern in patterns))
+    return ComponentsReader(folder, readers), {component: reader.stem for component, reader in readers.items()}
 
 
 def _join(component: str, name: str) -> str:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
-from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, read_pickled
+from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, PICKLED_SUFFIX, read_pickled
+from resm_kernels.checkpoint.remote import SAMPLE_BYTES, SAMPLES, source_of
 from resm_kernels.files import LIST_BYTES, check_regular, open_regular, path_problem, read_object, shortened
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class CheckpointReader:
         if chosen.name.endswith(INDEX_SUFFIX) or chosen.name == PICKLED_INDEX:
             tensors, unindexed = _collect_shards(self.folder, chosen)
         else:
-            read = read_pickled if chosen.name == PICKLED_FILE else read_header
+            read = read_pickled if chosen.suffix == PICKLED_SUFFIX else read_header
             tensors = list(read(chosen).values())
         self.tensors = MappingProxyType({t.name: t for t in tensors})
         self.unindexed = MappingProxyType({t.name: t for t in unindexed})
@@ -132,6 +133,9 @@ class CheckpointReader:
 
     def read_bytes(self, info: TensorInfo, first: int, buffer: torch.Tensor) -> None:
         """Fill `buffer`, a contiguous CPU tensor, with the stored bytes of a tensor from byte `first` on."""
+        if (fetch := source_of(info.file)) is not None:
+            fetch(info.offset + first, byte_view(buffer))
+            return
         read_fully(self._descriptor(info.file), byte_view(buffer), info.offset + first, info.file)
 
     def has_parts(self, name: str) -> bool:
@@ -171,15 +175,23 @@ class CheckpointReader:
         return tensor
 
     def same_bytes(self, first: str, second: str) -> bool:
-        """Return True if two tensors have the same dtype, shape and bits; they are read in pieces of 16 MiB."""
+        """Return True if two tensors have the same dtype, shape and bits; they are read in pieces of 16 MiB.
+
+        Of tensors that are not on this machine, a few pieces are compared (see `checkpoint.remote`).
+        """
         return self._same_bytes(self.tensors[first], self.tensors[second])
 
     def _same_bytes(self, a: TensorInfo, b: TensorInfo) -> bool:
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
-        pieces = torch.empty(2, min(_COMPARE_BYTES, a.nbytes), dtype=torch.uint8)
-        for start in range(0, a.nbytes, _COMPARE_BYTES):
-            size = min(_COMPARE_BYTES, a.nbytes - start)
+        length = min(_COMPARE_BYTES, a.nbytes)
+        starts: Sequence[int] = range(0, a.nbytes, _COMPARE_BYTES)
+        if source_of(a.file) is not None and a.nbytes > SAMPLES * SAMPLE_BYTES:
+            length = SAMPLE_BYTES
+            starts = [(a.nbytes - length) * i // (SAMPLES - 1) for i in range(SAMPLES)]
+        pieces = torch.empty(2, length, dtype=torch.uint8)
+        for start in starts:
+            size = min(length, a.nbytes - start)
             for piece, info in zip(pieces, (a, b), strict=True):
                 self.read_bytes(info, start, piece[:size])
             if not torch.equal(pieces[0, :size], pieces[1, :size]):
@@ -249,6 +261,18 @@ def _choose(folder: Path) -> tuple[Path, tuple[str, ...]]:
     return folder / chosen, tuple(sorted(others - {chosen}))
 
 
+def chosen_files(folder: Path) -> list[Path]:
+    """Return the files that a `CheckpointReader` of the folder reads weights from, after the index that names them.
+
+    Raises:
+        CheckpointError: There are none, or the index is damaged.
+    """
+    chosen = _choose(folder)[0]
+    if chosen.name.endswith(INDEX_SUFFIX) or chosen.name == PICKLED_INDEX:
+        return [chosen, *(folder / shard for shard in sorted(set(_shards(chosen).values())))]
+    return [chosen]
+
+
 def holds_weights(folder: Path) -> bool:
     """Return True if a folder holds the weights of a model."""
     files = [p.name for p in folder.iterdir()] if folder.is_dir() else []
@@ -276,7 +300,7 @@ def _no_weights_message(folder: Path) -> str:
             "own, which is not supported: save again with torch.distributed.checkpoint.save"
         )
     if gguf := sorted(p.name for p in folder.glob("*.gguf")):
-        return f"{folder}: holds {gguf[0]}, and GGUF files are not read here; download the model as safetensors"
+        return f"{folder}: holds {gguf[0]}, and GGUF files are read as whole models alone (open_form)"
     if os.path.lexists(folder / "adapter_config.json"):
         return f"{folder}: is a LoRA adapter, not a whole model; name it with its base model: BASE+{folder}"
     files = sorted(p.name for p in folder.glob("*.safetensors"))
@@ -293,16 +317,7 @@ def _no_weights_message(folder: Path) -> str:
 
 def _collect_shards(folder: Path, index: Path) -> tuple[list[TensorInfo], list[TensorInfo]]:
     """Return the tensors that the index names, and those that it does not name although a shard holds them."""
-    shard_of = read_object(index, CheckpointError, limit=LIST_BYTES).get("weight_map")
-    if not isinstance(shard_of, dict):
-        raise CheckpointError(f"{index}: weight_map: got {shortened(shard_of)}, need an object: not an index of shards")
-    for name, shard in shard_of.items():
-        plain = isinstance(shard, str) and os.path.basename(shard) == shard and shard.isprintable()
-        if not plain or shard in ("", ".", "..") or path_problem(shard):
-            raise CheckpointError(
-                f"{index}: weight_map: {shortened(name)}: names the shard {shortened(shard)}, need the name of a file "
-                "in the same folder"
-            )
+    shard_of = _shards(index)
     shards = sorted(set(shard_of.values()))
     for shard in shards:
         if not os.path.lexists(folder / shard):
@@ -321,3 +336,18 @@ def _collect_shards(folder: Path, index: Path) -> tuple[list[TensorInfo], list[T
         if name not in tensors:
             raise CheckpointError(f"{folder / shard}: tensor {name!r} is not in it, although {index.name} says so")
     return list(tensors.values()), unindexed
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Return the file of each tensor that an index names."""
+    shard_of = read_object(index, CheckpointError, limit=LIST_BYTES).get("weight_map")
+    if not isinstance(shard_of, dict):
+        raise CheckpointError(f"{index}: weight_map: got {shortened(shard_of)}, need an object: not an index of shards")
+    for name, shard in shard_of.items():
+        plain = isinstance(shard, str) and os.path.basename(shard) == shard and shard.isprintable()
+        if not plain or shard in ("", ".", "..") or path_problem(shard):
+            raise CheckpointError(
+                f"{index}: weight_map: {shortened(name)}: names the shard {shortened(shard)}, need the name of a file "
+                "in the same folder"
+            )
+    return dict(shard_of)

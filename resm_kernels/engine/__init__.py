@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.estimate import chosen_machine
+from resm_kernels.engine.extract import extract_lora
 from resm_kernels.engine.merge import MergeReport, carry_out, estimate_rounding, merge_checkpoints, rounding_estimate
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
@@ -27,6 +28,7 @@ __all__ = [
     "chosen_machine",
     "describe_kept",
     "estimate_rounding",
+    "extract_lora",
     "merge_checkpoints",
     "plan_merge",
     "rounding_estimate",

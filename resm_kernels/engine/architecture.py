@@ -10,13 +10,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
-from resm_kernels.engine.conversions import Placement, placements, whole_placement
+from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
+from resm_kernels.engine.weight_loading import WeightLoading
 from resm_kernels.files import shortened
 from resm_kernels.tensor_names import layer_position
 
@@ -46,23 +47,7 @@ class Loaded:
     ignored: Kind | None = None
 
 
-class _Renamed(NamedTuple):
-    """What transformers makes of a stored name.
-
-    Attributes:
-        piece: The name in the loaded model; of a tensor that is joined with others the one that it has before that.
-        key: The name of the loaded tensor that it becomes or is joined into.
-        converter, pattern: What converts it, and which of the converter's source patterns it matches; None if it is
-            loaded as it is.
-    """
-
-    piece: str
-    key: str
-    converter: Any
-    pattern: str | None
-
-
-class Architecture:
+class Architecture(WeightLoading):
     """The names of one class of transformers with one configuration.
 
     Args:
@@ -75,9 +60,7 @@ class Architecture:
     """
 
     def __init__(self, model: Any) -> None:
-        self._model = model
-        self._state = model.state_dict()
-        self._prefix: str = model.base_model_prefix
+        super().__init__(model)
         self.tied: Mapping[str, str] = dict(model.all_tied_weights_keys)
         self.may_miss = _pattern(model._keys_to_ignore_on_load_missing or ())
         self.unsaved = frozenset(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -90,95 +73,109 @@ class Architecture:
         if any(name.endswith("position_ids") for name in buffers):
             patterns.add(r"(^|\.)position_ids$")
         self._ignored = _pattern(patterns)
-        self._known: dict[tuple[str, ...], dict[str, _Renamed]] = {}
         self._layers: dict[str, int] = {}
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
 
+    @property
+    def config(self) -> Any:
+        """The configuration, as transformers has read it."""
+        return self._model.config
+
+    @property
+    def model(self) -> Any:
+        """The model, on the meta device."""
+        return self._model
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the loaded model."""
+        return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
+    def with_entries(self, entries: Mapping[tuple[str, ...], Any]) -> Architecture:
+        """Return the same class with other entries in its configuration, each named by its sections and its key.
+
+        Raises:
+            Exception: Whatever the class raises for a configuration that it does not take.
+        """
+        config = copy.deepcopy(self._model.config)
+        for path, value in entries.items():
+            setattr(functools.reduce(getattr, path[:-1], config), path[-1], value)
+        return Architecture(_on_meta(type(self._model), config))
+
+    def with_config(self, entries: Mapping[str, Any]) -> Architecture:
+        """Return the same class with the configuration that a config.json with these entries gives.
+
+        Raises:
+            Exception: Whatever the class raises for a configuration that it does not take.
+        """
+        with _quiet():
+            config = type(self._model.config).from_dict({k: v for k, v in entries.items() if k not in _UNRELATED})
+        return Architecture(_on_meta(type(self._model), config))
+
+    def missing(self, names: Iterable[str]) -> list[str]:
+        """Return the tensors of the model that a checkpoint with these names leaves without values."""
+        present = {renamed.key for renamed in self.renamed(names).values()}
+        present |= {name for pair in self.tied.items() if not present.isdisjoint(pair) for name in pair}
+        return [
+            name
+            for name in self._state
+            if name not in present | self.unsaved and not (self.may_miss and self.may_miss.search(name))
+        ]
+
+    def layers(self, stack: str) -> list[Any]:
+        """Return the modules of a stack of layers, whose name ends with a dot, in order."""
+        return list(self._model.get_submodule(stack.removesuffix(".")))
+
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
-        for name, (renamed, key) in self._renamed(tensors).items():
-            known = key in self._state
-            ignored = None if known else self._ignored_kind(renamed, tensors[name])
-            result[name] = Loaded(renamed, known, ignored)
+        for name, renamed in self.renamed(tensors).items():
+            known = renamed.key in self._state
+            ignored = None if known else self._ignored_kind(renamed.piece, tensors[name])
+            result[name] = Loaded(renamed.piece, known, ignored)
         return result
 
-    def placements(self, tensors: Mapping[str, TensorInfo]) -> dict[str, list[Placement]]:
-        """Return for each tensor of the loaded model where a checkpoint's tensors are in it.
-
-        It is left out if the checkpoint's tensors do not make it up, or make it up twice, or if transformers does more
-        than move their elements.
-        """
-        groups: dict[str, dict[str, _Renamed]] = {}
-        for name, renamed in self._conversions(tensors).items():
-            if renamed.key in self._state:
-                groups.setdefault(renamed.key, {})[name] = renamed
-        found: dict[str, list[Placement]] = {}
-        for key, members in groups.items():
-            shape = tuple(self._state[key].shape)
-            converters = {id(renamed.converter): renamed.converter for renamed in members.values()}
-            converter = next(iter(converters.values()))
-            if len(converters) > 1 or (converter is None and len(members) > 1):
-                continue
-            if converter is None:
-                (name,) = members
-                if tensors[name].shape == shape:
-                    found[key] = [whole_placement(name, key, shape)]
-                continue
-            stored: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-            for name, renamed in members.items():
-                stored.setdefault(str(renamed.pattern), []).append((name, tensors[name].shape))
-            if parts := placements(converter, key, shape, stored):
-                found[key] = parts
-        return found
+    def keys(self, names: Iterable[str]) -> dict[str, str]:
+        """Return for each tensor of a checkpoint the tensor of the loaded model that it becomes, or a part of."""
+        return {name: renamed.key for name, renamed in self.renamed(names).items()}
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
-        return name if name in self._state else self._renamed([name])[name][0]
+        return name if name in self._state else self.renamed([name])[name].piece
 
-    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is."""
-        return {name: (renamed.piece, renamed.key) for name, renamed in self._conversions(names).items()}
+    def parameters(self, module: str) -> list[str]:
+        """Return the last parts of the names of the parameters that a module owns itself, in its order."""
+        owner = self._module(module)
+        return [] if owner is None else [name for name, _ in owner.named_parameters(recurse=False)]
 
-    def _conversions(self, names: Iterable[str]) -> dict[str, _Renamed]:
-        """For each name what transformers makes of it, in the order in which transformers reads them.
+    def is_transposed(self, module: str) -> bool | None:
+        """Return whether a module stores its fused experts as (experts, in, out); None if there is no such module."""
+        owner = self._module(module)
+        return None if owner is None else bool(getattr(owner, "is_transposed", False))
 
-        This follows transformers' `convert_and_load_state_dict_in_model`.
-        """
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
-            apply_converters,
-            apply_renamings,
-            dot_natural_key,
-            rename_source_key,
-        )
+    def _module(self, name: str) -> Any:
+        for spelled in (name, f"{self._prefix}.{name}", self._bare(name)):
+            with contextlib.suppress(AttributeError):
+                return self._model.get_submodule(spelled)
+        return None
 
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        ordered = tuple(sorted(names, key=dot_natural_key))
-        if ordered in self._known:
-            return self._known[ordered]
-        by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
-        result: dict[str, _Renamed] = {}
-        for name in ordered:
-            key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
-            if key not in self._state and name in self._state:
-                key, source = rename_source_key(name, [], [], self._prefix, self._state)
-            piece = key
-            if source is not None:
-                piece = apply_renamings(name, renamings)
-                whole, _ = apply_converters(piece, converters)
-                if key == f"{self._prefix}.{whole}":
-                    piece = f"{self._prefix}.{piece}"
-                elif whole == f"{self._prefix}.{key}":
-                    piece = piece.removeprefix(f"{self._prefix}.")
-            result[name] = _Renamed(piece, key, None if source is None else by_pattern[source], source)
-        self._known[ordered] = result
-        return result
+    @property
+    def needed(self) -> frozenset[str]:
+        """The parameters that a checkpoint has to store, because the model neither makes nor ties them."""
+        parameters = (name for name, _ in self._model.named_parameters())
+        made = self.unsaved | self.tied.keys()
+        may_miss = self.may_miss
+        return frozenset(n for n in parameters if n not in made and (may_miss is None or not may_miss.search(n)))
+
+    @functools.cached_property
+    def untied(self) -> frozenset[str]:
+        """The tied parameters that are not tied if the configuration says `tie_word_embeddings: false`."""
+        config = copy.deepcopy(self._model.config)
+        for section in (config, getattr(config, "text_config", None)):
+            if section is not None:
+                section.tie_word_embeddings = False
+        return frozenset(self.tied.keys() - dict(_on_meta(type(self._model), config).all_tied_weights_keys).keys())
 
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
         if kind := buffer_kind(info):
@@ -235,7 +232,8 @@ def ask_transformers(folder: Path, config: Mapping[str, Any]) -> Architecture | 
         return f"config.json asks for more than {_MOST_PARTS} layers and experts"
     with _quiet():
         try:
-            parsed = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            place = pretrained(folder, gguf_file(folder))
+            parsed = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
             if hasattr(parsed, "quantization_config"):
                 del parsed.quantization_config
             return Architecture(_on_meta(model_class, parsed))
@@ -246,6 +244,20 @@ def ask_transformers(folder: Path, config: Mapping[str, Any]) -> Architecture | 
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message, or its kind if it has none."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+def parsed_entries(folder: Path) -> dict[str, Any] | None:
+    """Return every entry of a folder's config.json as transformers reads it, with its defaults; None if it cannot."""
+    try:
+        from transformers import AutoConfig
+    except ImportError:
+        return None
+    with _quiet():
+        try:
+            entries = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+        except Exception:  # whatever a class does with a configuration that it does not take
+            return None
+    return dict(entries)
 
 
 def _parts(config: Mapping[str, Any]) -> int:

@@ -12,12 +12,12 @@ import yaml
 
 from resm_kernels._version import __version__
 from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.engine.models import OpenedModels
+from resm_kernels.engine.models import Model, OpenedModels
 from resm_kernels.files import read_bytes
+from resm_kernels.hub import cached_commit, parse_id
 from resm_kernels.recipe import Recipe
 
 _COMMIT: Final = re.compile(rb"[0-9a-zA-Z]{1,64}")
-_HUB_ID: Final = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def model_card_files(recipe: Recipe, models: OpenedModels, title: str) -> Mapping[str, bytes]:
@@ -29,11 +29,14 @@ def model_card_files(recipe: Recipe, models: OpenedModels, title: str) -> Mappin
     names = list(
         dict.fromkeys([*([recipe.base_model] if recipe.base_model else []), *(s.model for s in recipe.sources)])
     )
-    hub = [part for name in names for part in name.split("+") if _HUB_ID.fullmatch(part)]
+    parsed = [parse_id(part) for name in names for part in name.split("+")]
+    hub = list(dict.fromkeys(found[0] for found in parsed if found is not None))
     metadata = {"base_model": hub, "library_name": "transformers", "tags": ["mergekit", "merge", "resm-kernels"]}
     method = recipe.method
-    base = f", with {_link(recipe.base_model)} as the base model" if recipe.base_model else ""
-    revisions = {source.model: _revision(model.folder) for source, model in models.by_source.items()}
+    revisions = {source.model: _revisions(model) for source, model in models.by_source.items()}
+    base = ""
+    if recipe.base_model:
+        base = f", with {_link(recipe.base_model)}{_revisions(models.reference)} as the base model"
     merged = [name for name in names if name != recipe.base_model]
     text = f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}
@@ -60,14 +63,26 @@ A merge of pre-trained language models, made with resm-kernels {__version__}.
 
 
 def _link(name: str) -> str:
-    return " + ".join(f"[{p}](https://huggingface.co/{p})" if _HUB_ID.fullmatch(p) else p for p in name.split("+"))
+    linked = []
+    for part in name.split("+"):
+        found = parse_id(part)
+        linked.append(part if found is None else f"[{part}](https://huggingface.co/{found[0]})")
+    return " + ".join(linked)
 
 
-def _revision(folder: Path) -> str:
+def _revisions(model: Model) -> str:
+    """Return the hub's commit of a model, and that of an adapter's base model before it; "" if they have none."""
+    base = model.base_folder if model.form.config_file is not None else model.folder
+    commits = [_commit(folder) for folder in dict.fromkeys((base, model.folder))]
+    named = [commit for commit in commits if commit]
+    return f" (revision {' + '.join(named)})" if named else ""
+
+
+def _commit(folder: Path) -> str:
     """Return the hub's commit that a folder was downloaded from, if the hub's client has recorded it, else ""."""
     note = folder / ".cache" / "huggingface" / "download" / "config.json.metadata"
-    commit = folder.resolve().name if folder.resolve().parent.name == "snapshots" else ""
     if os.path.lexists(note):
         recorded = read_bytes(note, CheckpointError).partition(b"\n")[0].strip()
-        commit = recorded.decode() if _COMMIT.fullmatch(recorded) else ""
-    return f" (revision {commit})" if commit else ""
+        return recorded.decode() if _COMMIT.fullmatch(recorded) else ""
+    cached = cached_commit(folder)
+    return "" if cached is None else cached[1]

@@ -6,65 +6,124 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from resm_kernels.engine.architecture import names_key, parsed_entries
+
 if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
 
-_MEANING: Final = re.compile(
-    # heads
-    r"(num|n)_(attention_|key_value_|kv_|linear_(key|value)_)?heads?|(encoder|decoder)_attention_heads|head_dim"
-    r"|(global|swa|linear_key|linear_value|qk_rope|qk_nope|v|mamba)_head_dim|multi_query|parallel_attn|new_decoder_architecture"
-    # positions
-    r"|(rope|rotary|mrope)_\w+|partial_rotary_factor|position_embedding_type|alibi|use_alibi|no_rope_layer_interval"
-    # kinds of layers
-    r"|layer_types|mlp_layer_types|layers_block_type|no_rope_layers|attention_(layers|types)|full_attn_idxs"
-    r"|attn_layer_indices|mlp_only_layers|moe_layers|sliding_window\w*|use_sliding_window|max_window_layers"
-    r"|attention_chunk_size|hybrid_override_pattern|decoder_sparse_step|first_k_dense_replace|moe_layer_freq"
-    # functions between the weights
-    r"|hidden_act\w*|activation_function|mlp_hidden_act|(rms_norm|layer_norm|norm)_(eps|epsilon)"
-    r"|(attention|embedding|residual)_multiplier|logits_scaling|query_pre_attn_scalar|\w+_softcapping|scale_attn\w*"
-    r"|num_experts_per_tok|norm_topk_prob|routed_scaling_factor|scoring_func|n_group|topk_group"
+_NEUTRAL: Final = re.compile(
+    # what the model is called, and how it is stored, loaded and run
+    r"_name_or_path|name_or_path|architectures|auto_map|model_type|\w*transformers_version\w*|(torch_)?dtype|tokenizer_class"
+    r"|quantization_config|compression_config|(_|_?\w+_)?attn_implementation\w*|use_(flash_attn|bfloat16|mamba_kernels|fp32\w*)"
+    r"|fp16|bf16|fp32|torchscript|gradient_checkpointing|use_cache|cache_implementation|pretraining_tp|tp_size|ep_size"
+    r"|chunk_size_feed_forward|output_(attentions|hidden_states|router_logits|scores)|return_dict\w*|unsloth\w*|base_model_tp_plan"
+    r"|\w*_parallel_plan|pruned_heads|mamba_ssm_(cache_)?dtype|disable_custom_kernels|use_mambapy|num_logits_to_keep"
+    # vocabulary and lengths
+    r"|\w*vocab_size\w*|n_words|\w*_token_ids?|\w*_token_index|max_(position_embeddings|sequence_length|seq_len\w*|length)"
+    r"|n_positions|n_ctx|seq_length|seq_len|model_max_length|min_length|max_new_tokens"
+    # training
+    r"|\w*dropout\w*|\w*_?pdrop|\w*layerdrop|drop_path\w*|initializer_\w+|init_\w+|initialize\w*|\w*_coef(ficient)?|\w*_loss\w*"
+    r"|loss\w*|mask_(time|feature)_\w+|label_smoothing|rescale_prenorm_residual|router_jitter_noise|input_jitter_noise"
+    r"|apply_spec_augment|train_\w+"
+    # heads of classifiers, and how texts are generated
+    r"|id2label|label2id|num_labels|problem_type|finetuning_task|task_specific_params|summary_\w+|classifier_\w+"
+    r"|temperature|top_k|top_p|typical_p|do_sample|early_stopping|num_beams?\w*|num_return_sequences|(length|repetition)_penalty"
+    r"|no_repeat_ngram_size|encoder_no_repeat_ngram_size|diversity_penalty|bad_words_ids|(begin_)?suppress_tokens|prefix"
+    r"|remove_invalid_values|exponential_decay_length_penalty|forced_\w+|is_decoder|add_cross_attention"
+    r"|cross_attention_hidden_size|tie_encoder_decoder|tf_legacy_loss|use_return_dict"
 )
-"""Entries that change what weights of the same shapes mean."""
+"""Entries that do not change what the weights mean."""
+
 _DEFAULTS: Final = {"rope_theta": 10000, "rope_type": "default"}
-_LOCAL: Final = {"rope_local_rope_theta": "rope_local_base_freq"}
 _ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor")
+_WINDOWS: Final = ("sliding_window", "max_window_layers")
+_MOST: Final = 60
+"""The most letters of a value that a warning shows."""
 
 
 def config_warnings(models: Sequence[Model]) -> tuple[str, ...]:
     """Return a line for each model whose configuration gives weights of the same shapes another meaning.
 
-    The output takes the configuration of the first model. Entries that only one of two configurations has are not
-    compared, because the other model's default is not known here; except for the positions', which is 10000 without
-    scaling in nearly all models.
+    The output takes the configuration of the first model. Where two configurations differ in what they state,
+    transformers is asked how it reads them, with its defaults and the names that it has now. If it is not installed or
+    has no class for one of them, entries that only one configuration has are not compared, because the other model's
+    default is not known; except for the positions', which is 10000 without scaling in nearly all models.
     """
     reference = models[0]
     warnings = []
-    for config, folder in {id(m.config): (m.config, m.base_folder) for m in models[1:]}.values():
-        listed = "; ".join(f"{key} is {got}, there {need}" for key, need, got in differences(reference.config, config))
+    for model in {names_key(m.config): m for m in reversed(models[1:])}.values():
+        found = _compared(reference, model)
+        listed = "; ".join(f"{key} is {_shown(got)}, there {_shown(need)}" for key, need, got in found)
         if listed:
-            warnings.append(f"{folder}: config.json gives weights another meaning than {reference.folder}'s: {listed}")
-    return tuple(warnings)
+            warnings.append(
+                f"{model.base_folder}: config.json gives weights another meaning than {reference.folder}'s: {listed}"
+            )
+    return tuple(reversed(warnings))
 
 
-def differences(first: Mapping[str, Any], other: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield the entries that differ: the key, the value in `first`, the value in `other`."""
+def _compared(reference: Model, model: Model) -> list[tuple[str, Any, Any]]:
+    first, other = reference.config, model.config
+    found = list(differences(first, other))
+    if not found and not _is_in_doubt(first, other):
+        return []
+    parsed = [parsed_entries(m.base_folder) for m in (reference, model)]
+    if None in parsed:
+        return found
+    assert parsed[0] is not None and parsed[1] is not None
+    return list(differences(parsed[0], parsed[1], complete=True))
+
+
+def _is_in_doubt(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return True if one configuration states what the other leaves to a default."""
+    for key in first.keys() | other.keys():
+        if _NEUTRAL.fullmatch(key):
+            continue
+        a, b = first.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            if _is_in_doubt(a, b):
+                return True
+        elif (a is None) != (b is None):
+            return True
+    return False
+
+
+def differences(
+    first: Mapping[str, Any], other: Mapping[str, Any], at: str = "", *, complete: bool = False
+) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the entries that differ: the key, the value in `first`, the value in `other`.
+
+    Args:
+        complete: The configurations state every entry, so that None is a value; else it stands for a default.
+    """
+    unused = {key for key in _WINDOWS if not any(_uses_windows(config) for config in (first, other))}
     for key, need in first.items():
         got = other.get(key)
-        if key in _ROPE:
+        if key in _ROPE or key in unused or key not in other or _NEUTRAL.fullmatch(key):
             continue
         if isinstance(need, Mapping) and isinstance(got, Mapping):
-            yield from differences(need, got, f"{at}{key}.")
-            continue
-        compared = key in other and _MEANING.fullmatch(key)
-        # None stands for a default, but for no window.
-        if compared and need != got and (None not in (need, got) or key == "sliding_window"):
+            yield from differences(need, got, f"{at}{key}.", complete=complete)
+        elif isinstance(need, (list, tuple)) and isinstance(got, (list, tuple)) and len(need) == len(got):
+            i = next((i for i, pair in enumerate(zip(need, got, strict=True)) if pair[0] != pair[1]), None)
+            if i is not None:
+                yield f"{at}{key}[{i}]", need[i], got[i]
+        elif need != got and (complete or None not in (need, got) or key == "sliding_window"):
             yield f"{at}{key}", need, got
     positions = _positions(first), _positions(other)
     if all(positions):
         for key in dict.fromkeys([*positions[0], *positions[1]]):
             need, got = (p.get(key, _DEFAULTS.get(key)) for p in positions)
-            if need != got and None not in (need, got):
+            if need != got and (complete or None not in (need, got)):
                 yield f"{at}rope_parameters.{key}", need, got
+
+
+def _uses_windows(config: Mapping[str, Any]) -> bool:
+    """Return False if a configuration says that it uses no windows, whatever it says of them."""
+    return config.get("use_sliding_window") is not False
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _MOST else f"{text[:_MOST]}…"
 
 
 def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,4 +140,5 @@ def _positions(config: Mapping[str, Any]) -> dict[str, Any]:
             }
     if "type" in found:
         found.setdefault("rope_type", found.pop("type"))
+    found.pop("type", None)
     return found or ({"rope_type": "default"} if "num_attention_heads" in config else {})

@@ -1,181 +1,166 @@
-"""How transformers puts stored tensors together when it loads a model: which part of a loaded tensor each one is.
+"""Finds where stored tensors lie in the parameters that transformers joins them into, splits them into or turns.
 
-The knowledge is transformers' conversion mapping. Of its operations those are followed that only move elements: stacks
-of experts, concatenations, transposes.
+transformers states conversions as operations on tensors: it stacks experts, joins or splits projections, transposes or
+permutes rows. Each operation moves whole rows along one dimension at a time. So the operations are carried out on
+tensors that hold nothing but their own indices along one dimension, and are thin along all others; the result says
+where each index went.
 """
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from resm_kernels.checkpoint.rearranged import Rectangle
+import torch
+from torch import Tensor
 
-Shape = tuple[int, ...]
+from resm_kernels.lora import Axis, Parameter, Placement
+
+_TENSOR: Final = 1 << 32
+"""Index tensors hold the number of the tensor times this number, plus the index."""
+_LARGEST: Final = 1 << 24
+"""The most elements of an index tensor that is not thin."""
 
 
 @dataclass(frozen=True)
-class Placement:
-    """Where a stored tensor is in the loaded tensor that it is a part of.
+class Conversion:
+    """Stored tensors that transformers converts together.
 
     Attributes:
-        whole: The loaded tensor's name.
-        shape: The loaded tensor's shape.
-        part: The stored tensor, all of it, as a part of the loaded one.
+        converter: Its `WeightConverter`.
+        key: The first parameter that it makes of them.
+        sources: The stored tensors: the converter's pattern that each of them matches, its name, its shape.
     """
 
-    whole: str
-    shape: Shape
-    part: Rectangle
+    converter: Any
+    key: str
+    sources: tuple[tuple[str, str, tuple[int, ...]], ...]
 
     @property
-    def place(self) -> tuple[Shape, Shape, tuple[int | None, ...]]:
-        """What is the same for stored tensors, of two models, that are arranged alike."""
-        return self.part.start, self.part.shape, self.part.axes
+    def layout(self) -> tuple[Any, ...]:
+        """What the placements depend on, apart from names: the same in all layers of a model."""
+        return (tuple(self.converter.source_patterns), *((pattern, shape) for pattern, _, shape in self.sources))
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the parameters that may be made of the tensors."""
+        first, *others = self.converter.target_patterns
+        return (self.key, *(self.key.replace(first, other) for other in others))
 
 
-@dataclass(frozen=True)
-class _Moved:
-    """A tensor that operations have made: its shape, and where stored tensors are in it."""
-
-    shape: Shape
-    parts: tuple[Rectangle, ...]
-
-    @classmethod
-    def stored(cls, name: str, shape: Shape) -> _Moved:
-        zeros = (0,) * len(shape)
-        return cls(shape, (Rectangle(name, zeros, zeros, shape, tuple(range(len(shape)))),))
-
-    def put(self, dim: int, offset: int, *, new: bool) -> tuple[Rectangle, ...]:
-        """Return the parts at `offset` in a dimension, a new one or one that there is."""
-        return tuple(
-            Rectangle(
-                part.name,
-                part.source,
-                (*part.start[:dim], offset, *part.start[dim:])
-                if new
-                else (*part.start[:dim], part.start[dim] + offset, *part.start[dim + 1 :]),
-                (*part.shape[:dim], 1, *part.shape[dim:]) if new else part.shape,
-                (*part.axes[:dim], None, *part.axes[dim:]) if new else part.axes,
-            )
-            for part in self.parts
-        )
-
-    def transposed(self, first: int, second: int) -> _Moved:
-        order = list(range(len(self.shape)))
-        order[first], order[second] = order[second], order[first]
-        parts = tuple(
-            Rectangle(
-                part.name,
-                part.source,
-                tuple(part.start[i] for i in order),
-                tuple(part.shape[i] for i in order),
-                tuple(part.axes[i] for i in order),
-            )
-            for part in self.parts
-        )
-        return _Moved(tuple(self.shape[i] for i in order), parts)
-
-
-def whole_placement(name: str, loaded: str, shape: Shape) -> Placement:
-    """Return the placement of a tensor that is stored as it is loaded."""
-    return Placement(loaded, shape, _Moved.stored(name, shape).parts[0])
-
-
-def placements(
-    converter: Any, loaded: str, shape: Shape, stored: Mapping[str, Sequence[tuple[str, Shape]]]
-) -> list[Placement]:
-    """Return the placements of the stored tensors that a converter makes one loaded tensor of.
-
-    The list is empty if they do not make up the whole tensor, or if an operation does more than move elements.
+def placements(conversion: Conversion, name: str, model: Any) -> Parameter | None:
+    """Return where the elements of a parameter are stored; None if the operations do more than to move them.
 
     Args:
-        converter: A `WeightConverter` of transformers.
-        loaded, shape: The loaded tensor's name and shape.
-        stored: For each of the converter's source patterns the names and shapes of the tensors that match it, in the
-            order in which transformers reads them.
+        conversion: The stored tensors that the parameter is made of.
+        name: The parameter's name.
+        model: The model of transformers, on the meta device.
     """
-    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
-
-    current = {pattern: [_Moved.stored(name, s) for name, s in tensors] for pattern, tensors in stored.items()}
-    for operation in converter.operations:
-        if isinstance(operation, MergeModulelist):
-            made = {pattern: _stack(tensors, operation.dim) for pattern, tensors in current.items()}
-        elif isinstance(operation, Concatenate):
-            ordered = [moved for pattern in converter.source_patterns for moved in current.get(pattern, ())]
-            made = {loaded: _concatenate(ordered, operation.dim)}
-        elif isinstance(operation, Transpose):
-            made = {p: _transpose(t, operation, shape) for p, t in current.items()} if len(current) == 1 else {}
-        else:
-            return []
-        if not made or any(moved is None for moved in made.values()):
-            return []
-        current = {pattern: [moved] for pattern, moved in made.items() if moved is not None}
-    results = [moved for tensors in current.values() for moved in tensors]
-    if len(results) != 1 or results[0].shape != shape:
-        return []
-    return [Placement(loaded, shape, part) for part in results[0].parts]
-
-
-def _stack(tensors: Sequence[_Moved], dim: int) -> _Moved | None:
-    if len({moved.shape for moved in tensors}) != 1:
+    shape = tuple(model.get_parameter(name).shape)
+    if _is_kept(conversion, shape):
+        _, source, stored = conversion.sources[0]
+        axes = tuple(Axis(dim, range(size), range(size)) for dim, size in enumerate(stored))
+        return Parameter(name, shape, (Placement(source, axes),))
+    dims = {len(stored) for _, _, stored in conversion.sources}
+    if len(dims) != 1:
         return None
-    own = tensors[0].shape
-    parts = (part for i, moved in enumerate(tensors) for part in moved.put(dim, i, new=True))
-    return _Moved((*own[:dim], len(tensors), *own[dim:]), tuple(parts))
-
-
-def _concatenate(tensors: Sequence[_Moved], dim: int) -> _Moved | None:
-    if len({(*moved.shape[:dim], *moved.shape[dim + 1 :]) for moved in tensors}) != 1:
-        return None
-    parts: list[Rectangle] = []
-    own, offset = tensors[0].shape, 0
-    for moved in tensors:
-        parts += moved.put(dim, offset, new=False)
-        offset += moved.shape[dim]
-    return _Moved((*own[:dim], offset, *own[dim + 1 :]), tuple(parts))
-
-
-def _transpose(tensors: Sequence[_Moved], operation: Any, shape: Shape) -> _Moved | None:
-    if len(tensors) != 1:
-        return None
-    if operation.check_dims and tensors[0].shape == shape:
-        return tensors[0]
-    return tensors[0].transposed(operation.dim0, operation.dim1)
-
-
-def rearranged(reference: Sequence[Placement], other: Sequence[Placement]) -> dict[str, tuple[Shape, list[Rectangle]]]:
-    """Return how the other model's parts of one loaded tensor make up those that the reference model stores.
-
-    Args:
-        reference, other: The placements of all stored tensors of the two models that belong to the loaded tensor.
-    """
-    made: dict[str, tuple[Shape, list[Rectangle]]] = {}
-    for wanted in (placement.part for placement in reference):
-        shape: list[int] = [0] * sum(axis is not None for axis in wanted.axes)
-        for axis, size in zip(wanted.axes, wanted.shape, strict=True):
-            if axis is not None:
-                shape[axis] = size
-        parts = (_common(wanted, placement.part) for placement in other)
-        made[wanted.name] = tuple(shape), [part for part in parts if part is not None]
-    return made
-
-
-def _common(wanted: Rectangle, given: Rectangle) -> Rectangle | None:
-    """Return the part of `given` that is in `wanted`, placed in the tensor of which `wanted` is the whole."""
-    rank = sum(axis is not None for axis in wanted.axes)
-    source = list(given.source)
-    start, shape = [0] * rank, [0] * rank
-    axes: list[int | None] = [None] * rank
-    for i, (axis, own) in enumerate(zip(wanted.axes, given.axes, strict=True)):
-        low = max(wanted.start[i], given.start[i])
-        high = min(wanted.start[i] + wanted.shape[i], given.start[i] + given.shape[i])
-        if low >= high:
+    probes = []
+    for axis in range(dims.pop()):
+        try:
+            probe = _probe(conversion, axis, model).get(name)
+        except Exception:  # whatever an operation does with tensors that are not weights
+            probe = None
+        if probe is None or probe.ndim != len(shape):
             return None
-        if own is not None:
-            source[own] += low - given.start[i]
-        if axis is not None:
-            start[axis], shape[axis] = low - wanted.start[i], high - low
-            axes[axis] = own
-    return Rectangle(given.name, tuple(source), tuple(start), tuple(shape), tuple(axes))
+        probes.append(_positions(probe, len(conversion.sources)))
+    found = []
+    for number, (_, stored, _) in enumerate(conversion.sources):
+        place = _placement(stored, [positions[number] for positions in probes], shape)
+        if place is not None:
+            found.append(place)
+    covered = sum(_numel(place) for place in found)
+    return Parameter(name, shape, tuple(found)) if covered == math.prod(shape) else None
+
+
+def _is_kept(conversion: Conversion, shape: tuple[int, ...]) -> bool:
+    """Return True if a tensor is stored as the loaded one, and transformers turns only those that are not."""
+    operations = conversion.converter.operations
+    only = len(conversion.sources) == 1 and conversion.sources[0][2] == shape
+    return only and all(getattr(operation, "check_dims", False) for operation in operations)
+
+
+def renamed(parameter: Parameter, name: str, sources: Mapping[str, str]) -> Parameter:
+    """Return the parameter of another layer, whose tensors have other names."""
+    places = tuple(replace(place, name=sources[place.name]) for place in parameter.placements)
+    return replace(parameter, name=name, placements=places)
+
+
+def _probe(conversion: Conversion, axis: int, model: Any) -> dict[str, Tensor]:
+    """Return what the operations make of tensors that hold their indices along `axis`, by the parameters' names."""
+    thin = 2 * len(conversion.converter.target_patterns)
+    try:
+        return _converted(conversion, axis, thin, model)
+    except Exception:
+        if sum(math.prod(shape) for _, _, shape in conversion.sources) > _LARGEST:
+            raise
+        return _converted(conversion, axis, None, model)  # some operations check the other sizes
+
+
+def _converted(conversion: Conversion, axis: int, thin: int | None, model: Any) -> dict[str, Tensor]:
+    converter = copy.deepcopy(conversion.converter)
+    for number, (pattern, name, shape) in enumerate(conversion.sources):
+        sizes = [size if d == axis or thin is None else min(size, thin) for d, size in enumerate(shape)]
+        along = torch.arange(shape[axis]).view([-1 if d == axis else 1 for d in range(len(shape))])
+        converter.add_tensor(conversion.key, name, pattern, (number * _TENSOR + along).expand(sizes))
+    made = converter.convert(conversion.key, model=model, config=model.config)
+    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
+
+def _positions(probe: Tensor, count: int) -> list[Tensor]:
+    """Return for each stored tensor a table: its indices, and where they are along each dimension of the parameter."""
+    flat = probe.flatten()
+    numbers = flat // _TENSOR
+    order = torch.argsort(numbers, stable=True)
+    sizes = torch.bincount(numbers, minlength=count).tolist()
+    table = torch.stack([flat % _TENSOR, *torch.unravel_index(torch.arange(flat.numel()), probe.shape)])
+    return list(table[:, order].split(sizes, dim=1))
+
+
+def _placement(name: str, tables: Sequence[Tensor], shape: tuple[int, ...]) -> Placement | None:
+    """Return where a stored tensor is in a parameter; None if it is not in it, or in pieces that are no block."""
+    axes: list[Axis] = []
+    for table in tables:
+        used = {axis.dim for axis in axes}
+        axis = next((a for d in range(len(shape)) if d not in used and (a := _axis(table, d)) is not None), None)
+        if axis is None:
+            return None
+        axes.append(axis)
+    fixed = {}
+    for dim in range(len(shape)):
+        if all(axis.dim != dim for axis in axes):
+            where = torch.unique(tables[0][dim + 1]).tolist()
+            if len(where) != 1:
+                return None
+            fixed[dim] = where[0]
+    return Placement(name, tuple(axes), fixed)
+
+
+def _axis(table: Tensor, dim: int) -> Axis | None:
+    """Return the dimension of a stored tensor as that dimension of the parameter, if each index has one place there."""
+    pairs = torch.unique(table[[0, dim + 1]], dim=1)
+    indices, places = pairs.tolist()
+    if not indices or len(set(indices)) != len(indices) or len(set(places)) != len(places) or len(indices) == 1:
+        return None
+    return Axis(dim, _as_range(indices), _as_range(places))
+
+
+def _as_range(numbers: list[int]) -> range | tuple[int, ...]:
+    whole = range(numbers[0], numbers[0] + len(numbers))
+    return whole if list(whole) == numbers else tuple(numbers)
+
+
+def _numel(place: Placement) -> int:
+    return math.prod([len(axis.loaded) for axis in place.axes])

@@ -13,8 +13,7 @@ from resm_kernels._version import __version__
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_PATTERNS
 from resm_kernels.checkpoint.tensor_writer import stored_hash
 from resm_kernels.engine.statistics import statistics_files
-from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
-from resm_kernels.lora.config import WEIGHTS_FILE as ADAPTER_WEIGHTS
+from resm_kernels.hub import cached_commit
 
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
@@ -36,18 +35,26 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "version of the libraries": {"resm-kernels": __version__, "torch": torch.__version__},
         "random_seed": plan.options.random_seed,
         "max_shard_size": plan.options.shard_bytes,
+        "tied_embeddings": plan.options.tied_embeddings,
     }
+    if plan.roles_from:
+        # Without transformers some roles may be others.
+        entries["roles of the tensors"] = plan.roles_from
     state = _content if plan.options.hash_inputs else _state
     return entries | {f"input file {file}": state(file) for file in input_files(plan)}
 
 
 def record_facts(plan: MergePlan) -> dict[str, Any]:
-    """Return what the record in the output says of the merge: the recipe's SHA-256 and the random seed.
+    """Return what the record in the output says of the merge.
 
-    A document that other documents read has a hash of all that it is merged from, too, by which it is known again.
+    It says the recipe's SHA-256, the random seed, and the commit of each repository on the hub that was read. A
+    document that other documents read has a hash of all that it is merged from, too, by which it is known again.
     """
     recipe = hashlib.sha256(plan.recipe.text.encode()).hexdigest()
-    facts = {"recipe": recipe, "random_seed": plan.options.random_seed}
+    facts: dict[str, Any] = {"recipe": recipe, "random_seed": plan.options.random_seed}
+    commits = [commit for folder in plan.models.folders if (commit := cached_commit(folder)) is not None]
+    if commits:
+        facts["hub"] = [f"{repository}@{commit}" for repository, commit in commits]
     if plan.recipe.name is not None:
         facts[JOB] = hashlib.sha256(json.dumps(merge_job(plan), sort_keys=True).encode()).hexdigest()
     return facts
@@ -60,16 +67,15 @@ def input_files(plan: MergePlan, *, tokenizers: bool = False) -> list[Path]:
         tokenizers: List the files of tokenizers even if the merge itself does not read them.
     """
     files = set(statistics_files(plan.statistics))
-    tokenizers = tokenizers or plan.tokenizer is not None
-    patterns = (CONFIG_FILE, *(TOKENIZER_PATTERNS if tokenizers else ()))
+    patterns = TOKENIZER_PATTERNS if tokenizers or plan.tokenizer is not None else ()
     for model in plan.models.all():
         files |= set(model.reader.files)
         if model.plan is not None:
             files |= set(input_files(model.plan, tokenizers=tokenizers))
         else:
-            files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
-        if model.is_on_disk:
-            files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
+            files |= set(model.base_folder.glob(CONFIG_FILE))
+        if model.plan is None or model.tokenizer_folder != model.base_folder:
+            files |= {file for pattern in patterns for file in model.tokenizer_folder.glob(pattern)}
     return sorted({file.resolve() for file in files})
 
 

@@ -33,10 +33,11 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class LayerOrigin:
-    """The layer of a model whose entries in the config a layer of the output takes."""
+    """The layer of a model whose entries in the config a layer of the output takes, and one of its tensors."""
 
     model: Model
     number: int
+    tensor: str
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,8 @@ class _PartPlanner:
         for i in range(count):
             names = [stack[first + i] for stack, (first, _) in zip(stacks, ranges, strict=True)]
             number = len(self.origins)
-            self.origins.append(LayerOrigin(self._models.by_source[lead], ranges[0][0] + i))
+            tensor = next(iter(names[0].values()))
+            self.origins.append(LayerOrigin(self._models.by_source[lead], ranges[0][0] + i, tensor))
             for inputs in self._aligned(piece, names):
                 position = layer_position(inputs[0])
                 assert position is not None

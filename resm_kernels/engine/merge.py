@@ -22,6 +22,7 @@ from resm_kernels.engine.dcp import output_marker
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.job import merge_job, record_facts
+from resm_kernels.engine.matrices import merge_matrices
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, plan_merge
@@ -137,6 +138,9 @@ def merge_checkpoints(
             before the output is merged from them; None, the default, merges their tensors when they are read.
         strict: Refuse models of which tensors would be left out, renamed or added, because their files spell one model
             in different ways (default: False).
+        tied_embeddings: What to do with an adapter that changes one of two tied tensors, an input embedding or its
+            output head: "error" (the default) refuses it; "untie" stores both, so that the other one keeps its values;
+            "both" changes both, as PEFT's merge_and_unload does.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are
@@ -260,6 +264,8 @@ def rounding_estimate(plan: MergePlan) -> list[str]:
     """Return a line about how a few weights fare that the output quantises; none for an output of full weights."""
     if plan.format is None:
         return []
+    if plan.view is not None:
+        return ["estimate of what rounding keeps: needs the weights, which have not been fetched from the hub"]
     return [f"estimate from a few weights: {describe_kept(estimate_rounding(plan), plan.format.name)}"]
 
 
@@ -299,7 +305,7 @@ def streaming_of(plan: MergePlan) -> Streaming:
 
 def compute_job(plan: MergePlan, streaming: Streaming, job: TensorJob, tensors: list[Tensor]) -> Tensor:
     """Merge or copy one tensor, or one block of a tensor, on the CPU."""
-    if job.whole is None:
+    if job.whole is None or job.matrices is not None:
         return compute_tensor(plan, job, tensors)
     if job.copied:
         return copied_tensor(job, tensors)
@@ -353,14 +359,22 @@ def _merged(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
         if plan.method.statistics is not None:
             given["statistics"] = statistics if job.has_statistics else [None] * job.n_experts
             given["transposed"] = job.transposed
-        return plan.method(
+
+        def merge(name: str, base: Tensor | None, experts: list[Tensor]) -> Tensor:
+            seed = plan.options.random_seed
+            return plan.method(base, experts, out_dtype=job.dtype, name=name, seed=seed, **given, **job.parameters)
+
+        if job.matrices is None:
+            return merge(job.name, base, experts)
+        assert base is not None
+        return merge_matrices(
+            job.matrices,
+            lambda number, own, others: merge(f"{job.name}[{number}]", own, others),
             base,
             experts,
-            out_dtype=job.dtype,
-            name=job.name,
-            seed=plan.options.random_seed,
-            **given,
-            **job.parameters,
+            job.dtype,
+            together=job.together,
+            first=job.start // (job.matrices.rows * job.matrices.columns),
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,15 @@ from resm_kernels.checkpoint import (
     open_form,
     read_config,
 )
-from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_FILES, matching_files
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
+from resm_kernels.checkpoint.forms import gguf_file
 from resm_kernels.checkpoint.quantised import without_quantization
+from resm_kernels.engine.adapted import adapted_model
+from resm_kernels.engine.recorded_base import recorded_base
 from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
+from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
 from resm_kernels.recipe import (
     Recipe,
     RecipeError,
@@ -72,9 +76,21 @@ class Model:
         return self.plan is None or isinstance(self.reader, AdapterReader)
 
     @property
+    def places(self) -> tuple[Path, Path]:
+        """The two folders, by which models are told apart: an adapter may be on several base models."""
+        return self.folder, self.base_folder
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer's folder: the adapter's, where fine-tunes for chats save their own, or the base model's."""
+        own = self.dcp is None and bool(matching_files(self.folder, TOKENIZER_FILES))
+        return self.folder if own else self.base_folder
+
+    @property
     def has_config(self) -> bool:
         """True if there is a configuration for this model, or if models of its form have none."""
-        return self.form.config_file is None or (self.base_folder / self.form.config_file).exists()
+        config_file = self.form.config_file
+        return config_file is None or bool(self.config) or (self.base_folder / config_file).exists()
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,8 @@ class OpenedModels:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
         notes: What is left out of the models, renamed or added, because files spell one model in different ways.
-        remarks: Why transformers was not asked how to spell them, where that would be needed.
+        remarks: Which base model was found for adapters that the recipe names alone, and why transformers was not asked
+            how to spell the models, where that would be needed.
     """
 
     reference: Model
@@ -108,7 +125,7 @@ class OpenedModels:
 
 
 def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
-    """Open one model: a folder, or BASE+ADAPTER.
+    """Open one model: a folder, BASE+ADAPTER, or an adapter whose configuration names its base.
 
     Args:
         path: As a recipe names a model.
@@ -121,14 +138,16 @@ def open_model(path: str, where: str, on_error: contextlib.ExitStack) -> Model:
     pair = model_and_adapter(path, where)
     folder = model_folder(path, where) if pair is None else pair[0]
     if pair is None and is_adapter_folder(folder):
-        raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-    spelled = _Spelled([_open_whole(folder, on_error)])
+        pair = recorded_base(folder, where), folder
+    spelled = _Spelled([_open_whole(folder if pair is None else pair[0], on_error)])
     return spelled.models[0] if pair is None else spelled.open_adapter(pair[1], spelled.models[0], on_error)
 
 
-def _open_whole(folder: Path, on_error: contextlib.ExitStack) -> Model:
-    reader, config, form = open_form(folder)
-    return Model(folder, on_error.enter_context(reader), config, folder, form)
+def _open_whole(folder: Path, on_error: contextlib.ExitStack, config_source: Path | None = None) -> Model:
+    """Open a whole model; a GGUF file takes config and tokenizer from the folder `config_source`, if there is one."""
+    given = None if config_source is None or gguf_file(folder) is None else config_source
+    reader, config, form = open_form(folder, None if given is None else without_quantization(read_config(given)))
+    return Model(folder, on_error.enter_context(reader), config, given or folder, form)
 
 
 class _Spelled:
@@ -140,18 +159,42 @@ class _Spelled:
         remarks: Why transformers was not asked about that, where it would be needed.
     """
 
-    def __init__(self, models: Sequence[Model], *, as_stored: bool = False) -> None:
+    def __init__(self, models: Sequence[Model], *, as_stored: bool = False, tied_embeddings: str = "error") -> None:
         self._spellings = Spellings(models, as_stored=as_stored)
-        self.models = [replace(m, reader=r) for m, r in zip(models, self._spellings.readers, strict=True)]
+        self._tied_embeddings = tied_embeddings
         self.notes, self.remarks = self._spellings.notes, self._spellings.remarks
+        if tied_embeddings == "untie" and (notes := self._spellings.untie()):
+            self.notes += notes
+            models = [replace(model, config=_untied(model.config)) for model in models]
+        self.models = [replace(m, reader=r) for m, r in zip(models, self._spellings.readers, strict=True)]
 
     def open_adapter(self, folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool = False) -> Model:
-        find = self._spellings.finder(self.models.index(base))
-        reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, find=find))
+        reader = on_error.enter_context(
+            AdapterReader(
+                folder,
+                base.reader,
+                base.config,
+                double=double,
+                model=self._spellings.loaded_model(self.models.index(base)),
+                tied_embeddings=self._tied_embeddings,
+            )
+        )
         if reader.renames:
             self.notes.append(adapter_note(folder, reader.renames))
         base_folder = base.folder if base.plan is None else base.base_folder
-        return Model(folder, reader, base.config, base_folder, base.form, plan=base.plan)
+        adapted = adapted_model(reader, base.config, base.base_folder)
+        reader.leave_out(adapted.left_out)
+        self.notes += adapted.notes
+        return Model(folder, reader, adapted.config, base_folder, base.form, plan=base.plan)
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says that output heads are no embeddings."""
+    new = {**config, "tie_word_embeddings": False}
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "tie_word_embeddings" in text:
+        new["text_config"] = {**text, "tie_word_embeddings": False}
+    return new
 
 
 @dataclass(frozen=True)
@@ -159,15 +202,17 @@ class _Place:
     """Where a model is.
 
     Attributes:
-        base: Its folder, or the name of the document that merges it.
-        adapter: Its adapter's folder.
-        recorded: Whether the adapter's record of its base counts.
+        base: The folder of the model, or of the adapter's base model, or the name of the document that merges it.
+        adapter: The adapter's folder.
+        recorded: Whether the adapter's record of its base must name `base`.
+        remark: What the user should know about how the base was found.
         merged: True if `base` is the name of a document.
     """
 
     base: Path
     adapter: Path | None = None
     recorded: bool = False
+    remark: str | None = None
     merged: bool = False
 
     @property
@@ -189,25 +234,32 @@ def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> M
     return Model(folder, reader, without_quantization(read_config(source)), source, dcp=reader)
 
 
-def _check_dcp_keys(recipe: Recipe, models: Iterable[Model]) -> None:
-    """Refuse keys for torch DCP folders that have no effect."""
+def _check_dcp_keys(recipe: Recipe, models: Sequence[Model]) -> None:
+    """Refuse keys for torch DCP folders and GGUF files that have no effect."""
     opened = [model for model in models if model.dcp is not None]
     if recipe.state_dict_key is not None and not opened:
         raise RecipeError("state_dict_key: no model is a torch DCP folder, so that this key has no effect; remove it")
-    if recipe.config_source is not None and all(model.base_folder == model.folder for model in opened):
+    if recipe.config_source is not None and all(model.base_folder == model.folder for model in models):
         raise RecipeError("config_source: every model has a config.json, so that this key has no effect; remove it")
 
 
 def open_models(
-    recipe: Recipe, on_error: contextlib.ExitStack, documents: Documents, *, as_stored: bool = False
+    recipe: Recipe,
+    on_error: contextlib.ExitStack,
+    documents: Documents | None = None,
+    *,
+    as_stored: bool = False,
+    tied_embeddings: str = "error",
 ) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened.
 
-    Torch DCP folders that have no config take that of `config_source`, or else that of the first model that has one.
+    Torch DCP folders that have no config take that of `config_source`, or else that of the first model that has one;
+    GGUF files take that of `config_source`, or else what their metadata say.
 
     Args:
-        documents: The models that other documents of the recipe merge.
+        documents: The models that other documents of the recipe merge; None for a recipe of one document.
         as_stored: As for `Spellings`.
+        tied_embeddings: As for `merge_checkpoints`.
     """
     # Spectral methods would take the rounding errors of weights that an adapter forms in fp32 for directions.
     double = any(p.name == "spectral" for p in recipe.method.parameters)
@@ -218,17 +270,21 @@ def open_models(
         if source.model not in places:
             places[source.model] = _locate(recipe, source.model, dotted(source.model_location), documents)
     bases = {place.key: place for place in places.values()}
+    config = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
 
     def open_base(place: _Place) -> Model:
         if place.merged:
+            assert documents is not None
             return documents.model(str(place.base), on_error)
         if is_dcp_folder(place.base):
             return _open_dcp(recipe, place.base, on_error)
-        return _open_whole(place.base, on_error)
+        return _open_whole(place.base, on_error, config)
 
     opened_bases = [open_base(place) for place in bases.values()]
     _check_dcp_keys(recipe, opened_bases)
-    spelled = _Spelled(_with_configs(opened_bases), as_stored=as_stored)
+    if all(place.adapter is None for place in places.values()):
+        tied_embeddings = "error"  # nothing else than an adapter changes one of two tied tensors
+    spelled = _Spelled(_with_configs(opened_bases), as_stored=as_stored, tied_embeddings=tied_embeddings)
     wholes = dict(zip(bases, spelled.models, strict=True))
 
     def open_place(place: _Place) -> Model:
@@ -243,7 +299,9 @@ def open_models(
 
     opened = {path: open_place(place) for path, place in places.items()}
     by_source = {source: opened[source.model] for source in recipe.sources}
-    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), tuple(spelled.remarks))
+    remarks = [place.remark for place in places.values() if place.remark is not None]
+    remarks = list(dict.fromkeys((*remarks, *spelled.remarks)))
+    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), tuple(remarks))
 
 
 def _with_configs(models: Sequence[Model]) -> list[Model]:
@@ -254,12 +312,15 @@ def _with_configs(models: Sequence[Model]) -> list[Model]:
     return [m if m.has_config else replace(m, config=source.config, base_folder=source.base_folder) for m in models]
 
 
-def _locate(recipe: Recipe, path: str, where: str, documents: Documents) -> _Place:
-    """Return the folders of a model that the recipe names; an adapter alone belongs to the recipe's base model."""
-    if (name := document_name(path, recipe.documents)) is not None:
+def _locate(recipe: Recipe, path: str, where: str, documents: Documents | None) -> _Place:
+    """Return the folders of a model that the recipe names.
+
+    An adapter alone belongs to the recipe's base model, if that is a whole model, else to the one that it records.
+    """
+    if documents is not None and (name := document_name(path, recipe.documents)) is not None:
         adapter = path.removeprefix(name).removeprefix("+")
-        folder = documents.written.get(name)
-        place = _Place(Path(name), merged=True) if folder is None else _Place(folder)
+        written = documents.written.get(name)
+        place = _Place(Path(name), merged=True) if written is None else _Place(written)
         return replace(place, adapter=model_folder(adapter, where)) if adapter else place
     try:
         pair = model_and_adapter(path, where)
@@ -272,7 +333,10 @@ def _locate(recipe: Recipe, path: str, where: str, documents: Documents) -> _Pla
         return _Place(*pair)
     if not is_adapter_folder(folder):
         return _Place(folder)
-    if where == "base_model" or recipe.base_model is None or model_and_adapter(recipe.base_model, "base_model"):
-        raise RecipeError(f"{where}: {folder} is a LoRA adapter; name its base model too, as BASE+{folder}")
-    base = _locate(recipe, recipe.base_model, "base_model", documents)
-    return replace(base, adapter=folder, recorded=not base.merged)
+    if where != "base_model" and recipe.base_model is not None:
+        base = _locate(recipe, recipe.base_model, "base_model", documents)
+        if base.adapter is None:
+            return replace(base, adapter=folder, recorded=not base.merged)
+    recorded = recorded_base(folder, where)
+    remark = f"{folder}: is a LoRA adapter of {recorded}, which its {ADAPTER_CONFIG} names as its base model"
+    return _Place(recorded, folder, remark=remark)

@@ -7,7 +7,7 @@ tensors are left out; so are tensors that transformers does not load, unless eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,7 +16,8 @@ import torch
 from resm_kernels.checkpoint import CheckpointReader, RearrangedReader, RespelledReader, TensorInfo
 from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.engine.architecture import Architecture, Loaded, ask_transformers, names_key
-from resm_kernels.engine.conversions import rearranged
+from resm_kernels.engine.loaded import Spelled, SpelledModel
+from resm_kernels.engine.rearrangements import rearranged
 from resm_kernels.engine.spelling_rules import (
     COPY,
     IGNORED_WEIGHT,
@@ -28,7 +29,9 @@ from resm_kernels.engine.spelling_rules import (
     copies,
     renamed,
 )
-from resm_kernels.tensor_names import LayerPosition, layer_position
+from resm_kernels.lora import LoadedModel, Parameter
+from resm_kernels.lora.config import is_tied
+from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position
 
 if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
@@ -107,21 +110,55 @@ class Spellings:
                     self.readers[i] = RespelledReader(tensors.reader, names)
                 self.notes += _notes(tensors, names)
 
-    def finder(self, i: int) -> Callable[[str], str | None]:
-        """Return a function that finds a tensor of model `i` by the name that it has in any version of transformers.
+    def loaded_model(self, i: int) -> LoadedModel:
+        """Return where the parameters of model `i` are in `readers[i]`, by the names that they have when it is loaded.
 
-        The function returns the name in `readers[i]`, or None if there is no such tensor.
+        Names of any version of transformers are understood.
         """
-        names: dict[str, str] = {}
+        return SpelledModel(self.readers[i], lambda: self._spelled(i))
 
-        def find(name: str) -> str | None:
-            tensors = self._tensors()[i]
-            if not names:
-                names.update({old: new for new, old in self._names(tensors).items()})
-            loaded = self._loaded_name(tensors, name)
-            return names.get(tensors.stored.get(loaded, ""))
+    def untie(self) -> list[str]:
+        """Let each model have its tied embeddings and output heads apart; return a line for each model.
 
-        return find
+        The models then need `tie_word_embeddings: false` in their configurations.
+        """
+        notes = []
+        for i, tensors in enumerate(self._tensors()):
+            architecture, reader = tensors.architecture, self.readers[i]
+            tied = self._ties(tensors)
+            loaded = self.loaded_model(i)
+            names = {name: name for name in reader.tensors}
+            for copy, original in tied.items():
+                found = loaded.locate(original)
+                stored = None if found is None else found.stored_whole
+                if stored is not None and copy not in names and (architecture is None or copy in architecture.untied):
+                    names[copy] = stored
+            added = [copy for copy in names if copy not in reader.tensors]
+            if added:
+                self.readers[i] = RespelledReader(reader, names)
+                notes.append(f"{tensors.model.folder}: unties {', '.join(added)} from {names[added[0]]}")
+        return notes
+
+    @staticmethod
+    def _ties(tensors: _Tensors) -> Mapping[str, str]:
+        """Return the tied parameters of a model, the copy's name → the original's."""
+        if tensors.architecture is not None:
+            return tensors.architecture.tied
+        if not is_tied(tensors.model.config, tensors.reader.tensors):
+            return {}
+        embedding = next(filter(is_tied_embedding, tensors.reader.tensors), None)
+        return {} if embedding is None else {OUTPUT_HEAD: embedding}
+
+    def _spelled(self, i: int) -> Spelled:
+        tensors = self._tensors()[i]
+        readable = {stored: new for new, stored in self._names(tensors).items()}
+        return Spelled(
+            architecture=tensors.architecture,
+            names={loaded: readable[stored] for loaded, stored in tensors.stored.items() if stored in readable},
+            stored={stored: (new, tensors.info(stored).shape) for stored, new in readable.items()},
+            tied=tensors.tied,
+            loaded_name=lambda name: self._loaded_name(tensors, name),
+        )
 
     def _tensors(self) -> list[_Tensors]:
         if self._matched is None:
@@ -206,27 +243,24 @@ class Spellings:
 def _rearrange(models: Sequence[_Tensors]) -> Iterator[str]:
     """Let models give those tensors that the reference model stores joined or apart as it does; yield a line for each.
 
-    These are experts that are stored one by one or as one tensor, or as a transposed one.
+    These are experts that are stored one by one or as one tensor, or as a transposed one, and layers that are joined.
     """
-    known = [tensors.architecture for tensors in models]
-    found = [a.placements(_all_infos(t.reader)) if a is not None else {} for a, t in zip(known, models, strict=True)]
-    for tensors, own in zip(models[1:], found[1:], strict=True):
-        changed = {
-            whole: parts
-            for whole, parts in own.items()
-            if whole in found[0] and {p.place for p in parts} != {p.place for p in found[0][whole]}
-        }
-        if not changed:
+    stored = _all_infos(models[0].reader)
+    shapes = {name: info.shape for name, info in stored.items()}
+    wanted: list[Parameter] | None = None
+    for tensors in models[1:]:
+        own = _all_infos(tensors.reader)
+        if {name: info.shape for name, info in own.items()} == shapes:
             continue
-        made: dict[str, Any] = {}
-        for whole, parts in changed.items():
-            made |= rearranged(found[0][whole], parts)
-        consumed = frozenset(placement.part.name for parts in changed.values() for placement in parts)
-        reader = RearrangedReader(tensors.reader, made, consumed)
-        tensors.model = replace(tensors.model, reader=reader)
-        old, new = next(iter(changed.values()))[0].part.name, next(iter(made))
-        many = f"{_TENSOR.counted(len(consumed))} as {len(made)}"
-        yield f"{tensors.model.folder}: reads {many} in another arrangement ({old} as {new}{_more(consumed)})"
+        assert models[0].architecture is not None and tensors.architecture is not None
+        wanted = models[0].architecture.held(stored) if wanted is None else wanted
+        made, consumed = rearranged(wanted, stored, tensors.architecture.held(own))
+        if made:
+            tensors.model = replace(tensors.model, reader=RearrangedReader(tensors.reader, made, consumed))
+            new, (_, parts) = next(iter(made.items()))
+            many = f"{_TENSOR.counted(len(consumed))} as {len(made)}"
+            of = f"{parts[0].name} as {new}{_more(consumed)}"
+            yield f"{tensors.model.folder}: reads {many} in another arrangement ({of})"
 
 
 def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:

@@ -10,10 +10,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, json_bytes
-from resm_kernels.checkpoint.auxiliary import check_tokenizer_files, config_entry
-from resm_kernels.engine.models import OpenedModels
+from resm_kernels.checkpoint.auxiliary import (
+    TOKENIZER_PATTERNS,
+    check_tokenizer_files,
+    matching_files,
+)
+from resm_kernels.checkpoint.forms import gguf_file, pretrained
+from resm_kernels.checkpoint.gguf_header import GGUF_TOKENIZER, read_gguf_header
+from resm_kernels.engine.models import Model, OpenedModels
+from resm_kernels.engine.token_tables import TokenTables
 from resm_kernels.files import LIST_BYTES, read_object
-from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, model_folder
+from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, canonical_folder, model_and_adapter, model_folder
 
 SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
 
@@ -25,22 +32,25 @@ class OutputTokenizer:
     Attributes:
         tokens: Token → row of the output's embedding.
         rows: Number of rows of the output's embedding: the largest row of a token plus one, padded as the recipe says.
-        known: For each model folder, token → row of that model's embedding, without tokens beyond its last row.
+        known: For each model, by its `places`, token → row of its embedding, without tokens beyond its last row.
         special: Names such as `eos_token_id` and their values in this tokenizer; None for tokens that it does not have.
         files: The tokenizer's files: name → content.
     """
 
     tokens: Mapping[str, int]
     rows: int
-    known: Mapping[Path, Mapping[str, int]]
+    known: Mapping[tuple[Path, Path], Mapping[str, int]]
     special: Mapping[str, int | None]
     files: Mapping[str, bytes]
 
 
-def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: bool = False) -> OutputTokenizer:
+def build_tokenizer(
+    recipe: Recipe, models: OpenedModels, tables: TokenTables, *, trust_remote_code: bool = False
+) -> OutputTokenizer:
     """Build the tokenizer that the recipe's `tokenizer` or `tokenizer_source` asks for.
 
-    `base` and a model's name take that model's tokenizer, without tokens whose row is beyond the model's embedding.
+    `base` and a model's name take that model's tokenizer, without tokens whose row is beyond the model's embedding. The
+    tokenizer of a base model with an adapter is the one in the adapter's folder, if there is one.
     `union` takes the base model's (the first model's if there is no base) and adds the tokens that only others have, in
     the recipe's order and by row: first plain tokens, then added tokens, each with the settings of the first model that
     has it. Tokens whose row is beyond their model's embedding are not added.
@@ -51,17 +61,24 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
     """
     entry = recipe.output_tokenizer
     assert entry is not None
-    folder = models.reference.base_folder if entry.source in (BASE, UNION) else _folder(recipe, models, entry.source)
+    source = models.reference if entry.source in (BASE, UNION) else _find(models, entry.source)
     loader = _Loader(trust_remote_code)
-    loaded = {model.base_folder: loader.load(model.base_folder) for model in models.all()}
-    known: dict[Path, Mapping[str, int]] = {}
+    loaded = {folder: loader.load(folder) for folder in dict.fromkeys(m.tokenizer_folder for m in models.all())}
+    known: dict[tuple[Path, Path], Mapping[str, int]] = {}
     for model in models.all():
-        size, rows = config_entry(model.config, "vocab_size", int), loaded[model.base_folder].get_vocab()
-        known[model.base_folder] = {token: row for token, row in rows.items() if size is None or row < size}
-    config = next((m.config for m in models.all() if m.base_folder == folder), {})
-    tokenizer = loader.load(folder, config_entry(config, "vocab_size", int))
+        size, rows = tables.rows(model), loaded[model.tokenizer_folder].get_vocab()
+        if size is not None and any(size <= row < size + tables.further for row in rows.values()):
+            raise RecipeError(
+                f"tokenizer: {model.folder} has tokens in the rows after its vocabulary of {size}, which have a place "
+                "of their own; vocabularies of such models cannot be merged: remove tokenizer or tokenizer_source"
+            )
+        known[model.places] = {token: row for token, row in rows.items() if size is None or row < size}
+    if source is None:
+        tokenizer = loader.load(_folder(recipe, entry.source))
+    else:
+        tokenizer = loader.load(source.tokenizer_folder, tables.rows(source))
     if entry.source == UNION:
-        _add_missing_tokens(tokenizer, list(loaded.values()), list(known.values()))
+        _add_missing_tokens(tokenizer, [loaded[m.tokenizer_folder] for m in models.all()], list(known.values()))
     vocabulary = tokenizer.get_vocab()
     for token in entry.tokens:
         if token not in vocabulary:
@@ -77,11 +94,44 @@ def build_tokenizer(recipe: Recipe, models: OpenedModels, *, trust_remote_code: 
     )
 
 
-def _folder(recipe: Recipe, models: OpenedModels, name: str) -> Path:
-    """Return the folder of a tokenizer: that of one of the recipe's models, or any other."""
-    opened = next((model for source, model in models.by_source.items() if source.is_model(name)), None)
+def _find(models: OpenedModels, name: str) -> Model | None:
+    """Return the model that a tokenizer's source names: one of the recipe's, by its name or by its adapter's folder."""
+    named = (model for source, model in models.by_source.items() if source.is_model(name))
+    folder = canonical_folder(name)
+    adapters = (model for model in models.all() if canonical_folder(str(model.folder)) == folder)
+    return next((model for found in (named, adapters) for model in found), None)
+
+
+def _folder(recipe: Recipe, name: str) -> Path:
+    """Return the folder of a tokenizer that is in none of the recipe's models: of BASE+ADAPTER, the adapter's."""
     where = "tokenizer_source" if recipe.tokenizer_source is not None else "tokenizer.source"
-    return model_folder(name, where) if opened is None else opened.base_folder
+    pair = model_and_adapter(name, where)
+    return model_folder(name, where) if pair is None else pair[1]
+
+
+def tokenizer_files(folder: Path) -> Path | Mapping[str, bytes]:
+    """Return what an output's tokenizer is copied from: the model's folder, or the files made of a GGUF file's.
+
+    Raises:
+        RecipeError: The GGUF file has a tokenizer, and transformers cannot load it.
+    """
+    file = gguf_tokenizer(folder)
+    if file is None or GGUF_TOKENIZER not in read_gguf_header(file).metadata:
+        return folder
+    try:
+        return _saved_files(_Loader(False).load(folder))
+    except RecipeError as error:
+        raise RecipeError(
+            f"{error}; to write the model without it, pass --no-copy-tokenizer, or name a folder with config.json and "
+            "tokenizer as config_source"
+        ) from error
+
+
+def gguf_tokenizer(path: Path) -> Path | None:
+    """Return the GGUF file that a model's tokenizer is in; None if it has a tokenizer's files of its own."""
+    if path.is_dir() and matching_files(path, TOKENIZER_PATTERNS):
+        return None
+    return gguf_file(path)
 
 
 class _Loader:
@@ -101,8 +151,9 @@ class _Loader:
     def load(self, folder: Path, size: int | None = None) -> Any:
         """Load a tokenizer; if `size` is not None, without the tokens from row `size` on."""
         check_tokenizer_files(folder)
+        place = pretrained(folder, gguf_tokenizer(folder))
         try:
-            tokenizer = self._class.from_pretrained(folder, trust_remote_code=self._trust, local_files_only=True)
+            tokenizer = self._class.from_pretrained(**place, trust_remote_code=self._trust, local_files_only=True)
         except Exception as error:  # transformers raises whatever its tokenizer classes do
             reason = str(error).strip().partition("\n")[0]
             raise RecipeError(

@@ -16,6 +16,7 @@ from torch import Tensor
 from resm_kernels.checkpoint import CheckpointReader, TensorInfo
 from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
+from resm_kernels.engine.token_tables import TokenTable, TokenTables
 from resm_kernels.engine.tokenizer import OutputTokenizer
 from resm_kernels.files import shortened
 from resm_kernels.recipe import Recipe, RecipeError, TokenSource, canonical_folder, dotted
@@ -42,24 +43,32 @@ class Vocabulary:
     that only pad the vocabulary are the mean of the model's other rows.
     """
 
-    def __init__(self, recipe: Recipe, models: OpenedModels, tokenizer: OutputTokenizer) -> None:
+    def __init__(self, recipe: Recipe, models: OpenedModels, tokenizer: OutputTokenizer, tables: TokenTables) -> None:
         entry = recipe.output_tokenizer
         assert entry is not None
-        self.tokenizer = tokenizer
+        self.tokenizer, self._tables = tokenizer, tables
         self._models = models
         self._entries = entry.tokens
         self._base = recipe.base_model
         self._models_by_path = {canonical_folder(source.model): model for source, model in models.by_source.items()}
-        self._rows_by_folder: dict[Path, list[int]] = {}
+        self._rows_by_places: dict[tuple[Path, Path], list[int]] = {}
         self._models_by_path[canonical_folder(recipe.reference)] = models.reference
+
+    def covers(self, name: str) -> bool:
+        """Return True if the output's tensor of this name has rows of tokens."""
+        return self._tables.table(name) is not None
 
     def inputs(self, tensor: OutputTensor) -> tuple[tuple[CheckpointReader, TensorInfo], ...]:
         """Return the inputs of one vocabulary tensor, each with a row for every token of the output."""
+        table = self._tables.table(tensor.name)
+        assert table is not None
         models = [self._models.by_source[source] for source in tensor.piece.sources]
         tensors = ModelTensors(
-            [(m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True)]
+            [(m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True)], table
         )
-        model_rows = [self._model_rows(model) for model in models]
+        model_rows = [
+            self._rows_of(model, table, info) for model, (_, info) in zip(models, tensors.tensors, strict=True)
+        ]
         base = next((i for i, s in enumerate(tensor.piece.sources) if self._base and s.is_model(self._base)), None)
         if tensor.piece.base is not None:
             base = 0
@@ -79,15 +88,22 @@ class Vocabulary:
                 defaults[row] = base_row or present
         return tuple(self._input(tensors, i, model_rows[i], defaults, forced) for i in range(len(models)))
 
+    def _rows_of(self, model: Model, table: TokenTable, info: TensorInfo) -> list[int]:
+        """Return for each row of the output's tensor the row of the model's that it is, −1 for a token it lacks."""
+        rows, count = self._model_rows(model), table.tokens(info)
+        if table.first_stands_in and max(rows) >= count:
+            rows = [row if row < count else 0 for row in rows]
+        return [*rows, *range(count, count + table.further)]
+
     def _model_rows(self, model: Model) -> list[int]:
         """Return for each row of the output the model's row of the same token, −1 where the model has no such token."""
-        if model.base_folder not in self._rows_by_folder:
-            known = self.tokenizer.known[model.base_folder]
+        if model.places not in self._rows_by_places:
+            known = self.tokenizer.known[model.places]
             rows = [-1] * self.tokenizer.rows
             for token, row in self.tokenizer.tokens.items():
                 rows[row] = known.get(token, -1)
-            self._rows_by_folder[model.base_folder] = rows
-        return self._rows_by_folder[model.base_folder]
+            self._rows_by_places[model.places] = rows
+        return self._rows_by_places[model.places]
 
     def _named_source(
         self, source: TokenSource, token: str, tensor: OutputTensor, tensors: ModelTensors
@@ -104,14 +120,13 @@ class Vocabulary:
             raise RecipeError(f"{where}: {model.folder} has no tensor {tensor.inputs[0]!r}; name another model")
         row = source.token_id
         if row is None:
-            row = self.tokenizer.known[model.base_folder].get(source.token or token)
+            row = self.tokenizer.known[model.places].get(source.token or token)
         if row is None:
             raise RecipeError(f"{where}: {model.folder} has no token {shortened(source.token or token)}; name another")
-        if row >= (info.shape or (0,))[0]:
-            raise RecipeError(
-                f"{where}: got token_id {row}, but {model.folder} has {(info.shape or (0,))[0]} rows; need a lower one"
-            )
-        return ((tensors.number(model.reader, info), row),)
+        count = tensors.table.tokens(info)
+        if row >= count and not tensors.table.first_stands_in:
+            raise RecipeError(f"{where}: got token_id {row}, but {model.folder} has {count} rows; need a lower one")
+        return ((tensors.number(model.reader, info), row if row < count else 0),)
 
     def _input(
         self,
@@ -123,10 +138,8 @@ class Vocabulary:
     ) -> tuple[CheckpointReader, TensorInfo]:
         """Return the aligned tensor of model `i`, or its tensor as it is if no row has to be changed."""
         reader, info = tensors.tensors[i]
-        if not info.numel:
-            raise MergeError(f"{reader.folder}: tensor {info.name!r} has the shape {info.shape}, need rows of tokens")
         if not forced and info.shape[0] == len(model_rows) and model_rows == list(range(len(model_rows))):
-            return reader, info
+            return reader, reader.tensors[info.name]
         foreign = {row: sources for row, sources in defaults.items() if row in forced or model_rows[row] < 0}
         remaining_rows = [-1 if row in foreign else model_row for row, model_row in enumerate(model_rows)]
         if max(remaining_rows) >= info.shape[0]:
@@ -139,17 +152,26 @@ class Vocabulary:
 
 
 class ModelTensors:
-    """One vocabulary tensor in several models."""
+    """One vocabulary tensor in several models.
 
-    def __init__(self, tensors: Sequence[tuple[CheckpointReader, TensorInfo]]) -> None:
-        self.tensors = list(tensors)
+    Attributes:
+        tensors: Each model's reader, and the description of the tensor without the dimensions before its rows.
+        table: How the tensor holds rows of tokens.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[CheckpointReader, TensorInfo]], table: TokenTable) -> None:
+        self.table = table
+        self.tensors = [(reader, self._without_axes(info)) for reader, info in tensors]
+
+    def _without_axes(self, info: TensorInfo) -> TensorInfo:
+        return replace(info, shape=info.shape[self.table.axis :])
 
     def number(self, reader: CheckpointReader, info: TensorInfo) -> int:
         """Return the number of a model's tensor, and add the tensor if it is new."""
         for i, (known, _) in enumerate(self.tensors):
             if known is reader:
                 return i
-        self.tensors.append((reader, info))
+        self.tensors.append((reader, self._without_axes(info)))
         return len(self.tensors) - 1
 
     def add(
@@ -170,7 +192,7 @@ class ModelTensors:
         reader, info = self.tensors[i]
         if not reader.has_parts(info.name):
             if i not in formed:
-                formed[i] = reader.read(info.name)
+                formed[i] = reader.read(info.name).view(info.shape)
             out.index_add_(0, targets, formed[i][rows].to(out.dtype))
             return
         nbytes = info.nbytes // info.shape[0]
@@ -226,7 +248,9 @@ class AlignedReader(CheckpointReader):
         dtype = wide if len(self._padding) or any(foreign.values()) else info.dtype
         shape = (len(model_rows), *info.shape[1:])
         nbytes = dtype.itemsize * len(model_rows) * (info.numel // info.shape[0])
-        self.tensors = MappingProxyType({info.name: replace(info, dtype=dtype, shape=shape, nbytes=nbytes)})
+        self._rows = replace(info, dtype=dtype, shape=shape, nbytes=nbytes)
+        whole = replace(self._rows, shape=(1,) * tensors.table.axis + shape)
+        self.tensors = MappingProxyType({info.name: whole})
 
     @property
     def workspace(self) -> int:
@@ -247,7 +271,7 @@ class AlignedReader(CheckpointReader):
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the aligned tensor, or with the part of it that `info` describes."""
-        whole = self.tensors[info.name]
+        whole = self._rows
         row = whole.numel // whole.shape[0]
         start = (info.offset - whole.offset) // info.dtype.itemsize
         out = buffer.view(-1).view(torch.uint8).view(info.dtype)
@@ -294,7 +318,7 @@ class AlignedReader(CheckpointReader):
         """Return the mean of all rows that are not padding; it is computed once."""
         with self._lock:
             if self._mean_row is None:
-                (info,) = self.tensors.values()
+                info = self._rows
                 total = torch.zeros(info.shape[1:], dtype=torch.float64)
                 for _, rows in self._pieces_of(info, 0, info.shape[0], formed, padded=False):
                     total += rows.sum(0, dtype=torch.float64)

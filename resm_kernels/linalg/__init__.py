@@ -2,7 +2,7 @@
 
 from resm_kernels.linalg.decompose import Decomposition, Subspace, decompose, decompose_list
 from resm_kernels.linalg.orthonormalize import Orthonormalized, orthonormalize
-from resm_kernels.linalg.polar import polar, polar_factors
+from resm_kernels.linalg.polar import PolarFactors, polar, polar_factors
 from resm_kernels.linalg.routes import DECOMPOSITIONS
 from resm_kernels.linalg.spd_solve import SpdSolution, spd_solve
 from resm_kernels.linalg.spectrum import (
@@ -23,6 +23,7 @@ __all__ = [
     "DECOMPOSITIONS",
     "Decomposition",
     "Orthonormalized",
+    "PolarFactors",
     "SpdSolution",
     "Subspace",
     "TaskInterference",

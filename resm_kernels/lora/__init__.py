@@ -1,23 +1,32 @@
-"""Low-rank adapters in PEFT's format: this package extracts them, reads them as experts and merges their factors."""
+"""Low-rank adapters in PEFT's format: this package extracts them, reads them as experts and merges them."""
 
 from __future__ import annotations
 
-from resm_kernels.lora.adapter import AdapterReader, StoredFactors
+from resm_kernels.lora.adapter import AdapterReader
 from resm_kernels.lora.config import AdapterConfig, check_recorded_base, is_adapter_folder, read_adapter_config
-from resm_kernels.lora.extract import ExtractedLayer, ExtractReport, OtherTensor, extract_lora
+from resm_kernels.lora.extract_report import ExtractedLayer, ExtractReport, OtherTensor
 from resm_kernels.lora.factors import Factors, merge_factors
+from resm_kernels.lora.loaded import Axis, LoadedModel, Parameter, Placement
+from resm_kernels.lora.merge import MergedModule, MergeLoraReport, merge_lora
+from resm_kernels.lora.patches import StoredFactors
 
 __all__ = [
     "AdapterConfig",
     "AdapterReader",
+    "Axis",
     "ExtractReport",
     "ExtractedLayer",
     "Factors",
+    "LoadedModel",
+    "MergeLoraReport",
+    "MergedModule",
     "OtherTensor",
+    "Parameter",
+    "Placement",
     "StoredFactors",
     "check_recorded_base",
-    "extract_lora",
     "is_adapter_folder",
     "merge_factors",
+    "merge_lora",
     "read_adapter_config",
 ]

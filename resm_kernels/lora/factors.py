@@ -10,7 +10,7 @@ from torch import Tensor
 
 from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import decompose_list, orthonormalize, polar, subspaces
-from resm_kernels.linalg.products import matmul
+from resm_kernels.linalg.products import gram, matmul
 from resm_kernels.linalg.threads import run
 from resm_kernels.methods import get
 from resm_kernels.methods.resm import outlier_weights
@@ -82,11 +82,8 @@ def merge_factors(
     options = _check(base, factors, method, parameters)
     lambda_ = options.pop("lambda_")
     dtype = compute_dtype(base, *(x for f in factors for x in (f.left, f.right)))
-    left, right = _basis([f.left for f in factors]), _basis([f.right.mT for f in factors])
-    cores = [
-        matmul(matmul(left.mT, f.left, torch.float64), matmul(f.right, right, torch.float64)) * f.scale for f in factors
-    ]
-    core = _merge_cores(base, factors, cores, method, options, dtype)
+    left, right = joint_bases(factors)
+    core = merge_cores((base.shape[0], base.shape[1]), factors, cores_of(factors, left, right), method, options, dtype)
     return join(base, LowRank(matmul(left, core).to(dtype), right.to(dtype)), lambda_, out_dtype)
 
 
@@ -117,6 +114,18 @@ def _check(base: Tensor, factors: list[Factors], method: str, parameters: Mappin
     return options
 
 
+def joint_bases(factors: Sequence[Factors]) -> tuple[Tensor, Tensor]:
+    """Return orthonormal Q (m, min(m, R)) and P (n, min(n, R)) in float64, which span all left and right factors."""
+    return _basis([f.left for f in factors]), _basis([f.right.mT for f in factors])
+
+
+def cores_of(factors: Sequence[Factors], left: Tensor, right: Tensor) -> list[Tensor]:
+    """Return M_t = QᵀΔ_tP of each task vector in float64, for the bases that `joint_bases` returns."""
+    return [
+        matmul(matmul(left.mT, f.left, torch.float64), matmul(f.right, right, torch.float64)) * f.scale for f in factors
+    ]
+
+
 def _basis(parts: Sequence[Tensor]) -> Tensor:
     """Return orthonormal columns in float64, of shape (m, min(m, R)), that span the columns of all parts."""
     stacked = torch.cat([p.double() for p in parts], 1)
@@ -125,38 +134,49 @@ def _basis(parts: Sequence[Tensor]) -> Tensor:
     return run([lambda: torch.linalg.qr(stacked).Q], stacked.device)[0]
 
 
-def _merge_cores(
-    base: Tensor,
-    factors: list[Factors],
+def merge_cores(
+    shape: tuple[int, int],
+    factors: Sequence[Factors],
     cores: list[Tensor],
     method: str,
     options: Mapping[str, Any],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return the merged core in float64."""
+    """Return the core of the merged task vector, before λ, in float64.
+
+    Args:
+        shape: The shape (m, n) of the task vectors, from which some methods derive numbers.
+        factors: The task vectors, for statistics of their elements.
+        cores: As `cores_of` returns them.
+        method: One of `METHODS`.
+        options: All parameters of the method.
+        dtype: The dtype in which task vectors are formed for statistics.
+    """
     weights, n_experts = list(options["weight"]), len(cores)
     if method == "task_arithmetic":
-        return _weighted(cores, weights)
+        total = sum(weights)
+        return _weighted(cores, weights) / (total if options["normalize"] and abs(total) >= 1e-8 else 1.0)
     if method == "iso_c":
         total = _weighted(cores, weights)
         if not options["spectral"]:
             return total / n_experts
         rotation = polar(total) if total.shape[0] >= total.shape[1] else polar(total.mT).mT
-        return rotation * ((rotation * total).sum() / min(base.shape))
-    if not options["spectral"] or min(base.shape) < n_experts:
+        return rotation * ((rotation * total).sum() / min(shape))
+    if not options["spectral"] or min(shape) < n_experts:
         return _weighted(cores, weights) / n_experts
     sparsity = [0.0] * n_experts
-    if method == "resm":
+    if method == "resm" and not _keeps_all(factors, options, shape):
         outlier_mass, sparsity = _statistics(factors, options, dtype)
-        weights = [a * w for a, w in zip(outlier_weights(outlier_mass, options["beta"]).tolist(), weights, strict=True)]
+        shares = outlier_weights(outlier_mass, options["beta"]).tolist()
+        weights = [a * w for a, w in zip(shares, weights, strict=True)]
     rule = options.get("rank_rule", "fixed")
     if rule in NEEDS_SPECTRUM:
         decompositions = decompose_list(cores, "exact" if options["decomposition"] == "exact" else "gram")
-        ranks = ranks_of_spectra(rule, decompositions, tuple(base.shape), weights, options["energy"], options["k_min"])
+        ranks = ranks_of_spectra(rule, decompositions, shape, weights, options["energy"], options["k_min"])
         parts = [d.truncate(k) for d, k in zip(decompositions, ranks, strict=True)]
     else:
-        fixed, gamma = options.get("rank", min(base.shape)), options.get("gamma", 0.0)
-        ranks = ranks_of_statistics(rule, sparsity, tuple(base.shape), gamma, fixed, options.get("k_min", 0))
+        fixed, gamma = options.get("rank", min(shape)), options.get("gamma", 0.0)
+        ranks = ranks_of_statistics(rule, sparsity, shape, gamma, fixed, options.get("k_min", 0))
         exact = options["decomposition"] == "exact"
         parts = subspaces(cores, ranks, method="exact" if exact else "gram")
     return orthogonalized_sum(parts, weights, torch.float64).dense()
@@ -167,6 +187,31 @@ def _weighted(cores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     for core, weight in zip(cores, weights, strict=True):
         total += weight * core
     return total
+
+
+def _keeps_all(factors: Sequence[Factors], options: Mapping[str, Any], shape: tuple[int, int]) -> bool:
+    """Return True if RESM's statistics cannot matter: its weights are equal, and no Δ_t loses a direction.
+
+    The sparsity s_t, the share of zeros, lowers the rank k_t. By Cauchy and Schwarz |δ_ij| ≤ ‖b_i‖·‖a_j‖ for row i of B
+    and column j of A. So Δ_t has at least Σ_ij δ_ij²/(‖b_i‖²·‖a_j‖²) elements that are not zero, which is the squared
+    norm of the product of the normalised factors, and follows from two small Gram matrices.
+    """
+    if options["beta"] or options["eps_rel"] or options["rank_rule"] not in ("sparsity", "per_task"):
+        return False
+    most = [1 - _least_nonzero(f) / (shape[0] * shape[1]) for f in factors]
+    kept = ranks_of_statistics(options["rank_rule"], most, shape, options["gamma"], None, options["k_min"])
+    return all(k >= f.left.shape[1] for k, f in zip(kept, factors, strict=True))
+
+
+def _least_nonzero(factors: Factors) -> float:
+    """Return a lower bound of the number of elements of left·right that are not zero."""
+    grams = []
+    for rows in (factors.left.double(), factors.right.mT.double()):
+        norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+        unit = torch.where(norms > 0, rows / torch.where(norms > 0, norms, 1.0), 0.0)
+        grams.append(gram(unit))
+    # A thousandth is far more than the rounding of the sums.
+    return float((grams[0] * grams[1]).sum()) * 0.999 if factors.scale else 0.0
 
 
 def _statistics(

@@ -6,7 +6,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,15 @@ from resm_kernels.checkpoint import CheckpointWriter, OutputPlan, json_bytes, pl
 from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor in the temporary file of an `AdapterWriter`, and what reads it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
 
 
 class AdapterWriter:
@@ -46,8 +55,8 @@ class AdapterWriter:
     def __exit__(self, *_: object) -> None:
         self._spool.close()
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Store a CPU tensor; `name` is its name without PEFT's prefix."""
+    def keep(self, tensor: Tensor) -> Kept:
+        """Write a CPU tensor to the temporary file, for `add_kept`, when its name is not known yet."""
         start, fd, tensor = self._end, self._spool.fileno(), tensor.contiguous()
         if tensor.numel():
             with write_errors_named(self._out):
@@ -61,26 +70,60 @@ class AdapterWriter:
                 read_fully(fd, byte_view(stored), start, self._out)
             return stored
 
-        self.add_from(name, dtype, shape, read)
+        return Kept(dtype, shape, read)
+
+    def add_kept(self, name: str, tensor: Kept) -> None:
+        """Store a tensor that was kept; `name` is its name without PEFT's prefix."""
+        self.add_from(name, tensor.dtype, tensor.shape, tensor.read)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store a CPU tensor; `name` is its name without PEFT's prefix."""
+        self.add_kept(name, self.keep(tensor))
 
     def add_from(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], read: Callable[[], Tensor]) -> None:
         """Store the tensor that `read()` returns when `commit` calls it, for tensors that another file holds."""
         self._entries[PREFIX + name] = (dtype, shape, read)
+
+    def pad(self, name: str, dimension: int, size: int) -> None:
+        """Pad a tensor that was added with zeros at the end of one dimension, up to a size."""
+        dtype, shape, read = self._entries[PREFIX + name]
+        if shape[dimension] == size:
+            return
+        padded = (*shape[:dimension], size, *shape[dimension + 1 :])
+
+        def read_padded() -> Tensor:
+            whole = torch.zeros(padded, dtype=dtype)
+            whole.narrow(dimension, 0, shape[dimension]).copy_(read())
+            return whole
+
+        self.add_from(name, dtype, padded, read_padded)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that were added so far."""
         return sum(torch.Size(shape).numel() * dtype.itemsize for dtype, shape, _ in self._entries.values())
 
-    def commit(self, config: Mapping[str, Any]) -> None:
-        """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`."""
+    def commit(self, config: Mapping[str, Any], *, facts: Mapping[str, Any] | None = None) -> None:
+        """Write `adapter_model.safetensors` with all tensors and `adapter_config.json` with `config`.
+
+        Args:
+            config: The entries of adapter_config.json.
+            facts: Entries for the record in the folder, as for `CheckpointWriter`.
+        """
         plan = plan_output(((name, dtype, shape) for name, (dtype, shape, _) in self._entries.items()), sys.maxsize)
         plan = OutputPlan((replace(plan.shards[0], filename=WEIGHTS_FILE),), plan.slots)
         files = {CONFIG_FILE: json_bytes(config)}
-        with CheckpointWriter(self._out, plan, files, overwrite=self._overwrite, marker=CONFIG_FILE) as writer:
+        writing = CheckpointWriter(self._out, plan, files, overwrite=self._overwrite, marker=CONFIG_FILE, facts=facts)
+        with writing as writer:
             for name, (_, _, read) in self._entries.items():
                 writer.write(name, read())
             writer.commit()
+
+
+def _recorded(base: str | os.PathLike[str]) -> str:
+    """Return how an adapter's configuration names its base: a folder by its whole path, anything else as it is."""
+    path = os.path.abspath(os.path.expanduser(base))
+    return path if os.path.exists(path) else os.fspath(base)
 
 
 def adapter_config(base: str | os.PathLike[str], architectures: Any, **entries: Any) -> dict[str, Any]:
@@ -89,7 +132,7 @@ def adapter_config(base: str | os.PathLike[str], architectures: Any, **entries: 
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if str(name).endswith("ForCausalLM") else None,
-        "base_model_name_or_path": os.path.abspath(os.path.expanduser(base)),
+        "base_model_name_or_path": _recorded(base),
         "inference_mode": True,
         "lora_dropout": 0.0,
         "use_rslora": False,

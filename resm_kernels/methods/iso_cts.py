@@ -12,6 +12,7 @@ from resm_kernels.dtypes import compute_dtype
 from resm_kernels.linalg import Decomposition, decompose, polar
 from resm_kernels.linalg.polar import RANK_TOLERANCE
 from resm_kernels.linalg.products import frobenius_norm, matmul
+from resm_kernels.linalg.routes import FullDecompositionMethod
 from resm_kernels.methods._aliases import FullDecomposition, Lambda, Spectral, Weight
 from resm_kernels.methods._registry import merge_method
 from resm_kernels.methods._signature import Option, each
@@ -70,7 +71,29 @@ def iso_cts(
     if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
         return averaged
     r = min(base.shape)
-    s, p = subspace_sizes(r, len(experts), common_space_fraction)
+    sizes = subspace_sizes(r, len(experts), common_space_fraction)
+    dtype = compute_dtype(base, *experts)
+    return join(base, merge_subspaces(base, experts, weight, sizes, r, decomposition, dtype), lambda_, out_dtype)
+
+
+def merge_subspaces(
+    base: Tensor,
+    experts: list[Tensor],
+    weight: list[float],
+    sizes: tuple[int, int],
+    r: int,
+    decomposition: FullDecompositionMethod,
+    dtype: torch.dtype,
+) -> LowRank:
+    """M of `iso_cts`, for given dimensions of the subspaces, in `dtype`.
+
+    Args:
+        base, experts, weight, decomposition: As for `iso_cts`.
+        sizes: s and p, the dimensions of the common subspace and of each task-specific one.
+        r: The number of singular values by which σ̄ divides.
+        dtype: fp32 or float64.
+    """
+    s, p = sizes
     decomposed = decompose(weighted_sum(base, experts, weight), decomposition)
     # If all m left vectors are known, residuals are formed in the m − s coordinates of those that are not common.
     full_rank = p > 0 and decomposed.rank == base.shape[0]
@@ -99,9 +122,7 @@ def iso_cts(
     else:
         left, right = common, common_right
     del lefts, rights, common, common_right, complement
-    dtype = compute_dtype(base, *experts)
-    merged = LowRank((left * (size / r)).to(dtype), right.to(dtype))
-    return join(base, merged, lambda_, out_dtype)
+    return LowRank((left * (size / r)).to(dtype), right.to(dtype))
 
 
 def subspace_sizes(r: int, n_experts: int, fraction: float) -> tuple[int, int]:

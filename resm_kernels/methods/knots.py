@@ -18,6 +18,7 @@ from resm_kernels.methods.ties import ties
 from resm_kernels.ops.aggregate import aggregate
 from resm_kernels.spectral.low_rank import LowRank, join
 from resm_kernels.spectral.task_matrices import averaged_blocks, averaged_unless_matrix, matrix_workspace, task_vector
+from resm_kernels.stages import kept
 
 
 @matrix_workspace
@@ -68,7 +69,7 @@ def knots(
     if inner == "sum":
         return aggregate(base, experts, weight, scale=lambda_, out_dtype=out_dtype)
     dtype = compute_dtype(base, *experts)
-    basis = _shared_basis(base, experts)
+    basis = kept("shared basis", (base, *experts), lambda: _shared_basis(base, experts))
     coordinates = [
         matmul(basis.mT, task_vector(base, experts, t), torch.float64).to(dtype) for t in range(len(experts))
     ]

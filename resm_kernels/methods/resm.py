@@ -23,7 +23,7 @@ from resm_kernels.methods._aliases import ACCURACY, SPECTRAL, DecompositionMetho
 from resm_kernels.methods._registry import get, merge_method
 from resm_kernels.methods._signature import Option, each
 from resm_kernels.ops.delta_stats import DeltaStats, delta_stats
-from resm_kernels.spectral.low_rank import LowRank, join, orthogonalized_sum
+from resm_kernels.spectral.low_rank import LowRank, Orthogonalized, join, orthogonalized
 from resm_kernels.spectral.ranks import NEEDS_SPECTRUM, RankRule, ranks_of_spectra, ranks_of_statistics
 from resm_kernels.spectral.task_matrices import (
     averaged_blocks,
@@ -32,6 +32,7 @@ from resm_kernels.spectral.task_matrices import (
     is_spectral,
     spectral_workspace,
 )
+from resm_kernels.stages import kept
 
 SMALL: Final = 1 << 17
 """Matrices of up to this many elements are merged on one thread: dividing the work would cost more than it saves."""
@@ -108,19 +109,23 @@ def resm(
 
     def merge() -> LowRank:
         scalars, shape = vectors.scalar_weights(), (base.shape[0], base.shape[1])
-        parts: list[Subspace] = []
+        decompositions: list[Decomposition] = []
         if rank_rule in NEEDS_SPECTRUM:
-            decompositions = vectors.decompositions(decomposition)
+            decompositions += vectors.decompositions(decomposition)
             ranks = ranks_of_spectra(rank_rule, decompositions, shape, scalars, energy, k_min)
-            parts = [d.truncate(k) for d, k in zip(decompositions, ranks, strict=True)]
-            del decompositions
         else:
             ranks = ranks_of_statistics(rank_rule, vectors.stats.sparsity().tolist(), shape, gamma, rank, k_min)
-            for group in decomposed_together(base.shape, len(experts)):
-                matrices = [vectors.matrix(t) for t in group]
-                parts += subspaces(matrices, [ranks[t] for t in group], method=decomposition, accuracy=accuracy)
-                del matrices
-        return orthogonalized_sum(parts, scalars, compute_dtype(base, *experts), accuracy)
+
+        def directions() -> Orthogonalized:
+            if rank_rule in NEEDS_SPECTRUM:
+                parts = [d.truncate(k) for d, k in zip(decompositions, ranks, strict=True)]
+                decompositions.clear()  # they take more memory than the parts
+            else:
+                parts = vectors.subspaces(ranks, decomposition, accuracy)
+            return orthogonalized(parts, compute_dtype(base, *experts), accuracy)
+
+        options = (rank_rule in NEEDS_SPECTRUM, tuple(ranks), decomposition, accuracy)
+        return kept(("directions", vectors.stage, options), (base, *experts), directions).weighted(scalars)
 
     merged = run([merge], base.device)[0] if base.numel() <= SMALL else merge()
     return join(base, merged, lambda_, out_dtype)
@@ -223,10 +228,29 @@ class _TaskVectors:
         """w_t, which commutes with the decomposition; 1 if there are row weights, which `matrix` contains already."""
         return self.weights.tolist() if self.weights.ndim == 1 else [1.0] * len(self.weights)
 
+    @property
+    def stage(self) -> tuple[float | None, bytes | None]:
+        """What the matrices depend on beside base and experts."""
+        return self.clip, self.weights.numpy().tobytes() if self.weights.ndim == 2 else None
+
+    def subspaces(self, ranks: Sequence[int], method: str, accuracy: float) -> list[Subspace]:
+        """The dominant subspaces of every task vector."""
+        parts: list[Subspace] = []
+        for group in decomposed_together(self.base.shape, len(self.experts)):
+            matrices = [self.matrix(t) for t in group]
+            parts += subspaces(matrices, [ranks[t] for t in group], method=method, accuracy=accuracy)
+            del matrices
+        return parts
+
     def decompositions(self, method: str) -> list[Decomposition]:
         """All singular values and directions of every task vector."""
-        matrices = [self.matrix(t) for t in range(len(self.experts))]
-        return decompose_list(matrices, "exact" if method == "exact" else "gram")
+
+        def decompose_all() -> list[Decomposition]:
+            matrices = [self.matrix(t) for t in range(len(self.experts))]
+            return decompose_list(matrices, route)
+
+        route = "exact" if method == "exact" else "gram"
+        return kept(("decompositions", self.stage, route), (self.base, *self.experts), decompose_all)
 
 
 def _task_vectors(

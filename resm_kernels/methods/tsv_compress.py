@@ -66,7 +66,7 @@ def tsv_compress(
     if (averaged := averaged_unless_matrix(base, experts, weight, lambda_, spectral, out_dtype)) is not None:
         return averaged
     r = min(base.shape)
-    k = _directions(r, len(experts), rank, share)
+    k = directions(r, len(experts), rank, share)
     if k >= r:
         return aggregate(base, experts, weight, scale=lambda_, out_dtype=out_dtype)
 
@@ -76,7 +76,8 @@ def tsv_compress(
     return join(base, truncated_sum(base, experts, rule, decomposition), lambda_, out_dtype)
 
 
-def _directions(r: int, n_experts: int, rank: int | None, share: float | None) -> int:
+def directions(r: int, n_experts: int, rank: int | None, share: float | None) -> int:
+    """How many directions are kept of each expert's matrix with r = min(m, n)."""
     if rank is not None:
         return rank
     if share is not None:

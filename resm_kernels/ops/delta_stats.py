@@ -14,6 +14,7 @@ from resm_kernels.checks import check_group, check_number, raise_nonfinite
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.delta_stats import HISTOGRAM_BINS, DeltaStatsOptions, histogram_edges
 from resm_kernels.reference.delta_stats import delta_stats as _reference
+from resm_kernels.stages import kept
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ def delta_stats(
         histogram=bool(histogram),
         rows=bool(rows),
     )
-    moments, counts, bin_counts, bin_sums = _delta_stats(base, list(experts), options)
+    moments, counts, bin_counts, bin_sums = kept(
+        ("delta_stats", options), (base, *experts), lambda: _delta_stats(base, list(experts), options)
+    )
     stats = DeltaStats(
         numel=counts[..., 4],
         sum=moments[..., 0],

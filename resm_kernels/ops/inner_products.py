@@ -12,6 +12,7 @@ from resm_kernels.checks import check_group, raise_nonfinite
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.inner_products import InnerProductsOptions
 from resm_kernels.reference.inner_products import inner_products as _reference
+from resm_kernels.stages import kept
 from resm_kernels.streams import Block, Stream, stream_of
 
 
@@ -51,7 +52,10 @@ def inner_products(
     if stream is not None:
         grams = _streamed(stream, base, experts, InnerProductsOptions(rows=bool(rows)))
     else:
-        grams = _inner_products(base, list(experts), InnerProductsOptions(rows=bool(rows)))
+        options = InnerProductsOptions(rows=bool(rows))
+        grams = kept(
+            ("inner_products", options), (base, *experts), lambda: _inner_products(base, list(experts), options)
+        )
     # A sum of squares is finite where its terms are.
     if check_finite and not bool(torch.isfinite(torch.diagonal(grams, dim1=-2, dim2=-1)).all()):
         raise_nonfinite(base, experts)

@@ -14,6 +14,7 @@ from resm_kernels.ops._library import declare
 from resm_kernels.ops._sparsity import Thresholds, checked_sparsity
 from resm_kernels.reference.deltas import SparsityOptions
 from resm_kernels.reference.kept_moments import kept_moments as _reference
+from resm_kernels.stages import is_keeping, kept
 from resm_kernels.streams import Block, Stream, stream_of
 
 
@@ -63,7 +64,18 @@ def kept_moments(
     stream = stream_of(*experts)
     if stream is not None:
         return KeptMoments(*_streamed(stream, base, experts, options).unbind(1))
-    return KeptMoments(*_kept_moments(base, list(experts), options).unbind(1))
+    moments = kept(
+        ("kept_moments", _bounds(options) if is_keeping() else None),  # reading them would wait for a GPU
+        (base, *experts, *(options.masks or ())),
+        lambda: _kept_moments(base, list(experts), options),
+    )
+    return KeptMoments(*moments.unbind(1))
+
+
+def _bounds(options: SparsityOptions) -> tuple[tuple[float, ...] | None, ...]:
+    """The thresholds as numbers."""
+    both = (options.thresholds, options.upper_thresholds)
+    return tuple(None if bounds is None else tuple(bounds.tolist()) for bounds in both)
 
 
 def _native(base: Tensor, experts: list[Tensor], options: SparsityOptions) -> Tensor:

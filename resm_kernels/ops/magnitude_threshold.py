@@ -14,6 +14,7 @@ from resm_kernels.dtypes import compute_dtype
 from resm_kernels.ops._library import declare
 from resm_kernels.reference.magnitude_threshold import MagnitudeThresholdOptions
 from resm_kernels.reference.magnitude_threshold import magnitude_threshold as _reference
+from resm_kernels.stages import kept_each
 from resm_kernels.streams import Block, Stream, stream_of
 
 
@@ -50,7 +51,12 @@ def magnitude_threshold(
         found, counts = streamed_thresholds(stream, base, experts, lambda _: shares, lambda: list(options.k))
         thresholds, nonfinite = torch.tensor(found, dtype=torch.float64), torch.tensor(counts)
     else:
-        thresholds, nonfinite = _magnitude_threshold(base, list(experts), options)
+
+        def select(chosen: Sequence[int]) -> tuple[Tensor, ...]:
+            ranks = MagnitudeThresholdOptions(k=tuple(options.k[t] for t in chosen))
+            return _magnitude_threshold(base, [experts[t] for t in chosen], ranks)
+
+        thresholds, nonfinite = kept_each("magnitude_threshold", base, experts, options.k, select)
     if check_finite and bool(nonfinite.any()):
         raise_nonfinite(base, experts)
         raise ValueError("experts: a difference to the base exceeds the range of fp32; pass float64 tensors")

@@ -18,6 +18,7 @@ from resm_kernels.ops._library import declare
 from resm_kernels.ops.random_matrix import MAX_SEED
 from resm_kernels.reference.random_mask import RandomMaskOptions, row_length
 from resm_kernels.reference.random_mask import random_mask as _reference
+from resm_kernels.stages import kept
 from resm_kernels.streams import Block, Stream, stream_of
 
 MAX_ROW: Final = 2**31 - 1
@@ -72,7 +73,9 @@ def random_mask(
             raise ValueError(f"epsilon: got {e} with density {p}, need density ± epsilon between 0 and 1")
     options = RandomMaskOptions(density=densities, epsilon=spans, seed=check_whole("seed", seed, MAX_SEED))
     stream = stream_of(base)
-    return _random_mask(base, list(experts), options) if stream is None else _streamed(stream, base, experts, options)
+    if stream is not None:
+        return _streamed(stream, base, experts, options)
+    return kept(("random_mask", options), (base, *experts), lambda: _random_mask(base, list(experts), options))
 
 
 def _each(name: str, value: Shares, n_experts: int) -> tuple[float, ...]:

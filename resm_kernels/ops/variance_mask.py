@@ -16,6 +16,7 @@ from resm_kernels.ops._library import declare
 from resm_kernels.ops.magnitude_threshold import streamed_thresholds
 from resm_kernels.reference.variance_mask import VarianceMaskOptions
 from resm_kernels.reference.variance_mask import variance_mask as _reference
+from resm_kernels.stages import kept
 from resm_kernels.streams import Block, Stream, stream_of
 
 
@@ -54,7 +55,8 @@ def variance_mask(base: Tensor, experts: Sequence[Tensor], density: float) -> Te
     stream = stream_of(base)
     if stream is not None:
         return _streamed(stream, base, experts, share)
-    return _variance_mask(base, list(experts), VarianceMaskOptions(density=share))
+    options = VarianceMaskOptions(density=share)
+    return kept(("variance_mask", options), (base, *experts), lambda: _variance_mask(base, list(experts), options))
 
 
 def _native(base: Tensor, experts: list[Tensor], options: VarianceMaskOptions) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
+from typing import Final
 
 from resm_kernels.files import expanded, shortened
+from resm_kernels.hub import HubError, UnseenWeights, model_of, parse_id
 from resm_kernels.recipe.errors import RecipeError
+
+_FILES: Final = (".safetensors", ".gguf")
 
 
 def canonical_folder(path: str) -> str:
@@ -16,33 +19,36 @@ def canonical_folder(path: str) -> str:
 
 
 def model_folder(path: str, key: str) -> Path:
-    """Return the local folder, or safetensors file, that a recipe names (relative to here; `~` is expanded).
+    """Return the local folder, or file of weights, that a recipe names (relative to here; `~` is expanded).
+
+    A text that is no folder here and has the form of a hub id, `owner/name` or `owner/name@revision`, names a model on
+    the Hugging Face hub, which is fetched into its cache (see `hub.model_of`).
 
     Args:
         path: The text in the recipe.
         key: The key that has this text, which the error names.
 
     Raises:
-        RecipeError: There is no such folder. The message says what to do if the text is a hub id, has a revision or
-            names a LoRA adapter.
+        RecipeError: There is no such folder, here or on the hub. The message says what to do if the text names a LoRA
+            adapter.
     """
     folder = expanded(path, RecipeError, key)
-    if os.path.isdir(folder) or (folder.suffix == ".safetensors" and folder.is_file()):
+    if os.path.isdir(folder) or (folder.suffix in _FILES and folder.is_file()):
         return folder
     shown = shortened(path)
     if "+" in path and _is_folder(path.split("+")[0]):
         raise RecipeError(f"{key}: got {shown}, a model with a LoRA adapter (+); need one model folder")
-    if "@" in path:
-        raise RecipeError(f"{key}: got {shown}: revisions (@) are not supported yet; need a local model folder")
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(\+.*)?", path):
-        raise RecipeError(
-            f"{key}: got {shown}, which is no folder here; if it is a Hugging Face hub id, download it first "
-            f"(hf download {path} --local-dir FOLDER) and name that folder"
-        )
+    if (repository := parse_id(path)) is not None and not os.path.lexists(folder):
+        try:
+            return model_of(*repository)
+        except UnseenWeights:
+            raise
+        except HubError as error:
+            raise RecipeError(f"{key}: {error}") from error
     if path.startswith("~") and str(folder) == path:
         raise RecipeError(f"{key}: got {shown}, but no user has that name or home; need a local model folder")
     kind = "is a file" if folder.is_file() else "is no folder here"
-    raise RecipeError(f"{key}: got {shown}, which {kind}; need a local model folder")
+    raise RecipeError(f"{key}: got {shown}, which {kind}; need a local model folder, or owner/name on the hub")
 
 
 def _is_folder(path: str) -> bool:
@@ -53,10 +59,10 @@ def model_and_adapter(path: str, key: str) -> tuple[Path, Path] | None:
     """Return the two folders of `MODEL+ADAPTER`, mergekit's way to write a model with a LoRA adapter.
 
     The result is None for a text without `+`, and for an existing folder whose name contains a `+`. If there are
-    several `+`, the first split whose two sides are folders counts.
+    several `+`, the first split whose two sides are folders counts, else the first. Each side may be on the hub.
 
     Raises:
-        RecipeError: One of the two folders does not exist.
+        RecipeError: One of the two folders does not exist, here or on the hub.
     """
     if "+" not in path or _is_folder(path):
         return None

@@ -327,6 +327,19 @@ class Recipe(BaseModel):
         except ValueError as error:
             raise LocatedError(("merge_method",), str(error)) from None
         self._check_choices()
+        self._check_bases(method)
+        for location, parameters in self._common_parameters():
+            for name, setting in parameters.items():
+                _check_setting(method, name, setting, (*location, "parameters", name))
+        for part in self.parts:
+            for piece in part.slices:
+                _check_slice(method, piece)
+            ranges = [source.layers for piece in part.slices for source in piece.sources]
+            if all(layers is not None and layers[0] == layers[1] for layers in ranges):
+                raise LocatedError(part.slices[0].location, "no slice has layers, need one that has")
+        return self
+
+    def _check_bases(self, method: Method) -> None:
         for part in self.parts:
             sources = part.slices[0].sources
             if sources[0].layers is not None:
@@ -338,16 +351,6 @@ class Recipe(BaseModel):
                 # mergekit averages the base model in as if it were listed. Users expect either, so ask for the list.
                 message = f"{method.name} averages models: list the base model under models too, or remove base_model"
                 raise LocatedError(("base_model",), message)
-        for location, parameters in self._common_parameters():
-            for name, setting in parameters.items():
-                _check_setting(method, name, setting, (*location, "parameters", name))
-        for part in self.parts:
-            for piece in part.slices:
-                _check_slice(method, piece)
-            ranges = [source.layers for piece in part.slices for source in piece.sources]
-            if all(layers is not None and layers[0] == layers[1] for layers in ranges):
-                raise LocatedError(part.slices[0].location, "no slice has layers, need one that has")
-        return self
 
     def _check_choices(self) -> None:
         levels: list[tuple[Location, Any]] = [((), self)]

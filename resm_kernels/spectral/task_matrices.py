@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
@@ -15,6 +16,7 @@ from resm_kernels.elementwise.inputs import check_inputs, element_blocks, elemen
 from resm_kernels.linalg import Decomposition, decompose
 from resm_kernels.linalg.products import matmul, task_matrix
 from resm_kernels.ops.aggregate import aggregate
+from resm_kernels.stages import kept
 
 _GROUP_BYTES: Final = 1 << 30
 
@@ -109,7 +111,8 @@ def truncated_sum(
     total = torch.zeros(base.shape, dtype=dtype, device=base.device)
     for t in range(len(experts)):
         matrix = task_vector(base, experts, t)
-        decomposed = decompose(matrix, decomposition)
+        stage = ("decomposition", t, decomposition)
+        decomposed = kept(stage, (base, *experts), functools.partial(decompose, matrix, decomposition))
         k, factor = rule(t, decomposed)
         if k >= decomposed.rank:
             total.add_(matrix, alpha=factor)

@@ -1,0 +1,145 @@
+"""Reads the tensors of a model as transformers holds them in memory, whatever their names and cuts in its files are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader
+from resm_kernels.engine.architecture import Architecture
+
+
+@dataclass(frozen=True)
+class TensorInMemory:
+    """A tensor of a loaded model.
+
+    Attributes:
+        name: Its name in memory.
+        shape, dtype: Its shape in memory, and the dtype that it is read in.
+        group: The stored tensors that it is made of.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    group: Group
+
+
+@dataclass(eq=False, frozen=True)
+class Group:
+    """Stored tensors that become one tensor in memory, or several.
+
+    Attributes:
+        key: The name in memory of the tensor, or of the first of several.
+        stored: The names in the files, each with the pattern of the converter that it matches.
+        converter: What joins or cuts the tensors: a `WeightConverter` of transformers; None for a single tensor that is
+            only renamed.
+    """
+
+    key: str
+    stored: tuple[tuple[str, str | None], ...]
+    converter: Any = None
+
+    def form(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Return the tensors in memory, given the stored ones; `model` is the model on the meta device."""
+        if self.converter is None:
+            return {self.key: tensors[self.stored[0][0]]}
+        mapping = copy.deepcopy(self.converter)
+        for name, pattern in self.stored:
+            mapping.add_tensor(self.key, name, pattern, tensors[name])
+        formed = mapping.convert(self.key, model=model, config=model.config)
+        return {name: t[0] if isinstance(t, list) else t for name, t in formed.items()}
+
+
+class InMemory:
+    """The tensors that transformers makes of a model's files.
+
+    Per-expert weights are joined to one tensor, and what else transformers renames, joins or cuts on loading is done as
+    it does it, by its own converters. Models of a class that transformers does not have keep the tensors of their
+    files.
+
+    Args:
+        reader: Reads the files. It stays open, and is not closed with this object.
+        architecture: What transformers knows about the model, or None.
+
+    Attributes:
+        folder: The folder of the files, or of the adapter that is added to them.
+        tensors: Every tensor by its name in memory.
+        unknown: Stored tensors that the loaded model does not have.
+        architecture: `architecture`; None also if the model has no tensor that is in the files.
+
+    Raises:
+        CheckpointError: Tensors that transformers joins are missing or do not fit together.
+    """
+
+    def __init__(self, reader: CheckpointReader, architecture: Architecture | None) -> None:
+        self._reader = reader
+        self.folder = reader.folder
+        self.architecture = architecture
+        self.unknown: list[str] = []
+        self._formed: tuple[Group, dict[str, Tensor]] | None = None
+        groups = self._by_architecture(architecture) if architecture is not None else []
+        if not groups:
+            self.architecture = None
+            self.unknown = []
+            groups = [Group(name, ((name, None),)) for name in reader.tensors]
+        tensors: dict[str, TensorInMemory] = {}
+        for group in groups:
+            for name, tensor in self._described(group).items():
+                tensors[name] = TensorInMemory(name, tuple(tensor.shape), tensor.dtype, group)
+        self.tensors: Mapping[str, TensorInMemory] = MappingProxyType(tensors)
+
+    def _by_architecture(self, architecture: Architecture) -> list[Group]:
+        state = architecture.model.state_dict()
+        found: dict[str, tuple[str | None, list[tuple[str, str | None]]]] = {}
+        for name, renamed in architecture.renamed(self._reader.tensors).items():
+            if renamed.key in state:
+                found.setdefault(renamed.key, (renamed.pattern, []))[1].append((name, renamed.pattern))
+            else:
+                self.unknown.append(name)
+        for key, (_, stored) in found.items():
+            if len(stored) > 1 and stored[0][1] is None:
+                raise CheckpointError(
+                    f"{self._reader.folder}: tensors {stored[0][0]!r} and {stored[1][0]!r} are both {key!r} of the "
+                    "loaded model; need one of them"
+                )
+        converters = architecture.converters()
+        return [
+            Group(key, tuple(stored), None if pattern is None else converters[pattern])
+            for key, (pattern, stored) in found.items()
+        ]
+
+    def _described(self, group: Group) -> dict[str, Tensor]:
+        """Return the tensors of a group without values."""
+        infos = [self._reader.tensors[name] for name, _ in group.stored]
+        empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
+        return self._form(group, empty)
+
+    def _form(self, group: Group, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return group.form(tensors, None if self.architecture is None else self.architecture.model)
+        except (ValueError, RuntimeError, KeyError, IndexError) as error:
+            raise CheckpointError(
+                f"{self._reader.folder}: tensors such as {group.stored[0][0]!r} do not become {group.key!r} of the "
+                f"loaded model: {error}"
+            ) from error
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as it is in memory, on the CPU.
+
+        Tensors that are cut from one stored tensor are formed together, and kept until another one is read.
+        """
+        group = self.tensors[name].group
+        if self._formed is None or self._formed[0] is not group:
+            stored = {stored_name: self._reader.read(stored_name) for stored_name, _ in group.stored}
+            formed = self._form(group, stored)
+            if len(formed) == 1:
+                return formed[name]
+            self._formed = group, formed
+        return self._formed[1][name]

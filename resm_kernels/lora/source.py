@@ -1,0 +1,128 @@
+"""An adapter's folder, read without its base model: factors by module, and the tensors stored whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo
+from resm_kernels.checks import NonFiniteError
+from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.files import read_object
+from resm_kernels.lora.config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from resm_kernels.lora.factors import Factors
+from resm_kernels.lora.parts import StoredModule, read_stored
+
+_ADVICE: Final = "merge it with its base model (resm-kernels merge), and extract an adapter (extract-lora)"
+
+
+class AdapterSource:
+    """A LoRA adapter that is merged with others. Use it as a context manager.
+
+    Args:
+        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        shapes: The shapes of the base model's tensors by name, if they are known. They say which weights are stored as
+            (in, out); without them the configuration's `fan_in_fan_out` does.
+
+    Attributes:
+        folder: The folder.
+        config: The entries of the configuration that give the tensors their meaning.
+        entries: All its entries.
+        modules: The adapted modules by name.
+        saved: The tensors that the adapter stores whole, by their names in the loaded model.
+
+    Raises:
+        CheckpointError: The folder is damaged, or has changes that adapters are not merged with.
+    """
+
+    def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            if not os.path.lexists(folder / name):
+                raise CheckpointError(f"{folder}: no {name}; need a PEFT adapter folder")
+        self.folder = folder
+        self.config = read_adapter_config(folder)
+        self.entries: Mapping[str, Any] = read_object(folder / CONFIG_FILE, CheckpointError)
+        self._shapes = shapes or {}
+        self._check_kind()
+        self._reader = CheckpointReader(folder, WEIGHTS_FILE)
+        stored = read_stored(self._reader.tensors)
+        self.modules: dict[str, StoredModule] = {module.name: module for module in stored.modules}
+        self.saved: dict[str, TensorInfo] = stored.saved
+        for module in stored.modules:
+            self._check(module)
+
+    def __enter__(self) -> AdapterSource:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+
+    def _check_kind(self) -> None:
+        """Refuse changes that have no factors of one weight each."""
+        file = self.folder / CONFIG_FILE
+        if self.config.peft_type != "LORA":
+            raise CheckpointError(f"{file}: peft_type is {self.config.peft_type}, need LORA; or {_ADVICE}")
+        for key in ("target_parameters", "trainable_token_indices", "lora_bias"):
+            if self.entries.get(key):
+                raise CheckpointError(f"{file}: {key} is set, and adapters with it are not merged to one; {_ADVICE}")
+
+    def _check(self, module: StoredModule) -> None:
+        """Raise a CheckpointError if factors are missing, or are not of the rank that the configuration states."""
+        where = f"{module.file}: module {module.name!r}"
+        needed = {"A", "B"} | ({"magnitude"} if self.config.use_dora else set())
+        if missing := needed - module.parts.keys():
+            raise CheckpointError(f"{where} has no lora_{', lora_'.join(sorted(missing))}; save the adapter again")
+        if extra := module.parts.keys() - needed:
+            raise CheckpointError(f"{where} has a {sorted(extra)[0]}, which {CONFIG_FILE} does not announce; need both")
+        a, b, rank = module.parts["A"], module.parts["B"], self.config.rank(module.name)
+        if (bad := next((info for info in (a, b) if info.dtype not in FLOAT_DTYPES), None)) is not None:
+            raise CheckpointError(f"{bad.file}: tensor {bad.name!r} is {bad.dtype}; need floating-point factors")
+        same_kind = len(a.shape) == len(b.shape) >= 2 and all(size == 1 for size in b.shape[2:])
+        if not same_kind or (a.shape[0], b.shape[1]) != (rank, rank):
+            raise CheckpointError(
+                f"{where} has A {a.shape} and B {b.shape}, need rank {rank} (r, rank_pattern) in both"
+            )
+
+    def kernel(self, name: str) -> tuple[int, ...]:
+        """Return the spatial sizes of a convolution's kernel; none for other modules."""
+        return self.modules[name].parts["A"].shape[2:]
+
+    def transposed(self, name: str) -> bool:
+        """Return True if the module's weight is stored as (in, out), the transpose of B·A."""
+        module = self.modules[name]
+        a, b = module.parts["A"].shape, module.parts["B"].shape
+        known = self._shapes.get(f"{name}.weight", ())
+        if module.embedding or len(a) > 2:
+            return module.embedding
+        if b[0] != a[1] and known in ((b[0], a[1]), (a[1], b[0])):
+            return known == (a[1], b[0])
+        return self.config.fan_in_fan_out
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Return the shape of a module's weight; of a convolution, that of its matrix (out, in × kernel)."""
+        parts = self.modules[name].parts
+        out, inner = parts["B"].shape[0], torch.Size(parts["A"].shape[1:]).numel()
+        return (inner, out) if self.transposed(name) else (out, inner)
+
+    def read(self, name: str) -> Tensor:
+        """Read a tensor of `saved`."""
+        return self._reader.read_info(self.saved[name])
+
+    def factors(self, name: str) -> Factors:
+        """Read the factors of a module's task vector, a matrix of shape `shape(name)`.
+
+        Raises:
+            NonFiniteError: A factor has NaN or infinite values.
+        """
+        parts = self.modules[name].parts
+        a, b = (self._reader.read_info(parts[part]).flatten(1) for part in "AB")
+        for part, tensor in (("A", a), ("B", b)):
+            if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+                raise NonFiniteError(f"{self.folder / WEIGHTS_FILE}: lora_{part} of {name!r}", None, bad)
+        left, right = (a.mT, b.mT) if self.transposed(name) else (b, a)
+        return Factors(left, right, self.config.scale(name))

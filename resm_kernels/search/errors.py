@@ -1,0 +1,7 @@
+"""The error of searches."""
+
+from __future__ import annotations
+
+
+class SearchError(ValueError):
+    """A search cannot be done; the message names the cause and the need."""

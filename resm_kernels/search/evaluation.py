@@ -1,0 +1,113 @@
+"""The function that judges a merge: how it is found, called, and what it may return."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, Final
+
+import torch
+
+from resm_kernels.files import shortened
+from resm_kernels.search.errors import SearchError
+
+Evaluate = Callable[..., "float | Mapping[str, float]"]
+VALID: Final = "valid"
+"""The split that trials are judged on."""
+TEST: Final = "test"
+"""The split that is held out: it is judged once, at the end."""
+_ONLY: Final = "score"
+"""The name of the only score of a function that returns a number."""
+
+
+def find_evaluate(spec: str) -> Evaluate:
+    """Return the function that `module:function` names; modules of the working directory count too.
+
+    Raises:
+        SearchError: There is no such module or function, or it cannot be imported.
+    """
+    module_name, _, path = spec.partition(":")
+    if not module_name or not path:
+        raise SearchError(f"evaluate: got {shortened(spec)}, need module:function, such as judge:accuracy")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:  # the module may do anything
+        raise SearchError(f"evaluate: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
+    for part in path.split("."):
+        if not hasattr(found, part):
+            raise SearchError(f"evaluate: {module_name} has no {path!r}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise SearchError(f"evaluate: {spec} is {type(found).__name__}, need a function")
+    evaluate: Evaluate = found
+    return evaluate
+
+
+class Judge:
+    """Calls the function that judges merges, and checks what it returns.
+
+    Args:
+        evaluate: `evaluate(model, split=…)`, with the model that the merge was written into, and "valid" or "test". It
+            also gets `tokenizer` and `questions` if it has arguments of these names. It returns a number, or numbers by
+            name; larger ones are better.
+        model, tokenizer: What it is given.
+        questions: How many questions it may ask on the validation split; None for all.
+        prefix: How many questions trials are judged by at first; None if they are asked all at once.
+
+    Raises:
+        SearchError: The function lacks an argument that is needed.
+    """
+
+    def __init__(
+        self, evaluate: Evaluate, model: Any, tokenizer: Any, questions: int | None, prefix: int | None
+    ) -> None:
+        arguments = inspect.signature(evaluate).parameters
+        takes_all = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
+        self._takes = {name for name in ("split", "questions", "tokenizer") if takes_all or name in arguments}
+        if "split" not in self._takes:
+            raise SearchError(
+                "evaluate: the function has no argument split, which says whether to ask the questions that recipes "
+                f'are chosen by ("{VALID}") or those that are held out ("{TEST}")'
+            )
+        if "questions" not in self._takes and (questions is not None or prefix is not None):
+            option = "questions" if questions is not None else "prefix"
+            raise SearchError(f"{option}: the function has no argument questions, which says how many it may ask")
+        self._evaluate, self._model, self._tokenizer, self._questions = evaluate, model, tokenizer, questions
+
+    def __call__(self, split: str, questions: int | None = None) -> dict[str, float]:
+        """Return the scores of the model, on the first questions only if a number is given.
+
+        Raises:
+            SearchError: The function returned something else than finite numbers.
+        """
+        offered = {
+            "split": split,
+            "questions": questions or (self._questions if split == VALID else None),
+            "tokenizer": self._tokenizer,
+        }
+        self._model.eval()
+        with torch.no_grad():
+            scores = self._evaluate(self._model, **{name: offered[name] for name in self._takes})
+        if isinstance(scores, Mapping):
+            by_name: dict[str, Any] = {str(name): score for name, score in scores.items()}
+        else:
+            by_name = {_ONLY: scores}
+        if not by_name:
+            raise SearchError("evaluate: the function returned no scores, need one or more")
+        return {name: _checked(name, score) for name, score in by_name.items()}
+
+
+def _checked(name: str, score: Any) -> float:
+    try:
+        number = float(score)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise SearchError(f"evaluate: the score {name!r} is {shortened(score)}, need a finite number")
+    return number

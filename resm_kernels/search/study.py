@@ -1,0 +1,233 @@
+"""The trials of a search, which Optuna proposes and keeps in a SQLite file."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from resm_kernels.search.errors import SearchError
+from resm_kernels.search.space import Range, Value
+
+DATABASE: Final = "study.db"
+STUDY: Final = "search"
+_POPULATION: Final = 20
+"""Trials of a generation of NSGA-II: Optuna's 50 would leave a search of some dozen trials at random draws."""
+_HELD_OUT: Final = "held_out"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One merge that was judged.
+
+    Attributes:
+        number: Its number, from 0.
+        state: "complete"; "stopped" after the first questions; or "failed", because there is no such merge.
+        baseline: "defaults" or "uniform" for the first trials, None for those that the sampler proposed.
+        values: The value of each range.
+        scores: What the function returned, for all questions, or for the first ones if it was stopped.
+        first_scores: What it returned for the first questions; None if it was asked all at once.
+        seconds: Wall time of merging and judging.
+        error: Why it failed, else None.
+    """
+
+    number: int
+    state: str
+    baseline: str | None
+    values: Mapping[str, Value]
+    scores: Mapping[str, float]
+    first_scores: Mapping[str, float] | None = None
+    seconds: float = 0.0
+    error: str | None = None
+
+
+class Study:
+    """The trials of one search.
+
+    Args:
+        folder: Where the database is.
+        ranges: What is searched.
+        objectives: The scores to maximise.
+        sampler: A name of `SAMPLERS`.
+        seed: Of the sampler's draws.
+    """
+
+    def __init__(
+        self, folder: Path, ranges: Sequence[Range], objectives: Sequence[str], sampler: str, seed: int
+    ) -> None:
+        self.objectives = tuple(objectives)
+        self._optuna = _imported("optuna")
+        self._asked: dict[int, Any] = {}
+        self._distributions = {r.name: self._distribution(r) for r in ranges}
+        # Python shows a warning once, and again after each `catch_warnings`, which therefore is here alone.
+        with self._quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
+            storage = self._optuna.storages.RDBStorage(f"sqlite:///{(folder / DATABASE).absolute()}")
+            self._study = self._optuna.create_study(
+                storage=storage,
+                study_name=STUDY,
+                directions=["maximize"] * len(objectives),
+                load_if_exists=True,
+            )
+            self._study.set_metric_names(list(objectives))
+            self._retire_unfinished()
+            # A sampler that began with the same draws again would repeat trials.
+            self._study.sampler = self._sampler(sampler, seed + len(self._study.trials))
+
+    def enqueue(self, values: Mapping[str, Value], baseline: str) -> None:
+        """Let a trial with these values come before those that the sampler proposes."""
+        with self._quiet():
+            self._study.enqueue_trial(dict(values), user_attrs={"baseline": baseline})
+
+    def ask(self) -> Trial:
+        """Return the next trial, without scores."""
+        with self._quiet():
+            asked = self._study.ask(fixed_distributions=self._distributions)
+        self._asked[asked.number] = asked
+        return Trial(asked.number, "running", asked.user_attrs.get("baseline"), dict(asked.params), {})
+
+    def tell(self, trial: Trial) -> None:
+        """Store a trial that has ended."""
+        state = self._optuna.trial.TrialState
+        states = {"complete": state.COMPLETE, "stopped": state.PRUNED, "failed": state.FAIL}
+        ended = self._asked.pop(trial.number)
+        with self._quiet():
+            for name in ("scores", "first_scores", "seconds", "error"):
+                if (value := getattr(trial, name)) not in (None, {}):
+                    ended.set_user_attr(name, dict(value) if isinstance(value, Mapping) else value)
+            values = [trial.scores[name] for name in self.objectives] if trial.state == "complete" else None
+            self._study.tell(ended, values, state=states[trial.state])
+
+    def trials(self) -> list[Trial]:
+        """Return the trials that have ended, in order."""
+        state = self._optuna.trial.TrialState
+        names = {state.COMPLETE: "complete", state.PRUNED: "stopped", state.FAIL: "failed"}
+        ended = []
+        for t in self._study.get_trials(deepcopy=False):
+            attributes = t.user_attrs
+            # A trial that a kill cut off has failed without an error.
+            if t.state not in names or (t.state == state.FAIL and "error" not in attributes):
+                continue
+            ended.append(
+                Trial(
+                    number=t.number,
+                    state=names[t.state],
+                    baseline=attributes.get("baseline"),
+                    values=dict(t.params),
+                    scores=attributes.get("scores", {}),
+                    first_scores=attributes.get("first_scores"),
+                    seconds=attributes.get("seconds", 0.0),
+                    error=attributes.get("error"),
+                )
+            )
+        return ended
+
+    @property
+    def is_new(self) -> bool:
+        """True if no trial has been asked for or enqueued."""
+        return not self._study.get_trials(deepcopy=False)
+
+    @property
+    def held_out(self) -> dict[str, Any]:
+        """What has been judged on the held-out split: scores by the number of the trial."""
+        return dict(self._study.user_attrs.get(_HELD_OUT, {}))
+
+    def keep_held_out(self, judged: Mapping[str, Any]) -> None:
+        """Store what has been judged on the held-out split."""
+        with self._quiet():
+            self._study.set_user_attr(_HELD_OUT, dict(judged))
+
+    def _retire_unfinished(self) -> None:
+        """Put trials back into the queue that were running when their process was killed."""
+        state = self._optuna.trial.TrialState
+        for running in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
+            self._study.tell(running.number, state=state.FAIL)
+            attributes = {k: v for k, v in running.user_attrs.items() if k == "baseline"}
+            self._study.enqueue_trial(running.params, user_attrs=attributes)
+
+    def _distribution(self, r: Range) -> Any:
+        distributions = self._optuna.distributions
+        if r.low is None or r.high is None:
+            return distributions.CategoricalDistribution(r.choices)
+        if r.whole:
+            return distributions.IntDistribution(int(r.low), int(r.high), log=r.log, step=int(r.step or 1))
+        return distributions.FloatDistribution(r.low, r.high, log=r.log, step=r.step)
+
+    def _sampler(self, name: str, seed: int) -> Any:
+        samplers = self._optuna.samplers
+        seed %= 2**32
+        if name == "cmaes":
+            return samplers.CmaEsSampler(seed=seed)
+        if name == "nsga2":
+            return samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
+        return samplers.RandomSampler(seed=seed) if name == "random" else samplers.TPESampler(seed=seed)
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Let Optuna log nothing: it would name each trial."""
+        logging = self._optuna.logging
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity(logging.ERROR)
+        try:
+            yield
+        finally:
+            logging.set_verbosity(verbosity)
+
+
+def check_sampler(name: str, objectives: Sequence[str]) -> None:
+    """Raise a SearchError unless a study with that sampler and these objectives can be opened."""
+    _imported("optuna")
+    if name == "cmaes":
+        _imported("cmaes")
+        if len(objectives) > 1:
+            raise SearchError(
+                f"sampler: cmaes has one objective, got {', '.join(objectives)}; need --objectives with one of them, "
+                "or the sampler tpe or nsga2"
+            )
+
+
+def _imported(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SearchError(
+            f"search: {module} cannot be imported ({error}); pip install 'resm-kernels[search]'"
+        ) from error
+
+
+def dominates(a: Mapping[str, float], b: Mapping[str, float], objectives: Sequence[str]) -> bool:
+    """Return True if `a` is at least as good as `b` in every objective, and better in one."""
+    return all(a[o] >= b[o] for o in objectives) and any(a[o] > b[o] for o in objectives)
+
+
+def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
+    """Return the Pareto front: complete trials that no other one dominates; of equal scores the first trial alone."""
+    complete = [t for t in trials if t.state == "complete"]
+    chosen: list[Trial] = []
+    for trial in complete:
+        equal = any(all(t.scores[o] == trial.scores[o] for o in objectives) for t in chosen)
+        if not equal and not any(dominates(t.scores, trial.scores, objectives) for t in complete):
+            chosen.append(trial)
+    return chosen
+
+
+def best(trials: Sequence[Trial], objectives: Sequence[str]) -> Trial:
+    """Return the complete trial with the largest mean of the objectives, the first of equals."""
+    complete = [t for t in trials if t.state == "complete"]
+    if not complete:
+        raise SearchError("search: no trial was judged to its end, need one or more")
+    return max(complete, key=lambda t: (sum(t.scores[o] for o in objectives), -t.number))
+
+
+def is_hopeless(scores: Mapping[str, float], others: Sequence[Trial], objectives: Sequence[str]) -> bool:
+    """Return True for scores on the first questions that half of the other trials or more dominate.
+
+    With one objective this is the median rule. Less than five trials are too few to tell.
+    """
+    asked = [t.first_scores for t in others if t.first_scores is not None]
+    worse_than = sum(dominates(first, scores, objectives) for first in asked)
+    return len(asked) >= 5 and 2 * worse_than >= len(asked)

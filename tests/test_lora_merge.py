@@ -1,0 +1,212 @@
+"""merge_lora, compared with a merge of the whole weights in float64 by the library's own methods."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import random_weights, save_adapter, save_model
+from inputs import relative
+from safetensors.torch import load_file
+from torch import Tensor
+
+from resm_kernels.lora import merge_lora
+from resm_kernels.lora.routes import route_of
+from resm_kernels.methods import get, names
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SHAPES = {
+    "model.layers.0.self_attn.q_proj": (32, 32),
+    "model.layers.0.mlp.up_proj": (48, 32),
+    "model.layers.2.mlp.down_proj": (32, 48),
+}
+METHODS: dict[str, list[dict[str, Any]]] = {
+    "task_arithmetic": [{}, {"normalize": True, "lambda": 0.7}],
+    "linear": [{}],
+    "passthrough": [{}],
+    "tsvm": [{"lambda": 0.8}, {"spectral": False}],
+    "resm": [{"beta": 1.0}, {"rank_rule": "energy"}, {"granularity": "row"}, {"outlier_clip": True}, {}],
+    "iso_c": [{}],
+    "iso_cts": [{}, {"common_space_fraction": 0.0}],
+    "star": [{}],
+    "tsv_compress": [{}, {"rank": 2}, {"share": 0.1}],
+    "dc_merge": [{"density": 0.3}, {"rank": 3, "smoothing": "average", "density": 0.3}],
+    "resmerge": [{}, {"rank": 2}],
+    "knots": [{"density": 0.5}, {"inner": "sum"}],
+    "swudi": [{}, {"rank_ratio": 0.1}, {"rank_rule": "participation_sqrt"}],
+    "multislerp": [{}],
+    "nuslerp": [{}, {"nuslerp_flatten": False}, {"nuslerp_flatten": False, "nuslerp_row_wise": True}],
+    "model_stock": [{}, {"filter_wise": True}],
+    "svc": [
+        *({}, {"inner": "tsvm"}, {"inner": "knots", "inner_density": 0.5}, {"inner": "ties", "inner_density": 0.4}),
+        {"spectral": False, "inner": "iso_c"},
+    ],
+    "ties": [{"density": 0.3}],
+    "dare_linear": [{"density": 0.4}],
+    "dare_ties": [{"density": 0.4}],
+    "della": [{"density": 0.4}],
+    "della_linear": [{"density": 0.4}],
+    "breadcrumbs": [{"density": 0.6}],
+    "breadcrumbs_ties": [{"density": 0.6}],
+    "sce": [{"select_topk": 0.5}],
+    "nearswap": [{"t": 0.01}],
+    "ram": [{"epsilon": 0.01}],
+    "ramplus_tl": [{"epsilon": 0.01}],
+    "wudi": [{"steps": 20}],
+    "slerp": [{"t": 0.4}],
+    "karcher": [{}],
+    "arcee_fusion": [{}],
+}
+RANKS = {"q": (4, 6, 0), "up": (4, 2, 3), "down": (4, 6, 3)}
+"""Of the three adapters, in each module."""
+COUNTS = {"passthrough": 1, "slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2}
+CASES = [(method, values) for method, choices in METHODS.items() for values in choices]
+
+
+def factors(shape: tuple[int, int], rank: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    out, inner = shape
+    return torch.randn(rank, inner, generator=generator) * 0.1, torch.randn(out, rank, generator=generator) * 0.1
+
+
+def write_adapter(folder: Path, seed: int, base: Path | str, rank: int = 4, **choices: Any) -> Path:
+    """An adapter of the modules that `only` names, or of all."""
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 6, "base_model_name_or_path": str(base)}
+    config |= {"target_modules": ["q_proj", "up_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    only, saved, magnitudes = (choices.pop(key, default) for key, default in (("only", ""), ("saved", {}), ("m", {})))
+    tensors = dict(saved)
+    for i, (name, shape) in enumerate(SHAPES.items()):
+        if only in name:
+            r = choices.get("rank_pattern", {}).get(name.rpartition(".")[2], rank)
+            a, b = factors(shape, r, 100 * seed + i)
+            tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+            if name in magnitudes:
+                tensors[f"{name}.lora_magnitude_vector"] = magnitudes[name]
+    prefixed = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+    return save_adapter(folder, prefixed, config | choices)
+
+
+def products(folder: Path) -> dict[str, Tensor]:
+    """s·B·A of each module in float64, by PEFT's rules."""
+    config, stored = (
+        json.loads((folder / "adapter_config.json").read_text()),
+        load_file(folder / "adapter_model.safetensors"),
+    )
+    found = {}
+    for name in SHAPES:
+        key = f"base_model.model.{name}"
+        if f"{key}.lora_A.weight" not in stored:
+            continue
+        a, b = stored[f"{key}.lora_A.weight"].double(), stored[f"{key}.lora_B.weight"].double()
+        alphas = config.get("alpha_pattern") or {}
+        alpha = next((v for p, v in alphas.items() if name.endswith(p.replace("\\.", "."))), config["lora_alpha"])
+        scale = alpha / (len(a) ** 0.5 if config.get("use_rslora") else len(a))
+        found[name] = scale * b @ a
+    return found
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "base", random_weights(0, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> list[Path]:
+    """Adapters of different ranks, scales and targets."""
+    folder = base.parent
+    return [
+        write_adapter(folder / "a", 1, base),
+        write_adapter(folder / "b", 2, base, rank=6, use_rslora=True, rank_pattern={"up_proj": 2}),
+        write_adapter(folder / "c", 3, base, rank=3, only="mlp", alpha_pattern={"down_proj": 12}),
+    ]
+
+
+def recipe(method: str, adapters: list[Path], values: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    """A recipe with weights that differ, one of them negative, where the method has weights."""
+    models: list[dict[str, Any]] = [{"model": str(folder)} for folder in adapters]
+    per_expert = {p.name for p in get(method).parameters if p.per_expert}
+    if "weight" in per_expert and method != "nuslerp":
+        for model, weight in zip(models, (1.0, 0.5, -0.7), strict=False):
+            model["parameters"] = {"weight": weight}
+    return {"merge_method": method, "models": models, "parameters": values, **keys}
+
+
+def dense(method: str, base: Path, adapters: list[Path], values: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """What the method makes of the whole weights in float64, less the base's."""
+    weights, deltas = load_file(base / "model.safetensors"), [products(folder) for folder in adapters]
+    keywords = {("lambda_" if name == "lambda" else name): value for name, value in values.items()}
+    if any(p.name == "weight" and p.per_expert for p in get(method).parameters) and method != "nuslerp":
+        keywords["weight"] = [1.0, 0.5, -0.7][: len(adapters)]
+    merged = {}
+    for name, shape in SHAPES.items():
+        original = weights[f"{name}.weight"].double()
+        experts = [original + delta.get(name, torch.zeros(shape)) for delta in deltas]
+        if any(name in delta for delta in deltas):
+            call = {"out_dtype": torch.float64, "name": f"{name}.weight", "seed": seed}
+            merged[name] = get(method)(original, experts, **call, **keywords) - original
+    return merged
+
+
+def best(m: Tensor, rank: int) -> Tensor:
+    u, s, vh = torch.linalg.svd(m)
+    return (u[:, :rank] * s[:rank]) @ vh[:rank]
+
+
+def test_every_method_has_a_case() -> None:
+    tested = {name for name in names() if get(name).statistics is None}
+    assert tested <= METHODS.keys() | {"median"}, tested - METHODS.keys()
+
+
+@pytest.mark.parametrize("rank", [None, 5], ids=["whole", "rank 5"])
+@pytest.mark.parametrize(("method", "values"), CASES, ids=str)
+def test_equals_the_dense_route(
+    tmp_path: Path, base: Path, adapters: list[Path], method: str, values: dict[str, Any], rank: int | None
+) -> None:
+    chosen = adapters[: COUNTS.get(method, 3)]
+    needed = {"base_model": str(base)} if method in ("slerp", "karcher", "arcee_fusion") else {}
+    report = merge_lora(recipe(method, chosen, values, **needed), tmp_path / "out", rank=rank, random_seed=3)
+    expected, got = dense(method, base, chosen, values, seed=3), products(tmp_path / "out")
+    assert got.keys() == expected.keys() and len(report.modules) == len(got)
+    exact = report.modules[0].route not in ("elements", "weights")
+    for module in report.modules:
+        m, kept = expected[module.name], got[module.name]
+        assert relative(torch.tensor(module.norm), m.norm()) < 1e-5
+        # The certificate holds, and is the error itself, as far as fp32 factors show it.
+        error = float((m - kept).norm() / m.norm())
+        assert error <= module.error + 2e-6
+        least = float((m - best(m, module.rank)).norm() / m.norm())
+        assert module.error <= (least if exact else 1.02 * least) + 1e-5
+        sizes = torch.cat([torch.linalg.svdvals(m), torch.zeros(1)])
+        if exact and sizes[module.rank - 1] > 1.001 * sizes[module.rank]:  # else there are several best ones
+            assert relative(kept, best(m, module.rank)) < 3e-6
+        ranks = sum(RANKS[module.name.rpartition("_")[0].rpartition(".")[2]][: len(chosen)])
+        assert module.rank <= min(rank or ranks, ranks) if exact else module.rank == (rank or ranks)
+        if rank is None and exact:
+            assert module.error < 1e-8
+
+
+@pytest.mark.parametrize("method", ["tsvm", "resm", "iso_c", "iso_cts", "tsv_compress", "dc_merge", "star", "swudi"])
+def test_ranks_that_do_not_fit_beside_each_other(tmp_path: Path, base: Path, method: str) -> None:
+    """Each expert keeps ⌊r/T⌋ directions, which is less than its rank, and the ranks exceed the weight's."""
+    adapters = [write_adapter(tmp_path / f"{i}", 10 + i, base, rank=rank) for i, rank in enumerate((14, 20, 3))]
+    values = {"density": 0.3} if method == "dc_merge" else {}
+    merge_lora(recipe(method, adapters, values), tmp_path / "out")
+    expected, got = dense(method, base, adapters, values), products(tmp_path / "out")
+    for name, m in expected.items():
+        assert relative(got[name], m) < 3e-6
+
+
+def test_the_guide_lists_how_methods_merge() -> None:
+    listed = (Path(__file__).parent.parent / "docs/merge_lora.md").read_text()
+    for name in names():
+        method = get(name)
+        if method.statistics is None and name != "median":
+            required = {"slerp": {"t": 0.5}, "nearswap": {"t": 0.1}}.get(name, {})
+            route = route_of(method, method.resolve(COUNTS.get(name, 2), required))
+            assert f"`{name}`" in listed, name
+            row = next(line for line in listed.splitlines() if line.startswith(f"| `{name}`"))
+            assert row.split("|")[2].strip() == ("exact" if route.is_exact else route.value), name

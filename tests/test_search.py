@@ -1,0 +1,327 @@
+"""Searches: trials, resuming, early stops, what is written, and that the best recipe merges to the judged model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from checkpoints import Family, load_model
+from conftest import RunCommand
+from test_live import Loose, same
+
+from resm_kernels import merge_checkpoints
+from resm_kernels.calibrate.models import quiet_transformers
+from resm_kernels.checkpoint import verify_checkpoint
+from resm_kernels.search import SearchError, SearchReport, Trial, search_recipes
+from resm_kernels.search.study import best, dominates, front, is_hopeless
+
+optuna = pytest.importorskip("optuna", reason="optuna is not installed (extra search)")
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra search)")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+def space_file(family: Family, **parameters: Any) -> Path:
+    recipe = family.recipe("task_arithmetic", parameters={"lambda": {"range": [0.0, 2.0]}} | parameters)
+    for model in recipe["models"]:
+        model["parameters"] = {"weight": {"range": [0.0, 1.0], "default": 0.5}}
+    file = family.root / "space.yaml"
+    file.write_text(yaml.safe_dump(recipe, sort_keys=False))
+    return file
+
+
+def closeness(family: Family, asked: list[Any] | None = None) -> Callable[..., dict[str, float]]:
+    """A judge that scores how close a merge is to two experts; on a prefix it sees few rows."""
+
+    def evaluate(model: Any, *, split: str, questions: int | None = None) -> dict[str, float]:
+        if asked is not None:
+            asked.append((split, questions))
+        got = model.get_parameter(Q)[:questions]
+        return {
+            name: -float((got - family.experts[i][Q][:questions].float()).square().sum()) * 1e3
+            for i, name in enumerate(("first", "second"))
+        }
+
+    return evaluate
+
+
+def search(family: Family, evaluate: Any = None, out: str = "search", **options: Any) -> SearchReport:
+    module = Loose(family.base, torch.float32)
+    given = {"trials": 8, "model": module} | options
+    report = search_recipes(space_file(family), evaluate or closeness(family), family.root / out, **given)
+    assert same(given["model"], load_merged(family, report))
+    return report
+
+
+def load_merged(family: Family, report: SearchReport) -> dict[str, torch.Tensor]:
+    """The merge of the best recipe by `merge_checkpoints`, whose hashes the report has."""
+    merged = family.root / f"merged{len(list(family.root.glob('merged*')))}"
+    merge_checkpoints(report.out / "best.yaml", merged)
+    record = json.loads((merged / "resm_kernels.json").read_text())
+    hashes = {name: entry["xxh3_128"] for name, entry in record["tensors"].items()}
+    assert hashes == report.tensors and not verify_checkpoint(merged).findings
+    return load_model(merged)
+
+
+def test_a_search_begins_with_baselines_and_writes_what_it_found(family: Family) -> None:
+    asked: list[Any] = []
+    report = search(family, closeness(family, asked))
+    assert [t.number for t in report.trials] == list(range(8)) and all(t.state == "complete" for t in report.trials)
+    assert [t.baseline for t in report.trials] == ["defaults", "uniform"] + [None] * 6
+    assert report.objectives == ("first", "second")
+    assert report.trials[0].values["models[0].weight"] == 0.5 and report.trials[1].values["models[0].weight"] == 1.0
+    # Each trial once, and at the end the baselines and the best on the split that nobody saw.
+    held_out = {0, 1, report.best.number}
+    assert asked == [("valid", None)] * 8 + [("test", None)] * len(held_out)
+    assert set(report.held_out) == held_out
+    assert {p.name for p in (report.out / "front").iterdir()} == {f"{t.number:04d}.yaml" for t in report.front}
+    for trial in report.front:
+        assert not any(dominates(t.scores, trial.scores, report.objectives) for t in report.trials)
+    written = json.loads((report.out / "report.json").read_text())
+    assert written["best"] == report.best.number and len(written["trials"]) == 8
+    assert written["trials"][3]["scores"] == report.trials[3].scores
+    assert (report.out / "front.png").read_bytes().startswith(b"\x89PNG")
+    study = optuna.load_study(study_name="search", storage=f"sqlite:///{report.out / 'study.db'}")
+    assert len(study.trials) == 8 and study.metric_names == ["first", "second"]
+
+
+def test_a_finished_search_goes_on_with_more_trials(family: Family) -> None:
+    asked: list[Any] = []
+    first = search(family, trials=5)
+    second = search(family, closeness(family, asked), trials=7)
+    assert second.trials[:5] == first.trials
+    judged_anew = {second.best.number} - set(first.held_out)
+    assert asked == [("valid", None)] * 2 + [("test", None)] * len(judged_anew)
+    # The draws go on, they do not begin again.
+    assert len({tuple(t.values.values()) for t in second.trials}) == 7
+
+
+class Killed(BaseException):
+    """Ends a search as a signal would, without any cleaning up of the trial."""
+
+
+@pytest.mark.parametrize("at", [1, 2, 5])
+def test_a_search_that_was_cut_off_goes_on(family: Family, at: int) -> None:
+    calls = 0
+
+    def dying(model: Any, *, split: str) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls == at:
+            raise Killed
+        return closeness(family)(model, split=split)
+
+    with pytest.raises(Killed):
+        search(family, dying)
+    report = search(family)
+    assert len(report.trials) == 8 and [t.baseline for t in report.trials[:2]] == ["defaults", "uniform"]
+    if at == 5:
+        # The values that were being judged are judged now.
+        stored = optuna.load_study(study_name="search", storage=f"sqlite:///{report.out / 'study.db'}").trials
+        failed = next(t for t in stored if t.state == optuna.trial.TrialState.FAIL)
+        assert dict(failed.params) in [dict(t.values) for t in report.trials]
+
+
+def test_another_search_in_the_folder_is_refused(family: Family) -> None:
+    search(family, trials=2)
+    for options, message in (
+        ({"random_seed": 1}, "holds a search with another random_seed"),
+        ({"sampler": "random"}, "holds a search with another sampler"),
+        ({"questions": 3}, "another questions"),
+    ):
+        with pytest.raises(SearchError, match=message):
+            search(family, **options)
+    file = space_file(family, **{"lambda": {"range": [0.0, 1.0]}})
+    with pytest.raises(SearchError, match="holds a search with another search space"):
+        search_recipes(file, closeness(family), family.root / "search", trials=3, model=Loose(family.base))
+    other = family.root / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    with pytest.raises(SearchError, match=r"holds 'notes.txt' but no search.json"):
+        search(family, out="other")
+
+
+def test_bad_trials_stop_after_the_first_questions(family: Family) -> None:
+    asked: list[Any] = []
+    report = search(family, closeness(family, asked), trials=30, prefix=4, sampler="random", objectives=["first"])
+    states = [t.state for t in report.trials]
+    assert states.count("stopped") >= 5 and states[:6] == ["complete"] * 6
+    asked_whole = [questions for split, questions in asked if split == "valid"].count(None)
+    assert asked_whole == states.count("complete") and asked.count(("valid", 4)) == 30
+    firsts = [trial.first_scores["first"] for trial in report.trials if trial.first_scores is not None]
+    assert len(firsts) == 30
+    for trial, score in zip(report.trials, firsts, strict=True):
+        earlier = firsts[: trial.number]
+        hopeless = len(earlier) >= 5 and 2 * sum(other > score for other in earlier) >= len(earlier)
+        assert (trial.state == "stopped") == (hopeless and trial.baseline is None)
+
+
+@pytest.mark.parametrize(("sampler", "objectives"), [("tpe", None), ("nsga2", None), ("cmaes", ["second"])])
+def test_samplers_find_better_merges_than_the_baselines(
+    family: Family, sampler: str, objectives: list[str] | None
+) -> None:
+    if sampler == "cmaes":
+        pytest.importorskip("cmaes", reason="cmaes is not installed (extra search)")
+    report = search(family, sampler=sampler, objectives=objectives, trials=24, prefix=2)
+    of = report.objectives
+    assert sum(report.best.scores[o] for o in of) > max(sum(t.scores[o] for o in of) for t in report.trials[:2])
+
+
+def test_values_without_a_merge_fail_a_trial_and_not_the_search(family: Family) -> None:
+    recipe = yaml.safe_load(space_file(family).read_text())
+    recipe |= {"merge_method": "task_arithmetic", "dtype": "float16", "parameters": {"lambda": {"range": [0.5, 1e9]}}}
+    file = family.root / "wild.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    report = search_recipes(
+        file, closeness(family), family.root / "wild", trials=6, model=Loose(family.base), sampler="random"
+    )
+    failed = [t for t in report.trials if t.state == "failed"]
+    assert failed and all("exceed float16's range" in str(t.error) for t in failed)
+
+
+def test_an_error_of_the_function_ends_the_search(family: Family) -> None:
+    def broken(model: Any, *, split: str) -> float:
+        raise ZeroDivisionError("mine")
+
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        search(family, broken)
+
+
+@pytest.mark.parametrize(
+    ("evaluate", "options", "message"),
+    [
+        (lambda model: 1.0, {}, "has no argument split"),
+        (lambda model, split: 1.0, {"questions": 4}, "questions: the function has no argument questions"),
+        (lambda model, split: 1.0, {"prefix": 4}, "prefix: the function has no argument questions"),
+        (lambda model, split: {}, {}, "returned no scores"),
+        (lambda model, split: float("nan"), {}, "the score 'score' is nan, need a finite number"),
+        (lambda model, split: {"a": "good"}, {}, "the score 'a' is 'good', need a finite number"),
+        (lambda model, split: {"a": 1.0}, {"objectives": ["b"]}, "returned no 'b', but a"),
+        (lambda model, split: {"a": 1.0, "b": 2.0}, {"sampler": "cmaes"}, "cmaes has one objective, got a, b"),
+    ],
+)
+def test_functions_that_cannot_judge_are_refused(
+    family: Family, evaluate: Any, options: dict[str, Any], message: str
+) -> None:
+    if options.get("sampler") == "cmaes":
+        pytest.importorskip("cmaes", reason="cmaes is not installed (extra search)")
+    with pytest.raises(SearchError, match=message):
+        search(family, evaluate, **options)
+    # Nothing is left that would be in the way of another try.
+    search(family, trials=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trials": None}, "trials: got none and no time"),
+        ({"trials": 0}, "trials: got 0, need at least 1"),
+        ({"time": "soon"}, "time: got 'soon', need a time above 0 such as 1h"),
+        ({"time": "0s"}, "time: got '0s'"),
+        ({"sampler": "tree"}, "sampler: got 'tree', need one of tpe, cmaes, nsga2, random"),
+        ({"prefix": 5, "questions": 5}, "prefix: got 5, need less than the 5 questions"),
+        ({"dtype": "float64"}, "dtype: got 'float64', need one of float32"),
+        ({"objectives": ["a", "a"]}, "need names of scores, each once"),
+        ({"memory_limit": "much"}, "memory_limit: got 'much'"),
+    ],
+)
+def test_wrong_options_are_errors(family: Family, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        search(family, **options)
+
+
+def test_time_ends_a_search(family: Family) -> None:
+    report = search(family, trials=None, time="0.001s")
+    assert len(report.trials) == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("judge", "need module:function"),
+        ("no_such_judge:f", "no_such_judge cannot be imported: ModuleNotFoundError"),
+        ("json:no_such", "json has no 'no_such'"),
+        ("json:__name__", "json:__name__ is str, need a function"),
+    ],
+)
+def test_functions_are_found_by_name(family: Family, spec: str, message: str) -> None:
+    with pytest.raises(SearchError, match=message):
+        search_recipes(space_file(family), spec, family.root / "search", trials=1, model=Loose(family.base))
+
+
+def test_the_front_and_the_rule_for_early_stops() -> None:
+    def trial(number: int, state: str = "complete", **scores: float) -> Trial:
+        return Trial(number, state, None, {}, scores, first_scores=scores)
+
+    trials = [
+        trial(0, a=1, b=1),
+        trial(1, a=3, b=0),
+        trial(2, a=0, b=3),
+        trial(3, a=3, b=0),
+        trial(4, a=2, b=1),
+        trial(5, "stopped", a=9, b=9),
+    ]
+    assert [t.number for t in front(trials, ("a", "b"))] == [1, 2, 4]
+    assert best(trials, ("a", "b")).number == 1
+    with pytest.raises(SearchError, match="no trial was judged to its end"):
+        best(trials[5:], ("a", "b"))
+    assert is_hopeless({"a": 0, "b": 0}, trials, ("a", "b"))
+    assert not is_hopeless({"a": 0, "b": 0}, trials[:4], ("a", "b"))  # too few
+    assert not is_hopeless({"a": 0, "b": 4}, trials, ("a", "b"))  # best of all but one in b
+    assert not is_hopeless({"a": 3.5, "b": 0}, trials, ("a", "b"))
+
+
+JUDGE = """
+import torch
+
+def evaluate(model, tokenizer, *, split, questions=None):
+    ids = torch.arange(6, 20).reshape(2, 7)
+    loss = model(input_ids=ids[:questions], labels=ids[:questions]).loss
+    return {"likelihood": -float(loss), "size": float(len(tokenizer))}
+"""
+
+
+def test_the_command_searches_with_transformers(tmp_path: Path, run: RunCommand, monkeypatch: Any) -> None:
+    pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
+    from experts import save_expert
+
+    with quiet_transformers():
+        folders = [save_expert(tmp_path / name, "Llama", seed) for seed, name in enumerate(("base", "a", "b"))]
+    recipe = {
+        "merge_method": "resm",
+        "base_model": str(folders[0]),
+        "models": [{"model": str(f), "parameters": {"weight": {"range": [0.1, 2.0]}}} for f in folders[1:]],
+        "parameters": {"lambda": {"range": [0.0, 1.0]}},
+        "dtype": "bfloat16",
+    }
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "tiny_judge.py").write_text(JUDGE)
+    monkeypatch.chdir(tmp_path)
+    command = ("search", "space.yaml", "--evaluate", "tiny_judge:evaluate", "--out", "found", "--trials", "4")
+    code, out, err = run(*command, "--objectives", "likelihood", "--prefix", "1")
+    assert code == 0, err
+    assert err.startswith("trial 0 (defaults): likelihood -") and err.count("trial ") == 4
+    lines = out.splitlines()
+    assert lines[0].startswith("4 trials, 0 stopped early, 0 failed; 1 on the Pareto front: found/front")
+    assert lines[1].startswith("best: trial ") and lines[1].endswith(": found/best.yaml")
+    assert lines[2].startswith("held out, ")
+    assert run("merge", "found/best.yaml", "merged", "--quiet")[0] == 0
+    assert run("merge", "found/best.yaml", "found", "--quiet")[0] == 1
+    code, out, err = run(*command)
+    assert (code, out) == (1, "") and "holds a search with another objectives" in err
+    sys.modules.pop("tiny_judge")
+
+
+def test_importing_the_search_stays_light() -> None:
+    code = "import sys, resm_kernels.search, resm_kernels.live; print([m for m in %r if m in sys.modules])"
+    heavy = ("transformers", "optuna", "matplotlib", "sqlalchemy")
+    done = subprocess.run([sys.executable, "-c", code % (heavy,)], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
