@@ -21,7 +21,10 @@ _Parts = Mapping[str, list[Rectangle]]
 
 
 def rearranged(
-    reference: Iterable[Parameter], tensors: Mapping[str, TensorInfo], other: Iterable[Parameter]
+    reference: Iterable[Parameter],
+    tensors: Mapping[str, TensorInfo],
+    other: Iterable[Parameter],
+    other_tensors: Mapping[str, TensorInfo],
 ) -> tuple[Made, frozenset[str]]:
     """Return how a model's tensors make up those of the reference model, and which of them are used up.
 
@@ -30,10 +33,14 @@ def rearranged(
 
     Args:
         reference, other: The tensors of the loaded model that the files of each model hold.
-        tensors: The reference model's stored tensors.
+        tensors, other_tensors: The stored tensors of each.
     """
     ours, theirs = _parts(reference), _parts(other)
-    changed = {k for k in ours.keys() & theirs.keys() if set(map(_place, ours[k])) != set(map(_place, theirs[k]))}
+    changed = {
+        k
+        for k in ours.keys() & theirs.keys()
+        if {_place(part, tensors) for part in ours[k]} != {_place(part, other_tensors) for part in theirs[k]}
+    }
     while changed:
         # A stored tensor may hold parts of several loaded ones. It can only be moved as a whole.
         held = [part.name for parts in (ours, theirs) for k in parts.keys() - changed for part in parts[k]]
@@ -76,9 +83,9 @@ def _rectangle(placement: Placement, dimensions: int) -> Rectangle | None:
     return Rectangle(placement.name, tuple(source), tuple(start), tuple(shape), tuple(axes))
 
 
-def _place(part: Rectangle) -> tuple[object, ...]:
+def _place(part: Rectangle, tensors: Mapping[str, TensorInfo]) -> tuple[object, ...]:
     """What is the same for stored tensors of two models that hold the same elements in the same order."""
-    return part.source, part.start, part.shape, part.axes
+    return part.source, part.start, part.shape, part.axes, tensors[part.name].shape
 
 
 def _common(wanted: Rectangle, given: Rectangle) -> Rectangle | None:

@@ -254,7 +254,7 @@ def _rearrange(models: Sequence[_Tensors]) -> Iterator[str]:
             continue
         assert models[0].architecture is not None and tensors.architecture is not None
         wanted = models[0].architecture.held(stored) if wanted is None else wanted
-        made, consumed = rearranged(wanted, stored, tensors.architecture.held(own))
+        made, consumed = rearranged(wanted, stored, tensors.architecture.held(own), own)
         if made:
             tensors.model = replace(tensors.model, reader=RearrangedReader(tensors.reader, made, consumed))
             new, (_, parts) = next(iter(made.items()))
