@@ -37,7 +37,7 @@ StrictOption = Annotated[
     bool, typer.Option("--strict", help="Refuse models of which tensors would be left out, renamed or added.")
 ]
 KeepOption = Annotated[
-    Path | None,
+    str | None,
     typer.Option(
         metavar="DIR",
         help="Write the merge of each named document of RECIPE to DIR/NAME first. By default it is streamed.",

@@ -101,7 +101,7 @@ def merge(
     address: AddressOption = MergeOptions.address,
     workers: WorkersOption = MergeOptions.workers,
     machine: MachineOption = None,
-    keep_intermediates: KeepOption = MergeOptions.keep_intermediates,
+    keep_intermediates: KeepOption = None,
     strict: StrictOption = MergeOptions.strict,
     tied_embeddings: TiedEmbeddingsOption = MergeOptions.tied_embeddings,
     quiet: QuietOption = False,

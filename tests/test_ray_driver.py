@@ -6,17 +6,19 @@ tests/test_ray.py merges with real clusters.
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
 from checkpoints import Family, save_model
 
+from resm_kernels.checkpoint.record import HASH, read_record
 from resm_kernels.engine import MergeOptions, merge_checkpoints, plan_merge
 from resm_kernels.engine.batches import BATCHES_PER_WORKER, Batch, make_batches
 from resm_kernels.engine.pipeline import Timings
@@ -81,17 +83,22 @@ def test_places_are_one_for_each_machine_or_gpu() -> None:
 
 @pytest.fixture
 def order(family: Family) -> Order:
+    return order_of(family, family.recipe())
+
+
+def order_of(family: Family, recipe: Any, written: Mapping[str, Path] = MappingProxyType({})) -> Order:
     """What a worker would get of a driver that has made the unfinished folder."""
     proof = family.root / ".out.unfinished" / "proof"
     folder = proof.with_name("model")
     folder.mkdir(parents=True)
     proof.write_text("right")
-    with plan_merge(family.recipe()) as plan:
+    with plan_merge(recipe, written=written) as plan:
         for shard in plan.output.shards:
             (folder / shard.filename).write_bytes(bytes(shard.size))
         return Order(
             recipe=plan.recipe,
-            method=plan.method,
+            methods=(plan.method, *(own.method for own in plan.recipe.documents.values())),
+            written=plan.written,
             options=MergeOptions(),
             directory=Path.cwd(),
             folder=folder,
@@ -99,6 +106,28 @@ def order(family: Family) -> Order:
             environment=environment(),
             fingerprint=fingerprint(plan),
         )
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_worker_merges_recipes_of_several_documents(family: Family, kept: bool) -> None:
+    models = family.recipe()["models"]
+    documents = [
+        family.recipe("linear", name="mean", models=models[:2]),
+        family.recipe("ties", models=[{"model": "mean"}, models[2]]),
+    ]
+    if kept:
+        merge_checkpoints({k: v for k, v in documents[0].items() if k != "name"}, family.root / "kept")
+    order = order_of(family, documents, {"mean": family.root / "kept"} if kept else {})
+    worker = MergeWorker()
+    worker.open(pickle.loads(pickle.dumps(order)))
+    merged = worker.merge(list(family.base))
+    assert merged.hashes.keys() == family.base.keys()
+    merge_checkpoints(documents, family.out)
+    record = read_record(family.out)
+    assert record is not None and merged.hashes == {name: entry[HASH] for name, entry in record.tensors.items()}
+    changed = replace(order, fingerprint=order.fingerprint | {next(iter(order.fingerprint)): "another"})
+    with pytest.raises(ClusterError, match="need the same input"):
+        MergeWorker().open(changed)
 
 
 def lose_folder(family: Family, order: Order) -> Order:

@@ -46,8 +46,14 @@ def qwen3_moe() -> Any:
 
 
 def qwen3_vl_moe() -> Any:
-    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "out_hidden_size": 16}
-    vision |= {"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+    }
+    vision |= {"out_hidden_size": 16, "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     config = transformers.Qwen3VLMoeConfig(text_config=SIZES | {"num_experts": 3}, vision_config=vision)
     return transformers.Qwen3VLMoeForConditionalGeneration(config)
 

@@ -166,7 +166,7 @@ EMPTY: dict[str, list[tuple[int, int, int]]] = {
 @pytest.mark.parametrize("case", EMPTY)
 def test_slices_without_layers_equal_mergekits(family: Family, case: str, in_modules: bool) -> None:
     slices = [{"sources": [source(family.folders[model], first, end)]} for model, first, end in EMPTY[case]]
-    recipe = {"merge_method": "passthrough", "dtype": "float32", "slices": slices}
+    recipe: dict[str, Any] = {"merge_method": "passthrough", "dtype": "float32", "slices": slices}
     if in_modules:
         recipe = recipe | {"modules": {"default": {"slices": recipe["slices"]}}}
         del recipe["slices"]

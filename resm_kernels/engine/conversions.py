@@ -60,6 +60,10 @@ def placements(conversion: Conversion, name: str, model: Any) -> Parameter | Non
         model: The model of transformers, on the meta device.
     """
     shape = tuple(model.get_parameter(name).shape)
+    if _is_kept(conversion, shape):
+        _, source, stored = conversion.sources[0]
+        axes = tuple(Axis(dim, range(size), range(size)) for dim, size in enumerate(stored))
+        return Parameter(name, shape, (Placement(source, axes),))
     dims = {len(stored) for _, _, stored in conversion.sources}
     if len(dims) != 1:
         return None
@@ -79,6 +83,13 @@ def placements(conversion: Conversion, name: str, model: Any) -> Parameter | Non
             found.append(place)
     covered = sum(_numel(place) for place in found)
     return Parameter(name, shape, tuple(found)) if covered == math.prod(shape) else None
+
+
+def _is_kept(conversion: Conversion, shape: tuple[int, ...]) -> bool:
+    """Return True if a tensor is stored as the loaded one, and transformers turns only those that are not."""
+    operations = conversion.converter.operations
+    only = len(conversion.sources) == 1 and conversion.sources[0][2] == shape
+    return only and all(getattr(operation, "check_dims", False) for operation in operations)
 
 
 def renamed(parameter: Parameter, name: str, sources: Mapping[str, str]) -> Parameter:

@@ -52,7 +52,7 @@ class DocumentReader(CheckpointReader):
 
         self.folder = Path(name)
         self.plan = plan
-        self._name, self._small_files, self._lock = name, folder, lock
+        self._name, self._small_files, self._merging = name, folder, lock
         slots = sorted(plan.output.slots.values(), key=lambda slot: (slot.shard, slot.offset))
         infos = [TensorInfo(slot.name, slot.dtype, slot.shape, self.folder, 0, slot.nbytes) for slot in slots]
         self.tensors = MappingProxyType({info.name: info for info in infos})
@@ -94,7 +94,7 @@ class DocumentReader(CheckpointReader):
         begin, size = info.offset + first, buffer.nbytes
         target, itemsize = byte_view(buffer), self.tensors[info.name].dtype.itemsize
         done = 0
-        with self._lock, document_named(self._name):
+        with self._merging, document_named(self._name):
             for piece in self._pieces[info.name]:
                 start = piece.start * itemsize
                 end = start + (piece.output_bytes if piece.rounding is None else self.tensors[info.name].nbytes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine.architecture import Architecture
@@ -45,7 +44,6 @@ class SpelledModel(LoadedModel):
     def __init__(self, reader: CheckpointReader, spelled: Callable[[], Spelled]) -> None:
         super().__init__(reader.tensors)
         self._make = spelled
-        self._layouts: dict[tuple[Any, ...], Parameter | None] = {}
 
     @functools.cached_property
     def _spelled(self) -> Spelled:
@@ -81,15 +79,9 @@ class SpelledModel(LoadedModel):
         """Return a parameter that transformers converts from stored tensors."""
         conversion, architecture = self._conversions[name], self._spelled.architecture
         assert architecture is not None
-        sources = [stored for _, stored, _ in conversion.sources]
-        key = (conversion.parameters.index(name), *conversion.layout)
-        if key not in self._layouts:
-            placed = architecture.placed(conversion, name)
-            numbers = {stored: str(number) for number, stored in enumerate(sources)}
-            self._layouts[key] = None if placed is None else renamed(placed, name, numbers)
-        layout = self._layouts[key]
-        readable = {str(number): self._spelled.stored[stored][0] for number, stored in enumerate(sources)}
-        return None if layout is None else renamed(layout, name, readable)
+        placed = architecture.placed(conversion, name)
+        readable = {stored: self._spelled.stored[stored][0] for _, stored, _ in conversion.sources}
+        return None if placed is None else renamed(placed, name, readable)
 
     def parameters(self, module: str) -> Sequence[str] | None:
         architecture = self._spelled.architecture

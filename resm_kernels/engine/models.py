@@ -239,7 +239,7 @@ def _check_dcp_keys(recipe: Recipe, models: Sequence[Model]) -> None:
     opened = [model for model in models if model.dcp is not None]
     if recipe.state_dict_key is not None and not opened:
         raise RecipeError("state_dict_key: no model is a torch DCP folder, so that this key has no effect; remove it")
-    if recipe.config_source is not None and all(model.base_folder == model.folder for model in models):
+    if recipe.config_source is not None and all(m.plan is not None or m.base_folder == m.folder for m in models):
         raise RecipeError("config_source: every model has a config.json, so that this key has no effect; remove it")
 
 

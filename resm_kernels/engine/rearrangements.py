@@ -1,173 +1,91 @@
-"""How transformers puts stored tensors together when it loads a model: which part of a loaded tensor each one is.
+"""Finds tensors that two models store in other arrangements: experts one by one or as one tensor, joined or turned.
 
-The knowledge is transformers' conversion mapping. Of its operations those are followed that only move elements: stacks
-of experts, concatenations, transposes.
+Where stored tensors are in those of the loaded model is known from transformers' conversions. Two models that store
+parts of one loaded tensor store the same elements, and one model's tensors can be put together of the other's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping
 
+from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.checkpoint.rearranged import Rectangle
+from resm_kernels.lora import Parameter
+from resm_kernels.lora.loaded import Placement
 
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class StoredPart:
-    """Where a stored tensor is in the loaded tensor that it is a part of.
-
-    Attributes:
-        whole: The loaded tensor's name.
-        shape: The loaded tensor's shape.
-        part: The stored tensor, all of it, as a part of the loaded one.
-    """
-
-    whole: str
-    shape: Shape
-    part: Rectangle
-
-    @property
-    def place(self) -> tuple[Shape, Shape, tuple[int | None, ...]]:
-        """What is the same for stored tensors, of two models, that are arranged alike."""
-        return self.part.start, self.part.shape, self.part.axes
-
-
-@dataclass(frozen=True)
-class _Moved:
-    """A tensor that operations have made: its shape, and where stored tensors are in it."""
-
-    shape: Shape
-    parts: tuple[Rectangle, ...]
-
-    @classmethod
-    def stored(cls, name: str, shape: Shape) -> _Moved:
-        zeros = (0,) * len(shape)
-        return cls(shape, (Rectangle(name, zeros, zeros, shape, tuple(range(len(shape)))),))
-
-    def put(self, dim: int, offset: int, *, new: bool) -> tuple[Rectangle, ...]:
-        """Return the parts at `offset` in a dimension, a new one or one that there is."""
-        return tuple(
-            Rectangle(
-                part.name,
-                part.source,
-                (*part.start[:dim], offset, *part.start[dim:])
-                if new
-                else (*part.start[:dim], part.start[dim] + offset, *part.start[dim + 1 :]),
-                (*part.shape[:dim], 1, *part.shape[dim:]) if new else part.shape,
-                (*part.axes[:dim], None, *part.axes[dim:]) if new else part.axes,
-            )
-            for part in self.parts
-        )
-
-    def transposed(self, first: int, second: int) -> _Moved:
-        order = list(range(len(self.shape)))
-        order[first], order[second] = order[second], order[first]
-        parts = tuple(
-            Rectangle(
-                part.name,
-                part.source,
-                tuple(part.start[i] for i in order),
-                tuple(part.shape[i] for i in order),
-                tuple(part.axes[i] for i in order),
-            )
-            for part in self.parts
-        )
-        return _Moved(tuple(self.shape[i] for i in order), parts)
-
-
-def whole_placement(name: str, loaded: str, shape: Shape) -> StoredPart:
-    """Return the placement of a tensor that is stored as it is loaded."""
-    return StoredPart(loaded, shape, _Moved.stored(name, shape).parts[0])
-
-
-def stored_parts(
-    converter: Any, loaded: str, shape: Shape, stored: Mapping[str, Sequence[tuple[str, Shape]]]
-) -> list[StoredPart]:
-    """Return the placements of the stored tensors that a converter makes one loaded tensor of.
-
-    The list is empty if they do not make up the whole tensor, or if an operation does more than move elements.
-
-    Args:
-        converter: A `WeightConverter` of transformers.
-        loaded, shape: The loaded tensor's name and shape.
-        stored: For each of the converter's source patterns the names and shapes of the tensors that match it, in the
-            order in which transformers reads them.
-    """
-    from transformers.core_model_loading import Concatenate, MergeModulelist, Transpose
-
-    current = {pattern: [_Moved.stored(name, s) for name, s in tensors] for pattern, tensors in stored.items()}
-    for operation in converter.operations:
-        if isinstance(operation, MergeModulelist):
-            made = {pattern: _stack(tensors, operation.dim) for pattern, tensors in current.items()}
-        elif isinstance(operation, Concatenate):
-            ordered = [moved for pattern in converter.source_patterns for moved in current.get(pattern, ())]
-            made = {loaded: _concatenate(ordered, operation.dim)}
-        elif isinstance(operation, Transpose):
-            made = {p: _transpose(t, operation, shape) for p, t in current.items()} if len(current) == 1 else {}
-        else:
-            return []
-        if not made or any(moved is None for moved in made.values()):
-            return []
-        current = {pattern: [moved] for pattern, moved in made.items() if moved is not None}
-    results = [moved for tensors in current.values() for moved in tensors]
-    if len(results) != 1 or results[0].shape != shape:
-        return []
-    return [StoredPart(loaded, shape, part) for part in results[0].parts]
-
-
-def _stack(tensors: Sequence[_Moved], dim: int) -> _Moved | None:
-    if len({moved.shape for moved in tensors}) != 1:
-        return None
-    own = tensors[0].shape
-    parts = (part for i, moved in enumerate(tensors) for part in moved.put(dim, i, new=True))
-    return _Moved((*own[:dim], len(tensors), *own[dim:]), tuple(parts))
-
-
-def _concatenate(tensors: Sequence[_Moved], dim: int) -> _Moved | None:
-    if len({(*moved.shape[:dim], *moved.shape[dim + 1 :]) for moved in tensors}) != 1:
-        return None
-    own, offset, parts = tensors[0].shape, 0, []
-    for moved in tensors:
-        parts += moved.put(dim, offset, new=False)
-        offset += moved.shape[dim]
-    return _Moved((*own[:dim], offset, *own[dim + 1 :]), tuple(parts))
-
-
-def _transpose(tensors: Sequence[_Moved], operation: Any, shape: Shape) -> _Moved | None:
-    if len(tensors) != 1:
-        return None
-    if operation.check_dims and tensors[0].shape == shape:
-        return tensors[0]
-    return tensors[0].transposed(operation.dim0, operation.dim1)
+Made = Mapping[str, tuple[tuple[int, ...], list[Rectangle]]]
+"""For each tensor that is put together its shape and the rectangles of stored tensors that fill it."""
+_Parts = Mapping[str, list[Rectangle]]
+"""For each tensor of the loaded model where stored tensors are in it."""
 
 
 def rearranged(
-    reference: Sequence[StoredPart], other: Sequence[StoredPart]
-) -> dict[str, tuple[Shape, list[Rectangle]]]:
-    """Return how the other model's parts of one loaded tensor make up those that the reference model stores.
+    reference: Iterable[Parameter], tensors: Mapping[str, TensorInfo], other: Iterable[Parameter]
+) -> tuple[Made, frozenset[str]]:
+    """Return how a model's tensors make up those of the reference model, and which of them are used up.
+
+    Tensors that both models store alike are left alone, and so are those of which elements would be missing or left
+    over, or are moved otherwise than in blocks.
 
     Args:
-        reference, other: The placements of all stored tensors of the two models that belong to the loaded tensor.
+        reference, other: The tensors of the loaded model that the files of each model hold.
+        tensors: The reference model's stored tensors.
     """
-    made: dict[str, tuple[Shape, list[Rectangle]]] = {}
-    for wanted in (placement.part for placement in reference):
-        shape: list[int] = [0] * sum(axis is not None for axis in wanted.axes)
-        for axis, size in zip(wanted.axes, wanted.shape, strict=True):
-            if axis is not None:
-                shape[axis] = size
-        parts = (_common(wanted, placement.part) for placement in other)
-        made[wanted.name] = tuple(shape), [part for part in parts if part is not None]
-    return made
+    ours, theirs = _parts(reference), _parts(other)
+    changed = {k for k in ours.keys() & theirs.keys() if set(map(_place, ours[k])) != set(map(_place, theirs[k]))}
+    while changed:
+        # A stored tensor may hold parts of several loaded ones. It can only be moved as a whole.
+        held = [part.name for parts in (ours, theirs) for k in parts.keys() - changed for part in parts[k]]
+        stuck = {k for k in changed for part in (*ours[k], *theirs[k]) if part.name in set(held)}
+        if not stuck:
+            break
+        changed -= stuck
+    made: dict[str, tuple[tuple[int, ...], list[Rectangle]]] = {}
+    for k in sorted(changed):
+        for wanted in ours[k]:
+            rectangles = made.setdefault(wanted.name, (tensors[wanted.name].shape, []))[1]
+            rectangles += filter(None, (_common(wanted, given) for given in theirs[k]))
+    whole = {name: m for name, m in made.items() if sum(math.prod(p.shape) for p in m[1]) == math.prod(m[0])}
+    if len(whole) < len(made):
+        return {}, frozenset()
+    return made, frozenset(part.name for k in changed for part in theirs[k])
+
+
+def _parts(parameters: Iterable[Parameter]) -> dict[str, list[Rectangle]]:
+    found: dict[str, list[Rectangle]] = {}
+    for parameter in parameters:
+        parts = [_rectangle(placement, len(parameter.shape)) for placement in parameter.placements]
+        found[parameter.name] = [part for part in parts if part is not None]
+        if len(found[parameter.name]) < len(parts):
+            del found[parameter.name]
+    return found
+
+
+def _rectangle(placement: Placement, dimensions: int) -> Rectangle | None:
+    """Return a placement as a rectangle; None if its elements are no block of both tensors."""
+    start, shape, axes = [0] * dimensions, [1] * dimensions, list[int | None]([None] * dimensions)
+    source = []
+    for dim, index in placement.fixed.items():
+        start[dim] = index
+    for i, axis in enumerate(placement.axes):
+        if not (isinstance(axis.stored, range) and isinstance(axis.loaded, range)):
+            return None
+        source.append(axis.stored.start)
+        start[axis.dim], shape[axis.dim], axes[axis.dim] = axis.loaded.start, len(axis.loaded), i
+    return Rectangle(placement.name, tuple(source), tuple(start), tuple(shape), tuple(axes))
+
+
+def _place(part: Rectangle) -> tuple[object, ...]:
+    """What is the same for stored tensors of two models that hold the same elements in the same order."""
+    return part.source, part.start, part.shape, part.axes
 
 
 def _common(wanted: Rectangle, given: Rectangle) -> Rectangle | None:
-    """Return the part of `given` that is in `wanted`, placed in the tensor of which `wanted` is the whole."""
-    rank = sum(axis is not None for axis in wanted.axes)
+    """Return the part of `given` that is in `wanted`, placed in the stored tensor that `wanted` is a part of."""
+    rank = len(wanted.source)
     source = list(given.source)
-    start, shape, axes = [0] * rank, [0] * rank, [None] * rank if rank else []
+    start, shape, axes = list(wanted.source), [1] * rank, list[int | None]([None] * rank)
     for i, (axis, own) in enumerate(zip(wanted.axes, given.axes, strict=True)):
         low = max(wanted.start[i], given.start[i])
         high = min(wanted.start[i] + wanted.shape[i], given.start[i] + given.shape[i])
@@ -176,6 +94,6 @@ def _common(wanted: Rectangle, given: Rectangle) -> Rectangle | None:
         if own is not None:
             source[own] += low - given.start[i]
         if axis is not None:
-            start[axis], shape[axis] = low - wanted.start[i], high - low
-            axes[axis] = own
+            start[axis] += low - wanted.start[i]
+            shape[axis], axes[axis] = high - low, own
     return Rectangle(given.name, tuple(source), tuple(start), tuple(shape), tuple(axes))

@@ -29,7 +29,7 @@ from resm_kernels.engine.spelling_rules import (
     copies,
     renamed,
 )
-from resm_kernels.lora import LoadedModel
+from resm_kernels.lora import LoadedModel, Parameter
 from resm_kernels.lora.config import is_tied
 from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position
 
@@ -243,27 +243,24 @@ class Spellings:
 def _rearrange(models: Sequence[_Tensors]) -> Iterator[str]:
     """Let models give those tensors that the reference model stores joined or apart as it does; yield a line for each.
 
-    These are experts that are stored one by one or as one tensor, or as a transposed one.
+    These are experts that are stored one by one or as one tensor, or as a transposed one, and layers that are joined.
     """
-    known = [tensors.architecture for tensors in models]
-    found = [a.stored_parts(_all_infos(t.reader)) if a is not None else {} for a, t in zip(known, models, strict=True)]
-    for tensors, own in zip(models[1:], found[1:], strict=True):
-        changed = {
-            whole: parts
-            for whole, parts in own.items()
-            if whole in found[0] and {p.place for p in parts} != {p.place for p in found[0][whole]}
-        }
-        if not changed:
+    stored = _all_infos(models[0].reader)
+    shapes = {name: info.shape for name, info in stored.items()}
+    wanted: list[Parameter] | None = None
+    for tensors in models[1:]:
+        own = _all_infos(tensors.reader)
+        if {name: info.shape for name, info in own.items()} == shapes:
             continue
-        made: dict[str, Any] = {}
-        for whole, parts in changed.items():
-            made |= rearranged(found[0][whole], parts)
-        consumed = frozenset(placement.part.name for parts in changed.values() for placement in parts)
-        reader = RearrangedReader(tensors.reader, made, consumed)
-        tensors.model = replace(tensors.model, reader=reader)
-        old, new = next(iter(changed.values()))[0].part.name, next(iter(made))
-        many = f"{_TENSOR.counted(len(consumed))} as {len(made)}"
-        yield f"{tensors.model.folder}: reads {many} in another arrangement ({old} as {new}{_more(consumed)})"
+        assert models[0].architecture is not None and tensors.architecture is not None
+        wanted = models[0].architecture.held(stored) if wanted is None else wanted
+        made, consumed = rearranged(wanted, stored, tensors.architecture.held(own))
+        if made:
+            tensors.model = replace(tensors.model, reader=RearrangedReader(tensors.reader, made, consumed))
+            new, (_, parts) = next(iter(made.items()))
+            many = f"{_TENSOR.counted(len(consumed))} as {len(made)}"
+            of = f"{parts[0].name} as {new}{_more(consumed)}"
+            yield f"{tensors.model.folder}: reads {many} in another arrangement ({of})"
 
 
 def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:

@@ -11,8 +11,9 @@ import torch
 
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine.conversions import Conversion, placements
-from resm_kernels.engine.rearrangements import StoredPart, stored_parts, whole_placement
+from resm_kernels.engine.conversions import renamed as with_names
 from resm_kernels.lora import Parameter
+from resm_kernels.lora.loaded import whole_parameter
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class WeightLoading:
         self._state = model.state_dict()
         self._prefix: str = model.base_model_prefix
         self._known: dict[tuple[str, ...], dict[str, Renamed]] = {}
+        self._layouts: dict[tuple[Any, ...], Parameter | None] = {}
 
     def renamed(self, names: Iterable[str]) -> dict[str, Renamed]:
         """Return how transformers loads each stored tensor, in the order in which it joins them.
@@ -112,39 +114,37 @@ class WeightLoading:
         ]
 
     def placed(self, conversion: Conversion, name: str) -> Parameter | None:
-        """Return where a parameter's elements are in the stored tensors of a conversion; see `placements`."""
-        return placements(conversion, name, self._model)
+        """Return where a parameter's elements are in the stored tensors of a conversion; see `placements`.
 
-    def stored_parts(self, tensors: Mapping[str, TensorInfo]) -> dict[str, list[StoredPart]]:
-        """Return for each tensor of the loaded model where a checkpoint's tensors are in it.
-
-        It is left out if the checkpoint's tensors do not make it up, or make it up twice, or if transformers does more
-        than move their elements.
+        The conversions of all layers are found once, where their tensors have the same shapes.
         """
-        by_pattern = self.converters()
-        groups: dict[str, dict[str, Renamed]] = {}
-        for name, renamed in self.renamed(tensors).items():
-            if renamed.key in self._state:
-                groups.setdefault(renamed.key, {})[name] = renamed
-        found: dict[str, list[StoredPart]] = {}
-        for key, members in groups.items():
-            shape = tuple(self._state[key].shape)
-            patterns = (renamed.pattern for renamed in members.values())
-            converters = {id(c): c for c in (None if p is None else by_pattern[p] for p in patterns)}
-            converter = next(iter(converters.values()))
-            if len(converters) > 1 or (converter is None and len(members) > 1):
-                continue
-            if converter is None:
-                (name,) = members
-                if tensors[name].shape == shape:
-                    found[key] = [whole_placement(name, key, shape)]
-                continue
-            stored: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-            for name, renamed in members.items():
-                stored.setdefault(str(renamed.pattern), []).append((name, tensors[name].shape))
-            if parts := stored_parts(converter, key, shape, stored):
-                found[key] = parts
-        return found
+        sources = [stored for _, stored, _ in conversion.sources]
+        key = (conversion.parameters.index(name), *conversion.layout)
+        if key not in self._layouts:
+            found = placements(conversion, name, self._model)
+            numbers = {stored: str(number) for number, stored in enumerate(sources)}
+            self._layouts[key] = None if found is None else with_names(found, name, numbers)
+        layout = self._layouts[key]
+        return (
+            None if layout is None else with_names(layout, name, {str(i): stored for i, stored in enumerate(sources)})
+        )
+
+    def held(self, tensors: Mapping[str, TensorInfo]) -> list[Parameter]:
+        """Return the tensors of the loaded model that a checkpoint holds whole, and where their elements are.
+
+        Those are left out that it holds twice, or that transformers makes by more than moving elements.
+        """
+        found: dict[str, list[Parameter | None]] = {}
+        for conversion in self.conversions({name: info.shape for name, info in tensors.items()}):
+            for name in conversion.parameters:
+                if name in self._state:
+                    found.setdefault(name, []).append(self.placed(conversion, name))
+        for name, loaded in self.renamed(tensors).items():
+            if loaded.pattern is None and loaded.key in self._state:
+                fits = tensors[name].shape == tuple(self._state[loaded.key].shape)
+                whole = whole_parameter(loaded.key, tensors[name]) if fits else None
+                found.setdefault(loaded.key, []).append(whole)
+        return [parameters[0] for parameters in found.values() if len(parameters) == 1 and parameters[0] is not None]
 
     def places(self, names: Iterable[str]) -> list[Place]:
         """Return where the tensors of a checkpoint belong in the loaded model."""

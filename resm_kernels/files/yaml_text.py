@@ -118,7 +118,8 @@ class _Loader(yaml.SafeLoader):
         while not self.check_event(yaml.StreamEndEvent):
             if len(roots) == MAX_DOCUMENTS:
                 raise _Refused(self.peek_event(), f"has more than {MAX_DOCUMENTS} documents, need at most so many")  # type: ignore[no-untyped-call]
-            root: yaml.Node = self.compose_document()
+            root = self.compose_document()
+            assert root is not None
             roots.append(root)
             self._values += self._sizes[id(root)]
             if self._values > MAX_VALUES:

@@ -51,8 +51,9 @@ def load_recipe(source: RecipeSource, *, adapters: bool = False) -> Recipe:
         raise RecipeError("recipe: got one of whole models, need load_recipe(…, adapters=True), a file or a mapping")
     if isinstance(source, Mapping):
         return _checked([Document(source)], "recipe", [source], kind)
-    if isinstance(source, (list, tuple)):
-        return _checked([Document(entry) for entry in source], "recipe", source, kind)
+    if not isinstance(source, (str, os.PathLike)):
+        entries = list(source)
+        return _checked([Document(entry) for entry in entries], "recipe", entries, kind)
     name = os.fspath(source)
     text = read_text(expanded(name, RecipeError, "recipe"), RecipeError, limit=MAX_BYTES, missing="need a recipe")
     return _checked(parse_yaml(text, name, RecipeError), name, text, kind)
