@@ -133,6 +133,7 @@ class SearchKeywords(TypedDict, total=False):
     objectives: Sequence[str] | None
     questions: int | None
     prefix: int | None
+    held_out: bool
     random_seed: int
     dtype: str
     device: str | torch.device
@@ -164,6 +165,7 @@ class SearchOptions:
     objectives: Sequence[str] | None = None
     questions: int | None = None
     prefix: int | None = None
+    held_out: bool = True
     random_seed: int = 0
     dtype: str = "float32"
     device: str | torch.device = "cpu"

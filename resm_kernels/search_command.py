@@ -37,6 +37,9 @@ def search(
     objectives: ObjectivesOption = None,
     questions: QuestionsOption = SearchOptions.questions,
     prefix: PrefixOption = SearchOptions.prefix,
+    held_out: Annotated[
+        bool, typer.Option("--held-out/--no-held-out", help="Judge the best trial on the test split at the end.")
+    ] = SearchOptions.held_out,
     random_seed: Annotated[
         int, typer.Option("--random-seed", help="Of the sampler, and of methods that draw random numbers.")
     ] = SearchOptions.random_seed,

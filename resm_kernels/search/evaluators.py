@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -113,12 +114,11 @@ def accuracy(
     ) -> dict[str, float]:
         scores = {}
         for name, path, prompts in asked.of(split, questions):
-            samples = asked.encoded(model, tokenizer, path, prompts)
-            starts = [sample.tokens[: sample.answer_start] for sample in samples]
-            given = answer(model, tokenizer, starts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+            open_ones = [replace(prompt, response=None) for prompt in prompts]
+            ids = asked.encoded(model, tokenizer, path, open_ones)
+            given = answer(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
             texts = [_text(tokenizer, sample) for sample in given]
-            needed = [_text(tokenizer, sample) for sample in samples]
-            right = sum(map(_MATCHES[match], texts, needed))
+            right = sum(_MATCHES[match](text, str(p.response).strip()) for text, p in zip(texts, prompts, strict=True))
             scores[name] = 100 * right / len(prompts)
         return scores
 

@@ -88,6 +88,7 @@ def search_recipes(
         questions: How many questions `evaluate` may ask on the validation split (default: all).
         prefix: Judge a trial by so many questions first, and stop it there if at least half of the earlier trials are
             better in every objective (default: None, which stops none).
+        held_out: Judge the best trial and the baselines with split="test" at the end (default: True).
         random_seed: Of the sampler, and of methods that draw random numbers (default: 0).
         dtype: The dtype of the model that is judged: "float32" (default), "bfloat16" or "float16".
         device: Where models are merged and judged (default: "cpu").
@@ -208,7 +209,7 @@ class _Search:
         chosen, pareto = best(trials, self._objectives), front(trials, self._objectives)
         baselines = [t for t in trials if t.baseline is not None and t.state == "complete"]
         judged = study.held_out
-        for trial in (*baselines, chosen):
+        for trial in (*baselines, chosen) if self._settings.held_out else ():
             if str(trial.number) not in judged:
                 self._models.merge_into(self._model, self._space.recipe(trial.values))
                 judged[str(trial.number)] = self._judge(TEST)
