@@ -226,6 +226,7 @@ def test_functions_that_cannot_judge_are_refused(
         ({"trials": 0}, "trials: got 0, need at least 1"),
         ({"time": "soon"}, "time: got 'soon', need a time above 0 such as 1h"),
         ({"time": "0s"}, "time: got '0s'"),
+        ({"best_by": "median"}, "best_by: got 'median', need mean or worst"),
         ({"sampler": "tree"}, "sampler: got 'tree', need one of tpe, cmaes, nsga2, random"),
         ({"prefix": 5, "questions": 5}, "prefix: got 5, need less than the 5 questions"),
         ({"dtype": "float64"}, "dtype: got 'float64', need one of float32"),
@@ -271,6 +272,7 @@ def test_the_front_and_the_rule_for_early_stops() -> None:
     ]
     assert [t.number for t in front(trials, ("a", "b"))] == [1, 2, 4]
     assert best(trials, ("a", "b")).number == 1
+    assert best(trials, ("a", "b"), "worst").number == 4
     with pytest.raises(SearchError, match="no trial was judged to its end"):
         best(trials[5:], ("a", "b"))
     assert is_hopeless({"a": 0, "b": 0}, trials, ("a", "b"))
