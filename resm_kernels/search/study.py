@@ -164,7 +164,10 @@ class Study:
             return samplers.CmaEsSampler(seed=seed)
         if name == "nsga2":
             return samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
-        return samplers.RandomSampler(seed=seed) if name == "random" else samplers.TPESampler(seed=seed)
+        if name == "random":
+            return samplers.RandomSampler(seed=seed)
+        # Weights and λ act together, so that their values are drawn together.
+        return samplers.TPESampler(seed=seed, multivariate=True)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
