@@ -110,15 +110,19 @@ def settle_tied(
         whole = [other for other in kept if other in group]
         if len(group) == 1 or not (changes or whole):
             continue
+        original = model.originals.get(name, name)
         if not changes and len(whole) == len(group):
-            continue  # whether they are equal is checked when the merge is planned
+            if all(torch.equal(read(kept[original]), read(kept[other])) for other in whole):
+                kept = {other: info for other, info in kept.items() if other not in group or other == original}
+                continue
+            if OUTPUT_HEAD in group:
+                continue  # the model's configuration decides when the merge is planned
         # PEFT trains the rows of tied tensors together.
         alike = all(target.rows is not None for target in changes) and not whole
         if not alike and len(changes) == len(group) and _same_change(changes, read):
             left = [target for target in left if target not in changes[1:]]
         elif not alike and choice != "both":
             raise CheckpointError(_message(name, group, choice, folders))
-        original = model.originals.get(name, name)
         for other in whole:
             kept[original] = kept.pop(other)
     return left, kept
