@@ -15,7 +15,9 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.engine.conversions import Conversion, placements
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
+from resm_kernels.lora import Parameter
 from resm_kernels.tensor_names import layer_position
 
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
@@ -139,24 +141,85 @@ class Architecture:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
         return name if name in self._state else self._renamed([name])[name][0]
 
+    def parameters(self, module: str) -> list[str]:
+        """Return the last parts of the names of the parameters that a module owns itself, in its order."""
+        owner = self._module(module)
+        return [] if owner is None else [name for name, _ in owner.named_parameters(recurse=False)]
+
+    def is_transposed(self, module: str) -> bool | None:
+        """Return whether a module stores its fused experts as (experts, in, out); None if there is no such module."""
+        owner = self._module(module)
+        return None if owner is None else bool(getattr(owner, "is_transposed", False))
+
+    def _module(self, name: str) -> Any:
+        for spelled in (name, f"{self._prefix}.{name}", self._bare(name)):
+            with contextlib.suppress(AttributeError):
+                return self._model.get_submodule(spelled)
+        return None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The parameters that a checkpoint has to store, because the model neither makes nor ties them."""
+        parameters = (name for name, _ in self._model.named_parameters())
+        made = self.unsaved | self.tied.keys()
+        may_miss = self.may_miss
+        return frozenset(n for n in parameters if n not in made and (may_miss is None or not may_miss.search(n)))
+
+    @functools.cached_property
+    def untied(self) -> frozenset[str]:
+        """The tied parameters that are not tied if the configuration says `tie_word_embeddings: false`."""
+        config = copy.deepcopy(self._model.config)
+        for section in (config, getattr(config, "text_config", None)):
+            if section is not None:
+                section.tie_word_embeddings = False
+        return frozenset(self.tied.keys() - dict(_on_meta(type(self._model), config).all_tied_weights_keys).keys())
+
+    def conversions(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Conversion]:
+        """Return the stored tensors that transformers converts when it loads them, with how it does so.
+
+        Args:
+            shapes: The shapes of the stored tensors.
+        """
+        by_pattern = {pattern: c for c in self._mapping()[1] for pattern in c.source_patterns}
+        found: dict[str, list[tuple[str, str]]] = {}
+        for name, (_, key, pattern) in self._sources(shapes).items():
+            if pattern is not None:
+                found.setdefault(key, []).append((pattern, name))
+        return [
+            Conversion(by_pattern[group[0][0]], key, tuple((pattern, name, shapes[name]) for pattern, name in group))
+            for key, group in found.items()
+        ]
+
+    def placed(self, conversion: Conversion, name: str) -> Parameter | None:
+        """Return where a parameter's elements are in the stored tensors of a conversion; see `placements`."""
+        return placements(conversion, name, self._model)
+
     def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
-        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is.
+        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is."""
+        return {name: (piece, key) for name, (piece, key, _) in self._sources(names).items()}
+
+    def _mapping(self) -> tuple[list[Any], list[Any]]:
+        """Return transformers' renamings and converters for the model."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def _sources(self, names: Iterable[str]) -> dict[str, tuple[str, str, str | None]]:
+        """For each name the two of `_renamed`, and the pattern of the converter that it is a source of, if it is.
 
         This follows transformers' `convert_and_load_state_dict_in_model`.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
             apply_converters,
             apply_renamings,
             dot_natural_key,
             rename_source_key,
         )
 
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings, converters = self._mapping()
         result = {}
         for name in sorted(names, key=dot_natural_key):
             key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
@@ -170,7 +233,7 @@ class Architecture:
                     piece = f"{self._prefix}.{piece}"
                 elif whole == f"{self._prefix}.{key}":
                     piece = piece.removeprefix(f"{self._prefix}.")
-            result[name] = piece, key
+            result[name] = piece, key, source
         return result
 
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
