@@ -154,7 +154,6 @@ def _saved(stored: Mapping[str, TensorInfo], adapter: str) -> dict[str, TensorIn
     """Return the tensors that are stored whole, by the names that they have in the loaded model."""
     saved: dict[str, TensorInfo] = {}
     originals: dict[str, TensorInfo] = {}
-    plain: set[str] = set()
     for name, info in stored.items():
         words = [word for word in name.split(".") if word != _WRAPPED]
         kind = next((word for word in (_SAVED, _ORIGINAL) if word in words), None)
@@ -164,15 +163,10 @@ def _saved(stored: Mapping[str, TensorInfo], adapter: str) -> dict[str, TensorIn
             if kind == _SAVED and len(inner) > 1 and inner[0] == adapter:
                 del inner[0]
             words = words[:at] + inner
-        target = originals if kind == _ORIGINAL else saved
         key = ".".join(words)
-        if key in target and key not in plain and kind is not None:
-            raise CheckpointError(f"{info.file}: tensor {name!r} is there twice; save the adapter again")
-        # With resized embeddings PEFT stores saved modules under both names, and loads the plain one.
-        if kind is None:
-            plain.add(key)
-        if kind is None or key not in plain:
-            target[key] = info
+        # PEFT stores a module whose vocabulary has grown twice, and loads it by its plain name.
+        if kind is None or key not in stored:
+            (originals if kind == _ORIGINAL else saved)[key] = info
     # Older versions of PEFT stored a module twice: as it was before the training, and as it is after it.
     if lost := _first_not_in(originals, saved):
         raise CheckpointError(
