@@ -116,8 +116,13 @@ def try_stacks(config_class: Any, model_class: Any) -> list[str]:
     folder = Path(tempfile.mkdtemp(prefix="stacks-"))
     results = []
     try:
+        config = families.tiny_config(config_class)
+        with torch.device("meta"):
+            count = sum(p.numel() for p in model_class(copy.deepcopy(config)).parameters())
+        if count > families.LARGEST:
+            return [f"not made: it has {count / 1e6:.0f} M parameters"]
         torch.manual_seed(0)
-        model = model_class(families.tiny_config(config_class)).eval()
+        model = model_class(config).eval()
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.1)
         model.save_pretrained(folder / "model")

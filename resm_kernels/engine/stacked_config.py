@@ -18,7 +18,7 @@ from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.engine.architecture import Architecture, find_architecture, names_key
 from resm_kernels.engine.layout import LayerOrigin, Layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
-from resm_kernels.tensor_names import layer_position
+from resm_kernels.tensor_names import LayerPosition, layer_position
 
 _COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _MODULE_COUNTS: Final = {
@@ -275,12 +275,20 @@ class _Stack:
                         f"is: there {key} is {needed.get(key)}, in the output {made[i].get(key)}; choose other layers"
                     )
         self._check_tied(known, output, stack)
-        missing = [name for name in output.missing(names) if name.startswith(stack)]
-        if missing:
-            raise MergeError(
-                f"{place}: the output's layers need {missing[0]!r}, which no layer that they come from stores; choose "
-                "other layers"
-            )
+        for name in output.missing(names):
+            position = layer_position(name)
+            if position is not None and position.stack == stack and not self._was_missing(known, position):
+                raise MergeError(
+                    f"{place}: the output's layers need {name!r}, which no layer that they come from stores; choose "
+                    "other layers"
+                )
+
+    def _was_missing(self, known: Mapping[str, Architecture], position: LayerPosition) -> bool:
+        """Return True if the model that a layer comes from lacks the tensor itself."""
+        origin = self._origins[position.number]
+        architecture = known[names_key(origin.model.config)]
+        name = f"{self._stack(architecture, origin)}{origin.number}{position.rest}"
+        return name in architecture.missing(origin.model.reader.tensors)
 
     def _stack(self, architecture: Architecture, origin: LayerOrigin) -> str:
         """Return the name of the layers' stack in the loaded model."""
