@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, Final
 
 import torch
 
-from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.checkpoint import TensorInfo, json_bytes
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.engine.conversions import Conversion, placements
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.lora import Parameter
@@ -110,8 +112,11 @@ class Architecture:
         Raises:
             Exception: Whatever the class raises for a configuration that it does not take.
         """
-        with _quiet():
-            config = type(self._model.config).from_dict({k: v for k, v in entries.items() if k not in _UNRELATED})
+        with _quiet(), tempfile.TemporaryDirectory() as folder:
+            # Not from the mapping itself, because some numbers are written as texts in files.
+            content = json_bytes({key: value for key, value in entries.items() if key not in _UNRELATED})
+            (Path(folder) / CONFIG_FILE).write_bytes(content)
+            config = type(self._model.config).from_pretrained(folder, local_files_only=True)
         return Architecture(_on_meta(type(self._model), config))
 
     def missing(self, names: Iterable[str]) -> list[str]:

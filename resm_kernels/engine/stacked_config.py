@@ -36,8 +36,8 @@ _SECTIONS: Final = {
 """Sections of configurations that may state the number of a module's layers."""
 
 _PER_LAYER: Final = re.compile(
-    r"\w*layer_types|layers_block_type|no_rope_layers|attention_layers|attn_type_list|\w*_pattern|hybrid_\w+_pattern"
-    r"|intermediate_size|num_(query|kv|key_value|attention)_heads|ffn_multipliers|\w*_per_layer|layer_\w+s"
+    r"\w*_types|layers_block_type|no_rope_layers|attention_layers|attn_type_list|\w*_pattern|intermediate_size"
+    r"|num_(query|kv|key_value|attention)_heads|ffn_multipliers|\w*_per_layer|layer_\w+"
 )
 """Lists, or texts, with one entry or letter for each layer, if there are as many of them as layers."""
 
@@ -52,6 +52,9 @@ _FIRST_LAYERS: Final = ("first_k_dense_replace", "num_dense_layers")
 
 _OWN_NUMBER: Final = re.compile(r"(layer|block)_?(idx|id|index|number|num)|idx|\w*_layer_(idx|index)")
 """Attributes of modules that hold the number of their layer."""
+
+_REASON: Final = 200
+"""The most letters of a class's reason that an error shows."""
 
 _PLAIN: Final = (bool, int, float, str, type(None))
 
@@ -253,9 +256,9 @@ class _Stack:
         try:
             output = own.with_config(self._config)
         except Exception as error:  # whatever a class does with a configuration that it does not take
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split())[:_REASON]
             raise MergeError(
-                f"{place}: its class takes no configuration of these layers ({reason}); choose others"
+                f"{place}: its class takes no configuration of these layers ({reason}); choose other layers"
             ) from error
         self._check_scaled(functools.reduce(getattr, self._path, output.config))
         stack = self._stack(own, self._origins[0])
