@@ -85,7 +85,7 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
         return make(names) if names else None
 
     def linear(model: nn.Module) -> list[str]:
-        return _named(model, nn.Linear)
+        return _named(model, (nn.Linear, Conv1D))
 
     yield "all-linear", lambda model: lora(target_modules="all-linear")
     yield "experts", lambda model: where(_experts(model), lambda n: lora(target_modules=[], target_parameters=n))
@@ -99,7 +99,7 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
     yield (
         "rsLoRA, patterns",
         lambda model: where(
-            _named(model, (nn.Linear, Conv1D)),
+            linear(model),
             lambda n: lora(
                 target_modules=n,
                 use_rslora=True,
@@ -110,7 +110,7 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
     )
     yield (
         "DoRA",
-        lambda model: where(_named(model, (nn.Linear, Conv1D)), lambda n: lora(target_modules=n, use_dora=True)),
+        lambda model: where(linear(model), lambda n: lora(target_modules=n, use_dora=True)),
     )
     yield (
         "LoHa",

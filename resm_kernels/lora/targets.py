@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, TensorInfo
 from resm_kernels.lora.changes import Change, Hadamard, Kronecker, LowRank, Whole
-from resm_kernels.lora.config import CONFIG_FILE, AdapterConfig
+from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, AdapterConfig
 from resm_kernels.lora.loaded import LoadedModel, Parameter
 from resm_kernels.lora.parts import StoredModule
 
@@ -49,11 +49,15 @@ class TargetFinder:
     Args:
         config: The adapter's configuration.
         model: The parameters of its base model.
+        base_config: The base model's config.json.
         base_folder: The base model's folder, which errors name.
     """
 
-    def __init__(self, config: AdapterConfig, model: LoadedModel, base_folder: Path) -> None:
+    def __init__(
+        self, config: AdapterConfig, model: LoadedModel, base_config: Mapping[str, Any], base_folder: Path
+    ) -> None:
         self._config, self._model, self._base_folder = config, model, base_folder
+        self._may_be_turned = config.fan_in_fan_out or base_config.get("model_type") in CONV1D_MODELS
 
     def targets(self, modules: list[StoredModule]) -> Iterator[Target]:
         """Yield what the modules of an adapter's file change.
@@ -179,7 +183,7 @@ class TargetFinder:
         transposed = False
         if len(matrix) == len(a.shape) == len(b.shape) == 2:
             out, inner = b.shape[0], a.shape[1]
-            transposed = self._is_transposed(module, matrix, (out, inner))
+            transposed = self._is_transposed(module, matrix, (out, inner), fused=bool(experts))
             fits = fits and matrix == ((inner, out) if transposed else (out, inner))
         else:
             fits = fits and len(shape) > 2 and (len(a.shape) == 2 or a.shape[1:] == shape[1:])
@@ -198,18 +202,22 @@ class TargetFinder:
             )
         return LowRank(shape, a, b, scale, transposed, experts)
 
-    def _is_transposed(self, module: StoredModule, matrix: tuple[int, ...], product: tuple[int, int]) -> bool:
+    def _is_transposed(
+        self, module: StoredModule, matrix: tuple[int, ...], product: tuple[int, int], *, fused: bool
+    ) -> bool:
         """Return True if a matrix is stored as (in, out), the transpose of B·A.
 
-        The configuration has one flag for all modules, of which some may be stored the other way. So the shape decides,
-        and a flag only for square matrices.
+        The configuration has one flag for all modules, of which some may be stored the other way, and PEFT ignores it
+        where it knows better. So the shape decides, and for square matrices the module's class.
         """
         if module.embedding:
             return True
         if product[0] != product[1]:
             return matrix != product
+        if not fused and not self._may_be_turned:
+            return False
         known = self._model.is_transposed(module.name)
-        return self._config.fan_in_fan_out if known is None else known
+        return self._may_be_turned if known is None else known
 
     def _check_product(self, module: StoredModule, parameter: Parameter, where: str) -> None:
         """Raise a CheckpointError if the product of LoHa's or LoKr's factors does not have the parameter's shape."""
