@@ -137,6 +137,11 @@ def test_a_revision_is_pinned_and_named(hub: HubServer, family: Family, tmp_path
 def test_a_local_folder_of_that_name_wins(hub: HubServer, family: Family, tmp_path: Path) -> None:
     save_model(tmp_path / "org" / "base", family.experts[0])
     assert model_folder("org/base", "model") == Path("org/base") and not hub.log
+    with plan_merge({"merge_method": "passthrough", "models": [{"model": "org/base"}]}) as plan:
+        assert not plan.notes
+    (tmp_path / "cache/models--org--base").mkdir(parents=True)
+    with plan_merge({"merge_method": "passthrough", "models": [{"model": "org/base"}]}) as plan:
+        assert [note for note in plan.notes if "org/base: is the folder of this name here" in note]
 
 
 def test_an_adapter_on_the_hub_brings_its_base(hub: HubServer, family: Family, tmp_path: Path) -> None:

@@ -24,9 +24,18 @@ from resm_kernels.checkpoint.forms import gguf_file
 from resm_kernels.checkpoint.quantised import without_quantization
 from resm_kernels.engine.recorded_base import recorded_base
 from resm_kernels.engine.spelling import Spellings, adapter_note
+from resm_kernels.hub import is_cached
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
-from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
+from resm_kernels.recipe import (
+    Recipe,
+    RecipeError,
+    Source,
+    dotted,
+    model_and_adapter,
+    model_folder,
+    recorded_base_name,
+)
 
 
 class MergeError(ValueError):
@@ -69,7 +78,8 @@ class OpenedModels:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
         notes: What is left out of the models, renamed or added, because files spell one model in different ways.
-        remarks: Which base model was found for adapters that the recipe names alone.
+        remarks: Which base model was found for adapters that the recipe names alone, and which folders have the name of
+            a model on the hub.
     """
 
     reference: Model
@@ -212,8 +222,12 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bo
 
     opened = {path: open_place(place) for path, place in places.items()}
     by_source = {source: opened[source.model] for source in recipe.sources}
-    remarks = tuple(dict.fromkeys(place.remark for place in places.values() if place.remark is not None))
-    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), remarks)
+    remarks = [place.remark for place in places.values() if place.remark is not None]
+    if recipe.found_base:
+        remarks.append(f"base_model: {recipe.base_model}, which the {ADAPTER_CONFIG} of every model names")
+    for part in (part for path in places for part in path.split("+") if is_cached(part) and os.path.isdir(part)):
+        remarks.append(f"{part}: is the folder of this name here, not the model on the hub, which is in the cache")
+    return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), tuple(dict.fromkeys(remarks)))
 
 
 def _with_configs(models: Sequence[Model]) -> list[Model]:
@@ -240,5 +254,6 @@ def _locate(recipe: Recipe, path: str, where: str) -> _Place:
         if not is_adapter_folder(base):
             return _Place(base, folder, recorded=True)
     base = recorded_base(folder, where)
-    remark = f"{folder}: is a LoRA adapter of {base}, which its {ADAPTER_CONFIG} names as its base model"
+    name = recorded_base_name(folder)
+    remark = f"{path}: is a LoRA adapter of {name}, which its {ADAPTER_CONFIG} names as its base model"
     return _Place(base, folder, remark=remark)

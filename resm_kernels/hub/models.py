@@ -16,7 +16,7 @@ from typing import Final
 
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.format import CheckpointError
-from resm_kernels.checkpoint.forms import MODULES_FILE, PIPELINE_FILE, SMALL_FILES, weight_files
+from resm_kernels.checkpoint.forms import ADAPTER_FILE, MODULES_FILE, PIPELINE_FILE, SMALL_FILES, weight_files
 from resm_kernels.checkpoint.reader import INDEX_SUFFIX, WEIGHTS_SUFFIX
 from resm_kernels.checkpoint.remote import set_source
 from resm_kernels.files import LIST_BYTES
@@ -33,10 +33,11 @@ from resm_kernels.hub.client import (
     read_range,
     shown_name,
     snapshot_folder,
+    storage_exists,
 )
 
 _ID: Final = re.compile(r"(?P<repository>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)[^/@+\s][^@+\s]*))?")
-_ADAPTER: Final = ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin"))
+_ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS: Final = (WEIGHTS_SUFFIX, ".bin", ".gguf")
 _FIRST: Final = 100_000
 """Bytes of a file that are asked for first; most headers fit into them (huggingface_hub asks for as many)."""
@@ -209,6 +210,12 @@ def cached_commit(folder: Path) -> tuple[str, str] | None:
     return owner.removeprefix("models--").replace("--", "/", 1), real.name
 
 
+def is_cached(text: str) -> bool:
+    """Return True if a text is a hub id, and the cache has something of that repository."""
+    found = parse_id(text)
+    return found is not None and storage_exists(found[0])
+
+
 def _listed(repository: str, revision: str) -> Listing | None:
     key = (repository, revision)
     if key not in _listings:
@@ -244,8 +251,8 @@ def _weights(listing: Listing, small: Sequence[str], folder: Path, sketch: Path)
     try:
         files = [file.relative_to(sketch).as_posix() for file in weight_files(sketch)]
     except CheckpointError as error:
-        adapter = next((name for name in _ADAPTER[1] if name in listing.sizes), None)
-        if adapter is None or _ADAPTER[0] not in listing.sizes:
+        adapter = next((name for name in _ADAPTER_WEIGHTS if name in listing.sizes), None)
+        if adapter is None or ADAPTER_FILE not in listing.sizes:
             raise HubError(str(error).replace(str(sketch), listing.name)) from error
         return [adapter]
     weights = [name for name in files if not name.endswith(".index.json")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
 from resm_kernels.recipe.errors import Location, RecipeError, dotted
-from resm_kernels.recipe.folders import canonical_folder, model_and_adapter, model_folder
+from resm_kernels.recipe.folders import canonical_folder, model_and_adapter, model_folder, recorded_base_name
 from resm_kernels.recipe.load import load_recipe
 from resm_kernels.recipe.parts import Part, Slice, Source
 from resm_kernels.recipe.schema import Recipe
@@ -32,4 +32,5 @@ __all__ = [
     "model_and_adapter",
     "model_folder",
     "parse_setting",
+    "recorded_base_name",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from resm_kernels.files import expanded, shortened
+from resm_kernels.checkpoint.format import CheckpointError
+from resm_kernels.checkpoint.forms import ADAPTER_FILE, is_adapter_folder
+from resm_kernels.files import expanded, read_object, shortened
 from resm_kernels.hub import HubError, UnseenWeights, model_of, parse_id
+from resm_kernels.methods import get
 from resm_kernels.recipe.errors import RecipeError
 
 _FILES: Final = (".safetensors", ".gguf")
@@ -49,6 +52,56 @@ def model_folder(path: str, key: str) -> Path:
         raise RecipeError(f"{key}: got {shown}, but no user has that name or home; need a local model folder")
     kind = "is a file" if folder.is_file() else "is no folder here"
     raise RecipeError(f"{key}: got {shown}, which {kind}; need a local model folder, or owner/name on the hub")
+
+
+def recorded_base_name(adapter: Path) -> str | None:
+    """Return what an adapter's configuration calls its base model, with the revision that it records.
+
+    A folder that the adapter's folder has, and the current directory has not, is named by its path from here.
+
+    Raises:
+        CheckpointError: The configuration is damaged.
+    """
+    file = adapter / ADAPTER_FILE
+    config = read_object(file, CheckpointError)
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    for key, value in (("base_model_name_or_path", name), ("revision", revision)):
+        if not isinstance(value, str | None):
+            raise CheckpointError(f"{file}: {key}: got {shortened(value)}, need a text or null")
+    if not name:
+        return None
+    stated = expanded(name, CheckpointError, f"{file}: base_model_name_or_path")
+    if not os.path.isdir(stated):
+        if os.path.isdir(adapter / stated):
+            return str(adapter / stated)
+        if parse_id(name) is not None and revision and "@" not in name:
+            return f"{name}@{revision}"
+    return str(name)
+
+
+def base_of_adapters(recipe: Any) -> str | None:
+    """Return the base model that the adapters of a recipe all record, if its method needs a base and it names none.
+
+    Args:
+        recipe: What stands for a recipe, before it is checked.
+
+    Raises:
+        CheckpointError: As for `recorded_base_name`.
+    """
+    if not isinstance(recipe, dict) or recipe.get("base_model") is not None:
+        return None
+    method, models = recipe.get("merge_method"), recipe.get("models")
+    entries = [entry.get("model") for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+    adapters = [expanded(entry, RecipeError, "model") for entry in entries if isinstance(entry, str)]
+    if not adapters or len(adapters) < len(entries) or not all(map(is_adapter_folder, adapters)):
+        return None
+    try:
+        needs_base = get(str(method)).needs_base
+    except ValueError:  # reported where the method is checked
+        return None
+    names = {recorded_base_name(adapter) for adapter in adapters} if needs_base else {None}
+    found = {name if name is None or not _is_folder(name) else canonical_folder(name) for name in names}
+    return found.pop() if len(found) == 1 else None
 
 
 def _is_folder(path: str) -> bool:
