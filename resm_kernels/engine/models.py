@@ -170,7 +170,7 @@ def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> M
     if not (folder / CONFIG_FILE).exists():
         if recipe.config_source is None:
             return Model(folder, reader, {}, folder, dcp=reader)
-        source = model_folder(recipe.config_source, "config_source")
+        source = model_folder(recipe.config_source, "config_source", weights=False)
     return Model(folder, reader, without_quantization(read_config(source)), source, dcp=reader)
 
 
@@ -201,7 +201,9 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bo
         if source.model not in places:
             places[source.model] = _locate(recipe, source.model, dotted(source.model_location))
     bases = {os.path.realpath(place.base): place.base for place in places.values()}
-    config = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
+    config = (
+        None if recipe.config_source is None else model_folder(recipe.config_source, "config_source", weights=False)
+    )
     opened_bases = [
         (_open_dcp(recipe, folder, on_error) if is_dcp_folder(folder) else _open_whole(folder, on_error, config))
         for folder in bases.values()

@@ -88,7 +88,7 @@ def _folder(recipe: Recipe, models: OpenedModels, name: str) -> Path:
     """Return the folder of a tokenizer: that of one of the recipe's models, or any other."""
     opened = next((model for source, model in models.by_source.items() if source.is_model(name)), None)
     where = "tokenizer_source" if recipe.tokenizer_source is not None else "tokenizer.source"
-    return model_folder(name, where) if opened is None else opened.base_folder
+    return model_folder(name, where, weights=False) if opened is None else opened.base_folder
 
 
 def tokenizer_files(folder: Path) -> Path | Mapping[str, bytes]:

@@ -64,7 +64,8 @@ class View:
 
     def check_space(self) -> None:
         """Raise a HubError if the cache has no room for the missing files."""
-        check_space(self.nbytes, [listing.name for listing, _ in self.missing.values()])
+        if self.missing:  # huggingface_hub is imported only if it is needed
+            check_space(self.nbytes, [listing.name for listing, _ in self.missing.values()])
 
     def fetch(self) -> None:
         """Fetch the weights of all of them."""
@@ -136,11 +137,14 @@ def parse_id(text: str) -> tuple[str, str] | None:
     return None if match is None else (match["repository"], match["revision"] or MAIN)
 
 
-def model_of(repository: str, revision: str) -> Path:
+def model_of(repository: str, revision: str, *, weights: bool = True) -> Path:
     """Return a local folder with the files of a model or an adapter on the hub.
 
     Weights are chosen as from a local folder: safetensors before pickled files, and GGUF only if there is nothing else.
     Small files come with them; folders such as `original` and `onnx` and all other files stay on the hub.
+
+    Args:
+        weights: Fetch the weights too (default); a repository without weights is an error then.
 
     Raises:
         HubError: The hub has no such repository or revision or none that this user may read, it cannot be reached, a
@@ -159,14 +163,16 @@ def model_of(repository: str, revision: str) -> Path:
     small = _small_files(listing)
     if absent := [name for name in small if not (folder / name).exists()]:
         download(listing, absent, revision=revision)
+    if not weights:
+        return folder
     view = _view.get()
     if view is not None:
         known = next((place for place, (other, _) in view.missing.items() if other is listing), None)
         if known is not None:
             return known
     with tempfile.TemporaryDirectory(prefix="resm-kernels-") as root:
-        weights = _weights(listing, small, folder, Path(root, listing.repository))
-    missing = [name for name in weights if not (folder / name).exists()]
+        needed = _weights(listing, small, folder, Path(root, listing.repository))
+    missing = [name for name in needed if not (folder / name).exists()]
     if not missing:
         return folder
     if view is None:
@@ -177,7 +183,7 @@ def model_of(repository: str, revision: str) -> Path:
         raise UnseenWeights(listing, missing)
     place = view.place(listing)
     view.missing[place] = (listing, missing)
-    for name in (*small, *(name for name in weights if name not in missing)):
+    for name in (*small, *(name for name in needed if name not in missing)):
         _link(place / name, folder / name)
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda name: _placeholder(view, listing, name, place / name), missing))

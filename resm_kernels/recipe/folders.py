@@ -21,7 +21,7 @@ def canonical_folder(path: str) -> str:
     return os.path.realpath(os.path.expanduser(path))
 
 
-def model_folder(path: str, key: str) -> Path:
+def model_folder(path: str, key: str, *, weights: bool = True) -> Path:
     """Return the local folder, or file of weights, that a recipe names (relative to here; `~` is expanded).
 
     A text that is no folder here and has the form of a hub id, `owner/name` or `owner/name@revision`, names a model on
@@ -30,6 +30,7 @@ def model_folder(path: str, key: str) -> Path:
     Args:
         path: The text in the recipe.
         key: The key that has this text, which the error names.
+        weights: Fetch the weights of a model on the hub (default), not only the small files beside them.
 
     Raises:
         RecipeError: There is no such folder, here or on the hub. The message says what to do if the text names a LoRA
@@ -43,7 +44,7 @@ def model_folder(path: str, key: str) -> Path:
         raise RecipeError(f"{key}: got {shown}, a model with a LoRA adapter (+); need one model folder")
     if (repository := parse_id(path)) is not None and not os.path.lexists(folder):
         try:
-            return model_of(*repository)
+            return model_of(*repository, weights=weights)
         except UnseenWeights:
             raise
         except HubError as error:
