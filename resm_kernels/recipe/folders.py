@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from resm_kernels.checkpoint.format import CheckpointError
 from resm_kernels.checkpoint.forms import ADAPTER_FILE, is_adapter_folder
-from resm_kernels.files import expanded, read_object, shortened
+from resm_kernels.files import expanded, path_problem, read_object, shortened
 from resm_kernels.hub import HubError, UnseenWeights, model_of, parse_id
 from resm_kernels.methods import get
 from resm_kernels.recipe.errors import RecipeError
@@ -93,7 +93,8 @@ def base_of_adapters(recipe: Any) -> str | None:
         return None
     method, models = recipe.get("merge_method"), recipe.get("models")
     entries = [entry.get("model") for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-    adapters = [expanded(entry, RecipeError, "model") for entry in entries if isinstance(entry, str)]
+    usable = [entry for entry in entries if isinstance(entry, str) and path_problem(entry) is None]
+    adapters = [expanded(entry, RecipeError, "model") for entry in usable]
     if not adapters or len(adapters) < len(entries) or not all(map(is_adapter_folder, adapters)):
         return None
     try:
