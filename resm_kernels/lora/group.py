@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo, open_form
+from resm_kernels.checkpoint.forms import is_adapter_folder
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import shortened
 from resm_kernels.lora.adapter import AdapterReader
-from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base, is_adapter_folder
+from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base
 from resm_kernels.lora.elements import TaskVector
 from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.source import AdapterSource
