@@ -75,6 +75,12 @@ def _last_norm(model: nn.Module) -> list[str]:
     return names[-1:]
 
 
+def _ranks(first: str, last: str) -> dict[str, int]:
+    """Return ranks by patterns of which no two match one module: peft saves patterns in another order than it uses."""
+    end = last.split(".")[-1]
+    return {first.replace(".", r"\."): 2} | ({} if first.endswith(end) else {end: 3})
+
+
 def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
     """Yield each kind's name, and a function that returns peft's configuration for a model; None if it has no place."""
 
@@ -103,7 +109,7 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
             lambda n: lora(
                 target_modules=n,
                 use_rslora=True,
-                rank_pattern={n[0].replace(".", r"\."): 2, n[-1].split(".")[-1]: 3},
+                rank_pattern=_ranks(n[0], n[-1]),
                 alpha_pattern={"^" + n[-1].replace(".", r"\."): 5},
             ),
         ),
