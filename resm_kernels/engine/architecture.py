@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
-from resm_kernels.engine.conversions import Conversion, placements
+from resm_kernels.engine.locating import Conversion, placements
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.lora import Parameter
 from resm_kernels.tensor_names import layer_position
