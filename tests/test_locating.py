@@ -86,7 +86,7 @@ def test_placements_give_what_transformers_makes(case: str) -> None:
 
 
 def test_operations_that_compute_are_not_followed() -> None:
-    class Double(loading.ConversionOps):  # type: ignore[misc, name-defined]
+    class Double(loading.ConversionOps):  # type: ignore[name-defined]
         def convert(self, input_dict: Any, **_: Any) -> Any:
             return {name: tensors[0][:1] for name, tensors in input_dict.items()}
 
