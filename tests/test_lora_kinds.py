@@ -164,6 +164,18 @@ def test_equals_peft(bases: Mapping[str, Path], tmp_path: Path, case: str) -> No
         assert relative(got[name], tensor) < 2e-7, name
 
 
+def test_an_adapter_of_single_experts(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Before version 5 of transformers every expert was a module."""
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    a, b = torch.randn(2, 32), torch.randn(16, 2)
+    factors = {f"base_model.model.{name}.lora_{part}.weight": tensor for part, tensor in (("A", a), ("B", b))}
+    save_adapter(tmp_path / "adapter", factors, {"peft_type": "LORA", "r": 2, "lora_alpha": 3})
+    merged(bases["qwen3_moe"], tmp_path / "adapter", tmp_path / "out")
+    before, got = load_model(bases["qwen3_moe"]), load_model(tmp_path / "out")
+    assert relative(got[f"{name}.weight"], before[f"{name}.weight"] + 1.5 * b @ a) < 1e-6
+    assert [key for key in before if not torch.equal(got[key], before[key])] == [f"{name}.weight"]
+
+
 @pytest.mark.parametrize("model", ["gpt_oss", "qwen3_moe", "whisper"])
 def test_parts_of_tensors_have_the_bits_of_the_whole(
     bases: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: str

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, TensorInfo
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.lora.changes import Change, Hadamard, Kronecker, LowRank, Whole
 from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, AdapterConfig
 from resm_kernels.lora.loaded import LoadedModel, Parameter
@@ -122,6 +123,8 @@ class TargetFinder:
             raise CheckpointError(f"{where} has no {', '.join(names)}; save the adapter again")
         if extra := parts - allowed:
             raise CheckpointError(f"{where} has {sorted(extra)[0]}, which {kind} does not have; save the adapter again")
+        if bad := next((info for info in module.parts.values() if info.dtype not in FLOAT_DTYPES), None):
+            raise CheckpointError(f"{bad.file}: tensor {bad.name!r} is {bad.dtype}; need floating-point numbers")
         if "magnitude" in parts and not self._config.use_dora:
             raise CheckpointError(f"{where} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora; need both")
 
@@ -179,23 +182,26 @@ class TargetFinder:
         rank = self._config.rank(key)
         experts = shape[0] if key != module.name and len(shape) == 3 else 0
         matrix = shape[1:] if experts else shape
-        fits = a.shape[:1] == (rank * max(experts, 1),) and b.numel == b.shape[0] * a.shape[0]
+        fits = min(len(a.shape), len(b.shape), len(matrix)) >= 2 and a.shape[0] == rank * max(experts, 1)
+        fits = fits and b.numel == b.shape[0] * a.shape[0]
         transposed = False
-        if len(matrix) == len(a.shape) == len(b.shape) == 2:
+        if not fits:
+            pass
+        elif len(matrix) == len(a.shape) == len(b.shape) == 2:
             out, inner = b.shape[0], a.shape[1]
             transposed = self._is_transposed(module, matrix, (out, inner), fused=bool(experts))
-            fits = fits and matrix == ((inner, out) if transposed else (out, inner))
+            fits = matrix == ((inner, out) if transposed else (out, inner))
         else:
-            fits = fits and len(shape) > 2 and (len(a.shape) == 2 or a.shape[1:] == shape[1:])
             # Some models store the weight of a linear layer as that of the convolution that it once was.
+            fits = not experts and len(shape) > 2 and (len(a.shape) == 2 or a.shape[1:] == shape[1:])
             fits = fits and b.shape[0] == shape[0] and a.numel == rank * math.prod(shape[1:])
-            if not fits and len(a.shape) == len(shape) > 2 and a.shape[1] != shape[1] and a.shape[2:] == shape[2:]:
+        if not fits:
+            if len(a.shape) == len(shape) > 2 and a.shape[1] != shape[1] and a.shape[2:] == shape[2:]:
                 raise CheckpointError(
                     f"{where} is a convolution of {a.shape[1] // max(shape[1], 1)} groups; LoRA of it is a convolution "
                     f"over all channels, which weights of the shape {shape} cannot hold (peft does not merge it "
                     "either); need an adapter without it, or LoHa or LoKr"
                 )
-        if not fits:
             raise CheckpointError(
                 f"{where} has A {a.shape} and B {b.shape}, need rank {rank} (r, rank_pattern) and the shape {shape} "
                 f"that {parameter.name!r} has in {self._base_folder}"
@@ -223,7 +229,7 @@ class TargetFinder:
         """Raise a CheckpointError if the product of LoHa's or LoKr's factors does not have the parameter's shape."""
         shapes = {name: info.shape for name, info in module.parts.items()}
         rows, columns = _product_shape(shapes)
-        if (rows, columns) != (parameter.shape[0], math.prod(parameter.shape[1:])):
+        if len(parameter.shape) < 2 or (rows, columns) != (parameter.shape[0], math.prod(parameter.shape[1:])):
             shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CheckpointError(
                 f"{where} has {shown}, whose product has the shape ({rows}, {columns}), need {parameter.shape} as "

@@ -152,10 +152,10 @@ def _placement(name: str, tables: Sequence[Tensor], shape: tuple[int, ...]) -> P
         fixed[dim] = where[0]
     # A dimension of one element is the same wherever it stands.
     for number in single:
-        dim = min(fixed, key=lambda d: (shape[d] != 1, d), default=None)
-        if dim is None:
+        if not fixed:
             return None
-        axes[number] = Axis(dim, range(1), range(fixed[dim], fixed.pop(dim) + 1))
+        at = min(fixed, key=lambda d: (shape[d] != 1, d))
+        axes[number] = Axis(at, range(1), range(fixed[at], fixed.pop(at) + 1))
     return Placement(name, tuple(axes[number] for number in range(len(tables))), fixed)
 
 
