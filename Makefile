@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint format bench bench-spectral quality families wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint format bench bench-spectral quality families adapters wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +72,10 @@ bench-spectral: $(VENV)/.test
 # Merge a tiny model of every family of transformers, and models as they lie on the hub; writes the page of the documentation.
 families: $(VENV)/.test
 	$(BIN)/python scripts/families.py --out docs/architectures.md --mergekit
+
+# Makes adapters of every kind for a tiny model of every family, and compares the merges with peft's in float64.
+adapters: $(VENV)/.test
+	$(BIN)/python scripts/adapters.py --out docs/adapters_table.md
 
 # Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md. SIZE: small, medium, large;
 # SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.

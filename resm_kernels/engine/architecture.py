@@ -107,14 +107,22 @@ class Architecture:
                 return self._model.get_submodule(spelled)
         return None
 
+    @property
+    def needed(self) -> frozenset[str]:
+        """The parameters that a checkpoint has to store, because the model neither makes nor ties them."""
+        parameters = (name for name, _ in self._model.named_parameters())
+        made = self.unsaved | self.tied.keys()
+        may_miss = self.may_miss
+        return frozenset(n for n in parameters if n not in made and (may_miss is None or not may_miss.search(n)))
+
     @functools.cached_property
-    def input_embedding(self) -> str | None:
-        """The name of the module that looks tokens up."""
-        try:
-            embedding = self._model.get_input_embeddings()
-        except NotImplementedError:  # a model without tokens
-            return None
-        return next((name for name, module in self._model.named_modules() if module is embedding), None)
+    def untied(self) -> frozenset[str]:
+        """The tied parameters that are not tied if the configuration says `tie_word_embeddings: false`."""
+        config = copy.deepcopy(self._model.config)
+        for section in (config, getattr(config, "text_config", None)):
+            if section is not None:
+                section.tie_word_embeddings = False
+        return frozenset(self.tied.keys() - dict(_on_meta(type(self._model), config).all_tied_weights_keys).keys())
 
     def conversions(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Conversion]:
         """Return the stored tensors that transformers converts when it loads them, with how it does so.

@@ -66,11 +66,6 @@ class SpelledModel(LoadedModel):
         spelled = self._spelled
         return spelled.tied if spelled.architecture is None else spelled.architecture.tied
 
-    @property
-    def input_embedding(self) -> str | None:
-        architecture = self._spelled.architecture
-        return None if architecture is None else architecture.input_embedding
-
     def locate(self, name: str) -> Parameter | None:
         found = super().locate(name)
         if found is not None:

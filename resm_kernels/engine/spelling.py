@@ -29,7 +29,8 @@ from resm_kernels.engine.spelling_rules import (
     renamed,
 )
 from resm_kernels.lora import LoadedModel
-from resm_kernels.tensor_names import LayerPosition, layer_position
+from resm_kernels.lora.config import is_tied
+from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position
 
 if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
@@ -109,6 +110,38 @@ class Spellings:
         Names of any version of transformers are understood.
         """
         return SpelledModel(self.readers[i], lambda: self._spelled(i))
+
+    def untie(self) -> list[str]:
+        """Let each model have its tied embeddings and output heads apart; return a line for each model.
+
+        The models then need `tie_word_embeddings: false` in their configurations.
+        """
+        notes = []
+        for i, tensors in enumerate(self._tensors()):
+            architecture, reader = tensors.architecture, self.readers[i]
+            tied = self._ties(tensors)
+            loaded = self.loaded_model(i)
+            names = {name: name for name in reader.tensors}
+            for copy, original in tied.items():
+                found = loaded.locate(original)
+                stored = None if found is None else found.stored_whole
+                if stored is not None and copy not in names and (architecture is None or copy in architecture.untied):
+                    names[copy] = stored
+            added = [copy for copy in names if copy not in reader.tensors]
+            if added:
+                self.readers[i] = RespelledReader(reader, names)
+                notes.append(f"{tensors.model.folder}: unties {', '.join(added)} from {names[added[0]]}")
+        return notes
+
+    @staticmethod
+    def _ties(tensors: _Tensors) -> Mapping[str, str]:
+        """Return the tied parameters of a model, the copy's name → the original's."""
+        if tensors.architecture is not None:
+            return tensors.architecture.tied
+        if not is_tied(tensors.model.config, tensors.reader.tensors):
+            return {}
+        embedding = next(filter(is_tied_embedding, tensors.reader.tensors), None)
+        return {} if embedding is None else {OUTPUT_HEAD: embedding}
 
     def _spelled(self, i: int) -> Spelled:
         tensors = self._tensors()[i]

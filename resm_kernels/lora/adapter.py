@@ -6,7 +6,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,10 +21,10 @@ from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
 from resm_kernels.lora.changes import LowRank, Whole
-from resm_kernels.lora.config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from resm_kernels.lora.config import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, read_adapter_config
 from resm_kernels.lora.loaded import LoadedModel, Parameter
+from resm_kernels.lora.parts import read_stored
 from resm_kernels.lora.patches import Patch, StoredFactors, rows_of
-from resm_kernels.lora.stored import read_stored
 from resm_kernels.lora.targets import Target, TargetFinder
 from resm_kernels.lora.tied import TiedModel, settle_tied
 from resm_kernels.tensor_names import OUTPUT_HEAD
@@ -51,7 +51,8 @@ class AdapterReader(CheckpointReader):
     Adapted tensors are fp32, not of the base's dtype, because rounding θ_t to bf16 would lose most of a small change.
 
     Args:
-        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`, or
+            `adapter_model.bin`, which is read without running its code.
         base: A reader of the model that the adapter belongs to, which reads the tensors that the adapter leaves alone.
             It is closed together with this one.
         base_config: The config.json of that model.
@@ -85,9 +86,12 @@ class AdapterReader(CheckpointReader):
     ) -> None:
         if not os.path.lexists(folder / CONFIG_FILE):
             raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
-        if not os.path.lexists(folder / WEIGHTS_FILE):
+        names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)
+        name = next((name for name in names if os.path.lexists(folder / name)), None)
+        if name is None:
             raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
-        super().__init__(folder, WEIGHTS_FILE)
+        self._file = folder / name
+        super().__init__(folder, name)
         self.config = read_adapter_config(folder)
         self.base = base
         self._double = double
@@ -96,8 +100,9 @@ class AdapterReader(CheckpointReader):
         self._replaced: dict[str, TensorInfo] = {}
         self._patches: dict[str, list[Patch]] = {}
         stored = read_stored(self.tensors)
-        names = [*(f"{module.name}.weight" for module in stored.modules), *stored.saved]
-        tied = TiedModel(LoadedModel(base.tensors) if model is None else model, base_config, base.tensors, names)
+        changed = [*(f"{module.name}.weight" for module in stored.modules), *stored.saved]
+        loaded = LoadedModel(base.tensors) if model is None else model
+        tied = TiedModel(loaded, base_config, base.tensors, changed, stored.saved)
         targets = list(TargetFinder(self.config, tied, base.folder).targets(stored.modules))
         self.targets, saved = settle_tied(
             targets, stored.saved, tied, tied_embeddings, self.read_info, (folder, base.folder)
@@ -170,7 +175,18 @@ class AdapterReader(CheckpointReader):
             return info if replaced is None else replace(replaced, name=name)
         double = self._double and len(info.shape) >= 2
         dtype = torch.float64 if double or info.dtype == torch.float64 else torch.float32
-        return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
+        info = info if replaced is None else replaced
+        return TensorInfo(name, dtype, info.shape, self._file, 0, info.numel * dtype.itemsize)
+
+    @property
+    def is_resized(self) -> bool:
+        """True if the adapter stores an embedding or a head whole with another number of rows than its base model."""
+        tensors = self.base.tensors
+        return any(info.shape != tensors[name].shape for name, info in self._replaced.items())
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Leave out tensors of the base that the model with the adapter does not have."""
+        self.tensors = MappingProxyType({n: i for n, i in self.tensors.items() if n not in names})
 
     def is_adapted(self, name: str) -> bool:
         """Return True if the tensor is formed from factors when it is read."""
@@ -215,7 +231,7 @@ class AdapterReader(CheckpointReader):
     def stored_factors(self, name: str) -> StoredFactors | None:
         """Return the stored factors of a matrix; None if it has none (a bias, a replaced tensor, DoRA, LoHa)."""
         patches = self._patches.get(name, [])
-        shape = self.base.tensors[name].shape if patches else ()
+        shape = self.tensors[name].shape
         if len(patches) != 1 or name in self._replaced or len(shape) != 2:
             return None
         (patch,) = patches
@@ -238,7 +254,7 @@ class AdapterReader(CheckpointReader):
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor, or the part of it, that `info` describes; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
-            if info.file == self.folder / WEIGHTS_FILE:
+            if info.file == self._file:
                 super().read_into(info, buffer)
             else:
                 self.base.read_into(info, buffer)
@@ -253,20 +269,20 @@ class AdapterReader(CheckpointReader):
 
     def read_bytes(self, info: TensorInfo, first: int, buffer: Tensor) -> None:
         """Read stored bytes from the adapter's file, or let the base's reader read from the base's."""
-        if info.file == self.folder / WEIGHTS_FILE:
+        if info.file == self._file:
             super().read_bytes(info, first, buffer)
         else:
             self.base.read_bytes(info, first, buffer)
 
     def read_runs(self, info: TensorInfo, starts: Sequence[int], length: int) -> Tensor:
         """Read runs of stored elements likewise."""
-        if info.file == self.folder / WEIGHTS_FILE:
+        if info.file == self._file:
             return super().read_runs(info, starts, length)
         return self.base.read_runs(info, starts, length)
 
     @property
     def files(self) -> list[Path]:
-        return [self.folder / CONFIG_FILE, self.folder / WEIGHTS_FILE, *self.base.files]
+        return [self.folder / CONFIG_FILE, self._file, *self.base.files]
 
     def close(self) -> None:
         super().close()
@@ -320,7 +336,7 @@ class AdapterReader(CheckpointReader):
 
     def fingerprint(self) -> str:
         """Return a hash of the base model's fingerprint, of the adapter's and of its configuration."""
-        with CheckpointReader(self.folder, WEIGHTS_FILE) as stored:
+        with CheckpointReader(self.folder, self._file.name) as stored:
             parts = (self.base.fingerprint(), stored.fingerprint())
         hasher = hashlib.blake2b("\n".join(parts).encode(), digest_size=16)
         hasher.update(read_bytes(self.folder / CONFIG_FILE, CheckpointError, limit=CONFIG_BYTES))

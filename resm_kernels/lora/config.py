@@ -16,6 +16,8 @@ from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE: Final = "adapter_model.bin"
+"""The file of the weights of adapters that older versions of PEFT saved."""
 PREFIX: Final = "base_model.model."
 """PEFT puts this prefix before the names that tensors have in the base model."""
 
@@ -78,6 +80,7 @@ class AdapterConfig:
     """The entries of an `adapter_config.json` that give the stored tensors their meaning.
 
     Attributes:
+        file: The file.
         peft_type: "LORA", "LOHA", "LOKR" or "TRAINABLE_TOKENS".
         r, alpha: The rank and α of modules that no pattern matches.
         rank_pattern, alpha_pattern: The rank and α of modules whose name ends in a match of the regular expression;
@@ -86,14 +89,15 @@ class AdapterConfig:
         use_dora: Weights are decomposed into magnitude and direction.
         fan_in_fan_out: Linear layers store their weight as (in, out).
         target_parameters: Ends of the names of adapted parameters that no linear module owns, such as fused experts.
-        token_indices: For each embedding, by the end of its module's name, the rows that were trained; the name "" is
-            the input embedding.
+        token_indices: For each embedding, by the end of its module's name, the rows that were trained; the end "" is
+            that of the only embedding that has such rows.
         modules_to_save: Names of modules that the adapter stores whole, which the base model may not have.
         task_type: What the model with the adapter is for, such as "SEQ_CLS"; None if it is not recorded.
         model_class: The class of transformers that the adapter was made for; None if it is not recorded.
         base_name: `base_model_name_or_path`; None if it is not recorded.
     """
 
+    file: Path
     peft_type: str
     r: int
     alpha: float
@@ -118,19 +122,10 @@ class AdapterConfig:
         r, alpha = self.rank(module), float(self.alpha_pattern.of(module, self.alpha))
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
-    def token_rows(self, module: str, input_embedding: str | None) -> tuple[int, ...] | None:
-        """Return the rows of an embedding that were trained; None if the configuration has none for this module.
-
-        Args:
-            module: The embedding's name.
-            input_embedding: The name of the module that the configuration means if it names none; None for any.
-        """
-        for name, rows in self.token_indices.items():
-            if not name and input_embedding in (None, module):
-                return rows
-            if name and (module == name or module.endswith(f".{name}")):
-                return rows
-        return None
+    def token_rows(self, module: str) -> tuple[int, ...] | None:
+        """Return the rows of an embedding that were trained; None if the configuration has none for this module."""
+        ends = (rows for name, rows in self.token_indices.items() if not name or f".{module}".endswith(f".{name}"))
+        return next(ends, None)
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -166,6 +161,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     if not isinstance(base_name, str | None):
         raise CheckpointError(f"{file}: base_model_name_or_path: got {shortened(base_name)}, need a text or null")
     return AdapterConfig(
+        file=file,
         peft_type=str(kind),
         r=data["r"],
         alpha=data[alpha],

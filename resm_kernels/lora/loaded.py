@@ -96,11 +96,6 @@ class LoadedModel:
         """For each parameter that is tied to another the other one's name, both as in the loaded model."""
         return {}
 
-    @property
-    def input_embedding(self) -> str | None:
-        """The name of the module that looks tokens up; None if it is not known."""
-        return None
-
     def locate(self, name: str) -> Parameter | None:
         """Return where the parameter of this name is; None if there is no such parameter."""
         info = self._tensors.get(name)

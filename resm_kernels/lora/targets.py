@@ -12,7 +12,7 @@ from resm_kernels.checkpoint import CheckpointError, TensorInfo
 from resm_kernels.lora.changes import Change, Hadamard, Kronecker, LowRank, Whole
 from resm_kernels.lora.config import CONFIG_FILE, AdapterConfig
 from resm_kernels.lora.loaded import LoadedModel, Parameter
-from resm_kernels.lora.stored import StoredModule
+from resm_kernels.lora.parts import StoredModule
 
 _WEIGHT: Final = "weight"
 _STACKED: Final = "in_proj_weight"
@@ -61,6 +61,11 @@ class TargetFinder:
         Raises:
             CheckpointError: A module is not complete, or does not fit the base model.
         """
+        if self._config.token_indices and not any("tokens" in module.parts for module in modules):
+            raise CheckpointError(
+                f"{self._config.file}: trainable_token_indices is set, but the adapter has no trained rows; save it "
+                "again"
+            )
         depths: dict[str, int] = {}
         for module in modules:
             if "tokens" not in module.parts:
@@ -89,8 +94,8 @@ class TargetFinder:
             info = module.parts["bias"]
             if bias is None or bias.shape != info.shape:
                 raise CheckpointError(
-                    f"{where} has a lora_bias {info.shape}, but the base has no {module.name + '.bias'!r} of that "
-                    "shape; need both"
+                    f"{where} has a lora_bias, but the base has no {module.name + '.bias'!r} of its shape "
+                    f"{info.shape}; need both"
                 )
             yield Target(bias.name, bias, Whole(info, scale))
 
@@ -168,16 +173,18 @@ class TargetFinder:
     def _low_rank(self, module: StoredModule, parameter: Parameter, key: str, scale: float, where: str) -> LowRank:
         a, b, shape = module.parts["A"], module.parts["B"], parameter.shape
         rank = self._config.rank(key)
-        experts = shape[0] if len(shape) == 3 and len(a.shape) == len(b.shape) == 2 else 0
+        experts = shape[0] if key != module.name and len(shape) == 3 else 0
         matrix = shape[1:] if experts else shape
         fits = a.shape[:1] == (rank * max(experts, 1),) and b.numel == b.shape[0] * a.shape[0]
         transposed = False
-        if len(matrix) == 2 and len(a.shape) == len(b.shape) == 2:
+        if len(matrix) == len(a.shape) == len(b.shape) == 2:
             out, inner = b.shape[0], a.shape[1]
             transposed = self._is_transposed(module, matrix, (out, inner))
             fits = fits and matrix == ((inner, out) if transposed else (out, inner))
         else:
-            fits = fits and len(a.shape) == len(shape) > 2 and (b.shape[0], *a.shape[1:]) == shape
+            fits = fits and len(shape) > 2 and (len(a.shape) == 2 or a.shape[1:] == shape[1:])
+            # Some models store the weight of a linear layer as that of the convolution that it once was.
+            fits = fits and b.shape[0] == shape[0] and a.numel == rank * math.prod(shape[1:])
             if not fits and len(a.shape) == len(shape) > 2 and a.shape[1] != shape[1] and a.shape[2:] == shape[2:]:
                 raise CheckpointError(
                     f"{where} is a convolution of {a.shape[1] // max(shape[1], 1)} groups; LoRA of it is a convolution "
@@ -222,17 +229,18 @@ class TargetFinder:
         parameter = self._model.locate(name)
         if parameter is None:
             raise CheckpointError(f"{module.file}: adapts {name!r}, which is not in {self._base_folder}")
-        rows = self._config.token_rows(module.name, self._model.input_embedding)
+        rows = self._config.token_rows(module.name)
         if rows is None:
             raise CheckpointError(
                 f"{module.file}: has trained rows of {module.name!r}, but {CONFIG_FILE} has no trainable_token_indices "
                 "for it"
             )
-        if info.shape != (len(rows), *parameter.shape[1:]) or not all(0 <= row < parameter.shape[0] for row in rows):
+        known = all(0 <= row < parameter.shape[0] for row in rows)
+        if info.shape != (len(rows), *parameter.shape[1:]) or not known or len(set(rows)) != len(rows):
             raise CheckpointError(
                 f"{module.file}: module {module.name!r} has {info.shape[0] if info.shape else 0} trained rows for "
                 f"{len(rows)} tokens ({CONFIG_FILE}: trainable_token_indices) of an embedding {parameter.shape} in "
-                f"{self._base_folder}; need one for each token, and tokens that it has"
+                f"{self._base_folder}; need one for each token, and tokens that it has, each once"
             )
         return Target(name, parameter, Whole(info), replaces=True, rows=rows)
 

@@ -7,8 +7,9 @@ this, so that a user has to choose between two tensors and one.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +17,9 @@ from torch import Tensor
 from resm_kernels.checkpoint import CheckpointError, TensorInfo
 from resm_kernels.lora.changes import LowRank
 from resm_kernels.lora.config import is_tied
-from resm_kernels.lora.loaded import LoadedModel, Parameter
+from resm_kernels.lora.loaded import LoadedModel, Parameter, whole_parameter
 from resm_kernels.lora.targets import Target
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding, layer_position
-
-TIED_CHOICES: Final = ("error", "untie", "both")
-"""What to do with an adapter that changes one of two tied tensors."""
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding, is_vocabulary, layer_position
 
 
 class TiedModel(LoadedModel):
@@ -33,15 +31,22 @@ class TiedModel(LoadedModel):
         tensors: Its tensors by the names that its reader gives them.
         names: The names of all parameters that an adapter changes. Ties are looked up only if one of them is outside
             the layers, because that may mean to import transformers.
+        saved: The tensors that the adapter stores whole, by their names in the loaded model. Embeddings and heads among
+            them may have another number of rows than the base's, because tokens were added.
 
     Attributes:
         originals: For each tied parameter that the files have under another's name only, the other's name.
     """
 
     def __init__(
-        self, model: LoadedModel, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], names: Sequence[str]
+        self,
+        model: LoadedModel,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        names: Sequence[str],
+        saved: Mapping[str, TensorInfo],
     ) -> None:
-        self._model = model
+        self._model, self._saved = model, saved
         self.originals: dict[str, str] = {}
         if all(layer_position(name) is not None for name in names):
             return
@@ -57,12 +62,12 @@ class TiedModel(LoadedModel):
     def tied(self) -> Mapping[str, str]:
         return self.originals
 
-    @property
-    def input_embedding(self) -> str | None:
-        return self._model.input_embedding
-
     def locate(self, name: str) -> Parameter | None:
-        return self._model.locate(self.originals.get(name, name))
+        found = self._model.locate(self.originals.get(name, name))
+        saved, whole = self._saved.get(name), None if found is None else found.stored_whole
+        if found is None or saved is None or whole is None or not is_vocabulary(whole):
+            return found
+        return whole_parameter(found.name, replace(saved, name=whole)) if saved.shape[1:] == found.shape[1:] else found
 
     def parameters(self, module: str) -> Sequence[str] | None:
         return self._model.parameters(module)
@@ -90,7 +95,7 @@ def settle_tied(
         targets: The changes.
         saved: The tensors that are stored whole, by their names in the loaded model.
         model: The base model.
-        choice: One of `TIED_CHOICES`. With "both" each change is one of all parameters that are tied.
+        choice: With "both" a change of one tied parameter is one of all; else it is an error.
         read: Reads a stored tensor.
         folders: The folders of the adapter and of the base model.
 
@@ -105,27 +110,34 @@ def settle_tied(
         whole = [other for other in kept if other in group]
         if len(group) == 1 or not (changes or whole):
             continue
+        original = model.originals.get(name, name)
         if not changes and len(whole) == len(group):
-            continue  # whether they are equal is checked when the merge is planned
+            if all(torch.equal(read(kept[original]), read(kept[other])) for other in whole):
+                kept = {other: info for other, info in kept.items() if other not in group or other == original}
+                continue
+            if OUTPUT_HEAD in group:
+                continue  # the model's configuration decides when the merge is planned
         # PEFT trains the rows of tied tensors together.
         alike = all(target.rows is not None for target in changes) and not whole
         if not alike and len(changes) == len(group) and _same_change(changes, read):
             left = [target for target in left if target not in changes[1:]]
         elif not alike and choice != "both":
-            raise CheckpointError(_message(name, group, folders))
-        original = model.originals.get(name, name)
+            raise CheckpointError(_message(name, group, choice, folders))
         for other in whole:
             kept[original] = kept.pop(other)
     return left, kept
 
 
-def _message(name: str, group: frozenset[str], folders: tuple[Path, Path]) -> str:
+def _message(name: str, group: frozenset[str], choice: str, folders: tuple[Path, Path]) -> str:
     adapter, base = folders
     others = ", ".join(repr(other) for other in sorted(group - {name}))
+    tied = f"{adapter}: adapts {name!r}, which {base} ties to {others}"
+    both = "tied_embeddings: both, which changes the tied tensor, as PEFT's merge_and_unload does"
+    if choice == "untie":
+        return f"{tied}, whatever tie_word_embeddings in its config.json says; choose {both}"
     return (
-        f"{adapter}: adapts {name!r}, which {base} ties to {others}; choose tied_embeddings: untie, which stores both "
-        f"so that {others} keeps its values, as while the adapter is in use; or tied_embeddings: both, which changes "
-        "the tied tensor, as PEFT's merge_and_unload does"
+        f"{tied}; choose tied_embeddings: untie, which stores both so that {others} keeps its values, as while the "
+        f"adapter is in use; or {both}"
     )
 
 
@@ -135,7 +147,7 @@ def _same_change(targets: Sequence[Target], read: Callable[[TensorInfo], Tensor]
     for target in targets:
         if not isinstance(target.change, LowRank) or target.magnitude is not None:
             return False
-        left, right, scale = target.change.factors(*map(read, target.change.infos))
+        left, right, scale = target.change.factors(read(target.change.a), read(target.change.b))
         products.append((left, right, scale))
     first = products[0]
     return all(
