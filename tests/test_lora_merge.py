@@ -13,8 +13,10 @@ from inputs import relative
 from safetensors.torch import load_file
 from torch import Tensor
 
-from resm_kernels.lora import merge_lora
-from resm_kernels.lora.routes import route_of
+import resm_kernels.lora.factors as factors_module
+from resm_kernels.lora import Factors, merge_lora
+from resm_kernels.lora.low_rank import RankLimit, merge_factored, truncated
+from resm_kernels.lora.routes import Route, route_of
 from resm_kernels.methods import get, names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -210,3 +212,45 @@ def test_the_guide_lists_how_methods_merge() -> None:
             assert f"`{name}`" in listed, name
             row = next(line for line in listed.splitlines() if line.startswith(f"| `{name}`"))
             assert row.split("|")[2].strip() == ("exact" if route.is_exact else route.value), name
+
+
+def resolved(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    keywords = {("lambda_" if key == "lambda" else key): value for key, value in values.items()}
+    return get(method).resolve(COUNTS.get(method, 3), keywords)
+
+
+# Outlier weights need the elements.
+EXACT = [
+    (method, values)
+    for method, values in CASES
+    if route_of(get(method), resolved(method, values)).is_exact and not values.get("beta")
+]
+
+
+@pytest.mark.parametrize(("method", "values"), EXACT, ids=str)
+def test_exact_merges_form_no_matrix_of_the_weights_size(method: str, values: dict[str, Any]) -> None:
+    """A weight of 120,000 × 150,000 elements would take 72 GB in fp32."""
+    shape, chosen = (120_000, 150_000), resolved(method, values)
+    pairs = [factors(shape, rank, 7 * rank) for rank in (2, 3, 1)[: COUNTS.get(method, 3)]]
+    experts = [Factors(b, a, 0.5) for a, b in pairs]
+    product = merge_factored(shape, experts, get(method), chosen, route_of(get(method), chosen))
+    merged = truncated(product, RankLimit(4))
+    assert merged.left.shape[0] == shape[0] and merged.right.shape[1] == shape[1] and 0 < merged.rank <= 4
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9])
+def test_resm_forms_no_elements_where_they_cannot_matter(monkeypatch: pytest.MonkeyPatch, zeros: float) -> None:
+    """The bound on the number of zeros holds, and the merge is the same as with the statistics."""
+    pairs = []
+    for seed in range(3):
+        a, b = factors((400, 500), 3, seed)
+        rows = torch.rand(400, generator=torch.Generator().manual_seed(seed)) < zeros
+        b[rows] = 0
+        bound = factors_module.least_nonzero(Factors(b, a, 1.0))
+        assert 0.3 * (1 - zeros) * a.shape[1] * 400 / 3 < bound <= int((b @ a).count_nonzero())
+        pairs.append(Factors(b, a, 1.0))
+    values = get("resm").resolve(3, {})
+    direct = merge_factored((400, 500), pairs, get("resm"), values, Route.CORES)
+    monkeypatch.setattr(factors_module, "_needs_no_statistics", lambda *_: False)
+    counted = merge_factored((400, 500), pairs, get("resm"), values, Route.CORES)
+    assert relative(*(p.left @ p.core @ p.right.mT for p in (direct, counted) if p.core is not None)) < 1e-12
