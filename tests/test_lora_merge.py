@@ -10,7 +10,7 @@ import pytest
 import torch
 from checkpoints import random_weights, save_adapter, save_model
 from inputs import relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import resm_kernels.lora.factors as factors_module
@@ -200,6 +200,38 @@ def test_ranks_that_do_not_fit_beside_each_other(tmp_path: Path, base: Path, met
     expected, got = dense(method, base, adapters, values), products(tmp_path / "out")
     for name, m in expected.items():
         assert relative(got[name], m) < 3e-6
+
+
+@pytest.mark.parametrize(("method", "values"), [c for c in CASES if COUNTS.get(c[0], 3) == 3], ids=str)
+def test_copies_and_adapters_that_change_nothing(
+    tmp_path: Path, base: Path, adapters: list[Path], method: str, values: dict[str, Any]
+) -> None:
+    """Factors that depend on each other, and those of an adapter that was not trained."""
+    fresh = write_adapter(tmp_path / "fresh", 4, base, rank=2)
+    tensors = load_file(fresh / "adapter_model.safetensors")
+    save_file({n: t * ("lora_A" in n) for n, t in tensors.items()}, fresh / "adapter_model.safetensors")
+    chosen = [adapters[0], adapters[0], fresh]
+    needed = {"base_model": str(base)} if method in ("karcher",) else {}
+    report = merge_lora(recipe(method, chosen, values, **needed), tmp_path / "out", random_seed=3)
+    expected, got = dense(method, base, chosen, values, seed=3), products(tmp_path / "out")
+    for module in report.modules:
+        m = expected[module.name]
+        assert float((m - got[module.name]).norm()) <= (module.error + 3e-6) * float(m.norm()) + 1e-9, module.name
+
+
+def test_energy_where_the_result_has_full_rank(tmp_path: Path, base: Path, adapters: list[Path]) -> None:
+    expected = dense("ties", base, adapters, {"density": 0.3})
+    for energy, largest in ((0.7, None), (0.7, 4), (1.0, None)):
+        out = tmp_path / f"{energy} {largest}"
+        report = merge_lora(recipe("ties", adapters, {"density": 0.3}), out, energy=energy, max_rank=largest)
+        for module in report.modules:
+            squares = torch.linalg.svdvals(expected[module.name]).square()
+            needed = int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1
+            assert abs(module.rank - min(needed, largest or needed)) <= 1
+            error = relative(products(out)[module.name], expected[module.name])
+            assert error <= module.error + 1e-6 and (largest or error <= (1 - energy) ** 0.5 + 1e-5)
+    report = merge_lora(recipe("ties", adapters, {"density": 0.3}), tmp_path / "whole", rank=100)
+    assert all(module.rank == min(module.shape) and module.error < 1e-5 for module in report.modules)
 
 
 def test_the_guide_lists_how_methods_merge() -> None:
