@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
-from resm_kernels.engine.conversions import Conversion, placements
+from resm_kernels.engine.locating import Conversion, placements
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.lora import Parameter
 from resm_kernels.tensor_names import layer_position
@@ -97,9 +97,11 @@ class Architecture:
         return [] if owner is None else [name for name, _ in owner.named_parameters(recurse=False)]
 
     def is_transposed(self, module: str) -> bool | None:
-        """Return whether a module stores its fused experts as (experts, in, out); None if there is no such module."""
+        """Return whether a module stores its weights as (in, out) or (experts, in, out); None if there is none."""
         owner = self._module(module)
-        return None if owner is None else bool(getattr(owner, "is_transposed", False))
+        if owner is None:
+            return None
+        return type(owner).__name__ == "Conv1D" or bool(getattr(owner, "is_transposed", False))
 
     def _module(self, name: str) -> Any:
         for spelled in (name, f"{self._prefix}.{name}", self._bare(name)):

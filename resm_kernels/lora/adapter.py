@@ -97,7 +97,7 @@ class AdapterReader(CheckpointReader):
         changed = [*(f"{module.name}.weight" for module in stored.modules), *stored.saved]
         loaded = LoadedModel(base.tensors) if model is None else model
         tied = TiedModel(loaded, base_config, base.tensors, changed, stored.saved)
-        targets = list(TargetFinder(self.config, tied, base.folder).targets(stored.modules))
+        targets = list(TargetFinder(self.config, tied, base_config, base.folder).targets(stored.modules))
         self.targets, saved = settle_tied(
             targets, stored.saved, tied, tied_embeddings, self.read_info, (folder, base.folder)
         )

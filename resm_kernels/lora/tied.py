@@ -104,8 +104,8 @@ def settle_tied(
             say what to do.
     """
     left, kept = list(targets), dict(saved)
-    for name in dict.fromkeys((*(t.name for t in targets), *saved)):
-        group = model.group(name)
+    groups = {model.group(name): name for name in (*saved, *(target.name for target in targets))}
+    for group, name in groups.items():
         changes = [target for target in left if target.name in group]
         whole = [other for other in kept if other in group]
         if len(group) == 1 or not (changes or whole):
