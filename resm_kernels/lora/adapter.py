@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
 from resm_kernels.lora.changes import LowRank, Whole
-from resm_kernels.lora.config import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, read_adapter_config
+from resm_kernels.lora.config import CONFIG_FILE, find_weights, read_adapter_config
 from resm_kernels.lora.loaded import LoadedModel, Parameter
 from resm_kernels.lora.parts import read_stored
 from resm_kernels.lora.patches import Patch, StoredFactors, rows_of
@@ -87,12 +86,7 @@ class AdapterReader(CheckpointReader):
         model: LoadedModel | None = None,
         tied_embeddings: str = "error",
     ) -> None:
-        if not os.path.lexists(folder / CONFIG_FILE):
-            raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
-        names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)
-        name = next((name for name in names if os.path.lexists(folder / name)), None)
-        if name is None:
-            raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
+        name = find_weights(folder)
         self._file = folder / name
         super().__init__(folder, name)
         self.config = read_adapter_config(folder)

@@ -129,6 +129,20 @@ class AdapterConfig:
         return next(ends, None)
 
 
+def find_weights(folder: Path) -> str:
+    """Return the name of the file that holds an adapter's tensors.
+
+    Raises:
+        CheckpointError: The folder has no configuration of an adapter, or no such file.
+    """
+    if not os.path.lexists(folder / CONFIG_FILE):
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
+    name = next((name for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE) if os.path.lexists(folder / name)), None)
+    if name is None:
+        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
+    return name
+
+
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Return an adapter folder's configuration.
 
