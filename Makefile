@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint format bench bench-spectral quality families extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint format bench bench-spectral quality families adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +72,10 @@ bench-spectral: $(VENV)/.test
 # Merge a tiny model of every family of transformers, and models as they lie on the hub; writes the page of the documentation.
 families: $(VENV)/.test
 	$(BIN)/python scripts/families.py --out docs/architectures.md --mergekit
+
+# Makes adapters of every kind for a tiny model of every family, and compares the merges with peft's in float64.
+adapters: $(VENV)/.test
+	$(BIN)/python scripts/adapters.py --out docs/adapters_table.md
 
 # Extract an adapter at full rank from a tiny model of every family, and compare what peft makes of it; writes the page.
 extractions: $(VENV)/.test

@@ -23,8 +23,24 @@ RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew inste
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
 ]
+MixedArchitecturesOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-crimes/--no-allow-crimes", help="Merge models of different architectures if their tensors fit."
+    ),
+]
+DeviceOption = Annotated[
+    str, typer.Option(help="Where to compute: cpu; cuda, cuda:N, cuda:0,cuda:1, cuda:all; auto, a GPU if any.")
+]
 StrictOption = Annotated[
     bool, typer.Option("--strict", help="Refuse models of which tensors would be left out, renamed or added.")
+]
+TiedEmbeddingsOption = Annotated[
+    str,
+    typer.Option(
+        help="An adapter that changes one of two tied tensors, an embedding or its head: error; untie, store both; "
+        "both, change both."
+    ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print neither progress nor the closing line.")]
 OutFormatOption = Annotated[

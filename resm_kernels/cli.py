@@ -15,15 +15,18 @@ import typer
 
 from resm_kernels.arguments import (
     AddressOption,
+    DeviceOption,
     EngineOption,
     MachineOption,
     MemoryOption,
+    MixedArchitecturesOption,
     OutFormatOption,
     QuietOption,
     RecipeArgument,
     RestartOption,
     StrictOption,
     ThreadsOption,
+    TiedEmbeddingsOption,
     WorkersOption,
 )
 from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, set_up_process
@@ -69,9 +72,7 @@ def merge(
     ] = False,
     memory_limit: MemoryOption = str(MergeOptions.memory_limit),
     threads: ThreadsOption = MergeOptions.threads,
-    device: Annotated[
-        str, typer.Option(help="Where to compute: cpu; cuda, cuda:N, cuda:0,cuda:1, cuda:all; auto, a GPU if any.")
-    ] = str(MergeOptions.device),
+    device: DeviceOption = str(MergeOptions.device),
     device_memory: Annotated[
         str | None,
         typer.Option(help="Memory for tensors on each GPU, such as 20GB. Default: 0.8 of its free memory."),
@@ -82,12 +83,7 @@ def merge(
     model_card: Annotated[
         bool, typer.Option("--write-model-card/--no-write-model-card", help="Write README.md and the recipe into OUT.")
     ] = MergeOptions.model_card,
-    mixed_architectures: Annotated[
-        bool,
-        typer.Option(
-            "--allow-crimes/--no-allow-crimes", help="Merge models of different architectures if their tensors fit."
-        ),
-    ] = MergeOptions.mixed_architectures,
+    mixed_architectures: MixedArchitecturesOption = MergeOptions.mixed_architectures,
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
     ] = MergeOptions.trust_remote_code,
@@ -100,6 +96,7 @@ def merge(
     workers: WorkersOption = MergeOptions.workers,
     machine: MachineOption = None,
     strict: StrictOption = MergeOptions.strict,
+    tied_embeddings: TiedEmbeddingsOption = MergeOptions.tied_embeddings,
     quiet: QuietOption = False,
 ) -> None:
     """Merge the models of RECIPE into the new folder OUT, which appears when it is complete.

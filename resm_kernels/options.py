@@ -40,10 +40,13 @@ class MergeKeywords(TypedDict, total=False):
     address: str | None
     workers: int | None
     strict: bool
+    tied_embeddings: str
 
 
 OUT_FORMATS: Final = ("safetensors", "dcp")
 """The formats that a merge writes weights in."""
+TIED_EMBEDDINGS: Final = ("error", "untie", "both")
+"""What a merge does with an adapter that changes one of two tied tensors: an embedding, or its output head."""
 ENGINES: Final = ("local", "ray")
 """Who merges: this process, or workers on the machines of a Ray cluster."""
 
@@ -82,6 +85,7 @@ class MergeOptions:
     address: str | None = None
     workers: int | None = None
     strict: bool = False
+    tied_embeddings: str = "error"
     shard_bytes: int = field(init=False, repr=False)
     window_bytes: int = field(init=False, repr=False)
     device_bytes: int | None = field(init=False, repr=False)
@@ -97,6 +101,8 @@ class MergeOptions:
         check_seed("random_seed", self.random_seed)
         if self.out_format not in OUT_FORMATS:
             raise ValueError(f"out_format: got {self.out_format!r}, need {' or '.join(OUT_FORMATS)}")
+        if self.tied_embeddings not in TIED_EMBEDDINGS:
+            raise ValueError(f"tied_embeddings: got {self.tied_embeddings!r}, need {', '.join(TIED_EMBEDDINGS)}")
         if self.workers is not None and self.workers < 1:
             raise ValueError(f"workers: got {self.workers}, need at least 1")
         if self.engine not in ENGINES:

@@ -150,13 +150,13 @@ def plain(r: int = 2, name: str = NAME, rows: int = 32) -> Weights:
 @pytest.mark.parametrize(
     ("config", "tensors", "message"),
     [
-        ({"peft_type": "IA3"}, plain(), "peft_type: got 'IA3', need 'LORA'"),
+        ({"peft_type": "IA3"}, plain(), "peft_type: got 'IA3', need LORA, LOHA, LOKR"),
         ({"r": 3}, plain(), r"A \(2, 32\) and B \(32, 2\), need rank 3"),
         ({"r": 0}, plain(), "r: got 0, need a positive whole number"),
         ({"lora_alpha": None}, plain(), "lora_alpha: got None"),
         ({"rank_pattern": {"(": 2}}, plain(), "no regular expression"),
         ({"use_qalora": True}, plain(), "use_qalora is set"),
-        ({"trainable_token_indices": [1]}, plain(), "trainable_token_indices is set"),
+        ({"trainable_token_indices": [1]}, plain(), "but the adapter has no trained rows"),
         ({"init_lora_weights": "pissa"}, plain(), "'pissa', which also changes the base model"),
         ({"use_dora": True}, plain(), "has no lora_magnitude"),
         ({}, plain() | {f"base_model.model.{NAME}.lora_magnitude_vector": torch.ones(32)}, "has no use_dora"),
@@ -365,7 +365,7 @@ def test_tied_embeddings(tmp_path: Path) -> None:
         plan_merge(recipe)
     for tensors in ({names[0]: embedding}, plain(name="lm_head", rows=64)):
         save_adapter(tmp_path / "a", tensors, config)
-        with pytest.raises(CheckpointError, match=r"ties to its head or embedding; .*untie the base"):
+        with pytest.raises(CheckpointError, match=r"ties to .*choose tied_embeddings: untie"):
             plan_merge(recipe)
 
 

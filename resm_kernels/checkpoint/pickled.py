@@ -15,6 +15,7 @@ from resm_kernels.dtypes import SAFETENSORS_NAMES, dtype_name
 from resm_kernels.files import check_regular
 
 PICKLED_FILE: Final = "pytorch_model.bin"
+PICKLED_SUFFIX: Final = ".bin"
 PICKLED_INDEX: Final = "pytorch_model.bin.index.json"
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
-from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, read_pickled
+from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, PICKLED_SUFFIX, read_pickled
 from resm_kernels.files import LIST_BYTES, check_regular, open_regular, path_problem, read_object, shortened
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class CheckpointReader:
         if chosen.name.endswith(INDEX_SUFFIX) or chosen.name == PICKLED_INDEX:
             tensors, unindexed = _collect_shards(self.folder, chosen)
         else:
-            read = read_pickled if chosen.name == PICKLED_FILE else read_header
+            read = read_pickled if chosen.suffix == PICKLED_SUFFIX else read_header
             tensors = list(read(chosen).values())
         self.tensors = MappingProxyType({t.name: t for t in tensors})
         self.unindexed = MappingProxyType({t.name: t for t in unindexed})

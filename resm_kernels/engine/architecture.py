@@ -15,7 +15,9 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.engine.conversions import Conversion, placements
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
+from resm_kernels.lora import Parameter
 from resm_kernels.tensor_names import layer_position
 
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
@@ -42,21 +44,6 @@ class Loaded:
     name: str
     known: bool
     ignored: Kind | None = None
-
-
-@dataclass(frozen=True)
-class Renamed:
-    """How transformers loads a stored tensor.
-
-    Attributes:
-        piece: Its name in the loaded model; of a tensor that is joined with others or cut, the name before that.
-        key: The name of the tensor, or of the first of several, that it becomes in the loaded model.
-        pattern: The pattern of the converter that joins or cuts it; None for a tensor that is only renamed.
-    """
-
-    piece: str
-    key: str
-    pattern: str | None
 
 
 class Architecture:
@@ -91,42 +78,100 @@ class Architecture:
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
 
-    @property
-    def model(self) -> Any:
-        """The model, on the meta device."""
-        return self._model
-
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
-        for name, renamed in self.renamed(tensors).items():
-            known = renamed.key in self._state
-            ignored = None if known else self._ignored_kind(renamed.piece, tensors[name])
-            result[name] = Loaded(renamed.piece, known, ignored)
+        for name, (renamed, key) in self._renamed(tensors).items():
+            known = key in self._state
+            ignored = None if known else self._ignored_kind(renamed, tensors[name])
+            result[name] = Loaded(renamed, known, ignored)
         return result
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
-        return name if name in self._state else self.renamed([name])[name].piece
+        return name if name in self._state else self._renamed([name])[name][0]
 
-    def renamed(self, names: Iterable[str]) -> dict[str, Renamed]:
-        """Return how transformers loads each stored tensor, in the order in which it joins them.
+    def parameters(self, module: str) -> list[str]:
+        """Return the last parts of the names of the parameters that a module owns itself, in its order."""
+        owner = self._module(module)
+        return [] if owner is None else [name for name, _ in owner.named_parameters(recurse=False)]
+
+    def is_transposed(self, module: str) -> bool | None:
+        """Return whether a module stores its weights as (in, out) or (experts, in, out); None if there is none."""
+        owner = self._module(module)
+        if owner is None:
+            return None
+        return type(owner).__name__ == "Conv1D" or bool(getattr(owner, "is_transposed", False))
+
+    def _module(self, name: str) -> Any:
+        for spelled in (name, f"{self._prefix}.{name}", self._bare(name)):
+            with contextlib.suppress(AttributeError):
+                return self._model.get_submodule(spelled)
+        return None
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """The parameters that a checkpoint has to store, because the model neither makes nor ties them."""
+        parameters = (name for name, _ in self._model.named_parameters())
+        made = self.unsaved | self.tied.keys()
+        may_miss = self.may_miss
+        return frozenset(n for n in parameters if n not in made and (may_miss is None or not may_miss.search(n)))
+
+    @functools.cached_property
+    def untied(self) -> frozenset[str]:
+        """The tied parameters that are not tied if the configuration says `tie_word_embeddings: false`."""
+        config = copy.deepcopy(self._model.config)
+        for section in (config, getattr(config, "text_config", None)):
+            if section is not None:
+                section.tie_word_embeddings = False
+        return frozenset(self.tied.keys() - dict(_on_meta(type(self._model), config).all_tied_weights_keys).keys())
+
+    def conversions(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Conversion]:
+        """Return the stored tensors that transformers converts when it loads them, with how it does so.
+
+        Args:
+            shapes: The shapes of the stored tensors.
+        """
+        by_pattern = {pattern: c for c in self._mapping()[1] for pattern in c.source_patterns}
+        found: dict[str, list[tuple[str, str]]] = {}
+        for name, (_, key, pattern) in self._sources(shapes).items():
+            if pattern is not None:
+                found.setdefault(key, []).append((pattern, name))
+        return [
+            Conversion(by_pattern[group[0][0]], key, tuple((pattern, name, shapes[name]) for pattern, name in group))
+            for key, group in found.items()
+        ]
+
+    def placed(self, conversion: Conversion, name: str) -> Parameter | None:
+        """Return where a parameter's elements are in the stored tensors of a conversion; see `placements`."""
+        return placements(conversion, name, self._model)
+
+    def _renamed(self, names: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """For each name the one in the loaded model, and that of the tensor which it is joined into, if it is."""
+        return {name: (piece, key) for name, (piece, key, _) in self._sources(names).items()}
+
+    def _mapping(self) -> tuple[list[Any], list[Any]]:
+        """Return transformers' renamings and converters for the model."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightConverter, WeightRenaming
+
+        mapping = get_model_conversion_mapping(self._model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        return renamings, [entry for entry in mapping if isinstance(entry, WeightConverter)]
+
+    def _sources(self, names: Iterable[str]) -> dict[str, tuple[str, str, str | None]]:
+        """For each name the two of `_renamed`, and the pattern of the converter that it is a source of, if it is.
 
         This follows transformers' `convert_and_load_state_dict_in_model`.
         """
-        from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import (
-            WeightConverter,
-            WeightRenaming,
             apply_converters,
             apply_renamings,
             dot_natural_key,
             rename_source_key,
         )
 
-        mapping = get_model_conversion_mapping(self._model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        renamings, converters = self._mapping()
         result = {}
         for name in sorted(names, key=dot_natural_key):
             key, source = rename_source_key(name, renamings, converters, self._prefix, self._state)
@@ -140,17 +185,8 @@ class Architecture:
                     piece = f"{self._prefix}.{piece}"
                 elif whole == f"{self._prefix}.{key}":
                     piece = piece.removeprefix(f"{self._prefix}.")
-            result[name] = Renamed(piece, key, source)
+            result[name] = piece, key, source
         return result
-
-    def converters(self) -> dict[str, Any]:
-        """Return for each pattern that `Renamed.pattern` may be the converter of transformers that has it."""
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter
-
-        mapping = get_model_conversion_mapping(self._model)
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        return {pattern: converter for converter in converters for pattern in converter.source_patterns}
 
     def _ignored_kind(self, name: str, info: TensorInfo) -> Kind | None:
         if kind := buffer_kind(info):

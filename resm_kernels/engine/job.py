@@ -12,8 +12,6 @@ from resm_kernels._version import __version__
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, TOKENIZER_PATTERNS
 from resm_kernels.checkpoint.tensor_writer import stored_hash
 from resm_kernels.engine.statistics import statistics_files
-from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
-from resm_kernels.lora.config import WEIGHTS_FILE as ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
@@ -33,6 +31,7 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "version of the libraries": {"resm-kernels": __version__, "torch": torch.__version__},
         "random_seed": plan.options.random_seed,
         "max_shard_size": plan.options.shard_bytes,
+        "tied_embeddings": plan.options.tied_embeddings,
     }
     state = _content if plan.options.hash_inputs else _state
     return entries | {f"input file {file}": state(file) for file in _input_files(plan)}
@@ -50,7 +49,6 @@ def _input_files(plan: MergePlan) -> list[Path]:
     for model in plan.models.all():
         files |= set(model.reader.files)
         files |= {file for pattern in patterns for file in model.base_folder.glob(pattern)}
-        files |= {file for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if (file := model.folder / name).is_file()}
     return sorted(file.resolve() for file in files)
 
 

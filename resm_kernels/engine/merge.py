@@ -134,6 +134,9 @@ def merge_checkpoints(
         workers: Ray workers on each machine, with engine "ray"; None, the default, takes one, or one for each GPU.
         strict: Refuse models of which tensors would be left out, renamed or added, because their files spell one model
             in different ways (default: False).
+        tied_embeddings: What to do with an adapter that changes one of two tied tensors, an input embedding or its
+            output head: "error" (the default) refuses it; "untie" stores both, so that the other one keeps its values;
+            "both" changes both, as PEFT's merge_and_unload does.
 
     Raises:
         RecipeError, CheckpointError, MergeError: The recipe, the models or the output folder cannot be used. All are

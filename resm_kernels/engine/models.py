@@ -21,6 +21,7 @@ from resm_kernels.checkpoint import (
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp_metadata import METADATA_FILE
 from resm_kernels.checkpoint.quantised import without_quantization
+from resm_kernels.engine.adapted import adapted_model
 from resm_kernels.engine.spelling import Spellings, adapter_note
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.recipe import Recipe, RecipeError, Source, dotted, model_and_adapter, model_folder
@@ -113,17 +114,41 @@ class _Spelled:
         notes: What is left out, renamed or added.
     """
 
-    def __init__(self, models: Sequence[Model], *, as_stored: bool = False) -> None:
+    def __init__(self, models: Sequence[Model], *, as_stored: bool = False, tied_embeddings: str = "error") -> None:
         self._spellings = Spellings(models, as_stored=as_stored)
-        self.models = [replace(m, reader=r) for m, r in zip(models, self._spellings.readers, strict=True)]
+        self._tied_embeddings = tied_embeddings
         self.notes = self._spellings.notes
+        if tied_embeddings == "untie" and (notes := self._spellings.untie()):
+            self.notes += notes
+            models = [replace(model, config=_untied(model.config)) for model in models]
+        self.models = [replace(m, reader=r) for m, r in zip(models, self._spellings.readers, strict=True)]
 
     def open_adapter(self, folder: Path, base: Model, on_error: contextlib.ExitStack, *, double: bool = False) -> Model:
-        find = self._spellings.finder(self.models.index(base))
-        reader = on_error.enter_context(AdapterReader(folder, base.reader, base.config, double=double, find=find))
+        reader = on_error.enter_context(
+            AdapterReader(
+                folder,
+                base.reader,
+                base.config,
+                double=double,
+                model=self._spellings.loaded_model(self.models.index(base)),
+                tied_embeddings=self._tied_embeddings,
+            )
+        )
         if reader.renames:
             self.notes.append(adapter_note(folder, reader.renames))
-        return Model(folder, reader, base.config, base.folder, base.form)
+        adapted = adapted_model(reader, base.config, base.base_folder)
+        reader.leave_out(adapted.left_out)
+        self.notes += adapted.notes
+        return Model(folder, reader, adapted.config, base.folder, base.form)
+
+
+def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration that says that output heads are no embeddings."""
+    new = {**config, "tie_word_embeddings": False}
+    text = config.get("text_config")
+    if isinstance(text, Mapping) and "tie_word_embeddings" in text:
+        new["text_config"] = {**text, "tie_word_embeddings": False}
+    return new
 
 
 @dataclass(frozen=True)
@@ -157,13 +182,16 @@ def _check_dcp_keys(recipe: Recipe, models: Iterable[Model]) -> None:
         raise RecipeError("config_source: every model has a config.json, so that this key has no effect; remove it")
 
 
-def open_models(recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bool = False) -> OpenedModels:
+def open_models(
+    recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bool = False, tied_embeddings: str = "error"
+) -> OpenedModels:
     """Open the models that the recipe names; `on_error` closes those that have been opened.
 
     Torch DCP folders that have no config take that of `config_source`, or else that of the first model that has one.
 
     Args:
         as_stored: As for `Spellings`.
+        tied_embeddings: As for `merge_checkpoints`.
     """
     # Spectral methods would take the rounding errors of weights that an adapter forms in fp32 for directions.
     double = any(p.name == "spectral" for p in recipe.method.parameters)
@@ -179,7 +207,9 @@ def open_models(recipe: Recipe, on_error: contextlib.ExitStack, *, as_stored: bo
         for folder in bases.values()
     ]
     _check_dcp_keys(recipe, opened_bases)
-    spelled = _Spelled(_with_configs(opened_bases), as_stored=as_stored)
+    if all(place.adapter is None for place in places.values()):
+        tied_embeddings = "error"  # nothing else than an adapter changes one of two tied tensors
+    spelled = _Spelled(_with_configs(opened_bases), as_stored=as_stored, tied_embeddings=tied_embeddings)
     wholes = dict(zip(bases, spelled.models, strict=True))
 
     def open_place(place: _Place) -> Model:

@@ -168,7 +168,7 @@ def plan_merge(
     with contextlib.ExitStack() as on_error:
         is_dcp = options.out_format == "dcp"
         # A training script expects every tensor that it has saved when it loads, buffers and tied heads too.
-        models = open_models(recipe, on_error, as_stored=is_dcp)
+        models = open_models(recipe, on_error, as_stored=is_dcp, tied_embeddings=options.tied_embeddings)
         check_configs(models.all(), mixed=options.mixed_architectures)
         tied = not is_dcp and check_tied(models.all())
         spelling_notes = (*models.notes, *(tied_notes(models.all()) if tied else ()))

@@ -7,7 +7,7 @@ tensors are left out; so are tensors that transformers does not load, unless eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -16,6 +16,7 @@ import torch
 from resm_kernels.checkpoint import CheckpointReader, RespelledReader, TensorInfo
 from resm_kernels.checkpoint.auxiliary import config_entry
 from resm_kernels.engine.architecture import Architecture, Loaded, find_architecture, names_key
+from resm_kernels.engine.loaded import Spelled, SpelledModel
 from resm_kernels.engine.spelling_rules import (
     COPY,
     IGNORED_WEIGHT,
@@ -27,7 +28,9 @@ from resm_kernels.engine.spelling_rules import (
     copies,
     renamed,
 )
-from resm_kernels.tensor_names import LayerPosition, layer_position
+from resm_kernels.lora import LoadedModel
+from resm_kernels.lora.config import is_tied
+from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position
 
 if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
@@ -101,21 +104,55 @@ class Spellings:
                     self.readers[i] = RespelledReader(tensors.reader, names)
                 self.notes += _notes(tensors, names)
 
-    def finder(self, i: int) -> Callable[[str], str | None]:
-        """Return a function that finds a tensor of model `i` by the name that it has in any version of transformers.
+    def loaded_model(self, i: int) -> LoadedModel:
+        """Return where the parameters of model `i` are in `readers[i]`, by the names that they have when it is loaded.
 
-        The function returns the name in `readers[i]`, or None if there is no such tensor.
+        Names of any version of transformers are understood.
         """
-        names: dict[str, str] = {}
+        return SpelledModel(self.readers[i], lambda: self._spelled(i))
 
-        def find(name: str) -> str | None:
-            tensors = self._tensors()[i]
-            if not names:
-                names.update({old: new for new, old in self._names(tensors).items()})
-            loaded = self._loaded_name(tensors, name)
-            return names.get(tensors.stored.get(loaded, ""))
+    def untie(self) -> list[str]:
+        """Let each model have its tied embeddings and output heads apart; return a line for each model.
 
-        return find
+        The models then need `tie_word_embeddings: false` in their configurations.
+        """
+        notes = []
+        for i, tensors in enumerate(self._tensors()):
+            architecture, reader = tensors.architecture, self.readers[i]
+            tied = self._ties(tensors)
+            loaded = self.loaded_model(i)
+            names = {name: name for name in reader.tensors}
+            for copy, original in tied.items():
+                found = loaded.locate(original)
+                stored = None if found is None else found.stored_whole
+                if stored is not None and copy not in names and (architecture is None or copy in architecture.untied):
+                    names[copy] = stored
+            added = [copy for copy in names if copy not in reader.tensors]
+            if added:
+                self.readers[i] = RespelledReader(reader, names)
+                notes.append(f"{tensors.model.folder}: unties {', '.join(added)} from {names[added[0]]}")
+        return notes
+
+    @staticmethod
+    def _ties(tensors: _Tensors) -> Mapping[str, str]:
+        """Return the tied parameters of a model, the copy's name → the original's."""
+        if tensors.architecture is not None:
+            return tensors.architecture.tied
+        if not is_tied(tensors.model.config, tensors.reader.tensors):
+            return {}
+        embedding = next(filter(is_tied_embedding, tensors.reader.tensors), None)
+        return {} if embedding is None else {OUTPUT_HEAD: embedding}
+
+    def _spelled(self, i: int) -> Spelled:
+        tensors = self._tensors()[i]
+        readable = {stored: new for new, stored in self._names(tensors).items()}
+        return Spelled(
+            architecture=tensors.architecture,
+            names={loaded: readable[stored] for loaded, stored in tensors.stored.items() if stored in readable},
+            stored={stored: (new, tensors.info(stored).shape) for stored, new in readable.items()},
+            tied=tensors.tied,
+            loaded_name=lambda name: self._loaded_name(tensors, name),
+        )
 
     def _tensors(self) -> list[_Tensors]:
         if self._matched is None:

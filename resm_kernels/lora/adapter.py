@@ -1,12 +1,13 @@
-"""Reads an adapter and its base model like one whole model, whose tensors θ_t = θ₀ + s·B·A are formed when read."""
+"""Reads an adapter and its base model like one whole model, whose tensors θ_t = θ₀ + Δ are formed when read."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -19,86 +20,56 @@ from resm_kernels.checkpoint.quantised.encoding import Encoding, ReadTensor
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
-from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE, is_tied, read_adapter_config
-from resm_kernels.lora.factors import Factors
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_vocabulary
+from resm_kernels.lora.changes import LowRank, Whole
+from resm_kernels.lora.config import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, read_adapter_config
+from resm_kernels.lora.loaded import LoadedModel, Parameter
+from resm_kernels.lora.parts import read_stored
+from resm_kernels.lora.patches import Patch, StoredFactors, rows_of
+from resm_kernels.lora.targets import Target, TargetFinder
+from resm_kernels.lora.tied import TiedModel, settle_tied
+from resm_kernels.tensor_names import OUTPUT_HEAD
 
 _PANEL: Final = 256
-"""The number of rows that are formed at once, which bounds the memory for the base's rows and the product."""
-
-_SUFFIXES: Final = {
-    ".lora_A.weight": "A",
-    ".lora_B.weight": "B",
-    ".lora_embedding_A": "A",
-    ".lora_embedding_B": "B",
-    ".lora_B.bias": "bias",
-    ".lora_magnitude_vector": "magnitude",
-    ".lora_magnitude_vector.weight": "magnitude",
-}
-
-
-@dataclass
-class _Module:
-    """The tensors that an adapter stores for one module, which it calls `name`."""
-
-    name: str
-    embedding: bool = False
-    parts: dict[str, TensorInfo] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class StoredFactors:
-    """The stored factors A (r, in) and B (out, r) of an adapted weight, and how they give its task vector.
-
-    Attributes:
-        a, b: Where the factors are stored.
-        transposed: True if the weight is stored as (in, out), so that Δ = s·(B·A)ᵀ.
-        scale: The scale s.
-    """
-
-    a: TensorInfo
-    b: TensorInfo
-    transposed: bool
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-    def factors(self, a: Tensor, b: Tensor) -> Factors:
-        """Return the factors as `merge_factors` takes them; `a` and `b` are the tensors that were read."""
-        left, right = (a.mT, b.mT) if self.transposed else (b, a)
-        return Factors(left, right, self.scale)
+"""The most rows that are formed at once, which bounds the memory for the base's rows and the product."""
+_PANEL_ELEMENTS: Final = 1 << 20
+"""The most elements of a panel of a tensor whose rows are matrices, such as fused experts; one row at least."""
+_KINDS: Final = ("lora_", "hada_", "lokr_", "token_adapter", "trainable_tokens_", "ia3_", "vera_", "oft_")
+"""Beginnings of names that PEFT gives to parts of changes."""
 
 
 class AdapterReader(CheckpointReader):
     """Reads the model that a PEFT adapter and its base model give, with the interface of `CheckpointReader`.
 
-    Adapted weights read as θ₀ + s·B·A, with s = α/r or α/√r (rsLoRA) and the rank and alpha patterns of the adapter's
-    configuration; with DoRA (arXiv 2402.09353) as m·(θ₀ + s·B·A)/‖θ₀ + s·B·A‖, the norm over each output's weights.
-    Tensors that the adapter stores whole (modules_to_save, trained biases) replace those of the base; all other
-    tensors are the base's. The product is formed when a tensor is read, in pieces of 256 rows. Its factors are read
-    anew each time, so that no part of the merged model stays in memory.
+    Adapted weights read as θ₀ + Δ. With LoRA Δ = s·B·A, with s = α/r or α/√r (rsLoRA) and the rank and alpha patterns
+    of the adapter's configuration; with DoRA (arXiv 2402.09353) the weight is m·(θ₀ + Δ)/‖θ₀ + Δ‖, the norm over each
+    output's weights. LoHa's and LoKr's Δ are products of other forms (see `lora.changes`). Tensors that the adapter
+    stores whole (modules_to_save, trained biases) replace those of the base, trained rows of an embedding its rows. A
+    head that the base does not have is added. All other tensors are the base's. The change is formed when a tensor is
+    read, in pieces of at most 256 rows. Its factors are read anew each time, so that no part of the merged model stays
+    in memory.
 
     Adapted tensors are fp32, not of the base's dtype, because rounding θ_t to bf16 would lose most of a small change.
 
     Args:
-        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
+        folder: The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`, or
+            `adapter_model.bin`, which is read without running its code.
         base: A reader of the model that the adapter belongs to, which reads the tensors that the adapter leaves alone.
             It is closed together with this one.
         base_config: The config.json of that model.
-        double: Give adapted matrices in float64. Spectral methods need this: the rounding of θ₀ + s·B·A to fp32 is
-            noise of full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the
-            adapter.
-        find: Returns the name that a tensor has in `base`, for one that the adapter names otherwise; None if there is
-            no such tensor. Adapters name modules as the loaded model does, which files do not always. By default the
-            names are the same.
+        double: Give adapted weights in float64. Spectral methods need this: the rounding of θ₀ + Δ to fp32 is noise of
+            full rank in θ_t − θ₀, about 1e-6 of a small change, and they would take it for directions of the adapter.
+        model: Where the parameters of the loaded model are in `base`. Adapters name modules as the loaded model does,
+            which files do not always. By default the names are the same.
+        tied_embeddings: "error" refuses an adapter that changes one of two tied tensors; "both" changes both.
 
     Attributes:
+        config: The adapter's configuration.
+        targets: What the adapter changes, without the tensors that it stores whole.
         renames: The tensors of the base that the adapter names otherwise: its name for each → the base's.
+        added: The tensors that the base does not have, such as the head of a classifier.
 
     Raises:
-        CheckpointError: The folder is damaged, uses a variant of LoRA that is not supported, or does not fit the base.
+        CheckpointError: The folder is damaged, is of a kind that is not supported, or does not fit the base.
 
     Determinism: the result has the same bits for any number of threads.
     """
@@ -110,132 +81,116 @@ class AdapterReader(CheckpointReader):
         base_config: Mapping[str, Any],
         *,
         double: bool = False,
-        find: Callable[[str], str | None] | None = None,
+        model: LoadedModel | None = None,
+        tied_embeddings: str = "error",
     ) -> None:
         if not os.path.lexists(folder / CONFIG_FILE):
             raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
-        if not os.path.lexists(folder / WEIGHTS_FILE):
+        names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)
+        name = next((name for name in names if os.path.lexists(folder / name)), None)
+        if name is None:
             raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
-        super().__init__(folder, WEIGHTS_FILE)
+        self._file = folder / name
+        super().__init__(folder, name)
         self.config = read_adapter_config(folder)
         self.base = base
         self._double = double
-        self._find = find
         self.renames: dict[str, str] = {}
+        self.added: dict[str, TensorInfo] = {}
         self._replaced: dict[str, TensorInfo] = {}
-        self._modules: dict[str, _Module] = {}
-        for name, info in self.tensors.items():
-            self._assign(name, info)
-        self._check_tied(is_tied(base_config, base.tensors))
+        self._patches: dict[str, list[Patch]] = {}
+        stored = read_stored(self.tensors)
+        changed = [*(f"{module.name}.weight" for module in stored.modules), *stored.saved]
+        loaded = LoadedModel(base.tensors) if model is None else model
+        tied = TiedModel(loaded, base_config, base.tensors, changed, stored.saved)
+        targets = list(TargetFinder(self.config, tied, base_config, base.folder).targets(stored.modules))
+        self.targets, saved = settle_tied(
+            targets, stored.saved, tied, tied_embeddings, self.read_info, (folder, base.folder)
+        )
+        for name, info in saved.items():
+            self._replace(name, info, None if name in tied.originals else tied.locate(name))
+        for target in sorted(self.targets, key=lambda t: t.rows is not None):
+            self._place(target)
         tensors = {n: self._merged_info(n, i) for n, i in base.tensors.items()}
-        tensors |= {n: i for n, i in self._replaced.items() if n not in tensors}  # a tied head
-        for module in self._modules:
-            self._check_module(module)
+        tensors |= {n: replace(i, name=n) for n, i in self.added.items()}
         self.tensors = MappingProxyType(tensors)
 
-    def _assign(self, name: str, info: TensorInfo) -> None:
-        """Assign a stored tensor to the module that it adapts, or to the tensor of the base that it replaces."""
-        base_name = name.removeprefix(PREFIX)
-        if base_name == name:
-            raise CheckpointError(f"{info.file}: tensor {name!r}: need names that begin with {PREFIX!r}")
-        if "\n" in name:  # of which PEFT's patterns have a view of their own
-            raise CheckpointError(f"{info.file}: tensor {name!r}: need names without line breaks")
-        suffix = next((s for s in _SUFFIXES if base_name.endswith(s)), None)
-        if suffix is not None:
-            adapted = base_name.removesuffix(suffix)
-            found = self._base_name(f"{adapted}.weight").removesuffix(".weight")
-            module = self._modules.setdefault(found, _Module(adapted))
-            module.parts[_SUFFIXES[suffix]] = info
-            module.embedding |= "embedding" in suffix
+    def _replace(self, name: str, info: TensorInfo, parameter: Parameter | None) -> None:
+        """Let a stored tensor replace the base's of this name in the loaded model, or add it."""
+        if parameter is None:
+            words = name.split(".")
+            if any(word.startswith(_KINDS) for word in words):
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} is of a kind that is not supported; need LoRA, DoRA, LoHa or "
+                    "LoKr of this base model"
+                )
+            saved = {last for module in self.config.modules_to_save for last in module.split(".")[-1:]}
+            if name != OUTPUT_HEAD and saved.isdisjoint(words):
+                raise CheckpointError(
+                    f"{info.file}: tensor {info.name!r} is not in {self.base.folder}; need the adapter's base model"
+                )
+            self.added[name] = info
             return
-        target = self._base_name(base_name.replace(".base_layer.", ".").replace(".modules_to_save.", "."))
-        unknown = any(word in base_name for word in ("lora_", "token_adapter", "original_module"))
-        replaced = self.base.tensors.get(target)
-        if unknown or (replaced is None and target != OUTPUT_HEAD):
-            reason = "is of a kind that is not supported" if unknown else f"is not in {self.base.folder}"
-            raise CheckpointError(f"{info.file}: tensor {name!r} {reason}; need plain LoRA or DoRA of this base model")
-        if replaced is not None and replaced.shape != info.shape:
+        if parameter.shape != info.shape:
             raise CheckpointError(
-                f"{info.file}: tensor {name!r} has shape {info.shape}, need {replaced.shape} as in {self.base.folder}"
+                f"{info.file}: tensor {info.name!r} has shape {info.shape}, need {parameter.shape} as in "
+                f"{self.base.folder}"
             )
-        self._replaced[target] = info
+        whole = parameter.stored_whole
+        if whole is None:
+            self._place(Target(name, parameter, Whole(info), replaces=True))
+        else:
+            self._note(name, whole)
+            self._replaced[whole] = info
 
-    def _base_name(self, name: str) -> str:
-        """Return the name in the base of a tensor that the adapter calls `name`; `name` itself if it has none."""
-        if name in self.base.tensors or self._find is None:
-            return name
-        found = self._find(name)
-        if found is None:
-            return name
-        self.renames[name] = found
-        return found
+    def _note(self, name: str, stored: str) -> None:
+        if name != stored:
+            self.renames[name] = stored
 
-    def _check_tied(self, tied: bool) -> None:
-        """Refuse changes of a tied embedding that its head would have to share.
-
-        An adapter may store both whole; whether they are equal is checked when the merge is planned.
-        """
-        if not tied:
-            if OUTPUT_HEAD in self._replaced and OUTPUT_HEAD not in self.base.tensors:
-                raise CheckpointError(f"{self.folder}: stores {OUTPUT_HEAD!r}, need a base model that has it")
-            return
-        changed = set(filter(is_tied_vocabulary, (*self._replaced, *(f"{m}.weight" for m in self._modules))))
-        if changed and not (len(changed) == 2 and changed <= self._replaced.keys()):
-            raise CheckpointError(
-                f"{self.folder}: adapts {sorted(changed)[0]!r}, which {self.base.folder} ties to its head or "
-                "embedding; the merge would change the other one too: untie the base model first "
-                f"(tie_word_embeddings: false, with {OUTPUT_HEAD!r} stored)"
-            )
+    def _place(self, target: Target) -> None:
+        """Store what a target changes of each stored tensor."""
+        for place in target.parameter.placements:
+            base = self.base.tensors[place.name]
+            if base.dtype not in FLOAT_DTYPES:
+                raise CheckpointError(
+                    f"{base.file}: tensor {place.name!r} is {base.dtype}; dequantise the base model first"
+                )
+            self._note(target.name, place.name)
+            if target.rows is not None:
+                place = rows_of(place, target.rows)
+            inputs = (a for a in place.axes if a.dim != target.output_dim)
+            if target.magnitude is not None and (
+                place.fixed or any(len(a.loaded) < target.parameter.shape[a.dim] for a in inputs)
+            ):
+                raise CheckpointError(
+                    f"{target.magnitude.file}: DoRA of {target.name!r}, whose inputs {self.base.folder} stores in "
+                    f"several tensors ({place.name!r}); need a base model that stores it whole"
+                )
+            self._patches.setdefault(place.name, []).append(Patch(target, place))
 
     def _merged_info(self, name: str, info: TensorInfo) -> TensorInfo:
         """Return the description, in the model of base and adapter, of the base's tensor `info`."""
         replaced = self._replaced.get(name)
         if not self.is_adapted(name):
             return info if replaced is None else replace(replaced, name=name)
-        double = self._double and len(info.shape) == 2
+        double = self._double and len(info.shape) >= 2
         dtype = torch.float64 if double or info.dtype == torch.float64 else torch.float32
-        return TensorInfo(name, dtype, info.shape, self.folder / WEIGHTS_FILE, 0, info.numel * dtype.itemsize)
+        info = info if replaced is None else replaced
+        return TensorInfo(name, dtype, info.shape, self._file, 0, info.numel * dtype.itemsize)
+
+    @property
+    def is_resized(self) -> bool:
+        """True if the adapter stores an embedding or a head whole with another number of rows than its base model."""
+        tensors = self.base.tensors
+        return any(info.shape != tensors[name].shape for name, info in self._replaced.items())
+
+    def leave_out(self, names: Collection[str]) -> None:
+        """Leave out tensors of the base that the model with the adapter does not have."""
+        self.tensors = MappingProxyType({n: i for n, i in self.tensors.items() if n not in names})
 
     def is_adapted(self, name: str) -> bool:
         """Return True if the tensor is formed from factors when it is read."""
-        module_name, _, parameter = name.rpartition(".")
-        module = self._modules.get(module_name)
-        return module is not None and (parameter == "weight" or (parameter == "bias" and "bias" in module.parts))
-
-    def _check_module(self, module: str) -> None:
-        """Raise a CheckpointError if a module's factors are not complete or do not fit the base's weight."""
-        parts = self._modules[module].parts
-        file, name = self.folder / WEIGHTS_FILE, f"{module}.weight"
-        adapted, base_folder = f"{file}: module {module!r}", self.base.folder
-        dora = {"magnitude"} if self.config.use_dora else set()
-        if missing := ({"A", "B"} | dora) - parts.keys():
-            raise CheckpointError(f"{adapted} has no lora_{', lora_'.join(sorted(missing))}; save the adapter again")
-        if "magnitude" in parts and not dora:
-            raise CheckpointError(f"{adapted} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora; need both")
-        if name not in self.base.tensors:
-            raise CheckpointError(f"{file}: adapts {name!r}, which is not in {base_folder}; need its base model")
-        if "bias" in parts and f"{module}.bias" not in self.base.tensors:
-            raise CheckpointError(f"{adapted} has a lora_bias, but the base has no {module + '.bias'!r}; need both")
-        base, a, b = self.base.tensors[name], parts["A"].shape, parts["B"].shape
-        if base.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{base.file}: tensor {name!r} is {base.dtype}; dequantise the base model first")
-        rank = self.config.rank(self._modules[module].name)
-        fits = len(a) == len(b) == 2 and (a[0], b[1]) == (rank, rank)
-        if not fits or base.shape not in ((b[0], a[1]), (a[1], b[0])):
-            raise CheckpointError(
-                f"{adapted} has A {a} and B {b}, need rank {rank} (r, rank_pattern) and the shape {base.shape} that "
-                f"{name!r} has in {base_folder}"
-            )
-        if dora and (got := parts["magnitude"].numel) != b[0]:
-            raise CheckpointError(f"{adapted} has {got} magnitudes, need {b[0]}, one for each output")
-
-    def _transposed(self, module: str) -> bool:
-        """Return True if the weight is stored as (in, out), the transpose of B·A."""
-        stored, base = self._modules[module], self.base.tensors[f"{module}.weight"]
-        out, inner = stored.parts["B"].shape[0], stored.parts["A"].shape[1]
-        # The configuration has one flag for all modules, of which some may be stored the other way. So the shape
-        # decides, and the flag only for square matrices.
-        return stored.embedding or (base.shape != (out, inner) if out != inner else self.config.fan_in_fan_out)
+        return name in self._patches
 
     @property
     def workspace(self) -> int:
@@ -266,38 +221,40 @@ class AdapterReader(CheckpointReader):
 
     def is_changed(self, name: str) -> bool:
         """Return True if the adapter changes or replaces the tensor."""
-        return self.is_adapted(name) or name in self._replaced
+        return self.is_adapted(name) or name in self._replaced or name in self.added
 
     def is_stored(self, name: str) -> bool:
         """Return True if the tensor lies in a file as it is read."""
-        return not self.is_adapted(name) and (name in self._replaced or self.base.is_stored(name))
+        stored = name in self._replaced or name in self.added
+        return not self.is_adapted(name) and (stored or self.base.is_stored(name))
 
     def stored_factors(self, name: str) -> StoredFactors | None:
-        """Return the stored factors of a weight; None if it has none (a bias, a replaced tensor, DoRA)."""
-        if not self.is_adapted(name) or not name.endswith(".weight") or name in self._replaced or self.config.use_dora:
+        """Return the stored factors of a matrix; None if it has none (a bias, a replaced tensor, DoRA, LoHa)."""
+        patches = self._patches.get(name, [])
+        shape = self.tensors[name].shape
+        if len(patches) != 1 or name in self._replaced or len(shape) != 2:
             return None
-        return self._stored_factors(name.removesuffix(".weight"))
-
-    def _stored_factors(self, module: str) -> StoredFactors:
-        parts = self._modules[module].parts
-        return StoredFactors(parts["A"], parts["B"], self._transposed(module), self._scale(module))
-
-    def _scale(self, module: str) -> float:
-        return self.config.scale(self._modules[module].name)
-
-    def _part(self, module: str, part: str, dtype: torch.dtype) -> Tensor:
-        return self.read_info(self._modules[module].parts[part]).to(dtype)
+        (patch,) = patches
+        change, axes = patch.target.change, patch.place.axes
+        if not isinstance(change, LowRank) or patch.target.magnitude is not None or len(change.shape) > 3:
+            return None
+        covers = all(axis.stored == range(size) for axis, size in zip(axes, shape, strict=True))
+        return StoredFactors(change, patch.place) if covers else None
 
     def has_parts(self, name: str) -> bool:
         """Return False for adapted tensors that are formed whole: biases, and all with DoRA, whose norms need them."""
-        if self.is_adapted(name) and (self.config.use_dora or len(self.tensors[name].shape) < 2):
+        if name in self._replaced or name in self.added:
+            return not self.is_adapted(name) or len(self.tensors[name].shape) >= 2
+        if self.is_adapted(name) and (
+            len(self.tensors[name].shape) < 2 or any(p.needs_all_outputs for p in self._patches[name])
+        ):
             return False
-        return name in self._replaced or self.base.has_parts(name)
+        return self.base.has_parts(name)
 
     def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
         """Fill `buffer` with the tensor, or the part of it, that `info` describes; adapted tensors are formed in it."""
         if not self.is_adapted(info.name):
-            if info.file == self.folder / WEIGHTS_FILE:
+            if info.file == self._file:
                 super().read_into(info, buffer)
             else:
                 self.base.read_into(info, buffer)
@@ -312,20 +269,20 @@ class AdapterReader(CheckpointReader):
 
     def read_bytes(self, info: TensorInfo, first: int, buffer: Tensor) -> None:
         """Read stored bytes from the adapter's file, or let the base's reader read from the base's."""
-        if info.file == self.folder / WEIGHTS_FILE:
+        if info.file == self._file:
             super().read_bytes(info, first, buffer)
         else:
             self.base.read_bytes(info, first, buffer)
 
     def read_runs(self, info: TensorInfo, starts: Sequence[int], length: int) -> Tensor:
         """Read runs of stored elements likewise."""
-        if info.file == self.folder / WEIGHTS_FILE:
+        if info.file == self._file:
             return super().read_runs(info, starts, length)
         return self.base.read_runs(info, starts, length)
 
     @property
     def files(self) -> list[Path]:
-        return [self.folder / CONFIG_FILE, self.folder / WEIGHTS_FILE, *self.base.files]
+        return [self.folder / CONFIG_FILE, self._file, *self.base.files]
 
     def close(self) -> None:
         super().close()
@@ -336,11 +293,11 @@ class AdapterReader(CheckpointReader):
 
         They come from the panels of the whole tensor, because the rounding of a product depends on its shape.
         """
-        row = info.numel // info.shape[0]
+        row, step = info.numel // info.shape[0], _panel_rows(info)
         done = 0
         while done < out.numel():
-            first = (start + done) // row // _PANEL * _PANEL
-            last = min(first + _PANEL, info.shape[0])
+            first = (start + done) // row // step * step
+            last = min(first + step, info.shape[0])
             panel = torch.empty((last - first, *info.shape[1:]), dtype=info.dtype)
             self._form(info, first, last, panel)
             inside = panel.view(-1)[start + done - first * row :][: out.numel() - done]
@@ -349,26 +306,23 @@ class AdapterReader(CheckpointReader):
 
     def _form(self, info: TensorInfo, first: int, last: int, out: Tensor) -> None:
         """Form the rows `first`, which begins a panel, to `last` of an adapted tensor in `out`."""
-        module, _, parameter = info.name.rpartition(".")
-        if parameter == "bias":
-            self._read_rows(info.name, 0, info.shape[0], out)
-            out.add_(self._part(module, "bias", out.dtype), alpha=self._scale(module))
-            return
-        a, b = (self._part(module, part, out.dtype) for part in "AB")
-        factors = self._stored_factors(module).factors(a, b)
+        patches = [
+            (patch, patch.target.change.tile([self.read_info(i).to(out.dtype) for i in patch.target.change.infos]))
+            for patch in self._patches[info.name]
+        ]
 
         def panel(i: int, j: int) -> None:
             rows = out[i - first : j - first]
             self._read_rows(info.name, i, j, rows)
-            rows += torch.mm(factors.left[i:j], factors.right).mul_(factors.scale)
+            for patch, tile in patches:
+                patch.apply(tile, rows, i, j)
 
-        ends = [(i, min(i + _PANEL, last)) for i in range(first, last, _PANEL)]
-        run([functools.partial(panel, i, j) for i, j in ends], out.device)
-        if self.config.use_dora:
-            input_dim = 0 if self._transposed(module) else 1
-            magnitude = self._part(module, "magnitude", out.dtype).view(-1)
-            norm = run([lambda: torch.linalg.vector_norm(out, dim=input_dim)], out.device)[0]
-            out *= (magnitude / norm).unsqueeze(input_dim)
+        step = _panel_rows(info) if len(info.shape) > 1 else max(info.shape[0], 1)
+        run([functools.partial(panel, i, min(i + step, last)) for i in range(first, last, step)], out.device)
+        for patch, _ in patches:
+            if patch.target.magnitude is not None:
+                magnitude = self.read_info(patch.target.magnitude).to(out.dtype)
+                run([functools.partial(patch.scale_outputs, magnitude, out)], out.device)
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
         """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""
@@ -382,7 +336,7 @@ class AdapterReader(CheckpointReader):
 
     def fingerprint(self) -> str:
         """Return a hash of the base model's fingerprint, of the adapter's and of its configuration."""
-        with CheckpointReader(self.folder, WEIGHTS_FILE) as stored:
+        with CheckpointReader(self.folder, self._file.name) as stored:
             parts = (self.base.fingerprint(), stored.fingerprint())
         hasher = hashlib.blake2b("\n".join(parts).encode(), digest_size=16)
         hasher.update(read_bytes(self.folder / CONFIG_FILE, CheckpointError, limit=CONFIG_BYTES))
@@ -398,3 +352,10 @@ class AdapterReader(CheckpointReader):
 
 def _bytes(tensor: Tensor) -> Tensor:
     return tensor.view(-1).view(torch.uint8)
+
+
+def _panel_rows(info: TensorInfo) -> int:
+    """Return how many rows of a tensor are formed at once; it depends on the tensor's shape alone."""
+    if len(info.shape) < 3:
+        return _PANEL
+    return max(1, min(_PANEL, _PANEL_ELEMENTS // max(math.prod(info.shape[1:]), 1)))

@@ -16,22 +16,44 @@ from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+PICKLED_WEIGHTS_FILE: Final = "adapter_model.bin"
+"""The file of the weights of adapters that older versions of PEFT saved."""
 PREFIX: Final = "base_model.model."
 """PEFT puts this prefix before the names that tensors have in the base model."""
 
 CONV1D_MODELS: Final = ("gpt2", "openai-gpt", "imagegpt")
 """Model types whose linear layers store their weight as (in, out)."""
 
-# These entries do not change the meaning of the stored tensors. Any other entry that is set could, so it is refused.
+# These entries do not change the meaning of the stored tensors, or are read. Any other entry that is set could change
+# it, so it is refused.
 _NEUTRAL: Final = frozenset(
     (
-        *("alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying"),
-        *("eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
+        *("alpha", "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config"),
+        *("decompose_both", "decompose_factor", "ensure_weight_tying", "eva_config", "exclude_modules"),
+        *("fan_in_fan_out", "inference_mode", "init_lora_weights", "init_weights", "layers_pattern"),
         *("layers_to_transform", "loftq_config", "lora_alpha", "lora_bias", "lora_dropout", "lora_ga_config"),
-        *("megatron_config", "megatron_core", "modules_to_save", "peft_type", "peft_version", "qalora_group_size", "r"),
-        *("rank_pattern", "revision", "runtime_config", "target_modules", "task_type", "use_dora", "use_rslora"),
+        *("megatron_config", "megatron_core", "module_dropout", "modules_to_save", "peft_type", "peft_version"),
+        *("qalora_group_size", "r", "rank_dropout", "rank_dropout_scale", "rank_pattern", "revision"),
+        *("runtime_config", "target_modules", "target_parameters", "task_type", "token_indices"),
+        *("trainable_token_indices", "use_dora", "use_effective_conv2d", "use_rslora"),
     )
 )
+_READ: Final = ("LORA", "LOHA", "LOKR", "TRAINABLE_TOKENS")
+"""The values of `peft_type` that are read."""
+_PROMPTS: Final = frozenset(
+    (
+        *("ADAPTION_PROMPT", "CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"),
+        "PROMPT_TUNING",
+    )
+)
+_MIXTURES: Final = frozenset(("XLORA", "POLY"))
+_MEANINGS: Final = {
+    "use_qalora": "LoRA over groups of a quantised model's inputs, which no weight of the base's shape expresses",
+    "layer_replication": "layers that the base model does not have",
+    "alora_invocation_tokens": "LoRA that works from some token on, which no weight expresses",
+    "arrow_config": "a choice between several adapters by input, which no weight expresses",
+}
+"""What entries of a configuration stand for that no merge can follow."""
 MAX_RANK: Final = 1 << 20
 MAX_ALPHA: Final = 1e30
 """Bounds of what an adapter's configuration may state: far more than any has, and products of them are fp32 numbers."""
@@ -58,15 +80,25 @@ class AdapterConfig:
     """The entries of an `adapter_config.json` that give the stored tensors their meaning.
 
     Attributes:
+        file: The file.
+        peft_type: "LORA", "LOHA", "LOKR" or "TRAINABLE_TOKENS".
         r, alpha: The rank and α of modules that no pattern matches.
         rank_pattern, alpha_pattern: The rank and α of modules whose name ends in a match of the regular expression;
             the first expression that matches counts.
         use_rslora: The scale is s = α/√r instead of α/r.
         use_dora: Weights are decomposed into magnitude and direction.
         fan_in_fan_out: Linear layers store their weight as (in, out).
+        target_parameters: Ends of the names of adapted parameters that no linear module owns, such as fused experts.
+        token_indices: For each embedding, by the end of its module's name, the rows that were trained; the end "" is
+            that of the only embedding that has such rows.
+        modules_to_save: Names of modules that the adapter stores whole, which the base model may not have.
+        task_type: What the model with the adapter is for, such as "SEQ_CLS"; None if it is not recorded.
+        model_class: The class of transformers that the adapter was made for; None if it is not recorded.
         base_name: `base_model_name_or_path`; None if it is not recorded.
     """
 
+    file: Path
+    peft_type: str
     r: int
     alpha: float
     rank_pattern: PatternValues
@@ -74,6 +106,11 @@ class AdapterConfig:
     use_rslora: bool
     use_dora: bool
     fan_in_fan_out: bool
+    target_parameters: tuple[str, ...]
+    token_indices: Mapping[str, tuple[int, ...]]
+    modules_to_save: tuple[str, ...]
+    task_type: str | None
+    model_class: str | None
     base_name: str | None
 
     def rank(self, module: str) -> int:
@@ -85,42 +122,103 @@ class AdapterConfig:
         r, alpha = self.rank(module), float(self.alpha_pattern.of(module, self.alpha))
         return alpha / math.sqrt(r) if self.use_rslora else alpha / r
 
+    def token_rows(self, module: str) -> tuple[int, ...] | None:
+        """Return the rows of an embedding that were trained; None if the configuration has none for this module."""
+        ends = (rows for name, rows in self.token_indices.items() if not name or f".{module}".endswith(f".{name}"))
+        return next(ends, None)
+
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Return an adapter folder's configuration.
 
     Raises:
-        CheckpointError: The file cannot be read, the adapter is not LoRA, or an entry is set that could change the
-            merged weights and that this library does not support.
+        CheckpointError: The file cannot be read, the adapter is of a kind that is not read, or an entry is set that
+            could change the merged weights and that this library does not support.
     """
     file = folder / CONFIG_FILE
     data = read_object(file, CheckpointError)
-    if data.get("peft_type") != "LORA":
-        raise CheckpointError(f"{file}: peft_type: got {shortened(data.get('peft_type'))}, need 'LORA'")
+    kind = data.get("peft_type")
+    if kind not in _READ:
+        raise CheckpointError(f"{file}: peft_type: got {shortened(kind)}, need {', '.join(_READ)}{_advice(kind)}")
     for key, value in data.items():
         if key not in _NEUTRAL and value not in (None, False, [], {}):
+            meaning = f" ({_MEANINGS[key]})" if key in _MEANINGS else ""
             raise CheckpointError(
-                f"{file}: {shortened(key)[1:-1]} is set ({shortened(value)}), which is not supported; need plain LoRA "
-                "or DoRA"
+                f"{file}: {shortened(key)[1:-1]} is set ({shortened(value)}), which is not supported{meaning}; need "
+                "plain LoRA, DoRA, LoHa or LoKr"
             )
+    if kind == "TRAINABLE_TOKENS":
+        data = {"r": 1, "lora_alpha": 1, "trainable_token_indices": data.get("token_indices")} | data
+    alpha = "lora_alpha" if kind not in ("LOHA", "LOKR") else "alpha"
     if data.get("init_lora_weights") not in _INITIALISATIONS:
         raise CheckpointError(
             f"{file}: init_lora_weights is {shortened(data['init_lora_weights'])}, which also changes the base model; "
             "convert it to plain LoRA first (peft: save_pretrained(..., path_initial_model_for_weight_conversion=...))"
         )
     _check_rank(file, "r", data.get("r"))
-    _check_alpha(file, "lora_alpha", data.get("lora_alpha"))
+    _check_alpha(file, alpha, data.get(alpha))
     base_name = data.get("base_model_name_or_path")
     if not isinstance(base_name, str | None):
         raise CheckpointError(f"{file}: base_model_name_or_path: got {shortened(base_name)}, need a text or null")
     return AdapterConfig(
+        file=file,
+        peft_type=str(kind),
         r=data["r"],
-        alpha=data["lora_alpha"],
+        alpha=data[alpha],
         rank_pattern=_patterns(file, data, "rank_pattern", _check_rank),
         alpha_pattern=_patterns(file, data, "alpha_pattern", _check_alpha),
         **{flag: _flag(file, data, flag) for flag in ("use_rslora", "use_dora", "fan_in_fan_out")},
+        target_parameters=_texts(file, "target_parameters", data.get("target_parameters")),
+        token_indices=_token_indices(file, data),
+        modules_to_save=_texts(file, "modules_to_save", data.get("modules_to_save")),
+        task_type=_text(file, "task_type", data.get("task_type")),
+        model_class=_model_class(data.get("auto_mapping")),
         base_name=base_name or None,
     )
+
+
+def _advice(kind: Any) -> str:
+    """Return what a user can do with an adapter of a kind that is not read."""
+    if kind in _PROMPTS:
+        return "; this one adds to a model's inputs and changes no weights, so there is nothing to merge"
+    if kind in _MIXTURES:
+        return "; this one chooses between adapters by input, which no weights express: name those adapters themselves"
+    if isinstance(kind, str):
+        return (
+            "; merge this one into its base model with peft (PeftModel.from_pretrained(base, adapter)"
+            ".merge_and_unload().save_pretrained(folder)) and name that folder as a model"
+        )
+    return ": not the configuration of a PEFT adapter"
+
+
+def _text(file: Path, key: str, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise CheckpointError(f"{file}: {key}: got {shortened(value)}, need a text or null")
+    return value
+
+
+def _texts(file: Path, key: str, value: Any) -> tuple[str, ...]:
+    value = [] if value is None else value
+    if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
+        raise CheckpointError(f"{file}: {key}: got {shortened(value)}, need a list of texts")
+    return tuple(value)
+
+
+def _token_indices(file: Path, data: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return `trainable_token_indices`: a list of rows of the input embedding, or an object of such lists by module."""
+    entry = data.get("trainable_token_indices")
+    lists = entry if isinstance(entry, dict) else {} if entry is None else {"": entry}
+    for name, rows in lists.items():
+        if not isinstance(rows, list) or any(isinstance(row, bool) or not isinstance(row, int) for row in rows):
+            where = f"trainable_token_indices{f': {shortened(name)}' if name else ''}"
+            raise CheckpointError(f"{file}: {where}: got {shortened(rows)}, need a list of whole numbers")
+    return {name: tuple(rows) for name, rows in lists.items()}
+
+
+def _model_class(entry: Any) -> str | None:
+    """Return the class of the model that `auto_mapping` records; peft writes it if it knows no task."""
+    name = entry.get("base_model_class") if isinstance(entry, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_rank(file: Path, key: str, value: Any) -> None:
