@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -122,41 +124,57 @@ class _Lines:
 def stats_table(rows: Sequence[TensorStats]) -> Table:
     """Return the table of statistics: one row per tensor, the experts' figures separated by slashes.
 
+    The row of a tensor that holds several matrices has the means over these; the JSON has the figures of each.
     If there are spectra, the table also has effective ranks, decay exponents and the interference, with the expected
     interference of random subspaces in parentheses. The JSON has all figures of the spectra.
     """
     table = Table(title="RESM statistics (one figure per expert)", title_justify="left")
     with_spectra = any(row.spectra is not None for row in rows)
     table.add_column("tensor")
+    table.add_column("role", no_wrap=True)
     table.add_column("shape", justify="right", no_wrap=True)
     names = ["sparsity", "outlier mass", "weight", "rank"]
     for name in names + (["effective rank", "decay", "interference (random)"] if with_spectra else []):
         table.add_column(name, justify="right")
-    for row in rows:
-        shape = "×".join(map(str, row.shape)) or "scalar"
-        if row.problem is not None:
-            table.add_row(row.name, shape, f"[red]{row.problem}[/red]")
+    for name, group in itertools.groupby(rows, key=lambda row: row.name):
+        matrices = list(group)
+        first = matrices[0]
+        shape = "×".join(map(str, first.shape)) or "scalar"
+        if first.slice is not None:
+            shape = f"{len(matrices)}×({shape})"
+        problem = next((row.problem for row in matrices if row.problem is not None), None)
+        if problem is not None:
+            table.add_row(name, first.role, shape, f"[red]{problem}[/red]")
             continue
+        has_ranks = any(row.ranks for row in matrices)
         cells = [
-            row.name,
+            name,
+            first.role,
             shape,
-            _per_expert(row.sparsity, ".3f"),
-            _per_expert(row.outlier_mass, ".2e"),
-            _per_expert(row.weights, ".3f"),
-            _per_expert(row.ranks, "d") if row.ranks else "average",
+            _per_expert([row.sparsity for row in matrices], ".3f"),
+            _per_expert([row.outlier_mass for row in matrices], ".2e"),
+            _per_expert([row.weights for row in matrices], ".3f"),
+            _per_expert([row.ranks for row in matrices], "d" if len(matrices) == 1 else ".1f")
+            if has_ranks
+            else "average",
         ]
-        if row.spectra is not None:
+        spectra = [row.spectra for row in matrices if row.spectra is not None]
+        if spectra:
+            interference = statistics.fmean(s.interference for s in spectra)
+            expected = statistics.fmean(s.interference_expected for s in spectra)
             cells += [
-                _per_expert(row.spectra.effective_rank, ".1f"),
-                _per_expert(row.spectra.decay, ".2f"),
-                f"{row.spectra.interference:.3f} ({row.spectra.interference_expected:.3f})",
+                _per_expert([s.effective_rank for s in spectra], ".1f"),
+                _per_expert([s.decay for s in spectra], ".2f"),
+                f"{interference:.3f} ({expected:.3f})",
             ]
         table.add_row(*cells)
     return table
 
 
-def _per_expert(values: Sequence[float | int], spec: str) -> str:
-    return " / ".join(format(v, spec) for v in values)
+def _per_expert(matrices: Sequence[Sequence[float | int]], spec: str) -> str:
+    """Return each expert's figure, the mean over the matrices."""
+    means = matrices[0] if len(matrices) == 1 else [statistics.fmean(values) for values in zip(*matrices, strict=True)]
+    return " / ".join(format(value, spec) for value in means)
 
 
 def stats_json(rows: Sequence[TensorStats], experts: Sequence[str]) -> str:

@@ -6,7 +6,8 @@ Run it with the package, transformers and (for the last column) mergekit install
 
 A family is a kind of model and a configuration class of transformers. Its sizes are set by the names of the
 configuration's entries, so that new versions of transformers bring their families along. Families that do not get small
-in this way are listed and not merged. A second table has models as they lie on the hub: old names, buffers, copies.
+in this way are listed and not merged. A second table has models as they lie on the hub: old names, buffers, copies. A
+third has quantised formats.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +30,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from expected_roles import wrong_roles
+from quantised_layouts import Quantise, quantised_layouts, store_quantised
 from safetensors.torch import load_file, save_file
 from transformers.models.auto import modeling_auto
 
@@ -80,6 +83,7 @@ class Row:
     name: str
     parameters: int = 0
     failures: list[str] = field(default_factory=list)
+    wrong_roles: list[str] = field(default_factory=list)
     roundings: float = 0.0
     mergekit: str = ""
     excluded: str = ""
@@ -87,6 +91,14 @@ class Row:
     @property
     def verdict(self) -> str:
         return "; ".join(self.failures) if self.failures else "all"
+
+    @property
+    def roles(self) -> str:
+        return "; ".join(self.wrong_roles) if self.wrong_roles else "right"
+
+    @property
+    def is_good(self) -> bool:
+        return not self.failures and not self.wrong_roles and self.roundings <= 1
 
 
 def tiny_config(config_class: Any) -> Any:
@@ -252,12 +264,13 @@ def load(folder: Path, model_class: Any) -> tuple[Tensors, list[str]]:
     return {name: t.detach() for name, t in model.state_dict().items()}, kinds
 
 
-def roundings(folder: Path, merged: Tensors, model_class: Any) -> float:
-    """Return the largest error of the average against float64, in units of the largest error of one rounding to bf16.
+def roundings(folders: Iterable[Path], merged: Tensors, model_class: Any) -> float:
+    """Return the largest error of the average of these models, in units of the largest error of one rounding to bf16.
 
-    The unit includes the bound on the error of sums in fp32, which counts where large values cancel each other.
+    The error is that against float64. The unit includes the bound on the error of sums in fp32, which counts where
+    large values cancel each other.
     """
-    inputs = [load(folder / str(n), model_class)[0] for n in range(4)]
+    inputs = [load(folder, model_class)[0] for folder in folders]
     worst = 0.0
     for name, tensor in merged.items():
         if tensor.is_floating_point() and tensor.numel():
@@ -288,8 +301,15 @@ def by_mergekit(folder: Path, model_class: Any) -> str:
     return ", ".join(kinds) or "loads"
 
 
-def try_family(name: str, make: Callable[[], Any], change: Change | None, *, mergekit: bool) -> Row:
-    """Merge one family by every method and load the results."""
+def try_family(
+    name: str,
+    make: Callable[[], Any],
+    change: Change | None,
+    quantised: tuple[Quantise, dict[str, Any]] | None = None,
+    *,
+    mergekit: bool,
+) -> Row:
+    """Merge one family by every method and load the results. With `quantised` all models are stored in that format."""
     row = Row(name)
     folder = Path(tempfile.mkdtemp(prefix="families-"))
     try:
@@ -298,16 +318,21 @@ def try_family(name: str, make: Callable[[], Any], change: Change | None, *, mer
         if kinds := load(folder / "1", model_class)[1]:
             row.excluded = f"transformers loads what it saved with {', '.join(kinds)}"
             return row
+        row.wrong_roles = wrong_roles(folder / "1", make())
         row.parameters = sum(t.numel() for t in load_file(folder / "1" / "model.safetensors").values())
+        full = [folder / str(n) for n in range(4)]
+        if quantised is not None:
+            full = [store_quantised(model, *quantised, n) for n, model in enumerate(full)]
+        dtype = {} if quantised is None else {"out_dtype": "bfloat16"}
         for method in METHODS:
             out = folder / method
             try:
-                merge_checkpoints(recipe(folder, method), out, model_card=False)
+                merge_checkpoints(recipe(folder, method) | dtype, out, model_card=False)
                 merged, kinds = load(out, model_class)
                 if kinds:
                     row.failures.append(f"{method}: {', '.join(kinds)}")
                 if method == METHODS[0]:
-                    row.roundings = roundings(folder, merged, model_class)
+                    row.roundings = roundings(full, merged, model_class)
             except Exception as error:
                 row.failures.append(f"{method}: {str(error).replace(str(folder), '')[:120]}")
         if mergekit:
@@ -320,11 +345,13 @@ def try_family(name: str, make: Callable[[], Any], change: Change | None, *, mer
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| model | parameters | loads without missing, unexpected or mismatched keys | error | mergekit |"]
-    lines.append("|---|---|---|---|---|")
+    lines = ["| model | parameters | loads without missing, unexpected or mismatched keys | error | roles | mergekit |"]
+    lines.append("|---|---|---|---|---|---|")
     for row in rows:
         verdict = row.verdict.replace("|", "\\|")
-        lines.append(f"| {row.name} | {row.parameters:,} | {verdict} | {row.roundings:.2f} | {row.mergekit or '-'} |")
+        roles = row.roles.replace("|", "\\|")
+        figures = f"{row.parameters:,} | {verdict} | {row.roundings:.2f} | {roles}"
+        lines.append(f"| {row.name} | {figures} | {row.mergekit or '-'} |")
     return "\n".join(lines)
 
 
@@ -339,40 +366,57 @@ def main() -> int:
     transformers.utils.logging.disable_progress_bar()
     rows: list[Row] = []
     hub: list[Row] = []
+    formats: list[Row] = []
     left_out: list[str] = []
 
-    def run(target: list[Row], name: str, make: Callable[[], Any], change: Change | None) -> None:
+    def run(
+        target: list[Row],
+        name: str,
+        make: Callable[[], Any],
+        change: Change | None = None,
+        quantised: tuple[Quantise, dict[str, Any]] | None = None,
+    ) -> None:
         with contextlib.redirect_stderr(io.StringIO()):
-            row = try_family(name, make, change, mergekit=arguments.mergekit)
+            row = try_family(name, make, change, quantised, mergekit=arguments.mergekit)
         if row.excluded:
             left_out.append(f"{name} ({row.excluded})")
         else:
             target.append(row)
-        print(f"{name}: {row.excluded or row.verdict}, {row.roundings:.2f} {row.mergekit}", flush=True)
+        print(
+            f"{name}: {row.excluded or row.verdict}, {row.roundings:.2f}, roles {row.roles} {row.mergekit}", flush=True
+        )
 
     for name, make, why in families():
         if arguments.only in name:
             if make is None:
                 left_out.append(f"{name} ({why})")
             else:
-                run(rows, name, make, None)
+                run(rows, name, make)
     for name, make, change in hub_layouts():
         if arguments.only in name:
             run(hub, name, make, change)
-    good = [row for row in (*rows, *hub) if not row.failures and row.roundings <= 1]
-    total = f"{len(rows) + len(hub)} ({len(rows)} families, {len(hub)} layouts of the hub)"
-    print(f"{len(good)} of {total} load after each of {', '.join(METHODS)}, with one rounding")
+    for name, make, quantise, stated in quantised_layouts():
+        if arguments.only in name:
+            run(formats, name, make, quantised=(quantise, stated))
+    everything = [*rows, *hub, *formats]
+    good = [row for row in everything if row.is_good]
+    counts = f"{len(rows)} families, {len(hub)} layouts of the hub, {len(formats)} quantised formats"
+    total = f"{len(everything)} ({counts})"
+    print(f"{len(good)} of {total} load after each of {', '.join(METHODS)}, with one rounding and the right roles")
     if arguments.out is not None:
         arguments.out.write_text(
             f"# Architectures\n\nMade by `make families` with transformers "
             f"{transformers.__version__}: a tiny bf16 model of each family, merged by {', '.join(METHODS)}. The error "
-            "is that of the average of four models, in units of the largest error of one rounding to bf16. The last "
-            "column says whether mergekit's average loads too.\n\n"
-            f"{table(rows)}\n\n## Layouts of the hub\n\n{table(hub)}\n\n## Not merged\n\nModels that do not get small "
+            "is that of the average of four models, in units of the largest error of one rounding to bf16. Roles are "
+            "right if no weight's role contradicts the class of the module that owns it. The last column says whether "
+            "mergekit's average loads too.\n\n"
+            f"{table(rows)}\n\n## Layouts of the hub\n\n{table(hub)}\n\n## Quantised formats\n\nAll four models are "
+            f"stored in the format, and merged with `out_dtype: bfloat16`.\n\n{table(formats)}\n\n"
+            "## Not merged\n\nModels that do not get small "
             f"by the rule of the script, or that transformers cannot load itself: {', '.join(left_out) or 'none'}.\n",
             encoding="utf-8",
         )
-    return 0 if len(good) == len(rows) + len(hub) else 1
+    return 0 if len(good) == len(everything) else 1
 
 
 if __name__ == "__main__":

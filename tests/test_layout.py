@@ -20,7 +20,7 @@ LINALG = sorted(p.stem for p in (PACKAGE / "linalg").glob("*.py") if not p.stem.
 
 # A module may import from its layer and from those before it.
 LAYERS = [
-    {"_version", "_extension", "suggestions", "tensor_names", "dtypes", "files"},
+    {"_version", "_extension", "suggestions", "tensor_names", "roles", "dtypes", "files"},
     {"streams"},
     {"checks", "masks", "memory", "philox"},
     {"reference"},

@@ -78,6 +78,21 @@ class Architecture:
         for position in filter(None, map(layer_position, self._state)):
             self._layers[position.stack] = max(position.number + 1, self._layers.get(position.stack, 0))
 
+    @property
+    def config(self) -> Any:
+        """The configuration, as transformers has read it."""
+        return self._model.config
+
+    @property
+    def model(self) -> Any:
+        """The model, on the meta device."""
+        return self._model
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor of the loaded model."""
+        return {name: tuple(tensor.shape) for name, tensor in self._state.items()}
+
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
@@ -86,6 +101,10 @@ class Architecture:
             ignored = None if known else self._ignored_kind(renamed, tensors[name])
             result[name] = Loaded(renamed, known, ignored)
         return result
+
+    def keys(self, names: Iterable[str]) -> dict[str, str]:
+        """Return for each tensor of a checkpoint the tensor of the loaded model that it becomes, or a part of."""
+        return {name: key for name, (_, key) in self._renamed(names).items()}
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""

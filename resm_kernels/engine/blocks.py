@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 BLOCK_ELEMENTS: Final = 1 << 22
 """Elements of a block, unless the memory limit is too low. A block takes some milliseconds, beside which handing it
 from thread to thread takes no time."""
+_MATRICES: Final = 4
+"""How many times larger the blocks are that consist of matrices."""
 _KEY_SHARE: Final = 8
 """The share of the memory limit that a selection of thresholds may hold is 1/8."""
 _LEAST_KEY_BYTES: Final = 1 << 20
@@ -82,7 +84,11 @@ def _need(job: TensorJob) -> int:
 
 def _blocks(job: TensorJob, unit: int, elements: int, workspace: Workspace) -> Iterator[TensorJob]:
     """Yield a job for each block of about so many elements, at least one unit."""
-    size = max(elements // unit, 1) * unit
+    count = max(elements // unit, 1)
+    if job.matrices is not None:
+        # Threads that wait for the last matrices of a block have nothing to do: several for each, and as many for all.
+        count = max(_MATRICES * elements // unit // job.together, 1) * job.together
+    size = count * unit
     for start in range(0, job.numel, size):
         shape = block_shape(job, unit, min(size, job.numel - start))
         yield replace(
@@ -103,7 +109,7 @@ def block_shape(job: TensorJob, unit: int, elements: int) -> tuple[int, ...]:
 
 def _window(pieces: Sequence[TensorJob], limit: int) -> Window:
     """The window of jobs some of which are blocks, with a ring for two blocks and the keys of a selection."""
-    blocks = [job for job in pieces if job.whole is not None and not job.copied]
+    blocks = [job for job in pieces if job.is_streamed]
     if not blocks:
         return Window.for_cpu(pieces, limit)
     passes = 2 * max(job.input_segment for job in blocks)

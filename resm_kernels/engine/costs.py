@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from resm_kernels.methods import Method
@@ -153,13 +153,18 @@ def order(method: str, shape: Sequence[int]) -> int:
 def job_work(method: Method, job: TensorJob) -> Work:
     """Return what a job costs; copies, and merges of adapters' factors, count as merges by `linear`."""
     plain = job.copied or job.factors is not None
-    is_matrix = len(job.shape) == 2 and min(job.shape) >= job.n_experts
+    count, shape = 1, job.shape
+    if job.matrices is not None:
+        count, shape = job.matrices.slices, (job.matrices.rows, job.matrices.columns)
+    is_matrix = len(shape) == 2 and min(shape) >= job.n_experts
     if method.statistics == "gram":
         is_matrix = is_matrix and job.has_statistics
     spectral = not plain and is_matrix and is_matrix_method(method) and job.parameters.get("spectral", True)
     name = "linear" if plain else method.name
-    shape = job.shape[::-1] if job.transposed else job.shape
-    return tensor_work(name, shape, job.n_experts, job.input_bytes, job.output_bytes, spectral=spectral)
+    if job.transposed or (job.matrices is not None and job.matrices.transposed):
+        shape = shape[::-1]
+    work = tensor_work(name, shape, job.n_experts, job.input_bytes, job.output_bytes, spectral=spectral)
+    return replace(work, flops=count * work.flops)
 
 
 def is_matrix_method(method: Method) -> bool:

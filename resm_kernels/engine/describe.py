@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from resm_kernels.checkpoint import format_bytes
@@ -13,9 +14,11 @@ from resm_kernels.engine.devices import Device
 from resm_kernels.engine.estimate import MACHINES, duration, estimate, machine_line
 from resm_kernels.options import MergeOptions
 from resm_kernels.recipe import Part, Setting, Slice
+from resm_kernels.roles import Role
 
 if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
+    from resm_kernels.engine.tensor_jobs import TensorJob
 
 
 def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
@@ -28,6 +31,7 @@ def describe_plan(plan: MergePlan, machine: tuple[Machine, str] | None) -> str:
         *(line for part in plan.recipe.parts for piece in part.slices for line in _slice_lines(part, piece)),
         *_parameter_lines(plan),
         *_statistics_lines(plan),
+        *_role_lines(plan),
         f"tensors       {len(plan.jobs) - copied} merged, {copied} copied{tied}",
     ]
     lines += [f"warning       {warning}" for warning in plan.warnings]
@@ -124,6 +128,24 @@ def _statistics_lines(plan: MergePlan) -> list[str]:
         f"statistics    {about[0].kind} of {len(jobs)} tensors, {format_bytes(read)} to read; tokens {tokens}",
         f"averaged      {sum(not job.copied for job in plan.jobs) - len(jobs)} tensors without statistics",
     ]
+
+
+def _role_lines(plan: MergePlan) -> list[str]:
+    """Return a line that counts the tensors of each role, where the method asks for roles."""
+    counts = Counter(job.role.role for job in plan.jobs if job.role is not None)
+    if not counts:
+        return []
+    spectral = sum(1 if job.matrices is None else job.matrices.slices for job in plan.jobs if _is_decomposed(job))
+    shown = ", ".join(f"{counts[role]} {role}" for role in Role if role in counts)
+    return [f"roles         {shown} ({plan.roles_from}); {spectral} matrices are decomposed"]
+
+
+def _is_decomposed(job: TensorJob) -> bool:
+    """Return True if the method decomposes the tensor, or the matrices that it holds."""
+    if job.role is None or not job.parameters.get("spectral", True):
+        return False
+    shape = job.shape if job.matrices is None else (job.matrices.rows, job.matrices.columns)
+    return len(shape) == 2 and min(shape) >= job.n_experts
 
 
 def _device_line(plan: MergePlan, device: Device) -> str:

@@ -33,6 +33,9 @@ def merge_job(plan: MergePlan) -> dict[str, Any]:
         "max_shard_size": plan.options.shard_bytes,
         "tied_embeddings": plan.options.tied_embeddings,
     }
+    if plan.roles_from:
+        # Without transformers some roles may be others.
+        entries["roles of the tensors"] = plan.roles_from
     state = _content if plan.options.hash_inputs else _state
     return entries | {f"input file {file}": state(file) for file in _input_files(plan)}
 

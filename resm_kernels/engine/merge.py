@@ -22,6 +22,7 @@ from resm_kernels.engine.dcp import output_marker
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.gpu_executor import GpuExecutor
 from resm_kernels.engine.job import merge_job, record_facts
+from resm_kernels.engine.matrices import merge_matrices
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, plan_merge
@@ -227,7 +228,8 @@ def run_jobs(
 
     def write_result(job: TensorJob, result: Tensor) -> None:
         if job.rounding is None:
-            write(job.name, result, job.start)
+            # A block of whole rows need not have the shape of a part of the tensor.
+            write(job.name, result if job.whole is None else result.reshape(-1), job.start)
             return
         with thread_count(plan.options.threads):  # each Python thread has a number of its own
             tensors, own = job.rounding.encode(result)
@@ -283,7 +285,7 @@ def _executor(plan: MergePlan) -> Executor[TensorJob]:
 
 def compute_job(plan: MergePlan, streaming: Streaming, job: TensorJob, tensors: list[Tensor]) -> Tensor:
     """Merge or copy one tensor, or one block of a tensor, on the CPU."""
-    if job.whole is None:
+    if job.whole is None or job.matrices is not None:
         return compute_tensor(plan, job, tensors)
     if job.copied:
         return copied_tensor(job, tensors)
@@ -337,14 +339,22 @@ def _merged(plan: MergePlan, job: TensorJob, tensors: list[Tensor]) -> Tensor:
         if plan.method.statistics is not None:
             given["statistics"] = statistics if job.has_statistics else [None] * job.n_experts
             given["transposed"] = job.transposed
-        return plan.method(
+
+        def merge(name: str, base: Tensor | None, experts: list[Tensor]) -> Tensor:
+            seed = plan.options.random_seed
+            return plan.method(base, experts, out_dtype=job.dtype, name=name, seed=seed, **given, **job.parameters)
+
+        if job.matrices is None:
+            return merge(job.name, base, experts)
+        assert base is not None
+        return merge_matrices(
+            job.matrices,
+            lambda number, own, others: merge(f"{job.name}[{number}]", own, others),
             base,
             experts,
-            out_dtype=job.dtype,
-            name=job.name,
-            seed=plan.options.random_seed,
-            **given,
-            **job.parameters,
+            job.dtype,
+            together=job.together,
+            first=job.start // (job.matrices.rows * job.matrices.columns),
         )
 
 

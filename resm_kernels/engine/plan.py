@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import torch
+
 from resm_kernels.checkpoint import (
     OutputPlan,
     check_output_folder,
@@ -27,6 +29,7 @@ from resm_kernels.engine.devices import Device
 from resm_kernels.engine.layout import Layout, and_more, plan_layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.output import output_files
+from resm_kernels.engine.roles import Roles
 from resm_kernels.engine.rounding import OutputFormat
 from resm_kernels.engine.statistics import Statistics, open_statistics, statistics_files
 from resm_kernels.engine.tensor_jobs import JobPlanner, TensorJob
@@ -65,6 +68,7 @@ class MergePlan:
         tied: True if an output head that equals the embedding is left out because the config ties the two.
         notes: What the user should know, a line each: what is left out of the models, renamed or added because files
             spell one model in different ways; how quantised weights are read; what torch DCP folders hold beside.
+        roles_from: Where the roles of the tensors are from, in words; empty for a method that asks for none.
         warnings: What the models' configurations say differently although their tensors have the same shapes.
         began: Value of `time.perf_counter()` when planning began.
     """
@@ -84,6 +88,7 @@ class MergePlan:
     window: Window
     tied: bool
     notes: tuple[str, ...]
+    roles_from: str
     warnings: tuple[str, ...]
     began: float
 
@@ -184,7 +189,18 @@ def plan_merge(
         output_format = None if recipe.output_format is None else OutputFormat(recipe.output_format, models)
         if output_format is not None and layout.origins:
             output_format.check_stacked()
-        planner = JobPlanner(recipe, models, statistics, vocabulary, output_format, dense=dense)
+        roles = Roles() if any(p.name == "spectral" for p in recipe.method.parameters) else None
+        planner = JobPlanner(
+            recipe,
+            models,
+            statistics,
+            vocabulary,
+            output_format,
+            roles,
+            threads=1 if devices else options.threads or torch.get_num_threads(),
+            memory=options.window_bytes,
+            dense=dense,
+        )
         jobs = tuple(planner.job(tensor) for tensor in layout.tensors)
         if devices:
             pieces, window = jobs, Window.for_gpus(jobs, options.window_bytes)
@@ -221,6 +237,7 @@ def plan_merge(
             window=window,
             tied=tied,
             notes=(*spelling_notes, *_reader_notes(models), *dcp_notes(models)),
+            roles_from="" if roles is None else roles.source,
             warnings=config_warnings(models.all()),
             began=began,
         )

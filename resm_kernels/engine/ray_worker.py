@@ -130,7 +130,8 @@ def fingerprint(plan: MergePlan) -> dict[str, str]:
         for reader, info in job.inputs:
             files.setdefault(str(info.file), []).append([info.name, str(info.dtype), info.shape, info.offset])
             inputs.append([type(reader).__name__, info.name, str(info.dtype), info.shape])
-        jobs.append([job.name, str(job.dtype), job.shape, sorted(job.parameters.items()), inputs, job.copied])
+        held = None if job.matrices is None else (*job.matrices.matrices, job.matrices.transposed)
+        jobs.append([job.name, str(job.dtype), job.shape, sorted(job.parameters.items()), inputs, job.copied, held])
         slots = [plan.output.slots[name] for name, *_ in job.stored]
         jobs += [[slot.name, str(slot.dtype), slot.shard, slot.offset, slot.nbytes] for slot in slots]
     parts = {**files, "the plan of the recipe": [plan.recipe.method.name, plan.options.random_seed, jobs]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -14,9 +14,10 @@ from torch import Tensor
 
 from resm_kernels.checks import NonFiniteError
 from resm_kernels.engine.cpu_executor import CpuExecutor
+from resm_kernels.engine.matrices import as_out_in
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Pipeline
-from resm_kernels.engine.plan import plan_merge
+from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.engine.window import Window
 from resm_kernels.linalg import (
@@ -88,11 +89,14 @@ class Spectra:
 
 @dataclass(frozen=True)
 class TensorStats:
-    """RESM's statistics of one tensor; lists have one entry per expert.
+    """RESM's statistics of one tensor, or of one of its matrices; lists have one entry per expert.
 
     Attributes:
         name: The tensor.
-        shape: Its shape.
+        role: Its role, one of `resm_kernels.roles.Role`.
+        slice: The number of the matrix, from 0, if the tensor holds several and RESM merges each alone: an expert of
+            fused experts, or a group of a convolution. None for a tensor as a whole.
+        shape: The shape of the tensor, or of the matrix (out, in) that RESM decomposes.
         spectral: True if RESM decomposes it, False if it averages its task vectors.
         sparsity: s_t, the share of weights that the expert changed by no more than ε.
         outlier_mass: a_t, Σ|δ| over the outliers divided by the number of parameters.
@@ -113,6 +117,8 @@ class TensorStats:
     statistics: Mapping[str, list[float | int]]
     problem: str | None = None
     spectra: Spectra | None = None
+    role: str = "other"
+    slice: int | None = None
 
 
 def checkpoint_stats(
@@ -122,7 +128,7 @@ def checkpoint_stats(
     progress: Callable[[int, int], None] | None = None,
     spectra: bool = False,
 ) -> list[TensorStats]:
-    """Return RESM's statistics of every floating-point tensor of a recipe's models.
+    """Return RESM's statistics of every floating-point tensor of a recipe's models, or of each matrix that it holds.
 
     They are computed with the recipe's parameters if its method is RESM, else with RESM's defaults. A tensor with NaN
     or infinite values raises no error: its entry says so, and names the damaged model.
@@ -149,12 +155,12 @@ def checkpoint_stats(
     rows: list[TensorStats] = []
     options = MergeOptions(memory_limit=memory_limit)
     with plan_merge(recipe, options=options, dense=True) as plan:
-        jobs = [replace(j, output_bytes=0) for j in plan.jobs if not j.copied]
+        jobs = [replace(j, output_bytes=0) for j in _jobs(plan) if not j.copied]
         if spectra:
             jobs = [replace(j, workspace=max(j.workspace, _spectra_workspace(j))) for j in jobs]
 
         def compute(job: TensorJob, tensors: list[Tensor]) -> None:
-            rows.append(_tensor_stats(job, tensors[0], tensors[1:], spectra=spectra))
+            rows.extend(_stats(job, tensors[0], tensors[1:], spectra=spectra))
 
         Pipeline(jobs, Window.for_cpu(jobs, options.window_bytes), CpuExecutor(compute), progress=progress).run()
     return rows
@@ -211,9 +217,10 @@ def _spectra_workspace(job: TensorJob) -> int:
     once, each is solved by one thread, and the ranks of all experts together are at most r. Peaks measured with two
     threads were half of this.
     """
-    if len(job.shape) != 2:
+    shape = job.shape if job.matrices is None else (job.matrices.rows, job.matrices.columns)
+    if len(shape) != 2:
         return 0
-    m, n = job.shape
+    m, n = shape
     r, n_experts = min(m, n), len(job.inputs) - 1
     item = max(info.dtype.itemsize for _, info in job.inputs)
     return (24 << 20) + n_experts * (max(item, 4) * m * n + 40 * r * r) + 24 * (m + n) * r + 24 * r * r
@@ -234,6 +241,31 @@ def _without_parameters(entry: Any) -> Any:
     if isinstance(entry, dict):
         return {key: _without_parameters(value) for key, value in entry.items()}
     return [_without_parameters(item) for item in entry] if isinstance(entry, list) else entry
+
+
+def _jobs(plan: MergePlan) -> Iterator[TensorJob]:
+    """Yield the jobs of whole tensors, or of blocks of whole matrices where a tensor is divided into these."""
+    blocks: dict[str, list[TensorJob]] = {}
+    for piece in plan.pieces:
+        if piece.whole is not None and piece.matrices is not None:
+            blocks.setdefault(piece.name, []).append(piece)
+    for job in plan.jobs:
+        yield from blocks.get(job.name, [job])
+
+
+def _stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> Iterator[TensorStats]:
+    """Yield the statistics of one tensor, or of each of its matrices."""
+    assert job.role is not None
+    role = str(job.role.role)
+    if (held := job.matrices) is None:
+        yield replace(_tensor_stats(job, base, experts, spectra=spectra), role=role)
+        return
+    stacks = [tensor.reshape(-1, held.rows, held.columns) for tensor in (base, *experts)]
+    first = job.start // (held.rows * held.columns)
+    for i in range(stacks[0].shape[0]):
+        own, *others = [as_out_in(held, stack[i]) for stack in stacks]
+        row = _tensor_stats(job, own, others, spectra=spectra)
+        yield replace(row, shape=tuple(own.shape), role=role, slice=first + i if held.slices > 1 else None)
 
 
 def _tensor_stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> TensorStats:

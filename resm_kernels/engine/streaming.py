@@ -43,7 +43,7 @@ class Streaming:
     def __init__(self, pieces: Sequence[TensorJob], window: Window, merge: Merge) -> None:
         self._blocks: dict[str, list[TensorJob]] = {}
         for job in pieces:
-            if job.whole is not None and not job.copied:
+            if job.is_streamed:
                 self._blocks.setdefault(job.name, []).append(replace(job, output_bytes=0))
         self._window = window
         self._merge = merge

@@ -18,6 +18,7 @@ from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.layout import OutputTensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
+from resm_kernels.engine.roles import Roles
 from resm_kernels.engine.rounding import OutputFormat, Rounding, StoredTensor
 from resm_kernels.engine.statistics import Statistics, statistics_of
 from resm_kernels.engine.vocabulary import Vocabulary
@@ -25,6 +26,7 @@ from resm_kernels.engine.window import Job
 from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
 from resm_kernels.recipe import Recipe
+from resm_kernels.roles import Role, TensorRole
 from resm_kernels.tensor_names import is_vocabulary, layer_position
 
 
@@ -44,6 +46,10 @@ class TensorJob(Job):
             if the experts are merged as whole tensors.
         has_statistics: True if the inputs end with a statistic of each expert.
         transposed: True if the statistics say that the weight is stored as (in, out).
+        role: The tensor's role, where the method asks for it.
+        matrices: The role again if the tensor is merged matrix by matrix (`engine.matrices`); None if it is merged as
+            it is stored.
+        together: How many of its matrices are merged at the same time.
         rounding: How the merged weight, which is fp32 then, is quantised; None if it is written as it is.
         start: The index of the first element, for the job of a block of a tensor.
         whole: The job of the tensor that this job does a block of; None for the job of a whole tensor.
@@ -58,6 +64,9 @@ class TensorJob(Job):
     factors: tuple[StoredFactors | None, ...] | None = None
     has_statistics: bool = False
     transposed: bool = False
+    role: TensorRole | None = None
+    matrices: TensorRole | None = None
+    together: int = 1
     rounding: Rounding | None = None
     start: int = 0
     whole: TensorJob | None = None
@@ -72,6 +81,11 @@ class TensorJob(Job):
         """The tensors of the output's files that the job makes."""
         return ((self.name, self.dtype, self.shape),) if self.rounding is None else self.rounding.stored
 
+    @property
+    def is_streamed(self) -> bool:
+        """True for the job of a block that is not computed from its own inputs alone (`engine.streaming`)."""
+        return self.whole is not None and not self.copied and self.matrices is None
+
     def folder(self, position: int | None) -> Path:
         """Return the folder of the expert at that position, or of the base for None."""
         return self.folders[0] if position is None else self.folders[len(self.folders) - self.n_experts + position]
@@ -84,6 +98,9 @@ class JobPlanner:
         statistics: The statistics of each expert.
         vocabulary: Aligns the rows of embeddings and heads; None if vocabularies are not merged.
         output_format: Says how weights are quantised; None for full weights.
+        roles: The roles of the models' tensors; None for a method that asks for none.
+        threads: How many matrices of a tensor may be merged at the same time.
+        memory: Bytes that these may take together.
         dense: As for `plan_merge`.
     """
 
@@ -94,11 +111,15 @@ class JobPlanner:
         statistics: Statistics,
         vocabulary: Vocabulary | None,
         output_format: OutputFormat | None,
+        roles: Roles | None,
         *,
+        threads: int,
+        memory: int,
         dense: bool,
     ) -> None:
         self._recipe, self._models, self._statistics = recipe, models, statistics
         self._vocabulary, self._format, self._dense = vocabulary, output_format, dense
+        self._roles, self._threads, self._memory = roles, threads, memory
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, info in models.reference.reader.tensors.items():
             if vocabulary is None or not is_vocabulary(name):
@@ -132,6 +153,13 @@ class JobPlanner:
             dtype = dtype if rounding is None else torch.float32
         expert_inputs = tensor.inputs[len(tensor.inputs) - len(piece.experts) :]
         parameters = {} if copied else self._recipe.tensor_parameters(tensor.name, tensor.depth, piece, expert_inputs)
+        role = matrices = None
+        if self._roles is not None and not copied:
+            role = self._roles.of(tensor.lead, tensor.inputs[models.index(tensor.lead)])
+            parameters |= self._spectral(tensor, role, len(info.shape), parameters)
+            if role.role.is_linear_map and parameters["spectral"] and not aligned:
+                is_as_stored = (role.rows, role.columns) == info.shape and not role.transposed
+                matrices = None if is_as_stored else role
         experts = zip(models[len(models) - len(expert_inputs) :], expert_inputs, strict=True)
         stored_names = [m.reader.stored_name(name) for m, name in experts]
         statistics, transposed = statistics_of(self._statistics, piece.experts, stored_names)
@@ -156,9 +184,63 @@ class JobPlanner:
             factors=factors,
             has_statistics=bool(statistics),
             transposed=transposed,
+            role=role,
+            matrices=matrices if factors is None else None,
             rounding=rounding,
         )
+        if job.matrices is not None:
+            job = replace(job, together=self._together(job, job.matrices))
         return replace(job, workspace=self.workspace(job, info.shape))
+
+    def _spectral(
+        self, tensor: OutputTensor, role: TensorRole, rank: int, parameters: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return whether the method decomposes a tensor of that role, as the values of its parameters for that.
+
+        Linear maps are decomposed, and vocabulary as the method says. Tables are averaged like vectors unless the
+        recipe says otherwise. Averaged whatever it says is what is neither a table nor a linear map, and what holds a
+        vector for each of many channels, as depthwise convolutions do.
+        """
+        method, piece = self._recipe.method, tensor.piece
+        holds_vectors = role.slices > 1 and min(role.rows, role.columns) == 1
+        stated = piece.states(method, "spectral", tensor.name, tensor.depth)
+        if stated:
+            spectral = parameters["spectral"] and role.role not in (Role.NORM, Role.BIAS, Role.STATE)
+            spectral = spectral and not holds_vectors
+        elif role.role.is_vocabulary:
+            parameter = method.parameter("spectral")
+            spectral = parameter.default if parameter.vocabulary is None else parameter.vocabulary
+        else:
+            spectral = role.role.is_linear_map and not holds_vectors
+        values: dict[str, Any] = {"spectral": spectral}
+        if not spectral and rank > 1 and self._inner_is_spectral(parameters):
+            values["inner_spectral"] = False
+        return values
+
+    def _inner_is_spectral(self, parameters: Mapping[str, Any]) -> bool:
+        """Return True if the method calibrates another one's result that decomposes matrices itself."""
+        method = self._recipe.method
+        inners: Mapping[str, Any] = getattr(method, "inners", {})
+        inner = inners.get(parameters.get("inner", ""))
+        return inner is not None and any(p.name == "spectral" for p in inner.parameters)
+
+    def _together(self, job: TensorJob, role: TensorRole) -> int:
+        """Return how many of a job's matrices to merge at the same time, within memory; one if most would not fit."""
+        matrix = role.rows * role.columns
+        inputs = sum(info.dtype.itemsize for _, info in job.inputs) * matrix
+        each = self._matrix_workspace(job, role) + inputs + 2 * matrix * job.dtype.itemsize
+        fitting = min(self._threads, role.slices, self._memory // each)
+        return fitting if 2 * fitting >= min(self._threads, role.slices) else 1
+
+    def _matrix_workspace(self, job: TensorJob, role: TensorRole) -> int:
+        """Return the bytes that merging one of a job's matrices allocates beyond inputs and result."""
+        rows, columns = (role.columns, role.rows) if role.transposed else (role.rows, role.columns)
+        workspace = self._recipe.method.workspace((rows, columns), job.n_experts)
+        if any(info.dtype == torch.float64 for _, info in job.inputs):
+            workspace *= 2
+        items = sum(info.dtype.itemsize for _, info in job.inputs) + job.dtype.itemsize
+        # The result is copied to its place, and turned matrices are copies.
+        return workspace + rows * columns * (job.dtype.itemsize + (items if role.transposed else 0))
 
     def workspace(self, job: TensorJob, shape: tuple[int, ...]) -> int:
         """Return the bytes that merging a tensor or a block of that shape allocates beyond inputs and result."""
@@ -167,6 +249,8 @@ class JobPlanner:
             others += job.rounding.workspace
         if job.factors is not None:
             return factors_workspace(shape, [f.rank if f else 0 for f in job.factors]) + others
+        if job.matrices is not None:
+            return job.together * self._matrix_workspace(job, job.matrices) + others
         # Methods state the workspace of a weight (out, in).
         turned = shape[:: -1 if job.transposed else 1]
         if not job.copied and self._resolved(job).get("spectral") is False:
@@ -186,6 +270,8 @@ class JobPlanner:
             return None
         if job.copied:
             return 1
+        if job.matrices is not None:
+            return job.matrices.rows * job.matrices.columns if job.matrices.slices > 1 else None
         rule = self._recipe.method.blocks
         return None if rule is None else rule(job.shape, self._resolved(job))
 

@@ -74,6 +74,10 @@ class Slice:
         """The base, if there is one, followed by the experts."""
         return self.experts if self.base is None else (self.base, *self.experts)
 
+    def states(self, method: Method, parameter: str, tensor: str, depth: float) -> bool:
+        """Return True if the recipe gives the parameter, which has one value for all experts, a value for a tensor."""
+        return _resolve(method.parameter(parameter), self.levels, tensor, depth) is not NO_VALUE
+
     def tensor_parameters(
         self, method: Method, tensor: str, depth: float, inputs: Sequence[str] | None = None
     ) -> dict[str, Any]:
