@@ -37,7 +37,7 @@ from torch import Tensor
 from resm_kernels.engine import extract_lora
 from resm_kernels.lora import ExtractReport
 
-LARGEST_GAP: Final = 1e-2
+LARGEST_GAP: Final = 1e-4
 _TOKENS: Final = 12
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
-from typing import Final
+from typing import Any, Final
 
 from torch import nn
 
@@ -27,17 +27,17 @@ def attribute_read(owner: type[nn.Module], child: str) -> str | None:
     None if there is none, or if the class has no source code. A layer whose weight is read, but that is also called, is
     taken for one that is called: such code has a path for kernels of its own beside the plain one.
     """
-    source, layer = _source(owner), rf"\bself\.{re.escape(child)}"
+    source, layer = _source(owner.__mro__), rf"\bself\.{re.escape(child)}"
     names = re.findall(rf"{layer}\.(?!(?:{_KEPT})\b)(\w+)", source)
     is_called = re.search(rf"{layer}\(", source) is not None
     return next((n for n in names if not hasattr(nn.Module, n) and not (n == "weight" and is_called)), None)
 
 
 @functools.cache
-def _source(owner: type[nn.Module]) -> str:
-    """Return the code of a class's methods that run when the model computes."""
-    methods = {}
-    for base in reversed(owner.__mro__):
+def _source(classes: tuple[type, ...]) -> str:
+    """Return the code of a class's methods that run when the model computes, given the class and its bases."""
+    methods: dict[str, Any] = {}
+    for base in reversed(classes):
         if base.__module__.startswith("transformers.models"):
             methods |= {name: method for name, method in vars(base).items() if inspect.isfunction(method)}
     texts = []

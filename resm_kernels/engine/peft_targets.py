@@ -108,12 +108,12 @@ class _Described:
                 refused[name] = found
         files: dict[str, str] = {}
         for target in list(targets.values()):
-            found = self._in_file(target)
-            if found is None:
+            in_file = self._in_file(target)
+            if in_file is None:
                 refused[target.name] = "PEFT gives its adapter another name as it loads it"
                 del targets[target.name]
-            elif found != target.module:
-                files[target.module] = found
+            elif in_file != target.module:
+                files[target.module] = in_file
         if any(t.kind is Kind.CONV1D for t in targets.values()):
             for target in [t for t in targets.values() if t.kind is Kind.PARAMETER]:
                 refused[target.name] = "PEFT adapts no parameters beside layers stored as (in, out)"
@@ -166,7 +166,7 @@ class _Described:
     def _ties(self) -> dict[str, str]:
         """Return for each second name of a tensor its first one, which is one that the files have."""
         first: dict[int, str] = {}
-        pairs = dict(self._model.all_tied_weights_keys)
+        pairs: dict[str, str] = dict(self._model.all_tied_weights_keys)
         for name, tensor in self._state.items():
             original = first.setdefault(id(tensor), name)
             if original != name and name not in pairs and original not in pairs:
