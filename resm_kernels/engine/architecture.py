@@ -135,10 +135,10 @@ class Architecture(WeightLoading):
     def loaded(self, tensors: Mapping[str, TensorInfo]) -> dict[str, Loaded]:
         """Return what transformers makes of each tensor of a checkpoint."""
         result = {}
-        for name, (renamed, key) in self._renamed(tensors).items():
-            known = key in self._state
-            ignored = None if known else self._ignored_kind(renamed, tensors[name])
-            result[name] = Loaded(renamed, known, ignored)
+        for name, renamed in self.renamed(tensors).items():
+            known = renamed.key in self._state
+            ignored = None if known else self._ignored_kind(renamed.piece, tensors[name])
+            result[name] = Loaded(renamed.piece, known, ignored)
         return result
 
     def keys(self, names: Iterable[str]) -> dict[str, str]:
@@ -147,7 +147,7 @@ class Architecture(WeightLoading):
 
     def loaded_name(self, name: str) -> str:
         """Return the name in the loaded model of a tensor that has another name in a file or in an older version."""
-        return name if name in self._state else self._renamed([name])[name][0]
+        return name if name in self._state else self.renamed([name])[name].piece
 
     def parameters(self, module: str) -> list[str]:
         """Return the last parts of the names of the parameters that a module owns itself, in its order."""
