@@ -89,6 +89,7 @@ extractions: $(VENV)/.test
 # Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md. SIZE: small, medium, large;
 # SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
 # RECORD=calibrated measures merges that are calibrated with prompts, RECORD=calibrated-confirmation SEEDS="10 11 12 13 14" their claims.
+# RECORD=searched measures merges whose parameters are searched for with 50, 150 and 500 questions.
 SIZE ?= small
 SEEDS ?= 0 1 2 3 4
 RECORD ?= development

@@ -98,6 +98,7 @@ QuestionsOption = Annotated[int | None, typer.Option(min=1, help="Questions for 
 PrefixOption = Annotated[
     int | None, typer.Option(min=1, help="Judge by so many questions first, and stop bad trials there.")
 ]
+BestByOption = Annotated[str, typer.Option(help="Best trial: largest mean of the objectives, or largest worst.")]
 ModelDtypeOption = Annotated[str, typer.Option("--dtype", help="Of the judged model: float32, bfloat16 or float16.")]
 ModelDeviceOption = Annotated[str, typer.Option("--device", help="Where to merge and judge: cpu, cuda, cuda:N.")]
 KeptMemoryOption = Annotated[

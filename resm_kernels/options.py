@@ -194,6 +194,8 @@ class SearchKeywords(TypedDict, total=False):
     objectives: Sequence[str] | None
     questions: int | None
     prefix: int | None
+    held_out: bool
+    best_by: str
     random_seed: int
     dtype: str
     device: str | torch.device
@@ -203,6 +205,8 @@ class SearchKeywords(TypedDict, total=False):
 
 SAMPLERS: Final = ("tpe", "cmaes", "nsga2", "random")
 """Optuna's samplers by the names of the command line."""
+BEST_BY: Final = ("mean", "worst")
+"""What of a trial's objectives says which trial is the best."""
 LIVE_MEMORY: Final = "4GB"
 """Default of what is kept between merges into memory."""
 _UNITS: Final = {"": 1, "s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
@@ -225,6 +229,8 @@ class SearchOptions:
     objectives: Sequence[str] | None = None
     questions: int | None = None
     prefix: int | None = None
+    held_out: bool = True
+    best_by: str = "mean"
     random_seed: int = 0
     dtype: str = "float32"
     device: str | torch.device = "cpu"
@@ -244,6 +250,8 @@ class SearchOptions:
             raise ValueError(f"prefix: got {self.prefix}, need less than the {self.questions} questions")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {shortened(self.sampler)}, need one of {', '.join(SAMPLERS)}")
+        if self.best_by not in BEST_BY:
+            raise ValueError(f"best_by: got {shortened(self.best_by)}, need {' or '.join(BEST_BY)}")
         if self.objectives is not None and (not self.objectives or len(set(self.objectives)) < len(self.objectives)):
             raise ValueError(f"objectives: got {shortened(self.objectives)}, need names of scores, each once")
         if self.dtype not in _SEARCH_DTYPES:

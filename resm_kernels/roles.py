@@ -105,7 +105,7 @@ _BIAS_TABLE: Final = re.compile(
 _BIAS: Final = re.compile(r"(?:\w*_)?bias(?:es)?(?:_[a-z]|_[ih]h_l\d+\w*)?")
 _POSITION: Final = re.compile(
     r"(?:.*_)?(?:pos|positions?|positional|position_ids)(?:_.*)?|wpe|rel_pos\w*|emb_rel_\w|distance_embedding"
-    r"|rel_embeddings|time_embeddings|\w*(?:row|column|col)_embeddings?"
+    r"|rel_embeddings|time_embeddings|\w*(?:row|column|col)_embed(?:ders?|dings?)?"
 )
 _LOOKUP: Final = re.compile(
     r"(?!.*(?:patch|vision|image|audio|pixel|frame|video))(?:.*_)?emb(?:ed|eds|edding|eddings|d)?(?:_\d+|_concat)?|embed_(?!out$)\w+|wte|shared|codevectors|codebooks?"
@@ -200,7 +200,9 @@ def role_by_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | No
     stated = parameter_role(parameter)
     if stated is not None:
         return matrix_role(stated, module, shape)
-    if len(shape) < 2 or max(shape) == math.prod(shape):
+    table = lookup_role(part)
+    is_vector = len(shape) < 2 or max(shape) == math.prod(shape)
+    if is_vector and (table is None or len(shape) < 2):
         return matrix_role(Role.NORM if is_norm(part) else Role.OTHER, module, shape)
     if len(shape) >= 3 and _EXPERTS.search(name):
         return stacked_role(Role.FUSED_EXPERTS, module, shape, transposed=_is_in_out(part, parameter, shape, config))
@@ -210,14 +212,13 @@ def role_by_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | No
         return matrix_role(Role.FUSED_EXPERTS, module, shape, slices=slices, transposed=parameter == "w2")
     if parameter not in ("weight", "weight_v", "original1"):
         return matrix_role(Role.OTHER, module, shape)
-    if len(shape) >= 3:
+    if len(shape) >= 3 and table in (None, Role.EMBEDDING):
         depthwise = shape[1] == 1 and _DEPTHWISE.search(part) is not None
         return matrix_role(Role.CONVOLUTION, module, shape, slices=shape[0] if depthwise else 1)
     if is_head(module):
         return matrix_role(Role.OUTPUT_HEAD, module, shape)
-    table = lookup_role(part) or (Role.EMBEDDING if is_vocabulary(name) else None)
-    if table is not None:
-        return matrix_role(table, module, shape)
+    if table is not None or is_vocabulary(name):
+        return matrix_role(table or Role.EMBEDDING, module, shape)
     transposed = config.get("model_type") in _CONV1D_TYPES and _CONV1D.fullmatch(part) is not None
     return matrix_role(Role.LINEAR, module, shape, transposed=transposed)
 

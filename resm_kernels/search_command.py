@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from resm_kernels.arguments import (
+    BestByOption,
     EvaluateOption,
     KeptMemoryOption,
     ModelDeviceOption,
@@ -37,6 +38,10 @@ def search(
     objectives: ObjectivesOption = None,
     questions: QuestionsOption = SearchOptions.questions,
     prefix: PrefixOption = SearchOptions.prefix,
+    best_by: BestByOption = SearchOptions.best_by,
+    held_out: Annotated[
+        bool, typer.Option("--held-out/--no-held-out", help="Judge the best trial on the test split at the end.")
+    ] = SearchOptions.held_out,
     random_seed: Annotated[
         int, typer.Option("--random-seed", help="Of the sampler, and of methods that draw random numbers.")
     ] = SearchOptions.random_seed,

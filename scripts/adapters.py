@@ -75,6 +75,12 @@ def _last_norm(model: nn.Module) -> list[str]:
     return names[-1:]
 
 
+def _ranks(first: str, last: str) -> dict[str, int]:
+    """Return ranks by patterns of which no two match one module: peft saves patterns in another order than it uses."""
+    end = last.split(".")[-1]
+    return {first.replace(".", r"\."): 2} | ({} if first.endswith(end) else {end: 3})
+
+
 def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
     """Yield each kind's name, and a function that returns peft's configuration for a model; None if it has no place."""
 
@@ -85,7 +91,7 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
         return make(names) if names else None
 
     def linear(model: nn.Module) -> list[str]:
-        return _named(model, nn.Linear)
+        return _named(model, (nn.Linear, Conv1D))
 
     yield "all-linear", lambda model: lora(target_modules="all-linear")
     yield "experts", lambda model: where(_experts(model), lambda n: lora(target_modules=[], target_parameters=n))
@@ -99,18 +105,18 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
     yield (
         "rsLoRA, patterns",
         lambda model: where(
-            _named(model, (nn.Linear, Conv1D)),
+            linear(model),
             lambda n: lora(
                 target_modules=n,
                 use_rslora=True,
-                rank_pattern={n[0].replace(".", r"\."): 2, n[-1].split(".")[-1]: 3},
+                rank_pattern=_ranks(n[0], n[-1]),
                 alpha_pattern={"^" + n[-1].replace(".", r"\."): 5},
             ),
         ),
     )
     yield (
         "DoRA",
-        lambda model: where(_named(model, (nn.Linear, Conv1D)), lambda n: lora(target_modules=n, use_dora=True)),
+        lambda model: where(linear(model), lambda n: lora(target_modules=n, use_dora=True)),
     )
     yield (
         "LoHa",
@@ -128,8 +134,11 @@ def kinds() -> Iterator[tuple[str, Callable[[nn.Module], Any | None]]]:
     )
 
 
-def save_adapter(model: nn.Module, config: Any, folder: Path) -> None:
-    """Let peft make an adapter of a copy of the model, with random values, and save it."""
+def save_adapter(model: nn.Module, config: Any, folder: Path) -> Tensors:
+    """Let peft make an adapter of a copy of the model, with random values, and save it; return what it merges to.
+
+    The adapter is not loaded again: peft 0.21 loses the changes of modules whose names transformers takes for old ones.
+    """
     torch.manual_seed(1)
     wrapped = peft.get_peft_model(copy.deepcopy(model), config)
     generator = torch.Generator().manual_seed(2)
@@ -137,7 +146,9 @@ def save_adapter(model: nn.Module, config: Any, folder: Path) -> None:
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+                parameter.copy_(parameter.float())  # adapters are fp32
     wrapped.save_pretrained(folder)
+    return {name: tensor.detach() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
 
 
 def roundings(got: Tensors, exact: Tensors, base: Tensors) -> float:
@@ -156,15 +167,13 @@ def roundings(got: Tensors, exact: Tensors, base: Tensors) -> float:
     return worst
 
 
-def try_kind(folder: Path, model: nn.Module, exact_base: nn.Module, config: Any) -> tuple[str, str]:
+def try_kind(folder: Path, model: nn.Module, config: Any) -> tuple[str, str]:
     """Merge an adapter of one kind; return the cell of the table, and what went wrong."""
     adapter, out = folder / "adapter", folder / "out"
     for old in (adapter, out):
         shutil.rmtree(old, ignore_errors=True)
     try:
-        save_adapter(model, config, adapter)
-        loaded = peft.PeftModel.from_pretrained(copy.deepcopy(exact_base), adapter)
-        exact = {name: t.detach() for name, t in loaded.merge_and_unload().state_dict().items()}
+        exact = save_adapter(model, config, adapter)
     except Exception as error:  # whatever peft does with a model that it does not adapt
         return f"peft: {type(error).__name__}", ""
     recipe = {"merge_method": "passthrough", "models": [{"model": f"{folder / 'base'}+{adapter}"}]}
@@ -177,7 +186,7 @@ def try_kind(folder: Path, model: nn.Module, exact_base: nn.Module, config: Any)
         return "does not load", ", ".join(faults)
     if not exact.keys() <= got.keys():
         return "other tensors", ", ".join(sorted(exact.keys() - got.keys())[:3])
-    error = roundings(got, exact, {name: t.detach() for name, t in exact_base.state_dict().items()})
+    error = roundings(got, exact, {name: t.detach() for name, t in model.state_dict().items()})
     return f"{error:.2f}", "" if error <= 1 else f"error {error:.3g}"
 
 
@@ -191,12 +200,11 @@ def try_family(name: str, make: Callable[[], Any], only: str) -> Row | None:
         made.save_pretrained(folder / "base")
         if load(folder / "base", type(made))[1]:
             return None
-        model = type(made).from_pretrained(folder / "base", dtype=torch.float32)
-        exact_base = type(made).from_pretrained(folder / "base", dtype=torch.float64)
+        model = type(made).from_pretrained(folder / "base", dtype=torch.float64)
         for kind, configure in kinds():
             if only in kind:
                 config = configure(model)
-                cell, failure = ("–", "") if config is None else try_kind(folder, model, exact_base, config)
+                cell, failure = ("–", "") if config is None else try_kind(folder, model, config)
                 row.cells[kind] = cell
                 if failure:
                     row.failures.append(f"{kind}: {failure}")

@@ -29,7 +29,8 @@ MODULES: Final = ["q_proj", "v_proj", "up_proj", "down_proj"]
 KINDS: Final[dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {
     "plain LoRA": ({}, {}),
     "rsLoRA": ({"use_rslora": True}, {"use_rslora": True}),
-    "one of two rsLoRA": ({}, {"use_rslora": True}),
+    "rsLoRA and plain": ({"use_rslora": True}, {}),
+    "plain and rsLoRA": ({}, {"use_rslora": True}),
     "DoRA": ({"use_dora": True}, {"use_dora": True}),
     "rank and alpha patterns": ({"rank_pattern": {"up_proj": 2}, "alpha_pattern": {"q_proj": 16}},) * 2,
     "patterns that differ": ({"rank_pattern": {"up_proj": 2}}, {"rank_pattern": {"down_proj": 6}}),
@@ -102,7 +103,7 @@ def error(kinds: tuple[dict[str, Any], dict[str, Any]], kind: str, add: Callable
     try:
         add(model, ["a", "b"], list(WEIGHTS), "merged", kind, **choices)
     except (ValueError, RuntimeError) as problem:
-        return f"refused: {str(problem).split(';')[0][:60]}" if isinstance(problem, ValueError) else "fails"
+        return "refused" if isinstance(problem, ValueError) else "fails"
     got = change(model, "merged")
     difference = math.sqrt(sum(float((got[n] - goal[n]).square().sum()) for n in goal))
     value = difference / math.sqrt(sum(float(g.square().sum()) for g in goal.values()))

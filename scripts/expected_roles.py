@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 from resm_kernels.engine.models import open_model
 from resm_kernels.engine.roles import roles_of
-from resm_kernels.roles import Role, TensorRole, role_by_name
+from resm_kernels.roles import Role, TensorRole, is_plain, role_by_name
 
 _TABLES = {Role.EMBEDDING, Role.POSITION_TABLE, Role.BIAS_TABLE}
 _MAPS = {Role.LINEAR, Role.FUSED_EXPERTS, Role.CONVOLUTION}
@@ -22,11 +23,11 @@ _MAPS = {Role.LINEAR, Role.FUSED_EXPERTS, Role.CONVOLUTION}
 def wrong_roles(folder: Path, model: Any) -> list[str]:
     """Return the tensors of a folder whose role contradicts the module that owns them in `model`.
 
-    Roles from names alone are checked too, where they call something a linear map that is none.
+    Where names alone are taken at their word (`is_plain`), they have to say the same.
     """
     modules = dict(model.named_modules())
     heads = set(_heads(model))
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
     wrong = []
     with contextlib.ExitStack() as stack:
         opened = open_model(str(folder), "model", stack)
@@ -45,7 +46,9 @@ def wrong_roles(folder: Path, model: Any) -> list[str]:
             elif re.search(r"\.experts\.\d+\.", name) and len(shape) == 2 and role.role is not Role.LINEAR:
                 problem = f"an expert is {role.role}"
             by_name = role_by_name(name, shape, opened.config)
-            if not problem and by_name.role in _MAPS and role.role not in _MAPS | {Role.OUTPUT_HEAD}:
+            same = (by_name.role, by_name.matrices, by_name.transposed) == (role.role, role.matrices, role.transposed)
+            same |= by_name.role.is_vocabulary and role.role.is_vocabulary
+            if not problem and not same and max(shape, default=1) < math.prod(shape) and is_plain(name, shape):
                 problem = f"{role.role}, by name {by_name.role}"
             if problem:
                 wrong.append(f"{name}: {problem}")
@@ -63,7 +66,7 @@ def _problem(
     """Return what is wrong with the role of a module's parameter; nothing if it is right."""
     name = type(module).__name__
     allowed = set(Role) - _MAPS
-    if parameter == "original0" or "Norm" in name:
+    if parameter == "original0" or (re.search("Norm|GRN", name) and not isinstance(module, nn.Embedding)):
         allowed = {Role.NORM}
     elif "bias" in parameter and not re.search("table|relative|position|biases", parameter):
         allowed = {Role.BIAS, Role.STATE}

@@ -34,11 +34,10 @@ import transformers
 from families import families
 from torch import Tensor
 
-from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import extract_lora
 from resm_kernels.lora import ExtractReport
 
-LARGEST_GAP: Final = 1e-2
+LARGEST_GAP: Final = 1e-4
 _TOKENS: Final = 12
 
 
@@ -84,15 +83,6 @@ def save_models(folder: Path, make: Callable[[], Any]) -> Any:
                 buffer.add_(torch.rand(buffer.shape, generator=generator) * 0.004)
     model.save_pretrained(folder / "tuned")
     return type(model)
-
-
-def full_rank(folder: Path) -> int:
-    """Return the largest rank that a matrix of the model can have."""
-    largest = 1
-    with CheckpointReader(folder) as reader:
-        for shape in (info.shape for info in reader.tensors.values() if len(info.shape) > 1):
-            largest = max(largest, min(shape[0], math.prod(shape[1:])), min(shape[1:]))
-    return largest
 
 
 def inputs_of(model: Any) -> Iterator[dict[str, Tensor]]:
@@ -177,8 +167,9 @@ def try_family(name: str, make: Callable[[], Any]) -> Row:
         if kinds := [k for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if loading[k]]:
             row.excluded = f"transformers loads what it saved with {', '.join(kinds)}"
             return row
-        choices: dict[str, Any] = {"rank": full_rank(folder / "tuned"), "save_rest": True, "accuracy": 0.0}
-        report = extract_lora(folder / "tuned", folder / "base", folder / "adapter", verify=True, **choices)
+        report = extract_lora(
+            folder / "tuned", folder / "base", folder / "adapter", energy=1.0, save_rest=True, accuracy=0.0, verify=True
+        )
         describe(row, report, folder)
         compare_outputs(row, model_class, folder)
     except Exception as error:

@@ -14,13 +14,11 @@ from resm_kernels.engine.models import Model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 
-GEMMA = {
-    "model_type": "gemma3_text",
-    "num_hidden_layers": 2,
-    "hidden_size": 32,
-    "num_attention_heads": 4,
-    "head_dim": 8,
-}
+SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+LINEAR = {"type": "linear", "factor": 2.0}
+PLAIN = {"rope_type": "default", "rope_theta": 5e5}
+CLIP = {"model_type": "clip_vision_model", "hidden_act": "gelu"}
+GEMMA = {"model_type": "gemma3_text", "head_dim": 8, **SIZES}
 QWEN = {"model_type": "qwen2", "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
 WINDOWS = {"use_sliding_window": True, "sliding_window": 16}

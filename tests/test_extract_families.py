@@ -13,6 +13,7 @@ import torch
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.engine import extract_lora
 from resm_kernels.lora import ExtractReport
+from resm_kernels.lora.writer import AdapterWriter
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 peft = pytest.importorskip("peft", reason="peft is not installed (test extra)")
@@ -133,7 +134,8 @@ def test_without_the_rest_the_report_says_what_is_lost(tmp_path: Path) -> None:
     lost = {tensor.name: tensor for tensor in report.lost}
     assert "PEFT does not adapt out_proj of mamba" in lost["backbone.layers.0.mixer.out_proj.weight"].reason
     assert {"backbone.embeddings.weight", "backbone.layers.1.mixer.A_log"} <= lost.keys()
-    total = sum(t.norm**2 for t in (*report.layers, *report.lost))
+    squares = [*(layer.norm**2 for layer in report.layers), *(tensor.norm**2 for tensor in report.lost)]
+    total = sum(squares)
     assert report.missing == pytest.approx(sum(t.norm**2 for t in report.lost) / total, rel=1e-6)
     assert f"LOST: {len(lost)} changed tensors" in str(report)
     assert f"not in the adapter: {report.missing:.2%} of ‖Δ‖²" in str(report)
@@ -175,10 +177,8 @@ def test_stacks_have_a_rank_for_each_parameter(tmp_path: Path) -> None:
 def test_verify_finds_an_adapter_that_is_not_what_the_report_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import resm_kernels.lora.extract as module
-
-    whole = module.stored_factors
-    monkeypatch.setattr(module, "stored_factors", lambda *args: tuple(x * 1.1 for x in whole(*args)))
+    keep = AdapterWriter.keep
+    monkeypatch.setattr(AdapterWriter, "keep", lambda self, tensor: keep(self, tensor * 1.1))
     _, base, tuned = save_pair(tmp_path, "bert")
     with pytest.raises(CheckpointError, match=r"peft gives 'bert\.encoder\.layer\.0.* with an error of"):
         extract(tmp_path, base, tuned, rank=48)

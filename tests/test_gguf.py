@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import struct
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,32 @@ def test_every_cut_is_an_error(tmp_path: Path) -> None:
         file.write_bytes(whole[:length])
         with pytest.raises(CheckpointError):
             read_gguf_header(file)
+
+
+def test_changed_headers_are_read_or_refused(tmp_path: Path) -> None:
+    whole = write_gguf(tmp_path / "whole.gguf").read_bytes()
+    random = np.random.default_rng(0)
+    file = tmp_path / "changed.gguf"
+    numbers = [0, 1, 8, 9, 255, 2**31, 2**32 - 1, 2**40, 2**62, 2**63, 2**64 - 1]
+    refused = 0
+    for _ in range(400):
+        content = bytearray(whole[:2000])
+        for place in random.integers(8, 1400, size=2):
+            content[place : place + 8] = struct.pack("<Q", numbers[random.integers(len(numbers))])
+        file.write_bytes(content)
+        try:
+            read_gguf_header(file)
+        except CheckpointError as error:
+            refused += str(error).startswith(f"{file}: ")
+    assert refused > 300
+
+
+@pytest.mark.parametrize("package", ["gguf", "transformers"])
+def test_without_the_packages_the_extra_is_named(tmp_path: Path, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_gguf(tmp_path / "model.gguf")
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(CheckpointError, match=rf"{package} is not installed: pip install 'resm-kernels\[gguf\]'"):
+        open_form(file)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,10 @@ import huggingface_hub.constants
 import pytest
 import torch
 from checkpoints import Family, load_model, save_adapter, save_model
+from experts import word_tokenizer
 from hub_server import HubServer, commit_of, hub_server
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from resm_kernels import merge_checkpoints
 from resm_kernels.engine import extract_lora, plan_merge
@@ -136,6 +138,11 @@ def test_a_revision_is_pinned_and_named(hub: HubServer, family: Family, tmp_path
 def test_a_local_folder_of_that_name_wins(hub: HubServer, family: Family, tmp_path: Path) -> None:
     save_model(tmp_path / "org" / "base", family.experts[0])
     assert model_folder("org/base", "model") == Path("org/base") and not hub.log
+    with plan_merge({"merge_method": "passthrough", "models": [{"model": "org/base"}]}) as plan:
+        assert not plan.notes
+    (tmp_path / "cache/models--org--base").mkdir(parents=True)
+    with plan_merge({"merge_method": "passthrough", "models": [{"model": "org/base"}]}) as plan:
+        assert [note for note in plan.notes if "org/base: is the folder of this name here" in note]
 
 
 def test_an_adapter_on_the_hub_brings_its_base(hub: HubServer, family: Family, tmp_path: Path) -> None:
@@ -150,6 +157,28 @@ def test_an_adapter_on_the_hub_brings_its_base(hub: HubServer, family: Family, t
         )
         results.append(load_model(tmp_path / "out"))
     assert same(results[0], results[2]) and same(results[1], results[2])
+
+
+def test_a_tokenizers_source_needs_no_weights(hub: HubServer, family: Family, tmp_path: Path) -> None:
+    for folder in (tmp_path / "tokenizer", family.base_folder, *family.folders):
+        word_tokenizer().save_pretrained(folder)
+    hub.add("org/tokenizer", tmp_path / "tokenizer")
+    hub.add("org/other", family.base_folder)
+    for name in ("org/tokenizer", "org/other"):
+        merge_checkpoints(remote_recipe(tokenizer_source=name), tmp_path / "out", overwrite=True)
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab() == word_tokenizer().get_vocab()
+    assert not hub.sent("org/other/model.safetensors")
+
+
+def test_without_huggingface_hub_the_extra_is_named(
+    family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "huggingface_hub"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(RecipeError, match=r"base_model: .*not installed: pip install 'resm-kernels\[hub\]'"):
+        plan_merge(remote_recipe())
+    with plan_merge({"merge_method": "passthrough", "models": [{"model": str(family.base_folder)}]}) as plan:
+        assert not plan.notes
 
 
 def test_a_recorded_base_on_the_hub_that_is_absent_is_named(hub: HubServer, family: Family, tmp_path: Path) -> None:

@@ -264,3 +264,30 @@ def test_bare_models_take_merges_of_whole_ones(tmp_path: Path) -> None:
         module = transformers.AutoModel.from_pretrained(folders[0])
         models.merge_into(module, recipe)
     assert same(module, transformers.AutoModel.from_pretrained(tmp_path / "out").state_dict())
+
+
+def test_merged_vocabularies_are_aligned_each_time(tmp_path: Path) -> None:
+    """Rows come from a reader that each plan makes anew."""
+    pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
+    from test_vocabulary import Vocabularies
+
+    family = Vocabularies(tmp_path)
+    with LiveModels() as models:
+        for i, (source, weight) in enumerate([("union", 1.0), ("base", 1.0), ("union", 0.5), ("union", 1.0)]):
+            recipe = family.recipe("task_arithmetic", tokenizer_source=source, parameters={"lambda": weight})
+            merge_checkpoints(recipe, tmp_path / f"out{i}")
+            expected, merged = load_model(tmp_path / f"out{i}"), dict(models.tensors(recipe))
+            assert all(torch.equal(merged[n], t) for n, t in expected.items()), i
+        with pytest.raises(MergeError, match=r"weight' has shape \(15, 32\), need \(16, 32\) as in the merge"):
+            models.merge_into(Loose(family.weights[0]), recipe)
+
+
+def test_statistics_are_those_of_the_recipe(family: Family) -> None:
+    from statistics_files import with_statistics
+
+    with LiveModels() as models:
+        for i, share in enumerate((0.5, 0.9, 0.5)):
+            recipe, _ = with_statistics(family, "regmean", parameters={"off_diagonal": share})
+            merge_checkpoints(recipe, family.root / f"out{i}")
+            expected, merged = load_model(family.root / f"out{i}"), dict(models.tensors(recipe))
+            assert all(torch.equal(merged[n], t) for n, t in expected.items()), share

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -343,16 +344,34 @@ def test_an_adapter_alone_takes_the_base_that_it_records(
     merge_checkpoints(named, family.root / "named")
     merged = [load_model(family.root / out) for out in ("alone", "named")]
     assert all(same_bits(merged[0][n], merged[1][n]) for n in merged[1])
-    with plan_merge(family.recipe("ties", base_model=str(family.root / "adapter1")), options=MergeOptions()) as plan:
+    recipe = family.recipe("ties", models=adapters(family))
+    merge_checkpoints(recipe, family.root / "ties")
+    del recipe["base_model"]
+    assert any(
+        re.fullmatch("base_model: .*base, which the adapter_config.json of every model names", note)
+        for note in merge_checkpoints(recipe, family.root / "found").notes
+    )
+    merged = [load_model(family.root / out) for out in ("ties", "found")]
+    assert all(same_bits(merged[0][n], merged[1][n]) for n in merged[1])
+    with plan_merge(family.recipe("ties", base_model=str(family.root / "adapter1"))) as plan:
         assert plan.reference.folder.name == "adapter1"
     plan_merge(family.recipe("linear", models=adapters(family)), options=MergeOptions(strict=True)).close()
+
+
+def test_adapters_of_several_bases_need_a_base_model(family: Family) -> None:
+    recipe = family.recipe("ties", models=adapters(family))
+    del recipe["base_model"]
+    for name in (str(family.folders[0]), None):
+        record_base(family.root / "adapter1", name)
+        with pytest.raises(RecipeError, match="base_model: missing; ties merges differences from a base model"):
+            plan_merge(recipe)
 
 
 def test_adapter_without_a_base_is_refused(family: Family) -> None:
     for name, message in (
         (None, "adapter1 is a LoRA adapter, and its adapter_config.json names no base model; name its base model too"),
-        ("./gone", r"adapter1 is a LoRA adapter of '\./gone' .*, which is no folder here; name its base model too"),
-        (str(family.root / "adapter2"), "adapter2, which is an adapter itself; merge that one into its base model"),
+        ("./gone", r"adapter1 is a LoRA adapter of '\./gone' .*, which cannot be had: got .* no folder here; .*; name"),
+        (str(family.root / "adapter2"), r"adapter2, which is an adapter itself; merge that one into its base model"),
     ):
         record_base(family.root / "adapter1", name)
         for recipe in (

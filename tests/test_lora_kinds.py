@@ -15,7 +15,7 @@ from inputs import relative
 from safetensors.torch import load_file, save_file
 
 from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.engine import MergeError, merge_checkpoints, plan_merge
+from resm_kernels.engine import MergeError, carry_out, merge_checkpoints, plan_merge
 from resm_kernels.lora import AdapterReader
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -104,6 +104,10 @@ def merged(base: Path, adapter: Path, out: Path, **options: Any) -> dict[str, to
     return {name: tensor.detach() for name, tensor in loaded.state_dict().items()}
 
 
+GPT2 = {"n_layer": 1, "n_embd": 32, "n_head": 2, "vocab_size": 64, "n_positions": 16}
+MODELS["gpt2"] = lambda: transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2))
+
+
 def lora(**choices: Any) -> Any:
     return peft.LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": []} | choices))
 
@@ -114,6 +118,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
     "experts stored together, turned": ("gpt_oss", lambda: lora(**EXPERTS, rank_pattern={r"experts\.down_proj": 2})),
     "one parameter of two": ("gpt_oss", lambda: lora(target_parameters=["experts.down_proj"], use_rslora=True)),
     "all-linear of experts": ("qwen3_moe", lambda: lora(target_modules="all-linear")),
+    "square weights stored turned": ("gpt2", lambda: lora(target_modules=["attn.c_proj"], use_rslora=True)),
     "convolution 1-D": ("whisper", lambda: lora(target_modules=["conv1", "conv2", "q_proj"])),
     "convolution 1-D, DoRA": ("whisper", lambda: lora(target_modules=["conv1"], use_dora=True)),
     "convolution 2-D": ("vit", lambda: lora(target_modules=["projection"], bias="lora_only")),
@@ -157,6 +162,18 @@ def test_equals_peft(bases: Mapping[str, Path], tmp_path: Path, case: str) -> No
     assert any(relative(tensor, before[name]) > 1e-3 for name, tensor in expected.items())
     for name, tensor in expected.items():
         assert relative(got[name], tensor) < 2e-7, name
+
+
+def test_an_adapter_of_single_experts(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    """Before version 5 of transformers every expert was a module."""
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    a, b = torch.randn(2, 32), torch.randn(16, 2)
+    factors = {f"base_model.model.{name}.lora_{part}.weight": tensor for part, tensor in (("A", a), ("B", b))}
+    save_adapter(tmp_path / "adapter", factors, {"peft_type": "LORA", "r": 2, "lora_alpha": 3})
+    merged(bases["qwen3_moe"], tmp_path / "adapter", tmp_path / "out")
+    before, got = load_model(bases["qwen3_moe"]), load_model(tmp_path / "out")
+    assert relative(got[f"{name}.weight"], before[f"{name}.weight"] + 1.5 * b @ a) < 1e-6
+    assert [key for key in before if not torch.equal(got[key], before[key])] == [f"{name}.weight"]
 
 
 @pytest.mark.parametrize("model", ["gpt_oss", "qwen3_moe", "whisper"])
@@ -270,6 +287,41 @@ def test_tied_embeddings_by_choice(bases: Mapping[str, Path], tmp_path: Path, ta
     for name, changed in (("embed_tokens", "model.embed_tokens.weight"), ("lm_head", "lm_head.weight")):
         assert relative(apart[changed], expected[changed] if name == target else before) < 2e-7
     assert json.loads((tmp_path / "apart" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_tied_embeddings_that_peft_ties_itself(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    base, before = bases["tied"], load_model(bases["tied"])["model.embed_tokens.weight"]
+    config = lora(target_modules=["embed_tokens"], ensure_weight_tying=True)
+    expected = trained(base, tmp_path / "adapter", config)["model.embed_tokens.weight"]
+    got = merged(base, tmp_path / "adapter", tmp_path / "out")
+    # peft adds the change twice to the one tensor, once for the embedding and once for the head.
+    assert relative(got["lm_head.weight"].double() - before, (expected - before) / 2) < 1e-5
+    config = lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
+    expected = trained(base, tmp_path / "saved", config)["model.embed_tokens.weight"]
+    got = merged(base, tmp_path / "saved", tmp_path / "out_saved")
+    assert relative(got["lm_head.weight"], expected) < 2e-7
+
+
+def test_experts_stored_one_by_one_are_merged_through_their_factors(bases: Mapping[str, Path], tmp_path: Path) -> None:
+    for number in (1, 2):
+        trained(bases["qwen3_moe"], tmp_path / f"{number}", lora(**EXPERTS, r=number + 1))
+    recipe = {
+        "merge_method": "tsvm",
+        "base_model": str(bases["qwen3_moe"]),
+        "models": [{"model": str(tmp_path / f"{number}")} for number in (1, 2)],
+    }
+    before = load_model(bases["qwen3_moe"])
+    for dense in (False, True):
+        with plan_merge(recipe, tmp_path / f"out{dense}", dense=dense) as plan:
+            through_factors = {job.name for job in plan.jobs if job.factors is not None}
+            carry_out(plan)
+    assert not through_factors
+    with plan_merge(recipe) as plan:
+        experts = {job.name for job in plan.jobs if job.factors is not None and any(job.factors)}
+    assert experts == {name for name in before if ".experts." in name}
+    got, exact = load_model(tmp_path / "outFalse"), load_model(tmp_path / "outTrue")
+    for name in experts:
+        assert relative(got[name] - before[name], exact[name] - before[name]) < 1e-4, name
 
 
 def test_two_adapters_merge_with_an_untied_base(bases: Mapping[str, Path], tmp_path: Path) -> None:

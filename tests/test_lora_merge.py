@@ -10,11 +10,13 @@ import pytest
 import torch
 from checkpoints import random_weights, save_adapter, save_model
 from inputs import relative
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from resm_kernels.lora import merge_lora
-from resm_kernels.lora.routes import route_of
+import resm_kernels.lora.factors as factors_module
+from resm_kernels.lora import Factors, merge_lora
+from resm_kernels.lora.low_rank import RankLimit, merge_factored, truncated
+from resm_kernels.lora.routes import Route, route_of
 from resm_kernels.methods import get, names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -200,6 +202,38 @@ def test_ranks_that_do_not_fit_beside_each_other(tmp_path: Path, base: Path, met
         assert relative(got[name], m) < 3e-6
 
 
+@pytest.mark.parametrize(("method", "values"), [c for c in CASES if COUNTS.get(c[0], 3) == 3], ids=str)
+def test_copies_and_adapters_that_change_nothing(
+    tmp_path: Path, base: Path, adapters: list[Path], method: str, values: dict[str, Any]
+) -> None:
+    """Factors that depend on each other, and those of an adapter that was not trained."""
+    fresh = write_adapter(tmp_path / "fresh", 4, base, rank=2)
+    tensors = load_file(fresh / "adapter_model.safetensors")
+    save_file({n: t * ("lora_A" in n) for n, t in tensors.items()}, fresh / "adapter_model.safetensors")
+    chosen = [adapters[0], adapters[0], fresh]
+    needed = {"base_model": str(base)} if method in ("karcher",) else {}
+    report = merge_lora(recipe(method, chosen, values, **needed), tmp_path / "out", random_seed=3)
+    expected, got = dense(method, base, chosen, values, seed=3), products(tmp_path / "out")
+    for module in report.modules:
+        m = expected[module.name]
+        assert float((m - got[module.name]).norm()) <= (module.error + 3e-6) * float(m.norm()) + 1e-9, module.name
+
+
+def test_energy_where_the_result_has_full_rank(tmp_path: Path, base: Path, adapters: list[Path]) -> None:
+    expected = dense("ties", base, adapters, {"density": 0.3})
+    for energy, largest in ((0.7, None), (0.7, 4), (1.0, None)):
+        out = tmp_path / f"{energy} {largest}"
+        report = merge_lora(recipe("ties", adapters, {"density": 0.3}), out, energy=energy, max_rank=largest)
+        for module in report.modules:
+            squares = torch.linalg.svdvals(expected[module.name]).square()
+            needed = int((squares.cumsum(0) < energy * squares.sum()).sum()) + 1
+            assert abs(module.rank - min(needed, largest or needed)) <= 1
+            error = relative(products(out)[module.name], expected[module.name])
+            assert error <= module.error + 1e-6 and (largest or error <= (1 - energy) ** 0.5 + 1e-5)
+    report = merge_lora(recipe("ties", adapters, {"density": 0.3}), tmp_path / "whole", rank=100)
+    assert all(module.rank == min(module.shape) and module.error < 1e-5 for module in report.modules)
+
+
 def test_the_guide_lists_how_methods_merge() -> None:
     listed = (Path(__file__).parent.parent / "docs/merge_lora.md").read_text()
     for name in names():
@@ -210,3 +244,45 @@ def test_the_guide_lists_how_methods_merge() -> None:
             assert f"`{name}`" in listed, name
             row = next(line for line in listed.splitlines() if line.startswith(f"| `{name}`"))
             assert row.split("|")[2].strip() == ("exact" if route.is_exact else route.value), name
+
+
+def resolved(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    keywords = {("lambda_" if key == "lambda" else key): value for key, value in values.items()}
+    return get(method).resolve(COUNTS.get(method, 3), keywords)
+
+
+# Outlier weights need the elements.
+EXACT = [
+    (method, values)
+    for method, values in CASES
+    if route_of(get(method), resolved(method, values)).is_exact and not values.get("beta")
+]
+
+
+@pytest.mark.parametrize(("method", "values"), EXACT, ids=str)
+def test_exact_merges_form_no_matrix_of_the_weights_size(method: str, values: dict[str, Any]) -> None:
+    """A weight of 120,000 × 150,000 elements would take 72 GB in fp32."""
+    shape, chosen = (120_000, 150_000), resolved(method, values)
+    pairs = [factors(shape, rank, 7 * rank) for rank in (2, 3, 1)[: COUNTS.get(method, 3)]]
+    experts = [Factors(b, a, 0.5) for a, b in pairs]
+    product = merge_factored(shape, experts, get(method), chosen, route_of(get(method), chosen))
+    merged = truncated(product, RankLimit(4))
+    assert merged.left.shape[0] == shape[0] and merged.right.shape[1] == shape[1] and 0 < merged.rank <= 4
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9])
+def test_resm_forms_no_elements_where_they_cannot_matter(monkeypatch: pytest.MonkeyPatch, zeros: float) -> None:
+    """The bound on the number of zeros holds, and the merge is the same as with the statistics."""
+    pairs = []
+    for seed in range(3):
+        a, b = factors((400, 500), 3, seed)
+        rows = torch.rand(400, generator=torch.Generator().manual_seed(seed)) < zeros
+        b[rows] = 0
+        bound = factors_module.least_nonzero(Factors(b, a, 1.0))
+        assert 0.3 * (1 - zeros) * a.shape[1] * 400 / 3 < bound <= int((b @ a).count_nonzero())
+        pairs.append(Factors(b, a, 1.0))
+    values = get("resm").resolve(3, {})
+    direct = merge_factored((400, 500), pairs, get("resm"), values, Route.CORES)
+    monkeypatch.setattr(factors_module, "_needs_no_statistics", lambda *_: False)
+    counted = merge_factored((400, 500), pairs, get("resm"), values, Route.CORES)
+    assert relative(*(p.left @ p.core @ p.right.mT for p in (direct, counted) if p.core is not None)) < 1e-12

@@ -207,6 +207,53 @@ def test_peft_loads_the_result(tmp_path: Path, base: Path) -> None:
         assert relative(loaded[name].double() - tensor, expected) < 2e-4, name
 
 
+def test_convolutions_and_embeddings(tmp_path: Path) -> None:
+    """They count as matrices; the result is that of add_weighted_adapter, which has the same adapters in memory."""
+    peft = pytest.importorskip("peft", reason="peft makes the adapters")
+    from test_peft_weighted import changes, model, tiny
+
+    from resm_kernels.peft import add_weighted_adapter
+
+    wrapped = model({}, {"r": 2, "use_rslora": True, "rank_pattern": {"conv": 5}})
+    wrapped.save_pretrained(tmp_path)
+    add_weighted_adapter(wrapped, ["a", "b"], [1.0, 0.5], "new", "tsvm")
+    merge_lora(recipe("tsvm", [tmp_path / "a", tmp_path / "b"], {}), tmp_path / "out")
+    loaded = peft.PeftModel.from_pretrained(tiny(), tmp_path / "out", adapter_name="new").double()
+    got, expected = changes(loaded, "new"), changes(wrapped, "new")
+    assert got.keys() == expected.keys() and "conv.weight" in got and "embed.weight" in got
+    assert all(relative(got[name], expected[name]) < 1e-6 for name in expected)
+
+
+def test_trained_biases(tmp_path: Path, base: Path, pair: list[Path]) -> None:
+    weights = load_file(base / "model.safetensors")
+    name = "model.layers.0.self_attn.q_proj.bias"
+    save_file(weights | {name: torch.ones(32)}, base / "model.safetensors", metadata={"format": "pt"})
+    saved = {"model.layers.0.self_attn.q_proj.base_layer.bias": torch.full((32,), 3.0)}
+    trained = write_adapter(tmp_path / "trained", 5, base, saved=saved, bias="lora_only")
+    merge_lora(recipe("task_arithmetic", [trained, pair[0]], {}, base_model=str(base)), tmp_path / "out")
+    stored = load_file(tmp_path / "out/adapter_model.safetensors")
+    assert torch.equal(stored[f"base_model.model.{name.replace('.bias', '.base_layer.bias')}"], torch.full((32,), 3.0))
+    assert config_of(tmp_path / "out")["bias"] == "lora_only"
+
+
+def test_gradients_over_depth(tmp_path: Path, pair: list[Path]) -> None:
+    """A list of values counts from the first layer, 0, to the last one that an adapter changes, 2."""
+    merge_lora(recipe("task_arithmetic", pair, {"lambda": [1.0, 0.5]}), tmp_path / "out")
+    merge_lora(recipe("task_arithmetic", pair, {}), tmp_path / "plain")
+    got, plain = products(tmp_path / "out"), products(tmp_path / "plain")
+    for name in SHAPES:
+        assert relative(got[name], plain[name] * (0.5 if "layers.2" in name else 1.0)) < 1e-6
+
+
+def test_one_module_with_two_names(tmp_path: Path, base: Path, pair: list[Path]) -> None:
+    other = write_adapter(tmp_path / "other", 7, base)
+    file = other / "adapter_model.safetensors"
+    renamed = {n.replace("base_model.model.model.", "base_model.model."): t for n, t in load_file(file).items()}
+    save_file(renamed, file)
+    with pytest.raises(CheckpointError, match="which seem to be one module; need adapters that were made through"):
+        merge_lora(recipe("tsvm", [pair[0], other], {}), tmp_path / "out")
+
+
 def test_transposed_weights(tmp_path: Path) -> None:
     """GPT-2 stores (in, out): KnOTS, which shares rows, has to see the weights as they are stored."""
     shape, ranks = (24, 40), (3, 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,11 +11,11 @@ from resm_kernels.lora.extract_report import least_error
 from resm_kernels.lora.peft_names import Adaptable, Kind, Layout, Selection, rank_patterns, stored_factors
 
 
-def layout(*linear: str, modules: tuple[str, ...] = (), **more: object) -> Layout:
+def layout(*linear: str, modules: tuple[str, ...] = (), **more: Any) -> Layout:
     """A model of linear layers of 4×4, and of other modules."""
     tensors = {f"{m}.weight": (4, 4) for m in linear}
     targets = {name: Adaptable(name, Kind.LINEAR) for name in tensors}
-    return Layout(tensors, frozenset((*linear, *modules)), targets, **more)  # type: ignore[arg-type]
+    return Layout(tensors, frozenset((*linear, *modules)), targets, **more)
 
 
 def experts(*parameters: str, transposed: bool = False, shape: tuple[int, ...] = (3, 4, 5)) -> Layout:

@@ -102,16 +102,30 @@ def test_equals_peft_where_peft_is_right(kind: str, choices: dict[str, Any]) -> 
     assert {module.name for module in report} == set(TARGETS)
 
 
+def test_default_rank_is_pefts() -> None:
+    """The largest rank of all modules and adapters, in every module."""
+    kinds: tuple[dict[str, Any], ...] = ({"r": 2, "rank_pattern": {"q": 4}}, {"r": 3, "alpha_pattern": {"k": 9}})
+    theirs, ours = model(*kinds), model(*kinds)
+    theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "new", "svd")
+    add_weighted_adapter(ours, ["a", "b"], WEIGHTS, "new", "svd")
+    assert ours.peft_config["new"].r == theirs.peft_config["new"].r == 4
+    assert relative(flat(changes(ours, "new")), flat(changes(theirs, "new"))) < 1e-6
+
+
 def test_clamped_factors() -> None:
-    """Both factors are cut off at one quantile of all their elements, as peft lays them out: B has the values."""
-    theirs, ours = model(*PLAIN), model(*PLAIN)
-    theirs.add_weighted_adapter(["a", "b"], WEIGHTS, "new", "svd", svd_clamp=0.8)
-    add_weighted_adapter(ours, ["a", "b"], WEIGHTS, "new", "svd", svd_clamp=0.8)
+    """B has the singular values, as in peft; elements of both factors beyond a quantile of all are cut off."""
+    wrapped = model(*PLAIN)
+    add_weighted_adapter(wrapped, ["a", "b"], WEIGHTS, "whole", "svd")
+    add_weighted_adapter(wrapped, ["a", "b"], WEIGHTS, "new", "svd", svd_clamp=0.8)
     for name in ("q", "k"):
-        theirs_b, ours_b = (m.base_model.model.get_submodule(name).lora_B["new"].weight for m in (theirs, ours))
-        # Signs of singular vectors are arbitrary, and move the quantile.
-        assert relative(ours_b.abs().amax(), theirs_b.abs().amax()) < 0.3
-        assert int((ours_b == ours_b.amax()).sum()) > 1
+        layer = wrapped.base_model.model.get_submodule(name)
+        u, values, vh = torch.linalg.svd(layer.lora_B["whole"].weight @ layer.lora_A["whole"].weight)
+        b, a = layer.lora_B["new"].weight, layer.lora_A["new"].weight
+        sign = (b.T @ u[:, :3]).diagonal().sign()  # of singular vectors, which is arbitrary
+        us, v = u[:, :3] * values[:3] * sign, vh[:3] * sign[:, None]
+        high = torch.quantile(torch.cat([us.flatten(), v.flatten()]), 0.8)
+        assert relative(b, us.clamp(-high, high)) < 1e-6
+        assert relative(a, v.clamp(-high, high)) < 1e-6
 
 
 WRONG: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
@@ -184,6 +198,18 @@ def test_one_adapter_is_scaled() -> None:
     wrapped = model({"use_rslora": True})
     add_weighted_adapter(wrapped, ["a"], [-2.0], "new")
     assert relative(flat(changes(wrapped, "new")), -2 * flat(changes(wrapped, "a"))) < 1e-6
+
+
+def test_one_dora_adapter() -> None:
+    """Its change has full rank; the rank is the adapter's by default, as in peft."""
+    wrapped = model({"use_dora": True, "target_modules": ["q", "k"]})
+    report = add_weighted_adapter(wrapped, ["a"], [2.0], "new", "svd")
+    assert [module.rank for module in report] == [3, 3]
+    add_weighted_adapter(wrapped, ["a"], [2.0], "whole", "svd", svd_rank=12)
+    expected = 2 * flat(changes(wrapped, "a"))
+    assert relative(flat(changes(wrapped, "whole")), expected) < 1e-5
+    lost = [module.error * module.norm for module in report]
+    assert relative(flat(changes(wrapped, "new")), expected) <= torch.tensor(lost).norm() / expected.norm() + 1e-6
 
 
 def test_the_new_adapter_is_saved_and_loaded(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_ranges_beyond_a_parameters_own_are_errors(family: Family, parameters: d
     [
         ("- 1\n", "got list, need a mapping"),
         ("merge_method: rsem\n", r"merge_method: unknown merge method 'rsem', did you mean 'resm'\?"),
-        ("a: 1\n---\nb: 2\n", "a second document; need one recipe"),
+        ("a: 1\n---\nb: 2\n", "has 2 documents, need one recipe"),
     ],
 )
 def test_files_that_are_no_recipe_are_refused(tmp_path: Path, text: str, message: str) -> None:

@@ -90,7 +90,7 @@ def xlnet() -> Any:
 
 
 def rwkv() -> Any:
-    config = transformers.RwkvConfig(vocab_size=TOKENS, hidden_size=32, num_hidden_layers=1, context_length=32)
+    config = transformers.RwkvConfig(vocab_size=TOKENS, hidden_size=32, num_hidden_layers=2, context_length=32)
     return transformers.RwkvForCausalLM(config)
 
 
@@ -127,7 +127,7 @@ def test_codebooks_do_not_follow_the_tokenizer_of_texts(tmp_path: Path) -> None:
     """MusicGen has a vocabulary of texts and one for each codebook, here of the same size."""
     text = transformers.T5Config(vocab_size=TOKENS, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     audio = transformers.EncodecConfig(
-        num_filters=2, hidden_size=8, codebook_size=TOKENS, codebook_dim=8, upsampling_ratios=[2]
+        num_filters=2, hidden_size=8, codebook_size=64, codebook_dim=8, upsampling_ratios=[2]
     )
     decoder = transformers.MusicgenDecoderConfig(
         vocab_size=TOKENS,

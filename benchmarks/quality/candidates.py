@@ -51,6 +51,19 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Search:
+    """How a merge's parameters are searched for.
+
+    Attributes:
+        questions: How many validation questions each trial is asked.
+        trials: How many merges are tried.
+    """
+
+    questions: int
+    trials: int
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One model to measure.
 
@@ -60,6 +73,7 @@ class Candidate:
         parameters: The method's parameters as keywords; what is not named has its default.
         rule: A rule of `rules.RULES` that sets further parameters for each tensor, from base and experts alone.
         calibration: What the merge does with the experts' prompts; None for one that sees weights alone.
+        search: How the merge's weights and λ are searched for; None where they are given.
     """
 
     experts: tuple[str, ...]
@@ -67,6 +81,7 @@ class Candidate:
     parameters: tuple[tuple[str, Any], ...] = ()
     rule: str | None = None
     calibration: Calibration | None = None
+    search: Search | None = None
 
     @property
     def key(self) -> str:
@@ -74,6 +89,8 @@ class Candidate:
         parts = {"experts": self.experts, "method": self.method, "parameters": dict(self.parameters), "rule": self.rule}
         if self.calibration is not None:
             parts["calibration"] = asdict(self.calibration)
+        if self.search is not None:
+            parts["search"] = asdict(self.search)
         return json.dumps({k: v for k, v in parts.items() if v}, sort_keys=True, separators=(",", ":"))
 
     def describe(self) -> str:

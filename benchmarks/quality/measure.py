@@ -22,6 +22,7 @@ from benchmarks.quality.evaluate import evaluate, load
 from benchmarks.quality.hypotheses import CALIBRATED, HYPOTHESES, named_rows
 from benchmarks.quality.merging import Models, StateDict, digest, merge
 from benchmarks.quality.records import Record, RecordName, Scores, Split, rounded
+from benchmarks.quality.searched import Searcher, searched_rows
 from benchmarks.quality.sizes import move
 from benchmarks.quality.world import World
 from resm_kernels.methods.resm import layer_plan
@@ -40,6 +41,8 @@ MERGING: Final = _sources("methods", "elementwise", "spectral")
 """What scores depend on beside the models: the questions and their marking, and what methods and their defaults are."""
 CALIBRATING: Final = (*MERGING, *_sources("calibrate"), HERE / "prompts.py", HERE / "calibrating.py")
 """What those of calibrated merges depend on: the prompts and what is done with them as well."""
+SEARCHING: Final = (*MERGING, *_sources("live", "search"), HERE / "searched.py")
+"""What those of searched merges depend on: how trials are proposed and which are the best as well."""
 Ask = Callable[[StateDict, Split], Mapping[str, float]]
 Calibrate = Callable[[Candidate], StateDict]
 
@@ -80,7 +83,7 @@ class Asker:
 class Measurement:
     """One seed being measured; `record` grows, and is saved after every answer.
 
-    `calibrate` makes the merges that use prompts; None serves rows that have none.
+    `calibrate` makes the merges that use prompts or search with questions; None serves rows that have none.
     """
 
     def __init__(
@@ -108,7 +111,7 @@ class Measurement:
         return known[candidate.key]
 
     def _merge(self, candidate: Candidate) -> StateDict:
-        if candidate.calibration is None:
+        if candidate.calibration is None and candidate.search is None:
             return merge(self.models, candidate)
         if self._calibrate is None:
             raise ValueError(f"calibrate: got None, need what merges {candidate.key}")
@@ -160,6 +163,8 @@ def rows_of(record: RecordName) -> list[Row]:
         case "calibrated-confirmation":
             claimed = named_rows(calibrated_rows(), CALIBRATED)
             return list(dict.fromkeys([*reference_rows(), *claimed]))
+        case "searched":
+            return searched_rows()
 
 
 def models_of(rows: Iterable[Row]) -> list[str]:
@@ -173,15 +178,17 @@ def measure_seed(folder: Path, seed: int, record: RecordName, device: str) -> Re
     torch.set_num_threads(1)
     models, rows = Models(folder), rows_of(record)
     calibrated = record.startswith("calibrated")
-    # A folder of its own, so that neither record of the seed's models takes the other one's place.
-    kept = folder / "calibrated" if calibrated else folder
+    # A folder of its own, so that no record of the seed's models takes the place of another.
+    kept = folder / "calibrated" if calibrated else folder / record if record == "searched" else folder
     kept.mkdir(exist_ok=True)
-    sources = CALIBRATING if calibrated else MERGING
+    sources = CALIBRATING if calibrated else SEARCHING if record == "searched" else MERGING
     scores = Record.open(kept, models.fingerprint(models_of(rows), *ASKING, *sources))
     world = World(seed)
     ask = Asker(folder, world, device)
     scores.questions = ask.questions()
-    if not calibrated:
+    if kept == folder:
         scores.layers = layers(models)
-    calibrate = Calibrator(folder, world, kept / "scratch") if calibrated else None
-    return Measurement(kept, models, ask, scores, calibrate).run(rows)
+    make: Calibrate | None = Calibrator(folder, world, kept / "scratch") if calibrated else None
+    if record == "searched":
+        make = Searcher(folder, world, kept / "scratch")
+    return Measurement(kept, models, ask, scores, make).run(rows)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
 Split = Literal["valid", "test"]
-RecordName = Literal["development", "confirmation", "calibrated", "calibrated-confirmation"]
+RecordName = Literal["development", "confirmation", "calibrated", "calibrated-confirmation", "searched"]
 RECORDS: Final[tuple[RecordName, ...]] = get_args(RecordName)
 Scores = dict[str, float]
 FILE: Final = "merges.json"

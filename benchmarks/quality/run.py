@@ -4,9 +4,11 @@
     python -m benchmarks.quality.run --size small --seeds 5 6 7 8 9 --record confirmation
     python -m benchmarks.quality.run --size small --seeds 0 1 2 3 4 --record calibrated
     python -m benchmarks.quality.run --size small --seeds 10 11 12 13 14 --record calibrated-confirmation
+    python -m benchmarks.quality.run --size small --seeds 0 1 2 3 4 --record searched
 
-The first measures every merge that sees weights alone, the third merges that are calibrated with prompts; the others
-only what hypotheses.py claims of these, on seeds that were not looked at when it was claimed. A run that is cut off
+The first measures every merge that sees weights alone, the third merges that are calibrated with prompts, the fifth
+merges whose parameters are searched for with few questions, beside grids on all of them; the others only what
+hypotheses.py claims of these, on seeds that were not looked at when it was claimed. A run that is cut off
 goes on where it was: models and scores are kept in --root.
 """
 
@@ -25,7 +27,7 @@ from benchmarks.quality.measure import measure_seed, models_of, rows_of
 from benchmarks.quality.records import RECORDS, Record, RecordName
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-EXPLORING: Final = ("development", "calibrated")
+EXPLORING: Final = ("development", "calibrated", "searched")
 """Records that may share seeds with each other: nothing that they show was claimed before."""
 
 

@@ -26,6 +26,7 @@ _HEADS = {
     "tuned": "method, tuned",
     REFERENCE: "model",
     "calibrated:fresh": "calibration",
+    "searched": "merge",
 }
 
 
@@ -152,6 +153,7 @@ TITLES: Final = {
     "calibrated-against": "Calibrated merges against others",
     "calibrated-confirmation": "Calibrated merges, fresh seeds",
     "calibrated-claims": "Calibrated merges, claims",
+    "searched": "Merges whose parameters are searched for",
 }
 """The heading of each table."""
 
@@ -163,6 +165,9 @@ def all_tables(records: Mapping[RecordName, Results]) -> dict[str, str]:
         tables |= merge_tables(records["development"], records.get("confirmation"))
     if "calibrated" in records:
         tables |= calibrated_tables(records["calibrated"], records.get("calibrated-confirmation"))
+    if "searched" in records:
+        searched = records["searched"]
+        tables["searched"] = f"{about(searched)}\n\n{score_table(searched, ['searched'])}"
     return tables
 
 
@@ -242,6 +247,7 @@ def _seconds(results: Results, row: str) -> str:
 _LAST_COLUMNS: Final = {
     "tuned": _LastColumn("chosen most often", "---", _most_often),
     "calibrated": _LastColumn("seconds", "---:", _seconds),
+    "searched": _LastColumn("chosen most often", "---", _most_often),
 }
 """By the first part of a group's name."""
 

@@ -16,7 +16,14 @@ from resm_kernels.checkpoint.auxiliary import CONFIG_FILE, MODEL_PATTERNS, read_
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
 from resm_kernels.checkpoint.quantised import formed, is_quantised, without_quantization
 from resm_kernels.checkpoint.quantised.reader import quantization_of
-from resm_kernels.checkpoint.reader import WEIGHTS_SUFFIX, CheckpointReader, chosen_files, holds_weights
+from resm_kernels.checkpoint.reader import (
+    INDEX_SUFFIX,
+    SINGLE_FILE,
+    WEIGHTS_SUFFIX,
+    CheckpointReader,
+    chosen_files,
+    holds_weights,
+)
 from resm_kernels.files import parse_json, path_problem, read_bytes, read_object, shortened
 
 PIPELINE_FILE: Final = "model_index.json"
@@ -26,6 +33,7 @@ SMALL_FILES: Final = (
     "additional_chat_templates/*.jinja",
 )
 
+ADAPTER_FILE: Final = "adapter_config.json"
 GGUF_SUFFIX: Final = ".gguf"
 _PROJECTOR: Final = "mmproj"
 """Names of GGUF files begin so that hold the part of a model that reads images; the language model is another file."""
@@ -185,6 +193,12 @@ def gguf_file(path: Path) -> Path | None:
         names = ", ".join(file.name for file in found[:4]) + (" …" if len(found) > 4 else "")
         raise CheckpointError(f"{path}: holds {len(found)} GGUF files ({names}); name the file that is meant")
     return found[0]
+
+
+def is_adapter_folder(folder: Path) -> bool:
+    """Return True for a folder that holds an adapter's configuration and not the weights of a whole model."""
+    has_model = os.path.lexists(folder / SINGLE_FILE) or any(folder.glob(f"*{INDEX_SUFFIX}"))
+    return os.path.lexists(folder / ADAPTER_FILE) and not has_model
 
 
 def pretrained(path: Path, file: Path | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import copy
 import functools
 import json
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any, Final
 
 import torch
 
-from resm_kernels.checkpoint import TensorInfo
+from resm_kernels.checkpoint import TensorInfo, json_bytes
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.engine.weight_loading import WeightLoading
@@ -109,8 +111,11 @@ class Architecture(WeightLoading):
         Raises:
             Exception: Whatever the class raises for a configuration that it does not take.
         """
-        with _quiet():
-            config = type(self._model.config).from_dict({k: v for k, v in entries.items() if k not in _UNRELATED})
+        with _quiet(), tempfile.TemporaryDirectory() as folder:
+            # Not from the mapping itself, because some numbers are written as texts in files.
+            content = json_bytes({key: value for key, value in entries.items() if key not in _UNRELATED})
+            (Path(folder) / CONFIG_FILE).write_bytes(content)
+            config = type(self._model.config).from_pretrained(folder, local_files_only=True)
         return Architecture(_on_meta(type(self._model), config))
 
     def missing(self, names: Iterable[str]) -> list[str]:
@@ -150,9 +155,11 @@ class Architecture(WeightLoading):
         return [] if owner is None else [name for name, _ in owner.named_parameters(recurse=False)]
 
     def is_transposed(self, module: str) -> bool | None:
-        """Return whether a module stores its fused experts as (experts, in, out); None if there is no such module."""
+        """Return whether a module stores its weights as (in, out) or (experts, in, out); None if there is none."""
         owner = self._module(module)
-        return None if owner is None else bool(getattr(owner, "is_transposed", False))
+        if owner is None:
+            return None
+        return type(owner).__name__ == "Conv1D" or bool(getattr(owner, "is_transposed", False))
 
     def _module(self, name: str) -> Any:
         for spelled in (name, f"{self._prefix}.{name}", self._bare(name)):

@@ -70,7 +70,7 @@ def check_config_source(recipe: Recipe, models: OpenedModels, layout: Layout, op
         )
     if recipe.config_source is None or options.out_format == "dcp" or layout.origins:
         return
-    folder = model_folder(recipe.config_source, "config_source")
+    folder = model_folder(recipe.config_source, "config_source", weights=False)
     if not list(folder.glob("*.safetensors")):
         return
     with open_form(folder)[0] as reader:

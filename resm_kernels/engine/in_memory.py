@@ -96,24 +96,24 @@ class InMemory:
         self.tensors: Mapping[str, TensorInMemory] = MappingProxyType(tensors)
 
     def _by_architecture(self, architecture: Architecture) -> list[Group]:
-        state = architecture.model.state_dict()
-        found: dict[str, tuple[str | None, list[tuple[str, str | None]]]] = {}
-        for name, renamed in architecture.renamed(self._reader.tensors).items():
-            if renamed.key in state:
-                found.setdefault(renamed.key, (renamed.pattern, []))[1].append((name, renamed.pattern))
-            else:
-                self.unknown.append(name)
-        for key, (_, stored) in found.items():
-            if len(stored) > 1 and stored[0][1] is None:
+        shapes = {name: info.shape for name, info in self._reader.tensors.items()}
+        groups: dict[str, Group] = {}
+        converted: set[str] = set()
+        for conversion in architecture.conversions(shapes):
+            stored = tuple((name, pattern) for pattern, name, _ in conversion.sources)
+            groups[conversion.key] = Group(conversion.key, stored, conversion.converter)
+            converted.update(name for name, _ in stored)
+        for name, key in architecture.keys(name for name in shapes if name not in converted).items():
+            if key in groups:
                 raise CheckpointError(
-                    f"{self._reader.folder}: tensors {stored[0][0]!r} and {stored[1][0]!r} are both {key!r} of the "
+                    f"{self._reader.folder}: tensors {groups[key].stored[0][0]!r} and {name!r} are both {key!r} of the "
                     "loaded model; need one of them"
                 )
-        converters = architecture.converters()
-        return [
-            Group(key, tuple(stored), None if pattern is None else converters[pattern])
-            for key, (pattern, stored) in found.items()
-        ]
+            groups[key] = Group(key, ((name, None),))
+        known = {key: group for key, group in groups.items() if key in architecture.shapes}
+        self.unknown = [name for key, group in groups.items() if key not in known for name, _ in group.stored]
+        order = {name: i for i, name in enumerate(shapes)}
+        return sorted(known.values(), key=lambda group: order[group.stored[0][0]])
 
     def _described(self, group: Group) -> dict[str, Tensor]:
         """Return the tensors of a group without values."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine.architecture import Architecture
-from resm_kernels.engine.conversions import Conversion, renamed
+from resm_kernels.engine.locating import Conversion, renamed
 from resm_kernels.lora import LoadedModel, Parameter
 from resm_kernels.lora.loaded import whole_parameter
 

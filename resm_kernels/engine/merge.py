@@ -242,7 +242,8 @@ def run_jobs(
 
     def write_result(job: TensorJob, result: Tensor) -> None:
         if job.rounding is None:
-            write(job.name, result, job.start)
+            # A block of whole rows need not have the shape of a part of the tensor.
+            write(job.name, result if job.whole is None else result.reshape(-1), job.start)
             return
         with thread_count(plan.options.threads):  # each Python thread has a number of its own
             tensors, own = job.rounding.encode(result)

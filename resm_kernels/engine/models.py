@@ -25,6 +25,7 @@ from resm_kernels.checkpoint.quantised import without_quantization
 from resm_kernels.engine.adapted import adapted_model
 from resm_kernels.engine.recorded_base import recorded_base
 from resm_kernels.engine.spelling import Spellings, adapter_note
+from resm_kernels.hub import is_cached
 from resm_kernels.lora import AdapterReader, check_recorded_base, is_adapter_folder
 from resm_kernels.lora.config import CONFIG_FILE as ADAPTER_CONFIG
 from resm_kernels.recipe import (
@@ -35,6 +36,7 @@ from resm_kernels.recipe import (
     dotted,
     model_and_adapter,
     model_folder,
+    recorded_base_name,
 )
 
 if TYPE_CHECKING:
@@ -101,8 +103,8 @@ class OpenedModels:
         reference: The model whose file order, dtypes and config the output takes.
         by_source: The model of each source.
         notes: What is left out of the models, renamed or added, because files spell one model in different ways.
-        remarks: Which base model was found for adapters that the recipe names alone, and why transformers was not asked
-            how to spell the models, where that would be needed.
+        remarks: Which base model was found for adapters that the recipe names alone, which folders have the name of a
+            model on the hub, and why transformers was not asked how to spell the models, where that would be needed.
     """
 
     reference: Model
@@ -230,7 +232,7 @@ def _open_dcp(recipe: Recipe, folder: Path, on_error: contextlib.ExitStack) -> M
     if not (folder / CONFIG_FILE).exists():
         if recipe.config_source is None:
             return Model(folder, reader, {}, folder, dcp=reader)
-        source = model_folder(recipe.config_source, "config_source")
+        source = model_folder(recipe.config_source, "config_source", weights=False)
     return Model(folder, reader, without_quantization(read_config(source)), source, dcp=reader)
 
 
@@ -270,7 +272,9 @@ def open_models(
         if source.model not in places:
             places[source.model] = _locate(recipe, source.model, dotted(source.model_location), documents)
     bases = {place.key: place for place in places.values()}
-    config = None if recipe.config_source is None else model_folder(recipe.config_source, "config_source")
+    config = (
+        None if recipe.config_source is None else model_folder(recipe.config_source, "config_source", weights=False)
+    )
 
     def open_base(place: _Place) -> Model:
         if place.merged:
@@ -300,6 +304,10 @@ def open_models(
     opened = {path: open_place(place) for path, place in places.items()}
     by_source = {source: opened[source.model] for source in recipe.sources}
     remarks = [place.remark for place in places.values() if place.remark is not None]
+    if recipe.found_base:
+        remarks.append(f"base_model: {recipe.base_model}, which the {ADAPTER_CONFIG} of every model names")
+    for part in (part for path in places for part in path.split("+") if is_cached(part) and os.path.isdir(part)):
+        remarks.append(f"{part}: is the folder of this name here, not the model on the hub, which is in the cache")
     remarks = list(dict.fromkeys((*remarks, *spelled.remarks)))
     return OpenedModels(opened[recipe.reference], by_source, tuple(spelled.notes), tuple(remarks))
 
@@ -338,5 +346,6 @@ def _locate(recipe: Recipe, path: str, where: str, documents: Documents | None) 
         if base.adapter is None:
             return replace(base, adapter=folder, recorded=not base.merged)
     recorded = recorded_base(folder, where)
-    remark = f"{folder}: is a LoRA adapter of {recorded}, which its {ADAPTER_CONFIG} names as its base model"
+    name = recorded_base_name(folder)
+    remark = f"{path}: is a LoRA adapter of {name}, which its {ADAPTER_CONFIG} names as its base model"
     return _Place(recorded, folder, remark=remark)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any, Final
 from torch import nn
 
 from resm_kernels.dtypes import FLOAT_DTYPES
+from resm_kernels.engine.attribute_use import attribute_read
 from resm_kernels.engine.in_memory import InMemory
 from resm_kernels.lora.config import is_tied
 from resm_kernels.lora.peft_names import Adaptable, Kind, Layout
@@ -104,6 +106,14 @@ class _Described:
                 targets[name] = found
             else:
                 refused[name] = found
+        files: dict[str, str] = {}
+        for target in list(targets.values()):
+            in_file = self._in_file(target)
+            if in_file is None:
+                refused[target.name] = "PEFT gives its adapter another name as it loads it"
+                del targets[target.name]
+            elif in_file != target.module:
+                files[target.module] = in_file
         if any(t.kind is Kind.CONV1D for t in targets.values()):
             for target in [t for t in targets.values() if t.kind is Kind.PARAMETER]:
                 refused[target.name] = "PEFT adapts no parameters beside layers stored as (in, out)"
@@ -121,12 +131,42 @@ class _Described:
             self._tied,
             refused,
             frozenset(self._savable()),
+            files,
         )
+
+    def _in_file(self, target: Adaptable) -> str | None:
+        """Return what an adapter's file must call a module so that PEFT finds it; None if there is no such name.
+
+        PEFT renames the factors in a file as transformers renames a model's tensors, which changes some names that are
+        those in memory already.
+        """
+        stored = [name for name, _ in self._loaded.tensors[target.name].group.stored]
+        end = ".lora_A.weight"
+        for module in (target.module, module_of(stored[0])):
+            renamed = self._renamed(module + end)
+            if renamed == target.module + end or (module == target.module and (module + end).endswith(renamed)):
+                return module
+        return None
+
+    @functools.cached_property
+    def _renamings(self) -> list[Any]:
+        """The renamings that PEFT applies (`convert_peft_adapter_state_dict_for_transformers`)."""
+        from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        if get_checkpoint_conversion_mapping(self._type) is None:
+            return []
+        return [entry for entry in get_model_conversion_mapping(self._model) if isinstance(entry, WeightRenaming)]
+
+    def _renamed(self, name: str) -> str:
+        from transformers.core_model_loading import apply_renamings
+
+        return str(apply_renamings(name, self._renamings))
 
     def _ties(self) -> dict[str, str]:
         """Return for each second name of a tensor its first one, which is one that the files have."""
         first: dict[int, str] = {}
-        pairs = dict(self._model.all_tied_weights_keys)
+        pairs: dict[str, str] = dict(self._model.all_tied_weights_keys)
         for name, tensor in self._state.items():
             original = first.setdefault(id(tensor), name)
             if original != name and name not in pairs and original not in pairs:
@@ -160,6 +200,8 @@ class _Described:
         owner = module_of(path)
         if isinstance(self._modules.get(owner), nn.MultiheadAttention):
             return "its attention does not call the layer"
+        if (read := attribute_read(type(self._modules[owner]), last_part(path))) is not None:
+            return f"{type(self._modules[owner]).__name__} reads its {read}, which PEFT's layer does not have or change"
         if parameter == "weight":
             found = self._layer(name, path, module)
             if found is not None:

@@ -156,7 +156,9 @@ class MergePlan:
         if self.view is None:
             return text
         names = ", ".join(listing.name for listing, _ in self.view.missing.values())
-        return f"{self.view.shown(text)}\nto fetch    {format_bytes(self.view.nbytes)} of weights from the hub: {names}"
+        return (
+            f"{self.view.shown(text)}\nto fetch      {format_bytes(self.view.nbytes)} of weights from the hub: {names}"
+        )
 
     def auxiliary_files(self) -> Mapping[str, bytes]:
         """Return file name → content of everything but the weights: config, tokenizer, and maybe a model card."""

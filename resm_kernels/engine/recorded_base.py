@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
-from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.files import expanded, read_object, shortened
-from resm_kernels.hub import parse_id
-from resm_kernels.lora import is_adapter_folder
+from resm_kernels.checkpoint.forms import is_adapter_folder
+from resm_kernels.files import shortened
 from resm_kernels.lora.config import CONFIG_FILE
-from resm_kernels.recipe import RecipeError, model_folder
+from resm_kernels.recipe import RecipeError, model_folder, recorded_base_name
 
 
 def recorded_base(folder: Path, where: str) -> Path:
@@ -27,24 +24,17 @@ def recorded_base(folder: Path, where: str) -> Path:
         RecipeError: The configuration names no base model, or one that is not there or is an adapter itself.
         CheckpointError: The configuration is damaged.
     """
-    config = read_object(folder / CONFIG_FILE, CheckpointError)
-    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    name = recorded_base_name(folder)
     needed = f"name its base model too, as BASE+{folder}"
-    for key, value in (("base_model_name_or_path", name), ("revision", revision)):
-        if not isinstance(value, str | None):
-            raise CheckpointError(f"{folder / CONFIG_FILE}: {key}: got {shortened(value)}, need a text or null")
-    if not name:
+    if name is None:
         raise RecipeError(f"{where}: {folder} is a LoRA adapter, and its {CONFIG_FILE} names no base model; {needed}")
-    stated = expanded(name, CheckpointError, f"{folder / CONFIG_FILE}: base_model_name_or_path")
-    base = next((path for path in (stated, folder / stated) if os.path.isdir(path)), None)
-    if base is None:
-        adapter = f"{where}: {folder} is a LoRA adapter of {shortened(name)} ({CONFIG_FILE}: base_model_name_or_path)"
-        if parse_id(name) is None:
-            raise RecipeError(f"{adapter}, which is no folder here; {needed}")
-        try:
-            base = model_folder(f"{name}@{revision}" if revision and "@" not in name else name, where)
-        except RecipeError as error:
-            raise RecipeError(f"{adapter}; {str(error).removeprefix(f'{where}: ')}; {needed}") from error
+    try:
+        base = model_folder(name, where)
+    except RecipeError as error:
+        raise RecipeError(
+            f"{where}: {folder} is a LoRA adapter of {shortened(name)} ({CONFIG_FILE}: base_model_name_or_path), which "
+            f"cannot be had: {str(error).removeprefix(f'{where}: ')}; {needed}"
+        ) from error
     if is_adapter_folder(base):
         raise RecipeError(
             f"{where}: {folder} is a LoRA adapter of {base}, which is an adapter itself; merge that one into its base "

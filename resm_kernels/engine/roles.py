@@ -159,8 +159,10 @@ class RolesInMemory:
             stated = parameter_role(parameter)
             return matrix_role(Role.OTHER if stated is None else stated, path, shape)
         if isinstance(module, nn.modules.conv._ConvNd):
-            # Each group has its own inputs and outputs, so that it is a linear map of its own.
-            return matrix_role(Role.CONVOLUTION, path, shape, slices=module.groups, transposed=module.transposed)
+            # Each group has its own inputs and outputs, so that it is a linear map of its own. A file may have some of
+            # them that are joined in memory.
+            groups = max(module.groups * shape[0] // module.weight.shape[0], 1)
+            return matrix_role(Role.CONVOLUTION, path, shape, slices=groups, transposed=module.transposed)
         if isinstance(module, nn.Linear) and parameter == "weight":
             return matrix_role(Role.OUTPUT_HEAD if path in self._heads or is_head(path) else Role.LINEAR, path, shape)
         if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and "weight" in parameter:
@@ -195,7 +197,7 @@ class RolesInMemory:
             return matrix_role(stated, path, shape)
         if rank == 2 and parameter == "weight" and not re.search(r"Loss|Embedding", name):
             return matrix_role(Role.LINEAR, path, shape)
-        return matrix_role(Role.EMBEDDING if "Embedding" in name else Role.OTHER, path, shape)
+        return matrix_role(_table_role(path, name) if "Embedding" in name else Role.OTHER, path, shape)
 
 
 def _numel(shape: Sequence[int]) -> int:

@@ -18,7 +18,7 @@ from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.engine.architecture import Architecture, find_architecture, names_key
 from resm_kernels.engine.layout import LayerOrigin, Layout
 from resm_kernels.engine.models import MergeError, Model, OpenedModels
-from resm_kernels.tensor_names import layer_position
+from resm_kernels.tensor_names import LayerPosition, layer_position
 
 _COUNTS: Final = ("num_hidden_layers", "n_layer", "num_layers", "n_layers", "depth")
 _MODULE_COUNTS: Final = {
@@ -36,8 +36,8 @@ _SECTIONS: Final = {
 """Sections of configurations that may state the number of a module's layers."""
 
 _PER_LAYER: Final = re.compile(
-    r"\w*layer_types|layers_block_type|no_rope_layers|attention_layers|attn_type_list|\w*_pattern|hybrid_\w+_pattern"
-    r"|intermediate_size|num_(query|kv|key_value|attention)_heads|ffn_multipliers|\w*_per_layer|layer_\w+s"
+    r"\w*_types|layers_block_type|no_rope_layers|attention_layers|attn_type_list|\w*_pattern|intermediate_size"
+    r"|num_(query|kv|key_value|attention)_heads|ffn_multipliers|\w*_per_layer|layer_\w+"
 )
 """Lists, or texts, with one entry or letter for each layer, if there are as many of them as layers."""
 
@@ -52,6 +52,9 @@ _FIRST_LAYERS: Final = ("first_k_dense_replace", "num_dense_layers")
 
 _OWN_NUMBER: Final = re.compile(r"(layer|block)_?(idx|id|index|number|num)|idx|\w*_layer_(idx|index)")
 """Attributes of modules that hold the number of their layer."""
+
+_REASON: Final = 200
+"""The most letters of a class's reason that an error shows."""
 
 _PLAIN: Final = (bool, int, float, str, type(None))
 
@@ -253,9 +256,9 @@ class _Stack:
         try:
             output = own.with_config(self._config)
         except Exception as error:  # whatever a class does with a configuration that it does not take
-            reason = str(error).strip().partition("\n")[0]
+            reason = " ".join(str(error).split())[:_REASON]
             raise MergeError(
-                f"{place}: its class takes no configuration of these layers ({reason}); choose others"
+                f"{place}: its class takes no configuration of these layers ({reason}); choose other layers"
             ) from error
         self._check_scaled(functools.reduce(getattr, self._path, output.config))
         stack = self._stack(own, self._origins[0])
@@ -275,12 +278,20 @@ class _Stack:
                         f"is: there {key} is {needed.get(key)}, in the output {made[i].get(key)}; choose other layers"
                     )
         self._check_tied(known, output, stack)
-        missing = [name for name in output.missing(names) if name.startswith(stack)]
-        if missing:
-            raise MergeError(
-                f"{place}: the output's layers need {missing[0]!r}, which no layer that they come from stores; choose "
-                "other layers"
-            )
+        for name in output.missing(names):
+            position = layer_position(name)
+            if position is not None and position.stack == stack and not self._was_missing(known, position):
+                raise MergeError(
+                    f"{place}: the output's layers need {name!r}, which no layer that they come from stores; choose "
+                    "other layers"
+                )
+
+    def _was_missing(self, known: Mapping[str, Architecture], position: LayerPosition) -> bool:
+        """Return True if the model that a layer comes from lacks the tensor itself."""
+        origin = self._origins[position.number]
+        architecture = known[names_key(origin.model.config)]
+        name = f"{self._stack(architecture, origin)}{origin.number}{position.rest}"
+        return name in architecture.missing(origin.model.reader.tensors)
 
     def _stack(self, architecture: Architecture, origin: LayerOrigin) -> str:
         """Return the name of the layers' stack in the loaded model."""

@@ -198,17 +198,20 @@ class JobPlanner:
         """Return whether the method decomposes a tensor of that role, as the values of its parameters for that.
 
         Linear maps are decomposed, and vocabulary as the method says. Tables are averaged like vectors unless the
-        recipe says otherwise; what is neither a table nor a linear map is averaged whatever it says.
+        recipe says otherwise. Averaged whatever it says is what is neither a table nor a linear map, and what holds a
+        vector for each of many channels, as depthwise convolutions do.
         """
         method, piece = self._recipe.method, tensor.piece
+        holds_vectors = role.slices > 1 and min(role.rows, role.columns) == 1
         stated = piece.states(method, "spectral", tensor.name, tensor.depth)
         if stated:
             spectral = parameters["spectral"] and role.role not in (Role.NORM, Role.BIAS, Role.STATE)
+            spectral = spectral and not holds_vectors
         elif role.role.is_vocabulary:
             parameter = method.parameter("spectral")
             spectral = parameter.default if parameter.vocabulary is None else parameter.vocabulary
         else:
-            spectral = role.role.is_linear_map
+            spectral = role.role.is_linear_map and not holds_vectors
         values: dict[str, Any] = {"spectral": spectral}
         if not spectral and rank > 1 and self._inner_is_spectral(parameters):
             values["inner_spectral"] = False

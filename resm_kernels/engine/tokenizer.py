@@ -106,7 +106,7 @@ def _folder(recipe: Recipe, name: str) -> Path:
     """Return the folder of a tokenizer that is in none of the recipe's models: of BASE+ADAPTER, the adapter's."""
     where = "tokenizer_source" if recipe.tokenizer_source is not None else "tokenizer.source"
     pair = model_and_adapter(name, where)
-    return model_folder(name, where) if pair is None else pair[1]
+    return model_folder(name, where, weights=False) if pair is None else pair[1]
 
 
 def tokenizer_files(folder: Path) -> Path | Mapping[str, bytes]:

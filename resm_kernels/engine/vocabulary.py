@@ -63,12 +63,9 @@ class Vocabulary:
         table = self._tables.table(tensor.name)
         assert table is not None
         models = [self._models.by_source[source] for source in tensor.piece.sources]
-        tensors = ModelTensors(
-            [(m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True)], table
-        )
-        model_rows = [
-            self._rows_of(model, table, info) for model, (_, info) in zip(models, tensors.tensors, strict=True)
-        ]
+        infos = [model.reader.tensors[name] for model, name in zip(models, tensor.inputs, strict=True)]
+        tensors = ModelTensors([(model.reader, info) for model, info in zip(models, infos, strict=True)], table)
+        model_rows = [self._rows_of(model, table, info) for model, info in zip(models, infos, strict=True)]
         base = next((i for i, s in enumerate(tensor.piece.sources) if self._base and s.is_model(self._base)), None)
         if tensor.piece.base is not None:
             base = 0

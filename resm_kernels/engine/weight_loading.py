@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from resm_kernels.checkpoint import TensorInfo
-from resm_kernels.engine.conversions import Conversion, placements
-from resm_kernels.engine.conversions import renamed as with_names
+from resm_kernels.engine.locating import Conversion, placements
+from resm_kernels.engine.locating import renamed as with_names
 from resm_kernels.lora import Parameter
 from resm_kernels.lora.loaded import whole_parameter
 

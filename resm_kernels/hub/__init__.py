@@ -8,6 +8,25 @@ placeholders, whose headers are read from the hub, so that a merge can be planne
 from __future__ import annotations
 
 from resm_kernels.hub.client import HubError
-from resm_kernels.hub.models import UnseenWeights, View, begin, cached_commit, headers_alone, model_of, parse_id
+from resm_kernels.hub.models import (
+    UnseenWeights,
+    View,
+    begin,
+    cached_commit,
+    headers_alone,
+    is_cached,
+    model_of,
+    parse_id,
+)
 
-__all__ = ["HubError", "UnseenWeights", "View", "begin", "cached_commit", "headers_alone", "model_of", "parse_id"]
+__all__ = [
+    "HubError",
+    "UnseenWeights",
+    "View",
+    "begin",
+    "cached_commit",
+    "headers_alone",
+    "is_cached",
+    "model_of",
+    "parse_id",
+]

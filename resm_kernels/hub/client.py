@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
 import os
 import re
 import shutil
@@ -97,6 +98,11 @@ def cached_folder(repository: str, revision: str) -> Path | None:
     return folder if commit and "/" not in commit and folder.is_dir() else None
 
 
+def storage_exists(repository: str) -> bool:
+    """Return True if the cache has a folder for a repository; False also without huggingface_hub."""
+    return importlib.util.find_spec("huggingface_hub") is not None and _storage(repository).is_dir()
+
+
 def snapshot_folder(listing: Listing) -> Path:
     """Return the folder in which the cache has, or will have, the files of a commit."""
     return _storage(listing.repository) / "snapshots" / listing.commit
@@ -165,7 +171,9 @@ def _say(text: str) -> None:
 
 
 def _storage(repository: str) -> Path:
-    return Path(_library().constants.HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return Path(HF_HUB_CACHE) / f"models--{repository.replace('/', '--')}"
 
 
 def _library() -> Any:

@@ -16,7 +16,7 @@ from typing import Final
 
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.format import CheckpointError
-from resm_kernels.checkpoint.forms import MODULES_FILE, PIPELINE_FILE, SMALL_FILES, weight_files
+from resm_kernels.checkpoint.forms import ADAPTER_FILE, MODULES_FILE, PIPELINE_FILE, SMALL_FILES, weight_files
 from resm_kernels.checkpoint.reader import INDEX_SUFFIX, WEIGHTS_SUFFIX
 from resm_kernels.checkpoint.remote import set_source
 from resm_kernels.files import LIST_BYTES
@@ -33,10 +33,11 @@ from resm_kernels.hub.client import (
     read_range,
     shown_name,
     snapshot_folder,
+    storage_exists,
 )
 
 _ID: Final = re.compile(r"(?P<repository>[A-Za-z0-9_][\w.-]*/[\w.-]+)(?:@(?P<revision>(?!.*\.\.)[^/@+\s][^@+\s]*))?")
-_ADAPTER: Final = ("adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin"))
+_ADAPTER_WEIGHTS: Final = ("adapter_model.safetensors", "adapter_model.bin")
 _WEIGHTS: Final = (WEIGHTS_SUFFIX, ".bin", ".gguf")
 _FIRST: Final = 100_000
 """Bytes of a file that are asked for first; most headers fit into them (huggingface_hub asks for as many)."""
@@ -63,7 +64,8 @@ class View:
 
     def check_space(self) -> None:
         """Raise a HubError if the cache has no room for the missing files."""
-        check_space(self.nbytes, [listing.name for listing, _ in self.missing.values()])
+        if self.missing:  # huggingface_hub is imported only if it is needed
+            check_space(self.nbytes, [listing.name for listing, _ in self.missing.values()])
 
     def fetch(self) -> None:
         """Fetch the weights of all of them."""
@@ -135,11 +137,14 @@ def parse_id(text: str) -> tuple[str, str] | None:
     return None if match is None else (match["repository"], match["revision"] or MAIN)
 
 
-def model_of(repository: str, revision: str) -> Path:
+def model_of(repository: str, revision: str, *, weights: bool = True) -> Path:
     """Return a local folder with the files of a model or an adapter on the hub.
 
     Weights are chosen as from a local folder: safetensors before pickled files, and GGUF only if there is nothing else.
     Small files come with them; folders such as `original` and `onnx` and all other files stay on the hub.
+
+    Args:
+        weights: Fetch the weights too (default); a repository without weights is an error then.
 
     Raises:
         HubError: The hub has no such repository or revision or none that this user may read, it cannot be reached, a
@@ -158,14 +163,16 @@ def model_of(repository: str, revision: str) -> Path:
     small = _small_files(listing)
     if absent := [name for name in small if not (folder / name).exists()]:
         download(listing, absent, revision=revision)
+    if not weights:
+        return folder
     view = _view.get()
     if view is not None:
         known = next((place for place, (other, _) in view.missing.items() if other is listing), None)
         if known is not None:
             return known
     with tempfile.TemporaryDirectory(prefix="resm-kernels-") as root:
-        weights = _weights(listing, small, folder, Path(root, listing.repository))
-    missing = [name for name in weights if not (folder / name).exists()]
+        needed = _weights(listing, small, folder, Path(root, listing.repository))
+    missing = [name for name in needed if not (folder / name).exists()]
     if not missing:
         return folder
     if view is None:
@@ -176,7 +183,7 @@ def model_of(repository: str, revision: str) -> Path:
         raise UnseenWeights(listing, missing)
     place = view.place(listing)
     view.missing[place] = (listing, missing)
-    for name in (*small, *(name for name in weights if name not in missing)):
+    for name in (*small, *(name for name in needed if name not in missing)):
         _link(place / name, folder / name)
     with ThreadPoolExecutor(_THREADS) as pool:
         list(pool.map(lambda name: _placeholder(view, listing, name, place / name), missing))
@@ -207,6 +214,12 @@ def cached_commit(folder: Path) -> tuple[str, str] | None:
     if real.parent.name != "snapshots" or not owner.startswith("models--") or not _COMMIT.fullmatch(real.name):
         return None
     return owner.removeprefix("models--").replace("--", "/", 1), real.name
+
+
+def is_cached(text: str) -> bool:
+    """Return True if a text is a hub id, and the cache has something of that repository."""
+    found = parse_id(text)
+    return found is not None and storage_exists(found[0])
 
 
 def _listed(repository: str, revision: str) -> Listing | None:
@@ -244,8 +257,8 @@ def _weights(listing: Listing, small: Sequence[str], folder: Path, sketch: Path)
     try:
         files = [file.relative_to(sketch).as_posix() for file in weight_files(sketch)]
     except CheckpointError as error:
-        adapter = next((name for name in _ADAPTER[1] if name in listing.sizes), None)
-        if adapter is None or _ADAPTER[0] not in listing.sizes:
+        adapter = next((name for name in _ADAPTER_WEIGHTS if name in listing.sizes), None)
+        if adapter is None or ADAPTER_FILE not in listing.sizes:
             raise HubError(str(error).replace(str(sketch), listing.name)) from error
         return [adapter]
     weights = [name for name in files if not name.endswith(".index.json")]

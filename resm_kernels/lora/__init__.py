@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from resm_kernels.checkpoint.forms import is_adapter_folder
 from resm_kernels.lora.adapter import AdapterReader
-from resm_kernels.lora.config import AdapterConfig, check_recorded_base, is_adapter_folder, read_adapter_config
+from resm_kernels.lora.config import AdapterConfig, check_recorded_base, read_adapter_config
 from resm_kernels.lora.extract_report import ExtractedLayer, ExtractReport, OtherTensor
 from resm_kernels.lora.factors import Factors, merge_factors
 from resm_kernels.lora.loaded import Axis, LoadedModel, Parameter, Placement

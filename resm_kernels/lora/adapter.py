@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import math
-import os
+import threading
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import CONFIG_BYTES, read_bytes
 from resm_kernels.linalg.threads import run
 from resm_kernels.lora.changes import LowRank, Whole
-from resm_kernels.lora.config import CONFIG_FILE, PICKLED_WEIGHTS_FILE, WEIGHTS_FILE, read_adapter_config
+from resm_kernels.lora.config import CONFIG_FILE, find_weights, read_adapter_config
 from resm_kernels.lora.loaded import LoadedModel, Parameter
 from resm_kernels.lora.parts import read_stored
 from resm_kernels.lora.patches import Patch, StoredFactors, rows_of
@@ -33,6 +33,8 @@ _PANEL: Final = 256
 """The most rows that are formed at once, which bounds the memory for the base's rows and the product."""
 _PANEL_ELEMENTS: Final = 1 << 20
 """The most elements of a panel of a tensor whose rows are matrices, such as fused experts; one row at least."""
+_RECENT: Final = 2
+"""How many changes' factors are kept in memory: those of a layer's experts, which files store one by one."""
 _KINDS: Final = ("lora_", "hada_", "lokr_", "token_adapter", "trainable_tokens_", "ia3_", "vera_", "oft_")
 """Beginnings of names that PEFT gives to parts of changes."""
 
@@ -46,7 +48,7 @@ class AdapterReader(CheckpointReader):
     stores whole (modules_to_save, trained biases) replace those of the base, trained rows of an embedding its rows. A
     head that the base does not have is added. All other tensors are the base's. The change is formed when a tensor is
     read, in pieces of at most 256 rows. Its factors are read anew each time, so that no part of the merged model stays
-    in memory.
+    in memory; only those of fused experts that the base stores one by one are kept for the next expert.
 
     Adapted tensors are fp32, not of the base's dtype, because rounding θ_t to bf16 would lose most of a small change.
 
@@ -84,12 +86,7 @@ class AdapterReader(CheckpointReader):
         model: LoadedModel | None = None,
         tied_embeddings: str = "error",
     ) -> None:
-        if not os.path.lexists(folder / CONFIG_FILE):
-            raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
-        names = (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE)
-        name = next((name for name in names if os.path.lexists(folder / name)), None)
-        if name is None:
-            raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
+        name = find_weights(folder)
         self._file = folder / name
         super().__init__(folder, name)
         self.config = read_adapter_config(folder)
@@ -99,11 +96,13 @@ class AdapterReader(CheckpointReader):
         self.added: dict[str, TensorInfo] = {}
         self._replaced: dict[str, TensorInfo] = {}
         self._patches: dict[str, list[Patch]] = {}
+        self._recent: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._factors_lock = threading.Lock()
         stored = read_stored(self.tensors)
         changed = [*(f"{module.name}.weight" for module in stored.modules), *stored.saved]
         loaded = LoadedModel(base.tensors) if model is None else model
         tied = TiedModel(loaded, base_config, base.tensors, changed, stored.saved)
-        targets = list(TargetFinder(self.config, tied, base.folder).targets(stored.modules))
+        targets = list(TargetFinder(self.config, tied, base_config, base.folder).targets(stored.modules))
         self.targets, saved = settle_tied(
             targets, stored.saved, tied, tied_embeddings, self.read_info, (folder, base.folder)
         )
@@ -308,7 +307,7 @@ class AdapterReader(CheckpointReader):
     def _form(self, info: TensorInfo, first: int, last: int, out: Tensor) -> None:
         """Form the rows `first`, which begins a panel, to `last` of an adapted tensor in `out`."""
         patches = [
-            (patch, patch.target.change.tile([self.read_info(i).to(out.dtype) for i in patch.target.change.infos]))
+            (patch, patch.target.change.tile(self._factors(patch.target, out.dtype)))
             for patch in self._patches[info.name]
         ]
 
@@ -324,6 +323,20 @@ class AdapterReader(CheckpointReader):
             if patch.target.magnitude is not None:
                 magnitude = self.read_info(patch.target.magnitude).to(out.dtype)
                 run([functools.partial(patch.scale_outputs, magnitude, out)], out.device)
+
+    def _factors(self, target: Target, dtype: torch.dtype) -> list[Tensor]:
+        """Read what a change is formed from; of a parameter in several tensors it is kept until others are read."""
+        key = id(target), dtype
+        with self._factors_lock:
+            if key in self._recent:
+                return self._recent[key]
+        factors = [self.read_info(info).to(dtype) for info in target.change.infos]
+        if len(target.parameter.placements) > 1:
+            with self._factors_lock:
+                while len(self._recent) >= _RECENT:
+                    del self._recent[next(iter(self._recent))]
+                self._recent[key] = factors
+        return factors
 
     def _read_rows(self, name: str, first: int, last: int, out: Tensor) -> None:
         """Fill `out` with rows `first` to `last` of the tensor that the adapter is added to, in the dtype of `out`."""

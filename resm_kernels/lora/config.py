@@ -11,10 +11,11 @@ from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.auxiliary import config_entry
+from resm_kernels.checkpoint.forms import ADAPTER_FILE
 from resm_kernels.files import NamePatterns, expanded, read_object, shortened
 from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding
 
-CONFIG_FILE: Final = "adapter_config.json"
+CONFIG_FILE: Final = ADAPTER_FILE
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 PICKLED_WEIGHTS_FILE: Final = "adapter_model.bin"
 """The file of the weights of adapters that older versions of PEFT saved."""
@@ -126,6 +127,20 @@ class AdapterConfig:
         """Return the rows of an embedding that were trained; None if the configuration has none for this module."""
         ends = (rows for name, rows in self.token_indices.items() if not name or f".{module}".endswith(f".{name}"))
         return next(ends, None)
+
+
+def find_weights(folder: Path) -> str:
+    """Return the name of the file that holds an adapter's tensors.
+
+    Raises:
+        CheckpointError: The folder has no configuration of an adapter, or no such file.
+    """
+    if not os.path.lexists(folder / CONFIG_FILE):
+        raise CheckpointError(f"{folder}: no {CONFIG_FILE}; need a PEFT adapter folder")
+    name = next((name for name in (WEIGHTS_FILE, PICKLED_WEIGHTS_FILE) if os.path.lexists(folder / name)), None)
+    if name is None:
+        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE}; save the adapter with safe_serialization")
+    return name
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
@@ -251,12 +266,6 @@ def _flag(file: Path, data: Mapping[str, Any], key: str) -> bool:
     if not isinstance(value, bool | None):
         raise CheckpointError(f"{file}: {key}: got {shortened(value)}, need true or false")
     return bool(value)
-
-
-def is_adapter_folder(folder: Path) -> bool:
-    """Return True for a folder that holds an adapter's configuration and not the weights of a whole model."""
-    has_model = os.path.lexists(folder / "model.safetensors") or any(folder.glob("*.safetensors.index.json"))
-    return os.path.lexists(folder / CONFIG_FILE) and not has_model
 
 
 def is_tied(config: Mapping[str, Any], names: Mapping[str, Any]) -> bool:

@@ -27,6 +27,8 @@ from resm_kernels.tensor_names import is_embedding_or_head, last_part, module_of
 
 _BATCH_BYTES: Final = 256 << 20
 """The task vectors in fp32 that are decomposed side by side; one that is larger is decomposed alone."""
+_PANEL: Final = 1 << 24
+"""Elements of a tensor that is not decomposed whose change is formed at a time."""
 
 
 class _Info(Protocol):
@@ -119,12 +121,12 @@ class Extraction:
             CheckpointError: A model has NaN or infinite values, or the models do not differ.
         """
         report = ExtractReport(out)
-        factors: dict[str, tuple[Kept, Kept]] = {}
+        kept: dict[str, tuple[Kept, Kept]] = {}
         for batch in self._batches():
             for layer, pair in self._decomposed(batch):
                 report.layers.append(layer)
                 if pair is not None:
-                    factors[layer.name] = writer.keep(pair[0]), writer.keep(pair[1])
+                    kept[layer.name] = writer.keep(pair[0]), writer.keep(pair[1])
                 if on_layer is not None:
                     on_layer(layer)
         changed = self._changed_rest()
@@ -136,8 +138,8 @@ class Extraction:
                 "extract"
             )
         selection = Selection(self._layout, ranks.keys())
-        for name, pair in factors.items():
-            for stored_name, tensor in zip(selection.factor_names(name), pair, strict=True):
+        for name, factors in kept.items():
+            for stored_name, tensor in zip(selection.factor_names(name), factors, strict=True):
                 writer.add_kept(stored_name, tensor)
         modules = self._save_rest(writer, selection, changed, report) if self._options.save_rest else set()
         if not self._options.save_rest:
@@ -169,7 +171,7 @@ class Extraction:
 
     def _decomposed(self, batch: Sequence[Adaptable]) -> Iterator[tuple[ExtractedLayer, tuple[Tensor, Tensor] | None]]:
         """Yield the layer of each target with its factors A and B, which are None for an unchanged one."""
-        deltas = [self._task_vector(target.name)[0] for target in batch]
+        deltas = [self._difference(target.name, *self._pair(target.name)) for target in batch]
         matrices = [_matrices(target, delta) for target, delta in zip(batch, deltas, strict=True)]
         cut = _Truncation(self._options)
         # Every matrix is one task on one thread: together they use the threads better than each could.
@@ -194,28 +196,34 @@ class Extraction:
         """Return the tensors that differ and are not selected, by name in memory."""
         changed = {}
         for name in [*(n for n in self._layout.tensors if n not in self._targets), *self._copies]:
-            delta, base_norm = self._task_vector(name)
-            norm = frobenius_norm(_as_matrix(delta)) if delta.dtype in FLOAT_DTYPES else 0.0
-            differs = norm > 0 if delta.dtype in FLOAT_DTYPES else bool(delta.any())
-            if differs:
-                size = norm / base_norm if base_norm and norm else math.inf
-                changed[name] = OtherTensor(name, size, norm, self._layout.refused.get(name, ""))
+            base, tuned = self._pair(name)
+            reason = self._layout.refused.get(name, "")
+            if base.dtype not in FLOAT_DTYPES or tuned.dtype not in FLOAT_DTYPES:
+                if base.dtype != tuned.dtype or not torch.equal(base, tuned):
+                    changed[name] = OtherTensor(name, math.inf, 0.0, reason)
+                continue
+            # In panels, because a vocabulary's Δ in fp32 would be larger than both tables.
+            panels = [x.split(max(1, _PANEL // max(x.shape[1], 1))) for x in (_as_matrix(base), _as_matrix(tuned))]
+            pairs = list(zip(*panels, strict=True))
+            norm = math.hypot(*(frobenius_norm(self._difference(name, *pair)) for pair in pairs))
+            if norm > 0:
+                base_norm = math.hypot(*(frobenius_norm(panel) for panel, _ in pairs))
+                changed[name] = OtherTensor(name, norm / base_norm if base_norm else math.inf, norm, reason)
         return changed
 
-    def _task_vector(self, name: str) -> tuple[Tensor, float]:
-        """Return Δ of a tensor and ‖θ₀‖_F; of tensors that are not floating-point where they differ, and 0."""
-        base, tuned = self._base.read(self._layout.tied.get(name, name)), self.read_tuned(name)
-        if base.dtype not in FLOAT_DTYPES or tuned.dtype not in FLOAT_DTYPES:
-            return (base != tuned) | (base.dtype != tuned.dtype), 0.0
+    def _pair(self, name: str) -> tuple[Tensor, Tensor]:
+        return self._base.read(self._layout.tied.get(name, name)), self.read_tuned(name)
+
+    def _difference(self, name: str, base: Tensor, tuned: Tensor) -> Tensor:
+        """Return Δ of a tensor, or of some of its rows."""
         try:
-            delta = task_matrix(base, tuned)
+            return task_matrix(base, tuned)
         except NonFiniteError as error:
             folders = self._tuned.folder, self._base.folder
             raise CheckpointError(
                 f"{folders[error.index or 0]}: tensor {name!r} holds {error.count} NaN or infinite values; "
                 "the model is damaged"
             ) from error
-        return delta, 0.0 if name in self._targets else frobenius_norm(_as_matrix(base))
 
     def _save_rest(
         self, writer: AdapterWriter, selection: Selection, changed: Mapping[str, OtherTensor], report: ExtractReport

@@ -165,7 +165,7 @@ def merge_cores(
     if not options["spectral"] or min(shape) < n_experts:
         return _weighted(cores, weights) / n_experts
     sparsity = [0.0] * n_experts
-    if method == "resm" and not _keeps_all(factors, options, shape):
+    if method == "resm" and not _needs_no_statistics(factors, options, shape):
         outlier_mass, sparsity = _statistics(factors, options, dtype)
         shares = outlier_weights(outlier_mass, options["beta"]).tolist()
         weights = [a * w for a, w in zip(shares, weights, strict=True)]
@@ -189,21 +189,25 @@ def _weighted(cores: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     return total
 
 
-def _keeps_all(factors: Sequence[Factors], options: Mapping[str, Any], shape: tuple[int, int]) -> bool:
-    """Return True if RESM's statistics cannot matter: its weights are equal, and no Δ_t loses a direction.
+def _needs_no_statistics(factors: Sequence[Factors], options: Mapping[str, Any], shape: tuple[int, int]) -> bool:
+    """Return True if RESM's statistics cannot matter: its weights are equal, and ranks do not depend on the sparsity.
 
     The sparsity s_t, the share of zeros, lowers the rank k_t. By Cauchy and Schwarz |δ_ij| ≤ ‖b_i‖·‖a_j‖ for row i of B
     and column j of A. So Δ_t has at least Σ_ij δ_ij²/(‖b_i‖²·‖a_j‖²) elements that are not zero, which is the squared
     norm of the product of the normalised factors, and follows from two small Gram matrices.
     """
-    if options["beta"] or options["eps_rel"] or options["rank_rule"] not in ("sparsity", "per_task"):
+    if options["beta"]:
         return False
-    most = [1 - _least_nonzero(f) / (shape[0] * shape[1]) for f in factors]
+    if options["rank_rule"] not in ("sparsity", "per_task"):
+        return True
+    if options["eps_rel"]:
+        return False
+    most = [1 - least_nonzero(f) / (shape[0] * shape[1]) for f in factors]
     kept = ranks_of_statistics(options["rank_rule"], most, shape, options["gamma"], None, options["k_min"])
     return all(k >= f.left.shape[1] for k, f in zip(kept, factors, strict=True))
 
 
-def _least_nonzero(factors: Factors) -> float:
+def least_nonzero(factors: Factors) -> float:
     """Return a lower bound of the number of elements of left·right that are not zero."""
     grams = []
     for rows in (factors.left.double(), factors.right.mT.double()):

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo, open_form
+from resm_kernels.checkpoint.forms import is_adapter_folder
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import shortened
 from resm_kernels.lora.adapter import AdapterReader
-from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base, is_adapter_folder
+from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base
 from resm_kernels.lora.elements import TaskVector
 from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.source import AdapterSource
@@ -41,6 +42,7 @@ class AdapterGroup:
     Args:
         adapters: The adapters, in the recipe's order; an adapter may be there more than once.
         base: Their base model, if the recipe names a folder.
+        base_key: What the recipe calls the base model, which is opened if it is needed; None if it names none.
         base_name: What the merged adapter says of its base model.
         stack: Closes the models that are opened for the weights that adapters give.
 
@@ -59,10 +61,12 @@ class AdapterGroup:
         self,
         adapters: Sequence[AdapterSource],
         base: BaseModel | None,
+        base_key: str | None,
         base_name: str | None,
         stack: contextlib.ExitStack,
     ) -> None:
         self.adapters, self.base, self.base_name = list(adapters), base, base_name
+        self._base_key = base_key
         self._stack, self._models = stack, dict[Path, AdapterReader]()
         self.modules: dict[str, tuple[int, int]] = {}
         self.saved: dict[str, TensorInfo] = {}
@@ -72,6 +76,7 @@ class AdapterGroup:
             for name in adapter.modules:
                 self._add_module(adapter, name)
             self.saved = {**adapter.saved, **self.saved}
+        self._check_names()
         self._settle_saved()
 
     @property
@@ -106,6 +111,18 @@ class AdapterGroup:
                 f"{adapter.folder}: module {name!r} has factors of a weight {shape}, but {self.base.folder} has "
                 f"{info.shape}; need its base model"
             )
+
+    def _check_names(self) -> None:
+        """Refuse adapters that were made through different classes, which name one module in two ways."""
+        for long in self.modules:
+            words = long.split(".")
+            for short in (".".join(words[at:]) for at in range(1, len(words))):
+                owners = [a for a in self.adapters if short in a.modules]
+                if owners and not any(long in a.modules for a in owners):
+                    raise CheckpointError(
+                        f"{owners[0].folder}: adapts {short!r}, and {self._first(long).folder} {long!r}, which seem to "
+                        "be one module; need adapters that were made through the same class of the base model"
+                    )
 
     def _settle_saved(self) -> None:
         """Find out what tensors are that adapters store whole, of modules that they change by factors.
@@ -199,8 +216,10 @@ class AdapterGroup:
         Raises:
             RecipeError: The recipe names none; the message has the reason why it is needed.
         """
+        if self.base is None and self._base_key is None:
+            raise RecipeError(f"base_model: missing; {reason}, so that the base model is needed")
         if self.base is None:
-            raise RecipeError(f"base_model: missing; {reason}, so that a folder with the base model is needed")
+            self.base = open_base(model_folder(str(self._base_key), "base_model"), self._stack)
         return self.base
 
     def _model(self, base: BaseModel, folder: Path) -> AdapterReader:
@@ -209,6 +228,12 @@ class AdapterGroup:
             reader = AdapterReader(folder, base.reader, base.config, double=True)
             self._models[folder] = self._stack.enter_context(reader)
         return self._models[folder]
+
+
+def open_base(folder: Path, stack: contextlib.ExitStack) -> BaseModel:
+    """Open a base model; `stack` closes it."""
+    reader, config, _ = open_form(folder)
+    return BaseModel(folder, stack.enter_context(reader), config)
 
 
 def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
@@ -236,8 +261,7 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
         raise RecipeError(f"models: got adapters of {first} and of {second}, need adapters of one base model")
     base = None
     for folder in bases.values():
-        reader, config, _ = open_form(folder)
-        base = BaseModel(folder, stack.enter_context(reader), config)
+        base = open_base(folder, stack)
     shapes = None if base is None else {name: info.shape for name, info in base.reader.tensors.items()}
     opened = {os.path.realpath(f): stack.enter_context(AdapterSource(f, shapes)) for f in dict.fromkeys(places)}
     adapters = [opened[os.path.realpath(folder)] for folder in places]
@@ -247,7 +271,7 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
                 check_recorded_base(adapter.folder, adapter.config.base_name, base.folder)
     recorded = _recorded_base(adapters, trusted=recipe.base_model is not None or bool(bases))
     name = recorded or recipe.base_model or (None if base is None else str(base.folder))
-    return AdapterGroup(adapters, base, name, stack)
+    return AdapterGroup(adapters, base, recipe.base_model, name, stack)
 
 
 def _recorded_base(adapters: Sequence[AdapterSource], *, trusted: bool) -> str | None:

@@ -112,7 +112,7 @@ class LoadedModel:
         return own if len(own) < 2 else None
 
     def is_transposed(self, module: str) -> bool | None:
-        """Return whether the module's fused experts are stored as (experts, in, out); None if it is not known."""
+        """Return whether the module stores its weights as (in, out), or (experts, in, out); None if it is not known."""
         return None
 
 

@@ -181,7 +181,10 @@ class _Merge:
     def __post_init__(self) -> None:
         base = self.group.base
         names = [f"{module}.weight" for module in self.group.modules]
-        self.depths = tensor_depths(base.reader.tensors if base is not None else [*names, *self.group.saved])
+        # The base model's files may name tensors otherwise.
+        self.depths = tensor_depths([*names, *self.group.saved])
+        if base is not None:
+            self.depths |= tensor_depths(base.reader.tensors)
         self.dtype = self._dtype()
         for name in self.group.saved:
             self.group.need_base(_saved_reason(name))

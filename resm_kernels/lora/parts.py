@@ -163,11 +163,10 @@ def _saved(stored: Mapping[str, TensorInfo], adapter: str) -> dict[str, TensorIn
             if kind == _SAVED and len(inner) > 1 and inner[0] == adapter:
                 del inner[0]
             words = words[:at] + inner
-        target = originals if kind == _ORIGINAL else saved
         key = ".".join(words)
-        if key in target:
-            raise CheckpointError(f"{info.file}: tensor {name!r} is there twice; save the adapter again")
-        target[key] = info
+        # PEFT stores a module whose vocabulary has grown twice, and loads it by its plain name.
+        if kind is None or key not in stored:
+            (originals if kind == _ORIGINAL else saved)[key] = info
     # Older versions of PEFT stored a module twice: as it was before the training, and as it is after it.
     if lost := _first_not_in(originals, saved):
         raise CheckpointError(

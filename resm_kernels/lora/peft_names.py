@@ -70,6 +70,7 @@ class Layout:
         refused: For each matrix that PEFT cannot adapt the reason, in words.
         savable: The modules that modules_to_save can hold: without modules in them that have tensors, and none whose
             tensor has further names.
+        files: What an adapter's file must call modules that PEFT would otherwise give another name as it loads it.
     """
 
     tensors: Mapping[str, tuple[int, ...]]
@@ -79,6 +80,7 @@ class Layout:
     tied: Mapping[str, str] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
     savable: frozenset[str] = frozenset()
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def own(self, module: str) -> list[str]:
         """Return the names of a module's own tensors, also those that are second names."""
@@ -146,14 +148,15 @@ class Selection:
     def factor_names(self, name: str) -> tuple[str, str]:
         """Return the names of A and B of an adapted tensor in the adapter, without PEFT's prefix."""
         target = self.layout.targets[name]
+        module = self.layout.files.get(target.module, target.module)
         if target.kind is Kind.EMBEDDING:
-            return f"{target.module}.lora_embedding_A", f"{target.module}.lora_embedding_B"
+            return f"{module}.lora_embedding_A", f"{module}.lora_embedding_B"
         # Of several adapted parameters of a module the first is wrapped first, and each wrapper holds the one before.
         after = 0
         if target.kind is Kind.PARAMETER:
             wrapped = self._wrapped(target.module)
             after = len(wrapped) - 1 - wrapped.index(name)
-        owner = target.module + ".base_layer" * after
+        owner = module + ".base_layer" * after
         return f"{owner}.lora_A.weight", f"{owner}.lora_B.weight"
 
     def whole_name(self, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +13,7 @@ from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInf
 from resm_kernels.checks import NonFiniteError
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import read_object
-from resm_kernels.lora.config import CONFIG_FILE, WEIGHTS_FILE, read_adapter_config
+from resm_kernels.lora.config import CONFIG_FILE, find_weights, read_adapter_config
 from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.parts import StoredModule, read_stored
 
@@ -41,15 +40,13 @@ class AdapterSource:
     """
 
     def __init__(self, folder: Path, shapes: Mapping[str, tuple[int, ...]] | None = None) -> None:
-        for name in (CONFIG_FILE, WEIGHTS_FILE):
-            if not os.path.lexists(folder / name):
-                raise CheckpointError(f"{folder}: no {name}; need a PEFT adapter folder")
+        weights_file = find_weights(folder)
         self.folder = folder
         self.config = read_adapter_config(folder)
         self.entries: Mapping[str, Any] = read_object(folder / CONFIG_FILE, CheckpointError)
         self._shapes = shapes or {}
         self._check_kind()
-        self._reader = CheckpointReader(folder, WEIGHTS_FILE)
+        self._reader = CheckpointReader(folder, weights_file)
         stored = read_stored(self._reader.tensors)
         self.modules: dict[str, StoredModule] = {module.name: module for module in stored.modules}
         self.saved: dict[str, TensorInfo] = stored.saved
@@ -123,6 +120,6 @@ class AdapterSource:
         a, b = (self._reader.read_info(parts[part]).flatten(1) for part in "AB")
         for part, tensor in (("A", a), ("B", b)):
             if bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
-                raise NonFiniteError(f"{self.folder / WEIGHTS_FILE}: lora_{part} of {name!r}", None, bad)
+                raise NonFiniteError(f"{parts[part].file}: lora_{part} of {name!r}", None, bad)
         left, right = (a.mT, b.mT) if self.transposed(name) else (b, a)
         return Factors(left, right, self.config.scale(name))

@@ -6,11 +6,12 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from resm_kernels.checkpoint import CheckpointError, TensorInfo
+from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.lora.changes import Change, Hadamard, Kronecker, LowRank, Whole
-from resm_kernels.lora.config import CONFIG_FILE, AdapterConfig
+from resm_kernels.lora.config import CONFIG_FILE, CONV1D_MODELS, AdapterConfig
 from resm_kernels.lora.loaded import LoadedModel, Parameter
 from resm_kernels.lora.parts import StoredModule
 
@@ -49,11 +50,15 @@ class TargetFinder:
     Args:
         config: The adapter's configuration.
         model: The parameters of its base model.
+        base_config: The base model's config.json.
         base_folder: The base model's folder, which errors name.
     """
 
-    def __init__(self, config: AdapterConfig, model: LoadedModel, base_folder: Path) -> None:
+    def __init__(
+        self, config: AdapterConfig, model: LoadedModel, base_config: Mapping[str, Any], base_folder: Path
+    ) -> None:
         self._config, self._model, self._base_folder = config, model, base_folder
+        self._may_be_turned = config.fan_in_fan_out or base_config.get("model_type") in CONV1D_MODELS
 
     def targets(self, modules: list[StoredModule]) -> Iterator[Target]:
         """Yield what the modules of an adapter's file change.
@@ -118,6 +123,8 @@ class TargetFinder:
             raise CheckpointError(f"{where} has no {', '.join(names)}; save the adapter again")
         if extra := parts - allowed:
             raise CheckpointError(f"{where} has {sorted(extra)[0]}, which {kind} does not have; save the adapter again")
+        if bad := next((info for info in module.parts.values() if info.dtype not in FLOAT_DTYPES), None):
+            raise CheckpointError(f"{bad.file}: tensor {bad.name!r} is {bad.dtype}; need floating-point numbers")
         if "magnitude" in parts and not self._config.use_dora:
             raise CheckpointError(f"{where} has a DoRA magnitude, but {CONFIG_FILE} has no use_dora; need both")
 
@@ -175,47 +182,54 @@ class TargetFinder:
         rank = self._config.rank(key)
         experts = shape[0] if key != module.name and len(shape) == 3 else 0
         matrix = shape[1:] if experts else shape
-        fits = a.shape[:1] == (rank * max(experts, 1),) and b.numel == b.shape[0] * a.shape[0]
+        fits = min(len(a.shape), len(b.shape), len(matrix)) >= 2 and a.shape[0] == rank * max(experts, 1)
+        fits = fits and b.numel == b.shape[0] * a.shape[0]
         transposed = False
-        if len(matrix) == len(a.shape) == len(b.shape) == 2:
+        if not fits:
+            pass
+        elif len(matrix) == len(a.shape) == len(b.shape) == 2:
             out, inner = b.shape[0], a.shape[1]
-            transposed = self._is_transposed(module, matrix, (out, inner))
-            fits = fits and matrix == ((inner, out) if transposed else (out, inner))
+            transposed = self._is_transposed(module, matrix, (out, inner), fused=bool(experts))
+            fits = matrix == ((inner, out) if transposed else (out, inner))
         else:
-            fits = fits and len(shape) > 2 and (len(a.shape) == 2 or a.shape[1:] == shape[1:])
             # Some models store the weight of a linear layer as that of the convolution that it once was.
+            fits = not experts and len(shape) > 2 and (len(a.shape) == 2 or a.shape[1:] == shape[1:])
             fits = fits and b.shape[0] == shape[0] and a.numel == rank * math.prod(shape[1:])
-            if not fits and len(a.shape) == len(shape) > 2 and a.shape[1] != shape[1] and a.shape[2:] == shape[2:]:
+        if not fits:
+            if len(a.shape) == len(shape) > 2 and a.shape[1] != shape[1] and a.shape[2:] == shape[2:]:
                 raise CheckpointError(
                     f"{where} is a convolution of {a.shape[1] // max(shape[1], 1)} groups; LoRA of it is a convolution "
                     f"over all channels, which weights of the shape {shape} cannot hold (peft does not merge it "
                     "either); need an adapter without it, or LoHa or LoKr"
                 )
-        if not fits:
             raise CheckpointError(
                 f"{where} has A {a.shape} and B {b.shape}, need rank {rank} (r, rank_pattern) and the shape {shape} "
                 f"that {parameter.name!r} has in {self._base_folder}"
             )
         return LowRank(shape, a, b, scale, transposed, experts)
 
-    def _is_transposed(self, module: StoredModule, matrix: tuple[int, ...], product: tuple[int, int]) -> bool:
+    def _is_transposed(
+        self, module: StoredModule, matrix: tuple[int, ...], product: tuple[int, int], *, fused: bool
+    ) -> bool:
         """Return True if a matrix is stored as (in, out), the transpose of B·A.
 
-        The configuration has one flag for all modules, of which some may be stored the other way. So the shape decides,
-        and a flag only for square matrices.
+        The configuration has one flag for all modules, of which some may be stored the other way, and PEFT ignores it
+        where it knows better. So the shape decides, and for square matrices the module's class.
         """
         if module.embedding:
             return True
         if product[0] != product[1]:
             return matrix != product
+        if not fused and not self._may_be_turned:
+            return False
         known = self._model.is_transposed(module.name)
-        return self._config.fan_in_fan_out if known is None else known
+        return self._may_be_turned if known is None else known
 
     def _check_product(self, module: StoredModule, parameter: Parameter, where: str) -> None:
         """Raise a CheckpointError if the product of LoHa's or LoKr's factors does not have the parameter's shape."""
         shapes = {name: info.shape for name, info in module.parts.items()}
         rows, columns = _product_shape(shapes)
-        if (rows, columns) != (parameter.shape[0], math.prod(parameter.shape[1:])):
+        if len(parameter.shape) < 2 or (rows, columns) != (parameter.shape[0], math.prod(parameter.shape[1:])):
             shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
             raise CheckpointError(
                 f"{where} has {shown}, whose product has the shape ({rows}, {columns}), need {parameter.shape} as "

@@ -69,6 +69,11 @@ class TiedModel(LoadedModel):
             return found
         return whole_parameter(found.name, replace(saved, name=whole)) if saved.shape[1:] == found.shape[1:] else found
 
+    def is_resized(self, name: str) -> bool:
+        """Return True if a parameter is stored whole in another shape, so that those tied to it must follow."""
+        saved, found = self._saved.get(name), self._model.locate(name)
+        return saved is not None and found is not None and saved.shape != found.shape
+
     def parameters(self, module: str) -> Sequence[str] | None:
         return self._model.parameters(module)
 
@@ -104,21 +109,25 @@ def settle_tied(
             say what to do.
     """
     left, kept = list(targets), dict(saved)
-    for name in dict.fromkeys((*(t.name for t in targets), *saved)):
-        group = model.group(name)
+    groups = {model.group(name): name for name in (*saved, *(target.name for target in targets))}
+    for group, name in groups.items():
         changes = [target for target in left if target.name in group]
         whole = [other for other in kept if other in group]
         if len(group) == 1 or not (changes or whole):
             continue
+        original = model.originals.get(name, name)
         if not changes and len(whole) == len(group):
-            continue  # whether they are equal is checked when the merge is planned
+            if all(torch.equal(read(kept[original]), read(kept[other])) for other in whole):
+                kept = {other: info for other, info in kept.items() if other not in group or other == original}
+                continue
+            if OUTPUT_HEAD in group:
+                continue  # the model's configuration decides when the merge is planned
         # PEFT trains the rows of tied tensors together.
         alike = all(target.rows is not None for target in changes) and not whole
         if not alike and len(changes) == len(group) and _same_change(changes, read):
             left = [target for target in left if target not in changes[1:]]
-        elif not alike and choice != "both":
+        elif not alike and choice != "both" and not model.is_resized(original):
             raise CheckpointError(_message(name, group, choice, folders))
-        original = model.originals.get(name, name)
         for other in whole:
             kept[original] = kept.pop(other)
     return left, kept

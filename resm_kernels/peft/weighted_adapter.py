@@ -93,11 +93,15 @@ def add_weighted_adapter(
     """
     tuner = _lora_model(model)
     _check(tuner, adapters, weights, adapter_name)
+    configs = [tuner.peft_config[adapter] for adapter in adapters]
+    # Factors of one adapter only have to be scaled, unless they do not describe it.
+    scaled = len(configs) == 1 and combination_type in PEFT_TYPES and not configs[0].use_dora
     call = _Call(
         list(adapters),
         [float(w) for w in weights],
-        "linear" if len(adapters) == 1 and combination_type in PEFT_TYPES else combination_type,
+        "linear" if scaled else combination_type,
         svd_rank,
+        max(max(config.r, *config.rank_pattern.values()) if config.rank_pattern else config.r for config in configs),
         svd_clamp,
         density,
         majority_sign_method,
@@ -218,6 +222,7 @@ class _Call:
     weights: list[float]
     kind: str
     rank: int | None
+    largest_rank: int
     clamp: float | None
     density: float | None
     signs: SignMethod
@@ -254,7 +259,7 @@ class _Call:
         if self.kind not in PEFT_TYPES:
             return self._by_method(name, layer, deltas, shape)
         factors = [d for d in deltas if isinstance(d, Factors)]
-        limit = RankLimit(self.rank or max(_rank(d) for d in deltas if _rank(d)))
+        limit = RankLimit(self.rank or self.largest_rank)
         if self.kind in ("svd", "cat") and len(factors) == len(deltas):
             method = get("task_arithmetic")
             values = method.resolve(len(deltas), {"weight": self.weights})

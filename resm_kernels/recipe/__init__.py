@@ -5,7 +5,7 @@ from __future__ import annotations
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
 from resm_kernels.recipe.documents import document_name, kept_folders, unread_documents
 from resm_kernels.recipe.errors import Location, RecipeError, dotted
-from resm_kernels.recipe.folders import canonical_folder, model_and_adapter, model_folder
+from resm_kernels.recipe.folders import canonical_folder, model_and_adapter, model_folder, recorded_base_name
 from resm_kernels.recipe.load import RecipeSource, load_recipe
 from resm_kernels.recipe.parts import Part, Slice, Source
 from resm_kernels.recipe.schema import Recipe
@@ -36,5 +36,6 @@ __all__ = [
     "model_and_adapter",
     "model_folder",
     "parse_setting",
+    "recorded_base_name",
     "unread_documents",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Any, Final
 
 from resm_kernels.methods import Method
 from resm_kernels.recipe.errors import LocatedError
@@ -19,6 +19,10 @@ class AdapterRecipe(Recipe):
 
     Its task vectors come from the adapters, so that `base_model` may be left out, and may be named for any method.
     """
+
+    @classmethod
+    def _recorded_base(cls, data: Any) -> str | None:
+        return None
 
     def _check_bases(self, method: Method) -> None:
         for key in _WHOLE_MODELS:

@@ -17,13 +17,24 @@ from typing import Annotated, Any, Final
 
 import torch
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PlainValidator,
+    PrivateAttr,
+    model_validator,
+)
 
 from resm_kernels.dtypes import OUTPUT_FORMATS, RECIPE_DTYPES
 from resm_kernels.files import path_problem, shortened
-from resm_kernels.methods import REQUIRED, Method, Parameter, get
+from resm_kernels.methods import Method, get
 from resm_kernels.recipe.chat_templates import AUTO, CHAT_TEMPLATES
+from resm_kernels.recipe.checks import check_setting, check_slice
 from resm_kernels.recipe.errors import LocatedError, Location
+from resm_kernels.recipe.folders import base_of_adapters
 from resm_kernels.recipe.parts import Part, Slice, Source
 from resm_kernels.recipe.settings import Setting, parse_setting
 from resm_kernels.recipe.tokens import BASE, TokenizerEntry
@@ -172,6 +183,7 @@ class Recipe(BaseModel):
 
     _written: str | Sequence[Mapping[str, Any]] = PrivateAttr(default="")
     _documents: Mapping[str, Recipe] = PrivateAttr(default_factory=dict)
+    _found_base: bool = PrivateAttr(default=False)
 
     def written_as(self, source: str | Sequence[Mapping[str, Any]]) -> Recipe:
         """Store the file's text, or the mappings, that this recipe was read from, and return the recipe."""
@@ -205,6 +217,11 @@ class Recipe(BaseModel):
         """The text without the documents that it is merged from; the output's is that of the whole file."""
         written = self._written
         return written if isinstance(written, str) else yaml.safe_dump_all(written, sort_keys=False)
+
+    @property
+    def found_base(self) -> bool:
+        """True if the recipe names no base model, and `base_model` is the one that all its models, adapters, record."""
+        return self._found_base
 
     @property
     def method(self) -> Method:
@@ -320,6 +337,20 @@ class Recipe(BaseModel):
         """Return True if the method merges differences from the base model, False if it averages models."""
         return self.method.needs_base or (self.method.optional_base and base is not None)
 
+    @classmethod
+    def _recorded_base(cls, data: Any) -> str | None:
+        """Return the base model that a recipe of adapters alone does not name, but needs."""
+        return base_of_adapters(data)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _with_found_base(cls, data: Any, handler: ModelWrapValidatorHandler[Recipe]) -> Recipe:
+        base = cls._recorded_base(data)
+        recipe = handler(data if base is None else data | {"base_model": base})
+        if base is not None:
+            recipe._found_base = True
+        return recipe
+
     @model_validator(mode="after")
     def _check(self) -> Recipe:
         try:
@@ -330,10 +361,10 @@ class Recipe(BaseModel):
         self._check_bases(method)
         for location, parameters in self._common_parameters():
             for name, setting in parameters.items():
-                _check_setting(method, name, setting, (*location, "parameters", name))
+                check_setting(method, name, setting, (*location, "parameters", name))
         for part in self.parts:
             for piece in part.slices:
-                _check_slice(method, piece)
+                check_slice(method, piece)
             ranges = [source.layers for piece in part.slices for source in piece.sources]
             if all(layers is not None and layers[0] == layers[1] for layers in ranges):
                 raise LocatedError(part.slices[0].location, "no slice has layers, need one that has")
@@ -381,58 +412,3 @@ class Recipe(BaseModel):
                 yield location, entry.parameters
             for i, slice_entry in enumerate(entry.slices or ()):
                 yield (*location, "slices", i), slice_entry.parameters
-
-
-def _check_slice(method: Method, piece: Slice) -> None:
-    if not piece.experts:
-        raise LocatedError(piece.location, "lists only the base model, need at least one expert")
-    try:
-        method.check_count(len(piece.experts))
-    except ValueError as error:
-        raise LocatedError(piece.location, str(error)) from None
-    lengths = {s.layers[1] - s.layers[0] for s in piece.sources if s.layers is not None}
-    if len(lengths) > 1:
-        ranges = ", ".join(str(list(s.layers)) for s in piece.sources if s.layers is not None)
-        raise LocatedError(
-            (*piece.location, "sources"), f"got layer ranges {ranges}, need equally many layers of each source"
-        )
-    for source in piece.sources:
-        _check_statistics(method, source, is_expert=source in piece.experts)
-        for name, setting in source.parameters.items():
-            location = (*source.location, "parameters", name)
-            if source not in piece.experts:
-                raise LocatedError(location, f"the base model has no parameters in {method.name}; remove this one")
-            if not _check_setting(method, name, setting, location).per_expert:
-                raise LocatedError(
-                    location, f"{name} has one value for the whole merge; move it to the recipe's parameters"
-                )
-    for parameter in method.parameters:
-        has_value = any(parameter.name in level for level in piece.levels)
-        has_value = has_value or all(parameter.name in s.parameters for s in piece.experts)
-        if parameter.default is REQUIRED and not has_value:
-            raise LocatedError(("parameters", parameter.name), f"missing; {parameter.doc}")
-
-
-def _check_statistics(method: Method, source: Source, *, is_expert: bool) -> None:
-    location = (*source.location, "statistics")
-    if source.statistics is not None and method.statistics is None:
-        raise LocatedError(location, f"{method.name} merges weights alone and needs no statistics; remove this key")
-    if source.statistics is not None and not is_expert:
-        raise LocatedError(location, "the base model is not merged and needs no statistics; remove this key")
-    if source.statistics is None and method.statistics is not None and is_expert:
-        whose = "this model" if method.statistics_model == "expert" else "a merged model, computed with its prompts"
-        raise LocatedError(
-            location,
-            f"missing; {method.name} needs the {method.statistics} statistics of {whose}: a file that "
-            "resm-kernels statistics wrote",
-        )
-
-
-def _check_setting(method: Method, name: str, setting: Setting, location: Location) -> Parameter:
-    try:
-        parameter = method.parameter(name)
-        for value in setting.scalars():
-            parameter.validate(value)
-    except ValueError as error:
-        raise LocatedError(location, str(error)) from None
-    return parameter

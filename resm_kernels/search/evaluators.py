@@ -18,6 +18,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -28,12 +29,13 @@ from resm_kernels.calibrate import Prompt, Sample, answer, encode_prompts, read_
 from resm_kernels.calibrate.answers import end_tokens
 from resm_kernels.calibrate.polish import answer_length, answer_log_probs, batches_by_length
 from resm_kernels.search.errors import SearchError
-from resm_kernels.search.evaluation import Evaluate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Files = Mapping[str, Mapping[str, str | Path]]
+Judge = Callable[..., dict[str, float]]
+"""A function that judges a model; it takes model and tokenizer, split and questions."""
 _BATCH_TOKENS: Final = 8192
 _MATCHES: Final[dict[str, Callable[[str, str], bool]]] = {
     "exact": lambda got, needed: got == needed,
@@ -92,7 +94,7 @@ def accuracy(
     max_new_tokens: int = 64,
     max_prompt_tokens: int = 1024,
     batch_tokens: int = _BATCH_TOKENS,
-) -> Evaluate:
+) -> Judge:
     """The share of prompts, in percent, whose greedy answer is the response of the file.
 
     Args:
@@ -113,12 +115,11 @@ def accuracy(
     ) -> dict[str, float]:
         scores = {}
         for name, path, prompts in asked.of(split, questions):
-            samples = asked.encoded(model, tokenizer, path, prompts)
-            starts = [sample.tokens[: sample.answer_start] for sample in samples]
-            given = answer(model, tokenizer, starts, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+            open_ones = [replace(prompt, response=None) for prompt in prompts]
+            ids = asked.encoded(model, tokenizer, path, open_ones)
+            given = answer(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
             texts = [_text(tokenizer, sample) for sample in given]
-            needed = [_text(tokenizer, sample) for sample in samples]
-            right = sum(map(_MATCHES[match], texts, needed))
+            right = sum(_MATCHES[match](text, str(p.response).strip()) for text, p in zip(texts, prompts, strict=True))
             scores[name] = 100 * right / len(prompts)
         return scores
 
@@ -131,7 +132,7 @@ def log_likelihood(
     max_answer_tokens: int = 1024,
     max_prompt_tokens: int = 1024,
     batch_tokens: int = _BATCH_TOKENS,
-) -> Evaluate:
+) -> Judge:
     """The mean log-likelihood that a model gives the tokens of the responses, end token included, in nats.
 
     Args:
@@ -167,7 +168,7 @@ def closeness_to_experts(
     max_new_tokens: int = 64,
     max_prompt_tokens: int = 1024,
     batch_tokens: int = _BATCH_TOKENS,
-) -> Evaluate:
+) -> Judge:
     """−KL(expert ‖ merge), in nats a token, on prompts that each expert answers itself: no labels are needed.
 
     The experts are loaded with transformers, one after another, when they are first needed, and answer their prompts
@@ -227,7 +228,7 @@ def closeness_to_experts(
     return evaluate
 
 
-def lm_eval(tasks: Mapping[str, Sequence[str]], *, metric: str = "acc,none", **options: Any) -> Evaluate:
+def lm_eval(tasks: Mapping[str, Sequence[str]], *, metric: str = "acc,none", **options: Any) -> Judge:
     """A metric of lm-evaluation-harness for each task, where the package `lm_eval` is installed.
 
     Args:

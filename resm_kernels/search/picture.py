@@ -70,4 +70,4 @@ def _scatter(panel: Any, report: SearchReport, complete: list[Any], xs: list[flo
         if t.baseline in _BASELINES:
             panel.scatter([x], [y], s=50, marker=_BASELINES[t.baseline], color="black", label=t.baseline)
         if t.number == report.best.number:
-            panel.scatter([x], [y], s=110, marker="*", color="tab:red", label="best mean", zorder=3)
+            panel.scatter([x], [y], s=110, marker="*", color="tab:red", label="best", zorder=3)

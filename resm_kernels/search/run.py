@@ -37,7 +37,7 @@ class SearchReport:
         out: The folder.
         objectives: The scores that were maximised.
         trials: All trials that have ended, in order.
-        best: The trial with the largest mean of the objectives.
+        best: The trial with the largest mean of the objectives, or what `best_by` asks for.
         front: The trials of the Pareto front, in order.
         held_out: The scores on the held-out split, by the number of the trial: of the best trial and the baselines.
         tensors: The XXH3-128 hash of each tensor of the best merge, as `resm_kernels.json` of a merged folder has it.
@@ -88,6 +88,9 @@ def search_recipes(
         questions: How many questions `evaluate` may ask on the validation split (default: all).
         prefix: Judge a trial by so many questions first, and stop it there if at least half of the earlier trials are
             better in every objective (default: None, which stops none).
+        held_out: Judge the best trial and the baselines with split="test" at the end (default: True).
+        best_by: "mean" (the default) takes the trial with the largest mean of the objectives for the best, "worst" the
+            one whose least objective is the largest, for objectives on one scale.
         random_seed: Of the sampler, and of methods that draw random numbers (default: 0).
         dtype: The dtype of the model that is judged: "float32" (default), "bfloat16" or "float16".
         device: Where models are merged and judged (default: "cpu").
@@ -205,10 +208,10 @@ class _Search:
 
     def _finish(self, study: Study) -> SearchReport:
         trials = study.trials()
-        chosen, pareto = best(trials, self._objectives), front(trials, self._objectives)
+        chosen, pareto = best(trials, self._objectives, self._settings.best_by), front(trials, self._objectives)
         baselines = [t for t in trials if t.baseline is not None and t.state == "complete"]
         judged = study.held_out
-        for trial in (*baselines, chosen):
+        for trial in (*baselines, chosen) if self._settings.held_out else ():
             if str(trial.number) not in judged:
                 self._models.merge_into(self._model, self._space.recipe(trial.values))
                 judged[str(trial.number)] = self._judge(TEST)

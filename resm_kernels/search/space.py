@@ -29,7 +29,6 @@ from resm_kernels.search.errors import SearchError
 from resm_kernels.suggestions import did_you_mean
 
 Value = bool | int | float | str
-_SEVERAL: Final = "a second document; need one recipe"
 _KEYS: Final = {"range": ("range", "log", "step", "default"), "choices": ("choices", "default")}
 _PARAMETERS: Final = "parameters"
 
@@ -99,7 +98,10 @@ def load_space(source: str | os.PathLike[str]) -> Space:
     """
     name = os.fspath(source)
     text = read_text(expanded(name, SearchError, "space"), SearchError, limit=MAX_BYTES, missing="need a search space")
-    document = parse_yaml(text, name, SearchError, _SEVERAL)
+    documents = parse_yaml(text, name, SearchError)
+    if len(documents) > 1:
+        raise SearchError(f"{name}: has {len(documents)} documents, need one recipe")
+    document = documents[0] if documents else Document(None)
     if not isinstance(document.data, dict):
         raise SearchError(f"{name}: got {type(document.data).__name__}, need a mapping with merge_method and models")
     method = _method(name, document.data)

@@ -164,7 +164,10 @@ class Study:
             return samplers.CmaEsSampler(seed=seed)
         if name == "nsga2":
             return samplers.NSGAIISampler(population_size=_POPULATION, seed=seed)
-        return samplers.RandomSampler(seed=seed) if name == "random" else samplers.TPESampler(seed=seed)
+        if name == "random":
+            return samplers.RandomSampler(seed=seed)
+        # Weights and λ act together, so that their values are drawn together.
+        return samplers.TPESampler(seed=seed, multivariate=True)
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
@@ -215,12 +218,20 @@ def front(trials: Sequence[Trial], objectives: Sequence[str]) -> list[Trial]:
     return chosen
 
 
-def best(trials: Sequence[Trial], objectives: Sequence[str]) -> Trial:
-    """Return the complete trial with the largest mean of the objectives, the first of equals."""
+def best(trials: Sequence[Trial], objectives: Sequence[str], by: str = "mean") -> Trial:
+    """Return the complete trial with the largest mean of the objectives, the first of equals.
+
+    With `by` "worst" it is the one whose least objective is the largest; the mean decides between equals.
+    """
     complete = [t for t in trials if t.state == "complete"]
     if not complete:
         raise SearchError("search: no trial was judged to its end, need one or more")
-    return max(complete, key=lambda t: (sum(t.scores[o] for o in objectives), -t.number))
+
+    def rank(trial: Trial) -> tuple[float, float, int]:
+        scores = [trial.scores[o] for o in objectives]
+        return min(scores) if by == "worst" else 0.0, sum(scores), -trial.number
+
+    return max(complete, key=rank)
 
 
 def is_hopeless(scores: Mapping[str, float], others: Sequence[Trial], objectives: Sequence[str]) -> bool:

@@ -131,28 +131,39 @@ def _positions(probe: Tensor, count: int) -> list[Tensor]:
 
 def _placement(name: str, tables: Sequence[Tensor], shape: tuple[int, ...]) -> Placement | None:
     """Return where a stored tensor is in a parameter; None if it is not in it, or in pieces that are no block."""
-    axes: list[Axis] = []
-    for table in tables:
-        used = {axis.dim for axis in axes}
-        axis = next((a for d in range(len(shape)) if d not in used and (a := _axis(table, d)) is not None), None)
+    if not tables[0].numel():
+        return None
+    axes: dict[int, Axis] = {}
+    single = [number for number, table in enumerate(tables) if len(torch.unique(table[0])) == 1]
+    free = list(range(len(shape)))
+    for number, table in enumerate(tables):
+        if number in single:
+            continue
+        axis = next((axis for dim in free if (axis := _axis(table, dim)) is not None), None)
         if axis is None:
             return None
-        axes.append(axis)
+        axes[number] = axis
+        free.remove(axis.dim)
     fixed = {}
-    for dim in range(len(shape)):
-        if all(axis.dim != dim for axis in axes):
-            where = torch.unique(tables[0][dim + 1]).tolist()
-            if len(where) != 1:
-                return None
-            fixed[dim] = where[0]
-    return Placement(name, tuple(axes), fixed)
+    for dim in free:
+        where = torch.unique(tables[0][dim + 1]).tolist()
+        if len(where) != 1:
+            return None
+        fixed[dim] = where[0]
+    # A dimension of one element is the same wherever it stands.
+    for number in single:
+        if not fixed:
+            return None
+        at = min(fixed, key=lambda d: (shape[d] != 1, d))
+        axes[number] = Axis(at, range(1), range(fixed[at], fixed.pop(at) + 1))
+    return Placement(name, tuple(axes[number] for number in range(len(tables))), fixed)
 
 
 def _axis(table: Tensor, dim: int) -> Axis | None:
     """Return the dimension of a stored tensor as that dimension of the parameter, if each index has one place there."""
     pairs = torch.unique(table[[0, dim + 1]], dim=1)
     indices, places = pairs.tolist()
-    if not indices or len(set(indices)) != len(indices) or len(set(places)) != len(places) or len(indices) == 1:
+    if len(set(indices)) != len(indices) or len(set(places)) != len(places):
         return None
     return Axis(dim, _as_range(indices), _as_range(places))
 
