@@ -194,16 +194,16 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 def _advice(kind: Any) -> str:
     """Return what a user can do with an adapter of a kind that is not read."""
+    if not isinstance(kind, str):
+        return ": not the configuration of a PEFT adapter"
     if kind in _PROMPTS:
         return "; this one adds to a model's inputs and changes no weights, so there is nothing to merge"
     if kind in _MIXTURES:
         return "; this one chooses between adapters by input, which no weights express: name those adapters themselves"
-    if isinstance(kind, str):
-        return (
-            "; merge this one into its base model with peft (PeftModel.from_pretrained(base, adapter)"
-            ".merge_and_unload().save_pretrained(folder)) and name that folder as a model"
-        )
-    return ": not the configuration of a PEFT adapter"
+    return (
+        "; merge this one into its base model with peft (PeftModel.from_pretrained(base, adapter)"
+        ".merge_and_unload().save_pretrained(folder)) and name that folder as a model"
+    )
 
 
 def _text(file: Path, key: str, value: Any) -> str | None:
