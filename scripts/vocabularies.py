@@ -5,7 +5,7 @@ Run it with the package, transformers and tokenizers installed:
     python scripts/vocabularies.py [--only TEXT]
 
 A base model and an expert have 96 tokens each, of which 6 are other ones in the expert. With `tokenizer_source: union`
-a copy of the base must have 102 tokens, load without missing, unexpected or mismatched keys, and give the tokens of the
+a copy of the base must have 102 tokens (or be refused with a reason), load without missing, unexpected or mismatched keys, and give the tokens of the
 base what the base gives: the logits of a text of the base's tokens are compared.
 """
 
@@ -28,7 +28,7 @@ import tokenizers
 import torch
 import transformers
 
-from resm_kernels.engine import merge_checkpoints
+from resm_kernels.engine import MergeError, merge_checkpoints
 
 TOKENS, NEW = 96, 6
 IDS: Final = torch.randint(3, 80, (1, 12), generator=torch.Generator().manual_seed(0))
@@ -59,7 +59,7 @@ def logits(model: Any) -> torch.Tensor | None:
 
 
 def try_family(make: Callable[[], Any]) -> str:
-    """Return what becomes of a family's union: "loads", "loads, same logits", or a text that begins with FAIL."""
+    """Return what becomes of a family's union: "loads", "same logits", why it is refused, or a text from FAIL on."""
     folder = Path(tempfile.mkdtemp(prefix="vocabularies-"))
     try:
         try:
@@ -95,6 +95,8 @@ def try_family(make: Callable[[], Any]) -> str:
         config = json.loads((folder / "out" / "config.json").read_text())
         other = f" {report.notes}" if any(note.startswith("vocabulary") for note in report.notes) else ""
         return f"same logits, {len(grown)} tensors follow, vocab_size {config.get('vocab_size')}{other}"
+    except MergeError as error:
+        return f"refused: {error}"
     except Exception as error:
         return f"FAIL {type(error).__name__}: {str(error)[:200]}"
     finally:

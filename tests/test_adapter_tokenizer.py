@@ -125,3 +125,27 @@ def test_a_resized_vocabulary_is_aligned_with_the_bases(tmp_path: Path) -> None:
     tensors = load_model(tmp_path / "out")
     for name in (EMBEDDING, HEAD):
         torch.testing.assert_close(tensors[name], expected[name][: TOKENS + 2])
+
+
+def test_rows_that_an_adapter_trains_alone_belong_to_its_tokens(tmp_path: Path) -> None:
+    """`trainable_token_indices` changes rows of the base's embedding that only the adapter's tokenizer names."""
+    base, chat, _ = save_pair(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    rows = {"embed_tokens": [TOKENS, TOKENS + 1]}
+    lora = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, trainable_token_indices=rows)
+    adapted = peft.get_peft_model(model, lora)
+    for name, parameter in adapted.named_parameters():
+        if "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(chat)
+    expected = adapted.merge_and_unload().state_dict()[EMBEDDING]
+    for source in (str(chat), "union"):
+        recipe = {
+            "merge_method": "task_arithmetic",
+            "base_model": str(base),
+            "models": [{"model": f"{base}+{chat}"}],
+            "tokenizer_source": source,
+            "dtype": "float32",
+        }
+        merge_checkpoints(recipe, tmp_path / "out", overwrite=True)
+        torch.testing.assert_close(load_model(tmp_path / "out")[EMBEDDING], expected[: TOKENS + 2])

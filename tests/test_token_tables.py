@@ -12,7 +12,7 @@ import torch
 from checkpoints import load_model
 from safetensors.torch import save_file
 
-from resm_kernels.engine import merge_checkpoints
+from resm_kernels.engine import MergeError, merge_checkpoints
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
 tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed (test extra)")
@@ -202,3 +202,19 @@ def test_layers_that_transformers_leaves_out_follow(tmp_path: Path) -> None:
     out = load_model(root / "again")
     for name in further:
         assert_follows(base["lm_head.weight"], expert["lm_head.weight"], out[name])
+
+
+def test_rows_that_a_configuration_names_follow_their_tokens(tmp_path: Path) -> None:
+    config = transformers.LlamaConfig(vocab_size=TOKENS, **TEXT, **SPECIAL)
+    union(tmp_path, lambda: transformers.LlamaForCausalLM(config))
+    file = tmp_path / "base" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_token_index": 39, "audio_token_id": 777}))
+    models = [{"model": str(tmp_path / name), "parameters": {"weight": 1.0}} for name in ("base", "expert")]
+    recipe = {"merge_method": "linear", "models": models, "tokenizer_source": "union"}
+    merge_checkpoints(recipe, tmp_path / "out", overwrite=True)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (written["image_token_index"], written["audio_token_id"]) == (39, 777)
+    with pytest.raises(
+        MergeError, match="image_token_index is the row of 'word39', which the output's tokenizer lacks"
+    ):
+        merge_checkpoints(recipe | {"tokenizer_source": str(tmp_path / "expert")}, tmp_path / "out", overwrite=True)

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 
 from resm_kernels.checkpoint import Auxiliary, CheckpointError, json_bytes, read_chat_template
+from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.engine.card import model_card_files
-from resm_kernels.engine.models import OpenedModels
+from resm_kernels.engine.models import MergeError, OpenedModels
 from resm_kernels.engine.token_tables import TokenTables
-from resm_kernels.engine.tokenizer import OutputTokenizer, tokenizer_files
+from resm_kernels.engine.tokenizer import SPECIAL_IDS, OutputTokenizer, tokenizer_files
 from resm_kernels.files import parse_object
 from resm_kernels.recipe import AUTO, CHAT_TEMPLATES, Recipe
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from resm_kernels.engine.plan import MergePlan
 
 _GENERATION: Final = "generation_config.json"
+_ONE: Final = ("_token_id", "_token_index")
 _SPECIAL: Final = re.compile(r"_token_ids?$|_token_index$|^(begin_)?suppress_tokens$")
 
 
@@ -102,12 +104,17 @@ def _set_special(config: dict[str, Any], tokenizer: OutputTokenizer, known: Mapp
     def moved(row: int, key: str) -> int | None:
         """Return the token's row in the output, or the row of the output tokenizer's `key` if it has no such token.
 
-        Numbers below 0 stand for no token.
+        A row that is no token's stays if there is none of this name: it may stand for no token, or for an image.
         """
-        if row < 0:
-            return row
-        new = tokenizer.tokens.get(tokens.get(row, ""))
-        return tokenizer.special.get(key) if new is None else new
+        token = tokens.get(row)
+        new = tokenizer.tokens.get(token) if token is not None else None
+        new = tokenizer.special.get(key) if new is None and row >= 0 else new
+        if new is None and token is not None and key not in SPECIAL_IDS and key.endswith(_ONE):
+            raise MergeError(
+                f"{CONFIG_FILE}: {key} is the row of {token!r}, which the output's tokenizer lacks; need a tokenizer "
+                "that has it (tokenizer_source: union, or an entry under tokenizer.tokens)"
+            )
+        return row if new is None and token is None else new
 
     for key in [key for key in config if _SPECIAL.search(key) and not key.startswith("codebook")]:
         if isinstance(config[key], int):

@@ -21,7 +21,7 @@ from resm_kernels.engine.models import MergeError, Model, OpenedModels
 from resm_kernels.engine.roles import Roles
 from resm_kernels.engine.rounding import OutputFormat, Rounding, StoredTensor
 from resm_kernels.engine.statistics import Statistics, statistics_of
-from resm_kernels.engine.vocabulary import Vocabulary
+from resm_kernels.engine.vocabulary import AlignedReader, Vocabulary
 from resm_kernels.engine.window import Job
 from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
@@ -135,10 +135,15 @@ class JobPlanner:
         models = [self._models.by_source[source] for source in piece.sources]
         inputs = tuple((m.reader, m.reader.tensors[name]) for m, name in zip(models, tensor.inputs, strict=True))
         copied = inputs[0][1].dtype not in FLOAT_DTYPES
-        aligned = self._vocabulary is not None and self._vocabulary.covers(tensor.name) and not copied
+        aligned = self._vocabulary is not None and self._vocabulary.covers(tensor.name)
         if aligned:
             assert self._vocabulary is not None
             inputs = self._vocabulary.inputs(tensor)
+        if copied and any(isinstance(reader, AlignedReader) for reader, _ in inputs):
+            raise MergeError(
+                f"{models[0].folder}: tensor {tensor.name!r} has whole numbers for each token, which cannot be aligned "
+                "to another vocabulary; need models with one vocabulary, and no tokenizer or tokenizer_source"
+            )
         infos = [info for _, info in inputs]
         self._check_shapes(tensor, models, infos)
         info = infos[0]

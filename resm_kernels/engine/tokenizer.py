@@ -22,7 +22,7 @@ from resm_kernels.engine.token_tables import TokenTables
 from resm_kernels.files import LIST_BYTES, read_object
 from resm_kernels.recipe import BASE, UNION, Recipe, RecipeError, canonical_folder, model_and_adapter, model_folder
 
-SPECIAL_IDS: Final = ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "cls_token_id")
+SPECIAL_IDS: Final = tuple(f"{role}_token_id" for role in ("bos", "eos", "pad", "unk", "sep", "cls", "mask"))
 
 
 @dataclass(frozen=True)
