@@ -398,7 +398,8 @@ def test_hub_ids() -> None:
 def test_the_command_reads_the_settings_of_the_hub(hub: HubServer, family: Family, tmp_path: Path) -> None:
     (tmp_path / "recipe.yml").write_text(json.dumps(remote_recipe()))
     environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
-    environment.pop("HF_HUB_CACHE", None)
+    for name in ("HF_HUB_CACHE", "HF_HUB_OFFLINE"):
+        environment.pop(name, None)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     command = [sys.executable, "-m", "resm_kernels", "merge", "recipe.yml", "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)

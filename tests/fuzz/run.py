@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # names of models that a case makes up are not looked for on the hub
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 # What reads others' files; coverage is counted of these.
