@@ -59,6 +59,7 @@ format: $(VENV)/.lint
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.bench_elementwise --json benchmarks/results/elementwise.json
+	$(BIN)/python -m benchmarks.bench_merge_lora --json benchmarks/results/merge_lora.json
 
 # Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test
@@ -73,9 +74,11 @@ bench-spectral: $(VENV)/.test
 families: $(VENV)/.test
 	$(BIN)/python scripts/families.py --out docs/architectures.md --mergekit
 
-# Makes adapters of every kind for a tiny model of every family, and compares the merges with peft's in float64.
+# Makes adapters of every kind for a tiny model of every family, and compares the merges with peft's in float64; compares
+# add_weighted_adapter with peft's.
 adapters: $(VENV)/.test
 	$(BIN)/python scripts/adapters.py --out docs/adapters_table.md
+	$(BIN)/python scripts/compare_weighted_adapters.py --out docs/merge_lora.md
 
 # Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md. SIZE: small, medium, large;
 # SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
