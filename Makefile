@@ -59,6 +59,7 @@ format: $(VENV)/.lint
 bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.bench_elementwise --json benchmarks/results/elementwise.json
+	$(BIN)/python -m benchmarks.bench_merge_lora --json benchmarks/results/merge_lora.json
 
 # Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test
@@ -78,9 +79,11 @@ structures: $(VENV)/.test
 	$(BIN)/python scripts/stacks.py
 	$(BIN)/python scripts/vocabularies.py
 
-# Makes adapters of every kind for a tiny model of every family, and compares the merges with peft's in float64.
+# Makes adapters of every kind for a tiny model of every family, and compares the merges with peft's in float64; compares
+# add_weighted_adapter with peft's.
 adapters: $(VENV)/.test
 	$(BIN)/python scripts/adapters.py --out docs/adapters_table.md
+	$(BIN)/python scripts/compare_weighted_adapters.py --out docs/merge_lora.md
 
 # Extract an adapter at full rank from a tiny model of every family, and compare what peft makes of it; writes the page.
 extractions: $(VENV)/.test

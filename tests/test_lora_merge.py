@@ -13,8 +13,10 @@ from inputs import relative
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import resm_kernels.lora.elements as elements_module
 import resm_kernels.lora.factors as factors_module
 from resm_kernels.lora import Factors, merge_lora
+from resm_kernels.lora.elements import merge_elements_of
 from resm_kernels.lora.low_rank import RankLimit, merge_factored, truncated
 from resm_kernels.lora.routes import Route, route_of
 from resm_kernels.methods import get, names
@@ -232,6 +234,21 @@ def test_energy_where_the_result_has_full_rank(tmp_path: Path, base: Path, adapt
             assert error <= module.error + 1e-6 and (largest or error <= (1 - energy) ** 0.5 + 1e-5)
     report = merge_lora(recipe("ties", adapters, {"density": 0.3}), tmp_path / "whole", rank=100)
     assert all(module.rank == min(module.shape) and module.error < 1e-5 for module in report.modules)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "della", "breadcrumbs", "sce", "ram", "wudi"])
+def test_bits_do_not_depend_on_the_size_of_blocks(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    shape = (700, 500)
+    pairs = [factors(shape, rank, rank) for rank in (3, 5)]
+    deltas = [Factors(b, a, 0.5) for a, b in pairs] + [torch.randn(shape, generator=torch.Generator().manual_seed(1))]
+    values = METHODS[method][0]
+    whole = merge_elements_of(shape, deltas, get(method), values, name="w", seed=4)
+    for block_bytes in (1, 3 << 20):
+        monkeypatch.setattr(elements_module, "_BLOCK_BYTES", block_bytes)
+        assert torch.equal(merge_elements_of(shape, deltas, get(method), values, name="w", seed=4), whole)
+    dense = [d if isinstance(d, Tensor) else d.scale * d.left @ d.right for d in deltas]
+    expected = get(method)(torch.zeros(shape), dense, name="w", seed=4, **values)
+    assert relative(whole, expected) < 1e-3  # a rounding decides what is kept at a threshold
 
 
 def test_the_guide_lists_how_methods_merge() -> None:

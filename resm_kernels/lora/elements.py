@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ from resm_kernels.streams import Block, Stream
 _PANEL: Final = 256
 """Rows of a product that are formed together. The rounding of a product depends on its shape, so that blocks of any
 size are cut from the same panels."""
-_BLOCK_BYTES: Final = 96 << 20
+_BLOCK_BYTES: Final = 192 << 20
 """Bytes of all task vectors' parts in one block."""
 _KEY_BYTES: Final = 32 << 20
 """Bytes that a selection of thresholds may hold."""
@@ -85,7 +86,10 @@ class _TaskVectorStream(Stream):
     def _pass(self, function: Callable[[Block], None]) -> None:
         n = self.shape[1]
         wanted = _BLOCK_BYTES // (4 * len(self.inputs))
-        step = max(wanted // self._unit, 1) * self._unit
+        # A block that ends within a panel has it formed again for the next one.
+        panels = math.lcm(self._unit, _PANEL * n)
+        unit = panels if panels <= wanted else self._unit
+        step = max(wanted // unit, 1) * unit
         whole_rows = self._unit % n == 0
         for start in range(0, self.numel, step):
             end = min(start + step, self.numel)
