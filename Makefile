@@ -60,6 +60,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
 	$(BIN)/python -m benchmarks.bench_elementwise --json benchmarks/results/elementwise.json
 	$(BIN)/python -m benchmarks.bench_merge_lora --json benchmarks/results/merge_lora.json
+	$(BIN)/python -m benchmarks.bench_live --json benchmarks/results/live.json
 
 # Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
 bench-spectral: $(VENV)/.test

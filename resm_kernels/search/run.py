@@ -117,6 +117,7 @@ def search_recipes(
         defaults = checked.recipe(baselines["defaults"])
         with models.plan(defaults) as plan:
             job = merge_job(plan) | settings.job() | {"search space": checked.text}
+            del job["recipe"]  # which follows from the space
         if isinstance(evaluate, str):
             job["evaluate"] = evaluate
         folder = stack.enter_context(SearchFolder(Path(out), job))
