@@ -110,9 +110,7 @@ def test_overflow_of_half_precision_is_an_error(family: Family) -> None:
 
 def test_missing_models_are_named_with_their_place(family: Family) -> None:
     recipe = family.recipe(models=[{"model": str(family.folders[0])}, {"model": "org/model"}])
-    with pytest.raises(
-        RecipeError, match=r"models\[1\].model: org/model: is no folder here, and its files are not"
-    ):
+    with pytest.raises(RecipeError, match=r"models\[1\].model: org/model: is no folder here, and its files are not"):
         merge_checkpoints(recipe, family.out)
     with pytest.raises(RecipeError, match=r"tokenizer_source: got '\./nowhere'"):
         merge_checkpoints(family.recipe(tokenizer_source="./nowhere"), family.out)

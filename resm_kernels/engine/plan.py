@@ -189,8 +189,8 @@ def plan_merge(
         pass
     if plan.view is None or not fetch:
         return plan
-    plan.view.fetch()
-    plan.close()
+    with plan:
+        plan.view.fetch()
     return _plan(recipe, out, options, dense, began)
 
 
