@@ -209,6 +209,16 @@ def test_models_that_cannot_be_had(hub: HubServer, family: Family, tmp_path: Pat
     assert str(caught.value).startswith("base_model: ") and name.partition("@")[0] in str(caught.value)
 
 
+def test_a_wrong_token_is_named(
+    hub: HubServer, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.gated.add("org/base")
+    monkeypatch.setenv("HF_TOKEN", "hf_bad")
+    with pytest.raises(RecipeError, match=r"org/base: the hub gives it only to users .* set HF_TOKEN"):
+        model_folder("org/base", "model")
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
 def test_a_token_opens_a_gated_repository(
     hub: HubServer, family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -226,8 +226,8 @@ def plan_merge(
         pass
     if planned.view is None or not fetch:
         return planned
-    planned.view.fetch()
-    planned.close()
+    with planned:
+        planned.view.fetch()
     return plan()
 
 
