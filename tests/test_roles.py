@@ -190,8 +190,8 @@ def test_statistics_are_of_each_matrix(folders: list[Path], run: RunCommand, tmp
 def test_the_plan_counts_roles(folders: list[Path]) -> None:
     with plan_merge(recipe(folders, "resm")) as plan:
         lines = [line for line in plan.describe().splitlines() if line.startswith("roles")]
-    assert len(lines) == 1 and "2 fused_experts" in lines[0] and "from names" in lines[0]
         costs = {job.name: job_work(plan.method, job).flops for job in plan.jobs}
+    assert len(lines) == 1 and "2 fused_experts" in lines[0] and "from names" in lines[0]
     assert "14 matrices are decomposed" in lines[0]
     a, b = SPECTRAL["resm"]
     assert costs[f"{EXPERTS}down_proj"] == 6 * 3 * (a * INNER * WIDTH * INNER + b * INNER**3)
