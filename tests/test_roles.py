@@ -16,6 +16,7 @@ from torch import Tensor
 
 from resm_kernels import merge
 from resm_kernels.engine import MergeError, MergeOptions, blocks, checkpoint_stats, merge_checkpoints, plan_merge
+from resm_kernels.engine.costs import SPECTRAL, job_work
 from resm_kernels.engine.matrices import merge_matrices
 from resm_kernels.roles import Role, is_plain, role_by_name, stacked_role
 
@@ -189,8 +190,12 @@ def test_statistics_are_of_each_matrix(folders: list[Path], run: RunCommand, tmp
 def test_the_plan_counts_roles(folders: list[Path]) -> None:
     with plan_merge(recipe(folders, "resm")) as plan:
         lines = [line for line in plan.describe().splitlines() if line.startswith("roles")]
+        costs = {job.name: job_work(plan.method, job).flops for job in plan.jobs}
     assert len(lines) == 1 and "2 fused_experts" in lines[0] and "from names" in lines[0]
     assert "14 matrices are decomposed" in lines[0]
+    a, b = SPECTRAL["resm"]
+    assert costs[f"{EXPERTS}down_proj"] == 6 * 3 * (a * INNER * WIDTH * INNER + b * INNER**3)
+    assert costs[f"{MIXER}A_log"] == costs[f"{EXPERTS}gate_up_proj_bias"] == 0
     with plan_merge(recipe(folders, "ties")) as plan:
         assert plan.roles_from == ""
         assert not any(line.startswith("roles") for line in plan.describe().splitlines())
