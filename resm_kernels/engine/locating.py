@@ -61,9 +61,8 @@ def placements(conversion: Conversion, name: str, model: Any) -> Parameter | Non
     """
     shape = tuple(model.get_parameter(name).shape)
     if _is_kept(conversion, shape):
-        _, source, stored = conversion.sources[0]
-        axes = tuple(Axis(dim, range(size), range(size)) for dim, size in enumerate(stored))
-        return Parameter(name, shape, (Placement(source, axes),))
+        axes = tuple(Axis(dim, range(size), range(size)) for dim, size in enumerate(shape))
+        return Parameter(name, shape, (Placement(conversion.sources[0][1], axes),))
     dims = {len(stored) for _, _, stored in conversion.sources}
     if len(dims) != 1:
         return None
