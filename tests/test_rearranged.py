@@ -74,7 +74,19 @@ def deepseek() -> Any:
     return transformers.DeepseekV3ForCausalLM(config)
 
 
-MODELS = {"mixtral": mixtral, "qwen3_moe": qwen3_moe, "qwen3_vl_moe": qwen3_vl_moe, "deepseek_v3": deepseek}
+def nomic_bert() -> Any:
+    """A model whose files join query, key and value, and that has them apart in memory."""
+    sizes = {k: v for k, v in SIZES.items() if k not in ("num_experts_per_tok", "moe_intermediate_size", "head_dim")}
+    return transformers.NomicBertForMaskedLM(transformers.NomicBertConfig(**sizes))
+
+
+MODELS = {
+    "mixtral": mixtral,
+    "qwen3_moe": qwen3_moe,
+    "qwen3_vl_moe": qwen3_vl_moe,
+    "deepseek_v3": deepseek,
+    "nomic_bert": nomic_bert,
+}
 
 
 class Pair:
