@@ -51,7 +51,12 @@ class Row:
 def _named(model: nn.Module, kinds: Any) -> list[str]:
     """Return the names of the modules of some kinds that the model stores a weight for, without its output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    return [name for name, module in model.named_modules() if isinstance(module, kinds) and module is not head]
+    made = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, kinds) and module is not head and f"{name}.weight" not in made
+    ]
 
 
 def _experts(model: nn.Module) -> list[str]:
@@ -147,6 +152,10 @@ def save_adapter(model: nn.Module, config: Any, folder: Path) -> Tensors:
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
                 parameter.copy_(parameter.float())  # adapters are fp32
+        for module in wrapped.modules():
+            padding = getattr(getattr(module, "base_layer", None), "padding_idx", None)
+            if padding is not None and hasattr(module, "lora_embedding_A"):
+                module.lora_embedding_A["default"][:, padding] = 0  # the row of padding is never trained
     wrapped.save_pretrained(folder)
     return {name: tensor.detach() for name, tensor in wrapped.merge_and_unload().state_dict().items()}
 
@@ -154,7 +163,8 @@ def save_adapter(model: nn.Module, config: Any, folder: Path) -> Tensors:
 def roundings(got: Tensors, exact: Tensors, base: Tensors) -> float:
     """Return the largest error of the merged tensors, in units of the largest error of one rounding to bf16.
 
-    The unit includes the bound on the error of arithmetic in fp32, which counts where large values cancel each other.
+    The unit includes a bound on the error of arithmetic in fp32, which counts where large values cancel each other:
+    the base's and the change's, and the terms of the product that the change is.
     """
     worst = 0.0
     for name, tensor in exact.items():
@@ -162,7 +172,8 @@ def roundings(got: Tensors, exact: Tensors, base: Tensors) -> float:
             continue
         before = base[name].double() if name in base and base[name].shape == tensor.shape else torch.zeros(())
         unit = torch.ldexp(torch.ones_like(tensor), torch.frexp(tensor).exponent - 9)
-        unit += 16 * 2.0**-24 * (tensor.abs() + (tensor - before).abs() + before.abs())
+        change = (tensor - before).abs()
+        unit += 2.0**-24 * (16 * (tensor.abs() + change + before.abs()) + 4 * change.amax())
         worst = max(worst, float(((got[name].double() - tensor).abs() / unit).nan_to_num(0.0).max()))
     return worst
 

@@ -54,29 +54,24 @@ class Parameter:
         name: Its name in the loaded model.
         shape: Its shape there.
         placements: The stored tensors that hold its elements, each element once.
+        is_stored: True if one stored tensor is the parameter as it is, and nothing else.
     """
 
     name: str
     shape: tuple[int, ...]
     placements: tuple[Placement, ...]
+    is_stored: bool = False
 
     @property
     def stored_whole(self) -> str | None:
         """The name of the tensor that is the parameter as it is; None if it lies in the files otherwise."""
-        if len(self.placements) != 1 or self.placements[0].fixed:
-            return None
-        place = self.placements[0]
-        whole = all(
-            axis.dim == dim and axis.stored == axis.loaded == range(size)
-            for dim, (axis, size) in enumerate(zip(place.axes, self.shape, strict=True))
-        )
-        return place.name if whole else None
+        return self.placements[0].name if self.is_stored else None
 
 
 def whole_parameter(name: str, info: TensorInfo) -> Parameter:
     """Return the parameter that a stored tensor is as it is."""
     axes = tuple(Axis(dim, range(size), range(size)) for dim, size in enumerate(info.shape))
-    return Parameter(name, info.shape, (Placement(info.name, axes),))
+    return Parameter(name, info.shape, (Placement(info.name, axes),), is_stored=True)
 
 
 class LoadedModel:
