@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.engine import extract_lora
+from resm_kernels.engine import extract_lora, merge_checkpoints
 from resm_kernels.lora import ExtractReport
 from resm_kernels.lora.writer import AdapterWriter
 
@@ -126,6 +126,17 @@ def test_peft_gives_the_fine_tuned_model(tmp_path: Path, family: str) -> None:
     assert report.lost == []
     assert report.missing < 1e-9
     assert "verified with peft" in report.verified
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merge_of_base_and_adapter_is_the_fine_tuned_model(tmp_path: Path, family: str) -> None:
+    model_class, base, tuned = save_pair(tmp_path, family)
+    extract_lora(tuned, base, tmp_path / "adapter", rank=48, save_rest=True, accuracy=0.0)
+    recipe = {"merge_method": "passthrough", "models": [{"model": f"{base}+{tmp_path / 'adapter'}"}]}
+    merge_checkpoints(recipe, tmp_path / "merged", model_card=False)
+    found, wanted = (model_class.from_pretrained(m).state_dict() for m in (tmp_path / "merged", tuned))
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-5, atol=1e-6)
 
 
 def test_without_the_rest_the_report_says_what_is_lost(tmp_path: Path) -> None:

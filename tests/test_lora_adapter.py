@@ -412,8 +412,13 @@ def test_tied_embeddings(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", {n: embedding + i for i, n in enumerate(names)}, config)
     with pytest.raises(MergeError, match=r"'lm_head\.weight' differs"):
         plan_merge(recipe)
-    for tensors in ({names[0]: embedding}, plain(name="lm_head", rows=64)):
-        save_adapter(tmp_path / "a", tensors, config)
+    # A tensor that modules_to_save does not name is written over the base's by PEFT, and is both.
+    save_adapter(tmp_path / "a", plain() | {names[0]: embedding}, config)
+    merge_checkpoints(recipe, tmp_path / "written_over")
+    assert same_bits(load_model(tmp_path / "written_over")["model.embed_tokens.weight"], embedding.bfloat16())
+    saved = config | {"modules_to_save": ["embed_tokens"]}
+    for tensors, entries in (({names[0]: embedding}, saved), (plain(name="lm_head", rows=64), config)):
+        save_adapter(tmp_path / "a", tensors, entries)
         with pytest.raises(CheckpointError, match=r"ties to .*choose tied_embeddings: untie"):
             plan_merge(recipe)
 

@@ -11,8 +11,8 @@ from typing import Any, Final
 from torch import nn
 
 from resm_kernels.dtypes import FLOAT_DTYPES
-from resm_kernels.engine.attribute_use import attribute_read
 from resm_kernels.engine.in_memory import InMemory
+from resm_kernels.engine.wrapped_layers import attribute_read, is_linear
 from resm_kernels.lora.config import is_tied
 from resm_kernels.lora.peft_names import Adaptable, Kind, Layout
 from resm_kernels.tensor_names import (
@@ -211,7 +211,7 @@ class _Described:
     def _layer(self, name: str, path: str, module: nn.Module) -> Adaptable | str | None:
         """Return how PEFT adapts the weight of a layer of one of torch's classes; None for other modules."""
         if isinstance(module, nn.Linear):
-            if type(module).forward is not nn.Linear.forward:
+            if not is_linear(module):
                 return f"{type(module).__name__} is more than a linear map"
             if self._is_moved(path):
                 # Its own name means the fused experts to PEFT.

@@ -104,7 +104,13 @@ class AdapterReader(CheckpointReader):
         tied = TiedModel(loaded, base_config, base.tensors, changed, stored.saved)
         targets = list(TargetFinder(self.config, tied, base_config, base.folder).targets(stored.modules))
         self.targets, saved = settle_tied(
-            targets, stored.saved, tied, tied_embeddings, self.read_info, (folder, base.folder)
+            targets,
+            stored.saved,
+            tied,
+            tied_embeddings,
+            self.read_info,
+            (folder, base.folder),
+            self.config.modules_to_save,
         )
         for name, info in saved.items():
             self._replace(name, info, None if name in tied.originals else tied.locate(name))

@@ -6,7 +6,7 @@ this, so that a user has to choose between two tensors and one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from resm_kernels.lora.changes import LowRank
 from resm_kernels.lora.config import is_tied
 from resm_kernels.lora.loaded import LoadedModel, Parameter, whole_parameter
 from resm_kernels.lora.targets import Target
-from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding, is_vocabulary, layer_position
+from resm_kernels.tensor_names import OUTPUT_HEAD, is_tied_embedding, is_vocabulary, layer_position, module_of
 
 
 class TiedModel(LoadedModel):
@@ -93,6 +93,7 @@ def settle_tied(
     choice: str,
     read: Callable[[TensorInfo], Tensor],
     folders: tuple[Path, Path],
+    modules: Collection[str],
 ) -> tuple[list[Target], dict[str, TensorInfo]]:
     """Return the changes of an adapter so that tied parameters are changed once.
 
@@ -103,6 +104,7 @@ def settle_tied(
         choice: With "both" a change of one tied parameter is one of all; else it is an error.
         read: Reads a stored tensor.
         folders: The folders of the adapter and of the base model.
+        modules: The adapter's modules_to_save, of which PEFT makes copies; it saves all modules whose names end so.
 
     Raises:
         CheckpointError: One of several tied parameters is changed, or several are and not alike, and `choice` does not
@@ -124,6 +126,8 @@ def settle_tied(
                 continue  # the model's configuration decides when the merge is planned
         # PEFT trains the rows of tied tensors together.
         alike = all(target.rows is not None for target in changes) and not whole
+        # What modules_to_save does not name, PEFT writes over the base's one tensor.
+        alike = alike or (not changes and not any(module_of(other).endswith(tuple(modules)) for other in whole))
         if not alike and len(changes) == len(group) and _same_change(changes, read):
             left = [target for target in left if target not in changes[1:]]
         elif not alike and choice != "both" and not model.is_resized(original):
