@@ -5,8 +5,8 @@ Run it with the package, transformers and tokenizers installed:
     python scripts/vocabularies.py [--only TEXT]
 
 A base model and an expert have 96 tokens each, of which 6 are other ones in the expert. With `tokenizer_source: union`
-a copy of the base must have 102 tokens (or be refused with a reason), load without missing, unexpected or mismatched
-keys, and give the tokens of the base what the base gives: the logits of a text of the base's tokens are compared.
+a copy of the base must have 102 tokens, load without missing, unexpected or mismatched keys, and give the tokens of the
+base what the base gives: the logits of a text of the base's tokens are compared. A merge may be refused with a reason.
 """
 
 from __future__ import annotations

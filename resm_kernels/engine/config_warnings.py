@@ -18,6 +18,8 @@ _NEUTRAL: Final = re.compile(
     r"|fp16|bf16|fp32|torchscript|gradient_checkpointing|use_cache|cache_implementation|pretraining_tp|tp_size|ep_size"
     r"|chunk_size_feed_forward|output_(attentions|hidden_states|router_logits|scores)|return_dict\w*|unsloth\w*|base_model_tp_plan"
     r"|\w*_parallel_plan|pruned_heads|mamba_ssm_(cache_)?dtype|disable_custom_kernels|use_mambapy|num_logits_to_keep"
+    # what the tensors' names say
+    r"|\w*_?bias"
     # vocabulary and lengths
     r"|\w*vocab_size\w*|n_words|\w*_token_ids?|\w*_token_index|max_(position_embeddings|sequence_length|seq_len\w*|length)"
     r"|n_positions|n_ctx|seq_length|seq_len|model_max_length|min_length|max_new_tokens"
@@ -74,17 +76,29 @@ def _compared(reference: Model, model: Model) -> list[tuple[str, Any, Any]]:
 
 
 def _is_in_doubt(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Return True if one configuration states what the other leaves to a default."""
+    """Return True if one configuration states what the other leaves to a default that is not known here."""
+    both = (first, other)
+    settled = set(_ROPE) if all("rope_theta" in _positions(config) for config in both) else set()
     for key in first.keys() | other.keys():
-        if _NEUTRAL.fullmatch(key):
-            continue
         a, b = first.get(key), other.get(key)
+        if key in settled or _NEUTRAL.fullmatch(key) or (a is None and b is None):
+            continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             if _is_in_doubt(a, b):
                 return True
-        elif (a is None) != (b is None):
-            return True
+        elif a is None or b is None:
+            stated, lacking = (b, first) if a is None else (a, other)
+            if stated != _implied(lacking, key):
+                return True
     return False
+
+
+def _implied(config: Mapping[str, Any], key: str) -> Any:
+    """Return what follows for an entry from others of the same configuration; None if nothing does."""
+    heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    if not isinstance(heads, int) or not isinstance(size, int) or not heads:
+        return None
+    return {"num_key_value_heads": heads, "head_dim": size / heads}.get(key)
 
 
 def differences(
