@@ -16,6 +16,7 @@ from torch import Tensor
 from resm_kernels.checkpoint import CheckpointWriter, OutputPlan, json_bytes, plan_output
 from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
+from resm_kernels.hub import parse_id
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
@@ -84,12 +85,18 @@ class AdapterWriter:
 
 
 def adapter_config(base: str | os.PathLike[str], architectures: Any, **entries: Any) -> dict[str, Any]:
-    """Return an adapter_config.json for PEFT that describes plain LoRA in inference mode, with these `entries`."""
+    """Return an adapter_config.json for PEFT that describes plain LoRA in inference mode, with these `entries`.
+
+    The base model is recorded by its folder's whole path, or by its hub id and revision.
+    """
     name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    folder = os.path.abspath(os.path.expanduser(base))
+    repository = None if os.path.exists(folder) else parse_id(os.fspath(base))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if str(name).endswith("ForCausalLM") else None,
-        "base_model_name_or_path": os.path.abspath(os.path.expanduser(base)),
+        "base_model_name_or_path": folder if repository is None else repository[0],
+        "revision": None if repository is None else repository[1],
         "inference_mode": True,
         "lora_dropout": 0.0,
         "use_rslora": False,
