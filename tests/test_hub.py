@@ -148,7 +148,7 @@ def test_a_local_folder_of_that_name_wins(hub: HubServer, family: Family, tmp_pa
 def test_an_adapter_on_the_hub_brings_its_base(hub: HubServer, family: Family, tmp_path: Path) -> None:
     extract_lora("org/expert0", "org/base", tmp_path / "adapter", rank=4)
     config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
-    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "org/base"}))
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/base", "main")
     hub.add("org/adapter", tmp_path / "adapter")
     results = []
     for name in ("org/adapter", "org/base+org/adapter", f"{family.base_folder}+{tmp_path / 'adapter'}"):
@@ -202,7 +202,7 @@ def test_models_that_cannot_be_had(hub: HubServer, family: Family, tmp_path: Pat
     hub.add("org/gated", family.base_folder)
     hub.gated.add("org/gated")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty/config.json").write_text("{}")
+    (tmp_path / "empty/data.csv").write_text("x")
     hub.add("org/empty", tmp_path / "empty")
     with pytest.raises(RecipeError, match=message) as caught:
         merge_checkpoints(remote_recipe(base_model=name), tmp_path / "out")

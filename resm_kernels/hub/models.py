@@ -248,6 +248,7 @@ def _is_small(name: str) -> bool:
 
 def _weights(listing: Listing, small: Sequence[str], folder: Path, sketch: Path) -> list[str]:
     """Return the weight files that are needed: those that would be read from a folder with all of them."""
+    sketch.mkdir(parents=True)
     for name in small:
         _link(sketch / name, folder / name)
     for name in listing.sizes:

@@ -16,6 +16,7 @@ from torch import Tensor
 from resm_kernels.checkpoint import CheckpointWriter, OutputPlan, json_bytes, plan_output
 from resm_kernels.checkpoint.durable import write_errors_named
 from resm_kernels.checkpoint.format import byte_view, read_fully, write_fully
+from resm_kernels.hub import parse_id
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX, WEIGHTS_FILE
 
 
@@ -120,19 +121,29 @@ class AdapterWriter:
             writer.commit()
 
 
-def _recorded(base: str | os.PathLike[str]) -> str:
-    """Return how an adapter's configuration names its base: a folder by its whole path, anything else as it is."""
+def _recorded(base: str | os.PathLike[str]) -> tuple[str, str | None]:
+    """Return how an adapter's configuration names its base, and in which revision of a model on the hub.
+
+    A folder is named by its whole path, anything else as it is.
+    """
     path = os.path.abspath(os.path.expanduser(base))
-    return path if os.path.exists(path) else os.fspath(base)
+    if os.path.exists(path):
+        return path, None
+    return parse_id(os.fspath(base)) or (os.fspath(base), None)
 
 
 def adapter_config(base: str | os.PathLike[str], architectures: Any, **entries: Any) -> dict[str, Any]:
-    """Return an adapter_config.json for PEFT that describes plain LoRA in inference mode, with these `entries`."""
-    name = architectures[0] if isinstance(architectures, list) and architectures else ""
+    """Return an adapter_config.json for PEFT that describes plain LoRA in inference mode, with these `entries`.
+
+    The base model is recorded by its folder's whole path, or by its hub id and revision.
+    """
+    architecture = architectures[0] if isinstance(architectures, list) and architectures else ""
+    name, revision = _recorded(base)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if str(name).endswith("ForCausalLM") else None,
-        "base_model_name_or_path": _recorded(base),
+        "task_type": "CAUSAL_LM" if str(architecture).endswith("ForCausalLM") else None,
+        "base_model_name_or_path": name,
+        "revision": revision,
         "inference_mode": True,
         "lora_dropout": 0.0,
         "use_rslora": False,
