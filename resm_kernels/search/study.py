@@ -78,10 +78,12 @@ class Study:
             # A sampler that began with the same draws again would repeat trials.
             self._study.sampler = self._sampler(sampler, seed + len(self._study.trials))
 
-    def enqueue(self, values: Mapping[str, Value], baseline: str) -> None:
-        """Let a trial with these values come before those that the sampler proposes."""
-        with self._quiet():
-            self._study.enqueue_trial(dict(values), user_attrs={"baseline": baseline})
+    def enqueue_baseline(self, values: Mapping[str, Value], name: str) -> None:
+        """Let a baseline come before the trials that the sampler proposes, unless it is there already."""
+        there = [t for t in self._study.get_trials(deepcopy=False) if not self._was_cut_off(t)]
+        if all(t.user_attrs.get("baseline") != name for t in there):
+            with self._quiet():
+                self._study.enqueue_trial(dict(values), user_attrs={"baseline": name})
 
     def ask(self) -> Trial:
         """Return the next trial, without scores."""
@@ -109,8 +111,7 @@ class Study:
         ended = []
         for t in self._study.get_trials(deepcopy=False):
             attributes = t.user_attrs
-            # A trial that a kill cut off has failed without an error.
-            if t.state not in names or (t.state == state.FAIL and "error" not in attributes):
+            if t.state not in names or self._was_cut_off(t):
                 continue
             ended.append(
                 Trial(
@@ -126,10 +127,9 @@ class Study:
             )
         return ended
 
-    @property
-    def is_new(self) -> bool:
-        """True if no trial has been asked for or enqueued."""
-        return not self._study.get_trials(deepcopy=False)
+    def _was_cut_off(self, trial: Any) -> bool:
+        """Return True for a trial that was running when its process was killed: it has failed without an error."""
+        return bool(trial.state == self._optuna.trial.TrialState.FAIL and "error" not in trial.user_attrs)
 
     @property
     def held_out(self) -> dict[str, Any]:
@@ -142,12 +142,15 @@ class Study:
             self._study.set_user_attr(_HELD_OUT, dict(judged))
 
     def _retire_unfinished(self) -> None:
-        """Put trials back into the queue that were running when their process was killed."""
+        """Put trials back into the queue that were running when their process was killed.
+
+        Baselines, which are there until they have ended, are put back by `enqueue_baseline`.
+        """
         state = self._optuna.trial.TrialState
         for running in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
             self._study.tell(running.number, state=state.FAIL)
-            attributes = {k: v for k, v in running.user_attrs.items() if k == "baseline"}
-            self._study.enqueue_trial(running.params, user_attrs=attributes)
+            if running.params and "baseline" not in running.user_attrs:
+                self._study.enqueue_trial(running.params)
 
     def _distribution(self, r: Range) -> Any:
         distributions = self._optuna.distributions
