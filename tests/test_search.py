@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -251,6 +252,17 @@ def test_baselines_come_before_other_trials_whenever_a_search_is_killed(
         search(family)
     monkeypatch.setattr(Study, "enqueue_baseline", enqueue)
     assert [t.baseline for t in search(family, trials=3).trials] == ["defaults", "uniform", None]
+
+
+def test_the_database_is_in_the_folder_and_errors_name_it(family: Family) -> None:
+    """Whatever characters its path has; and no file stays open."""
+    search(family, out="a?b%20c", trials=1)
+    file = family.root / "a?b%20c" / "study.db"
+    assert len(search(family, out="a?b%20c", trials=2).trials) == 2 and file.exists()
+    assert str(file) not in {os.path.realpath(link) for link in Path("/proc/self/fd").glob("*")}
+    file.write_bytes(b"damaged" * 1000)
+    with pytest.raises(SearchError, match=r"study.db: cannot be read or written: file is not a database$"):
+        search(family, out="a?b%20c", trials=3)
 
 
 def test_an_error_of_the_function_ends_the_search(family: Family) -> None:

@@ -152,11 +152,14 @@ class _Search:
     def run(self, baselines: Mapping[str, Mapping[str, Any]]) -> SearchReport:
         began = time.perf_counter()
         study, known = self._open_study(baselines)
-        if known is not None:
-            self._end(study, replace(known, number=study.ask().number))
-        while not self._is_over(study, time.perf_counter() - began):
-            self._end(study, self._judged(study.ask(), study.trials()))
-        return self._finish(study)
+        with study:
+            for name, values in baselines.items():
+                study.enqueue_baseline(values, name)
+            if known is not None:
+                self._end(study, replace(known, number=study.ask().number))
+            while not self._is_over(study, time.perf_counter() - began):
+                self._end(study, self._judged(study.ask(), study.trials()))
+            return self._finish(study)
 
     def _end(self, study: Study, trial: Trial) -> None:
         study.tell(trial)
@@ -176,8 +179,6 @@ class _Search:
         check_sampler(settings.sampler, objectives)
         self._objectives = self._folder.objectives = self._judge.needed = tuple(objectives)
         study = Study(self._folder.path, self._space.ranges, objectives, settings.sampler, settings.random_seed)
-        for name, values in baselines.items():
-            study.enqueue_baseline(values, name)
         return study, known
 
     def _is_over(self, study: Study, seconds: float) -> bool:
