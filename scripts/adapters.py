@@ -51,7 +51,7 @@ class Row:
 def _named(model: nn.Module, kinds: Any) -> list[str]:
     """Return the names of the modules of some kinds that the model stores a weight for, without its output head."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    made = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
+    made = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *model.all_tied_weights_keys}
     return [
         name
         for name, module in model.named_modules()
