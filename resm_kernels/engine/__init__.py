@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.estimate import chosen_machine
 from resm_kernels.engine.merge import MergeReport, carry_out, estimate_rounding, merge_checkpoints, rounding_estimate
+from resm_kernels.engine.merge_adapters import merge_lora
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.rounding import Kept, describe_kept
@@ -34,6 +35,7 @@ __all__ = [
     "estimate_rounding",
     "extract_lora",
     "merge_checkpoints",
+    "merge_lora",
     "plan_merge",
     "rounding_estimate",
 ]

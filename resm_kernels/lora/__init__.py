@@ -7,9 +7,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from resm_kernels.checkpoint.forms import is_adapter_folder
 from resm_kernels.lora.adapter import AdapterReader
+from resm_kernels.lora.base import BaseModel
 from resm_kernels.lora.config import AdapterConfig, check_recorded_base, read_adapter_config
 from resm_kernels.lora.factors import Factors, merge_factors
 from resm_kernels.lora.loaded import Axis, LoadedModel, Parameter, Placement
+<<<<<<< HEAD
+=======
+from resm_kernels.lora.merge import MergedModule, MergeLoraReport, merge_adapters
+>>>>>>> wt-adv20
 from resm_kernels.lora.patches import StoredFactors
 
 if TYPE_CHECKING:
@@ -26,6 +31,7 @@ __all__ = [
     "AdapterConfig",
     "AdapterReader",
     "Axis",
+    "BaseModel",
     "ExtractReport",
     "ExtractedLayer",
     "Factors",
@@ -38,8 +44,8 @@ __all__ = [
     "StoredFactors",
     "check_recorded_base",
     "is_adapter_folder",
+    "merge_adapters",
     "merge_factors",
-    "merge_lora",
     "read_adapter_config",
 ]
 
