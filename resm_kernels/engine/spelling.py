@@ -20,6 +20,7 @@ from resm_kernels.engine.loaded import Spelled, SpelledModel
 from resm_kernels.engine.rearrangements import rearranged
 from resm_kernels.engine.spelling_rules import (
     COPY,
+    EMPTY_BIAS,
     IGNORED_WEIGHT,
     MADE,
     UNINDEXED,
@@ -383,6 +384,14 @@ def _leave_out_ignored(models: Sequence[_Tensors]) -> None:
                 tensors.leave_out(loaded, IGNORED_WEIGHT)
             elif any(_makes(other, loaded, tensors) for other in lacking):
                 tensors.leave_out(loaded, MADE)
+            elif _is_empty_bias(tensors, loaded):
+                tensors.leave_out(loaded, EMPTY_BIAS)
+
+
+def _is_empty_bias(tensors: _Tensors, loaded: str) -> bool:
+    """Return True for a bias of zeros of a layer that has none in the model's class, as AutoGPTQ's files have them."""
+    known = tensors.architecture
+    return known is not None and loaded.endswith(".bias") and loaded not in known.shapes and _is_zero(tensors, loaded)
 
 
 def _makes(lacking: _Tensors, loaded: str, storing: _Tensors) -> bool:

@@ -27,6 +27,9 @@ class Kind(NamedTuple):
 IGNORED_WEIGHT: Final = Kind("weight that transformers does not load", "weights that transformers does not load")
 COPY: Final = Kind("copy of a tied tensor", "copies of tied tensors")
 UNINDEXED: Final = Kind("tensor that the index does not name", "tensors that the index does not name")
+EMPTY_BIAS: Final = Kind(
+    "bias of zeros that the model has no place for", "biases of zeros that the model has no place for"
+)
 MADE: Final = Kind("tensor that transformers makes itself", "tensors that transformers makes itself")
 
 
