@@ -273,7 +273,9 @@ def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:
             return True
         if any(tensors.keys() == other.keys() for other in seen):
             continue
-        if not as_stored and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
+        # A file or component without a configuration of transformers' may be loaded by what needs buffers too.
+        has_class = not as_stored and not model.config.keys().isdisjoint(("architectures", "model_type"))
+        if has_class and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
             return True
         seen.append(tensors)
     kinds = [{_unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
