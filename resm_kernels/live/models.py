@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from resm_kernels.checkpoint import parse_size
+from resm_kernels.checkpoint import CheckpointError, parse_size
+from resm_kernels.engine.devices import devices_by_name
 from resm_kernels.engine.merge import compute_tensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.linalg.threads import thread_count
-from resm_kernels.live.module import ModuleTensors
+from resm_kernels.live.module import ModuleTensors, overwrite
 from resm_kernels.lora import AdapterReader
 from resm_kernels.options import LIVE_MEMORY, MergeOptions
 from resm_kernels.recipe import Recipe, RecipeSource, Source, load_recipe
@@ -85,7 +86,9 @@ class LiveModels:
         mixed_architectures: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        self.device = torch.device(device)
+        (self.device, *others) = devices_by_name(device)
+        if others:
+            raise ValueError(f"device: got {str(device)!r}, need one device, on which models are kept")
         self.store = StageStore(parse_size(memory_limit, "memory_limit"))
         self._options = MergeOptions(
             threads=threads,
@@ -149,8 +152,8 @@ class LiveModels:
             try:
                 for name, tensor in self._merged(plan):
                     written.write(name, tensor)
-            except MergeError as error:
-                raise MergeError(f"{error}; the module holds parts of this merge now") from error
+            except (MergeError, CheckpointError) as error:
+                raise type(error)(f"{error}; the module holds parts of this merge now") from error
             return LiveReport(
                 tensors=len(plan.jobs),
                 seconds=time.perf_counter() - began,
@@ -170,9 +173,8 @@ class LiveModels:
         try:
             yield self.merge_into(module, recipe)
         finally:
-            with torch.no_grad():
-                for target, value in values:
-                    target.copy_(value)
+            for target, value in values:
+                overwrite(target, value)
 
     def reference(self, recipe: RecipeSource) -> Model:
         """Return the opened model whose configuration and tokenizer the merge takes."""
