@@ -71,7 +71,7 @@ def make_adapters(folder: Path, count: int, rank: int, layers: int, dtype: str) 
 
 
 def run_ours(way: str, adapters: list[Path], out: Path, threads: int) -> tuple[float, dict[str, Any]]:
-    from resm_kernels.lora import merge_lora
+    from resm_kernels.engine import merge_lora
 
     recipe = {key: value for key, value in WAYS[way].items() if key != "rank"}
     recipe["models"] = [{"model": str(folder)} for folder in adapters]

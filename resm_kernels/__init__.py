@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from resm_kernels.calibrate import calibrate_checkpoint
     from resm_kernels.checkpoint import verify_checkpoint
     from resm_kernels.checks import NonFiniteError
-    from resm_kernels.engine import merge_checkpoints
+    from resm_kernels.engine import merge_checkpoints, merge_lora
     from resm_kernels.linalg.truncated_svd import svd_lowrank, truncated_svd
-    from resm_kernels.lora import merge_lora
 
 _MODULES: Final = ("linalg", "methods", "ops")
 _HOMES: Final = {
@@ -34,7 +33,7 @@ _HOMES: Final = {
     "calibrate_checkpoint": "calibrate",
     "merge": "_merge",
     "merge_checkpoints": "engine",
-    "merge_lora": "lora",
+    "merge_lora": "engine",
     "merge_state_dicts": "_merge",
     "svd_lowrank": "linalg",
     "truncated_svd": "linalg",

@@ -54,7 +54,7 @@ def merge_lora(
     """
     with loading():
         from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
-        from resm_kernels.lora import merge_lora as merge
+        from resm_kernels.engine import merge_lora as merge
 
     kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
     if dtype is not None and dtype not in kinds:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 import resm_kernels.lora.elements as elements_module
 import resm_kernels.lora.factors as factors_module
-from resm_kernels.lora import Factors, merge_lora
+from resm_kernels.engine import merge_lora
+from resm_kernels.lora import Factors
 from resm_kernels.lora.elements import merge_elements_of
 from resm_kernels.lora.low_rank import RankLimit, merge_factored, truncated
 from resm_kernels.lora.routes import Route, route_of

@@ -19,7 +19,8 @@ from test_lora_merge import SHAPES, best, products, recipe, write_adapter
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, read_config, verify_checkpoint
-from resm_kernels.lora import AdapterReader, merge_factors, merge_lora
+from resm_kernels.engine import merge_lora
+from resm_kernels.lora import AdapterReader, merge_factors
 from resm_kernels.methods import get
 from resm_kernels.recipe import RecipeError
 
@@ -158,7 +159,7 @@ def test_dora_is_merged_with_its_magnitudes(tmp_path: Path, base: Path, pair: li
 
 
 def test_tensors_that_are_stored_whole(tmp_path: Path, base: Path, pair: list[Path]) -> None:
-    """They are merged as whole models are; an adapter without one has the base's."""
+    """They are merged as changes of the base's; an adapter without one has the base's."""
     weights = load_file(base / "model.safetensors")
     name = "model.norm.weight"
     saved = write_adapter(tmp_path / "saved", 5, base, saved={name: weights[name] + 0.5}, modules_to_save=["norm"])

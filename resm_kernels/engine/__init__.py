@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.estimate import chosen_machine
-from resm_kernels.engine.extract import extract_lora
 from resm_kernels.engine.merge import MergeReport, carry_out, estimate_rounding, merge_checkpoints, rounding_estimate
+from resm_kernels.engine.merge_adapters import merge_lora
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.rounding import Kept, describe_kept
 from resm_kernels.engine.stats import Spectra, TensorStats, checkpoint_stats
 from resm_kernels.engine.window import Window
 from resm_kernels.options import MergeOptions
+
+if TYPE_CHECKING:
+    from resm_kernels.engine.extract import extract_lora
 
 __all__ = [
     "DeviceUse",
@@ -30,6 +35,16 @@ __all__ = [
     "estimate_rounding",
     "extract_lora",
     "merge_checkpoints",
+    "merge_lora",
     "plan_merge",
     "rounding_estimate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Load what extracts adapters when it is asked for: merges start without it."""
+    if name != "extract_lora":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from resm_kernels.engine.extract import extract_lora
+
+    return extract_lora

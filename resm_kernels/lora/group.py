@@ -4,36 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from resm_kernels.checkpoint import CheckpointError, CheckpointReader, TensorInfo, open_form
+from resm_kernels.checkpoint import CheckpointError, TensorInfo
 from resm_kernels.checkpoint.forms import is_adapter_folder
 from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.files import shortened
 from resm_kernels.lora.adapter import AdapterReader
-from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base
+from resm_kernels.lora.base import BaseModel, OpenBase
+from resm_kernels.lora.config import CONFIG_FILE, check_recorded_base, read_adapter_config
 from resm_kernels.lora.elements import TaskVector
 from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.source import AdapterSource
 from resm_kernels.recipe import Recipe, RecipeError, dotted, model_and_adapter, model_folder
+from resm_kernels.tensor_names import last_part, module_of
 
 _WRAPPED: Final = ".base_layer."
 """What PEFT puts into the name of a tensor of a module that it adapts."""
-
-
-@dataclass(frozen=True)
-class BaseModel:
-    """The base model, whose weights some merges of adapters need."""
-
-    folder: Path
-    reader: CheckpointReader
-    config: Mapping[str, Any]
 
 
 class AdapterGroup:
@@ -45,6 +37,7 @@ class AdapterGroup:
         base_key: What the recipe calls the base model, which is opened if it is needed; None if it names none.
         base_name: What the merged adapter says of its base model.
         stack: Closes the models that are opened for the weights that adapters give.
+        open_base: Opens the base model.
 
     Attributes:
         modules: The shape of every weight that an adapter changes by factors, by its module's name.
@@ -64,9 +57,10 @@ class AdapterGroup:
         base_key: str | None,
         base_name: str | None,
         stack: contextlib.ExitStack,
+        open_base: OpenBase,
     ) -> None:
         self.adapters, self.base, self.base_name = list(adapters), base, base_name
-        self._base_key = base_key
+        self._base_key, self._open_base = base_key, open_base
         self._stack, self._models = stack, dict[Path, AdapterReader]()
         self.modules: dict[str, tuple[int, int]] = {}
         self.saved: dict[str, TensorInfo] = {}
@@ -90,8 +84,8 @@ class AdapterGroup:
         self.dtypes |= {module.parts[part].dtype for part in "AB"}
         first = self._owner(name)
         if first is not adapter and first is not None:
-            known = self.modules[name], first.kernel(name), first.modules[name].embedding
-            if (shape, kernel, module.embedding) != known:
+            known = self.modules[name], first.kernel(name), first.modules[name].embedding, first.slices(name)
+            if (shape, kernel, module.embedding, adapter.slices(name)) != known:
                 raise CheckpointError(
                     f"{adapter.folder}: module {name!r} has a weight of shape {shape}, need {known[0]} as in "
                     f"{first.folder}; need adapters of one base model"
@@ -102,9 +96,9 @@ class AdapterGroup:
 
     def _check_base(self, adapter: AdapterSource, name: str, shape: tuple[int, int]) -> None:
         assert self.base is not None
-        info = self.base.reader.tensors.get(f"{name}.weight")
+        info = None if name in adapter.parameters else self.base.model.locate(f"{name}.weight")
         if info is None:
-            return  # its files may name it otherwise; AdapterReader finds out where its weights are needed
+            return  # parameters are checked already; AdapterReader refuses others where their weights are needed
         stored = (info.shape[0], torch.Size(info.shape[1:]).numel()) if info.shape else ()
         if stored != shape:
             raise CheckpointError(
@@ -115,6 +109,11 @@ class AdapterGroup:
     def _check_names(self) -> None:
         """Refuse adapters that were made through different classes, which name one module in two ways."""
         for long in self.modules:
+            if f"{long}.weight" in self.modules:
+                raise CheckpointError(
+                    f"{self._first(long).folder}: adapts {long!r} by target_modules, and "
+                    f"{self._first(f'{long}.weight').folder} by target_parameters; need the same in both"
+                )
             words = long.split(".")
             for short in (".".join(words[at:]) for at in range(1, len(words))):
                 owners = [a for a in self.adapters if short in a.modules]
@@ -141,8 +140,9 @@ class AdapterGroup:
                 )
             first = owners[0].read(name)
             others = [adapter.read(name) for adapter in owners[1:]]
-            if self.base is not None and name in self.base.reader.tensors:
-                others.append(self.base.reader.read(name))
+            located = None if self.base is None else self.base.model.locate(name)
+            if self.base is not None and located is not None and located.stored_whole is not None:
+                others.append(self.base.reader.read(located.stored_whole))
             if not all(torch.equal(first.double(), other.double()) for other in others):
                 raise CheckpointError(
                     f"{owners[0].folder}: has other values of {name!r}, which its factors are added to, than the base "
@@ -176,23 +176,48 @@ class AdapterGroup:
         """Return the spatial sizes of a convolution's kernel; none for other modules."""
         return self._first(name).kernel(name)
 
-    def deltas(self, name: str) -> list[TaskVector]:
-        """Read each adapter's task vector of one weight; those of DoRA are matrices.
+    def tensor(self, name: str) -> str:
+        """Return the name of the adapted tensor in the loaded model."""
+        return self._first(name).tensor(name)
+
+    def slices(self, name: str) -> int:
+        """Return of how many matrices a weight consists: of one for each expert if experts are fused, else of one."""
+        return self._first(name).slices(name)
+
+    def is_parameter(self, name: str) -> bool:
+        """Return True if PEFT adapts the weight as a parameter of a module of any kind (target_parameters)."""
+        return name in self._first(name).parameters
+
+    def wrapper(self, name: str) -> str:
+        """Return what PEFT calls the module that has the factors: it wraps a module once for each adapted parameter.
+
+        The first parameter of the module is wrapped first, and each wrapper holds the one before.
+        """
+        if not self.is_parameter(name):
+            return name
+        assert self.base is not None
+        module = module_of(name)
+        order = self.base.model.parameters(module) or ()
+        adapted = [other for other in order if f"{module}.{other}" in self.modules]
+        return module + ".base_layer" * (len(adapted) - 1 - adapted.index(last_part(name)))
+
+    def deltas(self, name: str) -> list[list[TaskVector]]:
+        """Read each adapter's task vector of one weight, a list for each of its slices; those of DoRA are matrices.
 
         Raises:
             RecipeError: One is DoRA's, and the base model is not known.
         """
         m, n = self.modules[name]
-        found: list[TaskVector] = []
+        found: list[Sequence[TaskVector]] = []
         for adapter in self.adapters:
             if name not in adapter.modules:
-                found.append(Factors(torch.zeros(m, 0), torch.zeros(0, n), 1.0))
+                found.append([Factors(torch.zeros(m, 0), torch.zeros(0, n), 1.0)] * self.slices(name))
             elif "magnitude" in adapter.modules[name].parts:
                 original, (changed,) = self.weights(f"{name}.weight", "DoRA scales the base's weights", [adapter])
-                found.append((changed - original).float().flatten(1))
+                found.append([(changed - original).float().flatten(1)])
             else:
                 found.append(adapter.factors(name))
-        return found
+        return [list(deltas) for deltas in zip(*found, strict=True)]
 
     def weights(
         self, tensor: str, reason: str, adapters: Sequence[AdapterSource] | None = None
@@ -204,11 +229,15 @@ class AdapterGroup:
             CheckpointError: The base model has no such tensor, or an adapter does not fit it.
         """
         base = self.need_base(reason)
-        info = base.reader.tensors.get(tensor)
-        if info is None or info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(f"{base.folder}: has no floating-point tensor {tensor!r}, need it: {reason}")
+        found = base.model.locate(tensor)
+        name = None if found is None else found.stored_whole
+        if name is None or base.reader.tensors[name].dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{base.folder}: has no floating-point tensor {tensor!r}, need it: {reason}; need a base model of "
+                "the adapters' class"
+            )
         models = [self._model(base, a.folder) for a in (self.adapters if adapters is None else adapters)]
-        return base.reader.read(tensor).double(), [model.read(tensor).double() for model in models]
+        return base.reader.read(name).double(), [model.read(name).double() for model in models]
 
     def need_base(self, reason: str) -> BaseModel:
         """Return the base model.
@@ -219,25 +248,19 @@ class AdapterGroup:
         if self.base is None and self._base_key is None:
             raise RecipeError(f"base_model: missing; {reason}, so that the base model is needed")
         if self.base is None:
-            self.base = open_base(model_folder(str(self._base_key), "base_model"), self._stack)
+            self.base = self._open_base(model_folder(str(self._base_key), "base_model"), self._stack)
         return self.base
 
     def _model(self, base: BaseModel, folder: Path) -> AdapterReader:
         """Open the model that an adapter gives, once."""
         if folder not in self._models:
-            reader = AdapterReader(folder, base.reader, base.config, double=True)
+            reader = AdapterReader(folder, base.reader, base.config, double=True, model=base.model)
             self._models[folder] = self._stack.enter_context(reader)
         return self._models[folder]
 
 
-def open_base(folder: Path, stack: contextlib.ExitStack) -> BaseModel:
-    """Open a base model; `stack` closes it."""
-    reader, config, _ = open_form(folder)
-    return BaseModel(folder, stack.enter_context(reader), config)
-
-
-def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
-    """Open the adapters that a recipe names; `stack` closes them.
+def open_group(recipe: Recipe, stack: contextlib.ExitStack, open_base: OpenBase) -> AdapterGroup:
+    """Open the adapters that a recipe names, and their base model if it is named as a folder; `stack` closes them.
 
     Raises:
         RecipeError, CheckpointError: A folder is no adapter, or adapters belong to different base models.
@@ -262,8 +285,9 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
     base = None
     for folder in bases.values():
         base = open_base(folder, stack)
-    shapes = None if base is None else {name: info.shape for name, info in base.reader.tensors.items()}
-    opened = {os.path.realpath(f): stack.enter_context(AdapterSource(f, shapes)) for f in dict.fromkeys(places)}
+    if base is None and recipe.base_model is not None and any(read_adapter_config(f).target_parameters for f in places):
+        base = open_base(model_folder(recipe.base_model, "base_model"), stack)
+    opened = {os.path.realpath(f): stack.enter_context(AdapterSource(f, base)) for f in dict.fromkeys(places)}
     adapters = [opened[os.path.realpath(folder)] for folder in places]
     if base is not None:
         for source, adapter in zip(recipe.experts, adapters, strict=True):
@@ -271,7 +295,7 @@ def open_group(recipe: Recipe, stack: contextlib.ExitStack) -> AdapterGroup:
                 check_recorded_base(adapter.folder, adapter.config.base_name, base.folder)
     recorded = _recorded_base(adapters, trusted=recipe.base_model is not None or bool(bases))
     name = recorded or recipe.base_model or (None if base is None else str(base.folder))
-    return AdapterGroup(adapters, base, recipe.base_model, name, stack)
+    return AdapterGroup(adapters, base, recipe.base_model, name, stack, open_base)
 
 
 def _recorded_base(adapters: Sequence[AdapterSource], *, trusted: bool) -> str | None:

@@ -95,7 +95,7 @@ def merge_factored(
     Determinism: the result has the same bits for any number of threads.
     """
     if route is Route.SUM:
-        return _sum(factors, _coefficients(method, values, len(factors)))
+        return _sum(factors, coefficients(method, values, len(factors)))
     left, right = joint_bases(factors)
     if route is Route.CORES:
         cores = cores_of(factors, left, right)
@@ -113,7 +113,7 @@ def merge_factored(
     return Product(q, r, right)
 
 
-def _coefficients(method: Method, values: Mapping[str, Any], n_experts: int) -> list[float]:
+def coefficients(method: Method, values: Mapping[str, Any], n_experts: int) -> list[float]:
     """Return the c_t with which the method sums task vectors, which it shows on unit vectors."""
     units = list(torch.eye(n_experts, dtype=torch.float64))
     keys = {"seed": 0} if method.draws else {}

@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -20,12 +20,15 @@ from resm_kernels.checkpoint import CheckpointError, check_output_folder, format
 from resm_kernels.checks import NonFiniteError
 from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
 from resm_kernels.linalg.threads import thread_count
+from resm_kernels.lora.base import OpenBase, open_base
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX
 from resm_kernels.lora.group import AdapterGroup, open_group
-from resm_kernels.lora.low_rank import MergedFactors, RankLimit
+from resm_kernels.lora.low_rank import MergedFactors, RankLimit, coefficients
 from resm_kernels.lora.merged_config import merged_config, rank_notes
 from resm_kernels.lora.one_weight import merge_weight
-from resm_kernels.lora.routes import Route
+from resm_kernels.lora.peft_names import Adaptable, Kind
+from resm_kernels.lora.peft_names import stored_factors as peft_factors
+from resm_kernels.lora.routes import Route, route_of
 from resm_kernels.lora.writer import AdapterWriter
 from resm_kernels.options import MergeLoraKeywords, MergeLoraOptions
 from resm_kernels.recipe import Recipe, RecipeError, load_recipe
@@ -103,58 +106,24 @@ class MergeLoraReport:
         return "\n".join([line, *(f"note: {note}" for note in self.notes)])
 
 
-def merge_lora(
+def merge_adapters(
     recipe: Recipe | str | os.PathLike[str] | Mapping[str, Any],
     out: str | os.PathLike[str],
     *,
     on_module: Callable[[MergedModule], None] | None = None,
+    open_base: OpenBase = open_base,
     **options: Unpack[MergeLoraKeywords],
 ) -> MergeLoraReport:
-    """Merge PEFT adapters of one base model to one adapter, as the recipe says, and write it to the folder `out`.
-
-    The result is the adapter that a merge of the whole models and an extraction would give: with M what the recipe's
-    method makes of the task vectors Δ_t = s_t·B_t·A_t, the adapter has B·A = M, or the best approximation of a lower
-    rank. A module that an adapter does not have counts as one that it does not change.
-
-    - Methods whose M is of low rank (`lora.routes.Route` says which) merge factors, in float64, and no matrix of a
-      weight's size is formed. The rank of the result is at most the sum of the adapters' ranks.
-    - The other methods (TIES, DARE, DELLA, Breadcrumbs, SCE, …) form the task vectors block by block. M is truncated
-      to `rank` or `energy`, and the report and the output's record have the error of every module.
-    - DoRA adapters are merged with their magnitudes; they, tensors that adapters store whole, and methods that use the
-      weights themselves (SLERP, Karcher mean, Arcee Fusion) need the recipe's `base_model`.
+    """Merge adapters as `engine.merge_lora` does, which documents the arguments, the result and the errors.
 
     Args:
-        recipe: As for `merge_checkpoints`; `models` are adapter folders, or BASE+ADAPTER, and `base_model` may be left
-            out where the base's weights are not needed.
-        out: The folder to create. It appears when it is complete.
-        on_module: This function is called with each module as soon as it is merged.
-        rank: At most so many directions of each module. By default all, or the sum of the adapters' ranks where M is
-            not of low rank.
-        energy: Take for each module the fewest directions that hold this share of ‖M‖²_F.
-        max_rank: An upper bound of the rank, with `energy` only.
-        uniform_rank: Pad the factors of all modules with zeros to one rank (default: False). Without it, PEFT's
-            rank_pattern has the ranks of modules that differ.
-        dtype: The dtype of the factors, one of `dtypes.ADAPTER_DTYPES`, by default the recipe's `out_dtype` or `dtype`,
-            else the widest of the adapters'.
-        accuracy: Of the decomposition of an M that is not of low rank, see `linalg.truncated_svd`; 5e-2 by default.
-        random_seed: As for `merge_checkpoints`.
-        overwrite: Replace `out` if it is an adapter folder (default: False).
-        threads: Number of threads to compute with; None, the default, leaves torch's setting.
-
-    Returns:
-        A MergeLoraReport.
-
-    Raises:
-        ValueError: An option is out of its range.
-        RecipeError, CheckpointError: The recipe or the adapters cannot be used, or do not fit together.
-
-    Determinism: the same bits for any number of threads.
+        open_base: Opens the base model; by default its files have to name tensors as the loaded model does.
     """
     began, chosen = time.perf_counter(), MergeLoraOptions(**options)
     checked = load_recipe(recipe, adapters=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(thread_count(chosen.threads))
-        group = open_group(checked, stack)
+        group = open_group(checked, stack, open_base)
         folder = check_output_folder(
             out, overwrite=chosen.overwrite, inputs=group.folders, marker=CONFIG_FILE, goes_on=False
         )
@@ -180,7 +149,7 @@ class _Merge:
 
     def __post_init__(self) -> None:
         base = self.group.base
-        names = [f"{module}.weight" for module in self.group.modules]
+        names = list(map(self.group.tensor, self.group.modules))
         # The base model's files may name tensors otherwise.
         self.depths = tensor_depths([*names, *self.group.saved])
         if base is not None:
@@ -206,20 +175,34 @@ class _Merge:
         names = [tensor] * len(self.group.adapters)
         return self.recipe.tensor_parameters(tensor, self.depths.get(tensor, 0.0), self.piece, names)
 
-    def module(self, name: str) -> tuple[MergedFactors, Route]:
-        """Merge the task vectors of one weight."""
-        tensor, options = f"{name}.weight", self.options
-        return merge_weight(
-            self.group.modules[name],
-            self.group.deltas(name),
-            self.recipe.method,
-            self.parameters(tensor),
-            lambda reason: self.group.weights(tensor, reason),
-            name=tensor,
-            seed=options.random_seed,
-            limit=RankLimit(options.rank or options.max_rank, options.energy),
-            accuracy=options.accuracy,
-        )
+    def module(self, name: str) -> tuple[list[MergedFactors], Route]:
+        """Merge the task vectors of one weight, of a stack of experts slice by slice."""
+        tensor, options, method = self.group.tensor(name), self.options, self.recipe.method
+        parameters = self.parameters(tensor)
+        matrices = self.group.deltas(name)
+        if len(matrices) > 1:
+            route = route_of(method, method.resolve(len(self.group.adapters), dict(parameters), tensor))
+            if not route.is_exact:
+                raise CheckpointError(
+                    f"parameter {name!r}: {method.name} looks at the elements of all experts together, which are not "
+                    "merged adapter to adapter; need a method whose result is of low rank (docs/merge_lora.md), or "
+                    "merge whole models (resm-kernels merge) and extract an adapter (extract-lora)"
+                )
+        merged = [
+            merge_weight(
+                self.group.modules[name],
+                deltas,
+                method,
+                parameters,
+                lambda reason: self.group.weights(tensor, reason),
+                name=tensor,
+                seed=options.random_seed,
+                limit=RankLimit(options.rank or options.max_rank, options.energy),
+                accuracy=options.accuracy,
+            )
+            for deltas in matrices
+        ]
+        return [factors for factors, _ in merged], merged[0][1]
 
 
 def _modules(
@@ -234,52 +217,80 @@ def _modules(
         raise CheckpointError(f"{', '.join(str(a.folder) for a in group.adapters)}: {_EMPTY}")
     for name, shape in group.modules.items():
         try:
-            factors, route = merge.module(name)
+            matrices, route = merge.module(name)
         except NonFiniteError as error:
             raise CheckpointError(f"{error}; the adapter is damaged") from error
         except (CheckpointError, RecipeError):
             raise
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"module {name!r}: {error}") from error
-        module = MergedModule(name, shape, factors.rank, factors.error, factors.norm, route.value)
+        rank = max(factors.rank for factors in matrices)
+        norm = math.hypot(*(factors.norm for factors in matrices))
+        lost = math.hypot(*(factors.norm * factors.error for factors in matrices))
+        module = MergedModule(name, shape, rank, lost / norm if norm else 0.0, norm, route.value)
         report.modules.append(module)
         if on_module is not None:
             on_module(module)
-        ranks[name] = max(factors.rank, 1)  # PEFT has no rank of 0
-        for part, factor in stored_factors(group, name, factors, merge.dtype).items():
+        ranks[name] = max(rank, 1)  # PEFT has no rank of 0
+        for part, factor in stored_factors(group, name, matrices, merge.dtype).items():
             writer.add(part, factor)
     largest = max(ranks.values())
     for name in group.modules:
         rank = largest if merge.options.uniform_rank else ranks[name]
-        for part, dimension in zip(stored_names(group, name), (0, 1), strict=True):
-            writer.pad(part, dimension, rank)
+        a, b = stored_names(group, name)
+        writer.pad(a, 0, rank * group.slices(name), groups=group.slices(name))
+        writer.pad(b, 1, rank * group.slices(name))
         ranks[name] = rank
     return ranks
 
 
 def stored_names(group: AdapterGroup, name: str) -> tuple[str, str]:
-    """Return the names of a module's A and B, without PEFT's prefix."""
-    parts = ("lora_embedding_A", "lora_embedding_B") if group.embedding(name) else ("lora_A.weight", "lora_B.weight")
-    return f"{name}.{parts[0]}", f"{name}.{parts[1]}"
+    """Return the names of a module's or parameter's A and B, without PEFT's prefix."""
+    if group.embedding(name):
+        return f"{name}.lora_embedding_A", f"{name}.lora_embedding_B"
+    owner = group.wrapper(name)
+    return f"{owner}.lora_A.weight", f"{owner}.lora_B.weight"
 
 
-def stored_factors(group: AdapterGroup, name: str, factors: MergedFactors, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return A and B of a module as PEFT stores them, rounded to `dtype`, by their names."""
-    left, right = factors.left.to(dtype), factors.right.to(dtype)
-    if not bool(torch.isfinite(left).all() & torch.isfinite(right).all()):
+def stored_factors(
+    group: AdapterGroup, name: str, matrices: Sequence[MergedFactors], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Return A and B of a module or parameter as PEFT stores them, rounded to `dtype`, by their names."""
+    rank = max(factors.rank for factors in matrices)
+    sides = [
+        (_widened(factors.left.to(dtype), rank), _widened(factors.right.mT.to(dtype), rank)) for factors in matrices
+    ]
+    if not all(bool(torch.isfinite(side).all()) for pair in sides for side in pair):
         raise CheckpointError(f"module {name!r}: its factors exceed the range of {dtype_name(dtype)}; need float32")
-    b, a = (right.mT, left.mT) if group.transposed(name) else (left, right)
+    shape: tuple[int, ...] = group.modules[name]
+    kind = Kind.CONV1D if group.transposed(name) else Kind.LINEAR
+    if len(sides) > 1:
+        kind, shape = Kind.PARAMETER, (len(sides), *shape)
     if kernel := group.kernel(name):
-        a, b = a.reshape(factors.rank, -1, *kernel), b.reshape(*b.shape, *[1] * len(kernel))
-    return dict(zip(stored_names(group, name), (a, b), strict=True))
+        kind, shape = Kind.CONVOLUTION, (shape[0], shape[1] // math.prod(kernel), *kernel)
+    target = Adaptable(name, kind, transposed=group.transposed(name))
+    return dict(zip(stored_names(group, name), peft_factors(target, shape, sides), strict=True))
+
+
+def _widened(side: Tensor, rank: int) -> Tensor:
+    """Return columns of factors with columns of zeros up to a rank."""
+    return torch.nn.functional.pad(side, (0, rank - side.shape[1]))
 
 
 def _saved(merge: _Merge, writer: AdapterWriter, report: MergeLoraReport) -> None:
-    """Merge the tensors that adapters store whole, as a merge of the whole models does; copy those of the base."""
+    """Merge the tensors that adapters store whole, as changes of the base's; copy those that are the base's."""
     method, seed = merge.recipe.method, merge.options.random_seed
     for name, info in merge.group.saved.items():
         original, experts = merge.group.weights(name, _saved_reason(name))
-        merged = method(original, experts, out_dtype=info.dtype, name=name, seed=seed, **merge.parameters(name))
+        parameters = merge.parameters(name)
+        values = method.resolve(len(experts), dict(parameters), name)
+        if route_of(method, values) is Route.SUM:
+            # Some of these methods merge models; adapters are merged as changes, see `routes`.
+            shares = coefficients(method, values, len(experts))
+            changes = (c * (expert - original) for c, expert in zip(shares, experts, strict=True))
+            merged = functools.reduce(torch.add, changes, original).to(info.dtype)
+        else:
+            merged = method(original, experts, out_dtype=info.dtype, name=name, seed=seed, **parameters)
         writer.add(info.name.removeprefix(PREFIX), merged)
         report.saved.append(name)
     for name, info in merge.group.wrapped.items():

@@ -39,11 +39,13 @@ def merged_config(group: AdapterGroup, ranks: Mapping[str, int]) -> dict[str, An
         "lora_alpha": largest,
         "rank_pattern": patterns,
         "alpha_pattern": patterns,
-        "target_modules": _targets(group, ranks),
+        "target_modules": _targets(group, [name for name in ranks if not group.is_parameter(name)]),
         "modules_to_save": sorted({module for modules in saved for module in modules}) or None,
         "bias": max(biases, key=_BIASES.index),
         "fan_in_fan_out": any(a.config.fan_in_fan_out for a in group.adapters),
     }
+    if parameters := sorted(name for name in ranks if group.is_parameter(name)):
+        entries["target_parameters"] = parameters
     for key in _TAKEN_OVER:
         values = [a.entries.get(key) for a in group.adapters]
         if all(value == values[0] for value in values):
@@ -56,15 +58,17 @@ def merged_config(group: AdapterGroup, ranks: Mapping[str, int]) -> dict[str, An
     return adapter_config("", None, **entries)
 
 
-def _targets(group: AdapterGroup, ranks: Mapping[str, int]) -> list[str] | str:
+def _targets(group: AdapterGroup, modules: Sequence[str]) -> list[str] | str:
     """Return names that match the merged modules and no others."""
+    if not modules:
+        return []
     if group.base is not None:
-        return target_names(ranks, set(map(module_of, group.base.reader.tensors)))
+        return target_names(modules, set(map(module_of, group.base.reader.tensors)))
     entries: list[Any] = [a.entries.get("target_modules") for a in group.adapters]
     restricted = any(a.entries.get(key) for a in group.adapters for key in _RESTRICTING)
     lists = [names for names in entries if isinstance(names, list)]
     if restricted or len(lists) < len(entries):
-        return sorted(ranks)
+        return sorted(modules)
     # Each adapter has factors for every module that its names match, so that all names together match all modules.
     return sorted({name for names in lists for name in names})
 

@@ -140,7 +140,7 @@ class TargetFinder:
                 f"{module.file}: adapts parameters of {module.name!r} ({CONFIG_FILE}: target_parameters), and only "
                 "transformers knows their order; install transformers, in a version that has the base model's class"
             )
-        named = [name for name in owned if self._is_named(f"{module.name}.{name}")]
+        named = [name for name in owned if self.is_named(f"{module.name}.{name}")]
         if named and len(named) != wrappers:
             raise CheckpointError(
                 f"{module.file}: module {module.name!r} has {wrappers} changes, need {len(named)}, one for each of its "
@@ -154,7 +154,7 @@ class TargetFinder:
             found = self._model.locate(name)
             if found is not None:
                 return name, found, name if named else module.name
-        if wrappers > 1 or self._is_named(f"{module.name}.{_WEIGHT}"):
+        if wrappers > 1 or self.is_named(f"{module.name}.{_WEIGHT}"):
             raise CheckpointError(
                 f"{module.file}: adapts parameters of {module.name!r} ({CONFIG_FILE}: target_parameters), which "
                 f"{self._base_folder} does not have under these names; need its base model, and transformers if its "
@@ -164,7 +164,7 @@ class TargetFinder:
             f"{module.file}: adapts {names[0]!r}, which is not in {self._base_folder}; need its base model"
         )
 
-    def _is_named(self, name: str) -> bool:
+    def is_named(self, name: str) -> bool:
         """Return True if the configuration names the parameter under `target_parameters`."""
         return any(name == end or name.endswith(f".{end}") for end in self._config.target_parameters)
 

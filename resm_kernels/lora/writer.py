@@ -85,16 +85,18 @@ class AdapterWriter:
         """Store the tensor that `read()` returns when `commit` calls it, for tensors that another file holds."""
         self._entries[PREFIX + name] = (dtype, shape, read)
 
-    def pad(self, name: str, dimension: int, size: int) -> None:
-        """Pad a tensor that was added with zeros at the end of one dimension, up to a size."""
+    def pad(self, name: str, dimension: int, size: int, *, groups: int = 1) -> None:
+        """Pad a tensor that was added with zeros at the end of each of the groups of one dimension, up to a size."""
         dtype, shape, read = self._entries[PREFIX + name]
         if shape[dimension] == size:
             return
         padded = (*shape[:dimension], size, *shape[dimension + 1 :])
 
         def read_padded() -> Tensor:
+            stored = read().unflatten(dimension, (groups, -1))
             whole = torch.zeros(padded, dtype=dtype)
-            whole.narrow(dimension, 0, shape[dimension]).copy_(read())
+            parts = whole.unflatten(dimension, (groups, -1))
+            parts.narrow(dimension + 1, 0, stored.shape[dimension + 1]).copy_(stored)
             return whole
 
         self.add_from(name, dtype, padded, read_padded)
