@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from typing import TYPE_CHECKING, Any, Final
 
 from resm_kernels.engine.devices import DeviceUse
 from resm_kernels.engine.estimate import chosen_machine
 from resm_kernels.engine.merge import MergeReport, carry_out, estimate_rounding, merge_checkpoints, rounding_estimate
-from resm_kernels.engine.merge_adapters import merge_lora
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.rounding import Kept, describe_kept
@@ -17,6 +17,10 @@ from resm_kernels.options import MergeOptions
 
 if TYPE_CHECKING:
     from resm_kernels.engine.extract import extract_lora
+    from resm_kernels.engine.merge_adapters import merge_lora
+
+_LATER: Final = {"extract_lora": "extract", "merge_lora": "merge_adapters"}
+"""The modules of what extracts and merges adapters, loaded when it is asked for: merges of models start without it."""
 
 __all__ = [
     "DeviceUse",
@@ -42,9 +46,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load what extracts adapters when it is asked for: merges start without it."""
-    if name != "extract_lora":
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from resm_kernels.engine.extract import extract_lora
-
-    return extract_lora
+    return getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

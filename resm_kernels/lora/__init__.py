@@ -11,19 +11,15 @@ from resm_kernels.lora.base import BaseModel
 from resm_kernels.lora.config import AdapterConfig, check_recorded_base, read_adapter_config
 from resm_kernels.lora.factors import Factors, merge_factors
 from resm_kernels.lora.loaded import Axis, LoadedModel, Parameter, Placement
-<<<<<<< HEAD
-=======
-from resm_kernels.lora.merge import MergedModule, MergeLoraReport, merge_adapters
->>>>>>> wt-adv20
 from resm_kernels.lora.patches import StoredFactors
 
 if TYPE_CHECKING:
     from resm_kernels.lora.extract_report import ExtractedLayer, ExtractReport, OtherTensor
-    from resm_kernels.lora.merge import MergedModule, MergeLoraReport, merge_lora
+    from resm_kernels.lora.merge import MergedModule, MergeLoraReport, merge_adapters
 
 _LATER: Final = {
     "extract_report": ("ExtractReport", "ExtractedLayer", "OtherTensor"),
-    "merge": ("MergeLoraReport", "MergedModule", "merge_lora"),
+    "merge": ("MergeLoraReport", "MergedModule", "merge_adapters"),
 }
 """What extracts and merges adapters, by module; it is loaded when it is asked for, and merges start without it."""
 
