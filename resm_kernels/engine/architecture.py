@@ -20,7 +20,7 @@ from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.engine.weight_loading import WeightLoading
-from resm_kernels.files import shortened
+from resm_kernels.files import first_line, shortened
 from resm_kernels.tensor_names import layer_position
 
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
@@ -282,11 +282,6 @@ def _written(folder: Path) -> object:
         return names_key(read_config(folder))
     state = file.stat()
     return file, state.st_ino, state.st_size, state.st_mtime_ns
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def parsed_entries(folder: Path) -> dict[str, Any] | None:

@@ -32,7 +32,7 @@ from resm_kernels.engine.spelling_rules import (
 )
 from resm_kernels.lora import LoadedModel, Parameter
 from resm_kernels.lora.config import is_tied
-from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position
+from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position, unnumbered
 
 if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
@@ -278,7 +278,7 @@ def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:
         if has_class and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
             return True
         seen.append(tensors)
-    kinds = [{_unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
+    kinds = [{unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
     return any(names != kinds[0] for names in kinds) or _may_be_transposed(models)
 
 
@@ -298,11 +298,6 @@ def _may_tie(model: Model) -> bool:
     """Return True if a model may store copies of tied tensors; its configuration may say that the head is none."""
     untied = config_entry(model.config, "tie_word_embeddings", bool) is False
     return any(not (untied and copy.endswith("lm_head.weight")) for copy in copies(model.reader.tensors))
-
-
-def _unnumbered(name: str) -> str:
-    position = layer_position(name)
-    return name if position is None else position.unnumbered
 
 
 def _all_infos(reader: CheckpointReader) -> dict[str, TensorInfo]:

@@ -56,7 +56,7 @@ class ModuleTensors:
             raise MergeError(f"module: got {type(module).__name__}, need a torch.nn.Module")
         module = getattr(module, "_orig_mod", module)  # of a module that torch.compile has wrapped
         self._targets = _targets(module)
-        self._architecture: Architecture | None = None
+        self._module = module
         infos = {job.name: job.inputs[0][1] for job in plan.jobs}
         self._places: dict[str, Place | _Waiting] = {}
         covered: set[int] = set()
@@ -67,7 +67,7 @@ class ModuleTensors:
                     f"of the architecture of {plan.reference.folder}"
                 )
             covered |= {id(self._targets[name]) for name in place.targets}
-            waiting = _Waiting(place) if place.converted else place
+            waiting = _Waiting(place) if place.conversion is not None else place
             self._places |= dict.fromkeys(place.sources, waiting)
         for job in plan.jobs:
             if job.name in self._places:
@@ -83,10 +83,10 @@ class ModuleTensors:
     def _find_places(self, module: nn.Module, infos: Mapping[str, TensorInfo]) -> Sequence[Place]:
         """Return the places of the merged tensors but for those that transformers would not load."""
         if all(name in self._targets for name in infos) or not hasattr(module, "base_model_prefix"):
-            return [Place((name,), (name,), converted=False) for name in infos]
-        self._architecture = Architecture(module)
-        loaded = self._architecture.loaded(infos)
-        return self._architecture.places(name for name in infos if loaded[name].ignored is None)
+            return [Place((name,), (name,)) for name in infos]
+        architecture = Architecture(module)
+        loaded = architecture.loaded(infos)
+        return architecture.places({name: info.shape for name, info in infos.items() if loaded[name].ignored is None})
 
     def _check(self, name: str, shape: tuple[int, ...], *, copied: bool) -> None:
         """Refuse tensors of the module that the merged tensor cannot be written to."""
@@ -117,8 +117,8 @@ class ModuleTensors:
             first = self._targets[place.place.targets[0]].tensor
             place.values[name] = value.to(first.device, first.dtype, copy=True)  # as transformers does, before it joins
             if len(place.values) == len(place.place.sources):
-                assert self._architecture is not None
-                for target, part in self._architecture.converted(place.place, place.values).items():
+                assert place.place.conversion is not None
+                for target, part in place.place.conversion.convert(place.values, self._module).items():
                     self._write(target, name, part)
                 place.values.clear()
 
