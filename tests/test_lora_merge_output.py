@@ -364,6 +364,12 @@ def test_adapters_that_cannot_be_merged(
         merge_lora(recipe("tsvm", [pair[0], other], {}), tmp_path / "out")
 
 
+def test_adapters_without_changes(tmp_path: Path, base: Path) -> None:
+    empty = write_adapter(tmp_path / "empty", 7, base, only="no module")
+    with pytest.raises(CheckpointError, match=r"empty: no adapter changes a weight; there is nothing to merge"):
+        merge_lora(recipe("tsvm", [empty, empty], {}), tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -235,6 +235,8 @@ def ask_transformers(folder: Path, config: Mapping[str, Any]) -> Architecture | 
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     model_class: Any = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        if not config:
+            return "there is no config.json that names its class"
         return f"transformers has no class {shortened(name)}" if name else "config.json names no class (architectures)"
     if _parts(config) > _MOST_PARTS:
         return f"config.json asks for more than {_MOST_PARTS} layers and experts"

@@ -20,6 +20,7 @@ from resm_kernels.engine.loaded import Spelled, SpelledModel
 from resm_kernels.engine.rearrangements import rearranged
 from resm_kernels.engine.spelling_rules import (
     COPY,
+    EMPTY_BIAS,
     IGNORED_WEIGHT,
     MADE,
     UNINDEXED,
@@ -272,7 +273,9 @@ def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:
             return True
         if any(tensors.keys() == other.keys() for other in seen):
             continue
-        if not as_stored and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
+        # A file or component without a configuration of transformers' may be loaded by what needs buffers too.
+        has_class = not as_stored and not model.config.keys().isdisjoint(("architectures", "model_type"))
+        if has_class and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
             return True
         seen.append(tensors)
     kinds = [{_unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
@@ -383,6 +386,14 @@ def _leave_out_ignored(models: Sequence[_Tensors]) -> None:
                 tensors.leave_out(loaded, IGNORED_WEIGHT)
             elif any(_makes(other, loaded, tensors) for other in lacking):
                 tensors.leave_out(loaded, MADE)
+            elif _is_empty_bias(tensors, loaded):
+                tensors.leave_out(loaded, EMPTY_BIAS)
+
+
+def _is_empty_bias(tensors: _Tensors, loaded: str) -> bool:
+    """Return True for a bias of zeros of a layer that has none in the model's class, as AutoGPTQ's files have them."""
+    known = tensors.architecture
+    return known is not None and loaded.endswith(".bias") and loaded not in known.shapes and _is_zero(tensors, loaded)
 
 
 def _makes(lacking: _Tensors, loaded: str, storing: _Tensors) -> bool:

@@ -52,6 +52,8 @@ class ModuleTensors:
     """
 
     def __init__(self, module: nn.Module, plan: MergePlan) -> None:
+        if not isinstance(module, nn.Module):
+            raise MergeError(f"module: got {type(module).__name__}, need a torch.nn.Module")
         module = getattr(module, "_orig_mod", module)  # of a module that torch.compile has wrapped
         self._targets = _targets(module)
         self._architecture: Architecture | None = None
@@ -98,6 +100,8 @@ class ModuleTensors:
                 )
             if tensor.is_meta:
                 raise MergeError(f"module: tensor {target.name!r} is on the meta device, need one with memory")
+            if tensor.layout != torch.strided:
+                raise MergeError(f"module: tensor {target.name!r} is {tensor.layout}, need a dense one")
             if not copied and tensor.dtype not in FLOAT_DTYPES:
                 raise MergeError(
                     f"module: tensor {target.name!r} is {tensor.dtype}, need one of "
@@ -125,16 +129,15 @@ class ModuleTensors:
                 f"module: tensor {target_name!r} has shape {tuple(target.tensor.shape)}, need {tuple(value.shape)}, "
                 f"which transformers makes of {name!r} and others"
             )
-        with torch.no_grad():
-            if target.written is None:
-                target.tensor.copy_(value)
-                target.written = name
-                _check_range(name, value, target.tensor)
-            elif not torch.equal(target.tensor, value.to(target.tensor.device, target.tensor.dtype)):
-                raise MergeError(
-                    f"module: ties {target.written!r} and {name!r}, which are merged to different values; load it with "
-                    "tie_word_embeddings: false"
-                )
+        if target.written is None:
+            overwrite(target.tensor, value)
+            target.written = name
+            _check_range(name, value, target.tensor)
+        elif not torch.equal(target.tensor, value.to(target.tensor.device, target.tensor.dtype)):
+            raise MergeError(
+                f"module: ties {target.written!r} and {name!r}, which are merged to different values; load it with "
+                "tie_word_embeddings: false"
+            )
 
     def copied(self) -> list[tuple[Tensor, Tensor]]:
         """Return each tensor that a merge writes, with a copy of its values."""
@@ -144,13 +147,20 @@ class ModuleTensors:
         return [(tensor, tensor.detach().clone()) for tensor in written.values()]
 
 
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Give a parameter or buffer other values, in its own memory and dtype."""
+    # A tensor that was made in inference mode can be changed there alone.
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        tensor.copy_(value)
+
+
 def _targets(module: nn.Module) -> dict[str, _Target]:
     """Return the parameters and saved buffers by every name that they have; tied ones are one target."""
     by_memory: dict[tuple[int, int], _Target] = {}
     targets = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            has_memory = not tensor.is_meta and tensor.numel() > 0
+            has_memory = not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0
             memory = (tensor.data_ptr(), tensor.numel()) if has_memory else (id(tensor), 0)
             targets[name] = by_memory.setdefault(memory, _Target(name, tensor))
     return targets

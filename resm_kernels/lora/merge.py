@@ -124,6 +124,8 @@ def merge_adapters(
     with contextlib.ExitStack() as stack:
         stack.enter_context(thread_count(chosen.threads))
         group = open_group(checked, stack, open_base)
+        if not group.modules:
+            raise CheckpointError(f"{', '.join(map(str, group.folders))}: {_EMPTY}")
         folder = check_output_folder(
             out, overwrite=chosen.overwrite, inputs=group.folders, marker=CONFIG_FILE, goes_on=False
         )
@@ -213,8 +215,6 @@ def _modules(
 ) -> dict[str, int]:
     """Merge all modules and store their factors; return the rank of each."""
     group, ranks = merge.group, dict[str, int]()
-    if not group.modules:
-        raise CheckpointError(f"{', '.join(str(a.folder) for a in group.adapters)}: {_EMPTY}")
     for name, shape in group.modules.items():
         try:
             matrices, route = merge.module(name)

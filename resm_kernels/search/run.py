@@ -126,7 +126,7 @@ def search_recipes(
         reference = models.reference(defaults)
         if model is None:
             kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
-            model = load_model(reference, dtype=kinds[settings.dtype], device=settings.device)
+            model = load_model(reference, dtype=kinds[settings.dtype], device=models.device)
             tokenizer = load_tokenizer(reference) if tokenizer is None else tokenizer
         judge = Judge(function, model, tokenizer, settings.questions, settings.prefix)
         return _Search(checked, settings, models, model, judge, folder, on_trial).run(baselines)
