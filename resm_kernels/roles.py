@@ -125,6 +125,10 @@ _PLAIN_TABLES: Final = re.compile(
     r"embed_tokens(?:_\w+)?|embed_positions|embed_in|wte|wpe|shared|(?:word|token|tok|position|token_type)_embeddings?"
     r"|relative_attention_bias"
 )
+_TORCH_MATRICES: Final = re.compile(r"(?:in|[qkv])_proj_weight|weight_[ih]h_l\d+(?:_reverse)?")
+"""Matrices of torch's own `MultiheadAttention` and recurrent networks, which are parameters of their modules."""
+_IN_OUT_MATRICES: Final = ("text_projection",)
+"""Parameters that are matrices stored as (in, out), as OpenAI's and OpenCLIP's models have them."""
 _DBRX: Final = re.compile(r"\.experts\.mlp\.(?:w1|v1|w2)$")
 _IN_OUT_TYPES: Final = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
 """Model types whose fused experts are stored as (experts, in, out)."""
@@ -210,6 +214,8 @@ def role_by_name(name: str, shape: Sequence[int], config: Mapping[str, Any] | No
         counts = [n for section in _sections(config) if isinstance(n := section.get("moe_num_experts"), int)]
         slices = counts[0] if counts and shape[0] % counts[0] == 0 else 1
         return matrix_role(Role.FUSED_EXPERTS, module, shape, slices=slices, transposed=parameter == "w2")
+    if len(shape) == 2 and (_TORCH_MATRICES.fullmatch(parameter) or parameter in _IN_OUT_MATRICES):
+        return matrix_role(Role.LINEAR, module, shape, transposed=parameter in _IN_OUT_MATRICES)
     if parameter not in ("weight", "weight_v", "original1"):
         return matrix_role(Role.OTHER, module, shape)
     if len(shape) >= 3 and table in (None, Role.EMBEDDING):
