@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint format bench bench-spectral quality families structures adapters extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint types format bench bench-spectral quality families structures adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -34,8 +34,10 @@ example-models: $(VENV)/.test
 	$(BIN)/python -m benchmarks.quality.train --size small --seeds 0 --models base helpful honest harmless --root build/quality
 	for model in base helpful honest harmless; do cp build/quality/small/seed-0/$$model/* examples/3h/models/$$model/; done
 
+# Two processes, each with a thread; all tests of a file run in one of them. WORKERS=0 runs every test in one process.
+WORKERS ?= 2
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --benchmark-disable
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --benchmark-disable --numprocesses $(WORKERS) --dist loadfile
 
 # Reads CASES hostile files and command lines, others with another SEED; a summary with the coverage of the readers' lines.
 CASES ?= 100000
@@ -48,6 +50,11 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/mypy
+
+# The types for the oldest and the newest Python, beside the one that runs.
+types: $(VENV)/.lint
+	$(BIN)/mypy --python-version 3.10 resm_kernels
+	$(BIN)/mypy --python-version 3.12 resm_kernels
 
 # Rewrites the sources in the style that `make lint` checks.
 format: $(VENV)/.lint

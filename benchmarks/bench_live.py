@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -63,6 +64,11 @@ class Shapes(torch.nn.Module):
             owner.register_parameter(last, torch.nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)))
 
 
+def say(line: str) -> None:
+    """Print what has been done, while more is being done."""
+    print(line, file=sys.stderr, flush=True)
+
+
 def check_bits(module: torch.nn.Module, folder: Path) -> None:
     """Exit unless the module holds the folder's tensors."""
     state = module.state_dict()
@@ -81,6 +87,7 @@ def measure(name: str, tried: list[dict[str, Any]], module: torch.nn.Module, lim
             began = time.perf_counter()
             merge_checkpoints(recipe, Path(scratch) / "out", model_card=False)
             seconds = time.perf_counter() - began
+            say(f"{name}, merge {trial}: {report.seconds:.2f} s in memory, {seconds:.2f} s from files")
             check_bits(module, Path(scratch) / "out")
             rmtree(Path(scratch) / "out")
             if trial == 0:
@@ -108,7 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-250m"), help="where models are kept")
     parser.add_argument("--layers", type=int, default=Size.layers)
-    parser.add_argument("--trials", type=int, default=4, help="merges of each method, the first included")
+    parser.add_argument("--trials", type=int, default=3, help="merges of each method, the first included")
     parser.add_argument("--memory-limit", default="5GB", help="of what is kept between merges")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="where to write the record")
@@ -116,6 +123,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     size = Size(layers=options.layers)
     cache = options.cache if size == Size() else options.cache.with_name(f"{options.cache.name}-{size.layers}-layers")
+    say(f"models of {size.layers} layers in {cache}, which are made if they are not there")
     folders = make_models(cache, size)
     assert len(folders) == 1 + EXPERTS
     module = Shapes(size)

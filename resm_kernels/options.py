@@ -244,14 +244,17 @@ class SearchOptions:
             raise ValueError("trials: got none and no time, need one of the two limits")
         for name in ("trials", "questions", "prefix"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: got {shortened(value)}, need at least 1")
+            is_whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (is_whole and value >= 1):
+                raise ValueError(f"{name}: got {shortened(value)}, need a whole number, at least 1")
         if self.prefix is not None and self.questions is not None and self.prefix >= self.questions:
             raise ValueError(f"prefix: got {self.prefix}, need less than the {self.questions} questions")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler: got {shortened(self.sampler)}, need one of {', '.join(SAMPLERS)}")
         if self.best_by not in BEST_BY:
             raise ValueError(f"best_by: got {shortened(self.best_by)}, need {' or '.join(BEST_BY)}")
+        if isinstance(self.objectives, str):
+            raise ValueError(f"objectives: got {shortened(self.objectives)}, need a list of names of scores")
         if self.objectives is not None and (not self.objectives or len(set(self.objectives)) < len(self.objectives)):
             raise ValueError(f"objectives: got {shortened(self.objectives)}, need names of scores, each once")
         if self.dtype not in _SEARCH_DTYPES:

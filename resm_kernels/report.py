@@ -7,7 +7,6 @@ import functools
 import itertools
 import json
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -160,8 +159,8 @@ def stats_table(rows: Sequence[TensorStats]) -> Table:
         ]
         spectra = [row.spectra for row in matrices if row.spectra is not None]
         if spectra:
-            interference = statistics.fmean(s.interference for s in spectra)
-            expected = statistics.fmean(s.interference_expected for s in spectra)
+            interference = _mean([s.interference for s in spectra])
+            expected = _mean([s.interference_expected for s in spectra])
             cells += [
                 _per_expert([s.effective_rank for s in spectra], ".1f"),
                 _per_expert([s.decay for s in spectra], ".2f"),
@@ -173,8 +172,12 @@ def stats_table(rows: Sequence[TensorStats]) -> Table:
 
 def _per_expert(matrices: Sequence[Sequence[float | int]], spec: str) -> str:
     """Return each expert's figure, the mean over the matrices."""
-    means = matrices[0] if len(matrices) == 1 else [statistics.fmean(values) for values in zip(*matrices, strict=True)]
+    means = matrices[0] if len(matrices) == 1 else [_mean(values) for values in zip(*matrices, strict=True)]
     return " / ".join(format(value, spec) for value in means)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
 
 
 def stats_json(rows: Sequence[TensorStats], experts: Sequence[str]) -> str:

@@ -103,6 +103,12 @@ def layer_position(name: str) -> LayerPosition | None:
     return None if match is None else LayerPosition(match[1], int(match[2]), match[3])
 
 
+def unnumbered(name: str) -> str:
+    """Return a tensor's name without the number of its layer, the same in all layers."""
+    position = layer_position(name)
+    return name if position is None else position.unnumbered
+
+
 def layer_depth(number: int, layers: int) -> float:
     """Return the depth of a layer among `layers`: 0 for the first, 1 for the last, and 1 for the only one."""
     return number / (layers - 1) if layers > 1 else 1.0

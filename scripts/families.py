@@ -33,6 +33,7 @@ import transformers
 from expected_roles import wrong_roles
 from quantised_layouts import Quantise, quantised_layouts, store_quantised
 from safetensors.torch import load_file, save_file
+from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 from resm_kernels.engine import merge_checkpoints
@@ -120,10 +121,18 @@ def tiny_config(config_class: Any) -> Any:
         return config_class(**{name: size for name, size in sizes.items() if name != "head_dim"})
 
 
-def families() -> Iterator[tuple[str, Callable[[], Any] | None, str]]:
-    """Yield each family's name, a function that makes a tiny model (None if it does not get small), and why not."""
+def families(only: str = "") -> Iterator[tuple[str, Callable[[], Any] | None, str]]:
+    """Yield each family's name, a function that makes a tiny model (None if it does not get small), and why not.
+
+    Args:
+        only: Families whose name does not contain this text are left out, and their code is not imported.
+    """
     for kind, mapping in KINDS.items():
-        for config_class, model_class in mapping.items():
+        for model_type, names in mapping._model_mapping.items():
+            if model_type not in CONFIG_MAPPING or only not in f"{kind}: {model_type}":
+                continue
+            config_class = CONFIG_MAPPING[model_type]
+            model_class = mapping._load_attr_from_module(model_type, names)
             cls = model_class[0] if isinstance(model_class, tuple) else model_class
             name = f"{kind}: {config_class.model_type}"
             try:
@@ -386,12 +395,11 @@ def main() -> int:
             f"{name}: {row.excluded or row.verdict}, {row.roundings:.2f}, roles {row.roles} {row.mergekit}", flush=True
         )
 
-    for name, make, why in families():
-        if arguments.only in name:
-            if make is None:
-                left_out.append(f"{name} ({why})")
-            else:
-                run(rows, name, make)
+    for name, make, why in families(arguments.only):
+        if make is None:
+            left_out.append(f"{name} ({why})")
+        else:
+            run(rows, name, make)
     for name, make, change in hub_layouts():
         if arguments.only in name:
             run(hub, name, make, change)

@@ -11,7 +11,7 @@ from checkpoints import Family
 from safetensors.torch import save_file
 from test_spelling import unprefixed
 
-from resm_kernels.engine import merge_checkpoints, plan_merge
+from resm_kernels.engine import architecture, merge_checkpoints, plan_merge
 from resm_kernels.engine.architecture import find_architecture
 
 
@@ -23,6 +23,24 @@ def test_a_configuration_of_endless_layers_is_not_built(family: Family, count: s
     assert find_architecture(family.base_folder, json.loads(file.read_text())) is None
     save_file(unprefixed("model.")(family.experts[1]), family.folders[1] / "model.safetensors")
     assert any("expert1: reads" in note for note in merge_checkpoints(family.recipe("linear"), family.out).notes)
+
+
+def test_a_model_is_built_once_for_a_configuration(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also for another folder that says the same; a folder that is rewritten is read again."""
+    config = json.loads((family.base_folder / "config.json").read_text()) | {"bos_token_id": None, "max_length": 77}
+    build, built = architecture._on_meta, []
+
+    def counted(*args: Any) -> Any:
+        built.append(args)
+        return build(*args)
+
+    monkeypatch.setattr(architecture, "_on_meta", counted)
+    for folder, layers in ((0, 2), (1, 2), (0, 1), (1, 2), (0, 2)):
+        stated = config | {"num_hidden_layers": layers, "dtype": f"float{16 * (folder + 1)}"}
+        (family.folders[folder] / "config.json").write_text(json.dumps(stated))
+        found = find_architecture(family.folders[folder], stated)
+        assert found is not None and len(found.layers("model.layers.")) == layers
+    assert len(built) == 2
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from resm_kernels.checkpoint import CheckpointReader
-from resm_kernels.engine.config_warnings import config_warnings
+from resm_kernels.engine import config_warnings as module
+from resm_kernels.engine.config_warnings import FULL_ATTENTION, USUAL_THETA, config_warnings
 from resm_kernels.engine.models import Model
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (test extra)")
@@ -71,6 +72,11 @@ def stated(config: dict[str, Any]) -> dict[str, Any]:
         ({"model_type": "gpt2", "n_head": 4}, {"n_head": 2}, "n_head is 2, there 4"),
         ({"model_type": "gpt_neox"}, {"use_parallel_residual": False}, "use_parallel_residual is False, there True"),
         ({"model_type": "gpt_neox"}, {"rotary_pct": 0.5}, "partial_rotary_factor is 0.5, there 0.25"),
+        (
+            {"model_type": "glm", "rope_theta": 1e4},
+            {"partial_rotary_factor": 0.25},
+            "partial_rotary_factor is 0.25, there 0.5",
+        ),
         ({"model_type": "bart"}, {"scale_embedding": True}, "scale_embedding is True, there False"),
         ({"model_type": "t5"}, {"relative_attention_max_distance": 64}, "relative_attention_max_distance is 64"),
         ({"model_type": "granite"}, {"attention_multiplier": 0.5}, "attention_multiplier is 0.5, there 1.0"),
@@ -107,6 +113,35 @@ def test_the_same_meaning_in_other_words_is_no_warning(
 ) -> None:
     changed = stated(first | other)
     assert warned(tmp_path, first, changed) == warned(tmp_path, changed, first) == ""
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        (LLAMA, {"num_key_value_heads": 4, "head_dim": 8, "use_cache": False, "eos_token_id": [1, 2]}),
+        (LLAMA, {"rope_theta": 10000.0, "rope_scaling": None, "pretraining_tp": 1, "attention_bias": False}),
+        (LLAMA, {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}}),
+        (LLAVA, {"text_config": LLAMA | {"rope_theta": 10000.0}}),
+        (
+            QWEN | {"rope_theta": 1e6, "use_sliding_window": False, "sliding_window": 4096, "use_mrope": False},
+            {"use_mrope": None, "sliding_window": None, "max_window_layers": 4, "layer_types": ["full_attention"] * 4},
+        ),
+    ],
+)
+def test_harmless_differences_do_not_import_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: dict[str, Any], other: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(module, "parsed_entries", lambda folder: pytest.fail("transformers is asked"))
+    changed = stated(first | other)
+    assert warned(tmp_path, first, changed) == warned(tmp_path, changed, first) == ""
+
+
+def test_defaults_that_are_known_here_are_those_of_transformers() -> None:
+    for kind in USUAL_THETA:
+        assert transformers.CONFIG_MAPPING[kind]().rope_parameters == {"rope_type": "default", "rope_theta": 10000}
+    for kind in FULL_ATTENTION:
+        windows = {"use_sliding_window": False, "sliding_window": 16, "max_window_layers": 1}
+        assert set(transformers.CONFIG_MAPPING[kind](**windows).layer_types) == {"full_attention"}
 
 
 def test_models_of_one_configuration_are_named_once(tmp_path: Path) -> None:

@@ -352,7 +352,7 @@ def test_configurations_of_odd_types_do_not_end_in_internal_errors(family: Famil
         ("use_dora", "false", "use_dora: got 'false', need true or false"),
         ("base_model_name_or_path", 5, "base_model_name_or_path: got 5, need a text"),
         ("base_model_name_or_path", "a\0b", "base_model_name_or_path: got 'a.x00b', which has a NUL byte"),
-        ("peft_type", [], r"peft_type: got \[\], need 'LORA'"),
+        ("peft_type", [], r"peft_type: got \[\], need LORA, "),
     ],
 )
 def test_adapters_state_values_of_the_right_type(family: Family, entry: str, value: Any, message: str) -> None:

@@ -56,6 +56,21 @@ def test_single_files_give_a_single_file(tmp_path: Path) -> None:
     assert report.has_record and report.tensors == len(UNET) and not report.findings
 
 
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_single_files_keep_buffers_and_may_lack_comfyuis_prefix(tmp_path: Path, prefix: str) -> None:
+    """What loads such a file may need buffers that transformers would make itself."""
+    weights = [tensors(UNET, seed) for seed in range(2)]
+    for tensor in weights:
+        tensor["text_model.embeddings.position_ids"] = torch.arange(7)[None]
+    files = [tmp_path / f"model{i}.safetensors" for i in range(2)]
+    save_file(weights[0], files[0])
+    save_file({prefix + name: tensor for name, tensor in weights[1].items()}, files[1])
+    if prefix:
+        del weights[0]["text_model.embeddings.position_ids"]
+    merge_checkpoints(mean_recipe(*files), tmp_path / "out")
+    assert_means(tmp_path / "out" / "model0.safetensors", *weights)
+
+
 def test_a_component_of_diffusers_keeps_its_files_names(tmp_path: Path) -> None:
     weights = [tensors(UNET, seed) for seed in range(2)]
     folders = [tmp_path / f"unet{i}" for i in range(2)]

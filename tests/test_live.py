@@ -210,7 +210,29 @@ def test_modules_that_do_not_fit_are_refused_before_anything_is_written(
     assert all(not p.any() for p in module.parameters() if not p.is_meta)
 
 
-def test_quantised_parameters_and_outputs_are_refused(family: Family) -> None:
+def test_modules_of_other_kinds(family: Family) -> None:
+    """A module that was made in inference mode is merged into like any other; what is no dense module is refused."""
+    with torch.inference_mode():
+        module = Loose(family.base)
+    module.model.norm.weight = nn.Parameter(torch.zeros_like(family.base["model.norm.weight"]))
+    recipe = family.recipe("ties")
+    merge_checkpoints(recipe, family.out)
+    with LiveModels() as models:
+        models.merge_into(module, recipe)
+        assert same(module, load_model(family.out))
+        with models.merged(module, family.recipe("task_arithmetic")):
+            assert not same(module, load_model(family.out))
+        assert same(module, load_model(family.out))
+        with pytest.raises(MergeError, match=r"module: got OrderedDict, need a torch.nn.Module"):
+            models.merge_into(module.state_dict(), recipe)
+        module.lm_head.weight = nn.Parameter(torch.zeros_like(family.base["lm_head.weight"]).to_sparse())
+        with pytest.raises(MergeError, match=r"'lm_head.weight' is torch.sparse_coo, need a dense one"):
+            models.merge_into(module, recipe)
+    with pytest.raises(ValueError, match="device: got 'gpu', need auto, cpu, cuda"):
+        LiveModels(device="gpu")
+
+
+def test_quantised_parameters_and_outputs_and_documents_are_refused(family: Family) -> None:
     module = Loose(family.base)
     shape = family.base["model.norm.weight"].shape
     module.model.norm.weight = nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
@@ -219,6 +241,10 @@ def test_quantised_parameters_and_outputs_are_refused(family: Family) -> None:
             models.merge_into(module, family.recipe("ties"))
         with pytest.raises(MergeError, match="out_dtype: got fp8, but live merges have full weights"):
             models.merge_into(module, family.recipe("ties", out_dtype="fp8"))
+        several = [family.recipe("ties", name="own"), family.recipe("linear")]
+        several[1]["models"] = [{"model": "own", "parameters": {"weight": 1.0}}]
+        with pytest.raises(MergeError, match=r"recipe: has 2 documents, .*; merge own to folders first"):
+            models.merge_into(module, several)
 
 
 def test_values_that_only_the_module_cannot_hold_are_refused(family: Family) -> None:

@@ -303,6 +303,21 @@ BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
     "no scale": (without(SCALED, "m.weight_scale_inv"), FP8, ["'m.weight'", "fp8", "scales are missing"]),
     "no weight": (without(SCALED, "m.weight"), FP8, ["'m.weight_scale_inv'", "not complete"]),
     "stale scale": (SCALED | {"m.weight": CODES.bfloat16()}, FP8, ["'m.weight'", "bfloat16", "'m.weight_scale_inv'"]),
+    "stale scale among others": (
+        SCALED | {"n.weight": CODES.bfloat16(), "n.weight_scale_inv": torch.ones(2, 1)},
+        None,
+        ["'n.weight'", "bfloat16", "other weights are quantised"],
+    ),
+    "no scale among others": (
+        SCALED | {"n.weight": CODES},
+        None,
+        ["'n.weight'", "float8_e4m3fn", "scales are missing"],
+    ),
+    "no full scale of ComfyUI": (
+        {"m.weight": CODES, "m.scale_weight": torch.ones(3)},
+        None,
+        ["m.scale_weight", "[256, 128]"],
+    ),
     "scales that do not fit": (
         SCALED | {"m.weight_scale_inv": torch.ones(3, 1)},
         FP8,
@@ -339,6 +354,7 @@ BAD: dict[str, tuple[Tensors, dict[str, Any] | None, list[str]]] = {
         {"quant_method": "mxfp4"},
         ["e.w_scales", "[2, 4, 3]"],
     ),
+    "layout of Marlin": (gptq(32, 8)[0], GPTQ | {"checkpoint_format": "marlin"}, ["'marlin'", "gptq or gptq_v2"]),
     "odd bits": (gptq(32, 8)[0], GPTQ | {"bits": 5}, ["bits 5", "2, 3, 4 or 8"]),
     "no zeros": (without(gptq(32, 8)[0], "m.qzeros"), GPTQ, ["m.qweight", "qzeros and scales"]),
     "wrong zeros": (gptq(32, 8)[0] | {"m.qzeros": torch.zeros(2, 1, dtype=torch.int32)}, GPTQ, ["m.qzeros", "(1, 1)"]),

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from resm_kernels import merge_checkpoints
 from resm_kernels.checkpoint import open_form
 from resm_kernels.cli import app
-from resm_kernels.engine import extract_lora, plan_merge
+from resm_kernels.engine import MergeError, extract_lora, plan_merge
 
 Tensors = dict[str, torch.Tensor]
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
@@ -194,3 +194,39 @@ def test_the_command_says_what_it_reads(tmp_path: Path) -> None:
     assert done.exit_code == 0 and "note: " in done.stderr and "(fp8)" in done.stderr
     done = CliRunner().invoke(app, ["merge", recipe, str(family.out), "--overwrite", "-q"])
     assert done.exit_code == 0 and "note: " not in done.stderr
+
+
+def test_single_files_of_comfyui(tmp_path: Path) -> None:
+    """`scale_weight` beside fp8 codes, and marks that are no weights."""
+    codes = (torch.randn(48, 32) * 30).to(torch.float8_e4m3fn)
+    marks = {"a.scale_input": torch.ones(1), "a.comfy_quant": torch.zeros(9, dtype=torch.uint8)}
+    marks["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    tensors = {"a.weight": codes, "a.scale_weight": torch.tensor([0.25]), "a.bias": torch.ones(48)}
+    save_file(tensors | marks, tmp_path / "a.safetensors")
+    reader, *_ = open_form(tmp_path / "a.safetensors")
+    assert sorted(reader.tensors) == ["a.bias", "a.weight"]
+    assert torch.equal(reader.read("a.weight"), codes.float() * 0.25)
+
+
+@pytest.mark.parametrize("name", ["m.k_scale", "m.k_proj.v_scale", "m.kv_scale", "m.input_scale_ub", "m.q_zero_point"])
+def test_scales_of_caches_and_activations_are_no_weights(tmp_path: Path, name: str) -> None:
+    tensors = {"m.weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "m.weight_scale": torch.ones(4, 1)}
+    save_file(tensors | {name: torch.ones(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "compressed-tensors"}}')
+    assert list(open_form(tmp_path)[0].tensors) == ["m.weight"]
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("in_base", [True, False])
+def test_biases_of_zeros_that_a_class_has_no_place_for(tmp_path: Path, value: float, in_base: bool) -> None:
+    """AutoGPTQ's files have them for every quantised layer."""
+    pytest.importorskip("transformers")
+    family, name = Family(tmp_path), "model.layers.0.self_attn.q_proj.bias"
+    folder = family.base_folder if in_base else family.folders[0]
+    save_model(folder, load_model(folder) | {name: torch.full((32,), value)})
+    if value:
+        with pytest.raises(MergeError, match=name):
+            plan_merge(family.recipe())
+        return
+    plan = plan_merge(family.recipe())
+    assert any("leaves out 1 bias of zeros" in note and name in note for note in plan.notes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from resm_kernels.calibrate.models import quiet_transformers
 from resm_kernels.checkpoint import verify_checkpoint
 from resm_kernels.search import SearchError, SearchReport, Trial, folder, search_recipes
 from resm_kernels.search.picture import draw
-from resm_kernels.search.study import best, dominates, front, is_hopeless
+from resm_kernels.search.study import Study, best, dominates, front, is_hopeless
 
 optuna = pytest.importorskip("optuna", reason="optuna is not installed (extra search)")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra search)")
@@ -221,6 +222,49 @@ def test_values_without_a_merge_fail_a_trial_and_not_the_search(family: Family) 
     assert failed and all("exceed float16's range" in str(t.error) for t in failed)
 
 
+def test_scores_that_are_not_finite_fail_a_trial_and_not_the_search(family: Family) -> None:
+    """The merges of some values overflow when they run. The recipe's own defaults have to have scores."""
+    calls = 0
+
+    def evaluate(model: Any, *, split: str) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        scores = closeness(family)(model, split=split)
+        return scores | {"second": float("nan")} if calls in (2, 4) else scores
+
+    report = search(family, evaluate, trials=6)
+    assert [t.number for t in report.trials if t.state == "failed"] == [1, 3]
+    assert report.trials[1].baseline == "uniform" and "the score 'second' is nan" in str(report.trials[3].error)
+
+
+def test_baselines_come_before_other_trials_whenever_a_search_is_killed(
+    family: Family, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    enqueue = Study.enqueue_baseline
+
+    def dying(study: Study, values: Any, name: str) -> None:
+        if name == "uniform":
+            raise Killed
+        enqueue(study, values, name)
+
+    monkeypatch.setattr(Study, "enqueue_baseline", dying)
+    with pytest.raises(Killed):
+        search(family)
+    monkeypatch.setattr(Study, "enqueue_baseline", enqueue)
+    assert [t.baseline for t in search(family, trials=3).trials] == ["defaults", "uniform", None]
+
+
+def test_the_database_is_in_the_folder_and_errors_name_it(family: Family) -> None:
+    """Whatever characters its path has; and no file stays open."""
+    search(family, out="a?b%20c", trials=1)
+    file = family.root / "a?b%20c" / "study.db"
+    assert len(search(family, out="a?b%20c", trials=2).trials) == 2 and file.exists()
+    assert str(file) not in {os.path.realpath(link) for link in Path("/proc/self/fd").glob("*")}
+    file.write_bytes(b"damaged" * 1000)
+    with pytest.raises(SearchError, match=r"study.db: cannot be read or written: file is not a database$"):
+        search(family, out="a?b%20c", trials=3)
+
+
 def test_an_error_of_the_function_ends_the_search(family: Family) -> None:
     def broken(model: Any, *, split: str) -> float:
         raise ZeroDivisionError("mine")
@@ -239,6 +283,8 @@ def test_an_error_of_the_function_ends_the_search(family: Family) -> None:
         (lambda model, split: float("nan"), {}, "the score 'score' is nan, need a finite number"),
         (lambda model, split: {"a": "good"}, {}, "the score 'a' is 'good', need a finite number"),
         (lambda model, split: {"a": 1.0}, {"objectives": ["b"]}, "returned no 'b', but a"),
+        (lambda model, split, asked=[]: asked.append(0) or {f"score{len(asked)}": 1.0}, {}, "the same objectives each"),
+        (max, {}, "no signature found for builtin .*; need a function with an argument split"),
         (lambda model, split: {"a": 1.0, "b": 2.0}, {"sampler": "cmaes"}, "cmaes has one objective, got a, b"),
     ],
 )
@@ -258,7 +304,8 @@ def test_functions_that_cannot_judge_are_refused(
     ("options", "message"),
     [
         ({"trials": None}, "trials: got none and no time"),
-        ({"trials": 0}, "trials: got 0, need at least 1"),
+        ({"trials": 0}, "trials: got 0, need a whole number, at least 1"),
+        ({"trials": 2.5}, "trials: got 2.5, need a whole number"),
         ({"time": "soon"}, "time: got 'soon', need a time above 0 such as 1h"),
         ({"time": "0s"}, "time: got '0s'"),
         ({"best_by": "median"}, "best_by: got 'median', need mean or worst"),
@@ -266,6 +313,7 @@ def test_functions_that_cannot_judge_are_refused(
         ({"prefix": 5, "questions": 5}, "prefix: got 5, need less than the 5 questions"),
         ({"dtype": "float64"}, "dtype: got 'float64', need one of float32"),
         ({"objectives": ["a", "a"]}, "need names of scores, each once"),
+        ({"objectives": "first"}, "objectives: got 'first', need a list of names"),
         ({"memory_limit": "much"}, "memory_limit: got 'much'"),
     ],
 )

@@ -95,6 +95,9 @@ def test_whole_numbers_stay_whole_and_steps_end_within_the_range(family: Family)
         ),
         ({"beta": {"range": [0, 1], "log": True}}, r"log: got True with the range \[0, 1\], need true or false"),
         ({"beta": {"range": [0, 1], "step": 0}}, "step: got 0, need a number above 0"),
+        ({"beta": {"range": [0, 1], "step": 2}}, r"step: got 2, need no more than from low to high \(1\)"),
+        ({"beta": {"choices": [1, True]}}, r"choices: got \[1, True\], need each value once"),
+        ({"range": [0, 1]}, "parameters: got a range, need parameters with a range in place of a value"),
         ({"beta": {"range": [0, 1], "default": 2}}, "default: got 2, need a number from 0 to 1"),
         ({"k_min": {"range": [0, 1.5]}}, r"range: got \[0, 1.5\], need whole numbers for k_min"),
         ({"rank_rule": {"range": [0, 1]}}, r"rank_rule is no number; need choices: \[a, b\]"),
@@ -117,7 +120,8 @@ def test_wrong_ranges_are_errors_that_name_the_place(family: Family, parameters:
             "with the highest value of each range: .*energy: got 2.0, need a number from 0",
         ),
         ({"gamma": {"range": [-1, 2]}}, "with the lowest value of each range: .*gamma: got -1.0, need a number of at"),
-        ({"rank_rule": {"choices": ["energy", "enegy"]}}, "with the highest value of each range: .*'enegy'"),
+        ({"rank_rule": {"choices": ["energy", "enegy"]}}, "with the choice 'enegy' of rank_rule: .*'enegy'"),
+        ({"energy": {"choices": [0.5, 7, 0.9]}}, "with the choice 7 of energy: .*energy: got 7, need a number from 0"),
     ],
 )
 def test_ranges_beyond_a_parameters_own_are_errors(family: Family, parameters: dict[str, Any], message: str) -> None:

@@ -16,6 +16,7 @@ from resm_kernels.checkpoint.auxiliary import check_tokenizer_files
 from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.models import Model
 from resm_kernels.engine.tokenizer import gguf_tokenizer
+from resm_kernels.files import first_line
 from resm_kernels.lora import AdapterReader
 
 if TYPE_CHECKING:
@@ -58,11 +59,6 @@ def _check_installed() -> None:
         raise CalibrationError(
             "calibrate: needs transformers, which is not installed: pip install 'resm-kernels[calibrate]'"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message, as errors of this package are one line."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def load_config(model: Model) -> PreTrainedConfig:

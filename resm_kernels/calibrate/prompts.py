@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, NamedTuple
 
 from resm_kernels.calibrate.errors import CalibrationError
-from resm_kernels.calibrate.models import first_line, quiet_transformers
-from resm_kernels.files import open_regular, parse_json
+from resm_kernels.calibrate.models import quiet_transformers
+from resm_kernels.files import first_line, open_regular, parse_json
 from resm_kernels.suggestions import did_you_mean
 
 if TYPE_CHECKING:

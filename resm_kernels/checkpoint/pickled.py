@@ -12,7 +12,7 @@ import torch
 
 from resm_kernels.checkpoint.format import CheckpointError, TensorInfo
 from resm_kernels.dtypes import SAFETENSORS_NAMES, dtype_name
-from resm_kernels.files import check_regular
+from resm_kernels.files import check_regular, first_line
 
 PICKLED_FILE: Final = "pytorch_model.bin"
 PICKLED_SUFFIX: Final = ".bin"
@@ -46,7 +46,7 @@ def read_pickled(file: Path) -> dict[str, TensorInfo]:
             "file of tensors alone, as torch.save(model.state_dict()) writes it, or better safetensors"
         ) from error
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"{file}: cannot be read as a file of torch.save ({_first_line(error)})") from error
+        raise CheckpointError(f"{file}: cannot be read as a file of torch.save ({first_line(error)})") from error
     if not is_archive:
         raise CheckpointError(
             f"{file}: is damaged, or in the format of torch before 1.6, whose tensors cannot be read one by one; save "
@@ -74,7 +74,3 @@ def _tensor_info(file: Path, name: str, tensor: torch.Tensor) -> TensorInfo:
     if offset + nbytes > file.stat().st_size:
         raise CheckpointError(f"{file}: tensor {name!r} ends behind the end of the file; download it again")
     return TensorInfo(name, tensor.dtype, tuple(tensor.shape), file, offset, nbytes)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -9,18 +9,18 @@ import json
 import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
-from resm_kernels.checkpoint import TensorInfo, json_bytes
+from resm_kernels.checkpoint import TensorInfo, json_bytes, read_config
 from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.forms import gguf_file, pretrained
 from resm_kernels.engine.spelling_rules import IGNORED_WEIGHT, MADE, Kind, buffer_kind
 from resm_kernels.engine.weight_loading import WeightLoading
-from resm_kernels.files import shortened
+from resm_kernels.files import first_line, shortened
 from resm_kernels.tensor_names import layer_position
 
 _UNRELATED: Final = ("_name_or_path", "dtype", "torch_dtype", "transformers_version", "quantization_config")
@@ -30,6 +30,8 @@ _LAYERS: Final = re.compile(r"layer|depth|blocks?$")
 _EXPERTS: Final = re.compile(r"experts?$")
 _MOST_PARTS: Final = 200_000
 """The most layers times experts of a model that is built; the largest models have some ten thousand."""
+_MOST_KEPT: Final = 8
+"""The most architectures that are kept, so that they are not built again; one holds some megabytes."""
 
 
 @dataclass(frozen=True)
@@ -227,30 +229,59 @@ def ask_transformers(folder: Path, config: Mapping[str, Any]) -> Architecture | 
     """
     try:
         import transformers
-        from transformers import AutoConfig
     except ImportError as error:
         return f"transformers cannot be imported ({first_line(error)})"
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     model_class: Any = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, transformers.PreTrainedModel):
+        if not config:
+            return "there is no config.json that names its class"
         return f"transformers has no class {shortened(name)}" if name else "config.json names no class (architectures)"
     if _parts(config) > _MOST_PARTS:
         return f"config.json asks for more than {_MOST_PARTS} layers and experts"
+    try:
+        return _built(_Question(model_class, names_key(config), _written(folder), folder))
+    except Exception as error:  # whatever a class does with a configuration that it does not take
+        return f"transformers' class {name} does not take its config.json ({first_line(error)})"
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What an architecture follows from; the folder is only where transformers reads it.
+
+    Attributes:
+        model_class: The class of transformers.
+        config: The text of `names_key` of the configuration that the model is said to have.
+        written: What the folder's files say, which transformers reads.
+    """
+
+    model_class: Any
+    config: str
+    written: object
+    folder: Path = field(compare=False)
+
+
+@functools.lru_cache(maxsize=_MOST_KEPT)
+def _built(question: _Question) -> Architecture:
+    """Return the model of a question. Several parts of a merge ask the same one, and experts are mostly of one kind."""
+    from transformers import AutoConfig
+
     with _quiet():
-        try:
-            place = pretrained(folder, gguf_file(folder))
-            parsed = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
-            if hasattr(parsed, "quantization_config"):
-                del parsed.quantization_config
-            return Architecture(_on_meta(model_class, parsed))
-        except Exception as error:  # whatever a class does with a configuration that it does not take
-            return f"transformers' class {name} does not take its config.json ({first_line(error)})"
+        place = pretrained(question.folder, gguf_file(question.folder))
+        parsed = AutoConfig.from_pretrained(**place, local_files_only=True, trust_remote_code=False)
+        if hasattr(parsed, "quantization_config"):
+            del parsed.quantization_config
+        return Architecture(_on_meta(question.model_class, parsed))
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or its kind if it has none."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _written(folder: Path) -> object:
+    """Return what tells apart the configurations that transformers reads in folders."""
+    file = gguf_file(folder)
+    if file is None:
+        return names_key(read_config(folder))
+    state = file.stat()
+    return file, state.st_ino, state.st_size, state.st_mtime_ns
 
 
 def parsed_entries(folder: Path) -> dict[str, Any] | None:

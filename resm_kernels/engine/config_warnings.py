@@ -17,7 +17,7 @@ _NEUTRAL: Final = re.compile(
     r"|quantization_config|compression_config|(_|_?\w+_)?attn_implementation\w*|use_(flash_attn|bfloat16|mamba_kernels|fp32\w*)"
     r"|fp16|bf16|fp32|torchscript|gradient_checkpointing|use_cache|cache_implementation|pretraining_tp|tp_size|ep_size"
     r"|chunk_size_feed_forward|output_(attentions|hidden_states|router_logits|scores)|return_dict\w*|unsloth\w*|base_model_tp_plan"
-    r"|\w*_parallel_plan|pruned_heads|mamba_ssm_(cache_)?dtype|disable_custom_kernels|use_mambapy|num_logits_to_keep"
+    r"|\w*_parallel_plan|pruned_heads|mamba_ssm_(cache_)?dtype|disable_custom_kernels|use_mambapy|use_mrope|num_logits_to_keep"
     # what the tensors' names say
     r"|\w*_?bias"
     # vocabulary and lengths
@@ -39,6 +39,10 @@ _NEUTRAL: Final = re.compile(
 _DEFAULTS: Final = {"rope_theta": 10000, "rope_type": "default"}
 _ROPE: Final = ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq", "partial_rotary_factor")
 _WINDOWS: Final = ("sliding_window", "max_window_layers")
+USUAL_THETA: Final = ("gemma", "gemma2", "llama", "mistral", "qwen2")
+"""Types of models whose positions have the base 10000 if they state none."""
+FULL_ATTENTION: Final = ("qwen2", "qwen2_moe", "qwen3")
+"""Types of models whose layers all attend to all positions if they say that they use no windows."""
 _MOST: Final = 60
 """The most letters of a value that a warning shows."""
 
@@ -78,7 +82,12 @@ def _compared(reference: Model, model: Model) -> list[tuple[str, Any, Any]]:
 def _is_in_doubt(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return True if one configuration states what the other leaves to a default that is not known here."""
     both = (first, other)
-    settled = set(_ROPE) if all("rope_theta" in _positions(config) for config in both) else set()
+    settled: set[str] = set()
+    if all(_has_theta(config) for config in both):
+        partial = [config for config in both if "partial_rotary_factor" in _positions(config)]
+        settled.update(_ROPE if len(partial) != 1 else set(_ROPE) - {"partial_rotary_factor", "rope_parameters"})
+    if not any(_uses_windows(config) for config in both):
+        settled.update(_WINDOWS)
     for key in first.keys() | other.keys():
         a, b = first.get(key), other.get(key)
         if key in settled or _NEUTRAL.fullmatch(key) or (a is None and b is None):
@@ -95,10 +104,18 @@ def _is_in_doubt(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 def _implied(config: Mapping[str, Any], key: str) -> Any:
     """Return what follows for an entry from others of the same configuration; None if nothing does."""
-    heads, size = config.get("num_attention_heads"), config.get("hidden_size")
+    heads, size, layers = (config.get(name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
+    if key == "layer_types":
+        known = config.get("model_type") in FULL_ATTENTION and not _uses_windows(config)
+        return ["full_attention"] * layers if known and isinstance(layers, int) else None
     if not isinstance(heads, int) or not isinstance(size, int) or not heads:
         return None
     return {"num_key_value_heads": heads, "head_dim": size / heads}.get(key)
+
+
+def _has_theta(config: Mapping[str, Any]) -> bool:
+    """Return True if the base of a configuration's rotary positions is stated, or is the usual one by default."""
+    return "rope_theta" in _positions(config) or config.get("model_type") in USUAL_THETA
 
 
 def differences(

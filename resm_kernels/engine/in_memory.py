@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader
 from resm_kernels.engine.architecture import Architecture
+from resm_kernels.engine.locating import Conversion
 
 
 @dataclass(frozen=True)
@@ -37,24 +37,19 @@ class Group:
 
     Attributes:
         key: The name in memory of the tensor, or of the first of several.
-        stored: The names in the files, each with the pattern of the converter that it matches.
-        converter: What joins or cuts the tensors: a `WeightConverter` of transformers; None for a single tensor that is
-            only renamed.
+        stored: The names in the files.
+        conversion: How transformers joins or cuts the tensors; None for a single tensor that is only renamed.
     """
 
     key: str
-    stored: tuple[tuple[str, str | None], ...]
-    converter: Any = None
+    stored: tuple[str, ...]
+    conversion: Conversion | None = None
 
     def form(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
         """Return the tensors in memory, given the stored ones; `model` is the model on the meta device."""
-        if self.converter is None:
-            return {self.key: tensors[self.stored[0][0]]}
-        mapping = copy.deepcopy(self.converter)
-        for name, pattern in self.stored:
-            mapping.add_tensor(self.key, name, pattern, tensors[name])
-        formed = mapping.convert(self.key, model=model, config=model.config)
-        return {name: t[0] if isinstance(t, list) else t for name, t in formed.items()}
+        return (
+            {self.key: tensors[self.stored[0]]} if self.conversion is None else self.conversion.convert(tensors, model)
+        )
 
 
 class InMemory:
@@ -88,7 +83,7 @@ class InMemory:
         if not groups:
             self.architecture = None
             self.unknown = []
-            groups = [Group(name, ((name, None),)) for name in reader.tensors]
+            groups = [Group(name, (name,)) for name in reader.tensors]
         tensors: dict[str, TensorInMemory] = {}
         for group in groups:
             for name, tensor in self._described(group).items():
@@ -100,24 +95,24 @@ class InMemory:
         groups: dict[str, Group] = {}
         converted: set[str] = set()
         for conversion in architecture.conversions(shapes):
-            stored = tuple((name, pattern) for pattern, name, _ in conversion.sources)
-            groups[conversion.key] = Group(conversion.key, stored, conversion.converter)
-            converted.update(name for name, _ in stored)
+            stored = tuple(name for _, name, _ in conversion.sources)
+            groups[conversion.key] = Group(conversion.key, stored, conversion)
+            converted.update(stored)
         for name, key in architecture.keys(name for name in shapes if name not in converted).items():
             if key in groups:
                 raise CheckpointError(
-                    f"{self._reader.folder}: tensors {groups[key].stored[0][0]!r} and {name!r} are both {key!r} of the "
+                    f"{self._reader.folder}: tensors {groups[key].stored[0]!r} and {name!r} are both {key!r} of the "
                     "loaded model; need one of them"
                 )
-            groups[key] = Group(key, ((name, None),))
+            groups[key] = Group(key, (name,))
         known = {key: group for key, group in groups.items() if key in architecture.shapes}
-        self.unknown = [name for key, group in groups.items() if key not in known for name, _ in group.stored]
+        self.unknown = [name for key, group in groups.items() if key not in known for name in group.stored]
         order = {name: i for i, name in enumerate(shapes)}
-        return sorted(known.values(), key=lambda group: order[group.stored[0][0]])
+        return sorted(known.values(), key=lambda group: order[group.stored[0]])
 
     def _described(self, group: Group) -> dict[str, Tensor]:
         """Return the tensors of a group without values."""
-        infos = [self._reader.tensors[name] for name, _ in group.stored]
+        infos = [self._reader.tensors[name] for name in group.stored]
         empty = {info.name: torch.empty(info.shape, dtype=info.dtype, device="meta") for info in infos}
         return self._form(group, empty)
 
@@ -126,7 +121,7 @@ class InMemory:
             return group.form(tensors, None if self.architecture is None else self.architecture.model)
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             raise CheckpointError(
-                f"{self._reader.folder}: tensors such as {group.stored[0][0]!r} do not become {group.key!r} of the "
+                f"{self._reader.folder}: tensors such as {group.stored[0]!r} do not become {group.key!r} of the "
                 f"loaded model: {error}"
             ) from error
 
@@ -137,7 +132,7 @@ class InMemory:
         """
         group = self.tensors[name].group
         if self._formed is None or self._formed[0] is not group:
-            stored = {stored_name: self._reader.read(stored_name) for stored_name, _ in group.stored}
+            stored = {stored_name: self._reader.read(stored_name) for stored_name in group.stored}
             formed = self._form(group, stored)
             if len(formed) == 1:
                 return formed[name]

@@ -50,6 +50,19 @@ class Conversion:
         first, *others = self.converter.target_patterns
         return (self.key, *(self.key.replace(first, other) for other in others))
 
+    def convert(self, tensors: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+        """Return the parameters that transformers makes of the stored tensors, by their names.
+
+        Args:
+            tensors: The stored tensors by their names.
+            model: The model of transformers, on the meta device.
+        """
+        converter = copy.deepcopy(self.converter)
+        for pattern, name, _ in self.sources:
+            converter.add_tensor(self.key, name, pattern, tensors[name])
+        made = converter.convert(self.key, model=model, config=model.config)
+        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+
 
 def placements(conversion: Conversion, name: str, model: Any) -> Parameter | None:
     """Return where the elements of a parameter are stored; None if the operations do more than to move them.
@@ -109,13 +122,12 @@ def _probe(conversion: Conversion, axis: int, model: Any) -> dict[str, Tensor]:
 
 
 def _converted(conversion: Conversion, axis: int, thin: int | None, model: Any) -> dict[str, Tensor]:
-    converter = copy.deepcopy(conversion.converter)
-    for number, (pattern, name, shape) in enumerate(conversion.sources):
+    probes = {}
+    for number, (_, name, shape) in enumerate(conversion.sources):
         sizes = [size if d == axis or thin is None else min(size, thin) for d, size in enumerate(shape)]
         along = torch.arange(shape[axis]).view([-1 if d == axis else 1 for d in range(len(shape))])
-        converter.add_tensor(conversion.key, name, pattern, (number * _TENSOR + along).expand(sizes))
-    made = converter.convert(conversion.key, model=model, config=model.config)
-    return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+        probes[name] = (number * _TENSOR + along).expand(sizes)
+    return conversion.convert(probes, model)
 
 
 def _positions(probe: Tensor, count: int) -> list[Tensor]:

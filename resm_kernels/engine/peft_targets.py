@@ -140,7 +140,7 @@ class _Described:
         PEFT renames the factors in a file as transformers renames a model's tensors, which changes some names that are
         those in memory already.
         """
-        stored = [name for name, _ in self._loaded.tensors[target.name].group.stored]
+        stored = self._loaded.tensors[target.name].group.stored
         end = ".lora_A.weight"
         for module in (target.module, module_of(stored[0])):
             renamed = self._renamed(module + end)

@@ -20,6 +20,7 @@ from resm_kernels.engine.loaded import Spelled, SpelledModel
 from resm_kernels.engine.rearrangements import rearranged
 from resm_kernels.engine.spelling_rules import (
     COPY,
+    EMPTY_BIAS,
     IGNORED_WEIGHT,
     MADE,
     UNINDEXED,
@@ -31,7 +32,7 @@ from resm_kernels.engine.spelling_rules import (
 )
 from resm_kernels.lora import LoadedModel, Parameter
 from resm_kernels.lora.config import is_tied
-from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position
+from resm_kernels.tensor_names import OUTPUT_HEAD, LayerPosition, is_tied_embedding, layer_position, unnumbered
 
 if TYPE_CHECKING:
     from resm_kernels.engine.models import Model
@@ -272,10 +273,12 @@ def _in_doubt(models: Sequence[Model], *, as_stored: bool) -> bool:
             return True
         if any(tensors.keys() == other.keys() for other in seen):
             continue
-        if not as_stored and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
+        # A file or component without a configuration of transformers' may be loaded by what needs buffers too.
+        has_class = not as_stored and not model.config.keys().isdisjoint(("architectures", "model_type"))
+        if has_class and (any(map(buffer_kind, tensors.values())) or _may_tie(model)):
             return True
         seen.append(tensors)
-    kinds = [{_unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
+    kinds = [{unnumbered(name) for name in tensors} for tensors in seen] if len(seen) > 1 else []
     return any(names != kinds[0] for names in kinds) or _may_be_transposed(models)
 
 
@@ -295,11 +298,6 @@ def _may_tie(model: Model) -> bool:
     """Return True if a model may store copies of tied tensors; its configuration may say that the head is none."""
     untied = config_entry(model.config, "tie_word_embeddings", bool) is False
     return any(not (untied and copy.endswith("lm_head.weight")) for copy in copies(model.reader.tensors))
-
-
-def _unnumbered(name: str) -> str:
-    position = layer_position(name)
-    return name if position is None else position.unnumbered
 
 
 def _all_infos(reader: CheckpointReader) -> dict[str, TensorInfo]:
@@ -383,6 +381,14 @@ def _leave_out_ignored(models: Sequence[_Tensors]) -> None:
                 tensors.leave_out(loaded, IGNORED_WEIGHT)
             elif any(_makes(other, loaded, tensors) for other in lacking):
                 tensors.leave_out(loaded, MADE)
+            elif _is_empty_bias(tensors, loaded):
+                tensors.leave_out(loaded, EMPTY_BIAS)
+
+
+def _is_empty_bias(tensors: _Tensors, loaded: str) -> bool:
+    """Return True for a bias of zeros of a layer that has none in the model's class, as AutoGPTQ's files have them."""
+    known = tensors.architecture
+    return known is not None and loaded.endswith(".bias") and loaded not in known.shapes and _is_zero(tensors, loaded)
 
 
 def _makes(lacking: _Tensors, loaded: str, storing: _Tensors) -> bool:

@@ -27,6 +27,9 @@ class Kind(NamedTuple):
 IGNORED_WEIGHT: Final = Kind("weight that transformers does not load", "weights that transformers does not load")
 COPY: Final = Kind("copy of a tied tensor", "copies of tied tensors")
 UNINDEXED: Final = Kind("tensor that the index does not name", "tensors that the index does not name")
+EMPTY_BIAS: Final = Kind(
+    "bias of zeros that the model has no place for", "biases of zeros that the model has no place for"
+)
 MADE: Final = Kind("tensor that transformers makes itself", "tensors that transformers makes itself")
 
 
@@ -95,6 +98,8 @@ _QWEN_VL: Final = (
     (re.compile(r"^visual\."), "model.visual."),
     (re.compile(r"^model\.(?!visual\.|language_model\.)"), "model.language_model."),
 )
+_DIFFUSION_MODEL: Final = "model.diffusion_model."
+"""What ComfyUI's files of diffusion models have before the names that their authors' files have."""
 _BUFFER_ENDS: Final = ("inv_freq", ".bias", "causal_mask", "masked_bias", "position_ids", "version", "_float_tensor")
 _COPY_ENDS: Final = (
     *("embed_tokens.weight", "lm_head.weight", "embed_out.weight", "proj_out.weight", "decoder.weight"),
@@ -146,7 +151,9 @@ def common_prefix(models: Iterable[Mapping[str, tuple[int, ...]]]) -> str:
         models: For each model the shapes of its tensors by name.
     """
     shapes = list(models)
-    for prefix in dict.fromkeys(["", *(f"{name.split('.')[0]}." for names in shapes for name in names)]):
+    first = (f"{name.split('.')[0]}." for names in shapes for name in names)
+    whole = (_DIFFUSION_MODEL for names in shapes for name in names if name.startswith(_DIFFUSION_MODEL))
+    for prefix in dict.fromkeys(["", *first, *whole]):
         stripped = [{n.removeprefix(prefix): s for n, s in names.items()} for names in shapes]
         if all(len(new) == len(old) and new == stripped[0] for new, old in zip(stripped, shapes, strict=True)):
             return prefix

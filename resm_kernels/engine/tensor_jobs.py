@@ -27,7 +27,7 @@ from resm_kernels.lora import AdapterReader, StoredFactors
 from resm_kernels.lora.factors import factors_workspace, mergeable
 from resm_kernels.recipe import Recipe
 from resm_kernels.roles import Role, TensorRole
-from resm_kernels.tensor_names import is_vocabulary, layer_position
+from resm_kernels.tensor_names import is_vocabulary, unnumbered
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class JobPlanner:
         self._shapes: dict[str, set[tuple[int, ...]]] = {}
         for name, info in models.reference.reader.tensors.items():
             if vocabulary is None or not vocabulary.covers(name):
-                self._shapes.setdefault(_kind(name), set()).add(info.shape)
+                self._shapes.setdefault(unnumbered(name), set()).add(info.shape)
 
     def job(self, tensor: OutputTensor) -> TensorJob:
         """Return the job of one output tensor.
@@ -304,19 +304,13 @@ class JobPlanner:
                     f"{model.folder}: tensor {info.name!r} has shape {info.shape}, need {infos[lead].shape} as in "
                     f"{models[lead].folder}{hint if is_vocabulary(tensor.name) else ''}"
                 )
-        reference_shapes = self._shapes.get(_kind(tensor.name), {infos[0].shape})
+        reference_shapes = self._shapes.get(unnumbered(tensor.name), {infos[0].shape})
         if infos[0].shape not in reference_shapes:
             raise MergeError(
                 f"{models[0].folder}: tensor {infos[0].name!r} has shape {infos[0].shape}, need "
                 f"{' or '.join(map(str, sorted(reference_shapes)))} as in {self._models.reference.folder}, whose "
                 f"config.json the output takes{hint if is_vocabulary(tensor.name) else ''}"
             )
-
-
-def _kind(name: str) -> str:
-    """Return the tensor's name without the number of its layer."""
-    position = layer_position(name)
-    return name if position is None else position.unnumbered
 
 
 def _factors(inputs: Sequence[tuple[CheckpointReader, TensorInfo]]) -> tuple[StoredFactors | None, ...] | None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine.architecture import Architecture, find_architecture
 from resm_kernels.engine.models import MergeError, Model
-from resm_kernels.tensor_names import is_vocabulary, layer_position
+from resm_kernels.tensor_names import is_vocabulary, layer_position, unnumbered
 
 Path = tuple[str, ...]
 """Where an entry of a configuration stands: the names of its sections, and its own."""
@@ -89,7 +89,7 @@ class TokenTables:
 
     def table(self, name: str) -> TokenTable | None:
         """Return how a tensor holds rows of tokens; None if it holds none."""
-        return self.by_name.get(_unnumbered(name))
+        return self.by_name.get(unnumbered(name))
 
     def rows(self, model: Model) -> int | None:
         """Return how many tokens have a row in a model's embedding and in its head; None if that is not known."""
@@ -181,9 +181,9 @@ class _Search:
                         f"{info.file}: tensor {name!r} does not have one row for each token; vocabularies of such "
                         "models cannot be merged: remove tokenizer or tokenizer_source"
                     )
-                by_name[_unnumbered(name)] = table
+                by_name[unnumbered(name)] = table
             elif not loaded[name].known and _IN_LEFT_OUT_LAYERS.search(name) and info.shape[:1] == rows:
-                by_name[_unnumbered(name)] = TokenTable()
+                by_name[unnumbered(name)] = TokenTable()
         return TokenTables(
             by_name=by_name,
             sizes=tuple(followed),
@@ -294,8 +294,3 @@ def _aliases(config: Any, paths: Sequence[Path]) -> dict[str, tuple[str, ...]]:
         names = _section(config, tuple(sections)).attribute_map
         found[key] = (*found.get(key, ()), *(alias for alias, name in names.items() if name == key))
     return found
-
-
-def _unnumbered(name: str) -> str:
-    position = layer_position(name)
-    return name if position is None else position.unnumbered

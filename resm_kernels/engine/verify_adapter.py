@@ -14,6 +14,7 @@ from resm_kernels.dtypes import FLOAT_DTYPES
 from resm_kernels.engine.in_memory import InMemory
 from resm_kernels.engine.models import Model
 from resm_kernels.linalg.products import frobenius_norm, task_matrix
+from resm_kernels.lora.extract import as_matrix
 from resm_kernels.lora.extract_report import ExtractReport
 
 _SLACK: Final = 1e-3
@@ -60,11 +61,11 @@ def verify_adapter(
             if not torch.equal(expected.to(found.dtype), found):
                 raise CheckpointError(f"{report.out}: peft gives {name!r} other values than the fine-tuned model has")
             continue
-        gap = frobenius_norm(_matrix(task_matrix(found.contiguous(), expected)))
+        gap = frobenius_norm(as_matrix(task_matrix(found.contiguous(), expected)))
         squares.append(gap)
         norm = norms.get(name, 0.0)
         # Factors are rounded to their dtype, and peft rounds the sum of both to fp32.
-        rounding = 4 * torch.finfo(dtype).eps * norm + 2.0**-21 * frobenius_norm(_matrix(expected))
+        rounding = 4 * torch.finfo(dtype).eps * norm + 2.0**-21 * frobenius_norm(as_matrix(expected))
         if gap > promised.get(name, 0.0) * norm * (1 + _SLACK) + rounding:
             raise CheckpointError(
                 f"{report.out}: peft gives {name!r} with an error of {gap:.3g}, need at most "
@@ -103,7 +104,3 @@ def _merged(base: Model, original: InMemory, report: ExtractReport) -> dict[str,
     if missing is not None:
         raise CheckpointError(f"{report.out}: {missing}")
     return {name: tensor.detach() for name, tensor in merged.state_dict().items()}
-
-
-def _matrix(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from resm_kernels.checkpoint import TensorInfo
 from resm_kernels.engine.locating import Conversion, placements
@@ -38,12 +35,12 @@ class Place:
     Attributes:
         sources: Their names in the checkpoint, in transformers' order; several are joined.
         targets: The names of what becomes of them; several if they are divided.
-        converted: True if transformers joins, divides or turns them; else the only source is the only target.
+        conversion: How transformers joins, divides or turns them; None if the only source is the only target.
     """
 
     sources: tuple[str, ...]
     targets: tuple[str, ...]
-    converted: bool
+    conversion: Conversion | None = None
 
 
 class WeightLoading:
@@ -146,33 +143,17 @@ class WeightLoading:
                 found.setdefault(loaded.key, []).append(whole)
         return [parameters[0] for parameters in found.values() if len(parameters) == 1 and parameters[0] is not None]
 
-    def places(self, names: Iterable[str]) -> list[Place]:
-        """Return where the tensors of a checkpoint belong in the loaded model."""
-        by_pattern = self.converters()
-        groups: dict[str, list[str]] = {}
-        converters: dict[str, Any] = {}
-        for name, renamed in self.renamed(names).items():
-            groups.setdefault(renamed.key, []).append(name)
-            if renamed.pattern is not None:
-                converters[renamed.key] = by_pattern[renamed.pattern]
-        places = []
-        for key, sources in groups.items():
-            converter = converters.get(key)
-            first, *others = ("",) if converter is None else converter.target_patterns
-            targets = (key, *(key.replace(first, other) for other in others))
-            places.append(Place(tuple(sources), targets, converted=converter is not None))
-        return places
-
-    def converted(self, place: Place, values: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Return the loaded model's tensors that transformers makes of a place's sources."""
-        by_pattern = self.converters()
-        converter: Any = None
-        for name, renamed in self.renamed(place.sources).items():
-            if converter is None:
-                converter = copy.deepcopy(by_pattern[renamed.pattern or ""])
-            converter.add_tensor(renamed.key, name, renamed.pattern, values[name])
-        made = converter.convert(place.targets[0], model=self._model, config=self._model.config)
-        return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
+    def places(self, shapes: Mapping[str, tuple[int, ...]]) -> list[Place]:
+        """Return where the tensors of a checkpoint, given with their shapes, belong in the loaded model."""
+        places = [
+            Place(tuple(name for _, name, _ in conversion.sources), conversion.parameters, conversion)
+            for conversion in self.conversions(shapes)
+        ]
+        named: dict[str, list[str]] = {}
+        for name, renamed in self.renamed(shapes).items():
+            if renamed.pattern is None:
+                named.setdefault(renamed.key, []).append(name)
+        return [*places, *(Place(tuple(sources), (key,)) for key, sources in named.items())]
 
     def _mapping(self) -> tuple[list[Any], list[Any]]:
         """Return transformers' renamings and converters for the model."""

@@ -19,7 +19,7 @@ from resm_kernels.files.regular import (
     read_text,
     read_up_to,
 )
-from resm_kernels.files.structure import Location, check_structure, dotted, shortened
+from resm_kernels.files.structure import Location, check_structure, dotted, first_line, shortened
 
 __all__ = [
     "CONFIG_BYTES",
@@ -30,6 +30,7 @@ __all__ = [
     "check_structure",
     "dotted",
     "expanded",
+    "first_line",
     "open_regular",
     "opened",
     "parse_json",

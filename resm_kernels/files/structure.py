@@ -120,3 +120,8 @@ def _message(where: str, chain: Any, problem: str) -> str:
     # The innermost parts of a deep location say nothing that the outermost do not.
     place = dotted(tuple(reversed(location))[:8]) + ("…" if len(location) > 8 else "")
     return ": ".join(filter(None, (where, place, problem)))
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

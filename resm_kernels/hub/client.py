@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from resm_kernels.checkpoint.format import format_bytes
-from resm_kernels.files import path_problem, shortened
+from resm_kernels.files import first_line, path_problem, shortened
 
 MAIN: Final = "main"
 _TIMEOUT: Final = 30.0
@@ -71,7 +71,7 @@ def list_files(repository: str, revision: str) -> Listing | None:
             if cached_folder(repository, revision) is None:
                 raise
             name = shown_name(repository, revision)
-            _say(f"{name}: the hub cannot be reached ({_reason(error)}); what is in the cache is taken")
+            _say(f"{name}: the hub cannot be reached ({first_line(error)}); what is in the cache is taken")
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, hub.errors.HFValidationError):
@@ -194,10 +194,6 @@ def _connection_errors() -> tuple[type[Exception], ...]:
     return (_library().errors.HTTPError, OSError)
 
 
-def _reason(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 @contextlib.contextmanager
 def _named(repository: str, revision: str) -> Iterator[None]:
     """Turn errors of huggingface_hub into HubErrors that name the repository and say what to do."""
@@ -219,7 +215,7 @@ def _named(repository: str, revision: str) -> Iterator[None]:
     except errors.RevisionNotFoundError as error:
         raise HubError(f"{name}: the hub's repository has no branch, tag or commit {shortened(revision)}") from error
     except (errors.HFValidationError, errors.EntryNotFoundError) as error:
-        raise HubError(f"{name}: {_reason(error)}") from error
+        raise HubError(f"{name}: {first_line(error)}") from error
     except _connection_errors() as error:
         cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
         status = getattr(getattr(cause, "response", None), "status_code", None)
@@ -229,7 +225,7 @@ def _named(repository: str, revision: str) -> Iterator[None]:
             )
         else:
             what = (
-                f"cannot be fetched from {hub.constants.ENDPOINT} ({_reason(error)}); run the same command again, "
+                f"cannot be fetched from {hub.constants.ENDPOINT} ({first_line(error)}); run the same command again, "
                 "which goes on with what is there"
             )
         raise HubError(f"{name}: {what}") from error

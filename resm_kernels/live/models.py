@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from resm_kernels.checkpoint import parse_size
+from resm_kernels.checkpoint import CheckpointError, parse_size
+from resm_kernels.engine.devices import devices_by_name
 from resm_kernels.engine.merge import compute_tensor
 from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_models
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.linalg.threads import thread_count
-from resm_kernels.live.module import ModuleTensors
+from resm_kernels.live.module import ModuleTensors, overwrite
 from resm_kernels.lora import AdapterReader
 from resm_kernels.options import LIVE_MEMORY, MergeOptions
-from resm_kernels.recipe import Recipe, Source, load_recipe
+from resm_kernels.recipe import Recipe, RecipeSource, Source, load_recipe
 from resm_kernels.stages import StageStore, keeping
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
-
-RecipeLike = Recipe | str | os.PathLike[str] | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,11 @@ class LiveReport:
 class LiveModels:
     """Models that recipes name, opened when the first recipe names them, and merged as often as asked.
 
-    Every recipe of `merge_checkpoints` can be merged, but for those whose output is quantised. The tensors have the
-    bits that `merge_checkpoints` writes. What a change of the recipe leaves valid is kept: the models' tensors, the
-    statistics and decompositions of task vectors, the thresholds of densities, the masks of seeds. A new weight, λ or β
-    of RESM and TSV-M then costs a product of kept directions for each matrix, and a new weight of TIES one pass.
+    Every recipe of `merge_checkpoints` can be merged, but for those of several documents or with a quantised output.
+    The tensors have the bits that `merge_checkpoints` writes. What a change of the recipe leaves valid is kept: the
+    models' tensors, the statistics and decompositions of task vectors, the thresholds of densities, the masks of seeds.
+    A new weight, λ or β of RESM and TSV-M then costs a product of kept directions for each matrix, and a new weight of
+    TIES one pass.
 
     Use it as a context manager; it holds the models' files open. One thread may use it at a time.
 
@@ -87,7 +86,9 @@ class LiveModels:
         mixed_architectures: bool = False,
         trust_remote_code: bool = False,
     ) -> None:
-        self.device = torch.device(device)
+        (self.device, *others) = devices_by_name(device)
+        if others:
+            raise ValueError(f"device: got {str(device)!r}, need one device, on which models are kept")
         self.store = StageStore(parse_size(memory_limit, "memory_limit"))
         self._options = MergeOptions(
             threads=threads,
@@ -112,7 +113,7 @@ class LiveModels:
         self._readers.clear()
         self.store.clear()
 
-    def tensors(self, recipe: RecipeLike) -> Iterator[tuple[str, Tensor]]:
+    def tensors(self, recipe: RecipeSource) -> Iterator[tuple[str, Tensor]]:
         """Merge as the recipe says, and yield the name and the value of each tensor of the output.
 
         Names and dtypes are those of the folder that `merge_checkpoints` would write, which is what the weight updates
@@ -125,7 +126,7 @@ class LiveModels:
         with self.plan(recipe) as plan:
             yield from self._merged(plan)
 
-    def merge_into(self, module: nn.Module, recipe: RecipeLike) -> LiveReport:
+    def merge_into(self, module: nn.Module, recipe: RecipeSource) -> LiveReport:
         """Merge as the recipe says, and write the result into a module, in place.
 
         Every merged tensor is rounded to the recipe's dtype, or the base model's, as `merge_checkpoints` would store
@@ -151,8 +152,8 @@ class LiveModels:
             try:
                 for name, tensor in self._merged(plan):
                     written.write(name, tensor)
-            except MergeError as error:
-                raise MergeError(f"{error}; the module holds parts of this merge now") from error
+            except (MergeError, CheckpointError) as error:
+                raise type(error)(f"{error}; the module holds parts of this merge now") from error
             return LiveReport(
                 tensors=len(plan.jobs),
                 seconds=time.perf_counter() - began,
@@ -162,7 +163,7 @@ class LiveModels:
             )
 
     @contextlib.contextmanager
-    def merged(self, module: nn.Module, recipe: RecipeLike) -> Iterator[LiveReport]:
+    def merged(self, module: nn.Module, recipe: RecipeSource) -> Iterator[LiveReport]:
         """Merge into a module within the context; at its end the module has the values that it had before.
 
         They are copied meanwhile, into the memory of the module's device. See `merge_into`.
@@ -172,15 +173,14 @@ class LiveModels:
         try:
             yield self.merge_into(module, recipe)
         finally:
-            with torch.no_grad():
-                for target, value in values:
-                    target.copy_(value)
+            for target, value in values:
+                overwrite(target, value)
 
-    def reference(self, recipe: RecipeLike) -> Model:
+    def reference(self, recipe: RecipeSource) -> Model:
         """Return the opened model whose configuration and tokenizer the merge takes."""
         return self._models(load_recipe(recipe)).reference
 
-    def plan(self, recipe: RecipeLike) -> MergePlan:
+    def plan(self, recipe: RecipeSource) -> MergePlan:
         """Return the plan of a merge, whose models stay open when it is closed.
 
         Raises:
@@ -193,6 +193,11 @@ class LiveModels:
 
     def _models(self, recipe: Recipe) -> OpenedModels:
         """Return the recipe's models, which are opened if no recipe had the same ones before."""
+        if recipe.documents:
+            raise MergeError(
+                f"recipe: has {1 + len(recipe.documents)} documents, but live merges are of one; merge "
+                f"{', '.join(recipe.documents)} to folders first"
+            )
         key, other = (_models_key(recipe, spectral=s) for s in (_is_spectral(recipe), not _is_spectral(recipe)))
         if key not in self._opened and other in self._opened and not _has_adapters(self._opened[other]):
             key = other

@@ -52,9 +52,11 @@ class ModuleTensors:
     """
 
     def __init__(self, module: nn.Module, plan: MergePlan) -> None:
+        if not isinstance(module, nn.Module):
+            raise MergeError(f"module: got {type(module).__name__}, need a torch.nn.Module")
         module = getattr(module, "_orig_mod", module)  # of a module that torch.compile has wrapped
         self._targets = _targets(module)
-        self._architecture: Architecture | None = None
+        self._module = module
         infos = {job.name: job.inputs[0][1] for job in plan.jobs}
         self._places: dict[str, Place | _Waiting] = {}
         covered: set[int] = set()
@@ -65,7 +67,7 @@ class ModuleTensors:
                     f"of the architecture of {plan.reference.folder}"
                 )
             covered |= {id(self._targets[name]) for name in place.targets}
-            waiting = _Waiting(place) if place.converted else place
+            waiting = _Waiting(place) if place.conversion is not None else place
             self._places |= dict.fromkeys(place.sources, waiting)
         for job in plan.jobs:
             if job.name in self._places:
@@ -81,10 +83,10 @@ class ModuleTensors:
     def _find_places(self, module: nn.Module, infos: Mapping[str, TensorInfo]) -> Sequence[Place]:
         """Return the places of the merged tensors but for those that transformers would not load."""
         if all(name in self._targets for name in infos) or not hasattr(module, "base_model_prefix"):
-            return [Place((name,), (name,), converted=False) for name in infos]
-        self._architecture = Architecture(module)
-        loaded = self._architecture.loaded(infos)
-        return self._architecture.places(name for name in infos if loaded[name].ignored is None)
+            return [Place((name,), (name,)) for name in infos]
+        architecture = Architecture(module)
+        loaded = architecture.loaded(infos)
+        return architecture.places({name: info.shape for name, info in infos.items() if loaded[name].ignored is None})
 
     def _check(self, name: str, shape: tuple[int, ...], *, copied: bool) -> None:
         """Refuse tensors of the module that the merged tensor cannot be written to."""
@@ -98,6 +100,8 @@ class ModuleTensors:
                 )
             if tensor.is_meta:
                 raise MergeError(f"module: tensor {target.name!r} is on the meta device, need one with memory")
+            if tensor.layout != torch.strided:
+                raise MergeError(f"module: tensor {target.name!r} is {tensor.layout}, need a dense one")
             if not copied and tensor.dtype not in FLOAT_DTYPES:
                 raise MergeError(
                     f"module: tensor {target.name!r} is {tensor.dtype}, need one of "
@@ -113,8 +117,8 @@ class ModuleTensors:
             first = self._targets[place.place.targets[0]].tensor
             place.values[name] = value.to(first.device, first.dtype, copy=True)  # as transformers does, before it joins
             if len(place.values) == len(place.place.sources):
-                assert self._architecture is not None
-                for target, part in self._architecture.converted(place.place, place.values).items():
+                assert place.place.conversion is not None
+                for target, part in place.place.conversion.convert(place.values, self._module).items():
                     self._write(target, name, part)
                 place.values.clear()
 
@@ -125,16 +129,15 @@ class ModuleTensors:
                 f"module: tensor {target_name!r} has shape {tuple(target.tensor.shape)}, need {tuple(value.shape)}, "
                 f"which transformers makes of {name!r} and others"
             )
-        with torch.no_grad():
-            if target.written is None:
-                target.tensor.copy_(value)
-                target.written = name
-                _check_range(name, value, target.tensor)
-            elif not torch.equal(target.tensor, value.to(target.tensor.device, target.tensor.dtype)):
-                raise MergeError(
-                    f"module: ties {target.written!r} and {name!r}, which are merged to different values; load it with "
-                    "tie_word_embeddings: false"
-                )
+        if target.written is None:
+            overwrite(target.tensor, value)
+            target.written = name
+            _check_range(name, value, target.tensor)
+        elif not torch.equal(target.tensor, value.to(target.tensor.device, target.tensor.dtype)):
+            raise MergeError(
+                f"module: ties {target.written!r} and {name!r}, which are merged to different values; load it with "
+                "tie_word_embeddings: false"
+            )
 
     def copied(self) -> list[tuple[Tensor, Tensor]]:
         """Return each tensor that a merge writes, with a copy of its values."""
@@ -144,13 +147,20 @@ class ModuleTensors:
         return [(tensor, tensor.detach().clone()) for tensor in written.values()]
 
 
+def overwrite(tensor: Tensor, value: Tensor) -> None:
+    """Give a parameter or buffer other values, in its own memory and dtype."""
+    # A tensor that was made in inference mode can be changed there alone.
+    with torch.inference_mode() if tensor.is_inference() else torch.no_grad():
+        tensor.copy_(value)
+
+
 def _targets(module: nn.Module) -> dict[str, _Target]:
     """Return the parameters and saved buffers by every name that they have; tied ones are one target."""
     by_memory: dict[tuple[int, int], _Target] = {}
     targets = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            has_memory = not tensor.is_meta and tensor.numel() > 0
+            has_memory = not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0
             memory = (tensor.data_ptr(), tensor.numel()) if has_memory else (id(tensor), 0)
             targets[name] = by_memory.setdefault(memory, _Target(name, tensor))
     return targets

@@ -203,7 +203,7 @@ class Extraction:
                     changed[name] = OtherTensor(name, math.inf, 0.0, reason)
                 continue
             # In panels, because a vocabulary's Δ in fp32 would be larger than both tables.
-            panels = [x.split(max(1, _PANEL // max(x.shape[1], 1))) for x in (_as_matrix(base), _as_matrix(tuned))]
+            panels = [x.split(max(1, _PANEL // max(x.shape[1], 1))) for x in (as_matrix(base), as_matrix(tuned))]
             pairs = list(zip(*panels, strict=True))
             norm = math.hypot(*(frobenius_norm(self._difference(name, *pair)) for pair in pairs))
             if norm > 0:
@@ -331,7 +331,8 @@ def _matrices(target: Adaptable, delta: Tensor) -> list[Tensor]:
     return [delta.flatten(1)]
 
 
-def _as_matrix(tensor: Tensor) -> Tensor:
+def as_matrix(tensor: Tensor) -> Tensor:
+    """Return a tensor with its first dimension as rows and all others as columns; a vector is one row."""
     return tensor.flatten(1) if tensor.ndim > 1 else tensor.reshape(1, -1)
 
 

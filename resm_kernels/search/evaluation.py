@@ -7,13 +7,13 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 
 from resm_kernels.files import shortened
-from resm_kernels.search.errors import SearchError
+from resm_kernels.search.errors import NotFiniteError, SearchError
 
 Evaluate = Callable[..., "float | Mapping[str, float]"]
 VALID: Final = "valid"
@@ -62,12 +62,20 @@ class Judge:
 
     Raises:
         SearchError: The function lacks an argument that is needed.
+
+    Attributes:
+        needed: Scores that every answer of the function must have; set when the objectives are known.
     """
+
+    needed: Sequence[str] = ()
 
     def __init__(
         self, evaluate: Evaluate, model: Any, tokenizer: Any, questions: int | None, prefix: int | None
     ) -> None:
-        arguments = inspect.signature(evaluate).parameters
+        try:
+            arguments = inspect.signature(evaluate).parameters
+        except ValueError as error:  # of functions written in C
+            raise SearchError(f"evaluate: {error}; need a function with an argument split") from error
         takes_all = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
         self._takes = {name for name in ("split", "questions", "tokenizer") if takes_all or name in arguments}
         if "split" not in self._takes:
@@ -84,7 +92,8 @@ class Judge:
         """Return the scores of the model, on the first questions only if a number is given.
 
         Raises:
-            SearchError: The function returned something else than finite numbers.
+            NotFiniteError: A score is infinite or not a number.
+            SearchError: The function returned something else than numbers, or not all scores that are needed.
         """
         offered = {
             "split": split,
@@ -100,14 +109,20 @@ class Judge:
             by_name = {_ONLY: scores}
         if not by_name:
             raise SearchError("evaluate: the function returned no scores, need one or more")
+        if lacking := [name for name in self.needed if name not in by_name]:
+            raise SearchError(
+                f"objectives: the function returned no {lacking[0]!r}, but {', '.join(by_name)}; need the same "
+                "objectives each time"
+            )
         return {name: _checked(name, score) for name, score in by_name.items()}
 
 
 def _checked(name: str, score: Any) -> float:
+    message = f"evaluate: the score {name!r} is {shortened(score)}, need a finite number"
     try:
         number = float(score)
-    except (TypeError, ValueError):
-        number = math.nan
+    except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last for tensors of several numbers
+        raise SearchError(message) from error
     if not math.isfinite(number):
-        raise SearchError(f"evaluate: the score {name!r} is {shortened(score)}, need a finite number")
+        raise NotFiniteError(message)
     return number

@@ -50,8 +50,6 @@ class SearchFolder:
         path: The folder.
     """
 
-    error = SearchError
-
     def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
         self.path = path
         self._job = json.loads(json.dumps(job))

@@ -19,6 +19,8 @@ from resm_kernels.engine import MergeError
 from resm_kernels.engine.job import merge_job
 from resm_kernels.live import LiveModels
 from resm_kernels.options import SearchKeywords, SearchOptions
+from resm_kernels.recipe import RecipeError
+from resm_kernels.search.errors import NotFiniteError
 from resm_kernels.search.evaluation import TEST, VALID, Evaluate, Judge, find_evaluate
 from resm_kernels.search.folder import SearchFolder
 from resm_kernels.search.space import Space, load_space
@@ -124,7 +126,7 @@ def search_recipes(
         reference = models.reference(defaults)
         if model is None:
             kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
-            model = load_model(reference, dtype=kinds[settings.dtype], device=settings.device)
+            model = load_model(reference, dtype=kinds[settings.dtype], device=models.device)
             tokenizer = load_tokenizer(reference) if tokenizer is None else tokenizer
         judge = Judge(function, model, tokenizer, settings.questions, settings.prefix)
         return _Search(checked, settings, models, model, judge, folder, on_trial).run(baselines)
@@ -150,11 +152,14 @@ class _Search:
     def run(self, baselines: Mapping[str, Mapping[str, Any]]) -> SearchReport:
         began = time.perf_counter()
         study, known = self._open_study(baselines)
-        if known is not None:
-            self._end(study, replace(known, number=study.ask().number))
-        while not self._is_over(study, time.perf_counter() - began):
-            self._end(study, self._judged(study.ask(), study.trials()))
-        return self._finish(study)
+        with study:
+            for name, values in baselines.items():
+                study.enqueue_baseline(values, name)
+            if known is not None:
+                self._end(study, replace(known, number=study.ask().number))
+            while not self._is_over(study, time.perf_counter() - began):
+                self._end(study, self._judged(study.ask(), study.trials()))
+            return self._finish(study)
 
     def _end(self, study: Study, trial: Trial) -> None:
         study.tell(trial)
@@ -167,19 +172,13 @@ class _Search:
         objectives: Sequence[str] = self._folder.objectives
         if not objectives:
             began = time.perf_counter()
+            self._judge.needed = self._settings.objectives or ()
             known = self._scored(Trial(0, "running", "defaults", baselines["defaults"], {}), [], began)
             objectives = self._settings.objectives or tuple(known.scores)
-            if lacking := [name for name in objectives if name not in known.scores]:
-                raise self._folder.error(
-                    f"objectives: the function returned no {lacking[0]!r}, but {', '.join(known.scores)}"
-                )
         settings = self._settings
         check_sampler(settings.sampler, objectives)
-        self._objectives = self._folder.objectives = tuple(objectives)
+        self._objectives = self._folder.objectives = self._judge.needed = tuple(objectives)
         study = Study(self._folder.path, self._space.ranges, objectives, settings.sampler, settings.random_seed)
-        if study.is_new:
-            for name, values in baselines.items():
-                study.enqueue(values, name)
         return study, known
 
     def _is_over(self, study: Study, seconds: float) -> bool:
@@ -191,10 +190,11 @@ class _Search:
         began = time.perf_counter()
         try:
             return self._scored(trial, others, began)
-        except MergeError as error:
-            if trial.baseline is not None:
+        except (MergeError, RecipeError, NotFiniteError) as error:
+            if trial.baseline == "defaults":
                 raise
-            # Some values have no merge: weights that sum to zero, a result beyond float16.
+            # Some values have no merge, such as weights that sum to zero or a result beyond float16, and others have
+            # one whose logits overflow.
             return replace(trial, state="failed", error=str(error), seconds=time.perf_counter() - began)
 
     def _scored(self, trial: Trial, others: Sequence[Trial], began: float) -> Trial:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -110,16 +110,18 @@ def load_space(source: str | os.PathLike[str]) -> Space:
         raise SearchError(f"{name}: has no range; put one in place of a value, such as lambda: {{range: [0.5, 1.5]}}")
     ranges = tuple(_parse(name, document, method, label, location, data) for label, (location, data) in found.items())
     space = Space(name, text, ranges, document.data)
-    ends: dict[str, Callable[[Range], Value]] = {
-        "default": lambda r: r.default,
-        "lowest": lambda r: r.choices[0] if r.low is None else r.low,
-        "highest": lambda r: r.choices[-1] if r.high is None else r.high,
+    defaults = {r.name: r.default for r in ranges}
+    tried = {
+        "the default value of each range": defaults,
+        "the lowest value of each range": {r.name: r.default if r.low is None else r.low for r in ranges},
+        "the highest value of each range": {r.name: r.default if r.high is None else r.high for r in ranges},
     }
-    for which, value_of in ends.items():
+    tried |= {f"the choice {shortened(c)} of {r.name}": defaults | {r.name: c} for r in ranges for c in r.choices}
+    for which, values in tried.items():
         try:
-            load_recipe(space.recipe({r.name: value_of(r) for r in ranges}))
+            load_recipe(space.recipe(values))
         except RecipeError as error:
-            raise RecipeError(f"{name}: with the {which} value of each range: {error}") from error
+            raise RecipeError(f"{name}: with {which}: {error}") from error
     return space
 
 
@@ -184,6 +186,8 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
         if key not in _KEYS[kind]:
             raise fail(f"unknown key {shortened(key)}{did_you_mean(key, _KEYS[kind])}; known: {', '.join(_KEYS[kind])}")
     position = location.index(_PARAMETERS)
+    if position + 1 == len(location):
+        raise fail(f"got a {kind}, need parameters with a {kind} in place of a value, such as lambda: {{{kind}: […]}}")
     try:
         parameter = method.parameter(str(location[position + 1]))
     except ValueError as error:
@@ -193,7 +197,7 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
         choices = data["choices"]
         if not isinstance(choices, list) or not choices or not all(isinstance(c, Value) for c in choices):
             raise fail(f"choices: got {shortened(choices)}, need a list of values")
-        if len(set(map(repr, choices))) < len(choices):
+        if len(set(choices)) < len(choices):  # true is 1 for Python and for Optuna
             raise fail(f"choices: got {shortened(choices)}, need each value once")
         alike: Value = next((choice for choice in choices if choice == own), choices[0])
         default = data.get("default", alike)
@@ -218,6 +222,8 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
         raise fail(f"step: got {shortened(step)}, need {needed}, without log")
     if step is not None:
         count = math.floor((high - low) / step + 1e-9)
+        if count == 0:
+            raise fail(f"step: got {step:g}, need no more than from low to high ({high - low:g})")
         high = low + count * step
     default = data.get("default", own)
     if "default" in data and not (_is_number(default) and low <= default <= high):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import sqlite3
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from resm_kernels.search.errors import SearchError
 from resm_kernels.search.space import Range, Value
+
+if TYPE_CHECKING:
+    from typing_extensions import Self  # Python 3.11 has it in `typing`
 
 DATABASE: Final = "study.db"
 STUDY: Final = "search"
@@ -46,7 +51,7 @@ class Trial:
 
 
 class Study:
-    """The trials of one search.
+    """The trials of one search, as a context manager that closes the database.
 
     Args:
         folder: Where the database is.
@@ -54,6 +59,9 @@ class Study:
         objectives: The scores to maximise.
         sampler: A name of `SAMPLERS`.
         seed: Of the sampler's draws.
+
+    Raises:
+        SearchError: The database is damaged or, within the context, cannot be read or written.
     """
 
     def __init__(
@@ -61,14 +69,21 @@ class Study:
     ) -> None:
         self.objectives = tuple(objectives)
         self._optuna = _imported("optuna")
+        sqlalchemy = _imported("sqlalchemy")
+        self._database_error = sqlalchemy.exc.SQLAlchemyError
+        self._file = (folder / DATABASE).absolute()
         self._asked: dict[int, Any] = {}
         self._distributions = {r.name: self._distribution(r) for r in ranges}
         # Python shows a warning once, and again after each `catch_warnings`, which therefore is here alone.
-        with self._quiet(), warnings.catch_warnings():
+        with self._accessed(), warnings.catch_warnings():
             warnings.simplefilter("ignore", self._optuna.exceptions.ExperimentalWarning)
-            storage = self._optuna.storages.RDBStorage(f"sqlite:///{(folder / DATABASE).absolute()}")
+            # An address could not hold every path: what follows a ? is not a part of it.
+            connect = functools.partial(sqlite3.connect, self._file, check_same_thread=False)
+            self._storage = self._optuna.storages.RDBStorage(
+                f"sqlite:///{DATABASE}", engine_kwargs={"creator": connect}
+            )
             self._study = self._optuna.create_study(
-                storage=storage,
+                storage=self._storage,
                 study_name=STUDY,
                 directions=["maximize"] * len(objectives),
                 load_if_exists=True,
@@ -78,14 +93,23 @@ class Study:
             # A sampler that began with the same draws again would repeat trials.
             self._study.sampler = self._sampler(sampler, seed + len(self._study.trials))
 
-    def enqueue(self, values: Mapping[str, Value], baseline: str) -> None:
-        """Let a trial with these values come before those that the sampler proposes."""
-        with self._quiet():
-            self._study.enqueue_trial(dict(values), user_attrs={"baseline": baseline})
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def enqueue_baseline(self, values: Mapping[str, Value], name: str) -> None:
+        """Let a baseline come before the trials that the sampler proposes, unless it is there already."""
+        with self._accessed():
+            there = [t for t in self._study.get_trials(deepcopy=False) if not self._was_cut_off(t)]
+            if all(t.user_attrs.get("baseline") != name for t in there):
+                self._study.enqueue_trial(dict(values), user_attrs={"baseline": name})
 
     def ask(self) -> Trial:
         """Return the next trial, without scores."""
-        with self._quiet():
+        with self._accessed():
             asked = self._study.ask(fixed_distributions=self._distributions)
         self._asked[asked.number] = asked
         return Trial(asked.number, "running", asked.user_attrs.get("baseline"), dict(asked.params), {})
@@ -95,7 +119,7 @@ class Study:
         state = self._optuna.trial.TrialState
         states = {"complete": state.COMPLETE, "stopped": state.PRUNED, "failed": state.FAIL}
         ended = self._asked.pop(trial.number)
-        with self._quiet():
+        with self._accessed():
             for name in ("scores", "first_scores", "seconds", "error"):
                 if (value := getattr(trial, name)) not in (None, {}):
                     ended.set_user_attr(name, dict(value) if isinstance(value, Mapping) else value)
@@ -107,10 +131,11 @@ class Study:
         state = self._optuna.trial.TrialState
         names = {state.COMPLETE: "complete", state.PRUNED: "stopped", state.FAIL: "failed"}
         ended = []
-        for t in self._study.get_trials(deepcopy=False):
+        with self._accessed():
+            stored = self._study.get_trials(deepcopy=False)
+        for t in stored:
             attributes = t.user_attrs
-            # A trial that a kill cut off has failed without an error.
-            if t.state not in names or (t.state == state.FAIL and "error" not in attributes):
+            if t.state not in names or self._was_cut_off(t):
                 continue
             ended.append(
                 Trial(
@@ -126,28 +151,31 @@ class Study:
             )
         return ended
 
-    @property
-    def is_new(self) -> bool:
-        """True if no trial has been asked for or enqueued."""
-        return not self._study.get_trials(deepcopy=False)
+    def _was_cut_off(self, trial: Any) -> bool:
+        """Return True for a trial that was running when its process was killed: it has failed without an error."""
+        return bool(trial.state == self._optuna.trial.TrialState.FAIL and "error" not in trial.user_attrs)
 
     @property
     def held_out(self) -> dict[str, Any]:
         """What has been judged on the held-out split: scores by the number of the trial."""
-        return dict(self._study.user_attrs.get(_HELD_OUT, {}))
+        with self._accessed():
+            return dict(self._study.user_attrs.get(_HELD_OUT, {}))
 
     def keep_held_out(self, judged: Mapping[str, Any]) -> None:
         """Store what has been judged on the held-out split."""
-        with self._quiet():
+        with self._accessed():
             self._study.set_user_attr(_HELD_OUT, dict(judged))
 
     def _retire_unfinished(self) -> None:
-        """Put trials back into the queue that were running when their process was killed."""
+        """Put trials back into the queue that were running when their process was killed.
+
+        Baselines, which are there until they have ended, are put back by `enqueue_baseline`.
+        """
         state = self._optuna.trial.TrialState
         for running in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
             self._study.tell(running.number, state=state.FAIL)
-            attributes = {k: v for k, v in running.user_attrs.items() if k == "baseline"}
-            self._study.enqueue_trial(running.params, user_attrs=attributes)
+            if running.params and "baseline" not in running.user_attrs:
+                self._study.enqueue_trial(running.params)
 
     def _distribution(self, r: Range) -> Any:
         distributions = self._optuna.distributions
@@ -170,13 +198,18 @@ class Study:
         return samplers.TPESampler(seed=seed, multivariate=True)
 
     @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Let Optuna log nothing: it would name each trial."""
+    def _accessed(self) -> Iterator[None]:
+        """Name the file in errors of the database, and let Optuna log nothing: it would name each trial."""
         logging = self._optuna.logging
         verbosity = logging.get_verbosity()
         logging.set_verbosity(logging.ERROR)
         try:
             yield
+        except (self._optuna.exceptions.StorageInternalError, self._database_error) as error:
+            of_sql = error if isinstance(error, self._database_error) else error.__cause__
+            raise SearchError(
+                f"{self._file}: cannot be read or written: {getattr(of_sql, 'orig', None) or error}"
+            ) from error
         finally:
             logging.set_verbosity(verbosity)
 

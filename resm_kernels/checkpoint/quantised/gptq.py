@@ -99,9 +99,14 @@ def _unpack_awq(words: Tensor, count: int) -> Tensor:
 
 def find_gptq(tensors: Stored, quantization: Quantization) -> Iterator[Encoding]:
     """Yield the weights of GPTQ's; `quantization` states their `bits`."""
-    bits = quantization.get("bits")
-    one_less = quantization.get("checkpoint_format", "gptq") != "gptq_v2"
+    bits, layout = quantization.get("bits"), quantization.get("checkpoint_format") or "gptq"
+    one_less = layout != "gptq_v2"
     for qweight in _weights(tensors):
+        if layout not in ("gptq", "gptq_v2"):
+            raise CheckpointError(
+                f"{qweight.file.parent}: GPTQ in the layout {shortened(layout)} (checkpoint_format in its config); "
+                "need gptq or gptq_v2"
+            )
         if bits not in (2, 3, 4, 8):
             raise CheckpointError(
                 f"{qweight.file.parent}: GPTQ with bits {shortened(bits)} in its config; need 2, 3, 4 or 8"

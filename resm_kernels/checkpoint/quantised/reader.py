@@ -67,10 +67,15 @@ _SELF_DESCRIBING: Final = ("fp8", "mxfp4", "compressed-tensors", "bitsandbytes")
 """The methods whose tensors say all that is needed to read them, so that they are found without a config."""
 
 _QUANTISED_NAME: Final = re.compile(
-    r"(?:_scale_inv|\.(?:weight_packed|weight_scale|weight_zero_point|weight_global_scale|qweight|qzeros|SCB)"
+    r"(?:_scale_inv|\.(?:weight_packed|weight_scale|scale_weight|weight_zero_point|weight_global_scale|qweight|qzeros|SCB)"
     r"|\.weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*))$"
 )
 """Names of tensors that belong to a quantised weight."""
+_NO_WEIGHT: Final = re.compile(
+    r"\.(?:input_scale(?:_ub)?|scale_input|output_scale|activation_scale|prob_output_scale|(?:[qkv]|kv)_(?:scale|zero_point)"
+    r"|comfy_quant)$|(?:^|\.)scaled_fp8$"
+)
+"""Names of tensors that quantise activations and caches, or only say that weights are quantised."""
 
 
 class QuantisedReader(CheckpointReader):
@@ -97,13 +102,13 @@ class QuantisedReader(CheckpointReader):
         self._quantization = quantization_of(config, reader.folder)
         stored = reader.tensors
         found = list(self._find(stored))
-        if not self.quantization:
-            known = {name for e in found for name in e.stored_names}
-            plain = (info for name, info in stored.items() if name not in known and info.dtype in FLOAT8)
+        no_weights = {n for n in stored if _NO_WEIGHT.search(n)} if self.quantization or found else set()
+        if not self.quantization and not found:
+            plain = (info for info in stored.values() if info.dtype in FLOAT8)
             found += [PlainFloat8(info.name, info.shape, {"codes": info}) for info in plain]
         self.encodings: Mapping[str, Encoding] = {e.name: e for e in found}
         places = {e.main.name: e for e in found}
-        parts = {name for e in found for name in e.stored_names}
+        parts = {name for e in found for name in e.stored_names} | no_weights
         stale = self._stale(stored, parts)
         tensors: dict[str, TensorInfo] = {}
         for name, info in stored.items():
@@ -146,8 +151,8 @@ class QuantisedReader(CheckpointReader):
         """Return scales that belong to no quantised weight.
 
         Raises:
-            CheckpointError: The config says that the model is quantised, so that the weight beside the scale may or
-                may not have to be multiplied by it.
+            CheckpointError: The model is quantised, so that the weight beside the scale may or may not have to be
+                multiplied by it.
         """
         stale = [name for name in stored if name not in parts and is_quantised_name(name)]
         for name in stale:
@@ -157,11 +162,12 @@ class QuantisedReader(CheckpointReader):
                     f"{stored[name].file}: tensor {name!r} belongs to a quantised weight that is not complete, or not "
                     f"of the method that the config names ({self._method}); download the model again"
                 )
-            if self.quantization:
+            if self.quantization or self.encodings:
+                why = f"the config says that the model is quantised ({self._method})"
                 raise CheckpointError(
                     f"{weight.file}: tensor {weight.name!r} is {dtype_name(weight.dtype)}, not quantised, but has the "
-                    f"scale {name!r} beside it, and the config says that the model is quantised ({self._method}); "
-                    "remove either the scale or, if no weight is quantised, quantization_config from config.json"
+                    f"scale {name!r} beside it, and {why if self.quantization else 'other weights are quantised'}; "
+                    "remove the scale or, if no weight is quantised, quantization_config from config.json"
                 )
         return set(stale)
 

@@ -1,7 +1,8 @@
 """Weights of 8 bits with a scale for each block, group, row or tensor, as most fp8 and int8 models store them.
 
 A weight is (q − z)·s in fp32, with the scale s and maybe a zero point z of its block. The scales are named
-`weight_scale_inv` (DeepSeek, transformers' `FineGrainedFP8`) or `weight_scale` (compressed-tensors, FBGEMM, ModelOpt).
+`weight_scale_inv` (DeepSeek, transformers' `FineGrainedFP8`), `weight_scale` (compressed-tensors, FBGEMM, ModelOpt) or
+`scale_weight` (ComfyUI).
 transformers' experts may have two codes of 4 bits in a byte instead of one of 8 bits.
 """
 
@@ -140,10 +141,11 @@ def find_scale_inv(tensors: Stored, quantization: Quantization) -> Iterator[Enco
 
 
 def find_scale(tensors: Stored, quantization: Quantization) -> Iterator[Encoding]:
-    """Yield the weights of 8 bits with a scale named `weight_scale`."""
+    """Yield the weights of 8 bits with a scale named `weight_scale` or `scale_weight`."""
     for scale in tensors.values():
-        weight = tensors.get(scale.name.removesuffix("_scale"))
-        if not scale.name.endswith(".weight_scale") or weight is None or weight.dtype not in (*FLOAT8, torch.int8):
+        module, _, kind = scale.name.rpartition(".")
+        weight = tensors.get(f"{module}.weight") if kind in ("weight_scale", "scale_weight") else None
+        if weight is None or weight.dtype not in (*FLOAT8, torch.int8):
             continue
         need(len(weight.shape) > 1, weight, "need a matrix")
         parts = {"codes": weight, "scale": scale}
