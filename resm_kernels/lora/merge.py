@@ -49,7 +49,7 @@ class MergedModule:
 
     Attributes:
         name: The module's name.
-        shape: The weight's shape.
+        shape: The weight's shape; of fused experts that of each expert.
         rank: The rank of its factors.
         error: An upper bound of ‖M − s·B·A‖_F / ‖M‖_F, before the factors are rounded to their dtype.
         norm: ‖M‖_F.
