@@ -106,15 +106,15 @@ def test_an_average_as_a_model_for_transformers(tmp_path: Path, run: RunCommand)
 def test_without_a_config_the_output_has_weights_alone(tmp_path: Path) -> None:
     run = Run(tmp_path)
     with plan_merge(run.recipe(), run.out) as plan:
-        assert len(plan.notes) == 5 and all("rotary frequencies" in note for note in plan.notes[:3])
-        assert plan.notes[4].startswith("no model has a config.json, so that the output will hold weights alone")
+        assert len(plan.notes) == 2 and "left out of the merge: 32 tensors under 'optimizer'" in plan.notes[0]
+        assert plan.notes[1].startswith("no model has a config.json, so that the output will hold weights alone")
     merge_checkpoints(run.recipe(), run.out, model_card=False)
     assert (run.out / "model.safetensors").is_file() and not (run.out / "config.json").exists()
-    check_close(load_model(run.out), {n: t for n, t in run.average().items() if not n.endswith("inv_freq")})
+    check_close(load_model(run.out), run.average())
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         merge_checkpoints(run.recipe(), run.out)
     merge_checkpoints(run.recipe(), run.out, overwrite=True, max_shard_size="20KB")
-    check_close(load_model(run.out), {n: t for n, t in run.average().items() if not n.endswith("inv_freq")})
+    check_close(load_model(run.out), run.average())
     merge_checkpoints(run.recipe(), run.out, overwrite=True, max_shard_size="20KB")
 
 

@@ -29,8 +29,8 @@ def test_options_without_a_meaning_are_accepted_with_the_reason() -> None:
     ours, notes = translate(["--lazy-unpickle", "a", "--transformers-cache", "somewhere", "--write-threads=3", "-vv"])
     assert ours == ["a"]
     assert notes == [
-        "--lazy-unpickle: only safetensors are read",
-        "--transformers-cache: models are local folders, nothing is downloaded",
+        "--lazy-unpickle: tensors are always read one by one",
+        "--transformers-cache: models of the hub are kept where HF_HUB_CACHE says",
         "--write-threads: one thread keeps up with the disk",
         "-vv: there is no log; --dry-run shows the plan",
     ]
@@ -55,7 +55,7 @@ def test_command_lines_of_mergekit_users_work(family: Family, run: RunCommand) -
     recipe = family.recipe_file()
     arguments = ["merge", recipe, family.out, "--no-copy-tokenizer", "--lazy-unpickle", "--out-shard-size", "30K", "-q"]
     code, _, err = run(*arguments, "--no-write-model-card", "--no-trust-remote-code", "--allow-crimes")
-    assert (code, err) == (0, "no effect: --lazy-unpickle: only safetensors are read\n")
+    assert (code, err) == (0, "no effect: --lazy-unpickle: tensors are always read one by one\n")
     assert len(list(family.out.glob("*.safetensors"))) > 2 and len(load_model(family.out)) == 30
     assert not list(family.out.glob("*tokenizer*")) and not (family.out / "README.md").exists()
     for flag, why in [

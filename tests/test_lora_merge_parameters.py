@@ -14,7 +14,7 @@ from test_lora_merge import recipe
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointError
-from resm_kernels.engine import merge_lora
+from resm_kernels.engine import merge_checkpoints, merge_lora
 from resm_kernels.methods import get
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,9 +106,31 @@ def test_what_fused_experts_need(tmp_path: Path, mixtral: tuple[Path, Any]) -> N
     adapted(model, folder, 1, r=2, target_modules=[], target_parameters=EXPERTS)
     with pytest.raises(CheckpointError, match=r"target_parameters is set, and only the base model .* need base_model"):
         merge_lora(recipe("tsvm", [folder, folder], {}), tmp_path / "out")
-    with pytest.raises(CheckpointError, match=r"gate_up_proj': ties looks at the elements of all experts together"):
-        merge_lora(recipe("ties", [folder, folder], {}, base_model=str(base)), tmp_path / "out")
+    for method in ("ties", "model_stock"):
+        with pytest.raises(CheckpointError, match=rf"_proj': {method} looks at the elements of all experts together"):
+            merge_lora(recipe(method, [folder, folder], {}, base_model=str(base)), tmp_path / "out")
     adapted(model, tmp_path / "b", 1, r=2, target_modules=["q_proj"])
     adapted(model, tmp_path / "c", 1, r=2, target_modules=[], target_parameters=["q_proj.weight"])
     with pytest.raises(CheckpointError, match=r"adapts .*q_proj' by target_modules, and .* by target_parameters"):
         merge_lora(recipe("tsvm", [tmp_path / "b", tmp_path / "c"], {}, base_model=str(base)), tmp_path / "out")
+
+
+def test_matrices_are_merged_as_out_in(tmp_path: Path) -> None:
+    """KnOTS is not the same for a matrix and its transpose, and GPT-2 stores its weights as (in, out)."""
+    sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).float()
+    model.save_pretrained(tmp_path / "base")
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for seed, folder in enumerate(folders):
+        adapted(model, folder, seed, r=3, target_modules=["c_attn", "c_fc", "wpe"], fan_in_fan_out=True)
+    parts = recipe("knots", folders, {"density": 0.4}, base_model=str(tmp_path / "base"))
+    merge_lora(parts, tmp_path / "out")
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "out")
+    got = changes(wrapped, model)
+    parts["models"] = [part | {"model": f"{tmp_path / 'base'}+{part['model']}"} for part in parts["models"]]
+    merge_checkpoints(parts, tmp_path / "whole", model_card=False)
+    whole = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "whole", dtype=torch.float32).state_dict()
+    for name in ("h.0.attn.c_attn", "h.0.mlp.c_fc", "wpe"):
+        name = f"transformer.{name}.weight"
+        assert relative(got[name], whole[name].double() - model.state_dict()[name].double()) < 1e-5, name

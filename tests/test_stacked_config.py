@@ -117,3 +117,21 @@ def test_attention_that_is_scaled_by_the_layers_number_keeps_its_place(tmp_path:
     assert stack(tmp_path / "model", tmp_path / "out", (0, 2))["n_layer"] == 2
     with pytest.raises(MergeError, match=r"layer 1 cannot become layer 2.*scale_attn_by_inverse_layer_idx"):
         stack(tmp_path / "model", tmp_path / "out", (0, 2), (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("ranges", "message"),
+    [
+        (((0, 2), (1, 3)), "layer 1 cannot become layer 2, because it takes its part of the embedding"),
+        (((0, 2),), "'model.embed_tokens_per_layer.weight' has a part for each layer"),
+    ],
+)
+def test_embeddings_for_all_layers_are_not_stacked(
+    tmp_path: Path, ranges: tuple[tuple[int, int], ...], message: str
+) -> None:
+    own = {"num_hidden_layers": 3, "intermediate_size": [48] * 3, "layer_types": ["sliding_attention"] * 3}
+    embedding = {"vocab_size_per_layer_input": 96, "hidden_size_per_layer_input": 8, "laurel_rank": 4}
+    shared = {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 3}
+    save(tmp_path / "model", "Gemma3nText", **own, **embedding, **shared)
+    with pytest.raises(MergeError, match=message):
+        stack(tmp_path / "model", tmp_path / "out", *ranges)

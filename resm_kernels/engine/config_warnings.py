@@ -82,7 +82,7 @@ def _compared(reference: Model, model: Model) -> list[tuple[str, Any, Any]]:
 def _is_in_doubt(first: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return True if one configuration states what the other leaves to a default that is not known here."""
     both = (first, other)
-    settled = set()
+    settled: set[str] = set()
     if all(_has_theta(config) for config in both):
         partial = [config for config in both if "partial_rotary_factor" in _positions(config)]
         settled.update(_ROPE if len(partial) != 1 else set(_ROPE) - {"partial_rotary_factor", "rope_parameters"})
@@ -106,8 +106,8 @@ def _implied(config: Mapping[str, Any], key: str) -> Any:
     """Return what follows for an entry from others of the same configuration; None if nothing does."""
     heads, size, layers = (config.get(name) for name in ("num_attention_heads", "hidden_size", "num_hidden_layers"))
     if key == "layer_types":
-        known = isinstance(layers, int) and not _uses_windows(config) and config.get("model_type") in FULL_ATTENTION
-        return ["full_attention"] * layers if known else None
+        known = config.get("model_type") in FULL_ATTENTION and not _uses_windows(config)
+        return ["full_attention"] * layers if known and isinstance(layers, int) else None
     if not isinstance(heads, int) or not isinstance(size, int) or not heads:
         return None
     return {"num_key_value_heads": heads, "head_dim": size / heads}.get(key)

@@ -50,6 +50,12 @@ _NUMBERS: Final = re.compile(
 _FIRST_LAYERS: Final = ("first_k_dense_replace", "num_dense_layers")
 """How many of the first layers are of another kind than all others."""
 
+_BY_NUMBER: Final = {
+    "scale_attn_by_inverse_layer_idx": "its attention is scaled",
+    "hidden_size_per_layer_input": "it takes its part of the embedding for all layers",
+}
+"""Entries that give something to layers by their numbers (GPT-2, Gemma 3n), and what that is."""
+
 _OWN_NUMBER: Final = re.compile(r"(layer|block)_?(idx|id|index|number|num)|idx|\w*_layer_(idx|index)")
 """Attributes of modules that hold the number of their layer."""
 
@@ -260,7 +266,7 @@ class _Stack:
             raise MergeError(
                 f"{place}: its class takes no configuration of these layers ({reason}); choose other layers"
             ) from error
-        self._check_scaled(functools.reduce(getattr, self._path, output.config))
+        self._check_moved(functools.reduce(getattr, self._path, output.config))
         stack = self._stack(own, self._origins[0])
         made = _signatures(output.layers(stack))
         sources: dict[str, list[dict[str, Any]]] = {}
@@ -278,6 +284,13 @@ class _Stack:
                         f"is: there {key} is {needed.get(key)}, in the output {made[i].get(key)}; choose other layers"
                     )
         self._check_tied(known, output, stack)
+        shapes = own.shapes
+        for name, shape in output.shapes.items():
+            if layer_position(name) is None and shapes.get(name, shape) != shape:
+                raise MergeError(
+                    f"{place}: {name!r} has a part for each layer, which would have to be stacked too: its shape is "
+                    f"{shapes[name]}, the output needs {shape}; choose as many layers as the model has"
+                )
         for name in output.missing(names):
             position = layer_position(name)
             if position is not None and position.stack == stack and not self._was_missing(known, position):
@@ -300,15 +313,16 @@ class _Stack:
             raise MergeError(f"{origin.model.folder}: tensor {origin.tensor!r} is in no layer of the loaded model")
         return position.stack
 
-    def _check_scaled(self, section: Any) -> None:
-        """Refuse layers with other numbers if attention is scaled by the number, as GPT-2's may be."""
+    def _check_moved(self, section: Any) -> None:
+        """Refuse layers with other numbers if something beside their own weights goes by the number."""
         moved = next((i for i, origin in enumerate(self._origins) if origin.number != i), None)
-        if moved is not None and getattr(section, "scale_attn_by_inverse_layer_idx", False):
-            origin = self._origins[moved]
-            raise MergeError(
-                f"{origin.model.folder}: layer {origin.number} cannot become layer {moved}, because its attention is "
-                "scaled by its number (scale_attn_by_inverse_layer_idx); choose other layers"
-            )
+        for key, why in _BY_NUMBER.items():
+            if moved is not None and getattr(section, key, None):
+                origin = self._origins[moved]
+                raise MergeError(
+                    f"{origin.model.folder}: layer {origin.number} cannot become layer {moved}, because {why} by its "
+                    f"number ({key}); choose other layers"
+                )
 
     def _check_tied(self, known: Mapping[str, Architecture], output: Architecture, stack: str) -> None:
         """Refuse layers that share weights in the output and do not where they come from."""

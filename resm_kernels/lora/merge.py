@@ -9,7 +9,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +22,8 @@ from resm_kernels.dtypes import ADAPTER_DTYPES, dtype_name
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.lora.base import OpenBase, open_base
 from resm_kernels.lora.config import CONFIG_FILE, PREFIX
+from resm_kernels.lora.elements import TaskVector
+from resm_kernels.lora.factors import Factors
 from resm_kernels.lora.group import AdapterGroup, open_group
 from resm_kernels.lora.low_rank import MergedFactors, RankLimit, coefficients
 from resm_kernels.lora.merged_config import merged_config, rank_notes
@@ -32,6 +34,7 @@ from resm_kernels.lora.routes import Route, route_of
 from resm_kernels.lora.writer import AdapterWriter
 from resm_kernels.options import MergeLoraKeywords, MergeLoraOptions
 from resm_kernels.recipe import Recipe, RecipeError, load_recipe
+from resm_kernels.roles import role_by_name
 from resm_kernels.tensor_names import tensor_depths
 
 if TYPE_CHECKING:
@@ -178,33 +181,55 @@ class _Merge:
         return self.recipe.tensor_parameters(tensor, self.depths.get(tensor, 0.0), self.piece, names)
 
     def module(self, name: str) -> tuple[list[MergedFactors], Route]:
-        """Merge the task vectors of one weight, of a stack of experts slice by slice."""
-        tensor, options, method = self.group.tensor(name), self.options, self.recipe.method
+        """Merge the task vectors of one weight as a merge of whole models does.
+
+        Methods that decompose matrices get each expert of a stack by itself, and every matrix as (out, in); tables of
+        positions and biases are averaged. All other methods get the weight as it is stored.
+        """
+        group, tensor, method = self.group, self.group.tensor(name), self.recipe.method
         parameters = self.parameters(tensor)
-        matrices = self.group.deltas(name)
-        if len(matrices) > 1:
-            route = route_of(method, method.resolve(len(self.group.adapters), dict(parameters), tensor))
-            if not route.is_exact:
-                raise CheckpointError(
-                    f"parameter {name!r}: {method.name} looks at the elements of all experts together, which are not "
-                    "merged adapter to adapter; need a method whose result is of low rank (docs/merge_lora.md), or "
-                    "merge whole models (resm-kernels merge) and extract an adapter (extract-lora)"
-                )
-        merged = [
-            merge_weight(
-                self.group.modules[name],
-                deltas,
-                method,
-                parameters,
-                lambda reason: self.group.weights(tensor, reason),
-                name=tensor,
-                seed=options.random_seed,
-                limit=RankLimit(options.rank or options.max_rank, options.energy),
-                accuracy=options.accuracy,
+        decomposes = any(parameter.name == "spectral" for parameter in method.parameters)
+        if decomposes and role_by_name(tensor, group.modules[name]).role.is_table:
+            stated = self.piece.states(method, "spectral", tensor, self.depths.get(tensor, 0.0))
+            parameters |= {} if stated else {"spectral": False}
+        matrices, shape = group.deltas(name), group.modules[name]
+        route = route_of(method, method.resolve(len(group.adapters), dict(parameters), tensor))
+        if len(matrices) > 1 and not decomposes and route is not Route.SUM:
+            raise CheckpointError(
+                f"parameter {name!r}: {method.name} looks at the elements of all experts together, which are not "
+                "merged adapter to adapter; need a weighted sum or a method that decomposes matrices "
+                "(docs/merge_lora.md), or merge whole models (resm-kernels merge) and extract an adapter (extract-lora)"
             )
-            for deltas in matrices
-        ]
-        return [factors for factors, _ in merged], merged[0][1]
+        turned = decomposes and route is not Route.WEIGHTS and group.transposed(name) and not group.embedding(name)
+        if turned:
+            matrices, shape = [list(map(_turned, deltas)) for deltas in matrices], (shape[1], shape[0])
+        pairs = [self._matrix(tensor, deltas, shape, parameters) for deltas in matrices]
+        merged = [factors for factors, _ in pairs]
+        if turned:
+            merged = [replace(factors, left=factors.right.mT, right=factors.left.mT) for factors in merged]
+        return merged, pairs[0][1]
+
+    def _matrix(
+        self, tensor: str, deltas: Sequence[TaskVector], shape: tuple[int, int], parameters: Mapping[str, Any]
+    ) -> tuple[MergedFactors, Route]:
+        """Merge the task vectors of one matrix of a weight."""
+        options = self.options
+        return merge_weight(
+            shape,
+            deltas,
+            self.recipe.method,
+            parameters,
+            lambda reason: self.group.weights(tensor, reason),
+            name=tensor,
+            seed=options.random_seed,
+            limit=RankLimit(options.rank or options.max_rank, options.energy),
+            accuracy=options.accuracy,
+        )
+
+
+def _turned(delta: TaskVector) -> TaskVector:
+    """Return a task vector's transpose."""
+    return delta.mT if isinstance(delta, Tensor) else Factors(delta.right.mT, delta.left.mT, delta.scale)
 
 
 def _modules(
