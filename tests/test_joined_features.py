@@ -7,21 +7,28 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from checkpoints import Family, load_model, random_weights, save_adapter
+from checkpoints import HIDDEN, LAYERS, Family, load_model, random_weights, save_adapter
+from hub_server import HubServer
 from kills import contents
 from quantised_weights import fp8_blocks
 from safetensors.torch import load_file, save_file
 from test_blocks import EMBEDDING, HEAD, LargeFamily, tightest, written
+from test_hub import hub  # noqa: F401
+from test_live import Loose, same
 from test_quantised_merge import FP8, Tensors, equal, merged, store_fp8
+from test_rearranged import Pair
+from test_resume import Cut, stop_after
 from test_rounding import family_of
 
 from resm_kernels import _extension, merge_checkpoints
 from resm_kernels.checkpoint import CheckpointError, verify_checkpoint
 from resm_kernels.checkpoint.place import unfinished_folder
 from resm_kernels.engine import MergeError, plan_merge
+from resm_kernels.live import LiveModels
 from resm_kernels.options import MergeOptions
 
 needs_blocks = pytest.mark.skipif(_extension.native is None, reason="blocks need the compiled extension")
@@ -177,3 +184,78 @@ def test_a_quantised_output_goes_on_after_a_kill(tmp_path: Path, tensors: int, n
     assert contents(family.out) == contents(tmp_path / "whole" / "out")
     assert "rounding.json" in json.loads((family.out / "resm_kernels.json").read_text())["files"]
     assert not verify_checkpoint(family.out).findings and family.leftovers() == ["out"]
+
+
+def adapter_of(folder: Path, seed: int) -> Path:
+    """An adapter of one weight of each layer."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Tensors = {}
+    for i in range(LAYERS):
+        for factor, shape in (("A", (2, HIDDEN)), ("B", (HIDDEN, 2))):
+            name = f"base_model.model.model.layers.{i}.self_attn.q_proj.lora_{factor}.weight"
+            tensors[name] = torch.randn(shape, generator=generator) * 0.1
+    return save_adapter(folder, tensors, {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]})
+
+
+@pytest.mark.parametrize("method", ["ties", "resm"])
+def test_quantised_and_adapted_models_are_merged_into_a_module(tmp_path: Path, method: str) -> None:
+    """What is kept of one merge does not change the next one."""
+    family = Family(tmp_path, experts=2)
+    store_fp8(family.base_folder)
+    store_fp8(family.folders[0])
+    adapter = adapter_of(tmp_path / "adapter", 1)
+    recipe = family.recipe(method)
+    recipe["models"][1]["model"] = f"{family.base_folder}+{adapter}"
+    expected = merged(recipe, family.out)
+    module = Loose(family.base)
+    other = recipe | {"parameters": {"weight": 0.5}}
+    with LiveModels() as models:
+        for tried in (recipe, other, recipe):
+            models.merge_into(module, tried)
+    assert same(module, expected)
+
+
+def test_documents_of_models_on_the_hub_go_on(
+    hub: HubServer,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With an adapter of a document; the bits are those of local folders."""
+    family = Family(tmp_path / "published", experts=2)
+    adapter = adapter_of(tmp_path / "published" / "adapter", 1)
+    folders = [family.base_folder, *family.folders, adapter]
+    for folder in folders:
+        hub.add(f"org/{folder.name}", folder)
+
+    def documents(base: str, one: str, two: str, lora: str) -> list[dict[str, Any]]:
+        first = {"name": "own", "merge_method": "ties", "base_model": base, "models": [{"model": one}, {"model": two}]}
+        models = [{"model": f"own+{lora}", "parameters": {"weight": 0.5}}, {"model": one, "parameters": {"weight": 1}}]
+        return [first, {"merge_method": "task_arithmetic", "base_model": "own", "models": models}]
+
+    expected = merged(documents(*map(str, folders)), family.out)
+    remote = documents(*(f"org/{folder.name}" for folder in folders))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Cut):
+            merge_checkpoints(remote, tmp_path / "out")
+    assert merge_checkpoints(remote, tmp_path / "out").tensors_resumed > 0
+    assert equal(load_model(tmp_path / "out"), expected) and not verify_checkpoint(tmp_path / "out").findings
+
+
+def test_experts_in_another_arrangement_go_on_and_into_a_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(tmp_path, "mixtral")
+    recipe = pair.recipe("stored", "loaded", "ties")
+    expected = merged(recipe, tmp_path / "expected")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(Cut):
+            merge_checkpoints(recipe, tmp_path / "out")
+    assert merge_checkpoints(recipe, tmp_path / "out").tensors_resumed > 0
+    assert equal(load_model(tmp_path / "out"), expected)
+    loaded = pair.model_class.from_pretrained(tmp_path / "expected").state_dict()
+    module = pair.model_class.from_pretrained(tmp_path / "a" / "loaded")
+    for first, second in (("stored", "loaded"), ("loaded", "stored")):
+        with LiveModels() as models, models.merged(module, pair.recipe(first, second, "ties")):
+            assert equal(module.state_dict(), loaded)
