@@ -62,6 +62,7 @@ def build_tokenizer(
     entry = recipe.output_tokenizer
     assert entry is not None
     source = models.reference if entry.source in (BASE, UNION) else _find(models, entry.source)
+    folder = _folder(recipe, entry.source) if source is None else source.tokenizer_folder
     loader = _Loader(trust_remote_code)
     loaded = {folder: loader.load(folder) for folder in dict.fromkeys(m.tokenizer_folder for m in models.all())}
     known: dict[tuple[Path, Path], Mapping[str, int]] = {}
@@ -73,10 +74,7 @@ def build_tokenizer(
                 "of their own; vocabularies of such models cannot be merged: remove tokenizer or tokenizer_source"
             )
         known[model.places] = {token: row for token, row in rows.items() if size is None or row < size}
-    if source is None:
-        tokenizer = loader.load(_folder(recipe, entry.source))
-    else:
-        tokenizer = loader.load(source.tokenizer_folder, tables.rows(source))
+    tokenizer = loader.load(folder) if source is None else loader.load(folder, tables.rows(source))
     if entry.source == UNION:
         _add_missing_tokens(tokenizer, [loaded[m.tokenizer_folder] for m in models.all()], list(known.values()))
     vocabulary = tokenizer.get_vocab()
