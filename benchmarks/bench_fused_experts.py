@@ -2,7 +2,8 @@
 
 A tensor holds the matrices of 128 experts, 768×2048 each, in bf16, as Qwen3-VL-MoE has; three models differ from the
 base by noise of a tenth of its size. Both ways run through `engine.matrices.merge_matrices`, take turns, and must give
-the same bits.
+the same bits. The floor is the flops of the first matrix, counted by `benchmarks.bench_spectral_merge`, times the
+number of matrices, at the rate of `torch.mm` measured in the same run.
 
     python -m benchmarks.bench_fused_experts --json benchmarks/results/fused_experts.json
 """
@@ -21,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.bench_spectral_merge import Stages, gemm_rates
 from benchmarks.bench_truncated_svd import THREADS, save
 from resm_kernels import merge
 from resm_kernels.engine.matrices import merge_matrices
@@ -36,7 +38,15 @@ def inputs(shape: tuple[int, int, int], models: int) -> list[Tensor]:
     return [base, *((base + torch.randn(shape, generator=generator) * 0.002).bfloat16() for _ in range(models))]
 
 
-def measure(method: str, tensors: list[Tensor], rounds: int, threads: int) -> dict[str, Any]:
+def floor_seconds(method: str, base: Tensor, experts: list[Tensor], rates: dict[str, float]) -> float:
+    """The seconds that the matrix products, Gram matrices and eigenproblems of all matrices take at these rates."""
+    stages = Stages()
+    with stages:
+        stages.call(lambda: merge(base[0], [expert[0] for expert in experts], method))
+    return len(base) * sum(n / rates[dtype] for counts in stages.flops.values() for dtype, n in counts.items())
+
+
+def measure(method: str, tensors: list[Tensor], rounds: int, threads: int, rates: dict[str, float]) -> dict[str, Any]:
     """Merge a tensor in both ways, in turns, and return the seconds of each."""
     base, *experts = tensors
     role = stacked_role(Role.FUSED_EXPERTS, "experts", base.shape)
@@ -70,17 +80,21 @@ def measure(method: str, tensors: list[Tensor], rounds: int, threads: int) -> di
         "seconds": wall,
         "cpu seconds": cpu,
         "faster": medians[WAYS[0]] / medians[WAYS[1]],
+        "floor seconds": floor_seconds(method, base, experts, rates),
     }
 
 
 def show(console: Console, records: list[dict[str, Any]]) -> None:
     """Print the table."""
-    table = Table("method", "tensor", *(f"{way}, s" for way in WAYS), "faster", "CPU share, one by one", "together")
+    table = Table(
+        "method", "tensor", *(f"{way}, s" for way in WAYS), "faster", "floor, s", "CPU share, one by one", "together"
+    )
     for record in records:
         seconds = {way: statistics.median(record["seconds"][way]) for way in WAYS}
         shares = [statistics.median(record["cpu seconds"][way]) / seconds[way] for way in WAYS]
         shape = "×".join(map(str, record["shape"]))
-        cells = (f"{record['faster']:.2f}×", *(f"{share:.2f}" for share in shares))
+        floor = f"{record['floor seconds']:.2f}"
+        cells = (f"{record['faster']:.2f}×", floor, *(f"{share:.2f}" for share in shares))
         table.add_row(record["method"], shape, *(f"{seconds[way]:.2f}" for way in WAYS), *cells)
     console.print(table)
 
@@ -96,9 +110,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     tensors = inputs(tuple(options.shape), options.models)
-    records = [measure(method, tensors, options.rounds, options.threads) for method in options.methods]
+    rates = gemm_rates(2048)
+    records = [measure(method, tensors, options.rounds, options.threads, rates) for method in options.methods]
     show(Console(width=120), records)
-    save(options.json, {"threads": options.threads, "records": records})
+    save(options.json, {"threads": options.threads, "gemm_flops_per_second": rates, "records": records})
 
 
 if __name__ == "__main__":

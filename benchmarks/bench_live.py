@@ -112,14 +112,24 @@ def measure(name: str, tried: list[dict[str, Any]], module: torch.nn.Module, lim
     }
 
 
+def _add(file: Path, record: dict[str, Any]) -> None:
+    """Write the record, with the rows of other methods that the file has of the same model and threads."""
+    old = json.loads(file.read_text()) if file.exists() else {}
+    if {key: old.get(key) for key in ("threads", "layers")} == {key: record[key] for key in ("threads", "layers")}:
+        names = {row["name"] for row in record["rows"]}
+        record["rows"] = [*record["rows"], *(row for row in old["rows"] if row["name"] not in names)]
+    file.write_text(json.dumps(record, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-250m"), help="where models are kept")
     parser.add_argument("--layers", type=int, default=Size.layers)
+    parser.add_argument("--methods", nargs="+", default=["ties", "tsvm", "resm"], choices=["ties", "tsvm", "resm"])
     parser.add_argument("--trials", type=int, default=2, help="merges of each method, the first included")
     parser.add_argument("--memory-limit", default="5GB", help="of what is kept between merges")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="where to write the record")
+    parser.add_argument("--json", type=Path, help="add the figures to this record")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     size = Size(layers=options.layers)
@@ -129,7 +139,9 @@ def main() -> None:
     assert len(folders) == 1 + EXPERTS
     module = Shapes(size)
     rows = [
-        measure(name, tried, module, options.memory_limit, cache) for name, tried in recipes(folders, options.trials)
+        measure(name, tried, module, options.memory_limit, cache)
+        for name, tried in recipes(folders, options.trials)
+        if name.split(":")[0] in options.methods
     ]
     table = Table("", "first, s", "later, s", "from files, s", "faster", "kept, GB")
     for row in rows:
@@ -137,7 +149,7 @@ def main() -> None:
         table.add_row(row["name"], *(f"{figure:.2f}" for figure in figures), f"{row['kept_bytes'] / 1e9:.2f}")
     Console().print(table)
     if options.json is not None:
-        options.json.write_text(json.dumps({"threads": options.threads, "layers": size.layers, "rows": rows}, indent=1))
+        _add(options.json, {"threads": options.threads, "layers": size.layers, "rows": rows})
     failing = [row["name"] for row in rows if row["ratio"] < NEEDED or row["kept_bytes"] > row["limit_bytes"]]
     if failing:
         raise SystemExit(f"less than {NEEDED:g} times faster, or beyond the limit: {', '.join(failing)}")
