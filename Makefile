@@ -140,7 +140,7 @@ gpu:
 
 # The tests of the native ops with the extension built for sanitizers, in build/sanitize: AddressSanitizer and
 # UndefinedBehaviourSanitizer, then ThreadSanitizer. SANITIZER=address or SANITIZER=thread runs one of them. It takes
-# some four minutes of processor time each, builds included, and says "skipped" where the compiler has no such runtime.
+# some four minutes each on two cores, builds included, and says "skipped" where the compiler has no such runtime.
 sanitize: $(VENV)/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check cmake ninja
 	PYTHON=$(CURDIR)/$(BIN)/python scripts/sanitize.sh $(SANITIZER)
