@@ -114,7 +114,10 @@ def main() -> int:
     with measured() as coverage, mock.patch("os.fsync"):
         import torch
         from targets import TARGETS, make_world
+        from transformers import AutoConfig, PreTrainedModel
 
+        # Some readers ask transformers. Its import takes seconds and makes torch's caches, which is no case's doing.
+        assert AutoConfig and PreTrainedModel
         torch.set_num_threads(1)
         names = options.targets or list(TARGETS)
         limit_memory()
