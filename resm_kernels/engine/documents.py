@@ -83,12 +83,6 @@ class DocumentReader(CheckpointReader):
         pieces = self._pieces[name]
         return len(pieces) > 1 or self._need(pieces[0]) <= self.plan.options.window_bytes
 
-    def read_into(self, info: TensorInfo, buffer: Tensor) -> None:
-        """Fill `buffer` with the bytes of the tensor that `info` describes, or of some of its elements."""
-        if buffer.nbytes != info.nbytes:
-            raise ValueError(f"buffer: got {buffer.nbytes} bytes, need {info.nbytes} for {info.name!r}")
-        self.read_bytes(info, 0, buffer)
-
     def read_bytes(self, info: TensorInfo, first: int, buffer: Tensor) -> None:
         """Fill `buffer` with the bytes of a tensor from byte `first` on."""
         begin, size = info.offset + first, buffer.nbytes
@@ -107,8 +101,8 @@ class DocumentReader(CheckpointReader):
             raise ValueError(f"{info.name!r}: got a read of bytes {begin} to {begin + size}, which it does not have")
 
     def read_runs(self, info: TensorInfo, starts: object, length: int) -> Tensor:
-        """Raise an error: runs are read of tensors that lie in a file."""
-        raise NotImplementedError(f"{info.name!r} is merged when it is read")
+        """Raise a ValueError: runs are read only of tensors that lie in a file, for which `is_stored` is True."""
+        raise ValueError(f"{info.name!r}: got a read of runs, need a tensor that lies in a file; this one is merged")
 
     def _need(self, piece: TensorJob) -> int:
         """Return the bytes that a job takes: its inputs, its result and a copy of it, its workspace, its passes."""
