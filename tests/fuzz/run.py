@@ -114,10 +114,11 @@ def main() -> int:
     with measured() as coverage, mock.patch("os.fsync"):
         import torch
         from targets import TARGETS, make_world
-        from transformers import AutoConfig, PreTrainedModel
 
         # Some readers ask transformers. Its import takes seconds and makes torch's caches, which is no case's doing.
-        assert AutoConfig and PreTrainedModel
+        # The names matter: transformers imports its modules only when somebody asks for what they define.
+        from transformers import AutoConfig, PreTrainedModel  # noqa: F401
+
         torch.set_num_threads(1)
         names = options.targets or list(TARGETS)
         limit_memory()
