@@ -116,10 +116,12 @@ class Bench:
         steps = [torch.randn(shape, device=self.device, generator=generator) * 1e-3 for _ in range(N_EXPERTS)]
         return base, [(base.float() + step).bfloat16() for step in steps]
 
-    def row(self, name: str, function: Callable[[], object], n_bytes: int) -> Row:
+    def row(self, name: str, function: Callable[[], object], n_bytes: int, operations: int | None = None) -> Row:
+        """Time and rates; operations count as in conftest.py, and put the op into the roofline picture."""
         ms = self.milliseconds(function)
         rate = n_bytes / ms / 1e9
-        return {"name": name, "ms": ms, "TB/s": rate, "share of copy": rate / self.copy}
+        computed = {} if operations is None else {"TFLOP/s": operations / ms / 1e9}
+        return {"name": name, "ms": ms, "TB/s": rate, "share of copy": rate / self.copy, **computed}
 
     def elementwise(self, backend: str) -> Iterator[Row]:
         """One large tensor, by the kernels of one backend."""
@@ -136,7 +138,8 @@ class Bench:
             merged = merge(base, experts, options)[0]
             assert torch.equal(merged[:64].cpu(), expected), f"{backend}, {rule}: differs from the CPU"
             call = partial(merge, base, experts, options)
-            yield self.row(f"aggregate {rule}, {backend}", call, read + base.nbytes)
+            count = (7 if rule == "ties" else 3) * N_EXPERTS * base.numel()
+            yield self.row(f"aggregate {rule}, {backend}", call, read + base.nbytes, count)
         for name, choices in (
             ("one read", {}),
             ("with outliers", {"kappa": 3.0}),
@@ -149,14 +152,17 @@ class Bench:
             expected = delta_stats(*on_cpu, **({"kappa": None} | choices)).n_outlier
             counts = stats(part, parts, stats_options)[1]
             assert torch.equal(counts[..., 2].cpu(), expected), f"{backend}, delta_stats: differs from the CPU"
-            yield self.row(f"delta_stats, {name}, {backend}", partial(stats, base, experts, stats_options), read)
+            call = partial(stats, base, experts, stats_options)
+            count = (6 + 2 * len(choices.keys() & {"kappa", "histogram"})) * N_EXPERTS * base.numel()
+            yield self.row(f"delta_stats, {name}, {backend}", call, read, count)
         for share in (0.01, 0.2, 0.5):
             few = int(share * part.numel())
             threshold = select(part, parts, MagnitudeThresholdOptions(k=(few,) * N_EXPERTS))[0]
             assert torch.equal(threshold.cpu(), magnitude_threshold(*on_cpu, few)), f"{backend}: differs from the CPU"
             all_parts = MagnitudeThresholdOptions(k=(int(share * base.numel()),) * N_EXPERTS)
             name = f"magnitude_threshold of {share:.0%}, {backend}"
-            yield self.row(name, partial(select, base, experts, all_parts), read)
+            count = 2 * N_EXPERTS * base.numel()
+            yield self.row(name, partial(select, base, experts, all_parts), read, count)
         ranks = MagnitudeThresholdOptions(k=(base.numel() // 5,) * N_EXPERTS)
 
         def ties() -> Tensor:
@@ -164,7 +170,8 @@ class Bench:
             options = AggregateOptions(weights=weights, rule="ties", normalize=True, thresholds=thresholds)
             return merge(base, experts, options)[0]
 
-        yield self.row(f"ties, threshold and merge, {backend}", ties, read + base.nbytes)
+        count = 9 * N_EXPERTS * base.numel()
+        yield self.row(f"ties, threshold and merge, {backend}", ties, read + base.nbytes, count)
 
     def masks(self, backend: str) -> Iterator[Row]:
         """Masks of one large tensor, and merges and moments of the elements that they keep, by one backend."""
@@ -181,11 +188,13 @@ class Bench:
             for mask, expected in zip(draw(part, parts, law), expected_masks, strict=True):
                 assert torch.equal(mask.cpu(), expected), f"{backend}, random_mask: differs from the CPU"
             name = f"random_mask{', by rank' if epsilon else ''}, {backend}"
-            yield self.row(name, partial(draw, base, experts, law), n_bytes)
+            count = (18 if epsilon else 16) * N_EXPERTS * base.numel()
+            yield self.row(name, partial(draw, base, experts, law), n_bytes, count)
         share = VarianceMaskOptions(density=0.3)
         mask = select(part, parts, share).cpu()
         assert torch.equal(mask, variance_mask(*on_cpu, 0.3)), f"{backend}, variance_mask: differs from the CPU"
-        yield self.row(f"variance_mask, {backend}", partial(select, base, experts, share), read + bits)
+        count = 5 * N_EXPERTS * base.numel()
+        yield self.row(f"variance_mask, {backend}", partial(select, base, experts, share), read + bits, count)
         uniform = RandomMaskOptions(density=density, epsilon=(0.0,) * N_EXPERTS, seed=1)
         masks = tuple(draw(base, experts, uniform))
         part_masks = tuple(mask[: part.numel() // 8] for mask in masks)
@@ -195,7 +204,8 @@ class Bench:
         assert torch.allclose(moments, expected, rtol=1e-12), f"{backend}, kept_moments: differs from the CPU"
         read += N_EXPERTS * bits
         sparsity = SparsityOptions(masks=masks)
-        yield self.row(f"kept_moments of masks, {backend}", partial(sums, base, experts, sparsity), read)
+        call = partial(sums, base, experts, sparsity)
+        yield self.row(f"kept_moments of masks, {backend}", call, read, 5 * N_EXPERTS * base.numel())
         rescale = torch.full((N_EXPERTS,), 2.0, dtype=torch.float64, device=self.device)
         for rule in ("sum", "ties"):
             options = AggregateOptions(weights=weights, rule=rule, masks=masks, rescale=rescale)
@@ -203,7 +213,8 @@ class Bench:
             merged = merge(base, experts, options)[0]
             assert torch.equal(merged[:64].cpu(), expected), f"{backend}, {rule} of masks: differs from the CPU"
             call = partial(merge, base, experts, options)
-            yield self.row(f"aggregate {rule} of masks, {backend}", call, read + base.nbytes)
+            count = (8 if rule == "ties" else 4) * N_EXPERTS * base.numel()
+            yield self.row(f"aggregate {rule} of masks, {backend}", call, read + base.nbytes, count)
 
     def products(self) -> Iterator[Row]:
         base, experts = self.inputs(self.sizes.shape)
@@ -213,8 +224,7 @@ class Bench:
             expected = (experts[0].double() - base.double()) @ x.double()
             assert float((y - expected).norm() / expected.norm()) < 1e-6, "gram_product: less exact than fp32"
             call = partial(gram_product, base, experts[0], x)
-            row = self.row(f"gram_product, {columns} columns", call, 2 * base.nbytes)
-            yield row | {"TFLOP/s": 4 * base.numel() * columns / row["ms"] / 1e9}
+            yield self.row(f"gram_product, {columns} columns", call, 2 * base.nbytes, 4 * base.numel() * columns)
 
     def large_products(self) -> Iterator[Row]:
         """The product of spectral projectors, the square of a symmetric fp32 matrix, by several functions."""
@@ -230,8 +240,7 @@ class Bench:
         }
         for name, way in ways.items():
             error = float((way() - expected).norm() / expected.norm())
-            row = self.row(f"square of {size}², {name}", way, 2 * x.nbytes)
-            yield row | {"TFLOP/s": flops / row["ms"] / 1e9, "error": error}
+            yield self.row(f"square of {size}², {name}", way, 2 * x.nbytes, flops) | {"error": error}
 
     def decompositions(self) -> Iterator[Row]:
         """Rank 32 and 512 of one task vector with σ_i ~ i^−0.7: errors above the optimum, and times."""

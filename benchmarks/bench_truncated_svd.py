@@ -10,7 +10,7 @@ For each panel the verdict says which points of others are on the front: no poin
 Of these, those are ties where one of ours is as good and not slower by more than two standard errors of the difference
 of the medians.
 
-    python -m benchmarks.bench_truncated_svd --json benchmarks/results/truncated_svd.json --plot build/truncated_svd.png
+    python -m benchmarks.bench_truncated_svd --json benchmarks/results/truncated_svd.json
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import argparse
 import functools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -257,37 +257,6 @@ def show(console: Console, title: str, points: Sequence[Point], everything: bool
     return open_points
 
 
-def plot(path: Path, panels: Mapping[tuple[float, int, int], Sequence[Point]], shape: Sequence[int]) -> None:
-    """One panel for each k (columns) and α (rows): excess error over milliseconds, both logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    decays, divisors = list(dict.fromkeys(a for a, _, _ in panels)), list(dict.fromkeys(d for _, d, _ in panels))
-    figure, axes = pyplot.subplots(
-        len(decays), len(divisors), figsize=(5 * len(divisors), 4 * len(decays)), squeeze=False, layout="constrained"
-    )
-    markers = {OURS: "o", TORCH_SVD: "s", TORCH_LOWRANK: "^", SKLEARN: "v"}
-    for (alpha, divisor, k), points in panels.items():
-        axis = axes[decays.index(alpha)][divisors.index(divisor)]
-        for family, members in families(points).items():
-            x, y = [p.median * 1e3 for p in members], [max(p.excess, LOWEST) for p in members]
-            handle = axis.scatter(x, y, marker=markers[family], label=family, s=24, alpha=0.8)
-            if family == OURS:
-                best = front(members)
-                line = [p.median * 1e3 for p in best], [max(p.excess, LOWEST) for p in best]
-                axis.step(*line, where="post", color=handle.get_facecolor()[0], linewidth=1)
-        axis.set(xscale="log", yscale="log", title=f"σ_i = i^−{alpha:g}, k = {k} = r/{divisor}")
-        axis.grid(visible=True, which="major", alpha=0.3)
-    figure.supxlabel("milliseconds")
-    figure.supylabel("error above the optimum, as a share of it")
-    figure.suptitle(f"Truncated SVD of {shape[0]} × {shape[1]}, fp32, {torch.get_num_threads()} threads")
-    axes[0][0].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", type=int, nargs=2, default=(1024, 2816), metavar=("M", "N"))
@@ -297,11 +266,10 @@ def main() -> None:
     parser.add_argument("--most-iterations", type=int, default=8, help="power iterations of rivals go up to this")
     parser.add_argument("--all", action="store_true", help="print all points, not only each family's front")
     parser.add_argument("--json", type=Path, help="write all points there")
-    parser.add_argument("--plot", type=Path, help="draw the panels there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
     recording = Recording(options.json)
-    console, panels, records = Console(width=120), {}, []
+    console, records = Console(width=120), []
     if sklearn_svd() is None:
         console.print("scikit-learn is not installed: left out")
     for number, alpha in enumerate(options.decays):
@@ -311,7 +279,6 @@ def main() -> None:
         for divisor in options.divisors:
             k = min(options.shape) // divisor
             points, out_of_reach = panel(delta, values, k, options.rounds, options.most_iterations)
-            panels[alpha, divisor, k] = points
             rest = show(console, f"α = {alpha:g}, k = {k} = r/{divisor}", points, options.all)
             if out_of_reach:
                 console.print(f"out of our reach: {'; '.join(out_of_reach)}")
@@ -334,8 +301,6 @@ def main() -> None:
     ties = sum(record["not_dominated"] == record["ties"] for record in records) - clear
     console.print(f"{clear} of {len(records)} panels have no point of others on the front, {ties} have ties alone")
     recording.save({"shape": list(options.shape), "lowest_excess": LOWEST, "panels": records})
-    if options.plot is not None:
-        plot(options.plot, panels, options.shape)
 
 
 if __name__ == "__main__":

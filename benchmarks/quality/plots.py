@@ -1,10 +1,12 @@
-"""Three pictures: the dimensions against each other, what RESM sees in every layer, what prompts bring."""
+"""Three pictures: the dimensions against each other, what RESM sees in every layer, what prompts bring.
+
+`benchmarks.plot` writes them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations, product
-from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
@@ -33,7 +35,7 @@ def front(points: Sequence[tuple[float, float]]) -> list[int]:
     return sorted(undominated, key=lambda i: points[i])
 
 
-def pareto(results: Results, file: Path) -> None:
+def pareto(results: Results) -> Figure:
     """Means over the seeds in the planes of two dimensions each; below the step line is what some tuned merge beats."""
     figure = Figure(figsize=(17, 6), layout="constrained")
     styles: dict[str, dict[str, Any]] = {
@@ -56,10 +58,10 @@ def pareto(results: Results, file: Path) -> None:
         axis.set(xlabel=f"{pair[0]} (%)", ylabel=f"{pair[1]} (%)")
         axis.grid(alpha=0.25)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    return figure
 
 
-def layers(results: Results, file: Path) -> None:
+def layers(results: Results) -> Figure:
     """Sparsity, outlier mass, weights and ranks of every matrix, a line for each expert: mean and range of seeds."""
     rows = results.layers[0]
     titles = {
@@ -82,10 +84,10 @@ def layers(results: Results, file: Path) -> None:
         axis.grid(alpha=0.25)
     axis.set_xticks(x, [_short(row["name"]) for row in rows], rotation=90, fontsize=7)
     figure.axes[0].legend(fontsize=8)
-    figure.savefig(file, dpi=110)
+    return figure
 
 
-def calibrated(results: Results, file: Path) -> None:
+def calibrated(results: Results) -> Figure:
     """Points against prompts and against seconds; across lie mixed data and the best merge without prompts."""
     columns = {"average": "average (%)", "worst": "worst dimension (%)"}
     levels = {MIXED: ("mixed data, labelled", "-"), BEST: ("best merge without prompts", "--")}
@@ -119,7 +121,7 @@ def calibrated(results: Results, file: Path) -> None:
     axes[1][1].minorticks_off()
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8)
-    figure.savefig(file, dpi=110)
+    return figure
 
 
 def _short(name: str) -> str:

@@ -22,7 +22,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Final
 
-from benchmarks.quality import plots, results, tables
+from benchmarks import plot
+from benchmarks.quality import results, tables
 from benchmarks.quality.measure import measure_seed, models_of, rows_of
 from benchmarks.quality.records import RECORDS, Record, RecordName
 from benchmarks.records import Recording
@@ -66,11 +67,9 @@ def report(folder: Path, size: str) -> None:
     """Draw the pictures and write the tables, from the records in the folder and into it."""
     files = {record: results.file_of(folder, size, record) for record in RECORDS}
     records = {record: results.read(file) for record, file in files.items() if file.is_file()}
-    if "development" in records:
-        plots.pareto(records["development"], folder / "quality.png")
-        plots.layers(records["development"], folder / "quality_layers.png")
-    if "calibrated" in records:
-        plots.calibrated(records["calibrated"], folder / "quality_calibrated.png")
+    for name, picture in plot.PICTURES.items():
+        if picture.records[0].startswith("quality"):
+            plot.draw(name, folder)
     tables.write(folder / "quality.md", records)
 
 
