@@ -1,0 +1,86 @@
+// Curves, drawn by Vega-Lite: the spectra of a cell, and a measure over the layers.
+"use strict";
+
+const DASHES = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3], [10, 2], [3, 5]];
+
+function colour(name) {
+  const probe = document.getElementById("detail-title");
+  probe.style.color = `var(--${name})`;
+  const found = getComputedStyle(probe).color;
+  probe.style.color = "";
+  return found;
+}
+
+function theme() {
+  const soft = colour("soft"), line = colour("line");
+  return {
+    background: "transparent",
+    font: getComputedStyle(document.body).fontFamily,
+    view: { stroke: "transparent" },
+    axis: {
+      labelColor: soft, titleColor: soft, gridColor: line, domainColor: line, tickColor: line,
+      labelFontSize: 11, titleFontSize: 12, titleFontWeight: "normal", labelFlush: true,
+    },
+    legend: { labelColor: colour("ink"), labelFontSize: 12, title: null, symbolSize: 260, symbolStrokeWidth: 2.5, labelLimit: 320 },
+  };
+}
+
+// The encoding that tells curves apart: by colour and by dashes, so that neither is needed alone.
+function bySeries(names) {
+  return {
+    color: {
+      field: "series", type: "nominal", sort: null,
+      scale: { domain: names, range: names.map((_, i) => colour(`series-${i % DASHES.length}`)) },
+      legend: { orient: "bottom", direction: "vertical", columns: names.length > 4 ? 2 : 1 },
+    },
+    strokeDash: { field: "series", type: "nominal", sort: null, scale: { domain: names, range: names.map((_, i) => DASHES[i % DASHES.length]) } },
+  };
+}
+
+// The powers of ten within some numbers: a grid line for each, and none between.
+function decades(numbers) {
+  const from = Math.ceil(Math.log10(Math.min(...numbers)) - 1e-9), to = Math.floor(Math.log10(Math.max(...numbers)) + 1e-9);
+  const step = Math.max(1, Math.ceil((to - from) / 6));
+  const powers = [];
+  for (let power = to; power >= from; power -= step) powers.push(10 ** power);
+  return powers.length > 1 ? powers : null;
+}
+
+// Vega makes the description the label of the drawing for screen readers.
+async function draw(element, description, names, points, layers, extra = {}) {
+  const specification = {
+    $schema: "https://vega.github.io/schema/vega-lite/v6.json",
+    description, width: "container", height: 220, autosize: { type: "fit", contains: "padding" },
+    data: { values: points }, layer: layers, ...extra,
+  };
+  // "ast": expressions are interpreted, because the page's policy forbids to compile them.
+  const options = { mode: "vega-lite", renderer: "svg", ast: true, actions: false, defaultStyle: false, tooltip: false, config: theme() };
+  await window.vegaEmbed(element, specification, options);
+}
+
+function drawSpectra(element, spectra, names) {
+  const points = [];
+  spectra.values.forEach((values, e) => values.forEach((value, k) => {
+    if (value > 0) points.push({ series: names[e], i: spectra.indices[k], value });
+  }));
+  const what = `Singular values of ${spectra.tensor}, relative to the largest, on logarithmic axes, for ${names.join(", ")}.`;
+  return draw(element, what, names, points, [{
+    mark: { type: "line", strokeWidth: 2 },
+    encoding: {
+      x: { field: "i", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "number i of the singular value", values: decades(points.map((p) => p.i)), format: "~s" } },
+      y: { field: "value", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "σᵢ / σ₁", values: decades(points.map((p) => p.value)), format: "~g" } },
+      ...bySeries(names),
+    },
+  }]);
+}
+
+function drawOverLayers(element, measure, column, points, names, row) {
+  const type = measure.scale === "logarithmic" ? "log" : "linear";
+  const drawn = type === "log" ? points.filter((p) => p.value > 0) : points;
+  const x = { field: "layer", type: "quantitative", scale: { nice: false }, axis: { title: "layer", tickMinStep: 1, format: "d", grid: false } };
+  const y = { field: "value", type: "quantitative", scale: type === "log" ? { type } : { zero: false }, axis: { title: measure.unit || null, tickCount: 4, format: type === "log" ? "~g" : "~r" } };
+  return draw(element, `${measure.title} of ${column} over the layers.`, names, drawn, [
+    { mark: { type: "rule", color: colour("focus"), strokeWidth: 1.5 }, data: { values: [{ layer: row }] }, encoding: { x } },
+    { mark: { type: "line", strokeWidth: 2, point: names.length === 1 }, encoding: { x, y, ...bySeries(names) } },
+  ], { height: 170 });
+}
