@@ -13,6 +13,7 @@ from resm_kernels.report import Cell, Measure, Memory, Report, ReportWarning, Sp
 SPECTRA = Spectra(
     tensor="layers.0.q_proj.weight",
     size=2,
+    experts=[0, 1],
     indices=[1, 2],
     values=[[1.0, 0.5], [1.0, 0.0]],
     largest=[0.1, 0.2],

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from resm_kernels.report.data import Cell, Measure, Memory, Report, ReportWarning, Spectra, Stage, from_json, to_json
+from resm_kernels.report.gather import ReportOptions, gather
+from resm_kernels.report.source import ReportError
 
 __all__ = [
     "Cell",
     "Measure",
     "Memory",
     "Report",
+    "ReportError",
+    "ReportOptions",
     "ReportWarning",
     "Spectra",
     "Stage",
     "from_json",
+    "gather",
     "to_json",
 ]

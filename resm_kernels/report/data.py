@@ -51,12 +51,13 @@ class Measure:
 class Spectra:
     """Singular values of the task vectors of one matrix, and how much the experts' dominant directions overlap.
 
-    Lists have one entry for each expert, lists of lists one for each pair of experts; `resm_kernels.engine.Spectra`
-    defines the quantities.
+    Lists have one entry for each expert in `experts`, lists of lists one for each pair of them;
+    `resm_kernels.engine.Spectra` defines the quantities.
 
     Attributes:
         tensor: The matrix. If a cell joins several, it is the one whose task vectors are the largest.
         size: r, the number of singular values.
+        experts: The positions, in `Report.experts`, of the experts that are merged here: mostly all.
         indices: The i, from 1 to r, of the singular values in `values`.
         values: σ_i/σ_1 at these indices, a list for each expert.
         largest: σ_1.
@@ -72,6 +73,7 @@ class Spectra:
 
     tensor: str
     size: int
+    experts: list[int]
     indices: list[int]
     values: list[list[float | None]]
     largest: list[float | None]
