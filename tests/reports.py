@@ -33,7 +33,18 @@ def spectra(tensor: str, generator: random.Random, experts: int, size: int = 409
     values = [[math.exp(-i / size) * i**-p for i in indices] for p in powers]
     ranks = [300] * experts, [2100] * experts
     return Spectra(
-        tensor, size, indices, values, *[floats] * 3, *ranks, powers, [256] * experts, *[pairs] * 4, 0.21, 0.06
+        tensor,
+        size,
+        list(range(experts)),
+        indices,
+        values,
+        *[floats] * 3,
+        *ranks,
+        powers,
+        [256] * experts,
+        *[pairs] * 4,
+        0.21,
+        0.06,
     )
 
 

@@ -81,7 +81,7 @@ def test_fits_both_widths_in_both_schemes(open_page: Open, name: str) -> None:
     tab = open_page(name)
     cells = tab.locator("[role=gridcell]")
     cell = cells.nth(min(2, cells.count() - 1)).get_attribute("id")
-    tab.evaluate("{ fits = (element) => element.scrollWidth <= element.clientWidth }")
+    fits = "e => e.scrollWidth <= e.clientWidth"
     for width in WIDTHS:
         tab.set_viewport_size({"width": width, "height": 900})
         for scheme in SCHEMES:

@@ -173,14 +173,14 @@ def test_refuses_what_is_no_file(tmp_path: Path) -> None:
         (["lab/one", "lab/two"], ["one", "two"]),
         (["a/final", "b/final"], ["a/final", "b/final"]),
         (["./a/final/", "/b/final"], ["a/final", "b/final"]),
-        (["lab/one", "lab/one"], ["one", "one"]),
+        (["lab/one", "lab/one"], ["one", "one (2)"]),
         (["lab/" + "a" * 40 + end for end in "12"], ["aaaaaaaa…" + "a" * 16 + end for end in "12"]),
         (["1" + "a" * 40, "a" * 9 + "1" + "a" * 40, "a" * 51], ["1" + "a" * 40, "a" * 9 + "1" + "a" * 40, "a" * 51]),
         ([".", ".."], [".", ".."]),
         ([], []),
     ],
 )
-def test_short_names_are_as_different_as_the_names(names: list[str], short: list[str]) -> None:
+def test_short_names_differ(names: list[str], short: list[str]) -> None:
     assert short_names(names) == short
 
 

@@ -109,17 +109,24 @@ def describe_warnings(report: Report) -> str:
 
 
 def short_names(names: list[str]) -> list[str]:
-    """Return short names that are as different as the names: the last part of each path or name on the hub.
+    """Return a short name for each: the last part of a path or of a name on the hub. No two of them are the same.
 
-    If that is not enough, all have more parts. A long one loses its middle if they stay different.
+    If the last parts are, all have more parts, and a model that is named twice has numbers. A long name loses its
+    middle if that leaves it different from the others.
     """
     parts = [[part for part in PurePosixPath(name).parts if part not in _EMPTY_PARTS] or [name] for name in names]
     for count in range(1, max(map(len, parts), default=1) + 1):
         short = ["/".join(part[-count:]) for part in parts]
         for candidates in ([_without_middle(name) for name in short], short):
             if len(set(candidates)) == len(set(names)):
-                return candidates
-    return names
+                return _numbered(candidates)
+    return _numbered(names)
+
+
+def _numbered(names: list[str]) -> list[str]:
+    """Return names with a number after each that was there before."""
+    before = [names[:i].count(name) for i, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, before, strict=True)]
 
 
 def _without_middle(name: str) -> str:

@@ -26,14 +26,17 @@ function theme() {
 }
 
 // The encoding that tells curves apart: by colour and by dashes, so that neither is needed alone.
-function bySeries(names) {
+// A series has the colour of its position among the experts in every chart.
+function bySeries(names, positions = names.map((_, i) => i)) {
+  const colours = positions.map((i) => colour(`series-${i % DASHES.length}`));
+  const dashes = positions.map((i) => DASHES[i % DASHES.length]);
   return {
     color: {
       field: "series", type: "nominal", sort: null,
-      scale: { domain: names, range: names.map((_, i) => colour(`series-${i % DASHES.length}`)) },
+      scale: { domain: names, range: colours },
       legend: { orient: "bottom", direction: "vertical", columns: names.length > 4 ? 2 : 1 },
     },
-    strokeDash: { field: "series", type: "nominal", sort: null, scale: { domain: names, range: names.map((_, i) => DASHES[i % DASHES.length]) } },
+    strokeDash: { field: "series", type: "nominal", sort: null, scale: { domain: names, range: dashes } },
   };
 }
 
@@ -69,7 +72,7 @@ function drawSpectra(element, spectra, names) {
     encoding: {
       x: { field: "i", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "number i of the singular value", values: decades(points.map((p) => p.i)), format: "~s" } },
       y: { field: "value", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "σᵢ / σ₁", values: decades(points.map((p) => p.value)), format: "~g" } },
-      ...bySeries(names),
+      ...bySeries(names, spectra.experts),
     },
   }]);
 }

@@ -211,6 +211,17 @@ function measuresOf(cell) {
   }));
 }
 
+// For every two experts, how far their dominant directions overlap, and how far random ones would.
+function overlaps(spectra, names) {
+  const against = (overlap, expected, a, b) => `${format(overlap[a][b])} (${format(expected[a][b])})`;
+  const rows = names.flatMap((first, a) => names.slice(a + 1).map((second, k) => [
+    `${first} and ${second}`,
+    against(spectra.left_overlap, spectra.left_expected, a, a + 1 + k),
+    against(spectra.right_overlap, spectra.right_expected, a, a + 1 + k),
+  ]));
+  return table(["0: none, 1: the same (random directions)", "left", "right"], rows);
+}
+
 function overLayers(cell) {
   const { measure } = state, names = measure.per_expert ? report.labels : [measure.title], points = [];
   for (const other of report.cells) {
@@ -241,14 +252,15 @@ async function open(id) {
     return element;
   };
   if (cell.spectra) {
-    const s = cell.spectra;
-    waiting.push(drawSpectra(chart("Spectra of the task vectors"), s, report.labels));
-    body.append(table(["", ...report.labels], [
+    const s = cell.spectra, names = s.experts.map((e) => report.labels[e]);
+    waiting.push(drawSpectra(chart("Spectra of the task vectors"), s, names));
+    body.append(table(["", ...names], [
       ["largest singular value σ₁", ...s.largest.map(format)], ["effective rank", ...s.effective_rank.map(format)],
       ["stable rank", ...s.stable_rank.map(format)], ["rank with 90 % of the energy", ...s.rank_90.map(format)],
       ["rank with 99 % of the energy", ...s.rank_99.map(format)], ["decay exponent", ...s.decay.map(format)],
     ]));
-    body.append(fold("All points of the curves", table(["i", ...report.labels], s.indices.map((i, k) => [i, ...s.values.map((v) => format(v[k]))]))));
+    body.append(fold("All points of the curves", table(["i", ...names], s.indices.map((i, k) => [i, ...s.values.map((v) => format(v[k]))]))));
+    if (names.length > 1) body.append(make("h3", "Overlap of the experts' directions"), overlaps(s, names));
   } else {
     body.append(make("h3", "Spectra of the task vectors"), make("p", "This cell has no spectra: its tensors are not decomposed, or the values above say why.", { class: "note" }));
   }
