@@ -335,6 +335,19 @@ def calibrated() -> list[ReportWarning]:
     ]
 
 
+def resumed(done: int, tensors: int) -> list[ReportWarning]:
+    """Return the note that times are those of a part of the merge."""
+    return [
+        ReportWarning(
+            "note",
+            "resumed",
+            f"The merge was cut off and went on: an earlier run had written {done} of {tensors} tensors, and times, "
+            "bytes and memory are of the last run alone.",
+            "Nothing; the merged model is the same as without the interruption.",
+        )
+    ]
+
+
 def said(warnings: Sequence[str], notes: Sequence[str]) -> list[ReportWarning]:
     """Return what a merge prints about the models: how configurations differ, and what is left out or renamed."""
     return [

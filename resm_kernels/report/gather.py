@@ -20,6 +20,7 @@ from resm_kernels.report.data import Cell, Report, ReportWarning
 from resm_kernels.report.grid import Grid, make_grid
 from resm_kernels.report.measures import MEASURES, cell_values, spectra_of
 from resm_kernels.report.reading import Experts, Outputs, read_merged, read_models
+from resm_kernels.report.runs import read_run
 from resm_kernels.report.source import ReportSource, find_source, missing_models, open_merged
 from resm_kernels.report.sums import Sums, joined
 
@@ -68,7 +69,7 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
         CheckpointError: The merged model's files are damaged.
     """
     found = find_source(source)
-    recipe = found.recipe
+    recipe, run = found.recipe, None if found.out is None else read_run(found.out)
     merging = _merge_options(found, options)
     warnings: list[ReportWarning] = []
     with contextlib.ExitStack() as opened, thread_count(options.threads):
@@ -93,6 +94,8 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
         warnings += advice.no_base(base)
     if found.calibrated:
         warnings += advice.calibrated()
+    if run is not None and run.tensors_resumed:
+        warnings += advice.resumed(run.tensors_resumed, run.tensors)
     warnings += _findings(cells, experts.names, outputs, has_base=recipe.base_model is not None)
     shown = [_cell(place, sums) for place, sums in cells.items()]
     used = {key for cell in shown for key in cell.values}
@@ -108,6 +111,9 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
         columns=grid.columns,
         measures=[measure for measure in MEASURES if measure.key in used],
         cells=shown,
+        stages=None if run is None else run.stages,
+        memory=None if run is None else run.memory,
+        machine={} if run is None else run.machine,
         warnings=advice.by_severity(warnings),
     )
 
