@@ -43,8 +43,7 @@ def report(
         from resm_kernels.checkpoint import format_bytes
         from resm_kernels.checkpoint.durable import write_whole
         from resm_kernels.console import progress_display
-        from resm_kernels.report import to_json
-        from resm_kernels.report.gather import ReportOptions, gather
+        from resm_kernels.report import ReportOptions, gather, to_json
         from resm_kernels.report.page import check_page, describe_warnings, write_page
 
     page = out or Path(f"{source.resolve().name}.html" if source.is_dir() else "merge.html")

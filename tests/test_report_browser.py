@@ -88,9 +88,7 @@ def test_fits_both_widths_in_both_schemes(open_page: Open, name: str) -> None:
             tab.emulate_media(color_scheme=scheme)
             assert tab.evaluate("document.documentElement.scrollWidth") <= width
             show(tab, cell)
-            assert tab.evaluate(
-                "[...document.querySelectorAll('#detail, .chart svg')].every(e => e.scrollWidth <= e.clientWidth)"
-            )
+            assert tab.evaluate(f"[...document.querySelectorAll('#detail, .chart')].every({fits})")
             tab.locator("#close").click()
 
 

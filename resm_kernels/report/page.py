@@ -104,7 +104,7 @@ def page(report: Report) -> str:
 
 def describe_warnings(report: Report) -> str:
     """Return how many warnings of each severity there are, such as `1 error, 2 notes`; empty if there are none."""
-    counts = Counter(warning.severity for warning in report.warnings)
+    counts: Counter[str] = Counter(warning.severity for warning in report.warnings)
     return ", ".join(f"{counts[s]} {s}{'s' if counts[s] > 1 else ''}" for s in _SYMBOLS if counts[s])
 
 

@@ -25,6 +25,12 @@ function theme() {
   };
 }
 
+// Entries stand side by side where the widest leaves room: a letter takes some 8 pixels, a line's sample some 40.
+function legendColumns(names) {
+  const widest = 8 * Math.max(...names.map((name) => name.length)) + 40;
+  return Math.max(1, Math.min(names.length, Math.floor((document.getElementById("detail-body").clientWidth - 60) / widest)));
+}
+
 // The encoding that tells curves apart: by colour and by dashes, so that neither is needed alone.
 // A series has the colour of its position among the experts in every chart.
 function bySeries(names, positions = names.map((_, i) => i)) {
@@ -34,7 +40,7 @@ function bySeries(names, positions = names.map((_, i) => i)) {
     color: {
       field: "series", type: "nominal", sort: null,
       scale: { domain: names, range: colours },
-      legend: { orient: "bottom", direction: "vertical", columns: names.length > 4 ? 2 : 1 },
+      legend: { orient: "bottom", direction: "vertical", columns: legendColumns(names) },
     },
     strokeDash: { field: "series", type: "nominal", sort: null, scale: { domain: names, range: dashes } },
   };
@@ -50,11 +56,12 @@ function decades(numbers) {
 }
 
 // Vega makes the description the label of the drawing for screen readers.
-async function draw(element, description, names, points, layers, extra = {}) {
+async function draw(element, description, names, points, layers, height) {
+  const legend = 26 + 18 * Math.ceil(names.length / legendColumns(names));
   const specification = {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json",
-    description, width: "container", height: 220, autosize: { type: "fit", contains: "padding" },
-    data: { values: points }, layer: layers, ...extra,
+    description, width: "container", height: height + legend, autosize: { type: "fit", contains: "padding" },
+    data: { values: points }, layer: layers,
   };
   // "ast": expressions are interpreted, because the page's policy forbids to compile them.
   const options = { mode: "vega-lite", renderer: "svg", ast: true, actions: false, defaultStyle: false, tooltip: false, config: theme() };
@@ -74,7 +81,7 @@ function drawSpectra(element, spectra, names) {
       y: { field: "value", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "σᵢ / σ₁", values: decades(points.map((p) => p.value)), format: "~g" } },
       ...bySeries(names, spectra.experts),
     },
-  }]);
+  }], 240);
 }
 
 function drawOverLayers(element, measure, column, points, names, row) {
@@ -85,5 +92,5 @@ function drawOverLayers(element, measure, column, points, names, row) {
   return draw(element, `${measure.title} of ${column} over the layers.`, names, drawn, [
     { mark: { type: "rule", color: colour("focus"), strokeWidth: 1.5 }, data: { values: [{ layer: row }] }, encoding: { x } },
     { mark: { type: "line", strokeWidth: 2, point: names.length === 1 }, encoding: { x, y, ...bySeries(names) } },
-  ], { height: 170 });
+  ], 180);
 }

@@ -182,13 +182,14 @@ for (const kind of ["focusin", "mouseover"]) {
 
 // A table with a row of numbers for each name; numbers are text, so that what is absent has its reason.
 function table(heads, rows) {
-  const element = make("table"), head = make("tr");
-  heads.forEach((text) => head.append(make("th", text, { scope: "col" })));
+  const element = make("table"), top = make("tr");
+  heads.forEach((text) => top.append(make("th", text, { scope: "col" })));
   element.append(make("thead"), make("tbody"));
-  element.tHead.append(head);
+  element.tHead.append(top);
   for (const [name, ...values] of rows) {
-    const row = make("tr");
-    row.append(make("th", name, { scope: "row" }), ...values.map((text) => make("td", text)));
+    const row = make("tr"), head = make("th", null, { scope: "row" });
+    head.append(name);
+    row.append(head, ...values.map((text) => make("td", text)));
     element.tBodies[0].append(row);
   }
   const box = make("div", null, { class: "wide" });
@@ -207,7 +208,9 @@ function measuresOf(cell) {
   return table(["", ...report.labels], present.map((measure) => {
     const value = cell.values[measure.key];
     const shown = Array.isArray(value) ? value.map(format) : [format(value), ...report.labels.slice(1).map(() => "")];
-    return [measure.title, ...shown];
+    const name = document.createDocumentFragment();
+    name.append(measure.title, make("small", measure.unit));
+    return [name, ...shown];
   }));
 }
 
