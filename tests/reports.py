@@ -6,23 +6,14 @@ import math
 import random
 
 from resm_kernels.report import Cell, Measure, Memory, Report, ReportWarning, Spectra, Stage
+from resm_kernels.report.data import Value
+from resm_kernels.report.measures import MEASURES
 
 MATRICES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 NORMS = ("input_layernorm", "post_attention_layernorm")
 COLUMNS = ["embed_tokens", NORMS[0], *MATRICES[:4], NORMS[1], *MATRICES[4:], "norm", "lm_head"]
 EXPERTS = ["lab/Model-8B-helpful", "lab/Model-8B-honest", "./checkpoints/harmless/final"]
-_CHANGE = "The norm of the difference from the base, relative to the base's norm. Even values merge well."
-_SHARE = "How much of the change lies where it does not disturb others. Values near 1 are good."
-MEASURES = [
-    Measure("change", "Change against base", "of the base's norm", _CHANGE, "logarithmic", True),
-    Measure("sparsity", "Sparsity", "share of weights", _SHARE, "sequential", True),
-    Measure("outlier", "Outlier mass", "share of Σ|Δ|", _SHARE, "sequential", True),
-    Measure("weight", "Weight", "times the change", _SHARE, "diverging", True, 1.0),
-    Measure("rank", "Rank", "directions", _SHARE, "logarithmic", True),
-    Measure("interference", "Interference", "share of energy", _SHARE, "sequential", False),
-    Measure("survives", "Survives rounding", "share of ‖Δ‖²", _SHARE, "sequential", False),
-    Measure("merged", "Change of the merge", "of the base's norm", _CHANGE, "logarithmic", False),
-]
+_OF_MATRICES = {"rank", "rank_90", "effective_rank", "interference", "interference_ratio"}
 
 
 def spectra(tensor: str, generator: random.Random, experts: int, size: int = 4096) -> Spectra:
@@ -49,24 +40,24 @@ def spectra(tensor: str, generator: random.Random, experts: int, size: int = 409
 
 
 def cell(row: str, column: str, tensor: str, shape: str, generator: random.Random, experts: int) -> Cell:
-    """A cell with made-up numbers, and with spectra if its shape is square."""
+    """A cell with made-up numbers, and with spectra if its shape is square. Numbers change slowly with depth."""
+    is_matrix = shape == "4096×4096"
+    depth = int(row) / 32 if row.isdigit() else 1.0
+    level = 0.3 + 0.3 * math.sin(len(column) + 2.5 * depth)
 
-    def some(low: float, high: float) -> list[float | None]:
-        return [generator.uniform(low, high) for _ in range(experts)]
+    def number(measure: Measure) -> float:
+        share = min(1.0, max(0.0, level + generator.uniform(-0.15, 0.15)))
+        if measure.scale == "logarithmic":
+            return 0.002 * 100**share
+        return share if measure.centre is None else measure.centre + share - 0.3
 
-    values = {
-        "change": some(0.002, 0.06),
-        "sparsity": some(0.1, 0.9),
-        "outlier": some(0, 0.04),
-        "survives": generator.uniform(0.9, 1),
-        "merged": generator.uniform(0.002, 0.06),
+    values: dict[str, Value] = {
+        measure.key: [number(measure) for _ in range(experts)] if measure.per_expert else number(measure)
+        for measure in MEASURES
+        if is_matrix or measure.key not in _OF_MATRICES
     }
-    if shape != "4096×4096":
-        return Cell(row, column, [tensor], shape, "parameter", values)
-    values["weight"] = some(0.4, 1.6)
-    values["rank"] = [float(generator.randrange(16, 2048)) for _ in range(experts)]
-    values["interference"] = generator.uniform(0.02, 0.5)
-    return Cell(row, column, [tensor], shape, "matrix", values, spectra(tensor, generator, experts))
+    drawn = spectra(tensor, generator, experts) if is_matrix else None
+    return Cell(row, column, [tensor], shape, "linear" if is_matrix else "scale", values, drawn)
 
 
 def damaged(good: Cell, experts: int) -> Cell:
@@ -102,7 +93,7 @@ def report(
         out="./merged",
         rows=["embeddings", *map(str, range(layers)), "final"],
         columns=COLUMNS,
-        measures=MEASURES,
+        measures=list(MEASURES),
         cells=cells,
         stages=[Stage("reading", 31.25, 64 << 30), Stage("computing", 412.5), Stage("writing", 18.75, 16 << 30)],
         memory=Memory(5 << 30, 4 << 30),

@@ -11,6 +11,7 @@ import pytest
 import reports
 
 from resm_kernels.report import Report
+from resm_kernels.report.measures import MEASURES
 from resm_kernels.report.page import write_page
 
 api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra `test`")
@@ -120,8 +121,9 @@ CONTRASTS = """() => {
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_text_contrasts_with_what_is_behind_it(open_page: Open, scheme: str) -> None:
     tab = open_page("small", scheme=scheme)
-    for measure in (0, 3, 5):  # one of each scale
-        tab.locator(f"input[name=measure][value='{measure}']").check(force=True)
+    keys = [measure.key for measure in MEASURES]
+    for key in ("change", "cosine", "sparsity"):  # one of each scale
+        tab.locator(f"input[name=measure][value='{keys.index(key)}']").check(force=True)
         assert tab.evaluate(CONTRASTS) == []
     show(tab, "c-2-2")
     assert tab.evaluate(CONTRASTS) == []
@@ -197,10 +199,11 @@ def test_measures_and_experts_are_chosen(open_page: Open) -> None:
     tab.get_by_label("Model-8B-honest").check(force=True)
     two = (cell.inner_text(), tab.locator("#ticks").inner_text())
     assert one[0] != two[0] and one[1] == two[1]  # experts share the colours, so that they can be compared
-    tab.get_by_label("Survives rounding").check(force=True)
-    assert 0.9 <= float(cell.inner_text()) <= 1
-    assert "Values near 1 are good" in tab.locator("#measure-help").inner_text()
-    assert "share of ‖Δ‖²" in tab.locator("#legend-unit").inner_text()
+    tab.get_by_label("Change kept in rounding").check(force=True)
+    (kept,) = [measure for measure in MEASURES if measure.key == "kept"]
+    assert 0 <= float(cell.inner_text()) <= 1
+    assert tab.locator("#measure-help").inner_text() == kept.help
+    assert tab.locator("#legend-unit").inner_text() == kept.unit
     assert not tab.locator("#who").is_visible()
 
 
