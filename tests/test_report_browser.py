@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +29,17 @@ MAKERS: dict[str, Callable[[], Report]] = {
     "worst": reports.worst,
     "hostile": reports.hostile,
 }
+EMPTY = replace(reports.report(1), cells=[], rows=[], columns=[], measures=[], warnings=[])
+"""The report of a recipe whose models are all missing."""
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    for name, make in MAKERS.items():
-        write_page(make(), folder / f"{name}.html")
-    return {name: folder / f"{name}.html" for name in MAKERS}
+    written = {name: make() for name, make in MAKERS.items()} | {"empty": EMPTY}
+    for name, report in written.items():
+        write_page(report, folder / f"{name}.html")
+    return {name: folder / f"{name}.html" for name in written}
 
 
 @pytest.fixture(scope="module")
@@ -224,6 +228,14 @@ def test_the_button_changes_the_scheme(open_page: Open) -> None:
     assert before[0] != after[0] and before[1] != after[1]
     tab.get_by_role("button", name="Dark theme").click()
     assert tab.evaluate(colours) == before
+
+
+def test_a_report_without_cells_says_so(open_page: Open) -> None:
+    tab = open_page("empty", "dark")
+    assert "No tensor could be measured" in tab.locator("#map").inner_text()
+    assert not tab.locator("#grid").is_visible()
+    tab.get_by_role("button", name="Light theme").click()
+    assert tab.evaluate(CONTRASTS) == []
 
 
 def test_hostile_names_run_nothing(open_page: Open) -> None:

@@ -7,6 +7,7 @@ import importlib
 import itertools
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_hostile_names_stay_text() -> None:
 
 def test_a_report_on_a_recipe_says_that_nothing_ran(tmp_path: Path) -> None:
     report = reports.report(1, warnings=[])
-    bare = Report(**(vars(report) | {"out": None, "base": None, "stages": None, "memory": None, "machine": {}}))
+    bare = replace(report, out=None, base=None, stages=None, memory=None, machine={})
     file = tmp_path / "merge.html"
     file.write_text("the page before")
     write_page(bare, file)

@@ -40,24 +40,28 @@ function bySeries(names, positions = names.map((_, i) => i)) {
     color: {
       field: "series", type: "nominal", sort: null,
       scale: { domain: names, range: colours },
-      legend: { orient: "bottom", direction: "vertical", columns: legendColumns(names) },
+      legend: names.length > 1 ? { orient: "bottom", direction: "vertical", columns: legendColumns(names) } : null,
     },
     strokeDash: { field: "series", type: "nominal", sort: null, scale: { domain: names, range: dashes } },
   };
 }
 
-// The powers of ten within some numbers: a grid line for each, and none between.
-function decades(numbers) {
-  const from = Math.ceil(Math.log10(Math.min(...numbers)) - 1e-9), to = Math.floor(Math.log10(Math.max(...numbers)) + 1e-9);
-  const step = Math.max(1, Math.ceil((to - from) / 6));
-  const powers = [];
-  for (let power = to; power >= from; power -= step) powers.push(10 ** power);
-  return powers.length > 1 ? powers : null;
+// Ticks of a logarithmic axis: the powers of ten within some numbers, or 1, 2 and 5 times them where there are few.
+function logTicks(numbers) {
+  const low = Math.min(...numbers) * (1 - 1e-9), high = Math.max(...numbers) * (1 + 1e-9);
+  const from = Math.floor(Math.log10(low)), to = Math.ceil(Math.log10(high));
+  const within = (factors, step) => {
+    const ticks = [];
+    for (let power = to; power >= from; power -= step) ticks.push(...factors.map((factor) => factor * 10 ** power));
+    return ticks.filter((tick) => low <= tick && tick <= high);
+  };
+  const powers = within([1], Math.max(1, Math.ceil((to - from) / 6)));
+  return powers.length > 2 ? powers : within([1, 2, 5], 1);
 }
 
 // Vega makes the description the label of the drawing for screen readers.
 async function draw(element, description, names, points, layers, height) {
-  const legend = 26 + 18 * Math.ceil(names.length / legendColumns(names));
+  const legend = names.length > 1 ? 26 + 18 * Math.ceil(names.length / legendColumns(names)) : 0;
   const specification = {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json",
     description, width: "container", height: height + legend, autosize: { type: "fit", contains: "padding" },
@@ -77,8 +81,8 @@ function drawSpectra(element, spectra, names) {
   return draw(element, what, names, points, [{
     mark: { type: "line", strokeWidth: 2 },
     encoding: {
-      x: { field: "i", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "number i of the singular value", values: decades(points.map((p) => p.i)), format: "~s" } },
-      y: { field: "value", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "σᵢ / σ₁", values: decades(points.map((p) => p.value)), format: "~g" } },
+      x: { field: "i", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "number i of the singular value", values: logTicks(points.map((p) => p.i)), format: "~s" } },
+      y: { field: "value", type: "quantitative", scale: { type: "log", nice: false }, axis: { title: "σᵢ / σ₁", values: logTicks(points.map((p) => p.value)), format: "~g" } },
       ...bySeries(names, spectra.experts),
     },
   }], 240);
@@ -89,8 +93,9 @@ function drawOverLayers(element, measure, column, points, names, row) {
   const drawn = type === "log" ? points.filter((p) => p.value > 0) : points;
   const x = { field: "layer", type: "quantitative", scale: { nice: false }, axis: { title: "layer", tickMinStep: 1, format: "d", grid: false } };
   const y = { field: "value", type: "quantitative", scale: type === "log" ? { type } : { zero: false }, axis: { title: measure.unit || null, tickCount: 4, format: type === "log" ? "~g" : "~r" } };
+  if (type === "log") y.axis.values = logTicks(drawn.map((p) => p.value));
   return draw(element, `${measure.title} of ${column} over the layers.`, names, drawn, [
-    { mark: { type: "rule", color: colour("focus"), strokeWidth: 1.5 }, data: { values: [{ layer: row }] }, encoding: { x } },
+    { mark: { type: "rule", color: colour("soft"), strokeWidth: 1.5 }, data: { values: [{ layer: row }] }, encoding: { x } },
     { mark: { type: "line", strokeWidth: 2, point: names.length === 1 }, encoding: { x, y, ...bySeries(names) } },
   ], 180);
 }

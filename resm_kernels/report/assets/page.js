@@ -203,15 +203,20 @@ function fold(title, ...content) {
   return element;
 }
 
+// A table of the measures with a number for each expert, and one of those with a single number.
 function measuresOf(cell) {
   const present = report.measures.filter((measure) => measure.key in cell.values);
-  return table(["", ...report.labels], present.map((measure) => {
-    const value = cell.values[measure.key];
-    const shown = Array.isArray(value) ? value.map(format) : [format(value), ...report.labels.slice(1).map(() => "")];
+  const named = (measure) => {
     const name = document.createDocumentFragment();
     name.append(measure.title, make("small", measure.unit));
-    return [name, ...shown];
-  }));
+    return name;
+  };
+  const each = present.filter((measure) => Array.isArray(cell.values[measure.key]));
+  const single = present.filter((measure) => !Array.isArray(cell.values[measure.key]));
+  const tables = [];
+  if (each.length) tables.push(table(["", ...report.labels], each.map((m) => [named(m), ...cell.values[m.key].map(format)])));
+  if (single.length) tables.push(table(["", "together"], single.map((m) => [named(m), format(cell.values[m.key])])));
+  return tables;
 }
 
 // For every two experts, how far their dominant directions overlap, and how far random ones would.
@@ -265,9 +270,9 @@ async function open(id) {
     body.append(fold("All points of the curves", table(["i", ...names], s.indices.map((i, k) => [i, ...s.values.map((v) => format(v[k]))]))));
     if (names.length > 1) body.append(make("h3", "Overlap of the experts' directions"), overlaps(s, names));
   } else {
-    body.append(make("h3", "Spectra of the task vectors"), make("p", "This cell has no spectra: its tensors are not decomposed, or the values above say why.", { class: "note" }));
+    body.append(make("h3", "Spectra of the task vectors"), make("p", "There are none: this cell's tensors are not decomposed, or the report was made without spectra.", { class: "note" }));
   }
-  body.append(make("h3", "All measures"), measuresOf(cell));
+  body.append(make("h3", "All measures"), ...measuresOf(cell));
   for (const [key, reason] of Object.entries(cell.reasons)) {
     body.append(make("p", `${report.measures.find((m) => m.key === key)?.title ?? key}: ${reason}.`, { class: "note" }));
   }
@@ -314,6 +319,7 @@ function isDark() {
 }
 function paint() {
   byId("theme").textContent = isDark() ? "Light theme" : "Dark theme";
+  if (!report.measures.length || !cells.size) return;
   drawThumbnails();
   drawMap();
 }
@@ -322,8 +328,5 @@ byId("theme").addEventListener("click", () => {
   paint();
 });
 dark.addEventListener("change", paint);
-if (report.measures.length && cells.size) {
-  const first = cells.keys().next().value;
-  byId(first).tabIndex = 0;
-  paint();
-}
+grid.querySelector("td[role]")?.setAttribute("tabindex", "0");
+paint();
