@@ -44,13 +44,15 @@ def report(
         from resm_kernels.checkpoint.durable import write_whole
         from resm_kernels.console import progress_display
         from resm_kernels.report import ReportOptions, gather, to_json
-        from resm_kernels.report.page import check_page, describe_warnings, write_page
+        from resm_kernels.report.page import check_page, check_target, describe_warnings, write_page
 
     page = out or Path(f"{source.resolve().name}.html" if source.is_dir() else "merge.html")
     check_page(page)
     printed = json_file is not None and str(json_file) == "-"
-    if json_file is not None and json_file.is_dir():
-        raise ValueError(f"--json: got {json_file}, which is a folder; need the name of a file")
+    if json_file is not None and not printed:
+        check_target("--json", json_file)
+        if json_file.absolute() == page.absolute():
+            raise ValueError(f"--json: got {json_file}, which is the name of the page too; need another file")
     with cut_off_named("no page was written"):
         with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
             options = ReportOptions(memory_limit=memory_limit, threads=threads, spectra=spectra, progress=progress)

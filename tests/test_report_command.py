@@ -60,11 +60,14 @@ def test_mistakes_are_named_before_models_are_read(
 ) -> None:
     monkeypatch.setattr("resm_kernels.report.gather", lambda *_: pytest.fail("models were read"))
     recipe = family.recipe_file()
-    code, _, err = run("report", recipe, "-o", tmp_path)
-    said = f"error: --out: got {tmp_path}, which is a folder; need the name of a file, such as merge.html\n"
-    assert (code, err) == (1, said)
-    code, _, err = run("report", recipe, "-o", tmp_path / "page.html", "--json", tmp_path)
-    assert (code, err) == (1, f"error: --json: got {tmp_path}, which is a folder; need the name of a file\n")
+    page = tmp_path / "page.html"
+    for options, said in [
+        (("-o", tmp_path), f"--out: got {tmp_path}, which is a folder; need the name of a file"),
+        (("-o", page, "--json", tmp_path), f"--json: got {tmp_path}, which is a folder; need the name of a file"),
+        (("-o", page, "--json", page), f"--json: got {page}, which is the name of the page too; need another file"),
+    ]:
+        code, _, err = run("report", recipe, *options)
+        assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
     load = importlib.import_module
 
     def without_vega(name: str) -> Any:

@@ -161,11 +161,14 @@ def test_says_what_is_not_installed(library: str, tmp_path: Path, monkeypatch: p
         check_page(tmp_path / "merge.html")
 
 
-def test_refuses_what_is_no_file(tmp_path: Path) -> None:
+def test_refuses_what_is_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(PageError, match=r"--out: got .*, which is a folder; need the name of a file"):
         check_page(tmp_path)
     with pytest.raises(PageError, match="need a file in an existing folder"):
         check_page(tmp_path / "none" / "merge.html")
+    monkeypatch.setattr("os.access", lambda path, mode: False)  # root may write everywhere
+    with pytest.raises(PageError, match="need a file in a folder that may be written"):
+        check_page(tmp_path / "merge.html")
 
 
 @pytest.mark.parametrize(

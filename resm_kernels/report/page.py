@@ -11,6 +11,7 @@ import base64
 import functools
 import hashlib
 import importlib
+import os
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -42,10 +43,18 @@ def check_page(file: Path) -> None:
     """Raise PageError unless `write_page` can write to `file`; call it before the long work that the page shows."""
     _library("jinja2")
     _library("vl_convert")
+    check_target("--out", file)
+
+
+def check_target(option: str, file: Path) -> None:
+    """Raise PageError, with the option's name, unless a file can be written there."""
+    folder = file.absolute().parent
     if file.is_dir():
-        raise PageError(f"--out: got {file}, which is a folder; need the name of a file, such as merge.html")
-    if not file.absolute().parent.is_dir():
-        raise PageError(f"--out: got {file}, need a file in an existing folder; {file.absolute().parent} is none")
+        raise PageError(f"{option}: got {file}, which is a folder; need the name of a file")
+    if not folder.is_dir():
+        raise PageError(f"{option}: got {file}, need a file in an existing folder; {folder} is none")
+    if not os.access(folder, os.W_OK):
+        raise PageError(f"{option}: got {file}, need a file in a folder that may be written; {folder} may not")
 
 
 def write_page(report: Report, file: Path) -> None:
