@@ -25,7 +25,7 @@ function format(value) {
     const [digits, power] = value.toExponential(1).split("e");
     return `${digits}e${power.replace("+", "").replace("-", "−")}`.replace(/^-/, "−");
   }
-  const text = Number.isInteger(value) ? String(value) : value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
+  const text = value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 1 ? 2 : 3);
   return text.replace(/^-/, "−");
 }
 
@@ -264,8 +264,8 @@ async function open(id) {
     waiting.push(drawSpectra(chart("Spectra of the task vectors"), s, names));
     body.append(table(["", ...names], [
       ["largest singular value σ₁", ...s.largest.map(format)], ["effective rank", ...s.effective_rank.map(format)],
-      ["stable rank", ...s.stable_rank.map(format)], ["rank with 90 % of the energy", ...s.rank_90.map(format)],
-      ["rank with 99 % of the energy", ...s.rank_99.map(format)], ["decay exponent", ...s.decay.map(format)],
+      ["stable rank", ...s.stable_rank.map(format)], ["rank with 90 % of the energy", ...s.rank_90.map(String)],
+      ["rank with 99 % of the energy", ...s.rank_99.map(String)], ["decay exponent", ...s.decay.map(format)],
     ]));
     body.append(fold("All points of the curves", table(["i", ...names], s.indices.map((i, k) => [i, ...s.values.map((v) => format(v[k]))]))));
     if (names.length > 1) body.append(make("h3", "Overlap of the experts' directions"), overlaps(s, names));
