@@ -353,6 +353,23 @@ def test_what_a_merge_says_is_in_the_report(family: Family) -> None:
     assert [w.kind for w in found] == ["configuration"] * len(plan.warnings) + ["input"] * len(plan.notes)
 
 
+def tokenizer(vocabulary: Any, *added: str) -> str:
+    entries = [{"id": len(vocabulary) + i, "content": token} for i, token in enumerate(added)]
+    return json.dumps({"model": {"vocab": vocabulary}, "added_tokens": entries})
+
+
+def test_vocabularies_are_compared_unless_they_are_merged(family: Family) -> None:
+    texts = [tokenizer({"a": 0, "b": 1}), tokenizer([["a", 0.0], ["b", 0.0]]), tokenizer({"b": 0, "a": 1}, "c")]
+    for folder, text in zip((family.base_folder, *family.folders), texts, strict=False):
+        (folder / "tokenizer.json").write_text(text)
+    (warning,) = gather(family.recipe_file("ties"), FAST).warnings
+    assert (warning.kind, warning.severity) == ("vocabulary", "warning")
+    assert f"{family.folders[1]} gives 2 rows to other tokens and differs in 1 rows" in warning.text
+    (family.folders[0] / "tokenizer.json").write_text("{}")
+    (warning,) = gather(family.recipe_file("ties"), FAST).warnings
+    assert warning.kind == "vocabulary" and "tokenizer.json: is damaged" in warning.text
+
+
 def test_a_calibrated_model_is_one(family: Family) -> None:
     merge_checkpoints(family.recipe("ties"), family.out)
     record = json.loads((family.out / "resm_kernels.json").read_text())

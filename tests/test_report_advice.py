@@ -164,6 +164,12 @@ def test_what_is_not_in_the_figures() -> None:
     assert [w.severity for w in advice.by_severity(mixed)] == ["error", "warning", "note"]
 
 
+def test_vocabularies_that_differ() -> None:
+    moved = one(advice.vocabularies({"m": (3, 2, "base")}), "vocabulary", "warning")
+    assert "m gives 3 rows to other tokens and differs in 2 rows" in moved.text and "that of base." in moved.text
+    assert "m differs in 2 rows" in one(advice.vocabularies({"m": (0, 2, "base")}), "vocabulary", "note").text
+
+
 def test_joined_sums_are_those_of_the_tensors_as_one() -> None:
     whole = joined([sums((3.0, 1.0)), sums((4.0, math.nan), merged=math.nan)])
     assert (whole.norm(0), whole.norm(1), whole.numel, whole.squared) == (5.0, 1.0, 200, 200.0)

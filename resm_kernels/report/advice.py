@@ -299,6 +299,36 @@ def refused(error: ValueError) -> list[ReportWarning]:
     ]
 
 
+def vocabularies(differing: Mapping[str, tuple[int, int, str]]) -> list[ReportWarning]:
+    """Return a warning or a note for each model with another vocabulary, as `differing_vocabularies` returns them."""
+    found = []
+    for folder, (moved, more, reference) in differing.items():
+        parts = [f"gives {moved} rows to other tokens"] if moved else []
+        parts += [f"differs in {more} rows that only one of the two has a token for"] if more else []
+        found.append(
+            ReportWarning(
+                "warning" if moved else "note",
+                "vocabulary",
+                f"The tokenizer of {folder} {' and '.join(parts)}, compared with that of {reference}.",
+                "Merge the vocabularies with tokenizer_source: union, or base. Without it, rows of different tokens "
+                "are merged with each other.",
+            )
+        )
+    return found
+
+
+def unread_vocabulary(error: ValueError) -> list[ReportWarning]:
+    """Return a warning that vocabularies could not be compared."""
+    return [
+        ReportWarning(
+            "warning",
+            "vocabulary",
+            f"The models' vocabularies cannot be compared: {error}.",
+            "Get the tokenizer's files anew; no model works without its tokenizer.",
+        )
+    ]
+
+
 def unmeasured(error: ValueError) -> list[ReportWarning]:
     """Return the reason why RESM's figures are missing."""
     return [

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from resm_kernels._version import __version__
+from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.dcp import is_dcp_folder
 from resm_kernels.dtypes import dtype_name
 from resm_kernels.engine import MergeOptions, MergePlan, plan_merge, rounding_estimate
@@ -23,6 +24,7 @@ from resm_kernels.report.reading import Experts, Outputs, read_merged, read_mode
 from resm_kernels.report.runs import read_run
 from resm_kernels.report.source import ReportSource, find_source, missing_models, open_merged
 from resm_kernels.report.sums import Sums, joined
+from resm_kernels.report.vocabularies import differing_vocabularies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +146,10 @@ def _planned(
     except ValueError as error:
         warnings += advice.refused(error)
         return None
+    try:
+        warnings += advice.vocabularies(differing_vocabularies(plan))
+    except CheckpointError as error:
+        warnings += advice.unread_vocabulary(error)
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,12 +11,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from resm_kernels.dtypes import compute_dtype
 from resm_kernels.engine import Kept, TensorStats
 from resm_kernels.engine.rounding import together
+from resm_kernels.linalg.threads import run
 from resm_kernels.ops import inner_products
 
-_CHUNK: Final = 1 << 18
-"""The number of weights that are rounded at once: their temporaries stay in the caches."""
+_CPU: Final = torch.device("cpu")
+_CHUNK: Final = 1 << 17
+"""The number of weights that a thread rounds at once: their temporaries stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -140,32 +144,38 @@ def round_mean(
         merged: The merged model's tensor, if there is one.
         dtype: The output's dtype; None if the output is quantised, so that only the changed weights are counted.
     """
-    gram = torch.zeros(3, 3, dtype=torch.float64)
-    changed = surviving = merged_changed = 0
     flat = [tensor.reshape(-1) for tensor in (base, *experts)]
     result = None if merged is None else merged.reshape(-1)
-    wide = torch.float64 if torch.float64 in {tensor.dtype for tensor in flat} else torch.float32
-    for first in range(0, flat[0].numel(), _CHUNK):
+    wide = compute_dtype(*flat)
+
+    def part(first: int) -> tuple[Tensor, list[int]]:
         own, *others = (tensor[first : first + _CHUNK] for tensor in flat)
         differs = own != others[0]
         for other in others[1:]:
             differs |= own != other
-        changed += int(differs.sum())
+        counts = [int(torch.count_nonzero(differs)), 0, 0]
         if result is not None:
-            part = result[first : first + _CHUNK]
-            merged_changed += int((differs & (part != own.to(part.dtype))).sum())
+            piece = result[first : first + _CHUNK]
+            counts[2] = int(torch.count_nonzero(differs & (piece != own.to(piece.dtype))))
         if dtype is None:
-            continue
+            return torch.zeros(3, 3, dtype=torch.float64), counts
         origin = own.to(wide)
-        change = sum((other.to(wide) - origin for other in others[1:]), others[0].to(wide) - origin) / len(others)
+        change = others[0].to(wide) - origin
+        for other in others[1:]:
+            change += other.to(wide) - origin
+        change /= len(others)
         theta = origin + change
         rounded = theta.to(dtype)
-        surviving += int((differs & (rounded != origin.to(dtype))).sum())
-        gram += inner_products(None, [rounded.to(wide) - theta, theta, change], check_finite=False)
-    kept = None
-    if dtype is not None:
-        kept = Kept(name, float(gram[0, 0]), float(gram[1, 1]), float(gram[2, 2]), float(gram[2, 2] + gram[0, 2]))
-    return Rounded(kept, changed, None if dtype is None else surviving, None if merged is None else merged_changed)
+        counts[1] = int(torch.count_nonzero(differs & (rounded != origin.to(dtype))))
+        return inner_products(None, [rounded.to(wide) - theta, theta, change], check_finite=False), counts
+
+    parts = run([functools.partial(part, first) for first in range(0, flat[0].numel(), _CHUNK)], _CPU)
+    changed, surviving, merged_changed = (sum(counts[i] for _, counts in parts) for i in range(3))
+    if dtype is None:
+        return Rounded(None, changed, None, None if merged is None else merged_changed)
+    gram = torch.stack([torch.zeros(3, 3, dtype=torch.float64), *(own for own, _ in parts)]).sum(0)
+    kept = Kept(name, float(gram[0, 0]), float(gram[1, 1]), float(gram[2, 2]), float(gram[2, 2] + gram[0, 2]))
+    return Rounded(kept, changed, surviving, None if merged is None else merged_changed)
 
 
 def count_nonfinite(tensor: Tensor) -> int:
