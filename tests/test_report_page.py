@@ -190,7 +190,13 @@ def test_short_names_differ(names: list[str], short: list[str]) -> None:
 
 def test_libraries_that_are_embedded_have_their_licences() -> None:
     text = page(reports.report(1))
-    for words in ("Interactive Data Lab", "Mike Bostock", "Redistributions in binary form", "Cynthia Brewer"):
+    for words in (
+        "Interactive Data Lab",
+        "Mike Bostock",
+        "Redistributions in binary form",
+        "Cynthia Brewer",
+        "Ariya Hidayat",
+    ):
         assert words in text
 
 
