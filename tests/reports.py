@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 from resm_kernels.report import Cell, Measure, Memory, Report, ReportWarning, Spectra, Stage
 from resm_kernels.report.data import Value
@@ -60,6 +61,12 @@ def cell(row: str, column: str, tensor: str, shape: str, generator: random.Rando
     return Cell(row, column, [tensor], shape, "linear" if is_matrix else "scale", values, drawn)
 
 
+def partly_damaged(good: Cell) -> Cell:
+    problem = "an expert has values that are not finite"
+    values = {key: [None, *value[1:]] if isinstance(value, list) else value for key, value in good.values.items()}
+    return replace(good, values=values, problem=problem)
+
+
 def damaged(good: Cell, experts: int) -> Cell:
     problem = "the tensor of the second expert has values that are not finite"
     return Cell(good.row, good.column, good.tensors, good.shape, "", {"change": [math.nan] * experts}, None, problem)
@@ -82,6 +89,8 @@ def report(
     cells.append(cell("final", "lm_head", "lm_head.weight", "128256×4096", generator, count))
     place = next(i for i, c in enumerate(cells) if c.column == "k_proj")
     cells[place] = damaged(cells[place], count)
+    place = next(i for i, c in enumerate(cells) if c.column == "v_proj")
+    cells[place] = partly_damaged(cells[place])
     models = "".join(f"  - model: {expert}\n    parameters: {{weight: 1.0}}\n" for expert in experts)
     return Report(
         title="helpful-honest-harmless",

@@ -192,6 +192,10 @@ def test_a_cell_without_values_says_why(open_page: Open) -> None:
     tab = open_page("small")
     cell = tab.locator("#c-1-3")
     assert cell.inner_text() == "!" and "not finite" in cell.get_attribute("title")
+    partly = tab.locator("#c-1-4")
+    assert partly.inner_text().startswith("! 0.") and "not finite" in partly.get_attribute("title")
+    partly.hover()
+    assert "not finite" in tab.locator("#status").inner_text()
     show(tab, "c-1-3")
     assert "not finite" in tab.locator("#detail-problem").inner_text()
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import reports
 
-from resm_kernels.report import Report
+from resm_kernels.report import Report, ReportWarning
 from resm_kernels.report.page import PageError, check_page, page, short_names, write_page
 
 for _module in ("jinja2", "vl_convert"):
@@ -141,8 +141,24 @@ def test_a_report_on_a_recipe_says_that_nothing_ran(tmp_path: Path) -> None:
     file.write_text("the page before")
     write_page(bare, file)
     words = file.read_text()
-    assert "No run is recorded" in words and "Nothing was found" in words and "has not run yet" in words
+    assert (
+        "No run is recorded" in words
+        and "Nothing was found" in words
+        and "A recipe that merges 3 experts with" in words
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["merge.html"]
+
+
+@pytest.mark.parametrize(
+    ("text", "html"),
+    [
+        ("run `resm-kernels verify`.", "run <code>resm-kernels verify</code>."),
+        ("`<b>` and `a", "`&lt;b&gt;` and `a"),
+        ("`<b>`", "<code>&lt;b&gt;</code>"),
+    ],
+)
+def test_commands_in_warnings_are_code(text: str, html: str) -> None:
+    assert f"<p>{html}</p>" in page(reports.report(1, warnings=[ReportWarning("note", "kind", text, "")]))
 
 
 def test_names_that_are_no_unicode_are_shown(tmp_path: Path) -> None:

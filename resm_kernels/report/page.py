@@ -89,6 +89,7 @@ def page(report: Report) -> str:
     }
     environment.filters["bytes"] = format_bytes
     environment.filters["breakable"] = _breakable
+    environment.filters["with_code"] = _with_code
     environment.filters["cell_link"] = lambda cell: {"id": ids[tuple(cell)], "label": _place(*cell)}
     scripts = [_plotting_library(), *((_ASSETS / name).read_text("utf-8") for name in _SCRIPTS)]
     labels = short_names(report.experts)
@@ -168,6 +169,17 @@ def _breakable(name: str) -> Any:
     for mark in "_.":
         escaped = escaped.replace(mark, markup.Markup(f"{mark}<wbr>"))
     return escaped
+
+
+def _with_code(text: str) -> Any:
+    """Return a text as HTML in which what stands between backticks is code."""
+    markup = _library("markupsafe")
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # a backtick without another: names may have one
+        return markup.escape(text)
+    return markup.Markup("").join(
+        markup.Markup("<code>{}</code>").format(part) if i % 2 else markup.escape(part) for i, part in enumerate(parts)
+    )
 
 
 def _hash(script: str) -> str:

@@ -109,8 +109,8 @@ function drawMap() {
     td.classList.toggle("bad", Boolean(cell.problem));
     td.style.background = value === null ? "" : scale.of(value);
     td.style.color = value === null ? "" : onto(scale.of(value));
-    td.textContent = cell.problem && value === null ? "!" : format(value);
-    td.title = value === null ? why(cell, measure) : "";
+    td.textContent = [cell.problem && "!", value === null && cell.problem ? null : format(value)].filter(Boolean).join(" ");
+    td.title = value === null || cell.problem ? why(cell, measure) : "";
   }
 }
 
@@ -123,7 +123,8 @@ function describe(cell) {
   const shown = number(cell, measure, state.expert);
   const parts = Array.isArray(value) && value.length > 1 && state.expert < 0
     ? ` (${value.map((v, e) => `${report.labels[e]} ${format(v)}`).join(", ")})` : "";
-  byId("status").textContent = `${place(cell)}: ${shown === null ? why(cell, measure) : format(shown) + parts}`;
+  byId("status").textContent = `${place(cell)}: ${shown === null ? why(cell, measure) : format(shown) + parts}`
+    + (shown !== null && cell.problem ? `; ${cell.problem}` : "");
 }
 
 function focusCell(id) {
