@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint types format bench bench-spectral quality families structures adapters extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint types format bench bench-spectral quality pictures families structures adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,11 @@ bench-spectral: $(VENV)/.test
 	$(BIN)/python -m benchmarks.bench_lora_extraction --json benchmarks/results/lora_extraction.json
 	$(BIN)/python -m benchmarks.bench_truncated_svd --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
 	$(BIN)/python -m benchmarks.bench_accuracy --rounds 1 --json benchmarks/results/accuracy.json
+
+# The documentation's picture of a report, of the example's models; needs Chromium.
+pictures: $(VENV)/.test
+	scripts/browser.sh
+	$(BIN)/python scripts/pictures.py
 
 # Merge a tiny model of every family of transformers, and models as they lie on the hub; writes the page of the documentation.
 families: $(VENV)/.test
