@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint types format bench bench-spectral bench-models quality families structures adapters extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint types format bench bench-spectral bench-models quality pictures families structures adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -77,6 +77,11 @@ bench-spectral: $(VENV)/.test
 # Whole models: merges from files, calibration, Ray, fused experts, extraction, costs: 45 minutes.
 bench-models: $(VENV)/.test
 	$(BIN)/python -m benchmarks.suite models $(CHOSEN)
+
+# The documentation's picture of a report, of the example's models; needs Chromium.
+pictures: $(VENV)/.test
+	scripts/browser.sh
+	$(BIN)/python scripts/pictures.py
 
 # Merge a tiny model of every family of transformers, and models as they lie on the hub; writes the page of the documentation.
 families: $(VENV)/.test

@@ -1,4 +1,4 @@
-"""The command `resm-kernels`: merge, search, calibrate, statistics, stats, verify, info, extract-lora, merge-lora.
+"""The command `resm-kernels`: merge, search, report, calibrate, statistics, stats, verify, info, and two of LoRA.
 
 Commands import what they need beyond typer when they run: help and usage errors appear at once and need no torch.
 Exit codes: 0 done, 1 an error (one line on stderr), 2 wrong usage, 130 interrupted, 143 terminated.
@@ -36,6 +36,7 @@ from resm_kernels.extract_command import extract_lora
 from resm_kernels.flags import repeated, translate
 from resm_kernels.lora_commands import merge_lora
 from resm_kernels.options import CalibrateKeywords, CalibrateOptions, MergeKeywords, MergeOptions
+from resm_kernels.report_command import report
 from resm_kernels.search_command import search
 
 app = typer.Typer(
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 app.command("merge-lora")(merge_lora)
 app.command()(search)
+app.command()(report)
 _options = {"traceback": False}
 
 

@@ -145,7 +145,8 @@ def check_content(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         packed = {n: archive.read(n) for n in archive.namelist() if ".dist-info/" not in n and not n.endswith("/")}
     package = ROOT / "resm_kernels"
-    tree = {str(p.relative_to(ROOT)): p.read_bytes() for p in (*package.rglob("*.py"), package / "py.typed")}
+    others = [package / "py.typed", *(package / "report/assets").iterdir()]
+    tree = {str(p.relative_to(ROOT)): p.read_bytes() for p in (*package.rglob("*.py"), *others)}
     extension = [n for n in packed if re.fullmatch(r"resm_kernels/_native\.[\w-]+\.so", n)]
     wrong = sorted(packed.keys() ^ tree.keys() ^ set(extension))
     wrong += [n for n in tree if n != "resm_kernels/_version.py" and packed.get(n) != tree[n]]

@@ -43,12 +43,12 @@ LAYERS = [
     {"console", "plot"},
     {"search", "report"},
     {"flags", "arguments", "command"},
-    {"lora_commands", "extract_command", "search_command"},
+    {"lora_commands", "extract_command", "search_command", "report_command"},
     {"cli", "__main__"},
 ]
 HEAVY = (
     *("transformers", "peft", "mergekit", "triton", "matplotlib", "scipy", "sklearn", "ray"),
-    *("gguf", "huggingface_hub"),
+    *("gguf", "huggingface_hub", "jinja2", "vl_convert"),
 )
 
 

@@ -129,6 +129,13 @@ def test_changes_that_rounding_swallows() -> None:
     assert advice.rounding_loss(grid(replace(lost, kept=None)), "fp8") == []
 
 
+def test_changes_that_quantisation_swallows() -> None:
+    cells = grid(sums(recorded=(0.2,)), sums(recorded=(0.9, 0.8, 0.1)), sums())
+    warning = one(advice.quantised_loss(cells), "quantised-loss", "warning")
+    assert "In 1 of 2 quantised cells" in warning.text and warning.cells == [("0", "q")]
+    assert advice.quantised_loss(grid(sums(), sums(recorded=(0.6,)))) == []
+
+
 def stats(ranks: list[int], *experts: torch.Tensor) -> TensorStats:
     spectra = tensor_spectra(torch.zeros(experts[0].shape), experts, ranks)
     return TensorStats("t", tuple(experts[0].shape), True, [0.0] * 2, [0.0] * 2, [1.0] * 2, ranks, {}, None, spectra)

@@ -222,6 +222,24 @@ def rounding_loss(cells: Cells, dtype: str) -> list[ReportWarning]:
     ]
 
 
+def quantised_loss(cells: Cells) -> list[ReportWarning]:
+    """Return a warning where quantised weights kept less than `LOST` of the merged change, as the merge recorded."""
+    recorded = {place: statistics.median(sums.recorded) for place, sums in cells.items() if sums.recorded}
+    lost = [place for place, kept in recorded.items() if kept < LOST]
+    if not lost:
+        return []
+    return [
+        ReportWarning(
+            "warning",
+            "quantised-loss",
+            f"In {len(lost)} of {len(recorded)} quantised cells less than {LOST:.0%} of the merged change was left "
+            "when the weights were rounded.",
+            "Write the output with full weights (out_dtype: bfloat16), or quantise it with a tool that calibrates.",
+            lost,
+        )
+    ]
+
+
 def rank_limit(cells: Cells, experts: Sequence[str]) -> list[ReportWarning]:
     """Return a note where RESM keeps as many directions as T experts leave room for, and 90 % would take more."""
     hit = []

@@ -21,7 +21,7 @@ from resm_kernels.report.data import Cell, Report, ReportWarning
 from resm_kernels.report.grid import Grid, make_grid
 from resm_kernels.report.measures import MEASURES, cell_values, spectra_of
 from resm_kernels.report.reading import Experts, Outputs, read_merged, read_models
-from resm_kernels.report.runs import read_run
+from resm_kernels.report.runs import read_kept, read_run
 from resm_kernels.report.source import ReportSource, find_source, missing_models, open_merged
 from resm_kernels.report.sums import Sums, joined
 from resm_kernels.report.vocabularies import differing_vocabularies
@@ -81,9 +81,11 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
         base = _base(recipe)
         slices = [piece for part in recipe.parts for piece in part.slices]
         experts = Experts([piece.experts for piece in slices], base if slices[0].base is None else None)
-        plan = None if missing else _planned(recipe, merging, opened, warnings)
+        plan = None if missing else _planned(found, merging, opened, warnings)
         measured = _measured(recipe, base, missing, plan, merging, opened, warnings)
         outputs = Outputs() if plan is None else Outputs.of(plan, experts)
+        if found.out is not None:
+            outputs = replace(outputs, kept=read_kept(found.out))
         parts: list[Sums] = []
         if measured is not None:
             spectra, progress = options.spectra, options.progress
@@ -137,12 +139,13 @@ def _base(recipe: Recipe) -> str | None:
 
 
 def _planned(
-    recipe: Recipe, options: MergeOptions, opened: contextlib.ExitStack, warnings: list[ReportWarning]
+    found: ReportSource, options: MergeOptions, opened: contextlib.ExitStack, warnings: list[ReportWarning]
 ) -> MergePlan | None:
     """Return the plan of the recipe; None if it cannot be merged, which is added to the warnings then."""
     try:
-        plan = opened.enter_context(plan_merge(recipe, options=options, dense=True))
-        warnings += advice.said(plan.warnings, [*plan.notes, *rounding_estimate(plan)])
+        plan = opened.enter_context(plan_merge(found.recipe, options=options, dense=True))
+        estimates = rounding_estimate(plan) if found.out is None else []
+        warnings += advice.said(plan.warnings, [*plan.notes, *estimates])
     except ValueError as error:
         warnings += advice.refused(error)
         return None
@@ -222,6 +225,7 @@ def _findings(cells: advice.Cells, experts: Sequence[str], outputs: Outputs, *, 
         *advice.uneven(cells, experts),
         *advice.merged_norm(cells),
         *advice.rounding_loss(cells, " and ".join(dtypes) or "the models' dtype"),
+        *advice.quantised_loss(cells),
         *advice.rank_limit(cells, experts),
         *(advice.interference(cells) if has_base else ()),
     ]

@@ -15,7 +15,7 @@ from resm_kernels.report.sums import Sums, placed
 NOT_HERE: Final = "this expert is not merged in this layer, or its model is missing"
 DAMAGED: Final = "a model has NaN or infinite values"
 UNCHANGED: Final = "a model has the very weights of the base"
-QUANTISED: Final = "the output quantises this weight; rounding.json in the merged folder has the figure"
+QUANTISED: Final = "the output quantises this weight, and only a merge can tell"
 
 MEASURES: Final[tuple[Measure, ...]] = (
     Measure(
@@ -121,8 +121,8 @@ MEASURES: Final[tuple[Measure, ...]] = (
         "kept",
         "Change kept in rounding",
         "share of the change",
-        "How much of the experts' mean change is left when the mean is rounded to the output's dtype; near 1 is good, "
-        "and 0 means that rounding swallows it.",
+        "How much of the experts' mean change is left when the mean is rounded to the output's dtype, or of the merged "
+        "change where the merge has quantised it; near 1 is good, and 0 means that rounding swallows it.",
         "sequential",
         False,
     ),
@@ -270,6 +270,8 @@ def _values(sums: Sums) -> Iterator[tuple[str, Value]]:
         share = sums.kept.share
         yield "kept", math.nan if share is None else _rounded(share)
         yield "surviving", _rounded(_ratio(sums.surviving or 0, sums.changed))
+    elif sums.recorded:
+        yield "kept", _rounded(statistics.median(sums.recorded))
     elif present and sums.changed:
         yield "kept", None
     if has_merged and present:

@@ -68,11 +68,13 @@ class Outputs:
         weights: The weight of each expert, NaN for one that is not merged there; missing for methods without weights,
             and for RESM, whose weights are among its statistics.
         is_resm: True if the method is RESM.
+        kept: Which part of its change each quantised weight kept, of an output that has been merged.
     """
 
     dtypes: Mapping[str, torch.dtype | None] = field(default_factory=dict)
     weights: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     is_resm: bool = False
+    kept: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, plan: MergePlan, experts: Experts) -> Outputs:
@@ -206,6 +208,8 @@ def _whole_sums(
         problems = _problems(job.name, named | ({} if result is None else {"the merged model": result}))
     weights = (outputs.weights[job.name],) if job.name in outputs.weights else ()
     sums = Sums((job.name,), (job.shape,), _role(job), base.numel(), squared, gram, weights=weights, problems=problems)
+    if job.name in outputs.kept:
+        sums = replace(sums, recorded=(outputs.kept[job.name],))
     if problems or not others:
         return sums
     rounded = round_mean(job.name, base, others, result, outputs.dtypes.get(job.name, job.dtype))

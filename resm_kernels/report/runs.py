@@ -1,4 +1,4 @@
-"""Reads the record of the run that made a merged model: stages, memory, machine."""
+"""Reads what a merge recorded in its folder: stages, memory and machine of the run, and what rounding kept."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.record import RUN_FILE
-from resm_kernels.files import read_object
+from resm_kernels.engine.rounding import ROUNDING_FILE
+from resm_kernels.files import LIST_BYTES, read_object
 from resm_kernels.report.data import Memory, Stage
 
 
@@ -51,3 +52,20 @@ def read_run(folder: Path) -> RecordedRun | None:
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{file}: is damaged; delete it for a report without times") from error
+
+
+def read_kept(folder: Path) -> dict[str, float]:
+    """Return which part of its change each quantised weight of a merged model kept; empty if there are none.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    file = folder / ROUNDING_FILE
+    if not file.is_file():
+        return {}
+    record = read_object(file, CheckpointError, limit=LIST_BYTES)
+    try:
+        entries = ((str(name), entry["kept"]) for name, entry in record["tensors"].items())
+        return {name: float(kept) for name, kept in entries if kept is not None}
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise CheckpointError(f"{file}: is damaged; delete it for a report without these figures") from error

@@ -34,6 +34,7 @@ class Sums:
         squared: ‖θ₀‖², or ‖θ‖² of the merged model where there is no base.
         gram: ⟨Δ_s, Δ_t⟩, (T + 1, T + 1), float64; the last is the merged model. NaN where there is none.
         kept: How the mean of the experts fares when it is rounded to the output's dtype; None if that is not known.
+        recorded: Which part of its change each quantised tensor kept, as the merge recorded it.
         changed: The number of weights that some expert changes.
         surviving: How many of these are still changed when the mean of the experts is rounded.
         merged_changed: How many of these the merged model changes; None without a merged model.
@@ -50,6 +51,7 @@ class Sums:
     squared: float
     gram: Tensor
     kept: Kept | None = None
+    recorded: tuple[float, ...] = ()
     changed: int = 0
     surviving: int | None = None
     merged_changed: int | None = None
@@ -95,6 +97,7 @@ def joined(parts: Sequence[Sums]) -> Sums:
         squared=sum(part.squared for part in parts),
         gram=torch.where(nothing, torch.nan, grams.nansum(0)),
         kept=together(kept) if kept else None,
+        recorded=tuple(share for part in parts for share in part.recorded),
         changed=sum(part.changed for part in parts),
         surviving=sum(surviving) if surviving else None,
         merged_changed=sum(merged) if merged else None,
