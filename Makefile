@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint types format bench bench-spectral quality families structures adapters extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint types format docs bench bench-spectral quality families structures adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 
 $(VENV)/.lint: $(VENV)/.test
 	$(INSTALL) -e '.[demo,test,peers,lint]'
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python $(SOURCES)
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 # Merge three experts with RESM, load the result with transformers, and compare it with other merges.
@@ -61,6 +65,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The site of the documentation, into build/site; every warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Medians, and ratios to floors and peers timed in the same run, into benchmarks/results. Wants a quiet machine.
 bench: $(VENV)/.test
