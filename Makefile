@@ -105,8 +105,9 @@ adapters: $(VENV)/.test
 extractions: $(VENV)/.test
 	$(BIN)/python scripts/extractions.py --out docs/extractions.md
 
-# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md. SIZE: small, medium, large;
-# SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
+# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md
+# and docs/which_method.md. SIZE: small, medium, large; SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh
+# seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
 # RECORD=calibrated measures merges that are calibrated with prompts, RECORD=calibrated-confirmation SEEDS="10 11 12 13 14" their claims.
 # RECORD=searched measures merges whose parameters are searched for with 50, 150 and 500 questions.
 SIZE ?= small
@@ -115,6 +116,7 @@ RECORD ?= development
 DEVICE ?= cpu
 quality: $(VENV)/.test
 	$(BIN)/python -m benchmarks.quality.run --size $(SIZE) --seeds $(SEEDS) --record $(RECORD) --device $(DEVICE)
+	$(BIN)/python -m benchmarks.quality.guide
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
 # its version), for every Python from 3.10 on that this machine has, or for PYTHONS="python3.10 python3.12". Wheels for
