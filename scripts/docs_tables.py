@@ -1,7 +1,7 @@
 """Writes the tables of the documentation that are made from the library itself and from records of benchmarks.
 
-`python scripts/docs_tables.py`. A table stands between `<!-- table: NAME -->` and `<!-- end -->`; tests/test_docs_api.py
-compares what stands there with what this program would write.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. tests/test_docs_api.py compares what stands there with
+what `python scripts/docs_tables.py` would write.
 """
 
 from __future__ import annotations
@@ -72,7 +72,12 @@ def record_table() -> str:
     rows = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["benchmarks"]
     yardsticks = {row["group"]: _case(row) for row in rows if row["yardstick"]}
     lines = [
-        [f"`{row['group']}`", _case(row), f"{row['median_ms']:.3g} ms", f"{row['ratio']:.2g} × {yardsticks[row['group']]}"]
+        [
+            f"`{row['group']}`",
+            _case(row),
+            f"{row['median_ms']:.3g} ms",
+            f"{row['ratio']:.2g} × {yardsticks[row['group']]}",
+        ]
         for row in rows
         if row["group"] in ops.dispatch_table() and not row["yardstick"]
     ]

@@ -193,7 +193,9 @@ def closeness_to_experts(
             from transformers import AutoModelForCausalLM
 
             _, _, prompts = next(entry for entry in asked.of(split, None) if entry[0] == name)
-            expert = AutoModelForCausalLM.from_pretrained(experts[name], dtype=model.dtype, local_files_only=True)
+            expert = AutoModelForCausalLM.from_pretrained(
+                experts[name], dtype=model.dtype, local_files_only=True, trust_remote_code=False
+            )
             expert = expert.to(model.device).eval()
             encoded = asked.encoded(model, tokenizer, path, prompts)
             open_ones = [i for i, entry in enumerate(encoded) if not isinstance(entry, Sample)]
