@@ -22,6 +22,8 @@ from resm_kernels.calibrate.models import quiet_transformers
 ROOT: Final = Path(__file__).resolve().parent.parent
 DEPTHS: Final = {"recipes.md": 40}
 """Layers of the models where a page's recipes name layers; 2 elsewhere."""
+PROMPTS: Final = 4
+"""Prompts in a file."""
 EXPERTS: Final = ("helpful", "honest", "harmless")
 COPIES: Final = (*EXPERTS, "chat", "code", "math", "tuned", "FINETUNED", "merged")
 """Models with other weights than the base, of the same shapes."""
@@ -43,8 +45,8 @@ def make_shelf(root: Path, layers: int) -> Path:
     for seed, name in enumerate(EXPERTS, start=1):
         _adapter(root / f"{name}-lora", seed)
         for split in ("valid", "test"):
-            write_prompts(root / f"{name}.{split}.jsonl", 4, seed, response=True)
-        prompts = write_prompts(root / f"{name}.txt", 6, seed).read_text().splitlines()
+            write_prompts(root / f"{name}.{split}.jsonl", PROMPTS, seed, response=True)
+        prompts = write_prompts(root / f"{name}.txt", PROMPTS, seed).read_text().splitlines()
         lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
         (root / f"{name}.jsonl").write_text("\n".join(lines))
     for seed in (8000, 9000, 10000):
@@ -62,7 +64,14 @@ def make_shelf(root: Path, layers: int) -> Path:
 def set_up(shelf: Path, place: Path) -> None:
     """Copy all models and files into the folder where a page's blocks run."""
     shutil.copytree(shelf, place, dirs_exist_ok=True)
-    (place / "examples").symlink_to(ROOT / "examples")
+    example, copied = ROOT / "examples" / "3h", place / "examples" / "3h"
+    copied.mkdir(parents=True)
+    for name in ("models", "recipes", "judge.py"):
+        (copied / name).symlink_to(example / name)
+    (copied / "prompts").mkdir()
+    for file in (example / "prompts").iterdir():
+        lines = file.read_text().splitlines(keepends=True)
+        (copied / "prompts" / file.name).write_text("".join(lines[:PROMPTS]))
 
 
 def _expert(folder: Path, base: Path, seed: int) -> None:

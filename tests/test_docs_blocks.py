@@ -63,8 +63,11 @@ REASONS: Final = (
 )
 """Why a block may not run here."""
 MOST_NOT_RUN: Final = 10
-LESS: Final = {"--trials": "2", "--questions": "4", "--prefix": "2", "--polish-steps": "2"}
-"""Smaller numbers that options get here, to save time."""
+LESS: Final = {
+    **{"--trials": "2", "--questions": "4", "--prefix": "2", "--polish-steps": "2"},
+    **{"-j": "1", "--threads": "1"},
+}
+"""Smaller numbers that options get here, to save time; several threads would only wait for each other."""
 MADE: Final = {"merge": 2, "calibrate": 2, "merge-lora": 2, "extract-lora": 2}
 """Commands that make a folder, and the number of the word that names it."""
 FENCE: Final = re.compile(r"^[ \t]*(?:```|~~~)", re.MULTILINE)
