@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from conftest import RunCommand
+from conftest import RunCommand, UseThreads
 
 from resm_kernels import _version
 
@@ -319,8 +319,14 @@ def name_of(page: Path) -> str:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=name_of)
 def test_blocks_run(
-    page: Path, shelves: Callable[[str], Path], tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch
+    page: Path,
+    shelves: Callable[[str], Path],
+    tmp_path: Path,
+    run: RunCommand,
+    monkeypatch: pytest.MonkeyPatch,
+    use_threads: UseThreads,
 ) -> None:
+    use_threads(1)  # which a block may change
     set_up(shelves(page.name), tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
