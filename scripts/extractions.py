@@ -180,15 +180,8 @@ def try_family(name: str, make: Callable[[], Any]) -> Row:
     return row
 
 
-COLUMNS: Final = (
-    "model",
-    "modules adapted",
-    "parameters adapted",
-    "saved in modules",
-    "written over",
-    "outputs",
-    "all",
-)
+ADAPTED: Final = ("modules adapted", "parameters adapted", "saved in modules", "written over")
+COLUMNS: Final = ("model", *ADAPTED, "outputs", "all")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -224,9 +217,10 @@ def main() -> int:
     print(f"{len(good)} of {len(rows)} families are equal, {len(compared)} of them in outputs too")
     if arguments.out is not None:
         arguments.out.write_text(
-            "# Extractions\n\nFrom a tiny fp32 model of each family of transformers, in which every parameter and buffer "
-            "is moved, an adapter is extracted at full rank with `--save-rest`, and loaded by peft. `make extractions` "
-            f"writes this page; it was made with transformers {transformers.__version__} and peft {peft.__version__}.\n\n"
+            "# Extractions\n\nFrom a tiny fp32 model of each family of transformers, in which every parameter and "
+            "buffer is moved, an adapter is extracted at full rank with `--save-rest`, and loaded by peft. `make "
+            f"extractions` writes this page; it was made with transformers {transformers.__version__} and peft "
+            f"{peft.__version__}.\n\n"
             "- **all**: whether all tensors that peft merges are equal to the fine-tuned model's (`--verify`).\n"
             "- **outputs**: how far they are from the fine-tuned model's, as a share of the way from the base's.\n\n"
             f"{len(good)} of {len(rows)} families are equal, {len(compared)} of them in outputs too.\n\n"

@@ -410,8 +410,8 @@ def main() -> int:
     print(f"{len(good)} of {total} load after each of {', '.join(METHODS)}, with one rounding and the right roles")
     if arguments.out is not None:
         arguments.out.write_text(
-            "# Architectures\n\nThe families of transformers that are merged in a test, each as a tiny bf16 model. `make "
-            f"families` writes this page; it was made with transformers {transformers.__version__}, and by the methods "
+            "# Architectures\n\nThe families of transformers that are merged in a test, each as a tiny bf16 model. "
+            f"`make families` writes this page; it was made with transformers {transformers.__version__}, and by the methods "
             f"{', '.join(METHODS)}.\n\n"
             "- **loads**: after which of these methods transformers loads the result without missing, unexpected or "
             "mismatched keys.\n"
