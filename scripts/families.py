@@ -411,8 +411,8 @@ def main() -> int:
     if arguments.out is not None:
         arguments.out.write_text(
             "# Architectures\n\nThe families of transformers that are merged in a test, each as a tiny bf16 model. "
-            f"`make families` writes this page; it was made with transformers {transformers.__version__}, and by the methods "
-            f"{', '.join(METHODS)}.\n\n"
+            f"`make families` writes this page; it was made with transformers {transformers.__version__}, and by the "
+            f"methods {', '.join(METHODS)}.\n\n"
             "- **loads**: after which of these methods transformers loads the result without missing, unexpected or "
             "mismatched keys.\n"
             "- **error**: that of the average of four models, in units of the largest error of one rounding to bf16.\n"
