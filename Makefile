@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint types format docs bench bench-spectral quality families structures adapters extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint types format docs bench bench-spectral bench-models quality families structures adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -70,21 +70,21 @@ format: $(VENV)/.lint
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Medians, and ratios to floors and peers timed in the same run, into benchmarks/results. Wants a quiet machine.
-bench: $(VENV)/.test
-	$(BIN)/python -m pytest benchmarks --benchmark-only --timeout 0 --results benchmarks/results/cpu.json
-	$(BIN)/python -m benchmarks.bench_elementwise --json benchmarks/results/elementwise.json
-	$(BIN)/python -m benchmarks.bench_merge_lora --json benchmarks/results/merge_lora.json
-	$(BIN)/python -m benchmarks.bench_live --json benchmarks/results/live.json
+# The benchmarks write records into benchmarks/results, and want a machine on which nothing else runs. SMOKE=1 only sees,
+# in some minutes, whether they work; ONLY="cpu elementwise" runs these alone. Times are those of two cores.
+CHOSEN = $(if $(SMOKE),--smoke) $(if $(ONLY),--only $(ONLY))
 
-# Spectral merges against fusion-bench, mergekit, torch, scikit-learn. Wants a quiet machine, for an hour.
+# Kernels, element-wise methods, adapters and merges in memory, against floors and peers: 20 minutes.
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.suite kernels $(CHOSEN)
+
+# Spectral merges and decompositions against fusion-bench, mergekit, torch and scikit-learn: 30 minutes.
 bench-spectral: $(VENV)/.test
-	$(BIN)/python -m benchmarks.bench_spectral_merge --runs 1 --check-layers all --json benchmarks/results/spectral_merge.json
-	$(BIN)/python -m benchmarks.bench_precision --rounds 1 --json benchmarks/results/precision.json
-	$(BIN)/python -m benchmarks.bench_rounding --json benchmarks/results/rounding.json
-	$(BIN)/python -m benchmarks.bench_lora_extraction --json benchmarks/results/lora_extraction.json
-	$(BIN)/python -m benchmarks.bench_truncated_svd --rounds 4 --most-iterations 5 --json benchmarks/results/truncated_svd.json --plot benchmarks/results/truncated_svd.png
-	$(BIN)/python -m benchmarks.bench_accuracy --rounds 1 --json benchmarks/results/accuracy.json
+	$(BIN)/python -m benchmarks.suite spectral $(CHOSEN)
+
+# Whole models: merges from files, calibration, Ray, fused experts, extraction, costs: 45 minutes.
+bench-models: $(VENV)/.test
+	$(BIN)/python -m benchmarks.suite models $(CHOSEN)
 
 # Merge a tiny model of every family of transformers, and models as they lie on the hub; writes the page of the documentation.
 families: $(VENV)/.test

@@ -23,9 +23,10 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.bench_truncated_svd import THREADS, in_turn, save
 from benchmarks.quality.evaluate import evaluate, load
 from benchmarks.quality.world import HeldOutSplit, World
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS, in_turn
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import merge_checkpoints
 
@@ -118,7 +119,7 @@ def show(console: Console, records: Sequence[dict[str, Any]], splits: Sequence[H
     for record in records:
         first = next(r for r in records if r["recipe"] == record["recipe"])
         moved = (abs(record["scores"][s][n] - first["scores"][s][n]) for s in splits for n in SCORES)
-        moves.setdefault(f"{record['accuracy']:g}", []).append(max(moved))
+        moves.setdefault(f"{record['accuracy']:g}", []).append(max(moved, default=0.0))
     largest = ", ".join(f"{accuracy}: {max(move):.1f}" for accuracy, move in moves.items())
     console.print(f"largest move of any score, in points, by accuracy: {largest}")
 
@@ -129,18 +130,19 @@ def main() -> None:
     parser.add_argument(
         "--accuracies", type=float, nargs="+", default=ACCURACIES, help="the others are compared with the first"
     )
-    parser.add_argument("--splits", nargs="+", default=SPLITS, choices=SPLITS)
+    parser.add_argument("--splits", nargs="*", default=SPLITS, choices=SPLITS)
     parser.add_argument("--rounds", type=int, default=3, help="times each merge is timed (default: 3)")
     parser.add_argument("--json", type=Path, help="write the records there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    recording = Recording(options.json)
     console = Console(width=150)
     records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch, console.status("merging and asking"):
         for name in options.recipes:
             records += measure(name, options.accuracies, options.splits, options.rounds, Path(scratch))
     show(console, records, options.splits)
-    save(options.json, {"example": "examples/3h", "records": records})
+    recording.save({"example": "examples/3h", "records": records})
 
 
 if __name__ == "__main__":

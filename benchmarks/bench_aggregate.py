@@ -26,4 +26,7 @@ def bench_aggregate(timed, checkpoint, rule):
     result = aggregate(base, experts, weights, **options)
     expected, _ = reference(base, experts, AggregateOptions(weights=tuple(weights), **options))
     assert torch.equal(result, expected)
-    timed(lambda: aggregate(base, experts, weights, **options))
+    # Of a weight and expert: the difference, its product with the weight, the sum; for TIES the comparison with the
+    # threshold, the sum of signs, the comparison with the elected sign, the count.
+    operations = (len(experts) * (7 if rule == "ties" else 3) + 1) * base.numel()
+    timed(lambda: aggregate(base, experts, weights, **options), work=(operations, (len(experts) + 2) * base.nbytes))

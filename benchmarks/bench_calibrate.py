@@ -15,9 +15,7 @@ products of the model's shapes. Attention, norms, files and the solution of the 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
 import random
 import sys
 import tempfile
@@ -32,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_checkpoint import EXPERTS, Size, make_models, run
+from benchmarks.records import Recording
 
 _SHARE_OF_ANSWER = 0.25
 
@@ -122,16 +121,21 @@ def main() -> None:
     parser.add_argument(
         "--blocks", type=int, nargs="+", default=[4, 16], help="sizes of model; 16 has 250 M parameters"
     )
+    parser.add_argument("--hidden", type=int, default=Size.hidden)
+    parser.add_argument("--intermediate", type=int, default=Size.intermediate)
+    parser.add_argument("--vocabulary", type=int, default=Size.vocabulary)
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where the models are kept")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
+    recording = Recording(options.json)
     results = []
     table = Table(title="calibration by least squares, whole process", title_justify="left")
     for name in ("blocks", "seconds", "floor", "ratio", "peak memory"):
         table.add_column(name, justify="right")
     for blocks in options.blocks:
-        size = dataclasses.replace(Size(), layers=blocks)
-        cache = options.cache / ("llama-250m" if blocks == Size().layers else f"llama-{blocks}-blocks")
+        size = Size(options.hidden, options.intermediate, blocks, options.vocabulary)
+        label = "250m" if size == Size() else f"{size.hidden}-{size.intermediate}-{blocks}-{size.vocabulary}"
+        cache = options.cache / f"llama-{label}"
         result = measure(cache, size, options.prompts, options.length)
         results.append(result)
         lowest = result["floor"]["seconds"]
@@ -143,18 +147,14 @@ def main() -> None:
             f"{result['peak_bytes'] / 1e9:.2f} GB",
         )
     Console(width=120).print(table)
-    if options.json is not None:
-        data = {
+    recording.save(
+        {
             "model": "Llama-shaped, bf16, three experts; 16 blocks are 250 M parameters",
             "prompts": options.prompts,
             "length": options.length,
-            "torch": torch.__version__,
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
             "results": results,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(data, indent=2) + "\n")
+    )
 
 
 if __name__ == "__main__":

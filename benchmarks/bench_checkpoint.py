@@ -36,6 +36,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.records import Recording
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
 from resm_kernels.linalg.products import matmul
 from resm_kernels.methods import get
@@ -215,10 +216,14 @@ def floor(folders: list[Path], out: Path) -> dict[str, float]:
 
 
 def compare(
-    method: str, folders: list[Path], runs: int, rival: Path | None, parameters: dict[str, float] | None = None
+    method: str, folders: list[Path], runs: int, rival: Path | None, rival_runs: int | None = None
 ) -> dict[str, Any]:
-    """Run both commands on one recipe, in turn; return medians, peaks and the ratio."""
-    parameters = PARAMETERS[method] if parameters is None else parameters
+    """Run both commands on one recipe, in turn; return medians, peaks and the ratio.
+
+    Args:
+        rival_runs: How often the rival runs, if not as often.
+    """
+    parameters = PARAMETERS[method]
     chosen = get(method)
     with_base = chosen.needs_base
     of_each = {key: value for key, value in parameters.items() if chosen.parameter(key).per_expert}
@@ -238,8 +243,9 @@ def compare(
         for _ in range(2):  # the first brings the inputs into the page cache, for everybody
             lowest = floor(folders if with_base else folders[1:], Path(scratch, "floor"))
         measured: dict[str, list[tuple[float, int]]] = {name: [] for name in commands}
-        for _ in range(runs):
-            for name, command in commands.items():
+        rounds = {OURS: runs, RIVAL: runs if rival_runs is None else rival_runs}
+        for i in range(max(rounds.values())):
+            for name, command in ((n, c) for n, c in commands.items() if i < rounds[n]):
                 measured[name].append(run(command, log))
                 rmtree(out)
         result: dict[str, Any] = {"method": method, "parameters": parameters}
@@ -286,24 +292,21 @@ def main() -> None:
     rival = Path(sys.executable).parent / "mergekit-yaml"
     if not options.no_rival and not rival.exists():
         parser.error("mergekit-yaml is not installed beside this Python; install mergekit or pass --no-rival")
+    recording = Recording(options.json, *([] if options.no_rival else ["mergekit"]))
     folders = make_models(options.cache)
     results = []
     for method in options.methods:
         peer = None if options.no_rival or method in ("resm", "tsvm") else rival
         results.append(compare(method, folders, options.runs, peer))
     show(results)
-    if options.json is not None:
-        data = {
+    recording.save(
+        {
             "model": "Llama-shaped, 250 M parameters, bf16, base and 3 experts with task vectors of spectrum i^-0.7",
-            "torch": torch.__version__,
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
             "bytes_read": sum(CheckpointReader(f).nbytes for f in folders),
             "bytes_written": CheckpointReader(folders[0]).nbytes,
             "results": results,
         }
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(data, indent=2) + "\n")
+    )
 
 
 if __name__ == "__main__":

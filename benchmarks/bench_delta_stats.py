@@ -37,4 +37,7 @@ def bench_delta_stats(timed, checkpoint, benchmark, options):
         errors.append(float(((result - exact) / exact).abs().max()))
     benchmark.extra_info["error against float64"] = max(errors)
     assert max(errors) <= 1e-6
-    timed(lambda: delta_stats(base, experts, **options))
+    # Of a weight and expert: the difference, the sums of δ, δ² and |δ|; a comparison and a sum more for each option.
+    each = 6 + 2 * ("eps" in options) + 2 * (options.get("kappa", 0) is not None) + 2 * ("histogram" in options)
+    work = (len(experts) * each * base.numel(), (len(experts) + 1) * base.nbytes)
+    timed(lambda: delta_stats(base, experts, **options), work=work)

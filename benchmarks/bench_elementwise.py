@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -36,11 +35,13 @@ from torch import Tensor
 
 import resm_kernels
 from benchmarks.bench_checkpoint import OURS, PARAMETERS, RIVAL, Size, compare, make_models
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS
 from resm_kernels import methods
 
 SIZE: Final = 4096
 METHODS: Final = tuple(name for name in PARAMETERS if name not in ("resm", "tsvm"))
-WHOLE: Final = ("linear", "task_arithmetic", "ties", "breadcrumbs", "dare_ties", "della")
+WHOLE: Final = ("linear", "task_arithmetic", "ties", "dare_ties", "della")
 """What is run as a whole process."""
 EXPERTS: Final = {"slerp": 1, "nearswap": 1, "arcee_fusion": 1, "nuslerp": 2, "passthrough": 1}
 """How many a method takes, where that is not any number: then 3."""
@@ -51,7 +52,7 @@ PARTS: Final = ("process", "memory", "speed", "growth", "accuracy")
 def tensors(numel: int, experts: int) -> tuple[Tensor, list[Tensor]]:
     """A bf16 base and experts a small normal step away, as fine-tuning leaves them."""
     generator = torch.Generator().manual_seed(0)
-    shape = (numel // SIZE, SIZE)
+    shape = (numel // (columns := min(SIZE, numel)), columns)
     base = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
     steps = (torch.randn(shape, generator=generator).mul_(1e-3) for _ in range(experts))
     return base, [step.add_(base).bfloat16() for step in steps]
@@ -70,8 +71,8 @@ def mergekit(name: str, base: Tensor, experts: list[Tensor], dtype: torch.dtype 
     return merge_tensors(inputs, name, parameters=PARAMETERS[name], base_index=0 if has_base else None, dtype=dtype)
 
 
-def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each call, in turn, after one warm-up, with nothing of the inputs in any cache."""
+def cold(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call, in turn, after one warm-up, with nothing of the inputs in any cache."""
     sweep = torch.ones(2**26, dtype=torch.int64)
     samples: dict[str, list[float]] = {name: [] for name in calls}
     for measured in [False] + [True] * rounds:
@@ -82,7 +83,7 @@ def medians(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, fl
             call()
             if measured:
                 samples[name].append(time.perf_counter() - started)
-    return {name: statistics.median(seconds) for name, seconds in samples.items()}
+    return samples
 
 
 def floor(base: Tensor, experts: list[Tensor], with_base: bool) -> Callable[[], object]:
@@ -98,22 +99,19 @@ def floor(base: Tensor, experts: list[Tensor], with_base: bool) -> Callable[[], 
     return once
 
 
-def speed(names: list[str], rounds: int, rival_rounds: int) -> list[dict[str, Any]]:
+def speed(names: list[str], size: int, rounds: int, rival_rounds: int) -> list[dict[str, Any]]:
     rows = []
     for name in names:
-        base, experts = tensors(SIZE * SIZE, EXPERTS.get(name, 3))
+        base, experts = tensors(size * size, EXPERTS.get(name, 3))
         with_base = methods.get(name).needs_base
-        times = medians(
-            {
-                "ours": partial(ours, name, base, experts),
-                "floor": floor(base, experts, with_base),
-            },
-            rounds,
-        )
-        rival = medians({"mergekit": partial(mergekit, name, base, experts)}, rival_rounds)
-        rows.append(
-            {"method": name, "experts": len(experts), **times, **rival, "ratio": rival["mergekit"] / times["ours"]}
-        )
+        calls: dict[str, Callable[[], object]] = {
+            "ours": partial(ours, name, base, experts),
+            "floor": floor(base, experts, with_base),
+        }
+        seconds = cold(calls, rounds) | cold({"mergekit": partial(mergekit, name, base, experts)}, rival_rounds)
+        times = {tool: statistics.median(samples) for tool, samples in seconds.items()}
+        ratio = times["mergekit"] / times["ours"]
+        rows.append({"method": name, "experts": len(experts), **times, "ratio": ratio, "seconds": seconds})
     return rows
 
 
@@ -124,26 +122,28 @@ def growth(names: list[str], rounds: int) -> list[dict[str, Any]]:
     for count, millions in sizes:
         base, experts = tensors(millions << 20, count)
         for name in (name for name in names if methods.get(name).min_experts <= count):
-            seconds = medians({"ours": partial(ours, name, base, experts)}, rounds)["ours"]
+            seconds = statistics.median(cold({"ours": partial(ours, name, base, experts)}, rounds)["ours"])
             nbytes = (count + 1 + methods.get(name).needs_base) * base.nbytes
             sizes_and_time = {"elements": base.numel(), "seconds": seconds, "bytes": nbytes}
             rows.append({"method": name, "experts": count, **sizes_and_time, "GB/s": nbytes / seconds / 1e9})
     return sorted(rows, key=lambda row: names.index(row["method"]))
 
 
-def process(names: list[str], runs: int, cache: Path) -> list[dict[str, Any]]:
+def process(names: list[str], runs: int, rival_runs: int, cache: Path) -> list[dict[str, Any]]:
     """Whole merges of the 250 M-parameter model by both command lines; see bench_checkpoint."""
     folders = make_models(cache / "llama-250m")
     rival = Path(sys.executable).parent / "mergekit-yaml"
     rows = []
     for name in (name for name in names if name in WHOLE):
-        comparison = compare(name, folders, runs, rival)
+        comparison = compare(name, folders, runs, rival, rival_runs=rival_runs)
         times = {tool: comparison[key]["median_seconds"] for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
         peaks = {
             f"{tool} GB": comparison[key]["peak_bytes"] / 1e9 for tool, key in (("ours", OURS), ("mergekit", RIVAL))
         }
         lowest = sum(comparison["floor"].values())
-        rows.append({"method": name, **times, "floor": lowest, "ratio": comparison["ratio"], **peaks})
+        seconds = {tool: comparison[key]["seconds"] for tool, key in (("ours", OURS), ("mergekit", RIVAL))}
+        ratio = comparison["ratio"]
+        rows.append({"method": name, **times, "floor": lowest, "ratio": ratio, **peaks, "seconds": seconds})
     return rows
 
 
@@ -153,7 +153,7 @@ def memory(names: list[str], cache: Path) -> list[dict[str, Any]]:
     for layers in (2, 4, 8):
         folders = make_models(cache / f"layers-{layers}", Size(layers=layers, vocabulary=4000))
         for name in names:
-            run = compare(name, folders, 1, None, PARAMETERS[name])[OURS]
+            run = compare(name, folders, 1, None)[OURS]
             peak = run["peak_bytes"]
             rows.append({"method": name, "layers": layers, "seconds": run["median_seconds"], "peak_bytes": peak})
     return sorted(rows, key=lambda row: names.index(row["method"]))
@@ -172,10 +172,10 @@ def one_generator() -> Iterator[None]:
         yield
 
 
-def accuracy(names: list[str]) -> list[dict[str, Any]]:
+def accuracy(names: list[str], numel: int) -> list[dict[str, Any]]:
     rows = []
     for name in names:
-        base, experts = tensors(1 << 20, EXPERTS.get(name, 3))
+        base, experts = tensors(numel, EXPERTS.get(name, 3))
         wide = base.double(), [e.double() for e in experts]
         row: dict[str, Any] = {"method": name}
         for tool, merge in (("ours", ours), ("mergekit", mergekit)):
@@ -192,39 +192,46 @@ def accuracy(names: list[str]) -> list[dict[str, Any]]:
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(title=title, title_justify="left")
-    for key in rows[0]:
+    for key in _cells(rows[0]):
         table.add_column(key, justify="left" if key == "method" else "right")
     for row in rows:
-        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in row.values()))
+        table.add_row(*(value if isinstance(value, str) else f"{value:.4g}" for value in _cells(row).values()))
     Console(width=140).print(table)
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Any]:
+    """What a table shows of a row: not the single samples."""
+    return {key: value for key, value in row.items() if key != "seconds" or isinstance(value, float)}
 
 
 def main() -> None:
     """Parse arguments, run, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--size", type=int, default=SIZE, help=f"rows and columns of the tensor (default: {SIZE})")
     parser.add_argument("--rounds", type=int, default=11, help="times each of ours is called (default: 11)")
     parser.add_argument("--rival-rounds", type=int, default=2, help="times mergekit is called (default: 2)")
-    parser.add_argument("--runs", type=int, default=2, help="times each whole process runs (default: 2)")
+    parser.add_argument("--runs", type=int, default=3, help="times each whole process of ours runs (default: 3)")
+    parser.add_argument("--rival-runs", type=int, default=1, help="times each of mergekit's runs (default: 1)")
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--cache", type=Path, default=Path("build/bench"), help="where models are kept")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
+    recording = Recording(options.json, "mergekit")
     any_number = [name for name in options.methods if name not in EXPERTS]
-    record: dict[str, Any] = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    record: dict[str, Any] = {}
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "speed": lambda: speed(options.methods, options.rounds, options.rival_rounds),
-        "process": lambda: process(options.methods, options.runs, options.cache),
+        "speed": lambda: speed(options.methods, options.size, options.rounds, options.rival_rounds),
+        "process": lambda: process(options.methods, options.runs, options.rival_runs, options.cache),
         "growth": lambda: growth(any_number, min(options.rounds, 5)),
         "memory": lambda: memory(any_number, options.cache),
-        "accuracy": lambda: accuracy(options.methods),
+        "accuracy": lambda: accuracy(options.methods, options.size**2 // 16),
     }
     for part in sorted(options.parts, key=PARTS.index):
         record[part] = parts[part]()
         show(part, record[part])
-        if options.json is not None:
-            options.json.write_text(json.dumps(record, indent=1) + "\n")
+    recording.save(record)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ import torch
 
 from benchmarks.bench_checkpoint import run
 from benchmarks.bench_sizes import SIZES, Weights, config_of, files_of, read_once, shapes
-from benchmarks.bench_truncated_svd import THREADS, save
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS
 from resm_kernels.checkpoint import CheckpointWriter, plan_output
 from resm_kernels.linalg.randomized import block_columns, iterations_for
 
@@ -120,6 +121,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    recording = Recording(options.json)
     options.folder.mkdir(parents=True, exist_ok=True)
     results = {}
     for size in options.sizes:
@@ -129,7 +131,7 @@ def main() -> None:
             if not all(folder.is_dir() for folder in folders):
                 make_pair(root, size)
             results[size] = measure(size, folders, options)
-    save(options.json, results)
+    recording.save({"sizes": results})
 
 
 if __name__ == "__main__":

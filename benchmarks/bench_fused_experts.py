@@ -2,7 +2,7 @@
 
 A tensor holds the matrices of 128 experts, 768×2048 each, in bf16, as Qwen3-VL-MoE has; three models differ from the
 base by noise of a tenth of its size. Both ways run through `engine.matrices.merge_matrices`, take turns, and must give
-the same bits. The floor is the flops of the first matrix, counted by `benchmarks.bench_spectral_merge`, times the
+the same bits. The floor is the flops of the first matrix, counted by `benchmarks.stages`, times the
 number of matrices, at the rate of `torch.mm` measured in the same run.
 
     python -m benchmarks.bench_fused_experts --json benchmarks/results/fused_experts.json
@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.bench_spectral_merge import Stages, gemm_rates
-from benchmarks.bench_truncated_svd import THREADS, save
+from benchmarks.records import Recording
+from benchmarks.stages import Stages
+from benchmarks.timing import THREADS, gemm_rates
 from resm_kernels import merge
 from resm_kernels.engine.matrices import merge_matrices
 from resm_kernels.roles import Role, stacked_role
@@ -109,11 +110,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the records there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
+    recording = Recording(options.json)
     tensors = inputs(tuple(options.shape), options.models)
-    rates = gemm_rates(2048)
+    rates = gemm_rates()
     records = [measure(method, tensors, options.rounds, options.threads, rates) for method in options.methods]
     show(Console(width=120), records)
-    save(options.json, {"threads": options.threads, "gemm_flops_per_second": rates, "records": records})
+    recording.save({"threads": options.threads, "gemm_flops_per_second": rates, "records": records})
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ file show on a machine without a GPU; its figures mean nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -29,6 +28,7 @@ import torch
 from torch import Tensor
 
 import resm_kernels
+from benchmarks.records import Recording
 from resm_kernels.linalg import subspaces, truncated_svd
 from resm_kernels.ops import (
     aggregate,
@@ -294,6 +294,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.dry_run and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: nothing to measure")
+    recording = Recording(arguments.json, "triton")
     bench = Bench("cpu", 1, TINY) if arguments.dry_run else Bench("cuda", 10 if arguments.quick else 50, Sizes())
     failures: list[str] = []
     rows: list[Row] = [{"name": "copy", "TB/s": bench.copy, "share of copy": 1.0}]
@@ -316,11 +317,7 @@ def main() -> None:
             failures.append(name)
         if bench.device == "cuda":
             torch.cuda.empty_cache()
-    if arguments.json:
-        facts = resm_kernels.backends()
-        record = {"gpu": facts["gpu"], "torch": facts["torch"], "triton": facts["triton"], "ops": facts["ops"]}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(record | {"failures": failures, "rows": rows}, indent=1) + "\n")
+    recording.save({"ops": resm_kernels.backends()["ops"], "failures": failures, "rows": rows})
     if failures:
         sys.exit(f"failed: {', '.join(failures)}")
 

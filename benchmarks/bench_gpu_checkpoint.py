@@ -5,16 +5,13 @@ folder, then merges them, whole, from files to files. An expert's task vector is
 bench_checkpoint.py. The yardstick is reading the same files once, with the same reader into one buffer, in the same
 run. All files have just been written: both read from the page cache, if the machine has the memory.
 
-    python -m benchmarks.bench_gpu_checkpoint --json benchmarks/results/gpu.json
-
-The record joins that of bench_gpu.py in the same file.
+    python -m benchmarks.bench_gpu_checkpoint --json benchmarks/results/gpu_checkpoint.json
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import statistics
 import sys
 import tempfile
@@ -29,6 +26,7 @@ from torch import Tensor
 
 import resm_kernels
 from benchmarks.bench_checkpoint import ALPHA, BASE_STD, DELTA_RMS, EXPERTS, Size, read_all, write_models
+from benchmarks.records import Recording
 from resm_kernels.checkpoint import CheckpointReader
 from resm_kernels.engine import MergeReport, merge_checkpoints
 
@@ -108,6 +106,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.device != "cpu" and not torch.cuda.is_available():
         sys.exit("torch sees no GPU here: nothing to measure")
+    recording = Recording(options.json)
     size = Size(options.hidden, options.intermediate, options.layers, options.vocabulary)
     rows = []
     with tempfile.TemporaryDirectory(dir=options.folder) as scratch:
@@ -117,13 +116,8 @@ def main() -> None:
         for row in measure(folders, options):
             rows.append(row)
             print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in row.items()), flush=True)
-    if options.json:
-        facts = resm_kernels.backends()
-        record = {"gpu": facts["gpu"], "torch": facts["torch"], "triton": facts["triton"], "ops": facts["ops"]}
-        record |= {"size": vars(size), "device": options.device, "memory_limit": options.memory_limit, "rows": rows}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        other_records = json.loads(options.json.read_text()) if options.json.exists() else {}
-        options.json.write_text(json.dumps(other_records | {"checkpoint": record}, indent=1) + "\n")
+    facts = {"ops": resm_kernels.backends()["ops"], "size": vars(size)}
+    recording.save({**facts, "device": options.device, "memory_limit": options.memory_limit, "rows": rows})
 
 
 if __name__ == "__main__":

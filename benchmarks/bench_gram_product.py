@@ -64,4 +64,6 @@ def bench_gram_product(timed, inputs, benchmark):
     error = max(float((result - exact).norm() / exact.norm()) for result, exact in pairs)
     benchmark.extra_info["error against float64"] = error
     assert error <= 2e-6
-    timed(lambda: gram_product(base, expert, x))
+    (m, n), columns = base.shape, x.shape[1]
+    work = (4 * m * n * columns + 3 * m * n, 2 * base.nbytes + 4 * columns * (m + 2 * n))
+    timed(lambda: gram_product(base, expert, x), work=work)

@@ -29,4 +29,7 @@ def bench_inner_products(timed, checkpoint, benchmark, count, rows):
     error = float(((result - wide @ wide.mT).abs() / (wide.abs() @ wide.abs().mT)).max())
     benchmark.extra_info["error against float64"] = error
     assert error <= 1e-12
-    timed(lambda: inner_products(origin, vectors, rows=rows))
+    pairs = len(vectors) * (len(vectors) + 1) // 2
+    differences = 0 if origin is None else len(vectors)
+    work = ((differences + 2 * pairs) * base.numel(), (len(vectors) + (origin is not None)) * base.nbytes)
+    timed(lambda: inner_products(origin, vectors, rows=rows), work=work)

@@ -24,4 +24,7 @@ def bench_kept_moments(timed, checkpoint, sparsity):
     options = {"thresholds": limits} if sparsity == "thresholds" else {"masks": random_mask(base, experts, 0.5)}
     expected = reference(base, experts, SparsityOptions(**options))
     torch.testing.assert_close(torch.stack(kept_moments(base, experts, **options), 1), expected, rtol=1e-9, atol=0)
-    timed(lambda: kept_moments(base, experts, **options))
+    masks = sum(mask.nbytes for mask in options.get("masks", ()))
+    # Of a weight and expert: the difference, whether it is kept, the sums of |δ| and δ².
+    work = (5 * len(experts) * base.numel(), (len(experts) + 1) * base.nbytes + masks)
+    timed(lambda: kept_moments(base, experts, **options), work=work)

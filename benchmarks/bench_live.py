@@ -10,7 +10,6 @@ many bytes are kept, which must be within --memory-limit.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -25,16 +24,19 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_checkpoint import EXPERTS, Size, make_models, shapes
+from benchmarks.records import Recording
 from resm_kernels.checkpoint import CheckpointReader, parse_size
 from resm_kernels.engine import merge_checkpoints
 from resm_kernels.live import LiveModels
 
 WEIGHTS = ([1.0, 1.0, 1.0], [0.5, 1.0, 1.5], [1.2, 0.9, 0.3], [0.7, 0.8, 1.1], [1.5, 0.2, 0.9])
+TRIALS = {"ties": 9, "tsvm": 2, "resm": 2}
+"""Merges of each method, the first included: quick ones vary more."""
 NEEDED = 3.0
-"""How many times faster a later merge has to be."""
+"""How many times faster a later merge has to be, unless --needed says otherwise."""
 
 
-def recipes(folders: list[Path], count: int) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def recipes(folders: list[Path], trials: dict[str, int]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """What is tried of each method, in order: the first recipe, and others in which only numbers change."""
     base, *experts = map(str, folders)
 
@@ -43,9 +45,9 @@ def recipes(folders: list[Path], count: int) -> Iterator[tuple[str, list[dict[st
         models = [{"model": e, "parameters": {"weight": w}} for e, w in zip(experts, weights, strict=True)]
         return {"merge_method": method, "base_model": base, "models": models, "parameters": parameters}
 
-    yield "ties: weights", [recipe("ties", t, density=0.5) for t in range(count)]
-    yield "tsvm: weights", [recipe("tsvm", t) for t in range(count)]
-    changes = [{"lambda": 1 + 0.1 * t, "beta": 0.1 * (t + 1)} for t in range(count)]
+    yield "ties: weights", [recipe("ties", t, density=0.5) for t in range(trials["ties"])]
+    yield "tsvm: weights", [recipe("tsvm", t) for t in range(trials["tsvm"])]
+    changes = [{"lambda": 1 + 0.1 * t, "beta": 0.1 * (t + 1)} for t in range(trials["resm"])]
     yield "resm: weights, λ, β", [recipe("resm", t, **change) for t, change in enumerate(changes)]
 
 
@@ -112,35 +114,38 @@ def measure(name: str, tried: list[dict[str, Any]], module: torch.nn.Module, lim
     }
 
 
-def _add(file: Path, record: dict[str, Any]) -> None:
-    """Write the record, with the rows of other methods that the file has of the same model and threads."""
-    old = json.loads(file.read_text()) if file.exists() else {}
-    if {key: old.get(key) for key in ("threads", "layers")} == {key: record[key] for key in ("threads", "layers")}:
-        names = {row["name"] for row in record["rows"]}
-        record["rows"] = [*record["rows"], *(row for row in old["rows"] if row["name"] not in names)]
-    file.write_text(json.dumps(record, indent=1) + "\n")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-250m"), help="where models are kept")
     parser.add_argument("--layers", type=int, default=Size.layers)
-    parser.add_argument("--methods", nargs="+", default=["ties", "tsvm", "resm"], choices=["ties", "tsvm", "resm"])
-    parser.add_argument("--trials", type=int, default=2, help="merges of each method, the first included")
+    parser.add_argument("--hidden", type=int, default=Size.hidden)
+    parser.add_argument("--intermediate", type=int, default=Size.intermediate)
+    parser.add_argument("--vocabulary", type=int, default=Size.vocabulary)
+    parser.add_argument(
+        "--needed", type=float, default=NEEDED, help="fails if a later merge is not so many times faster"
+    )
+    parser.add_argument("--methods", nargs="+", default=list(TRIALS), choices=list(TRIALS))
+    parser.add_argument(
+        "--trials",
+        type=int,
+        help=f"merges of each method, the first included (default: {TRIALS})",
+    )
     parser.add_argument("--memory-limit", default="5GB", help="of what is kept between merges")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="add the figures to this record")
+    parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    size = Size(layers=options.layers)
-    cache = options.cache if size == Size() else options.cache.with_name(f"{options.cache.name}-{size.layers}-layers")
+    recording = Recording(options.json)
+    size = Size(options.hidden, options.intermediate, options.layers, options.vocabulary)
+    label = f"{options.cache.name}-{size.hidden}-{size.intermediate}-{size.layers}-{size.vocabulary}"
+    cache = options.cache if size == Size() else options.cache.with_name(label)
     say(f"models of {size.layers} layers in {cache}, which are made if they are not there")
     folders = make_models(cache, size)
     assert len(folders) == 1 + EXPERTS
     module = Shapes(size)
     rows = [
         measure(name, tried, module, options.memory_limit, cache)
-        for name, tried in recipes(folders, options.trials)
+        for name, tried in recipes(folders, dict.fromkeys(TRIALS, options.trials) if options.trials else TRIALS)
         if name.split(":")[0] in options.methods
     ]
     table = Table("", "first, s", "later, s", "from files, s", "faster", "kept, GB")
@@ -148,11 +153,10 @@ def main() -> None:
         figures = row["first"], statistics.median(row["live"]), statistics.median(row["files"]), row["ratio"]
         table.add_row(row["name"], *(f"{figure:.2f}" for figure in figures), f"{row['kept_bytes'] / 1e9:.2f}")
     Console().print(table)
-    if options.json is not None:
-        _add(options.json, {"threads": options.threads, "layers": size.layers, "rows": rows})
-    failing = [row["name"] for row in rows if row["ratio"] < NEEDED or row["kept_bytes"] > row["limit_bytes"]]
+    recording.save({"threads": options.threads, "layers": size.layers, "rows": rows})
+    failing = [row["name"] for row in rows if row["ratio"] < options.needed or row["kept_bytes"] > row["limit_bytes"]]
     if failing:
-        raise SystemExit(f"less than {NEEDED:g} times faster, or beyond the limit: {', '.join(failing)}")
+        raise SystemExit(f"less than {options.needed:g} times faster, or beyond the limit: {', '.join(failing)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.bench_checkpoint import make_tensors
-from benchmarks.bench_truncated_svd import THREADS, Factors, in_turn, lowrank, residual, save, sklearn, sklearn_svd
+from benchmarks.bench_truncated_svd import Factors, lowrank, residual, sklearn, sklearn_svd
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS, in_turn
 from resm_kernels.linalg import truncated_svd
 
 OURS: Final = "truncated_svd"
@@ -167,6 +169,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    recording = Recording(options.json)
     console = Console(width=120)
     if sklearn_svd() is None:
         console.print("scikit-learn is not installed: left out")
@@ -174,7 +177,7 @@ def main() -> None:
     for shape in options.shapes:
         records.append(measure(shape, options.rank, options.rounds))
         show(console, records[-1])
-    save(options.json, {"records": records})
+    recording.save({"records": records})
 
 
 if __name__ == "__main__":

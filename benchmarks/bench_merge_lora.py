@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.records import Recording
+
 SHAPES: Final = {
     "self_attn.q_proj": (4096, 4096),
     "self_attn.k_proj": (1024, 4096),
@@ -177,6 +179,7 @@ def main() -> None:
     if arguments.child:
         child(arguments)
         return
+    recording = Recording(arguments.json, *(["peft", "transformers"] if set(arguments.ways) & set(PEFT) else []))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         adapters = make_adapters(Path(folder), arguments.count, arguments.rank, arguments.layers, arguments.dtype)
         rows = []
@@ -188,9 +191,8 @@ def main() -> None:
                 continue
             error = f"  rank {row['rank']}, error {row['error']:.1%}" if "rank" in row else ""
             print(f"{way:18s} {row['seconds']:7.1f} s  {row['peak_bytes'] / 1e9:5.2f} GB{error}", flush=True)
-    if arguments.json is not None:
-        facts = {key: getattr(arguments, key) for key in ("count", "rank", "layers", "dtype", "threads")}
-        arguments.json.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    facts = {key: getattr(arguments, key) for key in ("count", "rank", "layers", "dtype", "threads")}
+    recording.save({**facts, "rows": rows})
 
 
 if __name__ == "__main__":

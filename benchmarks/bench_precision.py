@@ -28,7 +28,9 @@ from rich.table import Table
 from torch import Tensor
 
 import resm_kernels
-from benchmarks.bench_truncated_svd import DECAYS, THREADS, in_turn, is_out_of_reach, save, with_decay
+from benchmarks.bench_truncated_svd import DECAYS, is_out_of_reach, with_decay
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS, in_turn
 from resm_kernels.linalg import decompose
 
 EXPERTS: Final = 3
@@ -199,6 +201,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    recording = Recording(options.json)
     console, n, r = Console(width=120), options.size, options.rank_size
     errors = {
         f"{m}×{n}": {alpha: precision((m, n), alpha, options.rounds) for alpha in options.decays}
@@ -208,7 +211,7 @@ def main() -> None:
     ranks = sorted({max(1, r * k // 768) for k in (8, 32, 64, 128, 192, 256)})
     sweeps = {alpha: rank_sweep(r, ranks, alpha) for alpha in options.decays}
     show_ranks(console, r, sweeps)
-    save(options.json, {"error": errors, "rank": {"r": r, "sweeps": sweeps}})
+    recording.save({"error": errors, "rank": {"r": r, "sweeps": sweeps}})
 
 
 if __name__ == "__main__":

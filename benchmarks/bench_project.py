@@ -48,4 +48,6 @@ def bench_project(timed, inputs, benchmark):
     error = float((project(base, expert, q)[:, :200] - exact).norm() / exact.norm())
     benchmark.extra_info["error against float64"] = error
     assert error <= 2e-6
-    timed(lambda: project(base, expert, q))
+    (m, n), columns = base.shape, q.shape[1]
+    work = (2 * m * n * columns + m * n, 2 * base.nbytes + 4 * columns * (m + n))
+    timed(lambda: project(base, expert, q), work=work)

@@ -26,4 +26,9 @@ def bench_random_mask(timed, checkpoint, epsilon):
     base, experts = checkpoint
     for mask in random_mask(base, experts, 0.5, epsilon):
         assert abs(float(unpacked(mask, base.shape).float().mean()) - 0.5) < 1e-3
-    timed(lambda: random_mask(base, experts, 0.5, epsilon))
+    # A weight's bit: Philox's ten rounds of six operations make four random numbers; by rank also the difference and a
+    # comparison. Without rank nothing is read.
+    read = (len(experts) + 1) * base.nbytes if epsilon else 0
+    operations = len(experts) * (15 + 1 + (2 if epsilon else 0)) * base.numel()
+    work = (operations, read + len(experts) * base.numel() / 8)
+    timed(lambda: random_mask(base, experts, 0.5, epsilon), work=work)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.bench_checkpoint import PARAMETERS, Size, make_models
-from benchmarks.bench_truncated_svd import save
+from benchmarks.records import Recording
 from resm_kernels.engine import MergeOptions, merge_checkpoints, plan_merge
 from resm_kernels.engine.costs import job_work
 from resm_kernels.engine.estimate import estimate, measure_machine
@@ -106,10 +106,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--layers", type=int, default=SIZE.layers)
+    parser.add_argument("--hidden", type=int, default=SIZE.hidden)
+    parser.add_argument("--intermediate", type=int, default=SIZE.intermediate)
+    parser.add_argument("--vocabulary", type=int, default=SIZE.vocabulary)
     parser.add_argument("--cache", type=Path, default=Path("build/bench/llama-222m"), help="where the models are kept")
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
-    folders = make_models(options.cache, Size(layers=options.layers, vocabulary=SIZE.vocabulary))
+    recording = Recording(options.json, "ray")
+    size = Size(options.hidden, options.intermediate, options.layers, options.vocabulary)
+    folders = make_models(options.cache, size)
     began = time.perf_counter()
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     started = time.perf_counter() - began
@@ -130,15 +135,14 @@ def main() -> None:
         if method != "machine":
             table.add_row(method, f"{row['estimated']:.2f}", f"{row['measured']:.2f}", f"{row['ratio']:.2f}")
     Console(width=120).print(table)
-    save(
-        options.json,
+    recording.save(
         {
-            "size": vars(SIZE),
+            "size": vars(size),
             "seconds": seconds,
             "one ÷ two workers": speedup,
             "start": started,
             "estimates": estimates,
-        },
+        }
     )
 
 

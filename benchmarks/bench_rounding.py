@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.bench_truncated_svd import THREADS, save
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS
 from resm_kernels.checkpoint.quantised.encoding import E2M1
 from resm_kernels.checkpoint.quantised.rounding import round_fp8, round_mxfp4
 
@@ -158,6 +159,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the records there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    recording = Recording(options.json)
     records = [
         measure(name, kind, sparse, steps, options.size)
         for name in OURS
@@ -166,7 +168,7 @@ def main() -> None:
         for steps in STEPS
     ]
     show(Console(width=150), records)
-    save(options.json, {"size": options.size, "records": records})
+    recording.save({"size": options.size, "records": records})
 
 
 if __name__ == "__main__":

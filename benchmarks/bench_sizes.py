@@ -14,13 +14,13 @@ Floors and merge take turns, so that a slow minute of the disk meets both; media
 than the machine's memory are never warm: those of the 3 B models have 26 GB.
 
 RESM's floor is not the disk but its matrix products: the flops of one weight of each shape, merged here and counted
-by `benchmarks.bench_spectral_merge`, times the number of such weights, at the rate of `torch.mm` measured before. Pass
---methods resm for it. With --kill each merge is also killed half-way (SIGKILL) and resumed by the same command, and
-its files are compared with those of the merge that ran through.
+by `benchmarks.stages`, times the number of such weights, at the rate of `torch.mm` measured before. It
+runs once for each size of --spectral, with a warm cache and 2 GiB, and is then killed half-way (SIGKILL) and resumed by
+the same command; its files are compared with those of the merge that ran through.
 
-    python -m benchmarks.bench_sizes --json benchmarks/results/sizes.json
+    python -m benchmarks.bench_sizes --sizes 250m 1.2b --peers 1.2b --spectral 1.2b --json benchmarks/results/sizes.json
 
-The base is Gaussian of standard deviation 0.02; a task vector is Gaussian noise of rms 2e-4, and with --methods resm a
+The base is Gaussian of standard deviation 0.02; a task vector is Gaussian noise of rms 2e-4, and with --spectral a
 product of Gaussian factors of rank 64 with a spectrum of i^-0.7 plus noise, of that rms together. Random numbers are
 drawn once and used at many offsets: a time does not depend on it, and models are made as fast as a disk writes them.
 """
@@ -51,24 +51,28 @@ from torch import Tensor
 
 import resm_kernels
 from benchmarks.bench_checkpoint import BASE_STD, DELTA_RMS, EXPERTS, run
-from benchmarks.bench_spectral_merge import Stages, gemm_rates
+from benchmarks.records import Recording
+from benchmarks.stages import Stages
+from benchmarks.timing import gemm_rates
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
 from resm_kernels.checkpoint.direct import DirectFile
 from resm_kernels.tensor_names import is_vocabulary
 
 SIZES: Final[dict[str, dict[str, int]]] = {
+    "tiny": {"hidden": 64, "intermediate": 96, "layers": 1, "vocabulary": 64, "heads": 4, "kv_heads": 2},
     "250m": {"hidden": 1024, "intermediate": 2816, "layers": 16, "vocabulary": 32000, "heads": 16, "kv_heads": 16},
     "1.2b": {"hidden": 2048, "intermediate": 8192, "layers": 16, "vocabulary": 128256, "heads": 32, "kv_heads": 8},
     "3b": {"hidden": 3072, "intermediate": 8192, "layers": 28, "vocabulary": 128256, "heads": 24, "kv_heads": 8},
 }
-"""The last two are the shapes of Llama-3.2-1B and -3B, whose heads are tied to the embeddings."""
+"""The last two are the shapes of Llama-3.2-1B and -3B, whose heads are tied to the embeddings. The first is for seeing
+whether a benchmark works."""
 METHODS: Final[dict[str, dict[str, float]]] = {
     "ties": {"weight": 0.5, "density": 0.5},
     "dare_ties": {"weight": 0.5, "density": 0.5},
     "linear": {"weight": 1.0},
-    "resm": {},
 }
-SPECTRAL: Final = ("resm",)
+SPECTRAL: Final = "resm"
+SPECTRAL_LIMIT: Final = "2GiB"
 _POOL: Final = (1 << 24) + 12345
 _RANK: Final = 64
 _READ: Final = 16 << 20
@@ -216,7 +220,7 @@ def floor(files: list[Path], out: Path, nbytes: int, *, direct: bool) -> float:
 
 def gemm_floor(method: str, size: str) -> dict[str, Any]:
     """Flops of a spectral merge of all weights by dtype, and the seconds that they take at the rate of `torch.mm`."""
-    rates = gemm_rates(2048)
+    rates = gemm_rates()
     weights = Weights(low_rank=True)
     named: dict[tuple[int, ...], list[str]] = defaultdict(list)
     for name, shape in shapes(size):
@@ -236,7 +240,7 @@ def gemm_floor(method: str, size: str) -> dict[str, Any]:
 
 
 def recipe_of(method: str, folders: list[Path]) -> dict[str, Any]:
-    models = [{"model": str(f), "parameters": METHODS[method]} for f in folders[1:]]
+    models = [{"model": str(f), "parameters": METHODS.get(method, {})} for f in folders[1:]]
     base = {} if method == "linear" else {"base_model": str(folders[0])}
     return {"merge_method": method, **base, "models": models, "dtype": "bfloat16"}
 
@@ -251,16 +255,18 @@ def measure(
     recipe, out, log = scratch / "recipe.yml", scratch / "out", scratch / "log"
     recipe.write_text(yaml.safe_dump(recipe_of(method, folders)))
     command = [sys.executable, "-m", "resm_kernels", "merge", str(recipe), str(out), "--quiet"]
-    command += ["--memory-limit", options.memory_limit]
-    result: dict[str, Any] = {"method": method, "parameters": METHODS[method]}
-    gemm = gemm_floor(method, size) if method in SPECTRAL else None
+    is_spectral = method == SPECTRAL
+    command += ["--memory-limit", SPECTRAL_LIMIT if is_spectral else options.memory_limit]
+    states = ["warm"] if is_spectral else options.states
+    result: dict[str, Any] = {"method": method, "parameters": METHODS.get(method, {})}
+    gemm = gemm_floor(method, size) if is_spectral else None
     kept = scratch / "kept"
     peak = 0
-    for state in options.states:
+    for state in states:
         floors: list[float] = []
         direct_floors: list[float] = []
         merges: list[float] = []
-        for _ in range(options.runs):
+        for _ in range(1 if is_spectral else options.runs):
             for action in ("floor", "direct floor", "merge"):
                 # Dirty pages of earlier runs would be written in a later run's time.
                 os.sync()
@@ -285,10 +291,9 @@ def measure(
             flush=True,
         )
     if gemm is not None:
-        ratio = result[options.states[-1]]["seconds"] / gemm["seconds"]
+        ratio = ours / gemm["seconds"]
         result["gemm"] = gemm | {"ratio": ratio}
         print(f"  {method:10} matrix products {gemm['seconds']:.1f} s: {ratio:.2f}x", flush=True)
-    if options.kill:
         result["killed"] = kill_and_resume(command, out, kept, ours)
     rmtree(kept)
     result["peak_bytes"] = peak
@@ -297,7 +302,6 @@ def measure(
         read_once(files)
         seconds, memory = run([str(peer), str(recipe), str(out)], log)
         rmtree(out)
-        ours = result[options.states[-1]]["seconds"]
         result["mergekit"] = {"seconds": seconds, "peak_bytes": memory, "ratio": seconds / ours}
         print(f"  {method:10} mergekit {seconds:.1f} s, {memory / 2**20:.0f} MiB: {seconds / ours:.1f}x", flush=True)
     return result
@@ -330,23 +334,24 @@ def kill_and_resume(command: list[str], out: Path, whole: Path, seconds: float) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["250m", "1.2b", "3b"], choices=list(SIZES))
-    parser.add_argument("--methods", nargs="+", default=["ties", "dare_ties", "linear"], choices=list(METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--spectral", nargs="*", default=[], choices=list(SIZES), help="sizes that RESM merges too")
     parser.add_argument("--states", nargs="+", default=["cold", "warm"], choices=["cold", "warm"])
     parser.add_argument("--runs", type=int, default=3, help="times that floor and merge take turns (default: 3)")
     parser.add_argument("--memory-limit", default="512MiB", help="of the merges (default: 512MiB)")
-    parser.add_argument("--kill", action="store_true", help="also kill each merge half-way, resume it, and compare")
     parser.add_argument("--peers", nargs="*", default=[], choices=list(SIZES), help="sizes that mergekit merges too")
     parser.add_argument(
         "--folder", type=Path, default=Path("build"), help="where the models are made, for the time of the run"
     )
     parser.add_argument("--keep", action="store_true", help="keep the models in --folder and use those that are there")
-    parser.add_argument("--json", type=Path, help="add the results to this record")
+    parser.add_argument("--json", type=Path, help="write the results there")
     options = parser.parse_args()
     peer = Path(sys.executable).parent / "mergekit-yaml"
     if options.peers and not peer.exists():
         parser.error("mergekit-yaml is not installed beside this Python; install mergekit or leave out --peers")
     options.folder.mkdir(parents=True, exist_ok=True)
-    record = json.loads(options.json.read_text()) if options.json and options.json.exists() else {}
+    recording = Recording(options.json, *(["mergekit"] if options.peers else []))
+    record: dict[str, Any] = {}
     for size in options.sizes:
         need = 2 * (EXPERTS + 2) * sum(torch.Size(shape).numel() for _, shape in shapes(size))
         if disk_usage(options.folder).free < 1.1 * need:
@@ -355,23 +360,15 @@ def main() -> None:
             root = options.folder / f"llama-{size}" if options.keep else Path(temporary)
             folders = [root.absolute() / name for name in ("base", *(f"expert{t}" for t in range(EXPERTS)))]
             if not all(folder.is_dir() for folder in folders):
-                make_models(root.absolute(), size, low_rank="resm" in options.methods)
+                make_models(root.absolute(), size, low_rank=size in options.spectral)
             gc.collect()
             print(size, flush=True)
-            results = record.setdefault(size, {})
-            for method in options.methods:
-                results[method] = measure(method, size, folders, options, peer if size in options.peers else None)
-                if options.json:
-                    _write_record(options.json, record, folders)
-
-
-def _write_record(file: Path, record: dict[str, Any], folders: list[Path]) -> None:
-    record["machine"] = {"torch": torch.__version__, "cpus": os.cpu_count(), "threads": torch.get_num_threads()}
-    record["machine"]["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with CheckpointReader(folders[0]) as reader:
-        record["machine"]["last_model_bytes"] = reader.nbytes
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record, indent=1) + "\n")
+            with CheckpointReader(folders[0]) as reader:
+                record[size] = {"model_bytes": reader.nbytes, "methods": {}}
+            for method in [*options.methods, *([SPECTRAL] if size in options.spectral else [])]:
+                rival = peer if size in options.peers and method != SPECTRAL else None
+                record[size]["methods"][method] = measure(method, size, folders, options, rival)
+    recording.save({"sizes": record})
 
 
 if __name__ == "__main__":

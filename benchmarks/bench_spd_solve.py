@@ -35,4 +35,6 @@ def bench_spd_solve(timed, system, benchmark):
     residual = spd_solve(*system).residual
     benchmark.extra_info["residual"] = residual
     assert residual <= RESIDUAL_BOUND * len(system[0]) * 2.0**-53
-    timed(lambda: spd_solve(*system), rounds=5)
+    n, m = len(system[0]), len(system[1])
+    work = (n**3 / 3 + 2 * n * n * m, 8 * (n * n + 2 * n * m))
+    timed(lambda: spd_solve(*system), rounds=5, work=work, dtype=torch.float64)

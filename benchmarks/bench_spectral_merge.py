@@ -8,11 +8,10 @@ its result is added to the base and rounded, both timed. The command line is mea
 Error: ‖M − M₆₄‖_F / ‖M₆₄‖_F of the merged task vector, both tools given the same fp32 Δ_t (ours with a base of zeros,
 so that no addition rounds), M₆₄ by TSV-M as published in float64 LAPACK SVDs.
 
-Stages: one more round with timers around the library's building blocks; a stage's seconds exclude those of stages
-inside it. Tensors so small that the library merges them within one of its threads count as "merge: other". A stage's
-floor is its flops at the rate of a large matrix product, measured here in the same run; a symmetric eigenproblem of
-order n counts as (4/3 + 4/3 + 2)·n³ (reduction, divide and conquer, back-transformation), a Gram matrix of (m, n) as
-m·n·(n + 1).
+Stages: in the same runs, timers sit around the library's building blocks, which costs microseconds; a stage's seconds
+exclude those of stages inside it, and are the mean of the runs. Tensors so small that the library merges them within
+one of its threads count as "merge: other". A stage's floor is its flops, as `benchmarks.stages` counts them, at the
+rate of a large matrix product, measured here in the same run.
 
     python -m benchmarks.bench_spectral_merge --check-layers all --json benchmarks/results/spectral_merge.json
 """
@@ -22,14 +21,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import io
 import os
 import statistics
-import sys
-import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -42,7 +37,9 @@ from torch import Tensor
 import resm_kernels
 from benchmarks.bench_checkpoint import EXPERTS, OURS, Size, compare, make_models, shapes
 from benchmarks.bench_precision import reference, relative
-from benchmarks.bench_truncated_svd import THREADS, in_turn, save
+from benchmarks.records import Recording
+from benchmarks.stages import Stages
+from benchmarks.timing import THREADS, gemm_rates
 from resm_kernels.checkpoint import CheckpointReader
 
 RIVAL: Final = "fusion-bench tsvm"
@@ -54,30 +51,6 @@ OUR_RUNS: Final[dict[str, dict[str, Any]]] = {
 }
 """Our runs: defaults, which for resm of bf16 experts are fp32 where that is within 1e-3, and average embeddings;
 and resm in float64."""
-
-REGIONS: Final = {
-    "form Δ": ("linalg.products:task_matrix", "spectral.task_matrices:task_vector"),
-    "statistics": ("ops.delta_stats:delta_stats",),
-    "decompose": (
-        "linalg.decompose:decompose",
-        "linalg.decompose:decompose_list",
-        "linalg.subspace:subspaces",
-        "linalg.randomized:randomized",
-    ),
-    "left bases": ("linalg.gram_fp32:_pair", "linalg.decompose:_left_of", "linalg.decompose:Decomposition.truncate"),
-    "merged product": ("spectral.low_rank:orthogonalized_sum",),
-    "polar": ("linalg.polar:polar", "linalg.polar:polar_factors"),
-    "join": ("spectral.low_rank:join", "spectral.task_matrices:averaged_unless_matrix"),
-}
-"""Stages, and the functions whose insides they are."""
-LEAVES: Final = {
-    "gram": "linalg.products:gram_list",
-    "products": "linalg.products:matmul_list",
-    "eigh": "linalg.products:eigen_list",
-    "gram, eigh, ΔP": "linalg.dominant:dominant_list",
-    "orthonormalise": "linalg.orthonormalize:orthonormalize",
-}
-"""What stages are made of; Gram matrices, eigenproblems and their images ΔP that overlap in time are one leaf."""
 
 
 def kind(name: str) -> str:
@@ -109,120 +82,6 @@ def errors(base: Tensor, experts: Sequence[Tensor], skip_rival: bool) -> dict[st
     errors = {} if skip_rival else {RIVAL: relative(fusion_bench(deltas), exact)}
     exact_runs = {name: choices for name, choices in OUR_RUNS.items() if choices["method"] == "tsvm"}
     return errors | {name: relative(resm_kernels.merge(zeros, deltas, **c), exact) for name, c in exact_runs.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------- stages
-
-
-def flops(leaf: str, arguments: Any, result: Any) -> dict[str, float]:
-    """Floating point operations of one call by dtype; of products, Gram matrices and eigenproblems alone."""
-    counts: dict[str, float] = defaultdict(float)
-    if leaf == "gram":
-        for x, out in zip(arguments, result, strict=True):
-            counts[str(out.dtype)] += x.shape[0] * x.shape[1] * (x.shape[1] + 1)
-    elif leaf == "products":
-        for (a, b), out in zip(arguments, result, strict=True):
-            counts[str(out.dtype)] += 2 * a.shape[0] * a.shape[1] * b.shape[1]
-    elif leaf == "eigh":
-        for x in arguments:
-            counts[str(x.dtype)] += 14 / 3 * x.shape[0] ** 3
-    elif leaf == "gram, eigh, ΔP":
-        for x, svd in zip(arguments, result, strict=True):
-            (m, n), k = x.shape, svd.vectors.shape[1]
-            counts[str(svd.image.dtype)] += m * n * (n + 1) + 14 / 3 * n**3 + 2 * m * n * k
-    return counts
-
-
-class Stages:
-    """While entered, timers sit around `REGIONS` and `LEAVES`; `seconds` and `flops` grow by stage.
-
-    A leaf's stage is named after the region around it. Only the entering thread is timed: what the library shares out
-    to its own threads passes within the call that waits for it. The library's modules get their functions back.
-    """
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self.missing: list[str] = []
-        self.flops: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
-        self._stack: list[list[Any]] = []  # [region, seconds of the calls inside]
-        self._restore: list[tuple[Any, str, Any]] = []
-        self._thread = threading.get_ident()
-
-    def __enter__(self) -> Stages:
-        self.missing.clear()
-        for region, targets in REGIONS.items():
-            for target in targets:
-                self._wrap(target, region, None)
-        for leaf, target in LEAVES.items():
-            self._wrap(target, None, leaf)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for owner, name, value in reversed(self._restore):
-            setattr(owner, name, value)
-        self._restore.clear()
-
-    def call(self, function: Callable[[], object]) -> None:
-        """Run the function; what no stage inside it accounts for is 'other'."""
-        self._timed(function, "", None, (), {})
-
-    def _wrap(self, target: str, region: str | None, leaf: str | None) -> None:
-        module_name, path = target.split(":")
-        try:
-            owner: Any = importlib.import_module(f"resm_kernels.{module_name}")
-        except ModuleNotFoundError:
-            self.missing.append(target)
-            return
-        *parents, name = path.split(".")
-        for parent in parents:
-            owner = getattr(owner, parent)
-        function = getattr(owner, name, None)
-        if function is None:
-            self.missing.append(target)
-            return
-
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() != self._thread or not self._stack:
-                return function(*args, **kwargs)
-            return self._timed(function, region, leaf, args, kwargs)
-
-        # `from … import` has left the function in other modules too.
-        owners = [owner] if parents else [m for n, m in sys.modules.items() if n.split(".")[0] == "resm_kernels"]
-        for holder in owners:
-            for attribute, value in list(vars(holder).items()):
-                if value is function:
-                    self._restore.append((holder, attribute, function))
-                    setattr(holder, attribute, wrapped)
-
-    def _timed(self, function: Callable[..., Any], region: str | None, leaf: str | None, args: Any, kwargs: Any) -> Any:
-        around = self._stack[-1][0] if self._stack else ""
-        frame: list[Any] = [around if region is None else region, 0.0]
-        self._stack.append(frame)
-        started = time.perf_counter()
-        result = function(*args, **kwargs)
-        seconds = time.perf_counter() - started
-        self._stack.pop()
-        stage = f"{frame[0] or 'merge'}: {leaf or 'other'}"
-        self.seconds[stage] += seconds - frame[1]
-        if self._stack:
-            self._stack[-1][1] += seconds
-        if leaf is not None:
-            arguments = args[0] if args else next(iter(kwargs.values()))
-            for dtype, count in flops(leaf, arguments, result).items():
-                self.flops[stage][dtype] += count
-        return result
-
-
-def gemm_rates(n: int) -> dict[str, float]:
-    """Flops per second of torch's product of two n×n matrices, the best of five, by dtype."""
-    rates = {}
-    for dtype in (torch.float32, torch.float64):
-        a, b = torch.rand(n, n, dtype=dtype), torch.rand(n, n, dtype=dtype)
-        out = torch.empty_like(a)
-        seconds = in_turn({"gemm": functools.partial(torch.mm, a, b, out=out)}, 5)["gemm"]
-        rates[str(dtype)] = 2 * n**3 / min(seconds)
-    return rates
 
 
 # ------------------------------------------------------------------------------------------------------ measurement
@@ -262,14 +121,26 @@ def measure(
             runs = {RIVAL: functools.partial(fusion_bench_merge, base, experts), **runs}
         record: dict[str, Any] = {"name": name, "kind": kind(name), "shape": list(base.shape)}
         with console.status(name):
-            record["seconds"] = in_turn(runs, options.runs, warm_up=False)
-            for run, timer in stages.items():
-                with timer:
-                    timer.call(runs[run])
+            record["seconds"] = timed_in_turn(runs, stages, options.runs)
             if is_checked(name, options.check_layers):
                 record["error"] = errors(base, experts, options.skip_rival)
         records.append(record)
     return records, stages
+
+
+def timed_in_turn(
+    runs: dict[str, Callable[[], object]], stages: dict[str, Stages], rounds: int
+) -> dict[str, tuple[float, ...]]:
+    """Seconds of each run, all of them in turn, ours with timers of their stages."""
+    seconds: dict[str, list[float]] = {run: [] for run in runs}
+    for _ in range(rounds):
+        for run, function in runs.items():
+            timer = stages.get(run)
+            with contextlib.nullcontext() if timer is None else timer:
+                started = time.perf_counter()
+                function() if timer is None else timer.call(function)
+                seconds[run].append(time.perf_counter() - started)
+    return {run: tuple(samples) for run, samples in seconds.items()}
 
 
 def warm_up(skip_rival: bool) -> None:
@@ -291,14 +162,14 @@ def by_kind(records: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     return {k: [r for r in records if r["kind"] == k] for k in dict.fromkeys(r["kind"] for r in records)}
 
 
-def stage_rows(stages: Stages, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Seconds, flops and floor of each stage, the slowest first."""
+def stage_rows(stages: Stages, rates: dict[str, float], runs: int) -> list[dict[str, Any]]:
+    """Seconds, flops and floor of each stage in one run, the slowest first."""
     return [
         {
             "stage": stage,
-            "seconds": seconds,
-            "flops": dict(stages.flops[stage]),
-            "floor_seconds": sum(count / rates[dtype] for dtype, count in stages.flops[stage].items()),
+            "seconds": seconds / runs,
+            "flops": {dtype: count / runs for dtype, count in stages.flops[stage].items()},
+            "floor_seconds": sum(count / rates[dtype] / runs for dtype, count in stages.flops[stage].items()),
         }
         for stage, seconds in sorted(stages.seconds.items(), key=lambda item: -item[1])
     ]
@@ -395,7 +266,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=int, default=full.vocabulary)
     parser.add_argument("--runs", type=int, default=3, help="times everything is timed (default: 3)")
     parser.add_argument("--skip-rival", action="store_true", help="without fusion-bench")
-    parser.add_argument("--skip-processes", action="store_true", help="without the command line")
+    parser.add_argument(
+        "--processes", nargs="*", default=list(METHODS), choices=METHODS, help="methods of the command line's runs"
+    )
     parser.add_argument(
         "--check-layers",
         type=lambda text: -1 if text == "all" else int(text),
@@ -413,6 +286,7 @@ def main() -> None:
     options = arguments()
     torch.set_num_threads(THREADS)
     os.environ["OMP_NUM_THREADS"] = str(THREADS)  # for the processes started here
+    recording = Recording(options.json, *(() if options.skip_rival else ("fusion-bench",)))
     size = Size(options.hidden, options.intermediate, options.layers, options.vocabulary)
     label = "250m" if size == Size() else f"{size.hidden}-{size.intermediate}-{size.layers}-{size.vocabulary}"
     console = Console(width=120)
@@ -423,16 +297,15 @@ def main() -> None:
     records, stages = measure(options, folders, size, console)
     totals = show_times(console, records)
     worse = show_errors(console, records)
-    rows = {run: stage_rows(timer, rates) for run, timer in stages.items()}
+    rows = {run: stage_rows(timer, rates, options.runs) for run, timer in stages.items()}
     for run, timer in stages.items():
         show_stages(console, run, rows[run], timer.missing)
     processes = []
-    if not options.skip_processes:
+    if options.processes:
         with console.status("merging as a command"):
-            processes = [compare(method, folders, options.runs, None) for method in METHODS]
+            processes = [compare(method, folders, options.runs, None) for method in options.processes]
         show_processes(console, processes, totals["total"].get(RIVAL))
-    save(
-        options.json,
+    recording.save(
         {
             "model": vars(size) | {"experts": EXPERTS, "dtype": "bfloat16"},
             "gemm_flops_per_second": rates,
@@ -441,7 +314,7 @@ def main() -> None:
             "stages": rows,
             "processes": processes,
             "tensors": records,
-        },
+        }
     )
 
 

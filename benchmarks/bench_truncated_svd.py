@@ -17,11 +17,8 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -31,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-import resm_kernels
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS, in_turn
 from resm_kernels.linalg import truncated_svd
 
-THREADS: Final = 2
 DECAYS: Final = (0.3, 0.7, 1.5)
 DIVISORS: Final = (64, 8, 3)
 """k = r / divisor."""
@@ -42,9 +39,8 @@ ACCURACIES: Final = (3e-1, 1e-1, 3e-2, 1e-2, 1e-3)
 POWER_ITERATIONS: Final = (1, 2, 3, 4, 5, 6, 8)
 WIDTHS: Final = (0.25, 0.28125, 0.3125, 0.34375, 0.375, 0.4375, 0.5, 0.625, 0.75, 0.875, 0.9375, 1.0, 1.125, 1.25, 1.5)
 """Columns of our blocks, as shares of k; all blocks together have at least k and at most 4k + 32."""
-QUICK, QUICK_ROUNDS = 0.1, 4
-"""A call of at most so many seconds is quick: a disturbance is a larger share of its time."""
-DRAWS: Final = 3
+QUICK_ROUNDS: Final = 4
+DRAWS: Final = 2
 LOWEST: Final = 1e-9
 """Excess errors up to this count as none: LAPACK's fp32 SVD has about as much."""
 OURS, TORCH_SVD, TORCH_LOWRANK, SKLEARN = "resm_kernels", "torch.linalg.svd", "torch.svd_lowrank", "scikit-learn"
@@ -73,39 +69,6 @@ class Point(NamedTuple):
         """Of the median: sqrt(π/2) times the mean's, by the interquartile range, which outliers leave alone."""
         low, _, high = statistics.quantiles(self.seconds, n=4) if len(self.seconds) > 1 else (0.0, 0.0, math.inf)
         return 1.2533 * (high - low) / 1.349 / math.sqrt(len(self.seconds))
-
-
-def in_turn(
-    functions: Mapping[str, Callable[[], object]], rounds: int, *, warm_up: bool = True, quick_rounds: int = 1
-) -> dict[str, tuple[float, ...]]:
-    """Seconds of each call, `rounds` times all of them in turn; before that once each that is not counted.
-
-    Quick ones go on for `quick_rounds` times as many.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds * quick_rounds + warm_up):
-        for name, function in functions.items():
-            if i >= rounds + warm_up and statistics.median(seconds[name]) > QUICK:
-                continue
-            started = time.perf_counter()
-            function()
-            if i >= warm_up:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: tuple(samples) for name, samples in seconds.items()}
-
-
-def machine() -> dict[str, Any]:
-    """What the figures depend on."""
-    facts = resm_kernels.backends()
-    native = {key: facts["native"].get(key) for key in ("isa", "compiler")}
-    return native | {"cpus": os.cpu_count(), "threads": facts["threads"], "torch": facts["torch"]}
-
-
-def save(path: Path | None, data: Mapping[str, Any]) -> None:
-    """Write a benchmark's figures and the machine they were taken on, if a file is asked for."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"machine": machine(), **data}, indent=1) + "\n")
 
 
 def with_decay(m: int, n: int, alpha: float, seed: int) -> Tensor:
@@ -227,13 +190,15 @@ def panel(delta: Tensor, values: Tensor, k: int, rounds: int, most_iterations: i
     our_points, out_of_reach = ours(delta, k)
     points = [*our_points, *rivals(delta, k, most_iterations)]
     best = float(values[k:].square().sum().sqrt())
-    functions = {f"{i}": functools.partial(p.call, 0) for i, p in enumerate(points)}
-    seconds = in_turn(functions, rounds, quick_rounds=QUICK_ROUNDS)
-    measured = []
-    for i, p in enumerate(points):
+    excesses = []
+    for p in points:  # the first call of each, which is not timed, is among these
         draws = range(DRAWS if p.is_random else 1)
-        excess = statistics.fmean(residual(delta, p.call(seed)) / best - 1 for seed in draws)
-        measured.append(p._replace(excess=excess, seconds=seconds[f"{i}"]))
+        excesses.append(statistics.fmean(residual(delta, p.call(seed)) / best - 1 for seed in draws))
+    functions = {f"{i}": functools.partial(p.call, 0) for i, p in enumerate(points)}
+    seconds = in_turn(functions, rounds, warm_up=False, quick_rounds=QUICK_ROUNDS)
+    measured = [
+        p._replace(excess=e, seconds=seconds[f"{i}"]) for i, (p, e) in enumerate(zip(points, excesses, strict=True))
+    ]
     return measured, out_of_reach
 
 
@@ -335,6 +300,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="draw the panels there")
     options = parser.parse_args()
     torch.set_num_threads(THREADS)
+    recording = Recording(options.json)
     console, panels, records = Console(width=120), {}, []
     if sklearn_svd() is None:
         console.print("scikit-learn is not installed: left out")
@@ -367,7 +333,7 @@ def main() -> None:
     clear = sum(not record["not_dominated"] for record in records)
     ties = sum(record["not_dominated"] == record["ties"] for record in records) - clear
     console.print(f"{clear} of {len(records)} panels have no point of others on the front, {ties} have ties alone")
-    save(options.json, {"shape": list(options.shape), "lowest_excess": LOWEST, "panels": records})
+    recording.save({"shape": list(options.shape), "lowest_excess": LOWEST, "panels": records})
     if options.plot is not None:
         plot(options.plot, panels, options.shape)
 

@@ -25,4 +25,6 @@ def bench_torch_var_and_topk(timed, checkpoint):
 def bench_variance_mask(timed, checkpoint):
     base, experts = checkpoint
     assert torch.equal(variance_mask(base, experts, 0.5), reference(base, experts, VarianceMaskOptions(density=0.5)))
-    timed(lambda: variance_mask(base, experts, 0.5))
+    # Of a weight: differences, their mean, the squares of what is left, their sum, one comparison.
+    work = ((5 * len(experts) + 1) * base.numel(), (len(experts) + 1) * base.nbytes + base.numel() / 8)
+    timed(lambda: variance_mask(base, experts, 0.5), work=work)

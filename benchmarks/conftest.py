@@ -3,12 +3,14 @@
     pytest benchmarks --benchmark-enable --benchmark-only --results benchmarks/results/cpu.json
 
 Every group has one yardstick (a floor such as reading the bytes once, or a peer), timed in the same run, and every
-benchmark checks its result before it is timed.
+benchmark checks its result before it is timed. Those of ops say what work no implementation avoids: the bytes that are
+read and written once, and the additions, multiplications and comparisons of the op's definition (of products 2·m·n·k,
+of eigenproblems what LAPACK's algorithm takes, of random numbers the integer operations). `benchmarks.roofline` draws
+them.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,20 +18,30 @@ from typing import Any
 import pytest
 import torch
 
-import resm_kernels
+from benchmarks.records import Recording
+from benchmarks.timing import THREADS
 
 SIZE = 4096
 N_EXPERTS = 3
+_YARDSTICK, _WORK = "yardstick", "work"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write medians and ratios to this JSON file")
 
 
+_RECORDING = pytest.StashKey[Recording]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if (file := config.getoption("--results")) is not None:
+        config.stash[_RECORDING] = Recording(file)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def threads() -> int:
-    """Two threads, whatever the machine has, so that runs compare."""
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    """As many as all benchmarks have, unless the machine has fewer."""
+    torch.set_num_threads(min(THREADS, torch.get_num_threads()))
     return torch.get_num_threads()
 
 
@@ -50,10 +62,26 @@ def sweep() -> torch.Tensor:
 
 @pytest.fixture
 def timed(benchmark: Any, sweep: torch.Tensor) -> Callable[..., Any]:
-    """`timed(function, rounds, yardstick=False)`: the median of so many calls with cold caches, after one warm-up."""
+    """`timed(function, rounds)`: the median of so many calls with cold caches, after one warm-up.
 
-    def run(function: Callable[[], Any], rounds: int = 20, *, yardstick: bool = False) -> Any:
-        benchmark.extra_info["yardstick"] = yardstick
+    `yardstick` marks the group's. `work` are the operations and the bytes that no implementation avoids, and `dtype`
+    the arithmetic whose rate bounds them.
+    """
+
+    def run(
+        function: Callable[[], Any],
+        rounds: int = 20,
+        *,
+        yardstick: bool = False,
+        work: tuple[float, float] | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
+        benchmark.extra_info[_YARDSTICK] = yardstick
+        if work is not None:
+            operations, nbytes = work
+            threads = torch.get_num_threads()
+            facts = {"operations": operations, "bytes": nbytes, "dtype": str(dtype), "threads": threads}
+            benchmark.extra_info[_WORK] = facts
         function()
 
         def empty_caches() -> None:
@@ -76,25 +104,28 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"{row['group']:<20} {row['name']:<46} {row['median_ms']:>9.2f} ms {mark:>14}{checked}"
         )
-    if (path := config.getoption("--results")) is not None:
-        facts = resm_kernels.backends()
-        machine = {k: facts["native"].get(k) for k in ("isa", "compiler")} | {k: facts[k] for k in ("threads", "torch")}
-        path.write_text(json.dumps({"machine": machine, "benchmarks": rows}, indent=1) + "\n")
+    if (recording := config.stash.get(_RECORDING, None)) is not None:
+        if terminalreporter.stats.get("failed") or terminalreporter.stats.get("error"):
+            terminalreporter.write_line("a benchmark failed: no record is written", red=True)
+            return
+        recording.save({"benchmarks": rows})
 
 
 def _rows(benchmarks: list[Any]) -> list[dict[str, Any]]:
     done = [b for b in benchmarks if b.stats.rounds]
-    yardsticks = {b.group: b.stats.median for b in done if b.extra_info.get("yardstick")}
+    yardsticks = {b.group: b.stats.median for b in done if b.extra_info.get(_YARDSTICK)}
     return [
         {
             "group": b.group,
             "name": b.name,
-            "yardstick": b.extra_info["yardstick"],
+            "yardstick": b.extra_info[_YARDSTICK],
             "median_ms": b.stats.median * 1e3,
             "min_ms": b.stats.min * 1e3,
+            "quartiles_ms": [b.stats.q1 * 1e3, b.stats.q3 * 1e3],
             "rounds": b.stats.rounds,
             "ratio": b.stats.median / yardsticks[b.group],
-            "checked": {name: value for name, value in b.extra_info.items() if name != "yardstick"},
+            "checked": {name: value for name, value in b.extra_info.items() if name not in (_YARDSTICK, _WORK)},
+            **({_WORK: b.extra_info[_WORK]} if _WORK in b.extra_info else {}),
         }
         for b in done
         if b.group in yardsticks

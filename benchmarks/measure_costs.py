@@ -23,7 +23,7 @@ from typing import Any, Final
 import torch
 
 from benchmarks.bench_checkpoint import EXPERTS, PARAMETERS, make_tensors
-from benchmarks.bench_truncated_svd import save
+from benchmarks.records import Recording
 from resm_kernels.engine.costs import is_matrix_method, order
 from resm_kernels.methods import Method, get, names
 
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the results here")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    recording = Recording(options.json)
     chosen = [get(name) for name in options.methods or names()]
     plain = merge_time(get("linear"), LARGE, 10)
     result: dict[str, Any] = {"shapes": SHAPES, "elementwise shape": LARGE, "experts": EXPERTS, "methods": {}}
@@ -103,7 +104,7 @@ def main() -> None:
             ratio = merge_time(method, LARGE, 5) / (plain * share)
             result["methods"][method.name] = {"ratio": round(ratio, 2)}
         print(method.name, result["methods"][method.name], flush=True)
-    save(options.json, result)
+    recording.save(result)
 
 
 if __name__ == "__main__":

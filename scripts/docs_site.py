@@ -45,6 +45,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Writes the page's links to other files of the repository anew."""
     source = page.file.src_uri
+    if source.startswith(f"{COPIES}/"):
+        page.meta["search"] = {"exclude": True}  # else tables and sources crowd out what explains them
     place = source.removeprefix(f"{COPIES}/") if source.startswith(f"{COPIES}/") else f"docs/{source}"
 
     def rewritten(match: re.Match[str]) -> str:

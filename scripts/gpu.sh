@@ -11,7 +11,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 failed=0
 mode=${1:-}  # --quick: fewer rounds, smaller models
 tests=(tests/test_gpu.py tests/test_device_cuda.py tests/test_cuda.py tests/test_triton.py)
-results=benchmarks/results/gpu.json
+results=benchmarks/results
 step() {
   echo "== $1"
   shift
@@ -28,7 +28,7 @@ if [ "$mode" = --dry-run ]; then
   step "GPU tests, collected" "$python" -m pytest "${tests[@]}" -q --collect-only
   step "benchmarks, dry run" env TRITON_INTERPRET=1 "$python" -m benchmarks.bench_gpu --dry-run --json build/gpu/dry.json
   step "benchmark from files, dry run" "$python" -m benchmarks.bench_gpu_checkpoint --device cpu --layers 1 --hidden 64 \
-    --intermediate 96 --vocabulary 100 --runs 1 --json build/gpu/dry.json
+    --intermediate 96 --vocabulary 100 --runs 1 --json build/gpu/dry_checkpoint.json
   exit $failed
 fi
 step "the extension and the GPU are live" "$python" -c "
@@ -46,8 +46,8 @@ if command -v compute-sanitizer >/dev/null; then
 else
   echo "skipped: no compute-sanitizer on this machine"
 fi
-step "benchmarks" "$python" -m benchmarks.bench_gpu --json "$results" $mode
+step "benchmarks" "$python" -m benchmarks.bench_gpu --json "$results/gpu.json" $mode
 layers=4
 [ "$mode" = --quick ] && layers=1
-step "benchmark from files" "$python" -m benchmarks.bench_gpu_checkpoint --layers $layers --json "$results"
+step "benchmark from files" "$python" -m benchmarks.bench_gpu_checkpoint --layers $layers --json "$results/gpu_checkpoint.json"
 exit $failed

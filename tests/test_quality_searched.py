@@ -36,13 +36,14 @@ def test_rows_are_budgets_beside_grids() -> None:
     rows = searched_rows()
     assert rows == measure.rows_of("searched") and len({row.name for row in rows}) == len(rows)
     budgets = [c.search.questions for row in rows for c in row.candidates if c.search is not None]
-    assert tuple(budgets) == BUDGETS
+    assert tuple(budgets) == BUDGETS + BUDGETS
     assert len({c.key for row in rows for c in row.candidates}) >= len(BUDGETS) + 8
 
 
 def test_a_search_is_part_of_what_a_candidate_is() -> None:
-    keys = [Candidate(SFT, "resm", search=s).key for s in (None, Search(50, 3), Search(50, 4), Search(60, 3))]
-    assert len(set(keys)) == 4 and keys[0] == merge_of("resm").key
+    searches = (None, Search(50, 3), Search(50, 4), Search(60, 3), Search(50, 3, "worst"))
+    keys = [Candidate(SFT, "resm", search=s).key for s in searches]
+    assert len(set(keys)) == 5 and keys[0] == merge_of("resm").key
 
 
 def test_a_candidate_is_the_best_merge_that_was_found_without_test_questions(

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from benchmarks.quality.prompts import Draw
 from resm_kernels import methods
@@ -57,10 +57,13 @@ class Search:
     Attributes:
         questions: How many validation questions each trial is asked.
         trials: How many merges are tried.
+        best_by: "mean" takes the trial with the largest mean of the dimensions, "worst" the one whose least dimension
+            is the largest.
     """
 
     questions: int
     trials: int
+    best_by: Literal["mean", "worst"] = "mean"
 
 
 @dataclass(frozen=True)

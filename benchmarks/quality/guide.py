@@ -1,13 +1,12 @@
-"""The tables of docs/which_method.md, written between its marks from the published records.
+"""The tables of docs/which_method.md and docs/quality_prompts.md, written between marks from the published records.
 
     python -m benchmarks.quality.guide
 
-`make quality` runs it. All other text of the page is written by hand.
+`make quality` runs it. All other text of the pages is written by hand.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
@@ -19,13 +18,14 @@ from benchmarks.quality.results import Results
 from resm_kernels import methods
 
 ROOT: Final = Path(__file__).resolve().parents[2]
-PAGE: Final = ROOT / "docs" / "which_method.md"
+GUIDE: Final = ROOT / "docs" / "which_method.md"
+PROMPTS: Final = ROOT / "docs" / "quality_prompts.md"
 COLUMNS: Final = ("average", "worst")
 
 
-def published() -> dict[RecordName, Results]:
-    """The records of the smallest models that lie in benchmarks/results."""
-    files = {record: results.file_of(ROOT / "benchmarks" / "results", "small", record) for record in RECORDS}
+def published(size: str = "small") -> dict[RecordName, Results]:
+    """The records of models of one size that lie in benchmarks/results."""
+    files = {record: results.file_of(ROOT / "benchmarks" / "results", size, record) for record in RECORDS}
     return {record: results.read(file) for record, file in files.items() if file.is_file()}
 
 
@@ -45,17 +45,35 @@ def weights_alone(development: Results) -> str:
     return f"{tables.about(development)}\n\n" + "\n".join(lines)
 
 
-def written(page: str, records: Mapping[RecordName, Results]) -> str:
-    """The page with these records' tables between its marks."""
-    parts = {
-        "weights-alone": weights_alone(records["development"]),
-        "calibrated": tables.all_tables(records)["calibrated-confirmation"],
+def larger_models(record: Results) -> str:
+    """Every merge of a record of calibrated merges: means alone, because two seeds have no useful interval."""
+    lines = [_line(["merge", *COLUMNS]), _line(["---", *["---:"] * len(COLUMNS)])]
+    for row in record.rows:
+        lines.append(_line([row.split("/", 1)[1], *(_mean(record, row, column) for column in COLUMNS)]))
+    return f"{tables.about(record)}\n\n" + "\n".join(lines)
+
+
+def pages() -> dict[Path, dict[str, str]]:
+    """The tables of each page, by their marks."""
+    small, medium = published(), published("medium")
+    return {
+        GUIDE: {
+            "weights-alone": weights_alone(small["development"]),
+            "calibrated": tables.all_tables(small)["calibrated-confirmation"],
+        },
+        PROMPTS: {"larger": larger_models(medium["calibrated-confirmation"])},
     }
+
+
+def written(page: str, parts: Mapping[str, str]) -> str:
+    """The page with these tables between its marks."""
     for name, table in parts.items():
         mark = f"<!-- benchmarks.quality.guide: {name} -->"
-        page, count = re.subn(f"{mark}.*?<!-- end -->", lambda _: f"{mark}\n{table}\n<!-- end -->", page, flags=re.S)  # noqa: B023
-        if count != 1:
-            raise ValueError(f"{PAGE}: has {mark} {count} times, need it once")
+        before, found, after = page.partition(mark)
+        _, end, rest = after.partition("<!-- end -->")
+        if not (found and end):
+            raise ValueError(f"the page has no {mark} with an end; need one")
+        page = f"{before}{mark}\n{table}\n{end}{rest}"
     return page
 
 
@@ -73,4 +91,5 @@ def _line(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    write_aside(PAGE, written(PAGE.read_text(), published()))
+    for page, parts in pages().items():
+        write_aside(page, written(page.read_text(), parts))

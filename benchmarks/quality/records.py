@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
+
+from benchmarks.records import write_aside
 
 Split = Literal["valid", "test"]
 RecordName = Literal["development", "confirmation", "calibrated", "calibrated-confirmation", "searched"]
@@ -16,13 +17,6 @@ Scores = dict[str, float]
 FILE: Final = "merges.json"
 _DIGITS: Final = 4
 """Of scores in percent: a question more or less moves one by 0.01 at least."""
-
-
-def write_aside(file: Path, text: str) -> None:
-    """Write aside and rename: the file is the old one or the new one, whatever happens."""
-    aside = file.with_name(f"{file.name}.{os.getpid()}.part")
-    aside.write_text(text)
-    os.replace(aside, file)
 
 
 @dataclass

@@ -11,7 +11,8 @@ from typing import Any, Final
 import resm_kernels
 from benchmarks.quality.candidates import Candidate, Row
 from benchmarks.quality.measure import chosen
-from benchmarks.quality.records import Record, RecordName, Scores, write_aside
+from benchmarks.quality.records import Record, RecordName, Scores
+from benchmarks.records import write_aside
 
 COLUMNS: Final = ("helpful", "honest", "harmless", "average", "worst")
 
@@ -30,6 +31,7 @@ class Results:
         grids: Of rows with a choice, by name: each point in words, and its validation averages.
         layers: Of each seed, what RESM with β = 1 sees in the matrices.
         seconds: Of each seed, processor seconds by what they went into.
+        provenance: Where the figures come from; see `benchmarks.records`. Records of before it have none.
         costs: Of rows of merges in a record of calibrated merges, by name: the processor seconds at each seed of all
             that the row merges, its prompts' answers included; its training of experts and its choices not.
     """
@@ -45,6 +47,7 @@ class Results:
     layers: list[list[dict[str, Any]]]
     seconds: list[dict[str, float]]
     costs: dict[str, list[float]] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def values(self, row: str, column: str) -> list[float]:
         """One score of a row at each seed."""
@@ -55,7 +58,9 @@ class Results:
         return {row.split("/", 1)[1]: row for row in self.rows if row.split("/", 1)[0] == name}
 
 
-def collect(size: str, record: RecordName, rows: Sequence[Row], records: Mapping[int, Record]) -> Results:
+def collect(
+    size: str, record: RecordName, rows: Sequence[Row], records: Mapping[int, Record], provenance: dict[str, Any]
+) -> Results:
     """One file of several seeds' records."""
     seeds = sorted(records)
     ordered = [records[seed] for seed in seeds]
@@ -84,6 +89,7 @@ def collect(size: str, record: RecordName, rows: Sequence[Row], records: Mapping
             for name, row in names.items()
             if record.startswith("calibrated") and row.candidates[0].method
         },
+        provenance=provenance,
     )
 
 

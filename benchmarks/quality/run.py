@@ -25,6 +25,7 @@ from typing import Final
 from benchmarks.quality import plots, results, tables
 from benchmarks.quality.measure import measure_seed, models_of, rows_of
 from benchmarks.quality.records import RECORDS, Record, RecordName
+from benchmarks.records import Recording
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
 EXPLORING: Final = ("development", "calibrated", "searched")
@@ -85,13 +86,14 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, default=REPOSITORY / "benchmarks" / "results")
     options = parser.parse_args()
+    file = results.file_of(options.results, options.size, options.record)
+    recording = Recording(file, "peft", "transformers")
     check_seeds(options.seeds, options.record, options.results, options.size)
     rows = rows_of(options.record)
     train(options.size, options.seeds, options.root, models_of(rows), options.device)
     folders = {seed: options.root / options.size / f"seed-{seed}" for seed in options.seeds}
     records = measure(folders, options.record, options.workers, options.device)
-    collected = results.collect(options.size, options.record, rows, records)
-    results.save(collected, results.file_of(options.results, options.size, options.record))
+    results.save(results.collect(options.size, options.record, rows, records, recording.provenance()), file)
     # Tables and pictures are about the smallest size; a larger size leaves its record alone.
     if options.size == "small":
         report(options.results, options.size)

@@ -6,7 +6,7 @@ import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import yaml
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +23,8 @@ from resm_kernels.search import search_recipes
 BUDGETS: Final = (50, 150, 500)
 """Questions of each trial. Grids are chosen with all of the validation split's 550."""
 TRIALS: Final = 60
+BEST_BY: Final[tuple[Literal["mean", "worst"], ...]] = ("mean", "worst")
+"""What the best trial is best in: the average of the dimensions, or the least of them."""
 SEARCHED: Final = "resm"
 GRIDS: Final = ("resm", "tsvm", "ties", "iso_c", "multislerp")
 """The methods whose grids stand beside."""
@@ -64,14 +66,14 @@ def judge_of(world: World) -> Judge:
 
 
 def searched_rows() -> list[Row]:
-    """RESM searched for with each budget, RESM as it comes, and grids."""
+    """RESM searched for with each budget and either choice of the best trial, RESM as it comes, and grids."""
     searched = [
         Row(
             "searched",
-            f"RESM, {TRIALS} trials with {questions} questions",
-            (Candidate(SFT, SEARCHED, search=Search(questions, TRIALS)),),
+            f"RESM, {TRIALS} trials with {questions} questions, best by {best_by}",
+            (Candidate(SFT, SEARCHED, search=Search(questions, TRIALS, best_by)),),
         )
-        for questions in BUDGETS
+        for best_by, questions in itertools.product(BEST_BY, BUDGETS)
     ]
     grids = {row.name: row.candidates for row in tuned_rows()}
     tuned = [Row("searched", f"{methods.get(name).title}, grid", grids[name]) for name in GRIDS]
@@ -119,6 +121,7 @@ class Searcher:
                 self._scratch / "search",
                 trials=search.trials,
                 questions=search.questions,
+                best_by=search.best_by,
                 held_out=False,
                 random_seed=SEED,
                 threads=1,

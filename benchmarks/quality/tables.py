@@ -15,9 +15,10 @@ from typing import Final, NamedTuple
 from benchmarks.quality.calibrated import REFERENCE
 from benchmarks.quality.comparison import Comparison, Interval, compare, exceeds, holm, interval, standard_error
 from benchmarks.quality.hypotheses import CALIBRATED, HYPOTHESES
-from benchmarks.quality.records import RecordName, write_aside
+from benchmarks.quality.records import RecordName
 from benchmarks.quality.results import COLUMNS, Results
 from benchmarks.quality.world import KINDS_OF
+from benchmarks.records import write_aside
 from resm_kernels import methods
 
 _HEADS = {

@@ -17,7 +17,6 @@ quality`, asks validation questions alone, and prints means over the seeds.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +32,9 @@ from benchmarks.quality.candidates import grid
 from benchmarks.quality.evaluate import COLUMNS, answer, load, table
 from benchmarks.quality.measure import Asker
 from benchmarks.quality.merging import OUT_DTYPE, Models, StateDict, merge
-from benchmarks.quality.records import Scores, rounded, write_aside
+from benchmarks.quality.records import Scores, rounded
 from benchmarks.quality.world import KINDS_OF, World
+from benchmarks.records import Recording
 from resm_kernels.linalg import decompose_list
 from resm_kernels.methods.resm import layer_plan
 from resm_kernels.spectral.low_rank import orthogonalized_sum
@@ -147,10 +147,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the scores there")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    recording = Recording(options.json)
     every = {seed: measure(options.root / f"seed-{seed}", seed) for seed in SEEDS}
     results = {seed: {r: {c: v[c] for c in COLUMNS} for r, v in scores.items()} for seed, scores in every.items()}
-    if options.json:
-        write_aside(options.json, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    recording.save({str(seed): scores for seed, scores in results.items()})
     means = {r: {c: sum(s[r][c] for s in results.values()) / len(SEEDS) for c in COLUMNS} for r in results[SEEDS[0]]}
     Console(width=120).print(table(means))
 
