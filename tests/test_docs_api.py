@@ -25,6 +25,7 @@ PUBLIC: Final = (
     "resm_kernels.methods",
     "resm_kernels.ops",
     "resm_kernels.peft",
+    "resm_kernels.report",
     "resm_kernels.search",
 )
 """Packages whose names are documented."""
