@@ -8,7 +8,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 CPP = $(shell find csrc python tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc python -type f)
 
-.PHONY: demo example-models test fuzz lint types format bench bench-spectral bench-models quality pictures families structures adapters extractions wheels cuda triton gpu sanitize clean
+.PHONY: demo example-models test fuzz lint types format docs bench bench-spectral bench-models quality pictures families structures adapters extractions wheels cuda triton gpu sanitize clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ $(VENV)/.test: $(BIN)/python $(SOURCES)
 
 $(VENV)/.lint: $(VENV)/.test
 	$(INSTALL) -e '.[demo,test,peers,lint]'
+	touch $@
+
+$(VENV)/.docs: $(BIN)/python $(SOURCES)
+	$(INSTALL) -e '.[docs]'
 	touch $@
 
 # Merge three experts with RESM, load the result with transformers, and compare it with other merges.
@@ -61,6 +65,10 @@ format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
+
+# The site of the documentation, into build/site; every warning is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The benchmarks write records into benchmarks/results, and want a machine on which nothing else runs. SMOKE=1 only sees,
 # in some minutes, whether they work; ONLY="cpu elementwise" runs these alone. Times are those of two cores.
@@ -102,8 +110,9 @@ adapters: $(VENV)/.test
 extractions: $(VENV)/.test
 	$(BIN)/python scripts/extractions.py --out docs/extractions.md
 
-# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md. SIZE: small, medium, large;
-# SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
+# Does RESM balance helpful, honest and harmless better? Trains, merges, asks; tables into benchmarks/results/quality.md
+# and docs/which_method.md. SIZE: small, medium, large; SEEDS="5 6 7 8 9" RECORD=confirmation tests hypotheses.py on fresh
+# seeds; DEVICE=cuda for large. Cut off, it goes on where it was.
 # RECORD=calibrated measures merges that are calibrated with prompts, RECORD=calibrated-confirmation SEEDS="10 11 12 13 14" their claims.
 # RECORD=searched measures merges whose parameters are searched for with 50, 150 and 500 questions.
 SIZE ?= small
@@ -112,6 +121,7 @@ RECORD ?= development
 DEVICE ?= cpu
 quality: $(VENV)/.test
 	$(BIN)/python -m benchmarks.quality.run --size $(SIZE) --seeds $(SEEDS) --record $(RECORD) --device $(DEVICE)
+	$(BIN)/python -m benchmarks.quality.guide
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
 # its version), for every Python from 3.10 on that this machine has, or for PYTHONS="python3.10 python3.12". Wheels for

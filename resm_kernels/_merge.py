@@ -49,7 +49,7 @@ def merge(
         ValueError, TypeError: An unknown method or parameter, or an argument of the wrong shape, dtype or range.
         NonFiniteError: An input has NaN or infinite values.
 
-    Example:
+    Examples:
         >>> base = torch.zeros(64, 32)
         >>> experts = [torch.randn(64, 32) for _ in range(3)]
         >>> merge(base, experts, method="resm", lambda_=0.7).shape

@@ -28,6 +28,7 @@ import peft
 import torch
 import transformers
 from families import families, load
+from family_tables import by_kind
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -226,9 +227,7 @@ def try_family(name: str, make: Callable[[], Any], only: str) -> Row | None:
 
 def table(rows: list[Row]) -> str:
     names = [kind for kind, _ in kinds()]
-    lines = [f"| model | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    lines += [f"| {row.name} | {' | '.join(row.cells.get(kind, '') for kind in names)} |" for row in rows]
-    return "\n".join(lines)
+    return by_kind(["model", *names], ((row.name, *(row.cells.get(kind, "") for kind in names)) for row in rows))
 
 
 def main() -> int:
@@ -256,12 +255,13 @@ def main() -> int:
     print(f"{len(good)} of {len(rows)} families: every adapter that peft makes and merges is merged with one rounding")
     if arguments.out is not None:
         arguments.out.write_text(
-            f"# Adapters of every family\n\nMade by `make adapters` with transformers {transformers.__version__} and "
-            f"peft {peft.__version__}: a tiny bf16 model of each family, and an adapter of each kind with random "
-            "values. The number is the largest error of the merged bf16 weights against peft's merge in float64, in "
-            "units of the largest error of one rounding to bf16. A dash stands for a model that has no place for such "
-            "an adapter, and `peft:` for one that peft itself does not make or merge. "
-            "[adapters.md](adapters.md) says what is read.\n\n"
+            "# Adapters of every family\n\nA tiny bf16 model of each family of transformers, and an adapter of each "
+            f"kind with random values. `make adapters` writes this page; it was made with transformers "
+            f"{transformers.__version__} and peft {peft.__version__}. [adapters.md](adapters.md) says what is read.\n\n"
+            "- **A number** is the largest error of the merged bf16 weights against peft's merge in float64, in units "
+            "of the largest error of one rounding to bf16.\n"
+            "- **A dash** stands for a model that has no place for such an adapter.\n"
+            "- **`peft:`** stands for one that peft itself does not make or merge.\n\n"
             f"{table(rows)}\n",
             encoding="utf-8",
         )

@@ -32,6 +32,7 @@ import peft
 import torch
 import transformers
 from families import families
+from family_tables import by_kind, left_out
 from torch import Tensor
 
 from resm_kernels.engine import extract_lora
@@ -179,14 +180,13 @@ def try_family(name: str, make: Callable[[], Any]) -> Row:
     return row
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["| model | modules adapted | parameters adapted | saved in modules | written over | outputs | all |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    for row in rows:
-        counts = f"{row.adapted} | {row.parameters} | {row.saved} | {row.replaced}"
-        verdict = row.verdict.replace("|", "\\|")
-        lines.append(f"| {row.name} | {counts} | {row.outputs} | {verdict} |")
-    return "\n".join(lines)
+ADAPTED: Final = ("modules adapted", "parameters adapted", "saved in modules", "written over")
+COLUMNS: Final = ("model", *ADAPTED, "outputs", "all")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    counts = (row.adapted, row.parameters, row.saved, row.replaced)
+    return (row.name, *map(str, counts), row.outputs, row.verdict)
 
 
 def main() -> int:
@@ -198,17 +198,17 @@ def main() -> int:
     transformers.logging.set_verbosity(transformers.logging.CRITICAL)
     transformers.utils.logging.disable_progress_bar()
     rows: list[Row] = []
-    left_out: list[str] = []
+    missing: list[tuple[str, str]] = []
     for name, make, why in families():
         if arguments.only not in name:
             continue
         if make is None:
-            left_out.append(f"{name} ({why})")
+            missing.append((name, why))
             continue
         with contextlib.redirect_stderr(io.StringIO()):
             row = try_family(name, make)
         if row.excluded:
-            left_out.append(f"{name} ({row.excluded})")
+            missing.append((name, row.excluded))
         else:
             rows.append(row)
         print(f"{name}: {row.excluded or row.verdict}, outputs {row.outputs}, lost {len(row.lost)}", flush=True)
@@ -217,14 +217,14 @@ def main() -> int:
     print(f"{len(good)} of {len(rows)} families are equal, {len(compared)} of them in outputs too")
     if arguments.out is not None:
         arguments.out.write_text(
-            f"# Extractions\n\nMade by `make extractions` with transformers {transformers.__version__} and peft "
-            f"{peft.__version__}: from a tiny fp32 model of each family, in which every parameter and buffer is moved, "
-            "an adapter is extracted at full rank with `--save-rest`, and loaded by peft. All tensors that peft merges "
-            "are equal to the fine-tuned model's (`--verify`), and so are the outputs: the column says how far they "
-            "are from them, as a share of the way from the base's.\n\n"
+            "# Extractions\n\nFrom a tiny fp32 model of each family of transformers, in which every parameter and "
+            "buffer is moved, an adapter is extracted at full rank with `--save-rest`, and loaded by peft. `make "
+            f"extractions` writes this page; it was made with transformers {transformers.__version__} and peft "
+            f"{peft.__version__}.\n\n"
+            "- **all**: whether all tensors that peft merges are equal to the fine-tuned model's (`--verify`).\n"
+            "- **outputs**: how far they are from the fine-tuned model's, as a share of the way from the base's.\n\n"
             f"{len(good)} of {len(rows)} families are equal, {len(compared)} of them in outputs too.\n\n"
-            f"{table(rows)}\n\n## Not extracted\n\nModels that do not get small by the rule of the script, or that "
-            f"transformers cannot load itself: {', '.join(left_out) or 'none'}.\n",
+            f"{by_kind(COLUMNS, map(cells, rows))}\n\n{left_out('Not extracted', missing)}\n",
             encoding="utf-8",
         )
     return 0 if len(good) == len(rows) else 1

@@ -31,6 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import transformers
 from expected_roles import wrong_roles
+from family_tables import by_kind, left_out, table
 from quantised_layouts import Quantise, quantised_layouts, store_quantised
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
@@ -353,15 +354,11 @@ def try_family(
     return row
 
 
-def table(rows: list[Row]) -> str:
-    lines = ["| model | parameters | loads without missing, unexpected or mismatched keys | error | roles | mergekit |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in rows:
-        verdict = row.verdict.replace("|", "\\|")
-        roles = row.roles.replace("|", "\\|")
-        figures = f"{row.parameters:,} | {verdict} | {row.roundings:.2f} | {roles}"
-        lines.append(f"| {row.name} | {figures} | {row.mergekit or '-'} |")
-    return "\n".join(lines)
+COLUMNS: Final = ("model", "parameters", "loads", "error", "roles", "mergekit")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    return (row.name, f"{row.parameters:,}", row.verdict, f"{row.roundings:.2f}", row.roles, row.mergekit or "-")
 
 
 def main() -> int:
@@ -376,7 +373,7 @@ def main() -> int:
     rows: list[Row] = []
     hub: list[Row] = []
     formats: list[Row] = []
-    left_out: list[str] = []
+    missing: list[tuple[str, str]] = []
 
     def run(
         target: list[Row],
@@ -397,7 +394,7 @@ def main() -> int:
 
     for name, make, why in families(arguments.only):
         if make is None:
-            left_out.append(f"{name} ({why})")
+            missing.append((name, why))
         else:
             run(rows, name, make)
     for name, make, change in hub_layouts():
@@ -413,15 +410,18 @@ def main() -> int:
     print(f"{len(good)} of {total} load after each of {', '.join(METHODS)}, with one rounding and the right roles")
     if arguments.out is not None:
         arguments.out.write_text(
-            f"# Architectures\n\nMade by `make families` with transformers "
-            f"{transformers.__version__}: a tiny bf16 model of each family, merged by {', '.join(METHODS)}. The error "
-            "is that of the average of four models, in units of the largest error of one rounding to bf16. Roles are "
-            "right if no weight's role contradicts the class of the module that owns it. The last column says whether "
-            "mergekit's average loads too.\n\n"
-            f"{table(rows)}\n\n## Layouts of the hub\n\n{table(hub)}\n\n## Quantised formats\n\nAll four models are "
-            f"stored in the format, and merged with `out_dtype: bfloat16`.\n\n{table(formats)}\n\n"
-            "## Not merged\n\nModels that do not get small "
-            f"by the rule of the script, or that transformers cannot load itself: {', '.join(left_out) or 'none'}.\n",
+            "# Architectures\n\nThe families of transformers that are merged in a test, each as a tiny bf16 model. "
+            f"`make families` writes this page; it was made with transformers {transformers.__version__}, and by the "
+            f"methods {', '.join(METHODS)}.\n\n"
+            "- **loads**: after which of these methods transformers loads the result without missing, unexpected or "
+            "mismatched keys.\n"
+            "- **error**: that of the average of four models, in units of the largest error of one rounding to bf16.\n"
+            "- **roles** are right if no weight's role contradicts the class of the module that owns it.\n"
+            "- **mergekit**: whether mergekit's average loads too.\n\n"
+            f"{by_kind(COLUMNS, map(cells, rows))}\n\n"
+            f"## Layouts of the hub\n\n{table(COLUMNS, map(cells, hub))}\n\n"
+            "## Quantised formats\n\nAll four models are stored in the format, and merged with `out_dtype: bfloat16`."
+            f"\n\n{table(COLUMNS, map(cells, formats))}\n\n{left_out('Not merged', missing)}\n",
             encoding="utf-8",
         )
     return 0 if len(good) == len(everything) else 1

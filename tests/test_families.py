@@ -18,4 +18,5 @@ def test_a_family_and_a_layout_of_the_hub_are_merged_and_loaded(tmp_path: Path) 
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ties, dare_ties, resm, with one rounding and the right roles" in done.stdout
-    assert "| image: vit |" in page.read_text() and "| vit: no prefix |" in page.read_text()
+    assert "## Image models\n" in page.read_text() and "\n| vit |" in page.read_text()
+    assert "\n| vit: no prefix |" in page.read_text()

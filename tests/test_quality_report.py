@@ -15,7 +15,7 @@ from quality_seed import KINDS, SeededSpy, Spy, write_seed
 from transformers import LlamaForCausalLM
 
 import resm_kernels
-from benchmarks.quality import candidates, hypotheses, measure, plots, records, results, run, tables
+from benchmarks.quality import candidates, guide, hypotheses, measure, plots, records, results, run, tables
 from benchmarks.quality.candidates import DPO, LORA, MIXES, SFT, Row, merge_of
 from benchmarks.quality.merging import Models, StateDict, merge
 from benchmarks.quality.world import World
@@ -273,6 +273,15 @@ def test_published_tables_come_from_the_published_records(tmp_path: Path) -> Non
     published = {record: results.read(file) for record, file in files.items() if file.is_file()}
     tables.write(tmp_path / "quality.md", published)
     assert (tmp_path / "quality.md").read_text() == (folder / "quality.md").read_text()
+
+
+def test_the_guide_has_the_tables_of_the_published_records() -> None:
+    for page, parts in guide.pages().items():
+        text = page.read_text()
+        assert guide.written(text, parts) == text
+        assert all(part in text for part in parts.values())
+        with pytest.raises(ValueError, match="the page has no <!-- benchmarks"):
+            guide.written(text.replace("<!-- benchmarks", "<!-- "), parts)
 
 
 def test_published_grids_have_the_names_of_their_points() -> None:

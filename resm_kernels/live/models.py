@@ -69,7 +69,7 @@ class LiveModels:
     Raises:
         ValueError: An option is out of its range.
 
-    Example:
+    Examples:
         >>> with LiveModels(memory_limit="8GB") as models:  # doctest: +SKIP
         ...     for weight in (0.5, 0.75, 1.0):
         ...         models.merge_into(model, recipe | {"parameters": {"weight": weight}})

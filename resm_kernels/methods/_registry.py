@@ -81,7 +81,7 @@ def merge_method(
         TypeError: The signature is not one of a merge method.
         ValueError: The name is taken.
 
-    Example:
+    Examples:
         >>> @merge_method(title="Half way", reference="https://example.org")
         ... def half_way(base: Tensor, experts: list[Tensor], *, out_dtype: torch.dtype | None) -> Tensor:
         ...     return torch.lerp(base, experts[0], 0.5).to(out_dtype or base.dtype)

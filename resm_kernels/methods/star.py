@@ -41,7 +41,7 @@ def star(
 ) -> Tensor:
     """θ = θ₀ + λ·(1/T)·Σ_t w_t·(‖Δ_t‖_* / ‖Δ_{t,k_t}‖_*)·Δ_{t,k_t}.
 
-    k_t is the smallest rank, at least 1, with σ_1 + … + σ_k ≥ η·‖Δ_t‖_*, where ‖Δ‖_* = Σσ is the nuclear norm; the
+    k_t is the smallest rank, at least 1, with σ_1 + … + σ_k ≥ η·‖Δ_t‖_∗, where ‖Δ‖_∗ = Σσ is the nuclear norm; the
     kept singular values are rescaled by one factor that restores it. η = 1 keeps everything, which is task arithmetic
     divided by T.
 

@@ -227,7 +227,9 @@ def closeness_to_experts(
         if (name, split) not in known:
             from transformers import AutoModelForCausalLM
 
-            expert = AutoModelForCausalLM.from_pretrained(experts[name], dtype=model.dtype, local_files_only=True)
+            expert = AutoModelForCausalLM.from_pretrained(
+                experts[name], dtype=model.dtype, local_files_only=True, trust_remote_code=False
+            )
             expert = expert.to(model.device).eval()
             encoded = judge.encoded(model, tokenizer, path, judge.questions(name, split).prompts)
             open_ones = [i for i, entry in enumerate(encoded) if not isinstance(entry, Sample)]
