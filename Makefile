@@ -54,7 +54,7 @@ lint: $(VENV)/.lint
 # The types for the oldest and the newest Python, beside the one that runs.
 types: $(VENV)/.lint
 	$(BIN)/mypy --python-version 3.10 resm_kernels
-	$(BIN)/mypy --python-version 3.12 resm_kernels
+	$(BIN)/mypy --python-version 3.13 resm_kernels
 
 # Rewrites the sources in the style that `make lint` checks.
 format: $(VENV)/.lint
@@ -110,7 +110,7 @@ quality: $(VENV)/.test
 
 # The sdist and manylinux wheels into dist, each wheel tried in a fresh environment: +cpu, and +cu130 where there is nvcc (by
 # its version), for every Python from 3.10 on that this machine has, or for PYTHONS="python3.10 python3.12". Wheels for
-# WITHOUT_TORCH="3.10 3.12" are tried without torch.
+# WITHOUT_TORCH="3.10 3.13" are tried without torch.
 wheels:
 	$(PYTHON) scripts/build_wheels.py $(PYTHONS) $(if $(WITHOUT_TORCH),--without-torch $(WITHOUT_TORCH))
 

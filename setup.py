@@ -14,6 +14,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -21,6 +22,8 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
+# From 3.12 on, nanobind builds for the stable ABI: one extension module, and so one wheel, serves all later versions.
+STABLE_ABI = sys.version_info >= (3, 12)
 PUBLIC_VERSION: str = runpy.run_path(str(ROOT / "resm_kernels/_version.py"))["__version__"]
 
 
@@ -56,7 +59,7 @@ class CMakeBuild(build_ext):
     """Runs CMake in place of the compiler driver of setuptools."""
 
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
+        import nanobind
 
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve()
@@ -65,7 +68,7 @@ class CMakeBuild(build_ext):
             "CMAKE_BUILD_TYPE": "Release",
             "CMAKE_LIBRARY_OUTPUT_DIRECTORY": str(build),
             "Python_EXECUTABLE": sys.executable,
-            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "nanobind_DIR": nanobind.cmake_dir(),
             "RESM_CUDA": "ON" if switch("RESM_CUDA", "OFF") else "OFF",
             "RESM_WERROR": "ON" if switch("RESM_WERROR", "OFF") else "OFF",
         }
@@ -80,10 +83,16 @@ class CMakeBuild(build_ext):
         fresh = target.with_suffix(".new")
         shutil.copy2(build / target.name, fresh)
         fresh.replace(target)
+        # Python would prefer a module for its own version only, which an older build may have left beside this one.
+        own = target.with_name(f"_native{sysconfig.get_config_var('EXT_SUFFIX')}")
+        if own != target:
+            own.unlink(missing_ok=True)
 
 
+native = Extension("resm_kernels._native", sources=[], py_limited_api=STABLE_ABI)
 setup(
     version=PUBLIC_VERSION + local_version(),
-    ext_modules=[Extension("resm_kernels._native", sources=[])] if switch("RESM_NATIVE", "ON") else [],
+    ext_modules=[native] if switch("RESM_NATIVE", "ON") else [],
+    options={"bdist_wheel": {"py_limited_api": "cp312"}} if STABLE_ABI else {},
     cmdclass={"build_ext": CMakeBuild, "build_py": LabelledBuild},
 )

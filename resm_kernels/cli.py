@@ -113,8 +113,8 @@ def merge(
     with loading():
         from rich.console import Console
 
+        from resm_kernels.console import closing_line, progress_display
         from resm_kernels.engine import carry_out, chosen_machine, describe_kept, plan_merge, rounding_estimate
-        from resm_kernels.report import closing_line, progress_display
 
     options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
     if machine is not None and not dry_run:
@@ -219,7 +219,7 @@ def calibrate(
         from rich.console import Console
 
         from resm_kernels.calibrate import calibrate_checkpoint
-        from resm_kernels.report import phase_display
+        from resm_kernels.console import phase_display
 
     options: CalibrateKeywords = {n: context.params[n] for n in CalibrateKeywords.__annotations__}  # type: ignore[assignment]
     resumable = cut_off_named("the same command goes on from there")
@@ -338,7 +338,7 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")]
         import torch
 
         import resm_kernels
-        from resm_kernels.report import describe_machine, to_json
+        from resm_kernels.console import describe_machine, to_json
 
     cpu = f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     facts = {"version": resm_kernels.__version__, **resm_kernels.backends(), "cpu": cpu}

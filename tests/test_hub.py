@@ -317,7 +317,8 @@ def test_a_pipeline_and_its_parts(hub: HubServer, tmp_path: Path) -> None:
     written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*") if p.is_file()}
     weights_files = {f"{part}/diffusion_pytorch_model.safetensors" for part in ("unet", "vae")}
     expected = {*files, *weights_files} - {"v1-5-pruned.ckpt", "onnx/config.json"}
-    assert written - {"README.md", "mergekit_config.yml", "resm_kernels.json"} == expected
+    made = {"README.md", "mergekit_config.yml", "resm_kernels.json", "resm_kernels_run.json"}
+    assert written - made == expected
     fetched = {path for _, path, _ in hub.log if path.endswith((".safetensors", ".ckpt"))}
     assert fetched == {f"org/pipeline/{name}" for name in weights_files}
 

@@ -24,6 +24,7 @@ from test_rounding import family_of
 from torch import Tensor
 
 from resm_kernels.checkpoint.place import unfinished_folder
+from resm_kernels.checkpoint.record import RUN_FILE
 from resm_kernels.engine import MergeError, merge_checkpoints
 from resm_kernels.engine.ray_engine import ATTEMPTS
 from resm_kernels.engine.ray_worker import ClusterError
@@ -33,8 +34,9 @@ SHARDS = "20kB"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """File name → content of a whole output folder."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """File name → content of a whole output folder but the record of the run."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != RUN_FILE)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def merged_here(family: Family, recipe: Any, **options: Any) -> dict[str, bytes]:

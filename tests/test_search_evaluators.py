@@ -17,7 +17,9 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from experts import ENDS, save_expert  # noqa: E402
 
+from resm_kernels.calibrate.errors import CalibrationError  # noqa: E402
 from resm_kernels.search import SearchError, evaluators  # noqa: E402
+from resm_kernels.search.identity import evaluate_job  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PROMPTS = ("w9 w10 w11", "w20", "w30 w31 w8 w9", "w12 w40")
@@ -118,6 +120,86 @@ def test_closeness_is_zero_for_the_expert_and_the_kl_for_others(folders: list[Pa
     got = evaluate(model, tokenizer, split="valid")["a"]
     assert got == pytest.approx(-total / count, rel=1e-3) and got < -0.1
     assert math.isfinite(evaluate(model, tokenizer, split="valid", questions=1)["a"])
+
+
+def test_excluded_tokens_and_other_vocabularies(folders: list[Path], tmp_path: Path) -> None:
+    """A head with a bias of −∞ for padding rows, whose log-probabilities fp16 cannot hold."""
+
+    def without_last(model: Any) -> Any:
+        model.get_output_embeddings().register_forward_hook(lambda _, __, out: out.index_fill(-1, last, -1e30))
+        return model
+
+    model, tokenizer = load(folders[0])
+    last = torch.tensor([model.config.vocab_size - 1])
+    files = {"a": {"valid": write(tmp_path / "a.jsonl", PROMPTS, ["w9 w10"] * len(PROMPTS))}}
+    plain = evaluators.closeness_to_experts({"a": folders[1]}, files)(model, tokenizer, split="valid")["a"]
+    load_expert = transformers.AutoModelForCausalLM.from_pretrained
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            transformers.AutoModelForCausalLM, "from_pretrained", lambda *a, **k: without_last(load_expert(*a, **k))
+        )
+        evaluate = evaluators.closeness_to_experts({"a": folders[1]}, files)
+        got = evaluate(without_last(load(folders[0])[0]), tokenizer, split="valid")["a"]
+    assert math.isfinite(got) and got == pytest.approx(plain, rel=0.2)
+    assert evaluate(model, tokenizer, split="valid")["a"] == pytest.approx(got, rel=0.2)
+    assert evaluate(without_last(load(folders[1])[0]), tokenizer, split="valid")["a"] == pytest.approx(0, abs=1e-3)
+    model.resize_token_embeddings(model.config.vocab_size + 1)
+    with pytest.raises(
+        SearchError, match=r"experts: a predicts (\d+) tokens, but the merge \d+; need experts with the"
+    ):
+        evaluate(model, tokenizer, split="valid")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no prompt"),
+        ("\n  \n", "holds no prompt"),
+        ('{"prompt": "w9", "response": "w8"}\n{"response": "w8"}\n', "line 2: got none of prompt, text and messages"),
+        ('{"prompt": "w9"}\n', "line 1: has no response, which the score compares with"),
+        ('{"prompt": "w9", "response": null}\n', "line 1: .*response.*need"),
+        ('{"prompt": "w9", "response": 3}\n', "line 1: .*response.*need"),
+        ('{"prompt": "w9", "answer": "w8"}\n', "line 1: key: got 'answer'"),
+        ('{"prompt": "w9", "response": "w8"}{}\n', "line 1: "),
+        ('["w9"]\n', "line 1: "),
+        ("w9 w10\n", "line 1: "),
+        ('{"prompt": "", "response": "w8"}\n', "line 1: prompt: is empty"),
+        ('{"prompt": "w9", "response": " "}\n', "line 1: response: is empty"),
+        ('{"prompt": "\\ud800", "response": "w8"}\n', "line 1: "),
+        (f'{{"prompt": "{"w9 " * 2000}", "response": "w8"}}\n', "line 1: .*max_prompt_tokens"),
+        (f'{{"prompt": "w9", "response": "{"w9 " * 2000}"}}\n', "line 1: .*max_new_tokens|line 1: .*max_answer_tokens"),
+    ],
+)
+def test_lines_that_are_no_question_are_named(folders: list[Path], tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text(text)
+    evaluate = evaluators.log_likelihood({"a": {"valid": file}})
+    with pytest.raises((SearchError, CalibrationError), match=f"a.jsonl(, |: ){message}"):
+        evaluate(*load(folders[0]), split="valid")
+
+
+def test_questions_of_all_kinds_are_counted(folders: list[Path], tmp_path: Path) -> None:
+    """Duplicates count each time; blank lines, a mark of the byte order and line ends of Windows do not."""
+    (right,) = answers(folders[0], PROMPTS[:1])
+    lines = [
+        json.dumps({"prompt": PROMPTS[0], "response": r}) for r in (right, right, f"  {right}\n", "w50", "ä 日本 🎈")
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    model, tokenizer = load(folders[0])
+    evaluate = evaluators.accuracy({"a": {"valid": file}}, max_new_tokens=6)
+    assert evaluate(model, tokenizer, split="valid") == {"a": 60.0}
+    assert evaluate(model, tokenizer, split="valid", questions=99) == {"a": 60.0}
+
+
+def test_a_search_notices_other_questions(folders: list[Path], tmp_path: Path) -> None:
+    file = write(tmp_path / "a.jsonl", PROMPTS, ["w9"] * len(PROMPTS))
+    evaluate = evaluators.closeness_to_experts({"a": folders[0]}, {"a": {"valid": file}})
+    then = evaluate_job(evaluate, None)
+    assert len(then) == 3 and evaluate_job(evaluate, None) == then
+    write(file, PROMPTS[::-1])
+    now = evaluate_job(evaluate, None)
+    assert [name.rpartition("/")[2] for name in then if then[name] != now[name]] == ["a.jsonl"]
 
 
 def test_mistakes_are_named(folders: list[Path], tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def files_of(folder: Path) -> set[str]:
 def passthrough(folder: Path, out: Path) -> set[str]:
     merge_checkpoints({"merge_method": "passthrough", "models": [{"model": str(folder)}]}, out)
     assert not any(path.is_symlink() for path in out.rglob("*"))
-    return files_of(out) - {"resm_kernels.json", "README.md", "mergekit_config.yml"}
+    return files_of(out) - {"resm_kernels.json", "resm_kernels_run.json", "README.md", "mergekit_config.yml"}
 
 
 @pytest.fixture

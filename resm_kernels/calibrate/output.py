@@ -14,7 +14,7 @@ from resm_kernels.calibrate.blocks import ModelNames
 from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.weights import stored_names
 from resm_kernels.checkpoint import CheckpointReader, CheckpointWriter, plan_output
-from resm_kernels.checkpoint.record import RECORD_FILE
+from resm_kernels.checkpoint.record import RECORD_FILE, RUN_FILE
 from resm_kernels.options import CalibrateOptions
 
 REPORT_FILE: Final = "calibration.json"
@@ -105,7 +105,7 @@ def small_files(folder: Path) -> dict[str, bytes]:
         if file.is_file()
         and file.suffix != ".safetensors"
         and not file.name.endswith(".safetensors.index.json")
-        and file.name != RECORD_FILE
+        and file.name not in (RECORD_FILE, RUN_FILE)
     }
 
 

@@ -15,6 +15,9 @@ from resm_kernels.dtypes import SAFETENSORS_NAMES
 from resm_kernels.files import LIST_BYTES, read_object
 
 RECORD_FILE: Final = "resm_kernels.json"
+RUN_FILE: Final = "resm_kernels_run.json"
+"""The file that says how a merge went: times, memory, machine. The record does not name it, because every run has
+another, and the folder is as whole without it."""
 HASH: Final = "xxh3_128"
 _FORMAT: Final = 1
 

@@ -33,7 +33,7 @@ from resm_kernels.checkpoint.place import (
     recover,
     unfinished_folder,
 )
-from resm_kernels.checkpoint.record import HASH, RECORD_FILE, read_record, record_bytes
+from resm_kernels.checkpoint.record import HASH, RECORD_FILE, RUN_FILE, read_record, record_bytes
 from resm_kernels.checkpoint.tensor_writer import TensorWriter, stored_hash
 from resm_kernels.checkpoint.unfinished import UnfinishedFolder, read_manifest
 
@@ -113,7 +113,8 @@ class CheckpointWriter:
     ) -> None:
         self.out, self.plan = out, plan
         self._files = {**files, **plan.format_files()}
-        self._files.pop(RECORD_FILE, None)  # a copy of an input's record, where all small files of a form are copied
+        for name in (RECORD_FILE, RUN_FILE):  # copies of an input's, where all small files of a form are copied
+            self._files.pop(name, None)
         if job is not None:
             headers = hashlib.sha256(b"".join(shard.header for shard in plan.shards)).hexdigest()
             contents = {name: hashlib.sha256(content).hexdigest() for name, content in self._files.items()}
@@ -192,6 +193,11 @@ class CheckpointWriter:
         with self._lock:
             self._hashes |= hashes
             self._pending.difference_update(hashes)
+
+    def flush(self) -> None:
+        """Flush the weights to disk; `commit` does it too, but this tells how long it takes."""
+        with self._reported_errors():
+            self._tensors.flush()
 
     def commit(self) -> None:
         """Flush all files to disk and give the folder its name; an old folder of that name is replaced only now."""
@@ -275,7 +281,7 @@ class CheckpointWriter:
                 os.close(fd)
 
     def _write_files(self) -> None:
-        record = record_bytes(self.plan, self._files, self._hashes, self._facts)
+        record = record_bytes(self.plan, self._files.keys() - {RUN_FILE}, self._hashes, self._facts)
         folders = {self.folder, *((self.folder / shard.filename).parent for shard in self.plan.shards)}
         for name, content in {**self._files, RECORD_FILE: record}.items():
             target = self.folder / name

@@ -17,6 +17,8 @@ from resm_kernels.files import read_bytes
 from resm_kernels.hub import cached_commit, parse_id
 from resm_kernels.recipe import Recipe
 
+RECIPE_FILE: Final = "mergekit_config.yml"
+"""The file of an output that has the recipe, under the name that tools look for."""
 _COMMIT: Final = re.compile(rb"[0-9a-zA-Z]{1,64}")
 
 
@@ -59,7 +61,7 @@ A merge of pre-trained language models, made with resm-kernels {__version__}.
 {recipe.text.strip()}
 ```
 """
-    return {"README.md": text.encode(), "mergekit_config.yml": f"{recipe.text.strip()}\n".encode()}
+    return {"README.md": text.encode(), RECIPE_FILE: f"{recipe.text.strip()}\n".encode()}
 
 
 def _link(name: str) -> str:

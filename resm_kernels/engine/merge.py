@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from resm_kernels.checkpoint import CheckpointWriter
+from resm_kernels.checkpoint.record import RUN_FILE
 from resm_kernels.checks import Check, NonFiniteError, check_values, collected_checks
 from resm_kernels.engine.cpu_executor import CpuExecutor
 from resm_kernels.engine.dcp import output_marker
@@ -27,6 +28,7 @@ from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.pipeline import Executor, Pipeline, Timings
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.rounding import ROUNDING_FILE, Kept, KeptLog, describe_kept, rounding_record
+from resm_kernels.engine.run_record import run_record
 from resm_kernels.engine.streaming import Streaming
 from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.linalg.threads import thread_count
@@ -170,6 +172,7 @@ def carry_out(plan: MergePlan, progress: Progress | None = None) -> MergeReport:
 
 def _write(plan: MergePlan, out: Path, progress: Progress | None) -> MergeReport:
     """Merge what a plan describes into the folder `out`."""
+    began = time.perf_counter()
     writing = CheckpointWriter(
         out,
         plan.output,
@@ -185,6 +188,7 @@ def _write(plan: MergePlan, out: Path, progress: Progress | None) -> MergeReport
         jobs = [job for job in plan.jobs if not _is_done(job, writer, kept)]
         names = {job.name for job in jobs}
         writer.redo({name for job in jobs for name, *_ in job.stored})
+        prepared = time.perf_counter()
         try:
             if plan.options.engine == "ray":
                 from resm_kernels.engine.ray_engine import merge_on_ray  # ray_worker imports this module
@@ -198,9 +202,13 @@ def _write(plan: MergePlan, out: Path, progress: Progress | None) -> MergeReport
                 writer.discard()
             raise
         computed = time.perf_counter()
+        writer.flush()
+        flushed = time.perf_counter()
         rounded = tuple(kept[job.name] for job in plan.jobs if job.name in kept)
         if rounded:
             writer.add_file(ROUNDING_FILE, rounding_record(rounded))
+        times = {"planned": began - plan.began, "prepared": prepared - began, "flushed": flushed - computed}
+        writer.add_file(RUN_FILE, run_record(plan, timings, names, **times))
         writer.commit()
     finished = time.perf_counter()
     return MergeReport(

@@ -35,6 +35,8 @@ class Timings:
     """Where the time of a run went, in seconds, and the most bytes that were in flight.
 
     Attributes:
+        read: The reader's thread read inputs.
+        write: The writer's thread wrote results.
         read_wait: The caller's thread waited for inputs.
         compute: Time spent computing; with GPUs, the longest time that one GPU's thread spent in the method.
         write_wait: The caller's thread waited for earlier results to be written, and at the end for the last ones.
@@ -43,6 +45,8 @@ class Timings:
         devices: The part of each GPU; empty if the CPU computed.
     """
 
+    read: float = 0.0
+    write: float = 0.0
     read_wait: float = 0.0
     compute: float = 0.0
     write_wait: float = 0.0
@@ -240,11 +244,12 @@ class Pipeline(Generic[JobT]):
             segment = self._input_segment(job)
             if segment is None:
                 return
-            inputs = run.inputs.input_views(segment, job)
+            inputs, began = run.inputs.input_views(segment, job), time.perf_counter()
             for (reader, info), tensor in zip(job.inputs, inputs, strict=True):
                 if run.stopping:
                     return
                 reader.read_into(info, tensor)
+            self.timings.read += time.perf_counter() - began
             with run.changed:
                 self._ready.append((segment, inputs))
                 run.changed.notify_all()
@@ -278,7 +283,9 @@ class Pipeline(Generic[JobT]):
                 raise in_flight
             result = in_flight.result()
             if result is not None and self.write is not None:
+                began = time.perf_counter()
                 self.write(job, result)
+                self.timings.write += time.perf_counter() - began
             del result
             with run.changed:
                 in_flight.release()

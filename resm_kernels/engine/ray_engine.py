@@ -242,7 +242,7 @@ def _reason(error: Exception) -> str:
 
 def _add(timings: Timings, uses: dict[str, DeviceUse], result: Merged) -> None:
     """Add the timings of a batch to those of all."""
-    for name in ("read_wait", "compute", "write_wait", "device_wait"):
+    for name in ("read", "write", "read_wait", "compute", "write_wait", "device_wait"):
         setattr(timings, name, getattr(timings, name) + getattr(result.timings, name))
     timings.memory_peak = max(timings.memory_peak, result.timings.memory_peak)
     for use in result.timings.devices:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -154,19 +154,15 @@ def checkpoint_stats(
     lists = [[source.model for source in piece.experts] for part in recipe.parts for piece in part.slices]
     if any(names != lists[0] for names in lists):
         raise MergeError("slices: statistics need the same experts everywhere, got several lists of them")
-    if recipe.merge_method != "resm":
-        recipe = _as_resm(recipe)
     rows: list[TensorStats] = []
     options = MergeOptions(memory_limit=memory_limit, strict=strict)
-    with plan_merge(recipe, options=options, dense=True) as plan:
+    with plan_merge(as_resm(recipe), options=options, dense=True) as plan:
         if say is not None:
             say(plan.said)
-        jobs = [replace(j, output_bytes=0) for j in _jobs(plan) if not j.copied]
-        if spectra:
-            jobs = [replace(j, workspace=max(j.workspace, _spectra_workspace(j))) for j in jobs]
+        jobs = stats_jobs(plan, spectra=spectra)
 
         def compute(job: TensorJob, tensors: list[Tensor]) -> None:
-            rows.extend(_stats(job, tensors[0], tensors[1:], spectra=spectra))
+            rows.extend(job_stats(job, tensors[0], tensors[1:], spectra=spectra))
 
         Pipeline(jobs, Window.for_cpu(jobs, options.window_bytes), CpuExecutor(compute), progress=progress).run()
     return rows
@@ -232,10 +228,23 @@ def _spectra_workspace(job: TensorJob) -> int:
     return (24 << 20) + n_experts * (max(item, 4) * m * n + 40 * r * r) + 24 * (m + n) * r + 24 * r * r
 
 
-def _as_resm(recipe: Recipe) -> Recipe:
-    """Return a recipe of the same models and slices that merges them by RESM with its default parameters."""
+def as_resm(recipe: Recipe, *, base: str | None = None, without: Collection[str] = ()) -> Recipe:
+    """Return a recipe of the same models and slices that merges them by RESM, with its default parameters.
+
+    A recipe of RESM is returned as it is if no model is left out.
+
+    Args:
+        base: The base model, for a recipe of whole models that names none.
+        without: Names of models that are left out of a recipe of whole models.
+    """
+    if recipe.merge_method == "resm" and not without:
+        return recipe
     data = {name: _without_parameters(getattr(recipe, name)) for name in ("base_model", "models", "slices", "modules")}
     data |= {"merge_method": "resm", "tokenizer": recipe.output_tokenizer}
+    if base is not None:
+        data["base_model"] = base
+    if without:
+        data["models"] = [entry for entry in data["models"] if entry.model not in without]
     same = load_recipe({key: value for key, value in data.items() if value is not None})
     return same.with_documents(recipe.documents)
 
@@ -250,18 +259,24 @@ def _without_parameters(entry: Any) -> Any:
     return [_without_parameters(item) for item in entry] if isinstance(entry, list) else entry
 
 
-def _jobs(plan: MergePlan) -> Iterator[TensorJob]:
-    """Yield the jobs of whole tensors, or of blocks of whole matrices where a tensor is divided into these."""
+def stats_jobs(plan: MergePlan, *, spectra: bool) -> list[TensorJob]:
+    """Return the jobs of statistics: of whole tensors, or of blocks of whole matrices where a tensor has several.
+
+    Args:
+        plan: A plan of a recipe of RESM (`as_resm`) that was made with `dense`.
+        spectra: As for `job_stats`; the jobs have the workspace for it.
+    """
     blocks: dict[str, list[TensorJob]] = {}
     for piece in plan.pieces:
         if piece.whole is not None and piece.matrices is not None:
             blocks.setdefault(piece.name, []).append(piece)
-    for job in plan.jobs:
-        yield from blocks.get(job.name, [job])
+    found = (job for whole in plan.jobs for job in blocks.get(whole.name, [whole]))
+    jobs = [replace(job, output_bytes=0) for job in found if not job.copied]
+    return [replace(j, workspace=max(j.workspace, _spectra_workspace(j))) for j in jobs] if spectra else jobs
 
 
-def _stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> Iterator[TensorStats]:
-    """Yield the statistics of one tensor, or of each of its matrices."""
+def job_stats(job: TensorJob, base: Tensor, experts: list[Tensor], *, spectra: bool) -> Iterator[TensorStats]:
+    """Yield the statistics of the tensor of a job of `stats_jobs`, or of each of its matrices."""
     assert job.role is not None
     role = str(job.role.role)
     if (held := job.matrices) is None:

@@ -18,7 +18,7 @@ from resm_kernels.engine.models import MergeError, Model, OpenedModels, open_mod
 from resm_kernels.engine.plan import MergePlan, plan_merge
 from resm_kernels.engine.tensor_jobs import TensorJob
 from resm_kernels.linalg.threads import thread_count
-from resm_kernels.live.module import ModuleTensors, overwrite
+from resm_kernels.live.module import ModuleTensors
 from resm_kernels.lora import AdapterReader
 from resm_kernels.options import LIVE_MEMORY, MergeOptions
 from resm_kernels.recipe import Recipe, RecipeSource, Source, load_recipe
@@ -136,14 +136,16 @@ class LiveModels:
 
         Args:
             module: A model of transformers, which may have another dtype and lie on another device than the files
-                say, or any torch module whose parameters are named as in the base model's files.
+                say, or any torch module whose parameters are named as in the base model's files. It, or its layers, may
+                be wrapped by torch.compile, and it by DataParallel or DistributedDataParallel.
 
         Raises:
             RecipeError, CheckpointError: As for `merge_checkpoints`.
             MergeError: As for `merge_checkpoints`; or module and merge do not have the same tensors: one has a tensor
                 that the other lacks or has in another shape, the module ties parameters that are merged to different
-                values, or its parameters are quantised or on the meta device. This is found before anything is written,
-                but for errors that a tensor's values cause.
+                values, its parameters are quantised, on the meta device or different views of the same memory, or it
+                has adapters of peft. This is found before anything is written, but for errors that a tensor's values
+                cause.
         """
         began = time.perf_counter()
         before = self.store.hits, self.store.misses
@@ -169,12 +171,12 @@ class LiveModels:
         They are copied meanwhile, into the memory of the module's device. See `merge_into`.
         """
         with self.plan(recipe) as plan:
-            values = ModuleTensors(module, plan).copied()
+            kept = ModuleTensors(module, plan).kept()
         try:
             yield self.merge_into(module, recipe)
         finally:
-            for target, value in values:
-                overwrite(target, value)
+            for tensor in kept:
+                tensor.restore()
 
     def reference(self, recipe: RecipeSource) -> Model:
         """Return the opened model whose configuration and tokenizer the merge takes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,8 @@ from resm_kernels.engine.layout import and_more
 from resm_kernels.engine.models import MergeError
 from resm_kernels.engine.plan import MergePlan
 from resm_kernels.engine.weight_loading import Place
+from resm_kernels.live.memory import check_memory, has_memory
+from resm_kernels.live.wrappers import own_name, unwrapped
 
 
 @dataclass
@@ -40,6 +42,21 @@ class _Waiting:
     values: dict[str, Tensor] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of the module, the memory that it has, and a copy of its values."""
+
+    tensor: Tensor
+    memory: Tensor
+    values: Tensor
+
+    def restore(self) -> None:
+        """Give the tensor its memory and its values back, also if the module has got another dtype meanwhile."""
+        overwrite(self.memory, self.values)
+        if (self.tensor.dtype, self.tensor.data_ptr()) != (self.memory.dtype, self.memory.data_ptr()):
+            self.tensor.data = self.memory
+
+
 class ModuleTensors:
     """Where each tensor of a merge belongs in a module.
 
@@ -54,7 +71,8 @@ class ModuleTensors:
     def __init__(self, module: nn.Module, plan: MergePlan) -> None:
         if not isinstance(module, nn.Module):
             raise MergeError(f"module: got {type(module).__name__}, need a torch.nn.Module")
-        module = getattr(module, "_orig_mod", module)  # of a module that torch.compile has wrapped
+        module = unwrapped(module)
+        _refuse_adapters(module)
         self._targets = _targets(module)
         self._module = module
         infos = {job.name: job.inputs[0][1] for job in plan.jobs}
@@ -72,7 +90,8 @@ class ModuleTensors:
         for job in plan.jobs:
             if job.name in self._places:
                 self._check(job.name, job.shape, copied=job.copied)
-        parameters = [name for name, _ in module.named_parameters() if name in self._targets]
+        check_memory({target.name: target.tensor for target in self._targets.values() if id(target) in covered})
+        parameters = [n for n in (own_name(name) for name, _ in module.named_parameters()) if n in self._targets]
         lacking = [name for name in parameters if id(self._targets[name]) not in covered]
         if lacking:
             raise MergeError(
@@ -102,6 +121,10 @@ class ModuleTensors:
                 raise MergeError(f"module: tensor {target.name!r} is on the meta device, need one with memory")
             if tensor.layout != torch.strided:
                 raise MergeError(f"module: tensor {target.name!r} is {tensor.layout}, need a dense one")
+            if type(tensor.detach()) is not Tensor:
+                # A shard of a distributed tensor, or a quantised one that looks like floats.
+                kind = type(tensor.detach()).__name__
+                raise MergeError(f"module: tensor {target.name!r} is a {kind}, need a plain torch.Tensor")
             if not copied and tensor.dtype not in FLOAT_DTYPES:
                 raise MergeError(
                     f"module: tensor {target.name!r} is {tensor.dtype}, need one of "
@@ -139,12 +162,12 @@ class ModuleTensors:
                 "tie_word_embeddings: false"
             )
 
-    def copied(self) -> list[tuple[Tensor, Tensor]]:
+    def kept(self) -> list[Kept]:
         """Return each tensor that a merge writes, with a copy of its values."""
         places = [p.place if isinstance(p, _Waiting) else p for p in self._places.values()]
         names = dict.fromkeys(name for place in places for name in place.targets)
         written = {id(self._targets[name]): self._targets[name].tensor for name in names}
-        return [(tensor, tensor.detach().clone()) for tensor in written.values()]
+        return [Kept(tensor, tensor.detach(), tensor.detach().clone()) for tensor in written.values()]
 
 
 def overwrite(tensor: Tensor, value: Tensor) -> None:
@@ -156,14 +179,26 @@ def overwrite(tensor: Tensor, value: Tensor) -> None:
 
 def _targets(module: nn.Module) -> dict[str, _Target]:
     """Return the parameters and saved buffers by every name that they have; tied ones are one target."""
-    by_memory: dict[tuple[int, int], _Target] = {}
+    by_memory: dict[Hashable, _Target] = {}
     targets = {}
     for name, tensor in module.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):
-            has_memory = not tensor.is_meta and tensor.layout == torch.strided and tensor.numel() > 0
-            memory = (tensor.data_ptr(), tensor.numel()) if has_memory else (id(tensor), 0)
+            name = own_name(name)
+            memory: Hashable = id(tensor)
+            if has_memory(tensor):
+                memory = tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
             targets[name] = by_memory.setdefault(memory, _Target(name, tensor))
     return targets
+
+
+def _refuse_adapters(module: nn.Module) -> None:
+    """Refuse a module in which layers of peft stand in place of linear ones: they would be added to the merge."""
+    wrapped = next((name for name, _ in module.named_modules() if name.rpartition(".")[2] == "base_layer"), None)
+    if wrapped is not None or hasattr(module, "peft_config"):
+        raise MergeError(
+            f"module: has adapters of peft{f' ({wrapped})' if wrapped else ''}, which would be added to the merge; "
+            "need the model without them: model.unload(), or model.merge_and_unload() to keep what they do"
+        )
 
 
 def _check_range(name: str, value: Tensor, target: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The error of searches."""
+"""The errors of searches."""
 
 from __future__ import annotations
 
@@ -9,3 +9,19 @@ class SearchError(ValueError):
 
 class NotFiniteError(SearchError):
     """A merge has been judged by a score that is infinite or not a number."""
+
+
+class EvaluateError(SearchError):
+    """The function that judges merges has raised an exception.
+
+    Attributes:
+        traceback: Where, as Python prints it.
+    """
+
+    def __init__(self, message: str, traceback: str) -> None:
+        super().__init__(message)
+        self.traceback = traceback
+
+
+class TimeIsUp(BaseException):
+    """The search's time ended while a merge was judged. No handler of errors is to catch it but the search's own."""

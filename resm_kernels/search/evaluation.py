@@ -7,13 +7,16 @@ import inspect
 import math
 import os
 import sys
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from resm_kernels.files import shortened
-from resm_kernels.search.errors import NotFiniteError, SearchError
+from resm_kernels.search.errors import EvaluateError, NotFiniteError, SearchError, TimeIsUp
+from resm_kernels.search.leaving import ModelState, until
 
 Evaluate = Callable[..., "float | Mapping[str, float]"]
 VALID: Final = "valid"
@@ -22,6 +25,9 @@ TEST: Final = "test"
 """The split that is held out: it is judged once, at the end."""
 _ONLY: Final = "score"
 """The name of the only score of a function that returns a number."""
+_LONGEST_TRACEBACK: Final = 20_000
+_OF_SIGNALS: Final = 128
+"""Exit codes above it are those of processes that a signal ends."""
 
 
 def find_evaluate(spec: str) -> Evaluate:
@@ -65,9 +71,13 @@ class Judge:
 
     Attributes:
         needed: Scores that every answer of the function must have; set when the objectives are known.
+        deadline: When a call of the function is broken off (`until`), as `time.monotonic()` counts; None for never.
+        has_changed_values: True if the last call has changed values of the model's parameters.
     """
 
     needed: Sequence[str] = ()
+    deadline: float | None = None
+    has_changed_values = False
 
     def __init__(
         self, evaluate: Evaluate, model: Any, tokenizer: Any, questions: int | None, prefix: int | None
@@ -93,7 +103,10 @@ class Judge:
 
         Raises:
             NotFiniteError: A score is infinite or not a number.
-            SearchError: The function returned something else than numbers, or not all scores that are needed.
+            EvaluateError: The function raised an exception, or ended the process.
+            SearchError: The function returned something else than numbers, or not all scores that are needed; or it
+                left the model in another state (`ModelState`); or it raised this error itself.
+            TimeIsUp: The deadline was reached.
         """
         offered = {
             "split": split,
@@ -101,14 +114,14 @@ class Judge:
             "tokenizer": self._tokenizer,
         }
         self._model.eval()
-        with torch.no_grad():
-            scores = self._evaluate(self._model, **{name: offered[name] for name in self._takes})
-        if isinstance(scores, Mapping):
-            by_name: dict[str, Any] = {str(name): score for name, score in scores.items()}
-        else:
-            by_name = {_ONLY: scores}
-        if not by_name:
-            raise SearchError("evaluate: the function returned no scores, need one or more")
+        state = ModelState(self._model)
+        try:
+            by_name = _by_name(self._called({name: offered[name] for name in self._takes}))
+        except (SearchError, TimeIsUp):
+            state.check()
+            raise
+        state.check()
+        self.has_changed_values = state.has_other_values
         if lacking := [name for name in self.needed if name not in by_name]:
             raise SearchError(
                 f"objectives: the function returned no {lacking[0]!r}, but {', '.join(by_name)}; need the same "
@@ -116,9 +129,55 @@ class Judge:
             )
         return {name: _checked(name, score) for name, score in by_name.items()}
 
+    def _called(self, arguments: Mapping[str, Any]) -> Any:
+        """Return what the function returns; its exceptions become those of `__call__`."""
+        process = os.getpid()
+        try:
+            with torch.no_grad(), until(self.deadline):
+                return self._evaluate(self._model, **arguments)
+        except SearchError:
+            raise
+        except SystemExit as error:
+            if isinstance(error.code, int) and error.code > _OF_SIGNALS:
+                raise
+            raise _raised(error) from error
+        except Exception as error:
+            raise _raised(error) from error
+        finally:
+            if os.getpid() != process:
+                # A fork of this process that went on here would search in the same folder.
+                print("error: evaluate: the function returned in a process that it has forked", file=sys.stderr)
+                sys.stderr.flush()
+                os._exit(1)
+
+
+def _by_name(scores: Any) -> dict[str, Any]:
+    if not isinstance(scores, Mapping):
+        return {_ONLY: scores}
+    if not scores:
+        raise SearchError("evaluate: the function returned no scores, need one or more")
+    if wrong := [name for name in scores if not isinstance(name, str) or not name]:
+        raise SearchError(f"evaluate: the function returned a score by the name {shortened(wrong[0])}, need a text")
+    return dict(scores)
+
+
+def _raised(error: BaseException) -> EvaluateError:
+    """Return the error of a function that has raised another one, which says where."""
+    frames = error.__traceback__.tb_next if error.__traceback__ is not None else None  # without this module's own
+    text = "".join(traceback.format_exception(type(error), error, frames))
+    place = traceback.extract_tb(frames)[-1:]
+    where = f" ({Path(place[0].filename).name}, line {place[0].lineno})" if place else ""
+    kind, message = type(error).__name__, str(error).strip().partition("\n")[0]
+    return EvaluateError(
+        f"evaluate: the function raised {kind}{f': {message}' if message else ''}{where}", text[-_LONGEST_TRACEBACK:]
+    )
+
 
 def _checked(name: str, score: Any) -> float:
     message = f"evaluate: the score {name!r} is {shortened(score)}, need a finite number"
+    if isinstance(score, (bool, str, bytes)) or str(getattr(score, "dtype", "")).endswith("bool"):
+        # Python would take these for numbers.
+        raise SearchError(f"evaluate: the score {name!r} is {shortened(score)}, need a number")
     try:
         number = float(score)
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last for tensors of several numbers

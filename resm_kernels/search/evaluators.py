@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 Files = Mapping[str, Mapping[str, str | Path]]
 Judge = Callable[..., dict[str, float]]
-"""A function that judges a model; it takes model and tokenizer, split and questions."""
+"""What judges a model; it takes model and tokenizer, split and questions."""
 _BATCH_TOKENS: Final = 8192
 _MATCHES: Final[dict[str, Callable[[str, str], bool]]] = {
     "exact": lambda got, needed: got == needed,
@@ -44,35 +44,67 @@ _MATCHES: Final[dict[str, Callable[[str, str], bool]]] = {
 }
 
 
-class _Questions:
-    """The prompts of each objective and split, read once.
+class _Questions(NamedTuple):
+    """The prompts of one objective in one split."""
+
+    objective: str
+    split: str
+    path: Path
+    prompts: list[Prompt]
+
+
+class _FileJudge:
+    """Judges a model by the prompts of files, which are read once.
 
     Args:
         files: For each objective the file of each split.
+        score: Returns the score of a model on some questions, given the model, its tokenizer and the questions.
         answered: Whether every prompt needs its answer.
+        folders: Further models that the score depends on.
+
+    Attributes:
+        files: All that the scores depend on.
     """
 
-    def __init__(self, files: Files, *, answered: bool, max_prompt_tokens: int, max_answer_tokens: int) -> None:
+    def __init__(
+        self,
+        files: Files,
+        score: Callable[[Any, Any, _Questions], float],
+        *,
+        answered: bool,
+        max_prompt_tokens: int,
+        max_answer_tokens: int,
+        folders: Iterable[str | Path] = (),
+    ) -> None:
         if not files:
             raise SearchError("files: got none, need a file of each split for one or more objectives")
-        self._files = files
-        self._answered, self._limits = answered, (max_prompt_tokens, max_answer_tokens)
+        self._by_objective = files
+        self.files = [*(path for by_split in files.values() for path in by_split.values()), *folders]
+        self._score, self._answered = score, answered
+        self._limits = max_prompt_tokens, max_answer_tokens
         self._prompts: dict[tuple[str, str], list[Prompt]] = {}
 
-    def of(self, split: str, questions: int | None) -> Iterator[tuple[str, Path, list[Prompt]]]:
-        """Yield each objective's name, file and prompts."""
-        share = None if questions is None else math.ceil(questions / len(self._files))
-        for name, by_split in self._files.items():
-            if split not in by_split:
-                raise SearchError(f"files: {name} has no file for the split {split!r}, but {', '.join(by_split)}")
-            path = Path(by_split[split])
-            if (name, split) not in self._prompts:
-                prompts = read_prompts(path)
-                lacking = next((p for p in prompts if p.response is None), None)
-                if self._answered and lacking is not None:
-                    raise SearchError(f"{path}, line {lacking.line}: has no response, which the score compares with")
-                self._prompts[name, split] = prompts
-            yield name, path, self._prompts[name, split][:share]
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, split: str, questions: int | None = None
+    ) -> dict[str, float]:
+        """Return the score of each objective; with a number of questions, by its share of them, the first ones."""
+        share = None if questions is None else math.ceil(questions / len(self._by_objective))
+        asked = [self.questions(name, split) for name in self._by_objective]
+        return {a.objective: self._score(model, tokenizer, a._replace(prompts=a.prompts[:share])) for a in asked}
+
+    def questions(self, objective: str, split: str) -> _Questions:
+        """Return all prompts of an objective."""
+        by_split = self._by_objective[objective]
+        if split not in by_split:
+            raise SearchError(f"files: {objective} has no file for the split {split!r}, but {', '.join(by_split)}")
+        path = Path(by_split[split])
+        if (objective, split) not in self._prompts:
+            prompts = read_prompts(path)
+            lacking = next((p for p in prompts if p.response is None), None)
+            if self._answered and lacking is not None:
+                raise SearchError(f"{path}, line {lacking.line}: has no response, which the score compares with")
+            self._prompts[objective, split] = prompts
+        return _Questions(objective, split, path, self._prompts[objective, split])
 
     def encoded(self, model: Any, tokenizer: Any, path: Path, prompts: Sequence[Prompt]) -> list[Any]:
         """Return prompts as token ids, those with an answer as samples."""
@@ -108,22 +140,23 @@ def accuracy(
     """
     if match not in _MATCHES:
         raise SearchError(f"match: got {match!r}, need one of {', '.join(_MATCHES)}")
-    asked = _Questions(files, answered=True, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_new_tokens)
 
-    def evaluate(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, split: str, questions: int | None = None
-    ) -> dict[str, float]:
-        scores = {}
-        for name, path, prompts in asked.of(split, questions):
-            open_ones = [replace(prompt, response=None) for prompt in prompts]
-            ids = asked.encoded(model, tokenizer, path, open_ones)
-            given = answer(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
-            texts = [_text(tokenizer, sample) for sample in given]
-            right = sum(_MATCHES[match](text, str(p.response).strip()) for text, p in zip(texts, prompts, strict=True))
-            scores[name] = 100 * right / len(prompts)
-        return scores
+    def score(model: Any, tokenizer: Any, asked: _Questions) -> float:
+        open_ones = [replace(prompt, response=None) for prompt in asked.prompts]
+        ids = judge.encoded(model, tokenizer, asked.path, open_ones)
+        given = answer(model, tokenizer, ids, max_new_tokens=max_new_tokens, batch_tokens=batch_tokens)
+        texts = [_text(tokenizer, sample) for sample in given]
+        needed = [str(prompt.response).strip() for prompt in asked.prompts]
+        return 100 * sum(map(_MATCHES[match], texts, needed)) / len(needed)
 
-    return evaluate
+    judge = _FileJudge(
+        files,
+        score,
+        answered=True,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_new_tokens,
+    )
+    return judge
 
 
 def log_likelihood(
@@ -143,22 +176,24 @@ def log_likelihood(
     Raises:
         SearchError, CalibrationError: The files cannot be read, or lack responses.
     """
-    asked = _Questions(files, answered=True, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens)
 
-    def evaluate(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, split: str, questions: int | None = None
-    ) -> dict[str, float]:
-        scores = {}
-        for name, path, prompts in asked.of(split, questions):
-            samples = asked.encoded(model, tokenizer, path, prompts)
-            total, count = 0.0, 0
-            for log_probs, tokens in _predictions(model, samples, batch_tokens):
-                total += float(log_probs.gather(1, tokens[:, None]).double().sum())
-                count += len(tokens)
-            scores[name] = total / count
-        return scores
+    def score(model: Any, tokenizer: Any, asked: _Questions) -> float:
+        samples: list[Sample] = judge.encoded(model, tokenizer, asked.path, asked.prompts)
+        total, count = 0.0, 0
+        for sample, log_probs in zip(samples, _each_prediction(model, samples, batch_tokens), strict=True):
+            tokens = torch.tensor(sample.tokens[sample.answer_start :], device=log_probs.device)
+            total += float(log_probs.gather(1, tokens[:, None]).double().sum())
+            count += len(tokens)
+        return total / count
 
-    return evaluate
+    judge = _FileJudge(
+        files,
+        score,
+        answered=True,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
+    )
+    return judge
 
 
 def closeness_to_experts(
@@ -185,17 +220,16 @@ def closeness_to_experts(
     """
     if experts.keys() != files.keys():
         raise SearchError(f"experts: got {', '.join(experts)}, need one for each of {', '.join(files)}")
-    asked = _Questions(files, answered=False, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_new_tokens)
     known: dict[tuple[str, str], tuple[list[Sample], list[Tensor]]] = {}
 
-    def of_expert(name: str, split: str, path: Path, model: Any, tokenizer: Any) -> tuple[list[Sample], list[Tensor]]:
+    def of_expert(asked: _Questions, model: Any, tokenizer: Any) -> tuple[list[Sample], list[Tensor]]:
+        name, split, path, _ = asked
         if (name, split) not in known:
             from transformers import AutoModelForCausalLM
 
-            _, _, prompts = next(entry for entry in asked.of(split, None) if entry[0] == name)
             expert = AutoModelForCausalLM.from_pretrained(experts[name], dtype=model.dtype, local_files_only=True)
             expert = expert.to(model.device).eval()
-            encoded = asked.encoded(model, tokenizer, path, prompts)
+            encoded = judge.encoded(model, tokenizer, path, judge.questions(name, split).prompts)
             open_ones = [i for i, entry in enumerate(encoded) if not isinstance(entry, Sample)]
             answers = answer(
                 expert,
@@ -210,22 +244,33 @@ def closeness_to_experts(
             known[name, split] = encoded, targets
         return known[name, split]
 
-    def evaluate(
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, split: str, questions: int | None = None
-    ) -> dict[str, float]:
-        scores = {}
-        for name, path, prompts in asked.of(split, questions):
-            samples, targets = of_expert(name, split, path, model, tokenizer)
-            predictions = _each_prediction(model, samples[: len(prompts)], batch_tokens)
-            total, count = 0.0, 0
-            for own, target in zip(predictions, targets[: len(prompts)], strict=True):
-                expected = target.float()
-                total += float((expected.exp() * (expected - own)).double().sum())
-                count += len(own)
-            scores[name] = -total / count
-        return scores
+    def score(model: Any, tokenizer: Any, asked: _Questions) -> float:
+        samples, targets = of_expert(asked, model, tokenizer)
+        number = len(asked.prompts)
+        predictions = _each_prediction(model, samples[:number], batch_tokens)
+        total, count = 0.0, 0
+        for own, target in zip(predictions, targets[:number], strict=True):
+            if own.shape != target.shape:
+                raise SearchError(
+                    f"experts: {asked.objective} predicts {target.shape[1]} tokens, but the merge {own.shape[1]}; need "
+                    "experts with the merge's vocabulary"
+                )
+            expected = target.float()
+            p = expected.exp()
+            # A token that the expert excludes adds nothing, also if its log-probability is −∞ in fp16.
+            total += float(torch.where(p > 0, p * (expected - own), 0.0).double().sum())
+            count += len(own)
+        return -total / count
 
-    return evaluate
+    judge = _FileJudge(
+        files,
+        score,
+        answered=False,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_new_tokens,
+        folders=[folder for folder in experts.values() if Path(folder).is_dir()],
+    )
+    return judge
 
 
 def lm_eval(tasks: Mapping[str, Sequence[str]], *, metric: str = "acc,none", **options: Any) -> Judge:
@@ -272,12 +317,6 @@ def _harness(module: str) -> Any:
 
 def _text(tokenizer: Any, sample: Sample) -> str:
     return str(tokenizer.decode(sample.tokens[sample.answer_start :], skip_special_tokens=True)).strip()
-
-
-def _predictions(model: Any, samples: Sequence[Sample], batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield log p of each answer position of a sample, (positions, vocabulary), and the tokens that are there."""
-    for sample, log_probs in zip(samples, _each_prediction(model, samples, batch_tokens), strict=True):
-        yield log_probs, torch.tensor(sample.tokens[sample.answer_start :], device=log_probs.device)
 
 
 def _each_prediction(model: Any, samples: Sequence[Sample], batch_tokens: int) -> list[Tensor]:

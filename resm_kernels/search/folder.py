@@ -18,9 +18,10 @@ from resm_kernels.checkpoint.unfinished import differences
 from resm_kernels.files import LIST_BYTES, read_object
 from resm_kernels.plot import check_plot
 from resm_kernels.search.errors import SearchError
+from resm_kernels.search.identity import is_of_evaluate
 from resm_kernels.search.picture import draw
 from resm_kernels.search.space import Space
-from resm_kernels.search.study import DATABASE
+from resm_kernels.search.study import DATABASE, check_database
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # Python 3.11 has it in `typing`
@@ -41,18 +42,21 @@ class SearchFolder:
     Args:
         path: The folder, which is made if it is missing.
         job: What the search depends on, by the names that errors use, as JSON has them.
+        changed_evaluate: Whether the function that judges may have changed since the search began.
 
     Raises:
-        SearchError: The folder holds another search, or files that are none; or another process searches in it, or
-            no picture can be drawn.
+        SearchError: The folder holds another search, or files that are none, or results of which the trials are gone;
+            or another process searches in it, or no picture can be drawn.
 
     Attributes:
         path: The folder.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, job: Mapping[str, Any], *, changed_evaluate: bool = False) -> None:
         self.path = path
         self._job = json.loads(json.dumps(job))
+        self._changed_evaluate = changed_evaluate
+        self._has_trials = False
         self._lock = FolderLock(path, "searching in")
         self._objectives: tuple[str, ...] = ()
 
@@ -80,7 +84,21 @@ class SearchFolder:
     @objectives.setter
     def objectives(self, names: Sequence[str]) -> None:
         self._objectives = tuple(names)
-        content = {"format": _FORMAT, "job": self._job, "objectives": list(names)}
+        self._write_manifest()
+
+    def note_trial(self) -> None:
+        """Write down that a trial was stored, so that its loss is noticed."""
+        if not self._has_trials:
+            self._has_trials = True
+            self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        content = {
+            "format": _FORMAT,
+            "job": self._job,
+            "objectives": list(self._objectives),
+            "has_trials": self._has_trials,
+        }
         self._write(MANIFEST, json.dumps(content, indent=1))
 
     def _open(self) -> None:
@@ -96,12 +114,22 @@ class SearchFolder:
         job, objectives = content.get("job"), content.get("objectives")
         if content.get("format") != _FORMAT or not isinstance(job, dict) or not isinstance(objectives, list):
             raise SearchError(f"{manifest}: is damaged, or of another version; name another folder")
-        if not (self.path / DATABASE).exists():  # cut off before the first trial was stored
+        self._has_trials = content.get("has_trials") is True or any((self.path / n).exists() for n in (BEST, REPORT))
+        if self._has_trials:
+            check_database(self.path)
+        elif not (self.path / DATABASE).exists():  # cut off before the first trial was stored
             return
+        if self._changed_evaluate:
+            job = {entry: value for entry, value in job.items() if not is_of_evaluate(entry)}
+            job |= {entry: value for entry, value in self._job.items() if is_of_evaluate(entry)}
         if differing := differences(job, self._job):
+            evaluate = all(
+                is_of_evaluate(entry) for entry in {*job, *self._job} if job.get(entry) != self._job.get(entry)
+            )
+            otherwise = ", or allow_changed_evaluate to keep the trials that it judged then" if evaluate else ""
             raise SearchError(
                 f"{self.path}: holds a search with another {', another '.join(differing)}; run the same command as "
-                "then, or name another folder"
+                f"then, or name another folder{otherwise}"
             )
         self._objectives = tuple(map(str, objectives))
 
@@ -120,6 +148,7 @@ class SearchFolder:
             "best": report.best.number,
             "front": [trial.number for trial in report.front],
             "held_out": report.held_out,
+            "held_out_failed": report.held_out_failed,
             "trials": [asdict(trial) for trial in report.trials],
             "tensors_of_best": report.tensors,
         }

@@ -27,11 +27,14 @@ def result_lines(report: SearchReport) -> list[str]:
         f"{len(report.front)} on the Pareto front: {report.out / FRONT}",
         f"best: trial {report.best.number}, {_scores(report.best.scores)}: {report.out / BEST}",
     ]
+    if report.unfinished is not None:
+        lines.append(f"the time ended within trial {report.unfinished}, which is judged again if you search on")
     baselines = {trial.number: trial.baseline for trial in report.trials if trial.baseline}
     for number, scores in report.held_out.items():
         if number in baselines or number == report.best.number:
             name = "best" if number == report.best.number else baselines[number]
             lines.append(f"held out, {name} (trial {number}): {_scores(scores)}")
+    lines += [f"held out, trial {number}: not judged: {error}" for number, error in report.held_out_failed.items()]
     return lines
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import xxhash
 
@@ -20,15 +20,20 @@ from resm_kernels.engine.job import merge_job
 from resm_kernels.live import LiveModels
 from resm_kernels.options import SearchKeywords, SearchOptions
 from resm_kernels.recipe import RecipeError
-from resm_kernels.search.errors import NotFiniteError
+from resm_kernels.search.errors import EvaluateError, NotFiniteError, SearchError, TimeIsUp
 from resm_kernels.search.evaluation import TEST, VALID, Evaluate, Judge, find_evaluate
 from resm_kernels.search.folder import SearchFolder
+from resm_kernels.search.identity import evaluate_job
 from resm_kernels.search.space import Space, load_space
 from resm_kernels.search.study import Study, Trial, best, check_sampler, front, is_hopeless
 
 if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Unpack  # Python 3.11 has it in `typing`
+
+
+MOST_FAILURES: Final = 10
+"""Failed trials in a row that end a search: what fails is then not the values."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,9 @@ class SearchReport:
         best: The trial with the largest mean of the objectives, or what `best_by` asks for.
         front: The trials of the Pareto front, in order.
         held_out: The scores on the held-out split, by the number of the trial: of the best trial and the baselines.
+        held_out_failed: Why a trial of these has none, by its number; the same call tries it again.
         tensors: The XXH3-128 hash of each tensor of the best merge, as `resm_kernels.json` of a merged folder has it.
+        unfinished: The number of the trial within which the time ended; None if there is none.
     """
 
     out: Path
@@ -51,7 +58,9 @@ class SearchReport:
     best: Trial
     front: tuple[Trial, ...]
     held_out: Mapping[int, Mapping[str, float]]
+    held_out_failed: Mapping[int, str]
     tensors: Mapping[str, str]
+    unfinished: int | None = None
 
 
 def search_recipes(
@@ -84,7 +93,9 @@ def search_recipes(
         on_trial: Called with each trial that has ended.
         trials: How many trials the search has in all; None for no limit.
         time: How long to search, such as "1h", "30min" or a number of seconds; None for no limit. One of the two limits
-            is needed. A trial that has begun is finished.
+            is needed. The trial within which the time ends is broken off, and judged again if you search on; but the
+            first trial is finished, and so is every one outside of the main thread or where SIGALRM has a handler.
+            The held-out split at the end takes its time on top.
         sampler: "tpe" (the default), "cmaes" (one objective), "nsga2" or "random".
         objectives: The scores to maximise, all that `evaluate` returns by default.
         questions: How many questions `evaluate` may ask on the validation split (default: all).
@@ -97,9 +108,12 @@ def search_recipes(
         dtype: The dtype of the model that is judged: "float32" (default), "bfloat16" or "float16".
         device: Where models are merged and judged (default: "cpu").
         threads, memory_limit: As for `LiveModels`.
+        allow_changed_evaluate: Go on with a search although the source of `evaluate`, or a file that it reads, has
+            changed since it began (default: False, which refuses this). The trials of then keep their scores.
 
     Raises:
-        SearchError: An option, the space or the function cannot be used; or `out` holds another search.
+        SearchError: An option, the space or the function cannot be used; `out` holds another search, or its trials are
+            gone or damaged; or ten trials have failed one after the other, when all results are written.
         RecipeError, CheckpointError, MergeError, CalibrationError: The models cannot be merged or loaded.
     """
     settings = SearchOptions(**options)
@@ -120,9 +134,9 @@ def search_recipes(
         with models.plan(defaults) as plan:
             job = merge_job(plan) | settings.job() | {"search space": checked.text}
             del job["recipe"]  # which follows from the space
-        if isinstance(evaluate, str):
-            job["evaluate"] = evaluate
-        folder = stack.enter_context(SearchFolder(Path(out), job))
+        job |= evaluate_job(function, evaluate if isinstance(evaluate, str) else None)
+        folder = SearchFolder(Path(out), job, changed_evaluate=settings.allow_changed_evaluate)
+        stack.enter_context(folder)
         reference = models.reference(defaults)
         if model is None:
             kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
@@ -150,19 +164,40 @@ class _Search:
         self._objectives: tuple[str, ...] = ()
 
     def run(self, baselines: Mapping[str, Mapping[str, Any]]) -> SearchReport:
-        began = time.perf_counter()
+        seconds = self._settings.seconds
+        deadline = None if seconds is None else time.monotonic() + seconds
         study, known = self._open_study(baselines)
         with study:
             for name, values in baselines.items():
                 study.enqueue_baseline(values, name)
             if known is not None:
                 self._end(study, replace(known, number=study.ask().number))
-            while not self._is_over(study, time.perf_counter() - began):
-                self._end(study, self._judged(study.ask(), study.trials()))
-            return self._finish(study)
+            self._judge.deadline = deadline
+            failures: list[Trial] = []
+            unfinished = None
+            while len(failures) < MOST_FAILURES and not self._is_over(study, deadline):
+                asked = study.ask()
+                try:
+                    trial = self._judged(asked, study.trials())
+                except TimeIsUp:
+                    unfinished = asked.number
+                    break
+                self._end(study, trial)
+                failures = [*failures, trial] if trial.state == "failed" else []
+            self._judge.deadline = None
+            has_failed = len(failures) == MOST_FAILURES
+            report = replace(self._finish(study, held_out=not has_failed), unfinished=unfinished)
+            if has_failed:
+                raise SearchError(
+                    f"search: {MOST_FAILURES} trials have failed one after the other, the last with: "
+                    f"{failures[-1].error}; the search is kept, and its results are in {report.out}: if you have "
+                    "mended what fails, the same command goes on from there"
+                )
+            return report
 
     def _end(self, study: Study, trial: Trial) -> None:
         study.tell(trial)
+        self._folder.note_trial()
         if self._on_trial is not None:
             self._on_trial(trial)
 
@@ -181,41 +216,55 @@ class _Search:
         study = Study(self._folder.path, self._space.ranges, objectives, settings.sampler, settings.random_seed)
         return study, known
 
-    def _is_over(self, study: Study, seconds: float) -> bool:
-        limit = self._settings
-        done = limit.trials is not None and len(study.trials()) >= limit.trials
-        return done or (limit.seconds is not None and seconds >= limit.seconds)
+    def _is_over(self, study: Study, deadline: float | None) -> bool:
+        trials = self._settings.trials
+        done = trials is not None and len(study.trials()) >= trials
+        return done or (deadline is not None and time.monotonic() >= deadline)
 
     def _judged(self, trial: Trial, others: Sequence[Trial]) -> Trial:
         began = time.perf_counter()
         try:
             return self._scored(trial, others, began)
-        except (MergeError, RecipeError, NotFiniteError) as error:
+        except (MergeError, RecipeError, NotFiniteError, EvaluateError) as error:
             if trial.baseline == "defaults":
                 raise
             # Some values have no merge, such as weights that sum to zero or a result beyond float16, and others have
             # one whose logits overflow.
-            return replace(trial, state="failed", error=str(error), seconds=time.perf_counter() - began)
+            return replace(
+                trial,
+                state="failed",
+                error=str(error),
+                traceback=error.traceback if isinstance(error, EvaluateError) else None,
+                seconds=round(time.perf_counter() - began, 3),
+            )
 
     def _scored(self, trial: Trial, others: Sequence[Trial], began: float) -> Trial:
         self._models.merge_into(self._model, self._space.recipe(trial.values))
         first = self._judge(VALID, self._settings.prefix) if self._settings.prefix is not None else None
         hopeless = first is not None and trial.baseline is None and is_hopeless(first, others, self._objectives)
+        if first is not None and not hopeless and self._judge.has_changed_values:
+            self._models.merge_into(self._model, self._space.recipe(trial.values))
         scores = first if hopeless and first is not None else self._judge(VALID)
         state = "stopped" if hopeless else "complete"
         return replace(
             trial, state=state, scores=scores, first_scores=first, seconds=round(time.perf_counter() - began, 3)
         )
 
-    def _finish(self, study: Study) -> SearchReport:
+    def _finish(self, study: Study, *, held_out: bool) -> SearchReport:
         trials = study.trials()
         chosen, pareto = best(trials, self._objectives, self._settings.best_by), front(trials, self._objectives)
         baselines = [t for t in trials if t.baseline is not None and t.state == "complete"]
         judged = study.held_out
-        for trial in (*baselines, chosen) if self._settings.held_out else ():
+        failed: dict[int, str] = {}
+        due = {trial.number: trial for trial in (*baselines, chosen)} if held_out and self._settings.held_out else {}
+        for trial in due.values():
             if str(trial.number) not in judged:
                 self._models.merge_into(self._model, self._space.recipe(trial.values))
-                judged[str(trial.number)] = self._judge(TEST)
+                try:
+                    judged[str(trial.number)] = self._judge(TEST)
+                except SearchError as error:  # the search itself has its result, and it is written
+                    failed[trial.number] = str(error)
+                    continue
                 study.keep_held_out(judged)
         recipe = self._space.recipe(chosen.values)
         self._models.merge_into(self._model, recipe)  # a model that the caller has passed ends up with the best merge
@@ -227,6 +276,7 @@ class _Search:
             best=chosen,
             front=tuple(pareto),
             held_out={int(number): scores for number, scores in judged.items()},
+            held_out_failed=failed,
             tensors=tensors,
         )
         self._folder.write(report, self._space)

@@ -38,6 +38,7 @@ class Trial:
         first_scores: What it returned for the first questions; None if it was asked all at once.
         seconds: Wall time of merging and judging.
         error: Why it failed, else None.
+        traceback: Where the function raised the error, if it did.
     """
 
     number: int
@@ -48,6 +49,7 @@ class Trial:
     first_scores: Mapping[str, float] | None = None
     seconds: float = 0.0
     error: str | None = None
+    traceback: str | None = None
 
 
 class Study:
@@ -88,6 +90,7 @@ class Study:
                 directions=["maximize"] * len(objectives),
                 load_if_exists=True,
             )
+            self._check_is_same()
             self._study.set_metric_names(list(objectives))
             self._retire_unfinished()
             # A sampler that began with the same draws again would repeat trials.
@@ -120,7 +123,7 @@ class Study:
         states = {"complete": state.COMPLETE, "stopped": state.PRUNED, "failed": state.FAIL}
         ended = self._asked.pop(trial.number)
         with self._accessed():
-            for name in ("scores", "first_scores", "seconds", "error"):
+            for name in ("scores", "first_scores", "seconds", "error", "traceback"):
                 if (value := getattr(trial, name)) not in (None, {}):
                     ended.set_user_attr(name, dict(value) if isinstance(value, Mapping) else value)
             values = [trial.scores[name] for name in self.objectives] if trial.state == "complete" else None
@@ -147,6 +150,7 @@ class Study:
                     first_scores=attributes.get("first_scores"),
                     seconds=attributes.get("seconds", 0.0),
                     error=attributes.get("error"),
+                    traceback=attributes.get("traceback"),
                 )
             )
         return ended
@@ -165,6 +169,18 @@ class Study:
         """Store what has been judged on the held-out split."""
         with self._accessed():
             self._study.set_user_attr(_HELD_OUT, dict(judged))
+
+    def _check_is_same(self) -> None:
+        """Refuse a database that has been put into the folder of another search."""
+        names = self._study.metric_names
+        tried = {name for trial in self._study.get_trials(deepcopy=False) for name in trial.params}
+        if names is not None and tuple(names) != self.objectives:
+            found, needed = f"the objectives {', '.join(names)}", ", ".join(self.objectives)
+        elif unknown := sorted(tried - self._distributions.keys()):
+            found, needed = f"trials of {unknown[0]}", ", ".join(self._distributions)
+        else:
+            return
+        raise SearchError(f"{self._file}: has {found}, need {needed}: it is of another search than the folder")
 
     def _retire_unfinished(self) -> None:
         """Put trials back into the queue that were running when their process was killed.
@@ -212,6 +228,34 @@ class Study:
             ) from error
         finally:
             logging.set_verbosity(verbosity)
+
+
+def check_database(folder: Path) -> None:
+    """Refuse a search whose trials were stored and are gone, or that cannot be read. Nothing is written.
+
+    Raises:
+        SearchError: The database is missing, empty, without trials, damaged or something else.
+    """
+    file = folder / DATABASE
+    try:
+        if not file.exists() or file.stat().st_size == 0:
+            raise SearchError(
+                f"{file}: {'is empty' if file.exists() else 'is missing'}, but trials were stored there; put it back, "
+                "or name another folder: nothing was changed"
+            )
+        # An address could not hold every path: what follows a ? is not a part of it, but a quoted one can.
+        with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as database:
+            (finding,) = database.execute("PRAGMA quick_check(1)").fetchone()
+            (count,) = database.execute("SELECT count(*) FROM trials").fetchone()
+    except (sqlite3.Error, OSError) as error:
+        raise SearchError(f"{file}: cannot be read or written: {error}") from error
+    if finding != "ok" or count == 0:
+        reason = (
+            f"is damaged ({str(finding).splitlines()[-1]})"
+            if finding != "ok"
+            else "has none of the trials that were stored there"
+        )
+        raise SearchError(f"{file}: {reason}; put back a copy, or name another folder: nothing was changed")
 
 
 def check_sampler(name: str, objectives: Sequence[str]) -> None:
