@@ -13,8 +13,8 @@ from resm_kernels import cli, flags
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")])
-OTHERS = {"--max-lora-rank", "--strace", "--count", "--every-call", "--across-machines", "--same-commit"}
-"""Options of other programs: vLLM's, and those of tests/kills.py, benchmarks.compare and benchmarks.overview."""
+OTHERS = {"--max-lora-rank", "--strace", "--count", "--every-call"}
+"""Options of other programs: vLLM's, and those of tests/kills.py."""
 
 
 def options() -> dict[str, set[str]]:
