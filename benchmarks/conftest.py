@@ -28,6 +28,7 @@ _YARDSTICK, _WORK = "yardstick", "work"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--results", type=Path, help="write medians and ratios to this JSON file")
+    parser.addoption("--sweep", type=int, default=2**30, metavar="BYTES", help="read so much between calls")
 
 
 _RECORDING = pytest.StashKey[Recording]()
@@ -55,9 +56,9 @@ def checkpoint() -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 
 @pytest.fixture(scope="session")
-def sweep() -> torch.Tensor:
+def sweep(pytestconfig: pytest.Config) -> torch.Tensor:
     """A gigabyte to read between calls, so that no cache still holds the inputs: a merge meets each tensor once."""
-    return torch.ones(2**27, dtype=torch.int64)
+    return torch.ones(pytestconfig.getoption("--sweep") // 8, dtype=torch.int64)
 
 
 @pytest.fixture

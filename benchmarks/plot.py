@@ -4,7 +4,7 @@
     python -m benchmarks.plot speed.svg       # draw this one
     python -m benchmarks.plot --check         # exit status 1 if a picture does not show what its records hold
 
-A picture keeps a digest of what it shows in its metadata. One whose record is not there, as those of GPUs, is left out.
+A picture keeps a digest of what it shows in its metadata. One whose record is not there, as that of a GPU, is left out.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def truncated_svd(shown: dict[str, Any]) -> Figure:
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture, the records that it is drawn from, and how: `data` takes from them what `draw` shows."""
+    """A picture, the records that it is drawn from, and how: `data` takes from them what `draw` shows, or None."""
 
     records: tuple[str, ...]
     data: Callable[[dict[str, Record]], Any]
@@ -190,7 +190,7 @@ PICTURES: Final = {
 
 
 def data_of(picture: Picture, folder: Path) -> Any | None:
-    """What a picture shows of the folder's records; None if one of these is not there."""
+    """What a picture shows of the folder's records; None if one of these is not there, or does not say enough."""
     files = {name: folder / f"{name}.json" for name in picture.records}
     if not all(file.is_file() for file in files.values()):
         return None
@@ -210,7 +210,7 @@ def drawn_digest(file: Path) -> str | None:
 
 
 def draw(name: str, folder: Path) -> bool:
-    """Draw a picture beside its records; False if one of these is not there."""
+    """Draw a picture beside its records; False if these are not there or do not say enough."""
     picture = PICTURES[name]
     if (data := data_of(picture, folder)) is None:
         return False

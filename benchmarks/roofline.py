@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_agg import FigureCanvasAgg, RendererAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from matplotlib.transforms import Bbox
@@ -55,8 +55,10 @@ class Roofline:
     points: tuple[Point, ...]
 
 
-def of_cpu(record: dict[str, Any]) -> Roofline:
-    """From cpu.json. Benchmarks without operations, those of peers, are left out."""
+def of_cpu(record: dict[str, Any]) -> Roofline | None:
+    """From cpu.json, if it names the machine. Benchmarks without operations, those of peers, are left out."""
+    if PROVENANCE not in record:
+        return None
     machine = record[PROVENANCE]["machine"]
     threads = machine["threads"]
     points = [
@@ -105,7 +107,7 @@ def _op_of(name: str) -> str:
 def draw(shown: Roofline) -> Figure:
     """Points of an op share a colour, a mark and one label, which overlaps nothing."""
     figure = Figure(figsize=(10, 6.6), layout="constrained", facecolor=PAPER)
-    FigureCanvasAgg(figure)
+    renderer = FigureCanvasAgg(figure).get_renderer()
     axis = figure.subplots()
     axis.set_facecolor(PAPER)
     intensities, rates = [p.intensity for p in shown.points], [p.rate for p in shown.points]
@@ -134,14 +136,14 @@ def draw(shown: Roofline) -> Figure:
     axis.set_title(f"Ops against their roofs: {shown.device}{hollow}", color=INK, loc="left", fontsize=11)
     figure.draw_without_rendering()  # fixes the layout, so that places in pixels are final
     figure.set_layout_engine("none")
-    taken = _roofs(axis, shown, low, high)
-    _label(axis, labels, taken)
+    covered = _roofs(axis, shown, (low, high), renderer, figure.dpi / 72)
+    _label(axis, labels, covered, renderer, figure.dpi / 72)
     return figure
 
 
-def _roofs(axis: Axes, shown: Roofline, low: float, high: float) -> list[Bbox]:
-    """Draw the roofs with their names; return what is covered, in pixels."""
-    to_pixels, scale = axis.transData.transform, axis.get_figure().dpi / 72
+def _roofs(axis: Axes, shown: Roofline, limits: tuple[float, float], renderer: RendererAgg, scale: float) -> list[Bbox]:
+    """Draw the roofs with their names; return what is covered, in pixels, of which a point has `scale`."""
+    to_pixels, (low, high) = axis.transData.transform, limits
     covered, texts = [], []
     ceiling, fastest = max(shown.rates.values()), max(shown.bandwidths.values())
     lines = []
@@ -168,24 +170,27 @@ def _roofs(axis: Axes, shown: Roofline, low: float, high: float) -> list[Bbox]:
         style: dict[str, Any] = {"ha": "right", "va": "bottom", "color": INK, "fontsize": 9}
         told = f"{name}: {rate / 1e9:.0f} billion a second"
         texts.append(axis.annotate(told, (high, rate), (-4, 3), textcoords="offset points", **style))
-    for start, end, style in lines:
-        axis.plot(*zip(start, end, strict=True), color=INK, linewidth=1.3, linestyle=style)
-        (x0, y0), (x1, y1) = to_pixels((start, end))
+    for first, last, dashes in lines:
+        axis.plot((first[0], last[0]), (first[1], last[1]), color=INK, linewidth=1.3, linestyle=dashes)
+        (x0, y0), (x1, y1) = to_pixels((first, last))
         for share in (j / 200 for j in range(201)):
             x, y = x0 + share * (x1 - x0), y0 + share * (y1 - y0)
             covered.append(Bbox.from_bounds(x - scale, y - scale, 2 * scale, 2 * scale))
-    renderer = axis.get_figure().canvas.get_renderer()
     return covered + [text.get_window_extent(renderer) for text in texts]
 
 
-def _label(axis: Axes, labels: Sequence[tuple[str, str, Sequence[Point]]], covered: list[Bbox]) -> None:
+def _label(
+    axis: Axes,
+    labels: Sequence[tuple[str, str, Sequence[Point]]],
+    covered: list[Bbox],
+    renderer: RendererAgg,
+    scale: float,
+) -> None:
     """Put each op's label at the free place that is nearest to one of its points, with a line if it is not beside it.
 
     Raises:
         ValueError: There is no room.
     """
-    figure = axis.get_figure()
-    renderer, scale = figure.canvas.get_renderer(), figure.dpi / 72
     inside = axis.get_window_extent(renderer)
     pixels = {p: axis.transData.transform((p.intensity, p.rate)) for _, _, members in labels for p in members}
     boxes = covered + [Bbox.from_bounds(x - 4 * scale, y - 4 * scale, 8 * scale, 8 * scale) for x, y in pixels.values()]
@@ -208,4 +213,4 @@ def _label(axis: Axes, labels: Sequence[tuple[str, str, Sequence[Point]]], cover
         boxes.append(box)
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 3} if radius > 6 else None
         place = axis.transData.inverted().transform((x, y))
-        axis.annotate(op, (p.intensity, p.rate), place, arrowprops=line, **style)
+        axis.annotate(op, (p.intensity, p.rate), (place[0], place[1]), arrowprops=line, **style)

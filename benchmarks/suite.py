@@ -56,7 +56,7 @@ class Benchmark:
 
 SUITES: Final[dict[str, tuple[Benchmark, ...]]] = {
     "kernels": (
-        Benchmark(KERNELS, "cpu", 6, "", "benchmarks/bench_spd_solve.py -k 64"),
+        Benchmark(KERNELS, "cpu", 6, "", "benchmarks/bench_spd_solve.py -k 64 --sweep 8"),
         Benchmark(
             "bench_elementwise",
             "elementwise",
@@ -90,7 +90,7 @@ SUITES: Final[dict[str, tuple[Benchmark, ...]]] = {
             "truncated_svd",
             10,
             "--rounds 2 --most-iterations 5",
-            "--shape 48 64 --decays 0.7 --divisors 8 --rounds 1 --most-iterations 1",
+            "--shape 24 32 --decays 0.7 --divisors 8 --rounds 1 --most-iterations 1",
         ),
         Benchmark("bench_accuracy", "accuracy", 1.5, "--rounds 1", "--rounds 1 --recipes tsvm --accuracies 0 --splits"),
     ),
