@@ -5,7 +5,7 @@
 PYTHON is an interpreter; without any, one interpreter of each version from 3.10 on is used that is on PATH or under
 pyenv. For each, the script builds +cpu and, if there is an nvcc, a wheel with the CUDA kernels too, such as +cu130 for
 nvcc 13.0. Python 3.12 and all later versions share one wheel, cp312-abi3, which is built by the first of them and tried
-with each; abi3audit checks that it uses nothing but 3.12's stable ABI. Wheels are built from the source distribution, in
+with each; abi3audit checks that it uses only 3.12's stable ABI. Wheels are built from the source distribution, in
 isolation, and auditwheel names them for the oldest manylinux that they run on. Each wheel must hold the whole package
 and nothing else. No GPU is needed.
 
