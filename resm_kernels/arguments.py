@@ -24,6 +24,9 @@ RestartOption = Annotated[bool, typer.Option("--restart", help="Begin anew inste
 ThreadsOption = Annotated[
     int | None, typer.Option("--threads", min=1, max=MAX_THREADS, help="Threads to compute with.")
 ]
+RandomSeedOption = Annotated[
+    int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
+]
 MixedArchitecturesOption = Annotated[
     bool,
     typer.Option(

@@ -23,6 +23,7 @@ from resm_kernels.arguments import (
     MixedArchitecturesOption,
     OutFormatOption,
     QuietOption,
+    RandomSeedOption,
     RecipeArgument,
     RestartOption,
     SilentOption,
@@ -31,7 +32,17 @@ from resm_kernels.arguments import (
     TiedEmbeddingsOption,
     WorkersOption,
 )
-from resm_kernels.command import INTERRUPTED, cut_off_named, fail, fail_with, loading, say, set_up_process, show_stats
+from resm_kernels.command import (
+    INTERRUPTED,
+    cut_off_named,
+    fail,
+    fail_with,
+    loading,
+    options_of,
+    say,
+    set_up_process,
+    show_stats,
+)
 from resm_kernels.extract_command import extract_lora
 from resm_kernels.flags import repeated, translate
 from resm_kernels.lora_commands import merge_lora
@@ -95,9 +106,7 @@ def merge(
     trust_remote_code: Annotated[
         bool, typer.Option(help="Run code that models bring along to load their tokenizers.")
     ] = MergeOptions.trust_remote_code,
-    random_seed: Annotated[
-        int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
-    ] = MergeOptions.random_seed,
+    random_seed: RandomSeedOption = MergeOptions.random_seed,
     out_format: OutFormatOption = MergeOptions.out_format,
     engine: EngineOption = MergeOptions.engine,
     address: AddressOption = MergeOptions.address,
@@ -118,7 +127,7 @@ def merge(
         from resm_kernels.console import closing_line, progress_display
         from resm_kernels.engine import carry_out, chosen_machine, describe_kept, plan_merge, rounding_estimate
 
-    options = MergeOptions(**{name: context.params[name] for name in MergeKeywords.__annotations__})
+    options = MergeOptions(**options_of(context.params, MergeKeywords))
     if machine is not None and not dry_run:
         raise ValueError(f"machine: got {machine!r} without --dry-run, need both: a merge itself takes no estimate")
     with cut_off_named("nothing was written"), plan_merge(recipe, out, options, fetch=not dry_run) as plan:
@@ -223,7 +232,7 @@ def calibrate(
         from resm_kernels.calibrate import calibrate_checkpoint
         from resm_kernels.console import phase_display
 
-    options: CalibrateKeywords = {n: context.params[n] for n in CalibrateKeywords.__annotations__}  # type: ignore[assignment]
+    options = options_of(context.params, CalibrateKeywords)
     resumable = cut_off_named("the same command goes on from there")
     with resumable, phase_display(Console(stderr=True), quiet=quiet) as progress:
         spoken = functools.partial(say, quiet=quiet)

@@ -9,11 +9,12 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, cast
 
 INTERRUPTED = 130
+_Keywords = TypeVar("_Keywords", bound=Mapping[str, Any])
 
 
 @contextlib.contextmanager
@@ -29,6 +30,12 @@ def loading() -> Iterator[None]:
     finally:
         gc.freeze()
         gc.enable()
+
+
+def options_of(parameters: Mapping[str, Any], keywords: type[_Keywords]) -> _Keywords:
+    """Return the parameters of a command that are keywords of its function, which a typed dictionary names."""
+    chosen: Any = {name: parameters[name] for name in keywords.__annotations__}
+    return cast(_Keywords, chosen)
 
 
 def say(lines: Iterable[str], *, quiet: bool) -> None:

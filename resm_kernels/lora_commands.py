@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from resm_kernels.arguments import QuietOption, RecipeArgument, ThreadsOption
-from resm_kernels.command import cut_off_named, loading
+from resm_kernels.arguments import QuietOption, RandomSeedOption, RecipeArgument, ThreadsOption
+from resm_kernels.command import cut_off_named, loading, options_of
 from resm_kernels.options import MergeLoraKeywords, MergeLoraOptions
 
 
@@ -38,9 +38,7 @@ def merge_lora(
     accuracy: Annotated[
         float, typer.Option("--accuracy", help="How far above the best error to accept, where factors are truncated.")
     ] = MergeLoraOptions.accuracy,
-    random_seed: Annotated[
-        int, typer.Option("--random-seed", help="The seed of methods that draw random numbers (DARE, DELLA).")
-    ] = MergeLoraOptions.random_seed,
+    random_seed: RandomSeedOption = MergeLoraOptions.random_seed,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT if it is an adapter folder.")
     ] = MergeLoraOptions.overwrite,
@@ -59,8 +57,8 @@ def merge_lora(
     kinds = {dtype_name(kind): kind for kind in ADAPTER_DTYPES}
     if dtype is not None and dtype not in kinds:
         raise ValueError(f"dtype: got {dtype!r}, need one of {', '.join(kinds)}")
-    chosen = {name: context.params[name] for name in MergeLoraKeywords.__annotations__ if name != "dtype"}
-    options: MergeLoraKeywords = {**chosen, "dtype": None if dtype is None else kinds[dtype]}  # type: ignore[typeddict-item]
+    options = options_of(context.params, MergeLoraKeywords)
+    options["dtype"] = None if dtype is None else kinds[dtype]
     with cut_off_named("nothing was written"):
         report = merge(recipe, out, on_module=None if quiet else lambda module: typer.echo(str(module)), **options)
     if not quiet:

@@ -23,7 +23,7 @@ from resm_kernels.arguments import (
     TimeOption,
     TrialsOption,
 )
-from resm_kernels.command import cut_off_named, fail, loading
+from resm_kernels.command import cut_off_named, fail, loading, options_of
 from resm_kernels.options import SearchKeywords, SearchOptions
 
 
@@ -64,7 +64,7 @@ def search(
         from resm_kernels.search import Trial, search_recipes
         from resm_kernels.search.report import result_lines, trial_line
 
-    options: SearchKeywords = {n: context.params[n] for n in SearchKeywords.__annotations__}  # type: ignore[assignment]
+    options = options_of(context.params, SearchKeywords)
     options["objectives"] = None if objectives is None else [name.strip() for name in objectives.split(",")]
 
     def show(trial: Trial) -> None:

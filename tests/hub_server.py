@@ -24,7 +24,7 @@ class HubServer(ThreadingHTTPServer):
         gated: Ids whose files need the token "hf_good".
         cut: The name of a file, and after how many bytes its next download breaks off.
         ranges: Whether parts of files are sent.
-        answer: What is sent as the description of every repository; None sends the true one.
+        answer: What is sent as the description of every repository, as bytes or as JSON; None sends the true one.
         log: Method, path and number of bytes sent of each request for a file.
     """
 
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.log.append((self.command, f"{repository}/{name}", end - first))
 
     def _json(self, data: object) -> None:
-        content = json.dumps(data).encode()
+        content = data if isinstance(data, bytes) else json.dumps(data).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(content)))

@@ -366,7 +366,13 @@ def test_a_gguf_file_counts_if_there_are_no_other_weights(hub: HubServer, family
     assert (model_folder("org/quants", "model") / "a.gguf").read_bytes() == b"GGUF"
 
 
-@pytest.mark.parametrize("answer", [[], {"id": "org/base"}, {"id": 1, "siblings": [1]}, "text"])
+LISTS = [
+    {"id": "org/base", "sha": "a" * 40, "siblings": [{"rfilename": name, "size": size}]}
+    for name, size in ((300, 2), ("config.json", "2"), ("config.json", -1), ("config.json", 1.5), (None, 2))
+]
+
+
+@pytest.mark.parametrize("answer", [[], {"id": "org/base"}, {"id": 1, "siblings": [1]}, "text", *LISTS])
 def test_an_endpoint_that_is_no_hub_is_named(hub: HubServer, family: Family, tmp_path: Path, answer: Any) -> None:
     hub.answer = answer
     with pytest.raises(RecipeError, match=r"org/base: .*(sends no list of files|names the commit None)"):

@@ -114,27 +114,36 @@ def test_equal_views_are_one_parameter(family: Family) -> None:
 
 
 def test_all_is_restored_whatever_happens_within(family: Family) -> None:
-    """NaN payloads, parameters that are not contiguous, and a module that gets another dtype meanwhile."""
-    module = Loose(family.base, torch.bfloat16)
+    """NaN payloads, parameters that are not contiguous, buffers, tied ones, and a change of the dtype meanwhile."""
+    for folder in (family.base_folder, *family.folders):
+        weights = load_model(folder)
+        save_model(folder, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    module: Any = Loose(family.base, torch.bfloat16)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in list(module.named_parameters()):
         drawn = torch.randint(-(2**15), 2**15, parameter.shape, generator=generator, dtype=torch.int16)
         set_parameter(module, name, drawn.view(torch.bfloat16))
+    module.lm_head.weight = module.model.embed_tokens.weight
     square = module.get_parameter(QKV[0]).detach()
     set_parameter(module, QKV[0], torch.cat([square, square], 1)[:, ::2])
-    bits = {n: p.detach().clone().view(torch.int16) for n, p in module.named_parameters()}
-    memory = {n: (p.data_ptr(), p.stride()) for n, p in module.named_parameters()}
+    norm = module.model.norm.weight.detach()
+    del module.model.norm.weight
+    module.model.norm.register_buffer("weight", norm)
+    bits = {n: t.clone().view(torch.int16) for n, t in module.state_dict().items()}
+    memory = {n: (t.data_ptr(), t.stride()) for n, t in module.state_dict().items()}
 
     def check() -> None:
-        assert all(torch.equal(p.detach().view(torch.int16), bits[n]) for n, p in module.named_parameters())
-        assert all((p.data_ptr(), p.stride()) == memory[n] for n, p in module.named_parameters())
+        assert all(torch.equal(t.view(torch.int16), bits[n]) for n, t in module.state_dict().items())
+        assert all((t.data_ptr(), t.stride()) == memory[n] for n, t in module.state_dict().items())
+        assert module.lm_head.weight is module.model.embed_tokens.weight
 
     with LiveModels() as models:
         with models.merged(module, family.recipe("ties")):
             assert same(module, merged_file(family))
         check()
         with models.merged(module, family.recipe("ties")):
-            module.half()
+            for parameter in module.parameters():
+                parameter.data = parameter.data.half()  # as module.half() does, which gives buffers other memory
             module.get_parameter("lm_head.weight").data.zero_()
         check()
         with pytest.raises(KeyboardInterrupt), models.merged(module, family.recipe("ties")):

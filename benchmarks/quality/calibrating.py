@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import resm_kernels
 from benchmarks.quality.calibrated import START
 from benchmarks.quality.candidates import Calibration, Candidate
-from benchmarks.quality.merging import Models, StateDict
+from benchmarks.quality.merging import Models, StateDict, scratch_folder
 from benchmarks.quality.prompts import DRAWS, Draw, Prompt, draw_prompts
 from benchmarks.quality.sizes import MAX_NEW_TOKENS
 from benchmarks.quality.world import KINDS_OF, World
@@ -42,13 +41,8 @@ class Calibrator:
         calibration = candidate.calibration
         if calibration is None or candidate.method is None:
             raise ValueError(f"candidate: got {candidate.key}, need a merge with a calibration")
-        # A process that was killed may have left files.
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir()
-        try:
+        with scratch_folder(self._scratch):
             return self._merge(candidate, candidate.method, calibration)
-        finally:
-            shutil.rmtree(self._scratch)
 
     def _merge(self, candidate: Candidate, method: str, calibration: Calibration) -> StateDict:
         prompts = [self._write_prompts(expert, calibration) for expert in candidate.experts]

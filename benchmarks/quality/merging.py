@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,18 @@ OUT_DTYPE = torch.bfloat16
 """Merges are rounded as a checkpoint would be."""
 SEED = 0
 """Of the masks that DARE and DELLA draw; the seeds of the benchmark differ in world and training."""
+
+
+@contextlib.contextmanager
+def scratch_folder(folder: Path) -> Iterator[None]:
+    """Make a folder for the files of one candidate, and remove it at the end."""
+    # A process that was killed may have left files.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield
+    finally:
+        shutil.rmtree(folder)
 
 
 class Models:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks.quality.candidates import SFT, Candidate, Row, Search, merge_of, tuned_rows
 from benchmarks.quality.evaluate import answer, score
-from benchmarks.quality.merging import OUT_DTYPE, SEED, StateDict
+from benchmarks.quality.merging import OUT_DTYPE, SEED, StateDict, scratch_folder
 from benchmarks.quality.world import KINDS_OF, HeldOutSplit, Item, World
 from resm_kernels import methods
 from resm_kernels.dtypes import dtype_name
@@ -109,10 +108,7 @@ class Searcher:
         search = candidate.search
         if search is None or candidate.method is None:
             raise ValueError(f"candidate: got {candidate.key}, need a merge with a search")
-        # A process that was killed may have left files.
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        self._scratch.mkdir()
-        try:
+        with scratch_folder(self._scratch):
             file = self._scratch / "space.yaml"
             file.write_text(yaml.safe_dump(space(self._models, candidate.method), sort_keys=False))
             report = search_recipes(
@@ -128,5 +124,3 @@ class Searcher:
             )
             with LiveModels(random_seed=SEED, threads=1) as live:
                 return {name: tensor.clone() for name, tensor in live.tensors(report.out / "best.yaml")}
-        finally:
-            shutil.rmtree(self._scratch)

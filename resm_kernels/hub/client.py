@@ -65,6 +65,9 @@ def list_files(repository: str, revision: str) -> Listing | None:
     with _named(repository, revision):
         try:
             info = hub.HfApi().model_info(repository, revision=revision, files_metadata=True, timeout=_TIMEOUT)
+            sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+            if not all(isinstance(name, str) and isinstance(size, int) and size >= 0 for name, size in sizes.items()):
+                raise TypeError("files need names and sizes")
         except _connection_errors() as error:
             if isinstance(error, hub.errors.HfHubHTTPError) and error.response.status_code < 500:
                 raise
@@ -79,7 +82,6 @@ def list_files(repository: str, revision: str) -> Listing | None:
             raise HubError(
                 f"{shown_name(repository, revision)}: {hub.constants.ENDPOINT} sends no list of files; is it a hub?"
             ) from error
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     if not _COMMIT.fullmatch(str(info.sha)):
         raise HubError(f"{repository}: the hub names the commit {shortened(info.sha)}, need a hash")
     for name in sizes:

@@ -198,7 +198,8 @@ class LiveModels:
         if recipe.documents:
             raise MergeError(
                 f"recipe: has {1 + len(recipe.documents)} documents, but live merges are of one; merge "
-                f"{', '.join(recipe.documents)} to folders first"
+                f"{', '.join(recipe.documents)} to folders first (merge --keep-intermediates writes them), "
+                "and name these"
             )
         key, other = (_models_key(recipe, spectral=s) for s in (_is_spectral(recipe), not _is_spectral(recipe)))
         if key not in self._opened and other in self._opened and not _has_adapters(self._opened[other]):

@@ -100,7 +100,10 @@ def load_space(source: str | os.PathLike[str]) -> Space:
     text = read_text(expanded(name, SearchError, "space"), SearchError, limit=MAX_BYTES, missing="need a search space")
     documents = parse_yaml(text, name, SearchError)
     if len(documents) > 1:
-        raise SearchError(f"{name}: has {len(documents)} documents, need one recipe")
+        raise SearchError(
+            f"{name}: has {len(documents)} documents, need one recipe; merge the other ones to folders first "
+            "(resm-kernels merge --keep-intermediates writes them), and name these"
+        )
     document = documents[0] if documents else Document(None)
     if not isinstance(document.data, dict):
         raise SearchError(f"{name}: got {type(document.data).__name__}, need a mapping with merge_method and models")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
+from hub_server import commit_of
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 from mutations import damaged, mutated, written
+from published import gguf_files, hub_answers, moe_files
 from safetensors.torch import save
 
 from resm_kernels.dtypes import SAFETENSORS_DTYPES
@@ -90,9 +94,18 @@ def split(content: bytes) -> tuple[dict[str, Any], bytes]:
 
 
 @st.composite
-def safetensors(draw: DrawFn, good: bytes, metadata: Any = None) -> bytes:
-    """A file with a mutated header; in some cases its stated length, or the data, are wrong too."""
+def safetensors(
+    draw: DrawFn, good: bytes, metadata: Any = None, names: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
+    """A file with a mutated header; in some cases its stated length, or the data, are wrong too.
+
+    Args:
+        good: The file.
+        metadata: What is written into the header, mutated; None for nothing.
+        names: Names of tensors that are exchanged for others before all else.
+    """
     header, data = split(good)
+    header = {names.get(name, name): entry for name, entry in header.items()}
     if metadata is not None:
         header["__metadata__"] = {"resm_kernels.statistics": written(draw(mutated(metadata))).decode(errors="replace")}
     numbers = st.sampled_from(
@@ -310,6 +323,9 @@ _MADE = {
     "tokenizer": damaged(mutated(TOKENIZER).map(written)),
     "statistics": safetensors(save({f"{QUERY}.weight": torch.eye(4)}), ABOUT),
     "prompts": damaged(st.sampled_from([_LINE, {"prompt": "x", "response": "y"}]).flatmap(mutated).map(written)),
+    "gguf": gguf_files,
+    "hub": hub_answers(commit_of("org/base")),
+    "rearranged": moe_files(lambda good, names: safetensors(good, names=names)),
     "command": st.lists(st.sampled_from(_ARGUMENTS) | st.text(max_size=4), max_size=8).map(_arguments),
 }
 CASES = {name: made if name == "command" else _with_corpus(name, made) for name, made in _MADE.items()}

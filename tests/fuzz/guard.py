@@ -20,7 +20,17 @@ MEGABYTES = 1024
 LONGEST_MESSAGE = 5000
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-_CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod")
+_CHANGES: dict[str, tuple[int, int | None]] = {
+    "os.mkdir": (0, 2),
+    "os.rename": (0, 2),
+    "os.remove": (0, 1),
+    "os.rmdir": (0, 1),
+    "os.link": (1, 3),
+    "os.symlink": (1, 2),
+    "os.truncate": (0, None),
+    "os.chmod": (0, 2),
+}
+"""Events that change something, with the positions of the path and of the folder's descriptor that it begins at."""
 
 
 class Finding(AssertionError):
@@ -42,14 +52,20 @@ class _Writes:
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.root is None:
             return
+        descriptor: object = None
         if event == "open":
             path, _, flags = arguments
             changes = isinstance(flags, int) and flags & _WRITING and not isinstance(path, int)
+        elif event in _CHANGES:
+            place, begins_at = _CHANGES[event]
+            path, changes = arguments[place], True
+            descriptor = None if begins_at is None else arguments[begins_at]
         else:
-            path, changes = arguments[0] if arguments else None, event in _CHANGES
+            return
         if not changes or not isinstance(path, (str, bytes, os.PathLike)):
             return
-        full = os.path.abspath(os.fsdecode(path))
+        begin = os.readlink(f"/proc/self/fd/{descriptor}") if isinstance(descriptor, int) and descriptor >= 0 else ""
+        full = os.path.abspath(os.path.join(begin, os.fsdecode(path)))
         if not (full + "/").startswith(self.root + "/") and not full.startswith("/dev/"):
             self.outside.append(f"{event} {full}")
 

@@ -29,6 +29,7 @@ READERS = (
     "files/*",
     "recipe/*",
     "checkpoint/*",
+    "hub/*",
     "lora/config.py",
     "lora/adapter.py",
     "calibrate/prompts.py",
@@ -107,18 +108,15 @@ def main() -> int:
     parser.add_argument("--targets", nargs="*", help="some of the targets; all by default")
     parser.add_argument("--keep", type=Path, help="a folder to write the cases of findings to")
     options = parser.parse_args()
-    sys.path[:0] = [str(HERE), str(ROOT)]
+    sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
     total, found = 0, 0
     memory_disk = Path("/dev/shm")
     began = time.perf_counter()
     with measured() as coverage, mock.patch("os.fsync"):
         import torch
-        from targets import TARGETS, make_world
+        from targets import TARGETS, import_packages, make_world
 
-        # Some readers ask transformers. Its import takes seconds and makes torch's caches, which is no case's doing.
-        # The names matter: transformers imports its modules only when somebody asks for what they define.
-        from transformers import AutoConfig, PreTrainedModel  # noqa: F401
-
+        import_packages()
         torch.set_num_threads(1)
         names = options.targets or list(TARGETS)
         limit_memory()

@@ -6,8 +6,11 @@ a JSON list.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
+import importlib
 import io
 import json
 import os
@@ -21,7 +24,9 @@ from unittest import mock
 
 from cases import ADAPTER, CASES, CONFIG, RECIPE, factors, tensors
 from guard import Finding, call_guarded
+from hub_server import HubServer, hub_server
 from hypothesis.strategies import SearchStrategy
+from published import GGUF, HUB_FILES, MOE_CONFIG, SHARDS, gguf_bytes, moe
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -30,11 +35,13 @@ from resm_kernels.calibrate.errors import CalibrationError
 from resm_kernels.calibrate.prompts import read_prompts
 from resm_kernels.checkpoint import CheckpointError, CheckpointReader, read_config
 from resm_kernels.checkpoint.format import MAX_DIMENSIONS, read_header
+from resm_kernels.checkpoint.gguf_header import read_gguf_header
 from resm_kernels.checkpoint.statistics import StatisticsReader
 from resm_kernels.engine import MergeError, merge_checkpoints
+from resm_kernels.hub import HubError
 from resm_kernels.recipe import RecipeError, load_recipe
 
-ERRORS = (CheckpointError, MergeError, RecipeError, CalibrationError)
+ERRORS = (CheckpointError, MergeError, RecipeError, CalibrationError, HubError)
 
 
 @dataclass(frozen=True)
@@ -43,11 +50,23 @@ class Target:
 
     Attributes:
         cases: Makes cases.
-        read: Reads one in a folder that `place` has made; raises a Finding if it is at fault.
+        read: Reads one in a folder that `make_world` has made; raises a Finding if it is at fault.
+        packages: What has to be installed for it.
     """
 
     cases: SearchStrategy[bytes]
     read: Callable[[Path, bytes], None]
+    packages: tuple[str, ...]
+
+
+def import_packages() -> None:
+    """Import what some readers ask, where it is installed: this takes seconds, which is no case's doing."""
+    for name in ("gguf", "huggingface_hub"):
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        # The names matter: transformers imports its modules only when somebody asks for what they define.
+        from transformers import AutoConfig, PreTrainedModel  # noqa: F401
 
 
 def make_world(root: Path) -> Path:
@@ -60,9 +79,39 @@ def make_world(root: Path) -> Path:
     (root / "adapter").mkdir()
     save_file(factors(), root / "adapter" / "adapter_model.safetensors")
     (root / "adapter" / "adapter_config.json").write_text(json.dumps(ADAPTER))
+    for name, fused in (("apart", False), ("fused", True), ("moe", False)):
+        (root / name).mkdir()
+        save_file(moe(0, fused=fused), root / name / "model.safetensors")
+        (root / name / "config.json").write_text(json.dumps(MOE_CONFIG))
+    _publish(root / "published")
+    (root / "temporary").mkdir()
     (root / "good.yml").write_text(RECIPE)
     os.mkfifo(root / "pipe")
     return root
+
+
+def _publish(folder: Path) -> None:
+    """Make the files that a list of the hub may name."""
+    for name in HUB_FILES:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+    weights = tensors(3)
+    for file in (name for name in HUB_FILES if name.endswith(".safetensors")):
+        save_file(weights, folder / file)
+    parts = {shard: dict(list(weights.items())[i::2]) for i, shard in enumerate(SHARDS)}
+    for shard, part in parts.items():
+        save_file(part, folder / shard)
+    index = {"metadata": {}, "weight_map": {name: shard for shard, part in parts.items() for name in part}}
+    contents = {
+        "model.safetensors.index.json": index,
+        "model_index.json": {"_class_name": "Pipeline", "unet": ["diffusers", "UNet2DModel"], "vae": [None, None]},
+        "modules.json": [{"idx": 0, "name": "0", "path": "0_Transformer", "type": "sentence_transformers.models.T"}],
+        "adapter_config.json": ADAPTER | {"base_model_name_or_path": "org/base"},
+    } | {name: CONFIG for name in HUB_FILES if name.endswith("config.json") and "adapter" not in name}
+    for name, content in contents.items():
+        (folder / name).write_text(json.dumps(content))
+    save_file(factors(), folder / "adapter_model.safetensors")
+    (folder / "model.gguf").write_bytes(gguf_bytes(GGUF))
 
 
 @contextlib.contextmanager
@@ -78,10 +127,18 @@ def _file(file: Path, content: bytes) -> Iterator[None]:
             file.write_bytes(before)
 
 
-def _merge(root: Path, recipe: Any, names: str = "") -> None:
-    """Merge; an error must name the file or folder `names`."""
+def _merge(root: Path, recipe: Any, names: str = "", cache: Path | None = None) -> None:
+    """Merge; an error must name the file or folder `names`. What is fetched goes to `cache`, which is deleted."""
     out = root / "out"
-    error = call_guarded(lambda: merge_checkpoints(recipe, out, threads=1), root, ERRORS, out)
+
+    def merge() -> None:
+        try:
+            merge_checkpoints(recipe, out, threads=1)
+        finally:
+            if cache is not None:
+                shutil.rmtree(cache, ignore_errors=True)
+
+    error = call_guarded(merge, root, ERRORS, out)
     if error is None:
         with CheckpointReader(out) as reader:
             for name in reader.tensors:
@@ -210,6 +267,64 @@ def _read_prompts(root: Path, case: bytes) -> None:
             raise Finding(f"an error that does not name the file: {error}")
 
 
+def _read_gguf(root: Path, case: bytes) -> None:
+    import gguf
+
+    file = root / "model.gguf"
+    with _file(file, case):
+        error = call_guarded(lambda: read_gguf_header(file), root, ERRORS)
+        if error is None:
+            # gguf is the oracle: what is read here, it reads as the same, if it knows the encoding.
+            found = {t.name: (t.shape, t.offset) for t in read_gguf_header(file).tensors}
+            with contextlib.suppress(Exception):
+                read = {t.name: (tuple(map(int, t.shape[::-1])), t.data_offset) for t in gguf.GGUFReader(file).tensors}
+                if read != found:
+                    raise Finding(f"gguf reads {read}")
+        elif str(file) not in str(error):
+            raise Finding(f"an error that does not name the file: {error}")
+        _merge(root, _linear(root, "model.gguf", "model.gguf"), str(file))
+
+
+@functools.cache
+def _hub(folder: Path) -> HubServer:
+    """A hub that publishes a folder as org/base, until the process ends."""
+    server = _to_the_end.enter_context(hub_server())
+    server.add("org/base", folder)
+    return server
+
+
+_to_the_end = contextlib.ExitStack()
+atexit.register(_to_the_end.close)
+
+
+def _read_hub(root: Path, case: bytes) -> None:
+    from huggingface_hub import constants
+
+    server, cache = _hub(root / "published"), root / "cache"
+    server.answer = case
+    settings = {
+        "ENDPOINT": server.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": server.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_OFFLINE": False,
+        "HF_TOKEN_PATH": str(root / "token"),
+    }
+    recipe = _linear(root, "expert0")
+    recipe["models"].append({"model": "org/base", "parameters": {"weight": 1}})
+    with (
+        mock.patch.multiple(constants, **settings),
+        mock.patch("tempfile.tempdir", str(root / "temporary")),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        _merge(root, recipe, "org", cache)  # as org/base, or by its folder in the cache
+
+
+def _read_rearranged(root: Path, case: bytes) -> None:
+    with _file(root / "moe" / "model.safetensors", case):
+        for other in ("apart", "fused"):
+            _merge(root, _linear(root, other, "moe"), str(root))
+
+
 def _run_command(root: Path, case: bytes) -> None:
     arguments = json.loads(case)
     stderr = io.StringIO()
@@ -253,6 +368,10 @@ _READERS = {
     "tokenizer": _read_tokenizer,
     "statistics": _read_statistics,
     "prompts": _read_prompts,
+    "gguf": _read_gguf,
+    "hub": _read_hub,
+    "rearranged": _read_rearranged,
     "command": _run_command,
 }
-TARGETS = {name: Target(CASES[name], read) for name, read in _READERS.items()}
+_PACKAGES = {"gguf": ("gguf", "transformers"), "hub": ("huggingface_hub",), "rearranged": ("transformers",)}
+TARGETS = {name: Target(CASES[name], read, _PACKAGES.get(name, ())) for name, read in _READERS.items()}

@@ -14,13 +14,14 @@ import torch
 from cases import CORPUS
 from guard import Finding, call_guarded
 from hypothesis import HealthCheck, Phase, given, settings
-from targets import TARGETS, make_world
+from targets import TARGETS, Target, import_packages, make_world
 
 CASES = 2000 // len(TARGETS)
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    import_packages()
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -29,9 +30,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(before)
 
 
+def installed(name: str) -> Target:
+    """A target; a test of one whose packages are not there is skipped."""
+    for package in TARGETS[name].packages:
+        pytest.importorskip(package, reason=f"{package} is not installed (test extra)")
+    return TARGETS[name]
+
+
 @pytest.mark.parametrize("name", TARGETS)
 def test_random_cases(world: Path, name: str) -> None:
-    target = TARGETS[name]
+    target = installed(name)
 
     @settings(
         max_examples=CASES,
@@ -48,7 +56,7 @@ def test_random_cases(world: Path, name: str) -> None:
 
 @pytest.mark.parametrize("case", sorted(CORPUS.glob("*/*")), ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_corpus(world: Path, case: Path) -> None:
-    TARGETS[case.parent.name].read(world, case.read_bytes())
+    installed(case.parent.name).read(world, case.read_bytes())
 
 
 def test_every_target_has_a_corpus() -> None:
