@@ -15,7 +15,8 @@ from checkpoints import Family, llama_config, load_model, save_adapter, save_mod
 from test_report import FAST, cells, kinds, near
 
 from resm_kernels import merge_checkpoints
-from resm_kernels.engine import plan_merge
+from resm_kernels.checkpoint import CheckpointReader
+from resm_kernels.engine import blocks, plan_merge
 from resm_kernels.report import ReportError, ReportOptions, gather
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,6 +146,30 @@ def test_large_tensors_stay_within_the_limit_of_memory(tmp_path: Path) -> None:
     report = gather(family.recipe_file("ties"), options)
     assert cells(report) == cells(gather(family.recipe_file("ties"), FAST))
     assert len(seen) == 30 and seen[-1][0] == seen[-1][1]
+
+
+@pytest.mark.parametrize("has_parts", [True, False])
+def test_blocks_of_matrices_are_those_of_the_merged_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_parts: bool
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    name = "model.layers.0.mlp.experts.down_proj"
+    weights = [{name: torch.randn(64, 24, 32, generator=generator).bfloat16()} for _ in range(3)]
+    config = {"architectures": ["OfNobodyForCausalLM"], "model_type": "of_nobody", "hidden_size": 32}
+    base, *experts = (str(save_model(tmp_path / str(i), own, config)) for i, own in enumerate(weights))
+    recipe = {"merge_method": "ties", "base_model": base, "models": [{"model": expert} for expert in experts]}
+    merge_checkpoints(recipe, tmp_path / "out")
+    expected = cells(gather(tmp_path / "out", FAST))
+    read: list[int] = []
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", 1 << 11)
+    monkeypatch.setattr(CheckpointReader, "has_parts", lambda reader, _: has_parts or reader.folder.name != "out")
+    options = ReportOptions(
+        spectra=False, memory_limit=25_350_000, threads=1, progress=lambda *done: read.append(done[0])
+    )
+    found = cells(gather(tmp_path / "out", options))
+    assert len(read) > 1
+    for key, value in expected["0", "down_proj"].values.items():
+        assert found["0", "down_proj"].values[key] == near(value), key
 
 
 def test_other_forms_of_the_output(family: Family) -> None:

@@ -125,7 +125,7 @@ def read_models(
     def compute(job: TensorJob, tensors: list[Tensor]) -> None:
         piece = pieces[job.name]
         models, results = tensors[: len(job.folders)], tensors[len(job.folders) + job.has_statistics * job.n_experts :]
-        result = results[0] if results else None
+        result = _block(results[0], job, models[0]) if results else None
         # Without a base model, differences count from the first source, which is in the list of experts.
         places = experts.places(piece.experts)[0 if piece.base is not None else 1 :]
         whole = _whole_sums(job, [source.model for source in piece.sources], models, result, places, experts, outputs)
@@ -168,16 +168,23 @@ def _workspace(job: TensorJob) -> int:
 def _with_merged(job: TensorJob, merged: CheckpointReader) -> TensorJob:
     """Return a job with the merged model's tensor, or the same block of it, as its last input, if it has that tensor.
 
-    A tensor of which the merged model has no parts is read whole in each of its blocks.
+    A tensor of which the merged model cannot read parts is read whole for each block.
     """
     info = merged.tensors.get(job.name)
     if info is None or info.shape != job.shape:
         return job
-    if job.whole is not None:
+    if job.whole is not None and merged.has_parts(job.name):
         info = info.elements(job.start, job.inputs[0][1].shape)
     return replace(
         job, inputs=(*job.inputs, (merged, info)), workspace=max(job.workspace, _workspace(job), merged.workspace)
     )
+
+
+def _block(result: Tensor, job: TensorJob, like: Tensor) -> Tensor:
+    """Return the block of the merged model's tensor that belongs to a job, in the shape of another model's block."""
+    if result.numel() > like.numel():
+        result = result.reshape(-1)[job.start : job.start + like.numel()]
+    return result.reshape(like.shape)
 
 
 def _whole_sums(
