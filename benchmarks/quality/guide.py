@@ -13,8 +13,9 @@ from typing import Final
 
 from benchmarks.quality import results, tables
 from benchmarks.quality.comparison import interval
-from benchmarks.quality.records import RECORDS, RecordName, write_aside
+from benchmarks.quality.records import RECORDS, RecordName
 from benchmarks.quality.results import Results
+from benchmarks.records import write_aside
 from resm_kernels import methods
 
 ROOT: Final = Path(__file__).resolve().parents[2]
