@@ -6,7 +6,6 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -28,13 +27,13 @@ class References(HTMLParser):
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
         given = dict(attributes)
         if tag == "a":
-            self.linked += [given["href"]] if given.get("href") else []
+            self.linked += [href] if (href := given.get("href")) else []
         elif tag != "link" or given.get("rel") != "canonical":
             self.loaded += [value for name in ("src", "href") if (value := given.get(name))]
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("material") is None or importlib.util.find_spec("mkdocstrings") is None:
         pytest.skip("mkdocs-material or mkdocstrings is not installed: pip install 'resm-kernels[docs]'")
     folder = tmp_path_factory.mktemp("site")
@@ -43,7 +42,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stdout + done.stderr
-    yield folder
+    return folder
 
 
 def test_pages_load_nothing_from_elsewhere_and_link_to_files(site: Path) -> None:

@@ -18,7 +18,7 @@ def texts() -> Iterator[str]:
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
             elif isinstance(node, ast.JoinedStr):
-                yield "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values)  # type: ignore[misc]
+                yield "".join(str(v.value) if isinstance(v, ast.Constant) else "…" for v in node.values)
 
 
 def test_every_message_that_is_quoted_is_in_the_sources() -> None:

@@ -13,8 +13,9 @@ from typing import Final
 
 from benchmarks.quality import results, tables
 from benchmarks.quality.comparison import interval
-from benchmarks.quality.records import RECORDS, RecordName, write_aside
+from benchmarks.quality.records import RECORDS, RecordName
 from benchmarks.quality.results import Results
+from benchmarks.records import write_aside
 from resm_kernels import methods
 
 ROOT: Final = Path(__file__).resolve().parents[2]
@@ -34,7 +35,9 @@ def weights_alone(development: Results) -> str:
     default, tuned = development.group("default"), development.group("tuned")
     trained = development.group("models")
     # A trained model or a method without a grid has one figure.
-    names = {name: (trained[name], None) for name in ("mix-uniform", "helpful", "base")}
+    names: dict[str, tuple[str, str | None]] = {
+        name: (trained[name], None) for name in ("mix-uniform", "helpful", "base")
+    }
     names |= {name: (row, tuned.get(name)) for name, row in default.items() if name in methods.names()}
     means = {name: interval(development.values(row, "average")).mean for name, (row, _) in names.items()}
     heads = ["merge", *(f"{column}, {which}" for which in ("default", "tuned") for column in COLUMNS)]
