@@ -246,7 +246,7 @@ def test_a_gpus_roofline_has_the_rows_with_both_rates() -> None:
         row["TFLOP/s"] = 50.0
     shown = roofline.of_gpu({"provenance": {"machine": {"gpu": ["made up"]}}, "rows": rows})
     assert shown.points == (roofline.Point("aggregate", 25.0, 5e13), roofline.Point("project", 25.0, 5e13))
-    assert shown.bandwidths == {"memory, copied": 4e12} and shown.rates == {"fp32 products": 5e13}
+    assert shown.bandwidths == {"memory, copied": 4e12} and shown.rates == {"torch.mm in fp32": 5e13}
 
 
 @pytest.mark.parametrize("kind", ["svg", "png"])
