@@ -1,6 +1,7 @@
 """Builds resm_kernels._native with CMake. What is built is said, never probed for:
 
-RESM_NATIVE=OFF               leave the compiled kernels out; every op then runs its reference
+RESM_NATIVE=OFF               leave the compiled kernels out, as is done on Windows unless this is ON; every op then
+                              runs its reference
 RESM_CUDA=ON                  build the CUDA kernels too (nvcc needed)
 RESM_CUDA_ARCHITECTURES=...   for which architectures, in CMake's spelling
 RESM_LOCAL_VERSION=...        a wheel's local version label, such as cu130: __version__ is then 0.2.0+cu130
@@ -92,7 +93,7 @@ class CMakeBuild(build_ext):
 native = Extension("resm_kernels._native", sources=[], py_limited_api=STABLE_ABI)
 setup(
     version=PUBLIC_VERSION + local_version(),
-    ext_modules=[native] if switch("RESM_NATIVE", "ON") else [],
+    ext_modules=[native] if switch("RESM_NATIVE", "OFF" if sys.platform == "win32" else "ON") else [],
     options={"bdist_wheel": {"py_limited_api": "cp312"}} if STABLE_ABI else {},
     cmdclass={"build_ext": CMakeBuild, "build_py": LabelledBuild},
 )

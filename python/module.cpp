@@ -25,10 +25,6 @@ using namespace resm::python;
 
 namespace {
 
-void require(bool holds, const std::string& need) {
-  if (!holds) throw value_error("resm_kernels._native: " + need);
-}
-
 void require_cpu(nb::handle tensor, const char* name) {
   require(nb::cast<bool>(tensor.attr("is_cpu")), std::string(name) + ": need a tensor on the CPU");
 }
@@ -71,15 +67,6 @@ class Input {
   const char* name_;
   nb::object tensor_;
 };
-
-// One number for each expert from a float64 tensor; none from None.
-std::vector<double> numbers_of(nb::handle record, const char* field, int n_experts) {
-  const nb::object tensor = record.attr(field);
-  if (tensor.is_none()) return {};
-  auto numbers = nb::cast<std::vector<double>>(tensor.attr("tolist")());
-  require(static_cast<int>(numbers.size()) == n_experts, std::string(field) + ": need one number for each expert");
-  return numbers;
-}
 
 struct GroupNeeds {
   bool base = false;  // whether the op refuses to run without a base

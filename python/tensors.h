@@ -6,6 +6,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
 
 #include <array>
 #include <cstdint>
@@ -13,6 +14,7 @@
 #include <optional>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/dtype.h"
 #include "common/elect.h"
@@ -85,6 +87,19 @@ T* elements_of(nb::handle tensor, const char* name, int64_t numel) {
 
 // A number, or `none` for Python's None.
 inline double number_or(double none, nb::handle number) { return number.is_none() ? none : nb::cast<double>(number); }
+
+inline void require(bool holds, const std::string& need) {
+  if (!holds) throw value_error("resm_kernels._native: " + need);
+}
+
+// One number for each expert from a float64 tensor; none from None.
+inline std::vector<double> numbers_of(nb::handle record, const char* field, int n_experts) {
+  const nb::object tensor = record.attr(field);
+  if (tensor.is_none()) return {};
+  auto numbers = nb::cast<std::vector<double>>(tensor.attr("tolist")());
+  require(static_cast<int>(numbers.size()) == n_experts, std::string(field) + ": need one number for each expert");
+  return numbers;
+}
 
 // The value of the enumeration E that a field of a record names.
 template <class E>

@@ -130,8 +130,9 @@ def fail(message: str, code: int) -> NoReturn:
 
 def set_up_process() -> None:
     """Turn signals that end the process into exceptions and warnings of this library into plain lines; silence Ray."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _terminate)
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # Windows has no SIGHUP
+            signal.signal(getattr(signal, name), _terminate)
     # Ray would print its own reports of workers and machines that died, dozens of lines of a log, to stdout.
     os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", ".*")
     show = warnings.showwarning

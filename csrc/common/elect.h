@@ -16,7 +16,7 @@ enum class Vote : int32_t { weighted = 0, unweighted = 1 };
 template <class C>
 RESM_HD C trim(C delta, C lower, C upper) {
   const C magnitude = delta < C(0) ? -delta : delta;
-  return (magnitude >= lower) & (magnitude <= upper) ? delta : C(0);
+  return ((magnitude >= lower) & (magnitude <= upper)) ? delta : C(0);
 }
 
 // The divisor of a normalised election.

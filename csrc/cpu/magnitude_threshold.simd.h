@@ -26,7 +26,7 @@ int bracket(const C* base, const C* expert, int n, Key<C> low, Key<C> high, Key<
   int n_between = 0;
   for (int i = 0; i < n; ++i) {
     between[n_between] = keys[i];
-    n_between += (keys[i] > low) & (keys[i] < high) ? 1 : 0;
+    n_between += ((keys[i] > low) & (keys[i] < high)) ? 1 : 0;
   }
   return n_between;
 }

@@ -42,7 +42,7 @@ void twisted_vectors(const double* diagonal, const double* off_diagonal, int64_t
   for (int at = 0; at < kStrip; at += kVecs * kVec) {
     Vec shift[kVecs], pivot[kVecs], least[kVecs], twist[kVecs], norm[kVecs] = {};
     const auto address = [&](double* p, int64_t i, int c) { return p + i * kStrip + at + c * kVec; };
-    const auto guarded = [](Vec p) { return (p < all(kTiny)) & (p > all(-kTiny)) ? all(-kTiny) : p; };
+    const auto guarded = [](Vec p) { return ((p < all(kTiny)) & (p > all(-kTiny))) ? all(-kTiny) : p; };
     // Pivots from the top go to z, multipliers to `down`.
 #pragma GCC unroll 4
     for (int c = 0; c < kVecs; ++c) {

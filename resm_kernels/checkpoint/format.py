@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -22,6 +24,7 @@ MAX_NAME: Final = 1000
 MAX_DIMENSIONS: Final = 16
 MAX_ELEMENTS: Final = 2**63 - 1
 """The largest product of a tensor's dimensions, without those that are 0: torch counts elements in int64."""
+_MOST_AT_ONCE: Final = 1 << 30
 
 
 class CheckpointError(ValueError):
@@ -207,10 +210,22 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     return tensor.view(-1).view(torch.uint8).numpy().data
 
 
+def check_system(path: os.PathLike[str]) -> None:
+    """Raise a CheckpointError on a system that cannot read files at positions and lock folders, such as Windows."""
+    missing = [name for name in ("preadv", "pwrite", "O_NOFOLLOW") if not hasattr(os, name)]
+    missing += ["flock"] if importlib.util.find_spec("fcntl") is None else []
+    if missing:
+        raise CheckpointError(
+            f"{path}: checkpoints need Linux or macOS, and this system ({sys.platform}) has no {', '.join(missing)}; "
+            "use the Windows Subsystem for Linux. Merges of tensors and state dictionaries in memory work everywhere"
+        )
+
+
 def read_fully(fd: int, buffer: memoryview, offset: int, file: os.PathLike[str]) -> None:
     """Fill `buffer` with the bytes from `offset` on.
 
     One system call may read fewer bytes than it is asked for (on Linux at most 2 GiB), so this function repeats it.
+    macOS refuses to read 2 GiB or more at once.
 
     Raises:
         CheckpointError: The file ends early, or the system cannot read it.
@@ -218,7 +233,7 @@ def read_fully(fd: int, buffer: memoryview, offset: int, file: os.PathLike[str])
     done = 0
     while done < len(buffer):
         try:
-            count = os.preadv(fd, [buffer[done:]], offset + done)
+            count = os.preadv(fd, [buffer[done : done + _MOST_AT_ONCE]], offset + done)
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from error
         if count == 0:
@@ -230,4 +245,4 @@ def write_fully(fd: int, buffer: memoryview, offset: int) -> None:
     """Write the whole `buffer` at `offset`."""
     done = 0
     while done < len(buffer):
-        done += os.pwrite(fd, buffer[done:], offset + done)
+        done += os.pwrite(fd, buffer[done : done + _MOST_AT_ONCE], offset + done)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
-import fcntl
 import os
 import socket
 from pathlib import Path
 from typing import Final
 
-from resm_kernels.checkpoint.format import CheckpointError
+from resm_kernels.checkpoint.format import CheckpointError, check_system
+
+with contextlib.suppress(ImportError):  # on Windows, which check_system refuses
+    import fcntl
 
 LOCK_FILE: Final = "lock"
 _NO_FLOCK: Final = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -36,6 +39,7 @@ class FolderLock:
 
     def take(self) -> None:
         """Take the lock; raise a CheckpointError if another process has it."""
+        check_system(self.folder)
         while self._descriptor is None:
             try:
                 if self.folder.is_symlink():

@@ -13,7 +13,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from resm_kernels.checkpoint.format import CheckpointError, TensorInfo, byte_view, read_fully, read_header
+from resm_kernels.checkpoint.format import (
+    CheckpointError,
+    TensorInfo,
+    byte_view,
+    check_system,
+    read_fully,
+    read_header,
+)
 from resm_kernels.checkpoint.pickled import PICKLED_FILE, PICKLED_INDEX, PICKLED_SUFFIX, read_pickled
 from resm_kernels.checkpoint.remote import SAMPLE_BYTES, SAMPLES, source_of
 from resm_kernels.files import LIST_BYTES, check_regular, open_regular, path_problem, read_object, shortened
@@ -68,6 +75,7 @@ class CheckpointReader:
 
     def __init__(self, folder: str | os.PathLike[str], filename: str | None = None) -> None:
         self.folder = Path(folder)
+        check_system(self.folder)
         self._lock = threading.Lock()
         self._descriptors: dict[Path, int] = {}
         unindexed: list[TensorInfo] = []

@@ -29,6 +29,9 @@ _KINDS: Final = (
 
 FilePath = str | os.PathLike[str]
 
+# Windows has neither of the first two, and would change the ends of lines without the third.
+_READING: Final = os.O_RDONLY | sum(getattr(os, flag, 0) for flag in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+
 
 def expanded(path: FilePath, raising: type[ValueError], where: str) -> Path:
     """Return a path that a user or a file states, with `~` expanded; that of an unknown user stays as it is.
@@ -79,7 +82,7 @@ def open_regular(file: FilePath, raising: type[ValueError], missing: str = "") -
     try:
         mode = os.stat(file).st_mode
         if stat.S_ISREG(mode):
-            fd = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            fd = os.open(file, _READING)
             mode = os.fstat(fd).st_mode
             if stat.S_ISREG(mode):
                 return fd
