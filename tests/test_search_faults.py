@@ -25,9 +25,11 @@ from torch import nn
 
 from resm_kernels.search import SearchError, search_recipes
 from resm_kernels.search.errors import TimeIsUp
+from resm_kernels.search.evaluation import Judge
 from resm_kernels.search.leaving import until
 from resm_kernels.search.report import result_lines
 from resm_kernels.search.run import MOST_FAILURES
+from resm_kernels.search.study import Study
 
 pytest.importorskip("optuna", reason="optuna is not installed (extra search)")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra search)")
@@ -201,6 +203,29 @@ def test_the_time_ends_a_search_within_a_trial(family: Family) -> None:
     values = [t.values for t in report.trials]
     report = search(family, trials=4, allow_changed_evaluate=True)
     assert [t.values for t in report.trials[:3]] == values and len(report.trials) == 4 and report.unfinished is None
+
+
+@pytest.mark.timeout(300, method="thread")
+def test_one_trial_is_judged_whatever_the_time(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the search was cut off after it knew its objectives, and before it stored a trial."""
+
+    def dying(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    deadlines = []
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Study, "tell", dying)
+        search(family, trials=1)
+    judged_by = Judge.__call__
+
+    def noting(judge: Judge, split: str, questions: int | None = None) -> dict[str, float]:
+        deadlines.append(judge.deadline)
+        return judged_by(judge, split, questions)
+
+    monkeypatch.setattr(Judge, "__call__", noting)
+    report = search(family, trials=2, time="1h")
+    assert len(report.trials) == 2 and deadlines[0] is None and deadlines[1] is not None
+    assert deadlines[2:] == [None] * len(report.held_out)
 
 
 @pytest.mark.timeout(300, method="thread")  # whose other method takes SIGALRM

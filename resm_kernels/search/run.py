@@ -172,13 +172,14 @@ class _Search:
                 study.enqueue_baseline(values, name)
             if known is not None:
                 self._end(study, replace(known, number=study.ask().number))
-            self._judge.deadline = deadline
             failures: list[Trial] = []
             unfinished = None
             while len(failures) < MOST_FAILURES and not self._is_over(study, deadline):
-                asked = study.ask()
+                asked, others = study.ask(), study.trials()
+                # Without a trial that is complete there would be no result.
+                self._judge.deadline = deadline if any(t.state == "complete" for t in others) else None
                 try:
-                    trial = self._judged(asked, study.trials())
+                    trial = self._judged(asked, others)
                 except TimeIsUp:
                     unfinished = asked.number
                     break
