@@ -150,7 +150,8 @@ def machine() -> dict[str, Any]:
         "threads": threads,
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "compiler": native.get("compiler"),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        # The kernel's version without what a distribution appends.
+        "system": f"{platform.system()} {'.'.join(platform.release().split('.')[:2])} {platform.machine()}",
         **({"gpu": facts["gpu"]} if facts["gpu"] else {}),
         **rates(threads),
     }
