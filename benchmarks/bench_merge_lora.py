@@ -36,6 +36,8 @@ SHAPES: Final = {
     "mlp.up_proj": (14336, 4096),
     "mlp.down_proj": (4096, 14336),
 }
+DEFAULT: Final = ("linear", "linear, rank 16", "tsvm", "resm", "peft cat", "peft linear")
+"""The ways that run without --ways. Methods like TIES form every Δ, and take minutes."""
 WAYS: Final[dict[str, dict[str, Any]]] = {
     "linear": {"merge_method": "linear"},
     "linear, rank 16": {"merge_method": "linear", "rank": 16},
@@ -168,7 +170,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--dtype", default="bfloat16", help="of the adapters' factors")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ways", nargs="+", default=[*WAYS, "peft cat", "peft linear"], choices=[*WAYS, *PEFT])
+    parser.add_argument("--ways", nargs="+", default=list(DEFAULT), choices=[*WAYS, *PEFT])
     parser.add_argument("--limit", type=float, default=600, help="seconds that one way may take")
     parser.add_argument("--folder", type=Path, help="where adapters are made and outputs written")
     parser.add_argument("--json", type=Path, help="write the record to this file")
