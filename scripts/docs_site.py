@@ -73,7 +73,9 @@ def _on_site(target: str) -> str:
     if target.startswith("docs/"):
         return target.removeprefix("docs/")
     shown = Path(target).suffix in LANGUAGES or os.path.basename(target) == "LICENSE"
-    return f"{COPIES}/{target}" + (".md" if shown else "")
+    # mkdocs leaves out files below folders such as .github.
+    visible = "/".join(part.removeprefix(".") for part in target.split("/"))
+    return f"{COPIES}/{visible}" + (".md" if shown else "")
 
 
 def _copy(config: MkDocsConfig, target: str) -> File:

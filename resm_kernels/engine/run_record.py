@@ -76,10 +76,8 @@ def run_record(
 
 def peak_resident() -> int | None:
     """Return the most bytes that were resident in this process so far; None if the system does not say."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        found = _PEAK.search(status.read_text())
-        return None if found is None else int(found[1]) * 1024
+    if (found := _PEAK.search(_system_file("/proc/self/status"))) is not None:
+        return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows has no such module
@@ -88,10 +86,17 @@ def peak_resident() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def _system_file(path: str) -> str:
+    """The text of a file of the kernel; empty where the system has none, such as macOS."""
+    try:
+        return Path(path).read_text(errors="replace")
+    except OSError:
+        return ""
+
+
 def machine_facts() -> dict[str, str]:
     """Return what a time depends on: processor, cores, system, and the versions of Python, torch and the kernels."""
-    information = Path("/proc/cpuinfo")
-    found = _MODEL.search(information.read_text(errors="replace")) if information.is_file() else None
+    found = _MODEL.search(_system_file("/proc/cpuinfo"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "processor": found[1].strip() if found is not None else platform.processor() or platform.machine(),
