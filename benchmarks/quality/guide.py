@@ -62,6 +62,7 @@ def pages() -> dict[Path, dict[str, str]]:
     return {
         GUIDE: {
             "weights-alone": weights_alone(small["development"]),
+            "searched": tables.all_tables(small)["searched"],
             "calibrated": tables.all_tables(small)["calibrated-confirmation"],
         },
         PROMPTS: {"larger": larger_models(medium["calibrated-confirmation"])},
