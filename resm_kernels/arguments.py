@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 
 from resm_kernels.options import MAX_THREADS
+
+_SILENCE: Final = "HF_HUB_DISABLE_PROGRESS_BARS"
+"""The variable that huggingface_hub reads."""
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
 MemoryOption = Annotated[
@@ -55,11 +58,20 @@ TiedEmbeddingsOption = Annotated[
 ]
 
 
-def _silence(value: bool) -> bool:
-    """Switch off what is said about files that are fetched from the hub, huggingface_hub's progress bars among it."""
+def _silence(context: typer.Context, value: bool) -> bool:
+    """Switch off what this command says about files that it fetches, huggingface_hub's progress bars among it."""
     if value:
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+        before = os.environ.get(_SILENCE)
+        os.environ[_SILENCE] = "1"
+        context.call_on_close(lambda: _restore(before))
     return value
+
+
+def _restore(before: str | None) -> None:
+    if before is None:
+        os.environ.pop(_SILENCE, None)
+    else:
+        os.environ[_SILENCE] = before
 
 
 QuietOption = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,10 @@ if not torch.cuda.is_available():
 
 # No test reaches the hub. Those of models on the hub have a server of their own on this machine.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# What a shell starts in the background ignores Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 EveryWay = Callable[[], Iterator[str]]
 UseThreads = Callable[[int], None]
