@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -67,9 +68,14 @@ def _parameters(method: Method) -> str:
     return ", ".join(f"`{p.name}` {default(p.default)}" for p in method.parameters if not p.ignored)
 
 
+def _record(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / f"benchmarks/results/{name}.json").read_text())
+    return content
+
+
 def record_table() -> str:
     """What `make bench` has recorded of each op: medians, and their ratios to the yardstick of the same run."""
-    rows = json.loads((ROOT / "benchmarks/results/cpu.json").read_text())["benchmarks"]
+    rows = _record("cpu")["benchmarks"]
     yardsticks = {row["group"]: _case(row) for row in rows if row["yardstick"]}
     lines = [
         [
@@ -90,9 +96,67 @@ def _case(row: dict[str, Any]) -> str:
     return ", ".join(part for part in (words, case) if part) or "all"
 
 
+def accuracy_table() -> str:
+    """What an accuracy does to the merged task vectors and to the scores of the example's models."""
+    rows = _record("accuracy")["records"]
+    exact = {row["recipe"]: row["scores"] for row in rows if row["accuracy"] == 0}
+    lines = []
+    for row in rows:
+        if row["accuracy"] == 0 or row["recipe"] not in ("resm", "tsvm"):
+            continue
+        same = exact[row["recipe"]]
+        moved = max(abs(row["scores"][split][key] - same[split][key]) for split in same for key in same[split])
+        lines.append([f"`{row['recipe']}`", f"{row['accuracy']:g}", f"{row['difference']:.2%}", f"{moved:.1f} points"])
+    head = ["method", "`accuracy`", "the merged task vectors move by", "a score moves by at most"]
+    return table(head, lines)
+
+
+def rounding_table() -> str:
+    """What rounding keeps of dense changes of normal weights, and how near scales are to the best of each block."""
+    rows = _record("rounding")["records"]
+    sizes = list(dict.fromkeys(row["steps"] for row in rows))
+    lines = []
+    for form in dict.fromkeys(row["format"] for row in rows):
+        kept = {
+            row["steps"]: row["kept"]
+            for row in rows
+            if (row["format"], row["base"], row["task vector"]) == (form, "normal", "dense")
+        }
+        worst = max(row["error to ideal"] for row in rows if row["format"] == form)
+        lines.append([form, *(f"{kept[size]:.2f}" for size in sizes), f"{worst:.4f}"])
+    head = [
+        "format",
+        *(f"kept at {size:g} step{'s' * (size != 1)}" for size in sizes),
+        "error at most, the best scale's being 1",
+    ]
+    return table(head, lines)
+
+
+def ray_table() -> str:
+    """Times of a merge with workers and without, and what estimates were worth."""
+    record = _record("ray")
+    times = [[way, f"{statistics.median(seconds):.1f} s"] for way, seconds in record["seconds"].items()]
+    times.append(["start of the cluster, which the others leave out", f"{record['start']:.1f} s"])
+    return table(["RESM of a small Llama by", "time"], times)
+
+
+def estimate_table() -> str:
+    """How long merges took, and what `--dry-run` had estimated."""
+    estimates = {name: e for name, e in _record("ray")["estimates"].items() if name != "machine"}
+    lines = [
+        [f"`{name}`", f"{e['estimated']:.2g} s", f"{e['measured']:.2g} s", f"{e['ratio']:.2f}"]
+        for name, e in estimates.items()
+    ]
+    return table(["method", "estimate", "measured", "measured / estimate"], lines)
+
+
 TABLES: Final[dict[str, tuple[str, Callable[[], str]]]] = {
     "methods": ("docs/api/methods.md", method_table),
     "ops": ("docs/kernels.md", record_table),
+    "accuracy": ("docs/spectral.md", accuracy_table),
+    "rounding": ("docs/recipes.md", rounding_table),
+    "ray": ("docs/ray.md", ray_table),
+    "estimates": ("docs/ray.md", estimate_table),
 }
 """The page of each table, and what makes it."""
 

@@ -10,6 +10,8 @@ import typer.main
 from typer.core import TyperGroup
 
 from resm_kernels import cli, flags
+from resm_kernels.checkpoint import format
+from resm_kernels.files import CONFIG_BYTES, LIST_BYTES, patterns, regular, structure, yaml_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -59,3 +61,19 @@ def test_targets_of_make_are_declared_and_described() -> None:
     named = "\n".join(page.read_text() for page in PAGES)
     described = re.findall(r"^# .*\n(?:[A-Z]+ \?= .*\n|ifdef .*\n)*([a-z][a-z-]*):", makefile, re.MULTILINE)
     assert not {t for t in targets if f"make {t}" not in named} - {*described, "clean"}
+
+
+def test_limits_of_files_are_those_of_the_code() -> None:
+    text = (ROOT / "docs/recipes.md").read_text().partition("\n## Limits\n")[2].partition("\n## ")[0]
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    nesting = f"{yaml_text.MAX_DOCUMENTS} documents; {yaml_text.MAX_DEPTH} levels of nesting"
+    assert f"{yaml_text.MAX_BYTES >> 10} KiB in UTF-8; {nesting}; {yaml_text.MAX_VALUES:,} values" in rows["recipe"]
+    values = f"{structure.MAX_DEPTH} levels; {structure.MAX_VALUES // 10**6} million values"
+    assert f"{CONFIG_BYTES >> 20} MiB in UTF-8; {values}" in rows["`config.json` and other configurations"]
+    header = rows["headers and indices of safetensors"]
+    assert header.startswith(f"{LIST_BYTES // 10**6} MB,") and f"names of {format.MAX_NAME} letters" in header
+    assert f"; {format.MAX_DIMENSIONS} dimensions;" in header
+    assert rows["files that are copied, such as tokenizers"] == f"{regular.COPY_BYTES >> 20} MiB each"
+    assert rows["numbers"].startswith(f"{structure.MAX_DIGITS} digits")
+    assert rows["paths"].startswith(f"names of {regular.MAX_NAME} bytes, paths of {regular.MAX_PATH} bytes")
+    assert f"of {patterns.MAX_LENGTH} letters" in rows["`rank_pattern`, `alpha_pattern`"]

@@ -131,6 +131,18 @@ def test_links_out_of_the_folder_are_left_out_and_said(model: Path, tmp_path: Pa
     assert not any("private" in (tmp_path / "out" / name).read_text("latin-1") for name in files)
 
 
+@pytest.mark.parametrize("name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_the_automatic_chat_template_is_none_that_a_link_out_of_the_folder_holds(name: str, family: Family) -> None:
+    secret = family.root / "secret"
+    secret.write_text("private" if name.endswith("jinja") else '{"chat_template": "private"}')
+    for folder in family.folders:
+        (folder / name).symlink_to(secret)
+    (family.base_folder / "chat_template.jinja").write_text("{{ own }}")
+    with pytest.warns(CheckpointWarning, match=f"to {secret}, and is left out"):
+        merge_checkpoints(family.recipe(chat_template="auto"), family.out)
+    assert (family.out / "chat_template.jinja").read_text() == "{{ own }}"
+
+
 def test_the_hubs_cache_is_all_links(tmp_path: Path, family: Family) -> None:
     repository = tmp_path / "cache" / "models--org--m"
     snapshot = repository / "snapshots" / ("a" * 40)

@@ -137,12 +137,15 @@ def json_bytes(data: Mapping[str, Any]) -> bytes:
 
 
 def read_chat_template(folder: Path) -> str | None:
-    """Return the default chat template of a model folder, from any of the three files that may hold it, or None."""
+    """Return the default chat template of a model folder, from any of the three files that may hold it, or None.
+
+    A file that is a link out of the folder holds none, as it is not copied either.
+    """
     file = folder / "chat_template.jinja"
-    if os.path.lexists(file):
+    if os.path.lexists(file) and _is_copied(folder, file):
         return read_text(file, CheckpointError, limit=CONFIG_BYTES)
     for name in ("chat_template.json", "tokenizer_config.json"):
-        if os.path.lexists(folder / name):
+        if os.path.lexists(folder / name) and _is_copied(folder, folder / name):
             stored = read_object(folder / name, CheckpointError).get("chat_template")
             if isinstance(stored, list):
                 named = [entry for entry in stored if isinstance(entry, dict) and entry.get("name") == "default"]
