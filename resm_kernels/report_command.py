@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -41,27 +42,35 @@ def report(
         from rich.console import Console
 
         from resm_kernels.checkpoint import format_bytes
-        from resm_kernels.checkpoint.durable import write_whole
+        from resm_kernels.checkpoint.durable import write_errors_named, write_whole
         from resm_kernels.console import progress_display
         from resm_kernels.report import ReportOptions, gather, to_json
-        from resm_kernels.report.page import check_page, check_target, describe_warnings, write_page
+        from resm_kernels.report.page import as_bytes, check_page, check_target, describe_warnings, write_page
 
     page = out or Path(f"{source.resolve().name}.html" if source.is_dir() else "merge.html")
     check_page(page)
     printed = json_file is not None and str(json_file) == "-"
+    written = {"--out": page}
     if json_file is not None and not printed:
         check_target("--json", json_file)
-        if json_file.absolute() == page.absolute():
+        if os.path.realpath(json_file) == os.path.realpath(page):
             raise ValueError(f"--json: got {json_file}, which is the name of the page too; need another file")
+        written["--json"] = json_file
+    for option, file in written.items():
+        if os.path.realpath(file) == os.path.realpath(source):
+            raise ValueError(f"{option}: got {file}, which is the recipe; need another file")
     with cut_off_named("no page was written"):
         with progress_display(Console(stderr=True), "reading", quiet=quiet) as progress:
             options = ReportOptions(memory_limit=memory_limit, threads=threads, spectra=spectra, progress=progress)
             gathered = gather(source, options)
-        write_page(gathered, page)
-        if printed:
-            typer.echo(to_json(gathered, indent=2))
-        elif json_file is not None:
-            write_whole(json_file, f"{to_json(gathered, indent=2)}\n".encode("utf-8", "backslashreplace"))
+        figures = b"" if json_file is None else as_bytes(f"{to_json(gathered, indent=2)}\n")
+        if json_file is not None and not printed:
+            with write_errors_named(json_file):
+                write_whole(json_file, figures)
+        write_page(gathered, page)  # the last, so that nothing was written to the page if this is cut off
+    if printed:
+        typer.echo(figures, nl=False)
     if not quiet:
         found = describe_warnings(gathered) or "no warnings"
-        typer.echo(f"report of {gathered.title}: {found} ({format_bytes(page.stat().st_size)}): {page}", err=printed)
+        line = f"report of {gathered.title}: {found} ({format_bytes(page.stat().st_size)}): {page}"
+        typer.echo(as_bytes(line), err=printed)

@@ -32,10 +32,11 @@ EMBEDDING_MODULES: Final = (
 HEAD_MODULES: Final = ("lm_head", "embed_out", "output_embeddings")
 """Last parts of the names of modules that turn the last hidden state into one value for each token."""
 
-_NUMBER: Final = re.compile(r"(?:^|\.)(\d+)\.")
+# No number of a layer has more digits than these; a longer one, up to any length, is a name like others.
+_NUMBER: Final = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _TIED_MODULES: Final = ("embed_tokens", "wte")
 
-_LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d+)(\..*)")
+_LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|layer|h|blocks|block)\.)(\d{1,9})(\..*)")
 # Parts of names are matched one by one: an expression for the whole name would take time in the square of its length.
 _BEFORE_LAYERS: Final = re.compile(r"wte|wpe|shared|conv\d|patch_conv|ln_pre|layernorm_pre|rotary_\w+|relative_pe")
 _EMBEDDING: Final = re.compile(r"embed(?!_out)")
@@ -81,16 +82,17 @@ class ModuleKind(NamedTuple):
 def module_kind(name: str) -> ModuleKind:
     """Return the kind and the layer of a tensor: `model.layers.3.mlp.up_proj.weight` is an up_proj in layer 3.
 
-    The kind of a numbered module is the name of its list and the number. The first number in a name counts as the
-    layer, so that models whose layer stacks `layer_position` does not know have layers too.
+    The kind of a numbered module is the name of its list and the number. Where `layer_position` knows no layer stack,
+    the first number in a name counts as the layer, so that models of other stacks have layers too.
     """
-    layer = _NUMBER.search(name)
+    position, first = layer_position(name), _NUMBER.search(name)
     parts = name.split(".")
     kind = parts[-2:-1] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1:]
     if kind[0].isdigit() and len(parts) > 2:
         kind = parts[-3:-1]
     suffix = ".bias" if parts[-1] == "bias" else ""
-    return ModuleKind(".".join(kind) + suffix, int(layer[1]) if layer else None)
+    layer = position.number if position is not None else int(first[1]) if first is not None else None
+    return ModuleKind(".".join(kind) + suffix, layer)
 
 
 def layer_position(name: str) -> LayerPosition | None:

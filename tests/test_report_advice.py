@@ -12,7 +12,8 @@ import torch
 
 from resm_kernels.engine import Kept, TensorStats
 from resm_kernels.engine.stats import tensor_spectra
-from resm_kernels.report import ReportWarning, advice
+from resm_kernels.report import ReportWarning, advice, remarks
+from resm_kernels.report.measures import cell_values
 from resm_kernels.report.sums import Sums, joined, round_mean
 
 Cells = dict[tuple[str, str], Sums]
@@ -44,7 +45,7 @@ def test_where_all_is_well_nothing_is_said() -> None:
     assert not advice.equal_experts(cells, EXPERTS) and not advice.dominant(cells, EXPERTS)
     assert not advice.uneven(cells, EXPERTS) and not advice.merged_norm(cells)
     assert not advice.rounding_loss(cells, "bfloat16") and not advice.rank_limit(cells, EXPERTS)
-    assert not advice.interference(cells) and not advice.said((), ()) and not advice.missing_inputs({})
+    assert not advice.interference(cells) and not remarks.said((), ()) and not remarks.missing_inputs({})
 
 
 def test_without_cells_nothing_is_said() -> None:
@@ -99,6 +100,8 @@ def test_an_expert_with_nearly_all_weight() -> None:
 def test_experts_that_are_orders_of_magnitude_apart() -> None:
     warning = one(advice.uneven(grid(sums((12.0, 1.0)), sums((12.0, 1.0))), EXPERTS), "uneven-experts", "warning")
     assert "The change of a is 12 times as large as that of b" in warning.text
+    layers = grid(sums((1.0, math.nan)), *[sums((math.nan, 1.0))] * 150)  # the second expert has more, not larger ones
+    assert advice.uneven(layers, EXPERTS) == []
     assert advice.uneven(grid(sums((9.0, 1.0))), EXPERTS) == []
     assert advice.uneven(grid(sums((9.0, 0.0))), EXPERTS) == []
 
@@ -115,6 +118,30 @@ def test_cells_of_the_merged_model_that_are_out_of_line() -> None:
     warning = one(advice.merged_norm(grid(*parts)), "merged-norm-cells", "warning")
     assert warning.cells == [("1", "q"), ("3", "q")] and "In 2 of 5 cells" in warning.text
     assert advice.merged_norm(grid(sums(merged=math.nan))) == []
+    lost = replace(parts[3], kept=Kept("t", 0.0, 1.0, 1.0, 0.1))
+    assert one(advice.merged_norm(grid(parts[0], lost, *parts[:3])), "merged-norm-cells", "warning").cells == [
+        ("3", "q")
+    ]
+
+
+def test_experts_of_different_layers_are_no_overshoot() -> None:
+    """Each of six experts is merged in a layer of its own, so that the merged model changes √6 times as much as one."""
+    layers = []
+    for t in range(6):
+        gram = torch.full((7, 7), math.nan, dtype=torch.float64)
+        gram[t, t] = gram[6, 6] = gram[6, t] = gram[t, 6] = 1.0
+        layers.append(replace(sums(), gram=gram))
+    assert advice.merged_norm(grid(*layers)) == []
+
+
+def test_experts_that_change_nothing_have_no_part_in_the_cosine() -> None:
+    gram = torch.diag(torch.tensor([1.0, 4.0, 0.0, math.nan], dtype=torch.float64))
+    gram[0, 1] = gram[1, 0] = 1.0
+    values, reasons = cell_values(replace(sums(), gram=gram))
+    assert values["cosine"] == 0.5 and "cosine" not in reasons
+    gram[1, 1] = gram[0, 1] = gram[1, 0] = 0.0
+    values, reasons = cell_values(replace(sums(), gram=gram))
+    assert math.isnan(values["cosine"]) and reasons["cosine"] == "a model has the very weights of the base"
 
 
 def test_changes_that_rounding_swallows() -> None:
@@ -160,21 +187,21 @@ def test_experts_in_the_same_directions() -> None:
 
 
 def test_what_is_not_in_the_figures() -> None:
-    assert "./x cannot be read: it is gone." in advice.missing_inputs({"./x": "it is gone"})[0].text
-    assert advice.refused(ValueError("no"))[0].severity == "error"
-    kinds = [(w.severity, w.kind, w.text) for w in advice.said(("heads differ",), ("renamed",))]
+    assert "./x cannot be read: it is gone." in remarks.missing_inputs({"./x": "it is gone"})[0].text
+    assert remarks.refused(ValueError("no"))[0].severity == "error"
+    kinds = [(w.severity, w.kind, w.text) for w in remarks.said(("heads differ",), ("renamed",))]
     assert kinds == [("warning", "configuration", "heads differ."), ("note", "input", "renamed.")]
-    assert "first model, ./x" in advice.no_base("./x")[0].text
-    assert "written 3 of 5 tensors" in advice.resumed(3, 5)[0].text
-    assert advice.calibrated()[0].kind == "calibrated" and "bad" in advice.unmeasured(ValueError("bad"))[0].text
-    mixed = [*advice.no_base("x"), *advice.missing_inputs({"y": "z"}), *advice.refused(ValueError("no"))]
-    assert [w.severity for w in advice.by_severity(mixed)] == ["error", "warning", "note"]
+    assert "first model, ./x" in remarks.no_base("./x")[0].text
+    assert "written 3 of 5 tensors" in remarks.resumed(3, 5)[0].text
+    assert remarks.calibrated()[0].kind == "calibrated" and "bad" in remarks.unmeasured(ValueError("bad"))[0].text
+    mixed = [*remarks.no_base("x"), *remarks.missing_inputs({"y": "z"}), *remarks.refused(ValueError("no"))]
+    assert [w.severity for w in remarks.by_severity(mixed)] == ["error", "warning", "note"]
 
 
 def test_vocabularies_that_differ() -> None:
-    moved = one(advice.vocabularies({"m": (3, 2, "base")}), "vocabulary", "warning")
+    moved = one(remarks.vocabularies({"m": (3, 2, "base")}), "vocabulary", "warning")
     assert "m gives 3 rows to other tokens and differs in 2 rows" in moved.text and "that of base." in moved.text
-    assert "m differs in 2 rows" in one(advice.vocabularies({"m": (0, 2, "base")}), "vocabulary", "note").text
+    assert "m differs in 2 rows" in one(remarks.vocabularies({"m": (0, 2, "base")}), "vocabulary", "note").text
 
 
 def test_joined_sums_are_those_of_the_tensors_as_one() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -33,10 +34,26 @@ EMPTY = replace(reports.report(1), cells=[], rows=[], columns=[], measures=[], w
 """The report of a recipe whose models are all missing."""
 
 
+def frozen() -> Report:
+    """A report of a model with two stacks of layers, on adapters that change nothing in the second one."""
+    whole = reports.report(3)
+    cells = []
+    for stack, cell in itertools.product(("text_decoder", "vision_tower"), whole.cells):
+        row = f"{stack} {cell.row}" if cell.row.isdigit() else cell.row
+        values, spectra = cell.values, cell.spectra
+        if stack == "vision_tower" and row != cell.row and spectra is not None:
+            values = {**values, "change": [0.0] * 3}
+            spectra = replace(spectra, values=[[0.0] * len(own) for own in spectra.values])
+        cells.append(replace(cell, row=row, values=values, spectra=spectra))
+    cells = list({(cell.row, cell.column): cell for cell in cells}.values())
+    rows = list(dict.fromkeys(cell.row for cell in cells))
+    return replace(whole, rows=rows, cells=cells, warnings=[])
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("pages")
-    written = {name: make() for name, make in MAKERS.items()} | {"empty": EMPTY}
+    written = {name: make() for name, make in MAKERS.items()} | {"empty": EMPTY, "frozen": frozen()}
     for name, report in written.items():
         write_page(report, folder / f"{name}.html")
     return {name: folder / f"{name}.html" for name in written}
@@ -186,6 +203,27 @@ def test_a_click_shows_the_spectra(open_page: Open) -> None:
     assert "layer 2 · q_proj" in panel.inner_text() and tab.locator("#next").is_disabled()
     tab.locator("#close").click()
     assert not panel.is_visible()
+
+
+def test_layers_are_compared_within_their_stack(open_page: Open) -> None:
+    tab = open_page("frozen")
+    panel = tab.locator("#detail")
+    for row, cell, drawn in (("text_decoder 1", "up_proj", True), ("vision_tower 1", "up_proj", False)):
+        heading = tab.locator("#grid tbody tr").filter(has_text=row)
+        place = heading.locator("td").nth(reports.COLUMNS.index(cell)).get_attribute("id")
+        show(tab, place)
+        assert (panel.locator(".chart").count() == 2) is drawn
+        assert ("no expert changes this cell's tensors" in panel.inner_text()) is not drawn
+        tab.locator("#close").click()
+
+
+def test_print_has_the_whole_map_on_white(open_page: Open) -> None:
+    tab = open_page("small", "dark")
+    tab.set_viewport_size({"width": 700, "height": 900})
+    tab.emulate_media(media="print")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(251, 250, 247)"
+    assert tab.evaluate("document.getElementById('grid').scrollWidth <= document.body.clientWidth")
+    assert tab.evaluate("getComputedStyle(document.getElementById('c-2-2')).printColorAdjust") == "exact"
 
 
 def test_a_cell_without_values_says_why(open_page: Open) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +63,18 @@ def test_mistakes_are_named_before_models_are_read(
 ) -> None:
     monkeypatch.setattr("resm_kernels.report.gather", lambda *_: pytest.fail("models were read"))
     recipe = family.recipe_file()
-    page = tmp_path / "page.html"
+    page, pipe = tmp_path / "page.html", tmp_path / "pipe"
+    os.mkfifo(pipe)
     for options, said in [
         (("-o", tmp_path), f"--out: got {tmp_path}, which is a folder; need the name of a file"),
         (("-o", page, "--json", tmp_path), f"--json: got {tmp_path}, which is a folder; need the name of a file"),
         (("-o", page, "--json", page), f"--json: got {page}, which is the name of the page too; need another file"),
+        (("-o", "-"), "--out: got -, need the name of a file"),
+        (("-o", recipe), f"--out: got {recipe}, which is the recipe; need another file"),
+        (("-o", page, "--json", recipe), f"--json: got {recipe}, which is the recipe; need another file"),
+        (("-o", tmp_path / ("x" * 256)), "--out: got '"),
+        (("-o", pipe), f"--out: got {pipe}, which is no regular file; need the name of a file"),
+        (("-o", page, "--json", pipe), f"--json: got {pipe}, which is no regular file; need the name of a file"),
     ]:
         code, _, err = run("report", recipe, *options)
         assert code == 1 and err.startswith(f"error: {said}") and err.count("\n") == 1
@@ -85,3 +95,28 @@ def test_what_is_neither_a_recipe_nor_a_merge_is_refused(family: Family, run: Ru
     page = tmp_path / "page.html"
     code, _, err = run("report", family.folders[0], "-o", page)
     assert code == 1 and "need a recipe, or a folder that `resm-kernels merge` wrote" in err and not page.exists()
+
+
+def test_a_name_may_be_as_long_as_files_allow(family: Family, run: RunCommand, tmp_path: Path) -> None:
+    page = tmp_path / f"{'é' * 125}.html"
+    assert run("report", family.recipe_file(), "-o", page, "--no-spectra", "--quiet") == (0, "", "")
+    assert page.is_file()
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS has no names that are not Unicode")
+def test_a_name_may_be_no_unicode(family: Family, run: RunCommand, tmp_path: Path) -> None:
+    recipe = tmp_path / os.fsdecode(b"\xff.yml")
+    family.recipe_file().rename(recipe)
+    code, out, err = run("report", recipe, "-o", tmp_path / "page.html", "--no-spectra", "--json", "-")
+    assert code == 0 and from_json(out).title == "\\udcff.yml" and err.startswith("report of \\udcff.yml: ")
+
+
+def test_a_full_disk_is_named(family: Family, run: RunCommand, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("resm_kernels.checkpoint.durable.os.fsync", full)
+    page = tmp_path / "page.html"
+    code, _, err = run("report", family.recipe_file(), "-o", page, "--no-spectra", "--quiet")
+    assert (code, err) == (1, f"error: output {page}: cannot be written: No space left on device\n")
+    assert not [path for path in tmp_path.iterdir() if "page" in path.name]

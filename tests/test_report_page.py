@@ -134,6 +134,17 @@ def test_hostile_names_stay_text() -> None:
     assert "49" not in elements.texts["title"][0]
 
 
+def test_controls_are_spelled_out() -> None:
+    """A name must not turn round the sentence that it stands in, nor look like another name."""
+    name = "a\u202eb\u2066\x1b"
+    report = reports.report(1, [name], warnings=[ReportWarning("note", name, f"{name} is odd.", "Rename it.")])
+    elements = Elements(page(replace(report, recipe=f"# {name}\n")))
+    words = "".join(part for tag, parts in elements.texts.items() if tag != "script" for part in parts)
+    assert not {"\u202e", "\u2066", "\x1b"} & {*words}
+    assert "a\\u202eb\\u2066\\u001b is odd." in words and "# a\\u202eb" in words
+    assert data_of(elements)["experts"] == ["a\\u202eb\\u2066\\u001b"]
+
+
 def test_a_report_on_a_recipe_says_that_nothing_ran(tmp_path: Path) -> None:
     report = reports.report(1, warnings=[])
     bare = replace(report, out=None, base=None, stages=None, memory=None, machine={})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,9 +16,10 @@ from checkpoints import Family, llama_config, load_model, save_adapter, save_mod
 from test_report import FAST, cells, kinds, near
 
 from resm_kernels import merge_checkpoints
-from resm_kernels.checkpoint import CheckpointReader
+from resm_kernels.checkpoint import CheckpointError, CheckpointReader
 from resm_kernels.engine import blocks, plan_merge
-from resm_kernels.report import ReportError, ReportOptions, gather
+from resm_kernels.report import Memory, ReportError, ReportOptions, gather
+from resm_kernels.report.runs import RecordedRun, read_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -178,3 +180,52 @@ def test_other_forms_of_the_output(family: Family) -> None:
         values = cells(gather(family.out, FAST))["0", "q_proj"].values
         assert values["merged_change"]
         shutil.rmtree(family.out)
+
+
+@pytest.mark.parametrize(
+    ("change", "place"),
+    [
+        ({"stages": [{"name": "read", "seconds": "1"}]}, "stages[0].seconds"),
+        ({"stages": [{"name": "read", "seconds": 1e300}]}, "stages[0].seconds"),
+        ({"stages": [{"name": "read", "seconds": math.nan}]}, "stages[0].seconds"),
+        ({"stages": [{"name": "read", "seconds": -1.0}]}, "stages[0].seconds"),
+        ({"stages": [{"name": "read", "seconds": 1.0, "bytes": "5"}]}, "stages[0].bytes"),
+        ({"memory": {"peak": 10**99, "limit": 1}}, "memory.peak"),
+        ({"machine": {"processor": 5}}, "machine.processor"),
+        ({"tensors_resumed": True}, "tensors_resumed"),
+        ({"format": 2}, "has format 2, need 1"),
+    ],
+)
+def test_a_record_of_a_run_that_says_anything_is_named(tmp_path: Path, change: dict[str, Any], place: str) -> None:
+    record = {"format": 1, "stages": [], "memory": {"peak": None, "limit": 1}, "machine": {}}
+    file = tmp_path / "resm_kernels_run.json"
+    file.write_text(json.dumps(record | {"tensors": 1, "tensors_resumed": 0}))
+    assert read_run(tmp_path) == RecordedRun([], Memory(None, 1), {}, 1, 0)
+    file.write_text(json.dumps(record | {"tensors": 1, "tensors_resumed": 0} | change))
+    with pytest.raises(CheckpointError, match="delete it for a report without times") as raised:
+        read_run(tmp_path)
+    assert str(raised.value).startswith(f"{file}: ") and place in str(raised.value)
+
+
+def test_models_that_are_not_those_that_were_merged(family: Family) -> None:
+    merge_checkpoints(family.recipe("ties"), family.out)
+    family.change(1)
+    written = (family.out / "resm_kernels.json").stat().st_mtime_ns + 1
+    os.utime(family.folders[1] / "model.safetensors", ns=(written, written))
+    (note,) = gather(family.out, FAST).warnings
+    assert (note.severity, note.kind) == ("note", "newer-input") and str(family.folders[1]) in note.text
+    merged = load_model(family.out)
+    del merged["model.norm.weight"]
+    save_model(family.out, merged | {"lm_head.weight": merged["lm_head.weight"][:-1].clone()})
+    report = gather(family.out, FAST)
+    (warning,) = (w for w in report.warnings if w.kind == "other-tensors")
+    assert "lm_head.weight" in warning.text and "model.norm.weight" in warning.text
+    assert "merged_change" not in cells(report)["final", "norm"].values
+
+
+def test_ranks_are_of_interest_where_resm_merges(family: Family) -> None:
+    noise = {name: (t + 0.1 * torch.randn(t.shape)).bfloat16() for name, t in family.base.items()}
+    for expert in (0, 1, 2):
+        save_model(family.folders[expert], {name: t + 0.1 * torch.randn_like(t) for name, t in noise.items()})
+    assert "rank-limit" in kinds(gather(family.recipe_file("resm", parameters={"gamma": 0.0})))
+    assert "rank-limit" not in kinds(gather(family.recipe_file("ties")))

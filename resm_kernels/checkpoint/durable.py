@@ -45,7 +45,8 @@ def write_whole(file: Path, content: bytes, *, flushed: bool = True) -> None:
 
     Without `flushed` it appears when it is written, which outlives the process, but not a loss of power.
     """
-    partial = file.parent / f".{file.name}.partial-{secrets.token_hex(4)}"
+    # A part of the name alone, because the longest that a file may have leaves no room for more.
+    partial = file.parent / f".{file.name[:48]}.partial-{secrets.token_hex(4)}"
     try:
         with open(partial, "xb") as stream:
             stream.write(content)

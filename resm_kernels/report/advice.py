@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Final
 
 from resm_kernels.report.data import ReportWarning
-from resm_kernels.report.measures import merged_ratio, shares
+from resm_kernels.report.measures import merged_ratio, middle_norm, shares
 from resm_kernels.report.sums import Sums, joined
 
 Cells = Mapping[tuple[str, str], Sums]
@@ -134,22 +134,23 @@ def dominant(cells: Cells, experts: Sequence[str]) -> list[ReportWarning]:
 
 
 def uneven(cells: Cells, experts: Sequence[str]) -> list[ReportWarning]:
-    """Return a warning if the norm of an expert's change is more than `UNEVEN` times that of another."""
-    if not cells:
+    """Return a warning if the norm of an expert's change is more than `UNEVEN` times that of another.
+
+    Each is divided by the norm of the base where the expert is merged, which with slices may be in a few layers.
+    """
+    changes = {t: change for t in range(len(experts)) if (change := _relative_change(cells, t)) > 0}
+    if len(changes) < 2:
         return []
-    whole = joined(list(cells.values()))
-    norms = {t: norm for t in range(len(experts)) if (norm := whole.norm(t)) > 0}
-    if len(norms) < 2:
-        return []
-    least, most = min(norms, key=lambda t: norms[t]), max(norms, key=lambda t: norms[t])
-    factor = norms[most] / norms[least]
+    least, most = min(changes, key=lambda t: changes[t]), max(changes, key=lambda t: changes[t])
+    factor = changes[most] / changes[least]
     if factor <= UNEVEN:
         return []
     return [
         ReportWarning(
             "warning",
             "uneven-experts",
-            f"The change of {experts[most]} is {factor:.3g} times as large as that of {experts[least]}.",
+            f"The change of {experts[most]} is {factor:.3g} times as large as that of {experts[least]}, each compared "
+            "with the weights that it is merged into.",
             "Check that both were trained from this base model. If they were, give the smaller one a larger weight, or "
             "use a method that evens out the experts, such as a spectral one.",
         )
@@ -157,12 +158,17 @@ def uneven(cells: Cells, experts: Sequence[str]) -> list[ReportWarning]:
 
 
 def merged_norm(cells: Cells) -> list[ReportWarning]:
-    """Return warnings if the merged model's change is out of line with the experts', as a whole or in some cells."""
+    """Return warnings if the merged model's change is out of line with the experts', as a whole or in some cells.
+
+    Cells whose change is small because rounding loses it, as that of norms often is, are left to `rounding_loss`.
+    """
     ratios = {place: ratio for place, sums in cells.items() if math.isfinite(ratio := merged_ratio(sums))}
     if not ratios:
         return []
     found = []
-    whole = merged_ratio(joined([cells[place] for place in ratios]))
+    # Not of sums over the model: with slices, each expert may be merged in a few layers, and the merged model has all.
+    merged = math.hypot(*(cells[place].norm(cells[place].experts) for place in ratios))
+    whole = merged / math.hypot(*(middle_norm(cells[place]) for place in ratios))
     if whole > OVERSHOT or whole < FAINT:
         large = whole > OVERSHOT
         found.append(
@@ -170,13 +176,18 @@ def merged_norm(cells: Cells) -> list[ReportWarning]:
                 "warning",
                 "merged-norm",
                 f"The change of the merged model is {whole:.3g} times the median of the experts' changes.",
-                "Lower lambda or the weights: such a model often writes nonsense."
+                "Lower lambda or the weights: such a model often writes nonsense. Methods that drop changes at random "
+                "and scale up the rest (dare, della) make the change 1/√density times as large, and that is meant."
                 if large
                 else "Raise lambda or the weights, or the density: the merged model is hardly more than the base.",
             )
         )
     middle = statistics.median(ratios.values())
-    outliers = [p for p, r in ratios.items() if middle and not middle / OUT_OF_LINE <= r <= middle * OUT_OF_LINE]
+    outliers = [
+        place
+        for place, ratio in ratios.items()
+        if middle and (ratio > middle * OUT_OF_LINE or (ratio < middle / OUT_OF_LINE and not _is_lost(cells[place])))
+    ]
     if outliers:
         found.append(
             ReportWarning(
@@ -291,137 +302,16 @@ def interference(cells: Cells) -> list[ReportWarning]:
     ]
 
 
-def missing_inputs(missing: Mapping[str, str]) -> list[ReportWarning]:
-    """Return a warning for each model of the recipe that cannot be found."""
-    return [
-        ReportWarning(
-            "warning",
-            "missing-input",
-            f"The model {name} cannot be read: {reason}.",
-            "Put it where the recipe says, or call the report from the folder that the recipe's paths count from. "
-            "What needs this model is missing in the report.",
-        )
-        for name, reason in missing.items()
-    ]
+def _relative_change(cells: Cells, t: int) -> float:
+    """Return ‖Δ_t‖/‖θ₀‖ over the cells in which an expert is merged; 0 if there are none."""
+    own = [s for s in cells.values() if math.isfinite(s.squared) and not math.isnan(float(s.gram[t, t]))]
+    base = math.fsum(sums.squared for sums in own)
+    return math.sqrt(math.fsum(float(sums.gram[t, t]) for sums in own) / base) if base else 0.0
 
 
-def refused(error: ValueError) -> list[ReportWarning]:
-    """Return the error by which a merge of the recipe would end."""
-    return [
-        ReportWarning(
-            "error",
-            "refused",
-            f"A merge of this recipe ends with an error: {error}.",
-            "Do what the error says is needed; the merge writes nothing until then.",
-        )
-    ]
-
-
-def vocabularies(differing: Mapping[str, tuple[int, int, str]]) -> list[ReportWarning]:
-    """Return a warning or a note for each model with another vocabulary, as `differing_vocabularies` returns them."""
-    found = []
-    for folder, (moved, more, reference) in differing.items():
-        parts = [f"gives {moved} rows to other tokens"] if moved else []
-        parts += [f"differs in {more} rows that only one of the two has a token for"] if more else []
-        found.append(
-            ReportWarning(
-                "warning" if moved else "note",
-                "vocabulary",
-                f"The tokenizer of {folder} {' and '.join(parts)}, compared with that of {reference}.",
-                "Merge the vocabularies with tokenizer_source: union, or base. Without it, rows of different tokens "
-                "are merged with each other.",
-            )
-        )
-    return found
-
-
-def unread_vocabulary(error: ValueError) -> list[ReportWarning]:
-    """Return a warning that vocabularies could not be compared."""
-    return [
-        ReportWarning(
-            "warning",
-            "vocabulary",
-            f"The models' vocabularies cannot be compared: {error}.",
-            "Get the tokenizer's files anew; no model works without its tokenizer.",
-        )
-    ]
-
-
-def unmeasured(error: ValueError) -> list[ReportWarning]:
-    """Return the reason why RESM's figures are missing."""
-    return [
-        ReportWarning(
-            "note",
-            "unmeasured",
-            f"Sparsity, ranks and spectra are missing: {error}.",
-            "Nothing; these figures are of task vectors that RESM can merge.",
-        )
-    ]
-
-
-def no_base(first: str) -> list[ReportWarning]:
-    """Return the note that differences count from the first model."""
-    return [
-        ReportWarning(
-            "note",
-            "no-base",
-            f"The recipe has no base model, so that differences count from its first model, {first}.",
-            "Nothing; read each change as the difference of an expert from that model.",
-        )
-    ]
-
-
-def calibrated() -> list[ReportWarning]:
-    """Return the note that the merged model is not what the merge alone makes."""
-    return [
-        ReportWarning(
-            "note",
-            "calibrated",
-            "The merged model was calibrated after the merge, so that its figures are not those of the method alone.",
-            "Nothing; make a report on the recipe to see the experts alone.",
-        )
-    ]
-
-
-def resumed(done: int, tensors: int) -> list[ReportWarning]:
-    """Return the note that times are those of a part of the merge."""
-    return [
-        ReportWarning(
-            "note",
-            "resumed",
-            f"The merge was cut off and went on: an earlier run had written {done} of {tensors} tensors, and times, "
-            "bytes and memory are of the last run alone.",
-            "Nothing; the merged model is the same as without the interruption.",
-        )
-    ]
-
-
-def said(warnings: Sequence[str], notes: Sequence[str]) -> list[ReportWarning]:
-    """Return what a merge prints about the models: how configurations differ, and what is left out or renamed."""
-    return [
-        *(
-            ReportWarning(
-                "warning",
-                "configuration",
-                f"{line}.",
-                "Check which configuration the experts were trained with. Weights that mean different things cannot be "
-                "merged to a model that works.",
-            )
-            for line in warnings
-        ),
-        *(
-            ReportWarning(
-                "note", "input", f"{line}.", "Nothing, if this is what was meant; --strict makes a merge refuse it."
-            )
-            for line in notes
-        ),
-    ]
-
-
-def by_severity(warnings: Iterable[ReportWarning]) -> list[ReportWarning]:
-    """Return warnings with the most severe first, otherwise in their order."""
-    order = ("error", "warning", "note")
-    return sorted(warnings, key=lambda warning: order.index(warning.severity))
+def _is_lost(sums: Sums) -> bool:
+    """Return True if rounding loses most of the experts' mean change."""
+    return sums.kept is not None and sums.kept.share is not None and sums.kept.share < LOST
 
 
 def _share(some: Cells, of: Cells) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any, Final, Literal
 
@@ -19,6 +20,7 @@ Value = float | list[float | None] | None
 Scale = Literal["sequential", "diverging", "logarithmic"]
 Severity = Literal["error", "warning", "note"]
 
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _STRICT: Final = ConfigDict(extra="forbid")
 
 
@@ -227,8 +229,13 @@ class Report:
 
 
 def to_json(report: Report, *, indent: int | None = None) -> str:
-    """Return a report as strictly valid JSON; `from_json` gives an equal report back."""
-    return json.dumps(asdict(report), indent=indent, ensure_ascii=False, allow_nan=False)
+    """Return a report as strictly valid JSON; `from_json` gives an equal report back.
+
+    Bytes of a file's name that are no UTF-8, which Python holds as lone surrogates and JSON must not hold, are spelled
+    out, such as `\\udcff`.
+    """
+    text = json.dumps(asdict(report), indent=indent, ensure_ascii=False, allow_nan=False)
+    return _SURROGATE.sub(lambda found: f"\\\\u{ord(found[0]):04x}", text)
 
 
 def from_json(text: str) -> Report:

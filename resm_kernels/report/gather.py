@@ -16,13 +16,13 @@ from resm_kernels.engine import MergeOptions, MergePlan, plan_merge, rounding_es
 from resm_kernels.engine.stats import as_resm
 from resm_kernels.linalg.threads import thread_count
 from resm_kernels.recipe import Recipe
-from resm_kernels.report import advice
+from resm_kernels.report import advice, remarks
 from resm_kernels.report.data import Cell, Report, ReportWarning
 from resm_kernels.report.grid import Grid, make_grid
 from resm_kernels.report.measures import MEASURES, cell_values, spectra_of
-from resm_kernels.report.reading import Experts, Outputs, read_merged, read_models
+from resm_kernels.report.reading import Experts, Outputs, other_tensors, read_merged, read_models
 from resm_kernels.report.runs import read_kept, read_run
-from resm_kernels.report.source import ReportSource, find_source, missing_models, open_merged
+from resm_kernels.report.source import ReportSource, find_source, missing_models, newer_folders, open_merged
 from resm_kernels.report.sums import Sums, joined
 from resm_kernels.report.vocabularies import differing_vocabularies
 
@@ -77,7 +77,7 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
     with contextlib.ExitStack() as opened, thread_count(options.threads):
         merged = None if found.out is None else opened.enter_context(open_merged(found.out))
         missing = missing_models(recipe)
-        warnings += advice.missing_inputs(missing)
+        warnings += remarks.missing_inputs(missing)
         base = _base(recipe)
         slices = [piece for part in recipe.parts for piece in part.slices]
         experts = Experts([piece.experts for piece in slices], base if slices[0].base is None else None)
@@ -86,6 +86,9 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
         outputs = Outputs() if plan is None else Outputs.of(plan, experts)
         if found.out is not None:
             outputs = replace(outputs, kept=read_kept(found.out))
+            warnings += remarks.newer_inputs([] if plan is None else newer_folders(plan, found.out))
+        if merged is not None and measured is not None:
+            warnings += remarks.other_tensors(other_tensors(measured, merged))
         parts: list[Sums] = []
         if measured is not None:
             spectra, progress = options.spectra, options.progress
@@ -95,12 +98,12 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
     grid = make_grid(dict.fromkeys(name for part in parts for name in part.tensors))
     cells = _cells(grid, parts)
     if base is not None and recipe.base_model is None:
-        warnings += advice.no_base(base)
+        warnings += remarks.no_base(base)
     if found.calibrated:
-        warnings += advice.calibrated()
+        warnings += remarks.calibrated()
     if run is not None and run.tensors_resumed:
-        warnings += advice.resumed(run.tensors_resumed, run.tensors)
-    warnings += _findings(cells, experts.names, outputs, has_base=recipe.base_model is not None)
+        warnings += remarks.resumed(run.tensors_resumed, run.tensors)
+    warnings += _findings(cells, experts.names, outputs, recipe)
     shown = [_cell(place, sums) for place, sums in cells.items()]
     used = {key for cell in shown for key in cell.values}
     return Report(
@@ -118,7 +121,7 @@ def gather(source: str | os.PathLike[str] | Recipe, options: ReportOptions = _DE
         stages=None if run is None else run.stages,
         memory=None if run is None else run.memory,
         machine={} if run is None else run.machine,
-        warnings=advice.by_severity(warnings),
+        warnings=remarks.by_severity(warnings),
     )
 
 
@@ -145,14 +148,14 @@ def _planned(
     try:
         plan = opened.enter_context(plan_merge(found.recipe, options=options, dense=True))
         estimates = rounding_estimate(plan) if found.out is None else []
-        warnings += advice.said(plan.warnings, [*plan.notes, *estimates])
+        warnings += remarks.said(plan.warnings, [*plan.notes, *estimates])
     except ValueError as error:
-        warnings += advice.refused(error)
+        warnings += remarks.refused(error)
         return None
     try:
-        warnings += advice.vocabularies(differing_vocabularies(plan))
+        warnings += remarks.vocabularies(differing_vocabularies(plan))
     except CheckpointError as error:
-        warnings += advice.unread_vocabulary(error)
+        warnings += remarks.unread_vocabulary(error)
     return plan
 
 
@@ -180,7 +183,7 @@ def _measured(
         return opened.enter_context(plan_merge(resm, options=options, dense=True))
     except ValueError as error:
         if plan is not None:
-            warnings += advice.unmeasured(error)
+            warnings += remarks.unmeasured(error)
         return plan
 
 
@@ -210,11 +213,11 @@ def _cell(place: tuple[str, str], sums: Sums) -> Cell:
     )
 
 
-def _findings(cells: advice.Cells, experts: Sequence[str], outputs: Outputs, *, has_base: bool) -> list[ReportWarning]:
+def _findings(cells: advice.Cells, experts: Sequence[str], outputs: Outputs, recipe: Recipe) -> list[ReportWarning]:
     """Return what is out of the ordinary in the figures.
 
-    Args:
-        has_base: False if differences count from the first model: they all have its own change in common then.
+    Ranks are of interest where RESM merges. Without a base model differences count from the first model, whose own
+    change all have in common, so that they share directions.
     """
     dtypes = sorted({dtype_name(dtype) for dtype in outputs.dtypes.values() if dtype is not None})
     return [
@@ -226,6 +229,6 @@ def _findings(cells: advice.Cells, experts: Sequence[str], outputs: Outputs, *, 
         *advice.merged_norm(cells),
         *advice.rounding_loss(cells, " and ".join(dtypes) or "the models' dtype"),
         *advice.quantised_loss(cells),
-        *advice.rank_limit(cells, experts),
-        *(advice.interference(cells) if has_base else ()),
+        *(advice.rank_limit(cells, experts) if recipe.merge_method == "resm" else ()),
+        *(advice.interference(cells) if recipe.base_model is not None else ()),
     ]

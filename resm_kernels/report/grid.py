@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from resm_kernels.tensor_names import is_before_layers, module_kind, module_names
+from resm_kernels.tensor_names import is_before_layers, layer_position, module_kind, module_names
 
 BEFORE: Final = "embeddings"
 """The row of all tensors that are used before the layers."""
@@ -27,8 +27,8 @@ def make_grid(names: Iterable[str]) -> Grid:
     """Return the grid of a model's tensors: a row for each layer, a column for each kind of module.
 
     The rows of a model with several stacks of layers say which one they belong to: the part of the model, as recipes
-    name it under `modules`, or the stack's name where a part has several stacks. Columns are in the order of the
-    model's files: kinds before the layers, within them, and after them.
+    name it under `modules`, or the stack's name, which may be empty, where a part has several stacks. Columns are in
+    the order of the model's files: kinds before the layers, within them, and after them.
     """
     names = list(names)
     kinds = {name: module_kind(name) for name in names}
@@ -53,7 +53,9 @@ def make_grid(names: Iterable[str]) -> Grid:
 
 
 def _stack(name: str) -> str:
-    """Return the modules before the number of the layer."""
+    """Return the modules before the number of the layer, as `module_kind` finds it."""
+    if (position := layer_position(name)) is not None:
+        return position.stack.removesuffix(".")
     parts = name.split(".")
     return ".".join(parts[: next(i for i, part in enumerate(parts) if part.isdigit())])
 
@@ -66,6 +68,5 @@ def _labels(stacks: Mapping[str, str], parts: Mapping[str, str]) -> dict[str, st
     if len(set(stacks.values())) < 2:
         return dict.fromkeys(stacks.values(), "")
     return {
-        stack: f"{parts[name] if len(of_part[parts[name]]) == 1 else stack or 'model'} "
-        for name, stack in stacks.items()
+        stack: f"{parts[name] if len(of_part[parts[name]]) == 1 else stack} ".lstrip() for name, stack in stacks.items()
     }

@@ -32,7 +32,8 @@ MEASURES: Final[tuple[Measure, ...]] = (
         "Contribution",
         "share of the sum",
         "The share of each expert in the sum of the norms of all experts' changes, each times its weight; even shares "
-        "mean that every expert is heard, and one near 1 that the merge is nearly that expert.",
+        "mean that every expert is heard, and one near 1 that the merge is nearly that expert. Choose an expert: the "
+        "mean of all shares is always the same.",
         "sequential",
         True,
     ),
@@ -40,8 +41,8 @@ MEASURES: Final[tuple[Measure, ...]] = (
         "cosine",
         "Agreement of the experts",
         "cosine",
-        "The mean cosine of the angles between the changes of every two experts: 0 if they are unrelated, as different "
-        "skills mostly are, above 0 if they agree, and below 0 if they work against each other.",
+        "The mean cosine of the angles between the changes of every two experts, of those that have one: 0 if they are "
+        "unrelated, as different skills mostly are, above 0 if they agree, below 0 if they work against each other.",
         "diverging",
         False,
         0.0,
@@ -68,7 +69,8 @@ MEASURES: Final[tuple[Measure, ...]] = (
         "weights",
         "Weight",
         "times the change",
-        "The weight that the method gives each expert's change; equal weights treat all experts alike.",
+        "The recipe's weight of each expert's change, times RESM's own where RESM merges; a method that normalises "
+        "weights divides them by their sum. Equal weights treat all experts alike.",
         "diverging",
         True,
         1.0,
@@ -216,9 +218,13 @@ def shares(sums: Sums) -> list[float]:
 
 def merged_ratio(sums: Sums) -> float:
     """Return ‖Δ_merged‖ divided by the median of ‖Δ_t‖; NaN if this is 0 or there is no merged model."""
+    return _ratio(sums.norm(sums.experts), middle_norm(sums))
+
+
+def middle_norm(sums: Sums) -> float:
+    """Return the median of ‖Δ_t‖; 0 if there are no experts."""
     norms = [norm for t in range(sums.experts) if not math.isnan(norm := sums.norm(t))]
-    median = statistics.median(norms) if norms else 0.0
-    return sums.norm(sums.experts) / median if median else math.nan
+    return statistics.median(norms) if norms else 0.0
 
 
 def spectra_of(sums: Sums) -> Spectra | None:
@@ -264,7 +270,8 @@ def _values(sums: Sums) -> Iterator[tuple[str, Value]]:
         if sums.weights:
             yield "weights", _all_rounded(mean_weights(sums))
     if len(present) > 1:
-        yield "cosine", _rounded(_mean([sums.cosine(s, t) for s, t in combinations(present, 2)]))
+        cosines = [cosine for s, t in combinations(present, 2) if not math.isnan(cosine := sums.cosine(s, t))]
+        yield "cosine", _rounded(_bounded(_mean(cosines)) if cosines else math.nan)
     yield from _resm_values(sums)
     if sums.kept is not None and present:
         share = sums.kept.share

@@ -12,13 +12,15 @@ import functools
 import hashlib
 import importlib
 import os
+import re
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 from resm_kernels.checkpoint import format_bytes
-from resm_kernels.checkpoint.durable import write_whole
+from resm_kernels.checkpoint.durable import write_errors_named, write_whole
+from resm_kernels.files import path_problem
 from resm_kernels.report.data import Report
 
 _ASSETS: Final = Path(__file__).parent / "assets"
@@ -33,6 +35,8 @@ _LABEL: Final = 26
 _DIGITS: Final = 4
 """Significant digits of the numbers in the page: more than anything shows, and a third of their size as JSON."""
 _EMPTY_PARTS: Final = ("", ".", "..")
+_CONTROLS: Final = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Characters that show nothing themselves; those of writing direction would turn round the text beside a name."""
 
 
 class PageError(ValueError):
@@ -48,9 +52,16 @@ def check_page(file: Path) -> None:
 
 def check_target(option: str, file: Path) -> None:
     """Raise PageError, with the option's name, unless a file can be written there."""
+    if str(file) == "-":
+        raise PageError(f"{option}: got -, need the name of a file")
+    if problem := path_problem(str(file)):
+        raise PageError(f"{option}: {problem}")
     folder = file.absolute().parent
     if file.is_dir():
         raise PageError(f"{option}: got {file}, which is a folder; need the name of a file")
+    if file.exists() and not file.is_file():
+        # A pipe or a device, such as /dev/null, must not be replaced by a file of its name.
+        raise PageError(f"{option}: got {file}, which is no regular file; need the name of a file")
     if not folder.is_dir():
         raise PageError(f"{option}: got {file}, need a file in an existing folder; {folder} is none")
     if not os.access(folder, os.W_OK):
@@ -62,10 +73,21 @@ def write_page(report: Report, file: Path) -> None:
 
     Raises:
         PageError: As for `check_page`.
+        CheckpointError: The file cannot be written, because the disk is full, for example.
     """
     check_page(file)
-    # A file's name may hold bytes that are no UTF-8. Python keeps them as lone surrogates, which no file can hold.
-    write_whole(file, page(report).encode("utf-8", "backslashreplace"))
+    text = page(report)
+    with write_errors_named(file):
+        write_whole(file, as_bytes(text))
+
+
+def as_bytes(text: str) -> bytes:
+    """Return a text as UTF-8.
+
+    A file's name may hold bytes that are no UTF-8. Python keeps them as lone surrogates, which no file can hold and
+    which are spelled out here.
+    """
+    return text.encode("utf-8", "backslashreplace")
 
 
 def page(report: Report) -> str:
@@ -74,6 +96,7 @@ def page(report: Report) -> str:
     Raises:
         PageError: The extra `report` is not installed.
     """
+    report = _spelled_out(report)
     jinja2 = _library("jinja2")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_ASSETS),
@@ -148,6 +171,20 @@ def _data(report: Report, labels: list[str]) -> dict[str, Any]:
     fields = ("experts", "rows", "columns", "measures", "cells")
     everything = asdict(report)
     return {"labels": labels, **{name: _rounded(everything[name]) for name in fields}}
+
+
+def _spelled_out(data: Any) -> Any:
+    """Return a report, or a part of one, in whose texts characters of `_CONTROLS` are spelled out."""
+    if isinstance(data, str):
+        return _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", data)
+    if isinstance(data, (list, tuple)):
+        # Most of a report's parts are numbers, in lists.
+        return type(data)(part if isinstance(part, float) else _spelled_out(part) for part in data)
+    if isinstance(data, dict):
+        return {_spelled_out(key): _spelled_out(value) for key, value in data.items()}
+    if is_dataclass(data) and not isinstance(data, type):
+        return replace(data, **{name: _spelled_out(value) for name, value in vars(data).items()})
+    return data
 
 
 def _rounded(data: Any) -> Any:

@@ -160,6 +160,12 @@ def read_merged(
     return parts
 
 
+def other_tensors(plan: MergePlan, merged: CheckpointReader) -> list[str]:
+    """Return the floating-point tensors of a plan that the merged model does not have, or has in another shape."""
+    own = merged.tensors
+    return [j.name for j in plan.jobs if not j.copied and (j.name not in own or own[j.name].shape != j.shape)]
+
+
 def _workspace(job: TensorJob) -> int:
     """Return the bytes that reading the inputs takes beyond them."""
     return max(reader.workspace for reader, _ in job.inputs)

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import BaseModel, Field, ValidationError
 
 from resm_kernels.checkpoint import CheckpointError
 from resm_kernels.checkpoint.record import RUN_FILE
 from resm_kernels.engine.rounding import ROUNDING_FILE
-from resm_kernels.files import LIST_BYTES, read_object
+from resm_kernels.files import LIST_BYTES, dotted, read_object, shortened
 from resm_kernels.report.data import Memory, Stage
+
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+_Seconds = Annotated[float, Field(strict=True, ge=0, lt=1e10, allow_inf_nan=False)]
+
+
+class _Stage(BaseModel):
+    name: str
+    seconds: _Seconds
+    bytes: _Count | None = None
+
+
+class _Memory(BaseModel):
+    peak: _Count | None
+    limit: _Count
+
+
+class _Run(BaseModel):
+    """What a report reads of `RUN_FILE`; other keys are left alone."""
+
+    format: int
+    stages: list[_Stage]
+    memory: _Memory
+    machine: dict[str, str]
+    tensors: _Count
+    tensors_resumed: _Count
 
 
 @dataclass(frozen=True)
@@ -38,20 +65,26 @@ def read_run(folder: Path) -> RecordedRun | None:
     file = folder / RUN_FILE
     if not file.is_file():
         return None
-    try:
-        record: dict[str, Any] = read_object(file, CheckpointError)
-        if record["format"] != 1:
-            raise CheckpointError(f"{file}: has format {record['format']!r}, need 1; is of a later version")
-        peak = record["memory"]["peak"]
-        return RecordedRun(
-            [Stage(str(s["name"]), float(s["seconds"]), s.get("bytes")) for s in record["stages"]],
-            Memory(None if peak is None else int(peak), int(record["memory"]["limit"])),
-            {str(name): str(value) for name, value in record["machine"].items()},
-            int(record["tensors"]),
-            int(record["tensors_resumed"]),
+    record = read_object(file, CheckpointError)
+    if record.get("format", 1) != 1:
+        raise CheckpointError(
+            f"{file}: has format {shortened(record['format'])}, need 1; is of a later version: delete it for a report "
+            "without times"
         )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{file}: is damaged; delete it for a report without times") from error
+    try:
+        run = _Run.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise CheckpointError(
+            f"{file}: is damaged; delete it for a report without times ({dotted(first['loc'])}: {first['msg']})"
+        ) from error
+    return RecordedRun(
+        [Stage(stage.name, stage.seconds, stage.bytes) for stage in run.stages],
+        Memory(run.memory.peak, run.memory.limit),
+        run.machine,
+        run.tensors,
+        run.tensors_resumed,
+    )
 
 
 def read_kept(folder: Path) -> dict[str, float]:

@@ -12,7 +12,9 @@ from resm_kernels.checkpoint.auxiliary import CONFIG_FILE
 from resm_kernels.checkpoint.dcp import DcpReader, is_dcp_folder
 from resm_kernels.checkpoint.forms import MODULES_FILE, PIPELINE_FILE, is_adapter_folder, open_form
 from resm_kernels.checkpoint.record import RECORD_FILE, read_record
+from resm_kernels.engine import MergePlan
 from resm_kernels.engine.card import RECIPE_FILE
+from resm_kernels.engine.job import input_files
 from resm_kernels.files import expanded
 from resm_kernels.recipe import Recipe, RecipeError, load_recipe, model_and_adapter, model_folder
 
@@ -78,6 +80,13 @@ def open_merged(folder: Path) -> CheckpointReader:
     files = list(folder.glob("*.safetensors"))
     has_config = any((folder / name).is_file() for name in (CONFIG_FILE, PIPELINE_FILE, MODULES_FILE))
     return open_form(files[0] if len(files) == 1 and not has_config else folder)[0]
+
+
+def newer_folders(plan: MergePlan, out: Path) -> list[str]:
+    """Return the folders of a plan's models with files that were written after the merged model was."""
+    merged = (out / RECORD_FILE).stat().st_mtime_ns
+    newer = (file.parent for file in input_files(plan) if file.stat().st_mtime_ns > merged)
+    return sorted(set(map(str, newer)))
 
 
 def missing_models(recipe: Recipe) -> dict[str, str]:

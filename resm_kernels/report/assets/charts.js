@@ -90,11 +90,10 @@ function drawSpectra(element, spectra, names) {
 
 function drawOverLayers(element, measure, column, points, names, row) {
   const type = measure.scale === "logarithmic" ? "log" : "linear";
-  const drawn = type === "log" ? points.filter((p) => p.value > 0) : points;
   const x = { field: "layer", type: "quantitative", scale: { nice: false }, axis: { title: "layer", tickMinStep: 1, format: "d", grid: false } };
   const y = { field: "value", type: "quantitative", scale: type === "log" ? { type } : { zero: false }, axis: { title: measure.unit || null, tickCount: 4, format: type === "log" ? "~g" : "~r" } };
-  if (type === "log") y.axis.values = logTicks(drawn.map((p) => p.value));
-  return draw(element, `${measure.title} of ${column} over the layers.`, names, drawn, [
+  if (type === "log") y.axis.values = logTicks(points.map((p) => p.value));
+  return draw(element, `${measure.title} of ${column} over the layers.`, names, points, [
     { mark: { type: "rule", color: colour("soft"), strokeWidth: 1.5 }, data: { values: [{ layer: row }] }, encoding: { x } },
     { mark: { type: "line", strokeWidth: 2, point: names.length === 1 }, encoding: { x, y, ...bySeries(names) } },
   ], 180);

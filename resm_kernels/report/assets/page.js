@@ -231,13 +231,20 @@ function overlaps(spectra, names) {
   return table(["0: none, 1: the same (random directions)", "left", "right"], rows);
 }
 
+// The number of a row's layer, and what stands before it in a model with several stacks; null for other rows.
+function layer(row) {
+  const found = row.match(/^(.* |)(\d+)$/s);
+  return found && { stack: found[1], number: Number(found[2]) };
+}
+
 function overLayers(cell) {
   const { measure } = state, names = measure.per_expert ? report.labels : [measure.title], points = [];
   for (const other of report.cells) {
-    if (other.column !== cell.column || !/^\d+$/.test(other.row)) continue;
+    const at = layer(other.row);
+    if (other.column !== cell.column || !at || at.stack !== layer(cell.row)?.stack) continue;
     names.forEach((series, e) => {
       const value = number(other, measure, measure.per_expert ? e : -1);
-      if (value !== null) points.push({ series, layer: Number(other.row), value });
+      if (value !== null && (value > 0 || measure.scale !== "logarithmic")) points.push({ series, layer: at.number, value });
     });
   }
   return { measure, names, points };
@@ -260,7 +267,7 @@ async function open(id) {
     body.append(make("h3", title), element);
     return element;
   };
-  if (cell.spectra) {
+  if (cell.spectra?.values.flat().some((value) => value > 0)) {
     const s = cell.spectra, names = s.experts.map((e) => report.labels[e]);
     waiting.push(drawSpectra(chart("Spectra of the task vectors"), s, names));
     body.append(table(["", ...names], [
@@ -271,15 +278,16 @@ async function open(id) {
     body.append(fold("All points of the curves", table(["i", ...names], s.indices.map((i, k) => [i, ...s.values.map((v) => format(v[k]))]))));
     if (names.length > 1) body.append(make("h3", "Overlap of the experts' directions"), overlaps(s, names));
   } else {
-    body.append(make("h3", "Spectra of the task vectors"), make("p", "There are none: this cell's tensors are not decomposed, or the report was made without spectra.", { class: "note" }));
+    const cause = cell.spectra ? "no expert changes this cell's tensors" : "this cell's tensors are not decomposed, or the report was made without spectra";
+    body.append(make("h3", "Spectra of the task vectors"), make("p", `There are none: ${cause}.`, { class: "note" }));
   }
   body.append(make("h3", "All measures"), ...measuresOf(cell));
   for (const [key, reason] of Object.entries(cell.reasons)) {
     body.append(make("p", `${report.measures.find((m) => m.key === key)?.title ?? key}: ${reason}.`, { class: "note" }));
   }
   const { measure, names, points } = overLayers(cell);
-  if (/^\d+$/.test(cell.row) && points.length > names.length) {
-    waiting.push(drawOverLayers(chart(`${measure.title} over the layers`), measure, cell.column, points, names, Number(cell.row)));
+  if (points.length > names.length) {
+    waiting.push(drawOverLayers(chart(`${measure.title} over the layers`), measure, cell.column, points, names, layer(cell.row).number));
   }
   const list = make("ul");
   for (const name of cell.tensors) {
