@@ -288,6 +288,9 @@ def test_files_that_the_function_reads_are_compared(family: Family, judge: Path)
     judge.write_text(JUDGE.replace("SIGN", "-") + "\nevaluate.files = 'questions.jsonl'\n")
     with pytest.raises(SearchError, match=r"attribute files is 'questions.jsonl', need a list of paths"):
         judged(family, trials=4)
+    judge.write_text(JUDGE.replace("SIGN", "-") + "\nevaluate.settings = {(1, 2): 3}\n")
+    with pytest.raises(SearchError, match=r"attribute settings: keys must be str.*; need what JSON holds"):
+        judged(family, trials=4)
     judge.write_text("import sys; sys.exit(0)")
     with pytest.raises(SearchError, match="own_judge cannot be imported: SystemExit: 0"):
         judged(family, trials=4)

@@ -34,13 +34,16 @@ def evaluate_job(function: Any, spec: str | None) -> dict[str, Any]:
         spec: How the command line names it; None for a function that was passed.
 
     Raises:
-        SearchError: One of its files cannot be read, or `files` is no list.
+        SearchError: One of its files cannot be read; or `files` is no list, or `settings` is nothing that JSON holds.
     """
     entries: dict[str, Any] = {} if spec is None else {"evaluate": spec}
     if source := _source(function, spec):
         entries[SOURCE] = source
     if isinstance(settings := getattr(function, "settings", None), Mapping):
-        entries[SETTINGS] = json.loads(json.dumps(dict(settings), default=str))
+        try:
+            entries[SETTINGS] = json.loads(json.dumps(dict(settings), default=str))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise SearchError(f"evaluate: the function's attribute settings: {error}; need what JSON holds") from error
     files = getattr(function, "files", ())
     is_list = isinstance(files, (list, tuple, set, frozenset))
     if not is_list or not all(isinstance(file, (str, os.PathLike)) for file in files):
