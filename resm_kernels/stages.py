@@ -94,7 +94,9 @@ class StageStore:
         return entry
 
     def add(self, key: Hashable, value: Any, seconds: float) -> None:
-        """Store a result that took so long to compute, if it is useful enough to find room."""
+        """Store a result that took so long to compute, if it is useful enough to find room and none is there."""
+        if key in self._entries:  # of two equal experts, whose stages are computed together
+            return
         entry = _Entry(value, _nbytes(value), seconds, self._round)
         if not self._make_room(entry):
             return

@@ -385,7 +385,7 @@ def main() -> int:
         with contextlib.redirect_stderr(io.StringIO()):
             row = try_family(name, make, change, quantised, mergekit=arguments.mergekit)
         if row.excluded:
-            left_out.append(f"{name} ({row.excluded})")
+            missing.append((name, row.excluded))
         else:
             target.append(row)
         print(

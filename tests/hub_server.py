@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -24,6 +25,8 @@ class HubServer(ThreadingHTTPServer):
         gated: Ids whose files need the token "hf_good".
         cut: The name of a file, and after how many bytes its next download breaks off.
         ranges: Whether parts of files are sent.
+        surplus: How many bytes are sent behind each part of a file that nobody asked for.
+        size: What is said of the size of files of which parts are sent; None says the true one.
         answer: What is sent as the description of every repository, as bytes or as JSON; None sends the true one.
         log: Method, path and number of bytes sent of each request for a file.
     """
@@ -36,6 +39,8 @@ class HubServer(ThreadingHTTPServer):
         self.gated: set[str] = set()
         self.cut: tuple[str, int] | None = None
         self.ranges = True
+        self.surplus = 0
+        self.size: int | None = None
         self.answer: object = None
         self.log: list[tuple[str, str, int]] = []
 
@@ -119,13 +124,15 @@ class _Handler(BaseHTTPRequestHandler):
         if asked is not None and self.server.ranges:
             first = int(asked[1])
             end = min(end, int(asked[2]) + 1) if asked[2] else end
-        self.send_response(206 if asked is not None and self.server.ranges else 200)
+        is_part = asked is not None and self.server.ranges
+        surplus = self.server.surplus if is_part else 0
+        self.send_response(206 if is_part else 200)
         self.send_header("X-Repo-Commit", commit)
         self.send_header("ETag", f'"{_blob(content)}"')
         self.send_header("Accept-Ranges", "bytes")
-        if asked is not None and self.server.ranges:
-            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{len(content)}")
-        self.send_header("Content-Length", str(end - first))
+        if is_part:
+            self.send_header("Content-Range", f"bytes {first}-{end - 1}/{self.server.size or len(content)}")
+        self.send_header("Content-Length", str(end - first + surplus))
         self.end_headers()
         if self.command == "HEAD":
             return
@@ -134,6 +141,8 @@ class _Handler(BaseHTTPRequestHandler):
             end, self.server.cut = first + cut[1], None
             self.close_connection = True
         self.wfile.write(content[first:end])
+        with contextlib.suppress(OSError):  # who has asked may hang up
+            self.wfile.write(bytes(surplus))
         self.server.log.append((self.command, f"{repository}/{name}", end - first))
 
     def _json(self, data: object) -> None:

@@ -272,6 +272,17 @@ def test_a_server_without_ranges_is_named(hub: HubServer, family: Family, tmp_pa
         merge_checkpoints(remote_recipe(), tmp_path / "out")
 
 
+def test_a_server_that_sends_more_or_names_no_size_is_refused(hub: HubServer, family: Family, tmp_path: Path) -> None:
+    hub.surplus = 32 << 20
+    with pytest.raises(ValueError, match=r"the server sent [0-9]+ bytes instead of [0-9]+; try") as caught:
+        merge_checkpoints(remote_recipe(), tmp_path / "out")
+    sent = int(str(caught.value).partition("sent ")[2].split()[0])
+    assert sent < 16 << 20  # it is not read to its end
+    hub.surplus, hub.size = 0, 10**19
+    with pytest.raises(ValueError, match="does not send parts of files"):
+        merge_checkpoints(remote_recipe(), tmp_path / "out")
+
+
 def test_a_damaged_file_on_the_hub_is_found_before_the_download(hub: HubServer, family: Family, tmp_path: Path) -> None:
     file = family.folders[0] / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-10])

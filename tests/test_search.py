@@ -165,6 +165,29 @@ def test_a_search_that_was_cut_off_goes_on(family: Family, at: int) -> None:
         assert dict(failed.params) in [dict(t.values) for t in report.trials]
 
 
+@pytest.mark.parametrize("at", [2, 3])
+def test_values_that_end_the_process_three_times_are_given_up(family: Family, at: int) -> None:
+    """Their merges may be why, such as by the memory that judging them takes; the second baseline's too."""
+    calls = 0
+
+    def dying(model: Any, *, split: str) -> dict[str, float]:
+        nonlocal calls
+        calls += 1
+        if calls in (at, at + 1, at + 2):
+            raise Killed
+        return closeness(family)(model, split=split)
+
+    for _ in range(3):
+        with pytest.raises(Killed):
+            search(family, dying)
+    report = search(family, dying, trials=4)
+    assert [t.baseline for t in report.trials] == ["defaults", *(["uniform"] if at == 3 else []), None, None, None][:4]
+    stored = optuna.load_study(study_name="search", storage=f"sqlite:///{report.out / 'study.db'}").trials
+    given_up = [t.params for t in stored if t.state == optuna.trial.TrialState.FAIL]
+    assert len(given_up) == 3 and all(params == given_up[0] for params in given_up)
+    assert given_up[0] not in [dict(t.values) for t in report.trials]
+
+
 def test_another_search_in_the_folder_is_refused(family: Family) -> None:
     search(family, trials=2)
     for options, message in (
@@ -282,6 +305,8 @@ def test_the_database_is_in_the_folder_and_errors_name_it(family: Family) -> Non
         (lambda model, split: {"a": torch.tensor(True)}, {}, r"the score 'a' is tensor\(True\), need a number"),
         (lambda model, split: {"a": torch.ones(2)}, {}, r"the score 'a' is tensor\(\[1., 1.\]\), need a finite"),
         (lambda model, split: {1: 1.0, "1": 2.0}, {}, "returned a score by the name 1, need a text"),
+        (lambda model, split: 10**400, {}, "the score 'score' is 1000.*, need a finite number"),
+        (5, {}, "5 is not a callable object; need a function with an argument split"),
         (max, {}, "no signature found for builtin .*; need a function with an argument split"),
         (lambda model, split: {"a": 1.0, "b": 2.0}, {"sampler": "cmaes"}, "cmaes has one objective, got a, b"),
     ],

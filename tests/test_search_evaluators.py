@@ -196,10 +196,16 @@ def test_a_search_notices_other_questions(folders: list[Path], tmp_path: Path) -
     file = write(tmp_path / "a.jsonl", PROMPTS, ["w9"] * len(PROMPTS))
     evaluate = evaluators.closeness_to_experts({"a": folders[0]}, {"a": {"valid": file}})
     then = evaluate_job(evaluate, None)
-    assert len(then) == 3 and evaluate_job(evaluate, None) == then
+    assert len(then) == 4 and evaluate_job(evaluate, None) == then
     write(file, PROMPTS[::-1])
     now = evaluate_job(evaluate, None)
     assert [name.rpartition("/")[2] for name in then if then[name] != now[name]] == ["a.jsonl"]
+    # One class serves these functions, whose options are not in its source.
+    jobs = [evaluators.accuracy({"a": {"valid": file}}, match=match) for match in ("exact", "start")]
+    jobs += [evaluators.log_likelihood({"a": {"valid": file}}), evaluators.accuracy({"b": {"valid": file}})]
+    jobs += [evaluators.lm_eval({"valid": ["a"], "test": [task]}) for task in "ab"]
+    known = [json.dumps(evaluate_job(job, None), sort_keys=True) for job in jobs]
+    assert len(set(known)) == len(jobs)
 
 
 def test_mistakes_are_named(folders: list[Path], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,7 @@ from test_search import Q, closeness, load_merged, no_pictures, search, space_fi
 from torch import nn
 
 from resm_kernels.search import SearchError, search_recipes
-from resm_kernels.search.errors import TimeIsUp
-from resm_kernels.search.evaluation import Judge
-from resm_kernels.search.leaving import until
-from resm_kernels.search.report import result_lines
 from resm_kernels.search.run import MOST_FAILURES
-from resm_kernels.search.study import Study
 
 pytest.importorskip("optuna", reason="optuna is not installed (extra search)")
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra search)")
@@ -190,64 +184,27 @@ def test_functions_may_train_print_and_write_over_values(family: Family, capfd: 
     assert [t.scores for t in spoiled.trials] == [t.scores for t in search(family, trials=4, prefix=2).trials]
 
 
-@pytest.mark.timeout(300, method="thread")  # whose other method takes SIGALRM
-def test_the_time_ends_a_search_within_a_trial(family: Family) -> None:
-    def act(model: Any, call: int) -> None:
-        if call == 3:
-            os.kill(os.getpid(), signal.SIGALRM)  # as the system does when the time is over
-            time.sleep(60)
+@pytest.mark.parametrize("change", [_hook, _without])
+def test_a_function_that_changes_the_model_judges_no_other_merge(family: Family, change: Callable[[Any], None]) -> None:
+    """On the held-out split too, where the results of the search are written nevertheless."""
 
-    report = search(family, acting(family, act), trials=None, time="1h")
-    assert len(report.trials) == report.unfinished == 3 and set(report.held_out) >= {0, 1}
-    assert "the time ended within trial 3, which is judged again" in "\n".join(result_lines(report))
-    values = [t.values for t in report.trials]
-    report = search(family, trials=4, allow_changed_evaluate=True)
-    assert [t.values for t in report.trials[:3]] == values and len(report.trials) == 4 and report.unfinished is None
+    def evaluate(model: Any, *, split: str) -> dict[str, float]:
+        scores = closeness(family)(model, split=split)
+        if split == "test":
+            asked.append(1)
+            change(model)
+        return scores
 
-
-@pytest.mark.timeout(300, method="thread")
-def test_one_trial_is_judged_whatever_the_time(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also if the search was cut off after it knew its objectives, and before it stored a trial."""
-
-    def dying(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    deadlines = []
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Study, "tell", dying)
-        search(family, trials=1)
-    judged_by = Judge.__call__
-
-    def noting(judge: Judge, split: str, questions: int | None = None) -> dict[str, float]:
-        deadlines.append(judge.deadline)
-        return judged_by(judge, split, questions)
-
-    monkeypatch.setattr(Judge, "__call__", noting)
-    report = search(family, trials=2, time="1h")
-    assert len(report.trials) == 2 and deadlines[0] is None and deadlines[1] is not None
-    assert deadlines[2:] == [None] * len(report.held_out)
-
-
-@pytest.mark.timeout(300, method="thread")  # whose other method takes SIGALRM
-def test_calls_are_broken_off_in_the_main_thread_alone() -> None:
-    before = signal.getsignal(signal.SIGALRM)
-    with pytest.raises(TimeIsUp), until(time.monotonic() + 0.05):
-        time.sleep(60)
-    with pytest.raises(TimeIsUp), until(time.monotonic() - 1):
-        time.sleep(60)
-    assert signal.getsignal(signal.SIGALRM) is before and signal.getitimer(signal.ITIMER_REAL)[0] == 0
-
-    def finish() -> str:
-        with until(time.monotonic() - 1):
-            return "finished"
-
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(finish).result() == "finished"
-    signal.signal(signal.SIGALRM, signal.SIG_IGN)
-    try:
-        assert finish() == "finished"
-    finally:
-        signal.signal(signal.SIGALRM, before)
+    asked: list[int] = []
+    model = Loose(family.base)
+    report = search_recipes(space_file(family), evaluate, family.root / "search", trials=3, model=model)
+    assert len(asked) == 1 and not report.held_out
+    assert "the function" in report.held_out_failed.pop(0) and set(report.held_out_failed) == {
+        1,
+        report.best.number,
+    } - {0}
+    assert set(report.held_out_failed.values()) == {"the function has changed the model before"}
+    load_merged(family, report)
 
 
 def test_a_fork_that_returns_does_not_search(family: Family, capfd: pytest.CaptureFixture[str]) -> None:
@@ -327,6 +284,16 @@ def test_files_that_the_function_reads_are_compared(family: Family, judge: Path)
     questions.unlink()
     with pytest.raises(SearchError, match=r"questions.jsonl: no such file.*need the file that evaluate reads"):
         judged(family, trials=4)
+    questions.write_text("1")
+    judge.write_text(JUDGE.replace("SIGN", "-") + "\nevaluate.files = 'questions.jsonl'\n")
+    with pytest.raises(SearchError, match=r"attribute files is 'questions.jsonl', need a list of paths"):
+        judged(family, trials=4)
+    judge.write_text(JUDGE.replace("SIGN", "-") + "\nevaluate.settings = {(1, 2): 3}\n")
+    with pytest.raises(SearchError, match=r"attribute settings: keys must be str.*; need what JSON holds"):
+        judged(family, trials=4)
+    judge.write_text("import sys; sys.exit(0)")
+    with pytest.raises(SearchError, match="own_judge cannot be imported: SystemExit: 0"):
+        judged(family, trials=4)
     # Functions that are passed are known by their own source.
     search(family, lambda model, split: {"a": 1.0}, trials=1, out="own")
     with pytest.raises(SearchError, match="another source of evaluate"):
@@ -405,6 +372,12 @@ def test_results_without_a_search_are_left_alone(family: Family) -> None:
     with pytest.raises(SearchError, match=r"holds 'best.yaml' but no search.json, so it is no search"):
         search(family, trials=4)
     assert content(out) == before
+
+
+def test_what_a_killed_process_left_of_its_first_manifest_is_no_obstacle(family: Family) -> None:
+    (family.root / "search").mkdir()
+    (family.root / "search" / ".search.json.partial-0a1b2c3d").write_text("{")
+    assert len(search(family, trials=1).trials) == 1
 
 
 def test_the_database_of_another_search_is_refused(family: Family) -> None:

@@ -82,6 +82,25 @@ def test_whole_numbers_stay_whole_and_steps_end_within_the_range(family: Family)
 
 
 @pytest.mark.parametrize(
+    ("low", "high", "step", "last"),
+    [(0.0, 0.7, 0.1, 0.7), (0.09, 1.0, 0.07, 1.0), (0.1, 0.3, 0.2, 0.3), (0.0, 0.65, 0.2, 0.6), (0.8, 0.9, 0.1, 0.9)],
+)
+@pytest.mark.filterwarnings("error")
+def test_steps_end_where_decimal_numbers_say(family: Family, low: float, high: float, step: float, last: float) -> None:
+    """Sums of float64 would end above the range, or before its last number; Optuna counts in decimals too."""
+    given = {"range": [low, high], "step": step, "default": last}
+    (energy,) = space_of(family, energy=given).ranges
+    assert (energy.high, energy.default) == (last, last)
+    optuna = pytest.importorskip("optuna", reason="optuna is not installed (extra search)")
+    assert optuna.distributions.FloatDistribution(low, energy.high, step=step).high == last
+
+
+def test_whole_numbers_may_have_steps_written_with_a_point(family: Family) -> None:
+    (rank,) = space_of(family, rank_rule="fixed", rank={"range": [1.0, 8.0], "step": 2.0, "default": 5.0}).ranges
+    assert [repr(v) for v in (rank.low, rank.high, rank.step, rank.default)] == ["1", "7", "2", "5"]
+
+
+@pytest.mark.parametrize(
     ("parameters", "message"),
     [
         ({}, "has no range; put one in place of a value"),
@@ -96,6 +115,12 @@ def test_whole_numbers_stay_whole_and_steps_end_within_the_range(family: Family)
         ({"beta": {"range": [0, 1], "log": True}}, r"log: got True with the range \[0, 1\], need true or false"),
         ({"beta": {"range": [0, 1], "step": 0}}, "step: got 0, need a number above 0"),
         ({"beta": {"range": [0, 1], "step": 2}}, r"step: got 2, need no more than from low to high \(1\)"),
+        ({"beta": {"range": [0, 1], "step": 1e-300}}, "step: got 1e-300, need at most 1e.09 steps from low to high"),
+        (
+            {"beta": {"range": [0, 1], "step": 0.25, "default": 0.3}},
+            "default: got 0.3, need 0 and a multiple of the st",
+        ),
+        ({"k_min": {"range": [0, 9], "default": 5.5}}, "default: got 5.5, need a whole number"),
         ({"beta": {"choices": [1, True]}}, r"choices: got \[1, True\], need each value once"),
         ({"range": [0, 1]}, "parameters: got a range, need parameters with a range in place of a value"),
         ({"beta": {"range": [0, 1], "default": 2}}, "default: got 2, need a number from 0 to 1"),

@@ -194,6 +194,20 @@ def test_a_model_beyond_the_bound_keeps_a_part_from_round_to_round() -> None:
     assert store.hits >= 3
 
 
+def test_a_result_that_is_there_is_not_stored_again() -> None:
+    """Two equal experts have one stage, which is computed for both; a tensor that goes must not be known by its id."""
+    store, first, second = StageStore(10 * MIB), block(4), block(4)
+    store.add("stage", first, seconds=1.0)
+    store.add("stage", second, seconds=1.0)
+    assert store.nbytes == 4 * MIB and store.origin(first) == ("stage", 0) and store.origin(second) is None
+    base, (expert,) = group((40,), 1)
+    with keeping(store, "w", [base, expert, expert]):
+        magnitude_threshold(base, [expert, expert], [4, 4])
+    entries = [entry for entry in store._entries.values() if entry.value is not first]
+    assert len(entries) == 1 and store.nbytes == 4 * MIB + entries[0].nbytes
+    assert len(store._origins) == 1 + len(entries[0].value)
+
+
 def test_memory_that_tensors_share_counts_once() -> None:
     store = StageStore(10 * MIB)
     whole = block(4)

@@ -47,12 +47,14 @@ class FolderLock:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._descriptor = os.open(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
                 self._lock(self._descriptor)
-            except BlockingIOError:
+            except BlockingIOError as error:
                 holder = self._holder()
                 self.release()
+                # Without flock, nobody takes the lock away from a process on another machine that was killed.
+                gone = "" if error.__cause__ is None else f"; if it is gone, delete {self.folder / LOCK_FILE}"
                 raise CheckpointError(
                     f"{self.folder}: the process {holder} is {self._work} this output already; wait for it, or name "
-                    "another output folder"
+                    f"another output folder{gone}"
                 ) from None
             except OSError as error:
                 self.release()

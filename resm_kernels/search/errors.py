@@ -23,5 +23,9 @@ class EvaluateError(SearchError):
         self.traceback = traceback
 
 
+class ChangedModelError(SearchError):
+    """The function that judges merges has left the model in another state, so that it can judge no other merge."""
+
+
 class TimeIsUp(BaseException):
     """The search's time ended while a merge was judged. No handler of errors is to catch it but the search's own."""

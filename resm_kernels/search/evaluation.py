@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from resm_kernels.files import shortened
-from resm_kernels.search.errors import EvaluateError, NotFiniteError, SearchError, TimeIsUp
+from resm_kernels.search.errors import ChangedModelError, EvaluateError, NotFiniteError, SearchError, TimeIsUp
 from resm_kernels.search.leaving import ModelState, until
 
 Evaluate = Callable[..., "float | Mapping[str, float]"]
@@ -43,7 +43,9 @@ def find_evaluate(spec: str) -> Evaluate:
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
-    except Exception as error:  # the module may do anything
+    except (Exception, SystemExit) as error:  # the module may do anything
+        if _is_of_signal(error):
+            raise
         raise SearchError(f"evaluate: {module_name} cannot be imported: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -84,7 +86,7 @@ class Judge:
     ) -> None:
         try:
             arguments = inspect.signature(evaluate).parameters
-        except ValueError as error:  # of functions written in C
+        except (TypeError, ValueError) as error:  # of what is no function, and of functions written in C
             raise SearchError(f"evaluate: {error}; need a function with an argument split") from error
         takes_all = any(a.kind is inspect.Parameter.VAR_KEYWORD for a in arguments.values())
         self._takes = {name for name in ("split", "questions", "tokenizer") if takes_all or name in arguments}
@@ -104,8 +106,9 @@ class Judge:
         Raises:
             NotFiniteError: A score is infinite or not a number.
             EvaluateError: The function raised an exception, or ended the process.
+            ChangedModelError: The function left the model in another state (`ModelState`).
             SearchError: The function returned something else than numbers, or not all scores that are needed; or it
-                left the model in another state (`ModelState`); or it raised this error itself.
+                raised this error itself.
             TimeIsUp: The deadline was reached.
         """
         offered = {
@@ -117,8 +120,16 @@ class Judge:
         state = ModelState(self._model)
         try:
             by_name = _by_name(self._called({name: offered[name] for name in self._takes}))
-        except (SearchError, TimeIsUp):
+        except SearchError:
             state.check()
+            raise
+        except TimeIsUp:
+            try:
+                state.check()
+            except ChangedModelError as error:
+                raise ChangedModelError(
+                    f"{error}; it was broken off when the time was over, and has to do this even then: in a `finally`"
+                ) from error
             raise
         state.check()
         self.has_changed_values = state.has_other_values
@@ -137,11 +148,9 @@ class Judge:
                 return self._evaluate(self._model, **arguments)
         except SearchError:
             raise
-        except SystemExit as error:
-            if isinstance(error.code, int) and error.code > _OF_SIGNALS:
+        except (Exception, SystemExit) as error:
+            if _is_of_signal(error):
                 raise
-            raise _raised(error) from error
-        except Exception as error:
             raise _raised(error) from error
         finally:
             if os.getpid() != process:
@@ -159,6 +168,11 @@ def _by_name(scores: Any) -> dict[str, Any]:
     if wrong := [name for name in scores if not isinstance(name, str) or not name]:
         raise SearchError(f"evaluate: the function returned a score by the name {shortened(wrong[0])}, need a text")
     return dict(scores)
+
+
+def _is_of_signal(error: BaseException) -> bool:
+    """Return True for the exception that a signal to end the process raises, and False for a call of `sys.exit`."""
+    return isinstance(error, SystemExit) and isinstance(error.code, int) and error.code > _OF_SIGNALS
 
 
 def _raised(error: BaseException) -> EvaluateError:
@@ -182,6 +196,8 @@ def _checked(name: str, score: Any) -> float:
         number = float(score)
     except (TypeError, ValueError, RuntimeError) as error:  # torch raises the last for tensors of several numbers
         raise SearchError(message) from error
+    except OverflowError as error:  # of whole numbers beyond float64's range
+        raise NotFiniteError(message) from error
     if not math.isfinite(number):
         raise NotFiniteError(message)
     return number

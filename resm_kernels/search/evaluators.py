@@ -61,9 +61,11 @@ class _FileJudge:
         score: Returns the score of a model on some questions, given the model, its tokenizer and the questions.
         answered: Whether every prompt needs its answer.
         folders: Further models that the score depends on.
+        settings: What else it depends on, by name.
 
     Attributes:
-        files: All that the scores depend on.
+        files: All files that the scores depend on.
+        settings: What else they depend on, as JSON has it.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class _FileJudge:
         max_prompt_tokens: int,
         max_answer_tokens: int,
         folders: Iterable[str | Path] = (),
+        **settings: Any,
     ) -> None:
         if not files:
             raise SearchError("files: got none, need a file of each split for one or more objectives")
@@ -82,6 +85,10 @@ class _FileJudge:
         self.files = [*(path for by_split in files.values() for path in by_split.values()), *folders]
         self._score, self._answered = score, answered
         self._limits = max_prompt_tokens, max_answer_tokens
+        by_objective = {
+            name: {split: str(path) for split, path in by_split.items()} for name, by_split in files.items()
+        }
+        self.settings = {"files": by_objective, "most tokens": list(self._limits), **settings}
         self._prompts: dict[tuple[str, str], list[Prompt]] = {}
 
     def __call__(
@@ -155,6 +162,8 @@ def accuracy(
         answered=True,
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_new_tokens,
+        score_of="accuracy",
+        match=match,
     )
     return judge
 
@@ -192,6 +201,7 @@ def log_likelihood(
         answered=True,
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_answer_tokens,
+        score_of="log_likelihood",
     )
     return judge
 
@@ -271,6 +281,8 @@ def closeness_to_experts(
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_new_tokens,
         folders=[folder for folder in experts.values() if Path(folder).is_dir()],
+        score_of="closeness_to_experts",
+        experts={name: str(folder) for name, folder in experts.items()},
     )
     return judge
 
@@ -307,6 +319,7 @@ def lm_eval(tasks: Mapping[str, Sequence[str]], *, metric: str = "acc,none", **o
             scores[objective] = float(results[name][metric])
         return scores
 
+    evaluate.settings = {"tasks": tasks, "metric": metric, **options}  # type: ignore[attr-defined]
     return evaluate
 
 

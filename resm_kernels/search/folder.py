@@ -104,7 +104,9 @@ class SearchFolder:
     def _open(self) -> None:
         manifest = self.path / MANIFEST
         if not manifest.exists():
-            others = [entry.name for entry in sorted(self.path.iterdir()) if entry.name != LOCK_FILE]
+            # A process that was killed while it wrote the first manifest has left a part of it.
+            names = sorted(entry.name for entry in self.path.iterdir())
+            others = [n for n in names if n != LOCK_FILE and not n.startswith(f".{MANIFEST}.partial-")]
             if others:
                 raise SearchError(
                     f"{self.path}: holds {others[0]!r} but no {MANIFEST}, so it is no search; name another folder"

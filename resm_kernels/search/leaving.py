@@ -11,9 +11,11 @@ from typing import Any, Final
 
 from torch import nn
 
-from resm_kernels.search.errors import SearchError, TimeIsUp
+from resm_kernels.search.errors import ChangedModelError, TimeIsUp
 
 _HOOKS: Final = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_LONGEST: Final = 1e8
+"""The most seconds that an alarm is set to, three years: the system's clocks end some time after."""
 
 
 class ModelState:
@@ -31,11 +33,11 @@ class ModelState:
 
     @property
     def has_other_values(self) -> bool:
-        """True if parameters have been written to since."""
+        """True if parameters have been written to since, as far as torch counts it: not through `.data` or NumPy."""
         return self._value_marks() != self._values
 
     def check(self) -> None:
-        """Raise a SearchError if a parameter is another one, or of another dtype or on another device; or for a hook.
+        """Raise a ChangedModelError for a new hook, or a parameter that is another one or has another dtype or device.
 
         The trials that follow would judge another model than they say. Other values are no problem: the next merge
         writes all of them.
@@ -45,13 +47,13 @@ class ModelState:
             found, there = now.get(name, (None, "not there"))
             if (found, there) != (identity, kind):
                 what = f"is {there}, was {kind}" if there != kind else "is another parameter"
-                raise SearchError(
+                raise ChangedModelError(
                     f"evaluate: the function changed the model: {name!r} {what}; need the model as it was, let it work "
                     "on a copy (copy.deepcopy(model))"
                 )
         for name, count in self._hook_counts().items():
             if count > self._hooks.get(name, 0):
-                raise SearchError(
+                raise ChangedModelError(
                     f"evaluate: the function left a hook on the module {name!r}, which would be there in the trials "
                     "that follow; let it remove its hooks (handle.remove())"
                 )
@@ -74,25 +76,43 @@ class ModelState:
 def until(deadline: float | None) -> Iterator[None]:
     """Raise TimeIsUp within the context when `time.monotonic()` reaches the deadline.
 
-    This needs the main thread and a signal, SIGALRM, that nobody else uses; else the context ends when it is done. Code
-    that is not Python's is broken off when it returns.
+    This needs the main thread and a signal, SIGALRM, with a timer, ITIMER_REAL, that nobody else uses; else the context
+    ends when it is done, and so it does if a function within sets that timer. Code that is not Python's is broken off
+    when it returns. A context that catches TimeIsUp, and ends or raises another error, raises TimeIsUp at its end.
     """
     if deadline is None or not _can_break_off():
         yield
         return
 
+    is_up = False
+
     def stop(*_: object) -> None:
+        nonlocal is_up
+        is_up = True
         raise TimeIsUp
 
-    before = signal.signal(signal.SIGALRM, stop)
     try:
-        signal.setitimer(signal.ITIMER_REAL, max(deadline - time.monotonic(), 1e-6))
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        try:
+            signal.signal(signal.SIGALRM, stop)
+            signal.setitimer(signal.ITIMER_REAL, min(max(deadline - time.monotonic(), 1e-6), _LONGEST))
+            yield
+        finally:
+            # The time may end here too, before the alarm is off.
+            try:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            finally:
+                signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    except Exception as error:
+        if is_up:
+            raise TimeIsUp from error
+        raise
+    if is_up:
+        raise TimeIsUp
 
 
 def _can_break_off() -> bool:
     is_main = threading.current_thread() is threading.main_thread()
-    return is_main and hasattr(signal, "setitimer") and signal.getsignal(signal.SIGALRM) is signal.SIG_DFL
+    if not is_main or not hasattr(signal, "setitimer"):
+        return False
+    is_set = signal.getitimer(signal.ITIMER_REAL)[0] > 0  # by who started this process, which the alarm is to end
+    return signal.getsignal(signal.SIGALRM) is signal.SIG_DFL and not is_set

@@ -20,7 +20,7 @@ from resm_kernels.engine.job import merge_job
 from resm_kernels.live import LiveModels
 from resm_kernels.options import SearchKeywords, SearchOptions
 from resm_kernels.recipe import RecipeError
-from resm_kernels.search.errors import EvaluateError, NotFiniteError, SearchError, TimeIsUp
+from resm_kernels.search.errors import ChangedModelError, EvaluateError, NotFiniteError, SearchError, TimeIsUp
 from resm_kernels.search.evaluation import TEST, VALID, Evaluate, Judge, find_evaluate
 from resm_kernels.search.folder import SearchFolder
 from resm_kernels.search.identity import evaluate_job
@@ -87,15 +87,15 @@ def search_recipes(
         space: A YAML file: a recipe with ranges (`resm_kernels.search.space`).
         evaluate: `evaluate(model, split=…)`, or `module:function`; see `Judge`. Larger scores are better.
         out: The folder, which is made if it is missing.
-        model, tokenizer: What to merge into, which ends up with the best merge, and what `evaluate` gets. By default
-            the recipe's base model (or first model) and its tokenizer are loaded with transformers, which must know it
-            as a causal language model.
+        model, tokenizer: What to merge into, which ends up with the best merge in evaluation mode, and what `evaluate`
+            gets. By default the recipe's base model (or first model) and its tokenizer are loaded with transformers,
+            which must know it as a causal language model.
         on_trial: Called with each trial that has ended.
         trials: How many trials the search has in all; None for no limit.
         time: How long to search, such as "1h", "30min" or a number of seconds; None for no limit. One of the two limits
             is needed. The trial within which the time ends is broken off, and judged again if you search on; but the
-            first trial is finished, and so is every one outside of the main thread or where SIGALRM has a handler.
-            The held-out split at the end takes its time on top.
+            first trial is finished, and so is every one outside of the main thread, or where SIGALRM has a handler or
+            its timer is set. The held-out split at the end takes its time on top.
         sampler: "tpe" (the default), "cmaes" (one objective), "nsga2" or "random".
         objectives: The scores to maximise, all that `evaluate` returns by default.
         questions: How many questions `evaluate` may ask on the validation split (default: all).
@@ -218,8 +218,10 @@ class _Search:
         return study, known
 
     def _is_over(self, study: Study, deadline: float | None) -> bool:
-        trials = self._settings.trials
-        done = trials is not None and len(study.trials()) >= trials
+        ended = study.trials()
+        if not any(trial.state == "complete" for trial in ended):
+            return False  # there would be no result
+        done = self._settings.trials is not None and len(ended) >= self._settings.trials
         return done or (deadline is not None and time.monotonic() >= deadline)
 
     def _judged(self, trial: Trial, others: Sequence[Trial]) -> Trial:
@@ -257,18 +259,24 @@ class _Search:
         baselines = [t for t in trials if t.baseline is not None and t.state == "complete"]
         judged = study.held_out
         failed: dict[int, str] = {}
+        is_changed = False
         due = {trial.number: trial for trial in (*baselines, chosen)} if held_out and self._settings.held_out else {}
-        for trial in due.values():
-            if str(trial.number) not in judged:
-                self._models.merge_into(self._model, self._space.recipe(trial.values))
-                try:
-                    judged[str(trial.number)] = self._judge(TEST)
-                except SearchError as error:  # the search itself has its result, and it is written
-                    failed[trial.number] = str(error)
-                    continue
-                study.keep_held_out(judged)
+        for trial in (t for t in due.values() if str(t.number) not in judged):
+            if is_changed:
+                failed[trial.number] = "the function has changed the model before"
+                continue
+            self._models.merge_into(self._model, self._space.recipe(trial.values))
+            try:
+                judged[str(trial.number)] = self._judge(TEST)
+            except SearchError as error:  # the search itself has its result, and it is written
+                failed[trial.number] = str(error)
+                is_changed = isinstance(error, ChangedModelError)
+                continue
+            study.keep_held_out(judged)
         recipe = self._space.recipe(chosen.values)
-        self._models.merge_into(self._model, recipe)  # a model that the caller has passed ends up with the best merge
+        if not is_changed:
+            # A model that the caller has passed ends up with the best merge.
+            self._models.merge_into(self._model, recipe)
         tensors = {n: xxhash.xxh3_128(byte_view(t.cpu())).hexdigest() for n, t in self._models.tensors(recipe)}
         report = SearchReport(
             out=self._folder.path,

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Final
 
 from resm_kernels.files import expanded, read_text, shortened
@@ -31,6 +32,8 @@ from resm_kernels.suggestions import did_you_mean
 Value = bool | int | float | str
 _KEYS: Final = {"range": ("range", "log", "step", "default"), "choices": ("choices", "default")}
 _PARAMETERS: Final = "parameters"
+_MOST_STEPS: Final = 1e9
+"""The most steps of a range; one with more is one without steps."""
 
 
 @dataclass(frozen=True)
@@ -224,10 +227,13 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
         needed = "a whole number above 0" if whole else "a number above 0"
         raise fail(f"step: got {shortened(step)}, need {needed}, without log")
     if step is not None:
-        count = math.floor((high - low) / step + 1e-9)
-        if count == 0:
+        step = int(step) if whole else float(step)
+        if (high - low) / step > _MOST_STEPS:
+            raise fail(f"step: got {step:g}, need at most {_MOST_STEPS:g} steps from low to high")
+        last = _last(low, high, step)
+        if last <= low:
             raise fail(f"step: got {step:g}, need no more than from low to high ({high - low:g})")
-        high = low + count * step
+        high = last
     default = data.get("default", own)
     if "default" in data and not (_is_number(default) and low <= default <= high):
         raise fail(f"default: got {shortened(default)}, need a number from {low:g} to {high:g}")
@@ -237,12 +243,21 @@ def _parse(name: str, document: Document, method: Method, label: str, location: 
             value = math.sqrt(low * high) if log else (low + high) / 2
         value = min(max(value, low), high)
         if step is not None:
-            value = low + round((value - low) / step) * step
+            value = min(low + round((value - low) / step) * step, high)
         return round(value) if whole else float(value)
 
+    if "default" in data and not math.isclose(in_range(default), default, rel_tol=1e-9, abs_tol=(step or 0) * 1e-9):
+        needed = f"{low:g} and a multiple of the step {step:g}" if step is not None else "a whole number"
+        raise fail(f"default: got {shortened(default)}, need {needed}")
     equal = in_range(own) if parameter.per_expert else in_range(default)
-    step = None if step is None else int(step) if whole else float(step)
     return Range(label, location, in_range(default), equal, low, high, log, step, whole)
+
+
+def _last(low: float, high: float, step: float) -> float:
+    """Return the last of low, low + step, … up to high, counted in the decimal numbers that were written."""
+    first, end, distance = (Decimal(str(value)) for value in (low, high, step))
+    last = first + (end - first) // distance * distance
+    return int(last) if isinstance(low, int) else min(float(last), high)
 
 
 def _is_number(value: Any) -> bool:

@@ -23,6 +23,8 @@ STUDY: Final = "search"
 _POPULATION: Final = 20
 """Trials of a generation of NSGA-II: Optuna's 50 would leave a search of some dozen trials at random draws."""
 _HELD_OUT: Final = "held_out"
+_MOST_TRIES: Final = 3
+"""How often values are judged anew after the process ended meanwhile: they may be why, as of memory that they need."""
 
 
 @dataclass(frozen=True)
@@ -104,10 +106,14 @@ class Study:
         self._storage.engine.dispose()
 
     def enqueue_baseline(self, values: Mapping[str, Value], name: str) -> None:
-        """Let a baseline come before the trials that the sampler proposes, unless it is there already."""
+        """Let a baseline come before the trials that the sampler proposes, unless it is there already.
+
+        But for the defaults, without which there is no search, it is left out if it was cut off too often.
+        """
         with self._accessed():
-            there = [t for t in self._study.get_trials(deepcopy=False) if not self._was_cut_off(t)]
-            if all(t.user_attrs.get("baseline") != name for t in there):
+            there = [t for t in self._study.get_trials(deepcopy=False) if t.user_attrs.get("baseline") == name]
+            is_hopeless = name != "defaults" and len(there) >= _MOST_TRIES
+            if all(map(self._was_cut_off, there)) and not is_hopeless:
                 self._study.enqueue_trial(dict(values), user_attrs={"baseline": name})
 
     def ask(self) -> Trial:
@@ -183,14 +189,16 @@ class Study:
         raise SearchError(f"{self._file}: has {found}, need {needed}: it is of another search than the folder")
 
     def _retire_unfinished(self) -> None:
-        """Put trials back into the queue that were running when their process was killed.
+        """Put trials back into the queue that were running when their process was killed, unless too often.
 
         Baselines, which are there until they have ended, are put back by `enqueue_baseline`.
         """
         state = self._optuna.trial.TrialState
+        tried = [t.params for t in self._study.get_trials(deepcopy=False) if self._was_cut_off(t)]
         for running in self._study.get_trials(deepcopy=False, states=(state.RUNNING,)):
             self._study.tell(running.number, state=state.FAIL)
-            if running.params and "baseline" not in running.user_attrs:
+            tries = 1 + tried.count(running.params)
+            if running.params and "baseline" not in running.user_attrs and tries < _MOST_TRIES:
                 self._study.enqueue_trial(running.params)
 
     def _distribution(self, r: Range) -> Any:
