@@ -15,7 +15,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 from checkpoints import Family, load_model, save_adapter, save_model
-from conftest import RunCommand
 from experts import word_tokenizer
 from hub_server import HubServer, commit_of, hub_server
 from safetensors.torch import load_file, save_file
@@ -438,14 +437,3 @@ def test_the_command_reads_the_settings_of_the_hub(hub: HubServer, family: Famil
     assert len(notes) == 3, done.stderr
     assert f"(commit {commit_of('org/base')})" in notes[0]
     assert (tmp_path / "home/hub/models--org--base/refs/main").read_text() == commit_of("org/base")
-
-
-def test_a_quiet_command_silences_the_hub_for_itself_alone(
-    family: Family, monkeypatch: pytest.MonkeyPatch, run: RunCommand
-) -> None:
-    for before in (None, "0"):
-        monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
-        if before is not None:
-            monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", before)
-        code, _, err = run("merge", family.recipe_file(), family.root / f"out-{before}", "--quiet")
-        assert (code, err) == (0, "") and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == before
