@@ -118,6 +118,7 @@ def test_cells_of_the_merged_model_that_are_out_of_line() -> None:
     warning = one(advice.merged_norm(grid(*parts)), "merged-norm-cells", "warning")
     assert warning.cells == [("1", "q"), ("3", "q")] and "In 2 of 5 cells" in warning.text
     assert advice.merged_norm(grid(sums(merged=math.nan))) == []
+    assert advice.merged_norm(grid(*parts[:4])) == []  # too few to tell which are out of line
     lost = replace(parts[3], kept=Kept("t", 0.0, 1.0, 1.0, 0.1))
     assert one(advice.merged_norm(grid(parts[0], lost, *parts[:3])), "merged-norm-cells", "warning").cells == [
         ("3", "q")

@@ -17,9 +17,9 @@ def names(*patterns: str) -> list[str]:
     [
         (names("shared.weight", "encoder.block.*.layer.0.SelfAttention.q.weight", "decoder.block.*.layer.1.wi.weight"),
          ["embeddings", "encoder 0", "encoder 1", "decoder 0", "decoder 1"]),
-        (names("model.encoder.layers.*.fc1.weight", "model.decoder.layers.*.fc1.weight", "proj_out.weight"),
+        (names("model.decoder.layers.*.fc1.weight", "model.encoder.layers.*.fc1.weight", "proj_out.weight"),
          ["encoder 0", "encoder 1", "decoder 0", "decoder 1", "final"]),
-        (names("visual.blocks.*.attn.qkv.weight", "model.layers.*.mlp.up_proj.weight", "lm_head.weight"),
+        (names("lm_head.weight", "model.layers.*.mlp.up_proj.weight", "visual.blocks.*.attn.qkv.weight"),
          ["vision_tower 0", "vision_tower 1", "text_decoder 0", "text_decoder 1", "final"]),
         (names("backbone.embeddings.weight", "backbone.layers.*.mixer.A_log", "backbone.norm_f.weight"),
          ["embeddings", "0", "1", "final"]),

@@ -35,6 +35,8 @@ INTERFERING: Final = 3.0
 """How many times the interference of random directions is far above it."""
 INTERFERENCE: Final = 0.1
 """The interference below which it is of no account, whatever that of random directions is."""
+_ENOUGH: Final = 5
+"""The fewest cells that have a middle which one of them can be out of line with."""
 _NAMED: Final = 3
 """The most tensors that a text names."""
 
@@ -170,7 +172,7 @@ def merged_norm(cells: Cells) -> list[ReportWarning]:
     merged = math.hypot(*(cells[place].norm(cells[place].experts) for place in ratios))
     whole = merged / math.hypot(*(middle_norm(cells[place]) for place in ratios))
     if whole > OVERSHOT or whole < FAINT:
-        large = whole > OVERSHOT
+        overshot = whole > OVERSHOT
         found.append(
             ReportWarning(
                 "warning",
@@ -178,16 +180,14 @@ def merged_norm(cells: Cells) -> list[ReportWarning]:
                 f"The change of the merged model is {whole:.3g} times the median of the experts' changes.",
                 "Lower lambda or the weights: such a model often writes nonsense. Methods that drop changes at random "
                 "and scale up the rest (dare, della) make the change 1/√density times as large, and that is meant."
-                if large
+                if overshot
                 else "Raise lambda or the weights, or the density: the merged model is hardly more than the base.",
             )
         )
     middle = statistics.median(ratios.values())
-    outliers = [
-        place
-        for place, ratio in ratios.items()
-        if middle and (ratio > middle * OUT_OF_LINE or (ratio < middle / OUT_OF_LINE and not _is_lost(cells[place])))
-    ]
+    large = [place for place, ratio in ratios.items() if ratio > middle * OUT_OF_LINE]
+    small = [p for p, ratio in ratios.items() if ratio < middle / OUT_OF_LINE and not _is_lost(cells[p])]
+    outliers = [place for place in ratios if place in {*large, *small}] if middle and len(ratios) >= _ENOUGH else []
     if outliers:
         found.append(
             ReportWarning(

@@ -13,6 +13,9 @@ BEFORE: Final = "embeddings"
 AFTER: Final = "final"
 """The row of all tensors that are used after the layers."""
 
+_DECODERS: Final = ("decoder", "text_decoder")
+"""The parts of a model that read what its other parts make, and come after these, whatever the order of the files."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -33,11 +36,13 @@ def make_grid(names: Iterable[str]) -> Grid:
     names = list(names)
     kinds = {name: module_kind(name) for name in names}
     stacks = {name: _stack(name) for name in names if kinds[name].layer is not None}
-    labels = _labels(stacks, module_names(names))
+    parts = module_names(names)
+    labels = _labels(stacks, parts)
     rows: dict[str, tuple[int, int]] = {}
     columns: dict[str, int] = {}
     places: dict[str, tuple[str, str]] = {}
-    order = list(dict.fromkeys(stacks.values()))
+    decoding = {stack for name, stack in stacks.items() if parts[name] in _DECODERS}
+    order = sorted(dict.fromkeys(stacks.values()), key=decoding.__contains__)
     for name in names:
         kind, layer = kinds[name]
         if layer is not None:
