@@ -84,12 +84,12 @@ def list_files(repository: str, revision: str) -> Listing | None:
             raise HubError(
                 f"{shown_name(repository, revision)}: {hub.constants.ENDPOINT} sends no list of files; is it a hub?"
             ) from error
-    if not _COMMIT.fullmatch(str(info.sha)):
+    if not isinstance(info.sha, str) or not _COMMIT.fullmatch(info.sha):
         raise HubError(f"{repository}: the hub names the commit {shortened(info.sha)}, need a hash")
     for name in sizes:
         if path_problem(name) or name.startswith("/") or not name.isprintable() or {"..", "."} & set(name.split("/")):
             raise HubError(f"{repository}: the hub lists the file {shortened(name)}, which no folder can hold")
-    return Listing(repository, revision, str(info.sha), sizes)
+    return Listing(repository, revision, info.sha, sizes)
 
 
 def cached_folder(repository: str, revision: str) -> Path | None:
