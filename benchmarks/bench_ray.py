@@ -27,6 +27,7 @@ from rich.table import Table
 
 from benchmarks.bench_checkpoint import PARAMETERS, Size, make_models
 from benchmarks.records import Recording
+from resm_kernels.checkpoint.record import RUN_FILE
 from resm_kernels.engine import MergeOptions, merge_checkpoints, plan_merge
 from resm_kernels.engine.costs import job_work
 from resm_kernels.engine.estimate import estimate, measure_machine
@@ -56,9 +57,9 @@ def recipe(method: str, folders: list[Path]) -> dict[str, Any]:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """File name → hash of the content."""
+    """File name → hash of the content, without the record of the run, which holds times."""
     hashes = {}
-    for file in sorted(folder.iterdir()):
+    for file in sorted(file for file in folder.iterdir() if file.name != RUN_FILE):
         with open(file, "rb") as stream:
             hashes[file.name] = hashlib.file_digest(stream, "blake2b").hexdigest()
     return hashes
