@@ -25,6 +25,7 @@ import torch
 
 import resm_kernels
 from benchmarks.timing import gemm_rates, memory_rates
+from resm_kernels.engine.run_record import machine_facts
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
@@ -144,7 +145,7 @@ def machine() -> dict[str, Any]:
     facts, threads = resm_kernels.backends(), torch.get_num_threads()
     native = facts["native"]
     return {
-        "cpu": cpu_name(),
+        "cpu": machine_facts()["processor"],
         "isa": native.get("isa"),
         "cores": os.cpu_count(),
         "threads": threads,
@@ -155,16 +156,6 @@ def machine() -> dict[str, Any]:
         **({"gpu": facts["gpu"]} if facts["gpu"] else {}),
         **rates(threads),
     }
-
-
-def cpu_name() -> str:
-    """The processor's name."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())
 
 
 @functools.cache

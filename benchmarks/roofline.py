@@ -100,12 +100,6 @@ def of_gpu(record: dict[str, Any]) -> Roofline:
     return Roofline(device, {"memory, copied": copy}, {"torch.mm in fp32": products}, tuple(points))
 
 
-def _op_of(name: str) -> str:
-    """A row of gpu.json begins with its op, or ends with it after "square of n², "."""
-    parts = name.split(", ")
-    return parts[-1] if name.startswith("square of") else parts[0].split()[0]
-
-
 def draw(shown: Roofline) -> Figure:
     """Points of an op share a colour, a mark and one label, which overlaps nothing."""
     figure = Figure(figsize=(10, 6.6), layout="constrained", facecolor=PAPER)
