@@ -5,16 +5,12 @@ They are types: `threads: ThreadsOption = None` in a command's signature is the 
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Annotated, Final
+from typing import Annotated
 
 import typer
 
 from resm_kernels.options import MAX_THREADS
-
-_SILENCE: Final = "HF_HUB_DISABLE_PROGRESS_BARS"
-"""The variable that huggingface_hub reads."""
 
 RecipeArgument = Annotated[Path, typer.Argument(help="Recipe: a YAML file in mergekit's format.", show_default=False)]
 MemoryOption = Annotated[
@@ -59,19 +55,12 @@ TiedEmbeddingsOption = Annotated[
 
 
 def _silence(context: typer.Context, value: bool) -> bool:
-    """Switch off what this command says about files that it fetches, huggingface_hub's progress bars among it."""
+    """Switch off what this command shows of files that it fetches."""
     if value:
-        before = os.environ.get(_SILENCE)
-        os.environ[_SILENCE] = "1"
-        context.call_on_close(lambda: _restore(before))
+        from resm_kernels import hub
+
+        context.with_resource(hub.silenced())
     return value
-
-
-def _restore(before: str | None) -> None:
-    if before is None:
-        os.environ.pop(_SILENCE, None)
-    else:
-        os.environ[_SILENCE] = before
 
 
 QuietOption = Annotated[

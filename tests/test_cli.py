@@ -245,14 +245,3 @@ def test_command_imports_neither_transformers_nor_more_than_it_needs(family: Fam
     for arguments in (["info"], ["merge", str(family.recipe_file()), str(family.out)]):
         done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-
-
-def test_a_quiet_command_silences_the_hub_for_itself_alone(
-    family: Family, monkeypatch: pytest.MonkeyPatch, run: RunCommand
-) -> None:
-    for before in (None, "0"):
-        monkeypatch.delenv("HF_HUB_DISABLE_PROGRESS_BARS", raising=False)
-        if before is not None:
-            monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", before)
-        code, _, err = run("merge", family.recipe_file(), family.root / f"out-{before}", "--quiet")
-        assert (code, err) == (0, "") and os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") == before

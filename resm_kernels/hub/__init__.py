@@ -7,7 +7,7 @@ placeholders, whose headers are read from the hub, so that a merge can be planne
 
 from __future__ import annotations
 
-from resm_kernels.hub.client import HubError
+from resm_kernels.hub.client import HubError, silenced
 from resm_kernels.hub.models import (
     UnseenWeights,
     View,
@@ -29,4 +29,5 @@ __all__ = [
     "is_cached",
     "model_of",
     "parse_id",
+    "silenced",
 ]

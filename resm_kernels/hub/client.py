@@ -9,12 +9,14 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from resm_kernels.checkpoint.format import format_bytes
+from resm_kernels.checkpoint.format import CheckpointWarning, format_bytes
 from resm_kernels.files import first_line, path_problem, shortened
 
 MAIN: Final = "main"
@@ -22,6 +24,7 @@ _TIMEOUT: Final = 30.0
 _LONGEST_SIZE: Final = 18
 """The most digits of a file's size: systems count bytes in 64 bits."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{7,64}")
+_silenced: Final = ContextVar("silenced", default=False)
 
 
 class HubError(ValueError):
@@ -76,7 +79,11 @@ def list_files(repository: str, revision: str) -> Listing | None:
             if cached_folder(repository, revision) is None:
                 raise
             name = shown_name(repository, revision)
-            _say(f"{name}: the hub cannot be reached ({first_line(error)}); what is in the cache is taken")
+            warnings.warn(
+                f"{name}: the hub cannot be reached ({first_line(error)}); what is in the cache is taken",
+                CheckpointWarning,
+                stacklevel=2,
+            )
             return None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, hub.errors.HFValidationError):
@@ -169,14 +176,21 @@ def check_space(needed: int, names: Sequence[str]) -> None:
         )
 
 
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Show neither what is fetched nor a bar of its progress; warnings are still given."""
+    token = _silenced.set(True)
+    try:
+        yield
+    finally:
+        _silenced.reset(token)
+
+
 def announce(name: str, commit: str, files: int, nbytes: int) -> None:
-    """Say what is fetched, unless huggingface_hub's progress bars are off."""
-    _say(f"{name}: fetches {files} file{'s' * (files != 1)}, {format_bytes(nbytes)} (commit {commit})")
-
-
-def _say(text: str) -> None:
-    if not _library().utils.are_progress_bars_disabled():
-        print(f"note: {text}", file=sys.stderr)
+    """Say what is fetched, unless within `silenced` or if huggingface_hub's progress bars are off."""
+    if not _silenced.get() and not _library().utils.are_progress_bars_disabled():
+        text = f"note: {name}: fetches {files} file{'s' * (files != 1)}, {format_bytes(nbytes)} (commit {commit})"
+        print(text, file=sys.stderr)
 
 
 def _storage(repository: str) -> Path:
@@ -241,13 +255,14 @@ def _named(repository: str, revision: str) -> Iterator[None]:
 
 
 def _one_line(name: str) -> type[Any]:
-    """Return a class of progress bars that shows one of them: the bytes of all files together."""
+    """Return a class of progress bars that shows one of them, the bytes of all files, or none within `silenced`."""
     base: Any = _library().utils.tqdm
+    is_silent = _silenced.get()  # of this thread; the bars are made in others
 
     class OneLine(base):  # type: ignore[misc]
         def __init__(self, *arguments: Any, **options: Any) -> None:
             is_shown = options.get("unit") == "B" and options.get("name") == "huggingface_hub.snapshot_download"
-            if is_shown:
+            if is_shown and not is_silent:
                 options |= {"desc": name, "leave": False}
                 options.pop("bar_format", None)
             else:
