@@ -25,6 +25,7 @@ from typing import Any, Final, Literal
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from benchmarks.figures import OF_A_MACHINE, Figure, figures_of, reader_of
 from benchmarks.records import PROVENANCE, RESULTS, ROOT, git
@@ -157,7 +158,7 @@ def show(console: Console, found: Sequence[Change], everything: bool) -> None:
         style = {"worse": "red", "better": "green", "same": ""}[change.verdict]
         table.add_row(
             change.record,
-            change.before.name,
+            Text(change.before.name),  # in which rich would take brackets for markup
             shown(change.before),
             shown(change.after),
             moved,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from resm_kernels.checkpoint import format_bytes
 
@@ -88,7 +89,7 @@ def _bars(console: Console, *amounts: ProgressColumn) -> Iterator[Callable[[str,
     from rich import progress
 
     columns = (
-        progress.TextColumn("{task.description}"),
+        progress.TextColumn("{task.description}", markup=False),
         progress.BarColumn(),
         *amounts,
         progress.TimeRemainingColumn(),
@@ -137,17 +138,17 @@ def stats_table(rows: Sequence[TensorStats]) -> Table:
         table.add_column(name, justify="right")
     for name, group in itertools.groupby(rows, key=lambda row: row.name):
         matrices = list(group)
-        first = matrices[0]
+        first, shown = matrices[0], Text(name)  # in which rich would take brackets for markup
         shape = "×".join(map(str, first.shape)) or "scalar"
         if first.slice is not None:
             shape = f"{len(matrices)}×({shape})"
         problem = next((row.problem for row in matrices if row.problem is not None), None)
         if problem is not None:
-            table.add_row(name, first.role, shape, f"[red]{problem}[/red]")
+            table.add_row(shown, first.role, shape, Text(problem, style="red"))
             continue
         has_ranks = any(row.ranks for row in matrices)
-        cells = [
-            name,
+        cells: list[Text | str] = [
+            shown,
             first.role,
             shape,
             _per_expert([row.sparsity for row in matrices], ".3f"),

@@ -39,6 +39,16 @@ def check_plot(file: Path) -> None:
         raise PlotError(f"plot: got {str(file)!r}, need an existing folder; {file.absolute().parent} is none")
 
 
+def plain_text(text: str) -> str:
+    """Return a text that matplotlib shows as it is.
+
+    Otherwise it takes what is between two $ for mathematics, and leaves labels that begin with an underscore out of
+    legends.
+    """
+    escaped = text.replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
+
+
 def plot_stats(rows: Sequence[TensorStats], experts: Sequence[str], file: Path) -> None:
     """Write a picture of the statistics as PNG, SVG or PDF, according to the ending of `file`.
 
@@ -136,10 +146,11 @@ def _draw_spectra(
                 if len(members) > 1:
                     axis.plot(*zip(*shown, strict=True), color=f"C{t}", alpha=0.35, linewidth=0.7)
             if curves:
-                axis.plot(*_median_curve(curves), color=f"C{t}", linewidth=2, label=experts[t])
+                axis.plot(*_median_curve(curves), color=f"C{t}", linewidth=2, label=plain_text(experts[t]))
         shapes = sorted({"×".join(map(str, row.shape)) for row in members})
         size = shapes[0] if len(shapes) == 1 else f"{len(shapes)} shapes"
-        axis.set_title(f"{kind} ({size}{f', {len(members)} matrices' if len(members) > 1 else ''})", fontsize=9)
+        count = f", {len(members)} matrices" if len(members) > 1 else ""
+        axis.set_title(f"{plain_text(kind)} ({size}{count})", fontsize=9)
         axis.set(xscale="log", yscale="log")
         axis.grid(alpha=0.25)
         if number + columns >= len(kinds):
@@ -189,7 +200,7 @@ def _draw_depth(
                     x = outside_x[kind] if position.layer is None else position.layer
                     values_at.setdefault(x, []).extend(v for v in values(row) if math.isfinite(v))
             points = {x: values_at[x] for x in sorted(values_at) if values_at[x]}
-            _draw_band(axis, points, number, **({"label": kind} | style))
+            _draw_band(axis, points, number, **({"label": plain_text(kind)} | style))
         axis.grid(alpha=0.25)
 
     if spectral:
@@ -213,7 +224,7 @@ def _draw_depth(
         axis.update_datalim([(0, 0)], updatex=False)
         axis.set_ylim(bottom=0)
         axis.set_xticks([*numbered, *outside_x.values()])
-        axis.set_xticklabels([*map(str, numbered), *outside_x], fontsize=8)
+        axis.set_xticklabels([*map(str, numbered), *map(plain_text, outside_x)], fontsize=8)
         for label in axis.get_xticklabels()[len(numbered) :]:
             label.set(rotation=20, horizontalalignment="right")
     for axis in axes[2:] if spectral else axes:

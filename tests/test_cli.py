@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from checkpoints import Family, load_model
 from conftest import RunCommand
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from resm_kernels import cli, merge_state_dicts
@@ -92,10 +94,10 @@ def test_progress_on_a_terminal_is_a_bar(family: Family) -> None:
 
     with open(os.devnull, "w") as sink:
         console = Console(file=sink, force_terminal=True, record=True, width=100)
-        with progress_display(console, "merging", quiet=False) as progress:
+        with progress_display(console, "merging [/x]", quiet=False) as progress:
             assert progress is not None
             progress(5, 10)
-        assert "merging" in console.export_text()
+        assert "merging [/x]" in console.export_text()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +179,20 @@ def test_stats_table_and_json(family: Family, run: RunCommand, tmp_path: Path) -
     code, out, _ = run("stats", family.recipe_file("ties"), "--json", "-", "--quiet")
     assert code == 0
     assert len(json.loads(out)["tensors"]) == 30
+
+
+def test_tables_show_brackets_as_they_are(family: Family, run: RunCommand) -> None:
+    damaged = torch.full((3,), torch.nan)
+    for folder in (family.base_folder, *family.folders):
+        save_file({"a[bold]": torch.ones(3), "b[/c]": torch.ones(3)}, folder / "model.safetensors")
+    save_file({"a[bold]": torch.ones(3), "b[/c]": damaged}, family.folders[0] / "model.safetensors")
+    renamed = family.folders[0].rename(family.root / "expert[")
+    recipe = yaml.safe_load(family.recipe_file("resm").read_text())
+    recipe["models"][0]["model"] = str(renamed)
+    (family.root / "brackets.yaml").write_text(yaml.safe_dump(recipe))
+    code, out, err = run("stats", family.root / "brackets.yaml")
+    assert code == 0, err
+    assert " a[bold] " in out and " b[/c] " in out and "expert[" in out
 
 
 def test_json_holds_no_value_that_readers_refuse() -> None:

@@ -59,6 +59,13 @@ def test_writes_a_picture(family: Family, tmp_path: Path, suffix: str) -> None:
             assert part in text
 
 
+def test_names_are_drawn_as_they_are(tmp_path: Path) -> None:
+    file = tmp_path / "picture.svg"
+    plot_stats([matrix_row(r"layers.0.$\frac$.weight"), matrix_row("_w.weight")], ["_a$^$", "b"], file)
+    for part in (r"$\frac$ (9×7)", "_a$^$", "<!--  _w -->"):
+        assert part in file.read_text()
+
+
 @pytest.mark.parametrize(
     "rows",
     [

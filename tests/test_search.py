@@ -115,10 +115,10 @@ def test_a_search_begins_with_baselines_and_writes_what_it_found(family: Family)
 
 def test_pictures_show_one_objective_and_several(family: Family, tmp_path: Path) -> None:
     report = search(family, trials=5)
-    scores = [dict(t.scores) | {"third": -float(t.number), "fourth": 1.0} for t in report.trials]
+    scores = [dict(t.scores) | {"$third$^$$": -float(t.number), "_fourth": 1.0} for t in report.trials]
     trials = tuple(replace(t, scores=s) for t, s in zip(report.trials, scores, strict=True))
     sizes = []
-    for objectives in (("first",), ("first", "second"), ("first", "second", "third", "fourth")):
+    for objectives in (("first",), ("first", "second"), ("first", "second", "$third$^$$", "_fourth")):
         shown = tuple(front(trials, objectives))
         drawn = replace(report, objectives=objectives, trials=trials, front=shown, best=best(trials, objectives))
         draw(drawn, tmp_path / "picture.png")

@@ -6,7 +6,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from resm_kernels.plot import matplotlib_module
+from resm_kernels.plot import matplotlib_module, plain_text
 
 if TYPE_CHECKING:
     from resm_kernels.search.run import SearchReport
@@ -47,7 +47,7 @@ def _draw_history(panel: Any, report: SearchReport, complete: list[Any]) -> None
     panel.plot(numbers, list(itertools.accumulate(scores, max)), color="tab:orange", label="best so far")
     _scatter(panel, report, complete, numbers, scores)
     panel.set_xlabel("trial")
-    panel.set_ylabel(name)
+    panel.set_ylabel(plain_text(name))
 
 
 def _draw_pair(panel: Any, report: SearchReport, complete: list[Any], x: str, y: str) -> None:
@@ -56,8 +56,8 @@ def _draw_pair(panel: Any, report: SearchReport, complete: list[Any], x: str, y:
     edge = sorted(set(edge))
     panel.plot([p[0] for p in edge], [p[1] for p in edge], color="tab:orange", linewidth=1, label="best in these two")
     _scatter(panel, report, complete, [p[0] for p in points], [p[1] for p in points])
-    panel.set_xlabel(x)
-    panel.set_ylabel(y)
+    panel.set_xlabel(plain_text(x))
+    panel.set_ylabel(plain_text(y))
 
 
 def _scatter(panel: Any, report: SearchReport, complete: list[Any], xs: list[float], ys: list[float]) -> None:
