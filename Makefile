@@ -78,11 +78,11 @@ CHOSEN = $(if $(SMOKE),--smoke) $(if $(ONLY),--only $(ONLY))
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.suite kernels $(CHOSEN)
 
-# Spectral merges and decompositions against fusion-bench, mergekit, torch and scikit-learn: 30 minutes.
+# Spectral merges and decompositions against fusion-bench, mergekit, torch and scikit-learn: 20 minutes.
 bench-spectral: $(VENV)/.test
 	$(BIN)/python -m benchmarks.suite spectral $(CHOSEN)
 
-# Whole models: merges from files, calibration, Ray, fused experts, extraction, costs: 45 minutes.
+# Whole models: merges from files, calibration, Ray, fused experts, extraction, costs: 40 minutes.
 bench-models: $(VENV)/.test
 	$(BIN)/python -m benchmarks.suite models $(CHOSEN)
 

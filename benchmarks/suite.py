@@ -56,68 +56,68 @@ class Benchmark:
 
 SUITES: Final[dict[str, tuple[Benchmark, ...]]] = {
     "kernels": (
-        Benchmark(KERNELS, "cpu", 6, "", "benchmarks/bench_spd_solve.py -k 64 --sweep 8"),
+        Benchmark(KERNELS, "cpu", 5, "", "benchmarks/bench_spd_solve.py -k 64 --sweep 8"),
         Benchmark(
             "bench_elementwise",
             "elementwise",
-            7,
+            8,
             smoke="--methods linear --parts speed accuracy --rounds 1 --rival-rounds 1 --size 256",
         ),
-        Benchmark("bench_merge_lora", "merge_lora", 2, smoke="--count 2 --rank 2 --layers 1 --ways linear"),
+        Benchmark("bench_merge_lora", "merge_lora", 1.5, smoke="--count 2 --rank 2 --layers 1 --ways linear"),
         Benchmark(
             "bench_live",
             "live",
-            4,
+            3,
             smoke="--methods ties --trials 2 --layers 1 --hidden 64 --intermediate 96 --vocabulary 64 --cache {cache} "
             "--needed 0",
         ),
     ),
     "spectral": (
-        # Fusion-bench takes 3.6 of the minutes, ours 2.9, the errors 1.5, the command line 0.7.
+        # Fusion-bench takes 2.6 of the minutes, ours 1.6, the command line 0.4, the errors most of the rest.
         Benchmark(
             "bench_spectral_merge",
             "spectral_merge",
-            10,
+            6,
             "--runs 1 --check-layers 1 --processes resm",
             "--runs 1 --layers 1 --hidden 48 --intermediate 64 --vocabulary 64 --gemm-size 64 --processes "
             "--cache {cache}",
         ),
-        Benchmark("bench_precision", "precision", 4, "--rounds 1", "--rounds 1 --size 32 --rank-size 48 --decays 0.7"),
-        Benchmark("bench_rounding", "rounding", 1.5, "", "--size 128"),
-        Benchmark("bench_lora_extraction", "lora_extraction", 3, "--shapes 4096x4096", "--shapes 64x96 --rank 4"),
+        Benchmark("bench_precision", "precision", 2, "--rounds 1", "--rounds 1 --size 32 --rank-size 48 --decays 0.7"),
+        Benchmark("bench_rounding", "rounding", 0.5, "", "--size 128"),
+        Benchmark("bench_lora_extraction", "lora_extraction", 1, "--shapes 4096x4096", "--shapes 64x96 --rank 4"),
         Benchmark(
             "bench_truncated_svd",
             "truncated_svd",
-            10,
+            8.5,
             "--rounds 2 --most-iterations 5",
             "--shape 24 32 --decays 0.7 --divisors 8 --rounds 1 --most-iterations 1",
         ),
-        Benchmark("bench_accuracy", "accuracy", 1.5, "--rounds 1", "--rounds 1 --recipes tsvm --accuracies 0 --splits"),
+        Benchmark("bench_accuracy", "accuracy", 0.5, "--rounds 1", "--rounds 1 --recipes tsvm --accuracies 0 --splits"),
     ),
     "models": (
         Benchmark(
             "bench_sizes",
             "sizes",
-            16,
+            18,
             "--sizes 250m 1.2b --runs 2 --peers 1.2b --spectral 1.2b",
             "--sizes tiny --runs 1 --spectral tiny --folder {cache}",
         ),
         Benchmark(
             "bench_calibrate",
             "calibrate",
-            15,
+            14,
             "--blocks 16",
             "--blocks 1 --hidden 64 --intermediate 96 --vocabulary 64 --prompts 4 --length 8 --cache {cache}",
         ),
         Benchmark(
             "bench_ray",
             "ray",
-            2.5,
+            1.5,
             "",
             "--layers 1 --hidden 64 --intermediate 96 --vocabulary 64 --cache {cache}",
         ),
         Benchmark("bench_fused_experts", "fused_experts", 3, "--rounds 2", "--shape 2 48 64 --rounds 1 --methods tsvm"),
-        Benchmark("bench_extract_model", "extract_model", 1.5, "", "--sizes tiny --rank 2 --runs 1 --folder {cache}"),
+        Benchmark("bench_extract_model", "extract_model", 1, "", "--sizes tiny --rank 2 --runs 1 --folder {cache}"),
         Benchmark("measure_costs", "method_costs", 2, "", "--methods linear"),
     ),
 }
