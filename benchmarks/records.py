@@ -31,7 +31,9 @@ ROOT: Final = Path(__file__).resolve().parents[1]
 RESULTS: Final = ROOT / "benchmarks" / "results"
 PROVENANCE: Final = "provenance"
 CHANGED: Final = "+changes"
-"""Follows the commit's hash if tracked files outside benchmarks/results differed from it."""
+"""Follows the commit's hash if tracked files differed from it, those of `WRITTEN` aside."""
+WRITTEN: Final = ("benchmarks/results", "docs")
+"""What benchmarks write: records and pictures, and tables in the documentation. No figure depends on it."""
 PEERS: Final = {
     "fusion_bench": "fusion-bench",
     "mergekit": "mergekit",
@@ -111,7 +113,8 @@ def commit(root: Path) -> str | None:
     head = git(root, "rev-parse", "HEAD")
     if head is None:
         return None
-    changed = git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    excluded = (f":(exclude){folder}" for folder in WRITTEN)
+    changed = git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *excluded)
     return head + CHANGED if changed else head
 
 

@@ -40,7 +40,9 @@ def git(folder: Path, *arguments: str) -> None:
 
 def repository(folder: Path) -> Path:
     (folder / "benchmarks" / "results").mkdir(parents=True)
-    (folder / "code.py").write_text("1\n")
+    (folder / "docs").mkdir()
+    for name in ("code.py", "docs/page.md"):
+        (folder / name).write_text("1\n")
     (folder / "benchmarks" / "results" / "live.json").write_text("{}\n")
     git(folder, "init", "-q")
     git(folder, "add", ".")
@@ -51,12 +53,13 @@ def repository(folder: Path) -> Path:
 # ----------------------------------------------------------------------------------------------------- provenance
 
 
-def test_commit_says_whether_tracked_files_beside_records_differ(tmp_path: Path) -> None:
+def test_commit_says_whether_files_differ_that_figures_depend_on(tmp_path: Path) -> None:
     root = repository(tmp_path / "repository")
     clean = records.commit(root)
     assert clean is not None and len(clean) == 40
     (root / "untracked.txt").write_text("2\n")
     (root / "benchmarks" / "results" / "live.json").write_text("[]\n")
+    (root / "docs" / "page.md").write_text("2\n")
     assert records.commit(root) == clean
     (root / "code.py").write_text("2\n")
     assert records.commit(root) == f"{clean}+changes"
