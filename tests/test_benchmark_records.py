@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -210,11 +211,13 @@ NAMES = sorted(file.stem for file in records.RESULTS.glob("*.json"))
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_record_has_figures(name: str) -> None:
+def test_every_record_has_figures_and_says_where_they_come_from(name: str) -> None:
     record = json.loads((records.RESULTS / f"{name}.json").read_text())
-    if records.PROVENANCE not in record and not name.startswith("quality"):
-        pytest.skip("measured before records said where they come from")
     assert figures.figures_of(name, record)
+    facts = record[records.PROVENANCE]
+    # A machine with a GPU may have a copy of the sources without their history.
+    assert facts["commit"] is None or re.fullmatch("[0-9a-f]{40}", facts["commit"])
+    assert facts["command"].startswith("python -m ") and facts["machine"]["cores"]
 
 
 # ------------------------------------------------------------------------------------------------------- pictures
